@@ -1,0 +1,371 @@
+"""
+数据格式：把各种公开格式读成同一种消息列表，坏行指名道姓。
+Data formats: the files that people have, as one message list; a bad line is named, never guessed at.
+
+    read_conversations("dataset/sft_data.jsonl")[0]
+    [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]
+
+A file goes through two steps. read_rows splits it into numbered rows (.jsonl, .json, .csv, .txt);
+to_messages or to_text makes a row into what a lesson trains on. dataset.md shows each format.
+"""
+
+import csv
+import json
+import reprlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+CONVERSATION_KEYS = ("conversations", "messages")
+PROMPT_KEYS = ("question", "instruction", "prompt", "ask")
+RESPONSE_KEYS = ("output", "response", "answer")
+
+# How a turn is written: the key of its role -> (the key of its text, the names of the roles).
+TURN_FORMS = {
+    "role": ("content", {"system": "system", "user": "user", "assistant": "assistant"}),
+    "from": ("value", {"system": "system", "human": "user", "user": "user",
+                       "gpt": "assistant", "assistant": "assistant"}),
+}
+SPEAKS_AFTER = {"user": "assistant", "assistant": "user"}
+
+KNOWN_FORMATS = (
+    "conversations or messages: a list of {role, content} or {from, value}; "
+    "question/instruction/prompt/ask with output/response/answer, optional input and system; "
+    "question, options, answer_idx; a row with only text is for train_pretrain.py"
+)
+
+# One CSV cell, in characters. Python's own limit of 131,072 is shorter than some answers;
+# without a limit, one stray quote swallows the rest of a file into memory.
+MAX_CSV_CELL = 4_000_000
+
+READABLE = ".jsonl, .json, .csv or .txt"
+
+
+class BadLine(ValueError):
+    """A row that cannot be trained on. The message names file, line, value and the way out."""
+
+
+# ---- 1. A file becomes numbered rows -------------------------------------------------------------
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict | str]]:
+    """Yields (number, row), counted from 1: the number of the line, or of the item in a .json list.
+
+    A row is a dict. A line that cannot be read comes as a str that says why: the reader can go on.
+
+        .jsonl  one JSON object a line; blank lines are passed over
+        .json   a list of objects (or JSON lines under this name: the first character tells)
+        .csv    a header, then records; column names are lower-cased
+        .txt    {"text": paragraph}, numbered by its first line; a blank line ends a paragraph
+
+    UTF-8, with or without a byte order mark. Raises FileNotFoundError; BadLine for a .json list that
+    does not parse or a CSV header that names a column twice; ValueError for an unknown kind of file.
+    """
+    kind = _kind(path)
+    return ROW_READERS[kind](path)
+
+
+def _kind(path) -> str:
+    """One of ROW_READERS: by the extension where that leaves no doubt, else by the first character."""
+    path = Path(path)
+    check_exists(path)
+    by_extension = {".jsonl": "lines", ".csv": "csv", ".txt": "txt"}.get(path.suffix.lower())
+    if by_extension:
+        return by_extension
+    with _open(path) as file:
+        first = file.read(4096).lstrip()[:1]
+    if first == "[":
+        return "list"
+    if first == "{" or path.suffix.lower() == ".json":
+        return "lines"
+    raise ValueError(f"{path} is not a kind of file that is read here. Convert it to {READABLE}.")
+
+
+def check_exists(path: Path):
+    """Raises FileNotFoundError, with the command that makes a file of dataset/."""
+    if not path.exists():
+        generated = Path(__file__).resolve().parent in path.resolve().parents
+        way_out = "Make it: python dataset/miniworld.py" if generated else "Check the path."
+        raise FileNotFoundError(f"no file at {path}. {way_out}")
+
+
+def _open(path, newline=None):
+    # A byte that is not UTF-8 arrives as a lone surrogate, as "\ud800" in JSON does: _check_text finds
+    # both, in the row where they are. A strict decoder would stop the file without a line number.
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _rows_of_lines(path):
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.isspace():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                around = _short(line[max(error.pos - 20, 0):error.pos + 20])
+                row = f"not a whole JSON object: {error.msg} at column {error.colno}, around {around}"
+            except (ValueError, RecursionError) as error:  # 5,000 digits; 100,000 nested brackets
+                row = f"JSON that Python does not read: {error}"
+            else:
+                row = _object_or_reason(row)
+            yield number, row
+
+
+def _rows_of_list(path):
+    with _open(path) as file:
+        try:
+            items = json.load(file)
+        except json.JSONDecodeError as error:
+            raise BadLine(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}. "
+                          "Fix it there: a .json list is read whole or not at all.") from None
+        except (ValueError, RecursionError) as error:
+            raise BadLine(f"{path}: JSON that Python does not read: {error}") from None
+    for number, item in enumerate(items, start=1):
+        yield number, _object_or_reason(item)
+
+
+def _object_or_reason(row):
+    return row if isinstance(row, dict) else f"{_short(row)} is not a JSON object {{...}}"
+
+
+def _rows_of_csv(path):
+    csv.field_size_limit(MAX_CSV_CELL)
+    with _open(path, newline="") as file:  # the csv module looks for line ends inside quotes itself
+        records = csv.reader(file, strict=True)
+        header = None
+        while True:
+            number = records.line_num + 1  # the record's first line; a quoted cell may hold more
+            try:
+                cells = next(records)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield number, f"not a CSV record: {error}"
+                continue
+
+            if not any(cells):  # a blank line, or the rows of commas that spreadsheets leave behind
+                continue
+            if header is None:
+                header = _csv_header(path, number, cells)
+            elif len(cells) != len(header):
+                yield number, f"{len(cells)} cells {_short(cells)} under a header of {len(header)}"
+            else:
+                yield number, dict(zip(header, cells))
+
+
+def _csv_header(path, number, cells):
+    header = [name.strip().lower() for name in cells]
+    for name in header:
+        if name and header.count(name) > 1:  # spreadsheets may add columns without a name
+            raise BadLine(f"{path}, line {number}: two columns are called {_short(name)}. Rename one.")
+    return header
+
+
+def _rows_of_txt(path):
+    with _open(path) as file:
+        paragraph = []
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                paragraph.append(line)
+            elif paragraph:
+                yield number - len(paragraph), {"text": "".join(paragraph).rstrip("\n")}
+                paragraph = []
+        if paragraph:
+            yield number - len(paragraph) + 1, {"text": "".join(paragraph).rstrip("\n")}
+
+
+ROW_READERS = {"lines": _rows_of_lines, "list": _rows_of_list, "csv": _rows_of_csv, "txt": _rows_of_txt}
+
+
+# ---- 2. A row becomes messages, or text ----------------------------------------------------------
+
+def to_messages(row: dict) -> list[dict]:
+    """One row of any known format as [{"role", "content"}, ...]: an optional system turn, then user
+    and assistant in turns, the assistant last. Keys that the format lacks (id, meta_info) are ignored.
+
+        {"messages": [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]}
+        {"conversations": [{"from": "human", "value": "2 + 3 ="}, {"from": "gpt", "value": "5"}]}
+        {"question": "2 + 3 =", "answer": "5"}
+        {"instruction": "Add.", "input": "2 + 3", "output": "5"}
+            the user says "Add.", and "2 + 3" on the next line
+        {"question": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"}
+            the user says "2 + 3 =", "A. 4" and "B. 5" on three lines; the assistant "5"
+
+    Raises ValueError with the reason, and the value shortened, for anything else.
+    """
+    for key in CONVERSATION_KEYS:
+        if key in row:
+            return _conversation(_turns_of_list(row[key], key))
+    if "options" in row:
+        return _conversation(_turns_of_choice(row))
+    return _conversation(_turns_of_columns(row))
+
+
+def to_text(row: dict) -> str:
+    """The text of a pretraining row {"text": ...}. Raises ValueError with the reason if it has none."""
+    if "text" not in row:
+        raise ValueError(f"no 'text' (keys found: {_short(list(row))}; pretraining rows are {{text}})")
+    _check_text(row["text"], "text")
+    if not row["text"].strip():
+        raise ValueError("text is empty")
+    return row["text"]
+
+
+# Every format is first told as turns (where, role, content): the law of a conversation is written once.
+
+def _conversation(turns) -> list[dict]:
+    """Turns as messages, if they are a conversation: at most one system turn, then user and assistant.
+
+    Turns that do not alternate are refused, not merged: in such a row a turn was lost, and an answer
+    may belong to a question that is not there. Two things are no error: a last user turn has no answer
+    to learn from and is dropped; a user turn after the first may be empty, for in ShareGPT some people
+    just press Enter to hear more.
+    """
+    messages = []
+    speaker = "user"
+    for where, role, content in turns:
+        _check_text(content, where)
+        empty = not content or content.isspace()
+        if role == "system":
+            if messages:
+                raise ValueError(f"{where} is a system turn, which may only come first")
+            if not empty:
+                messages.append({"role": role, "content": content})
+            continue
+
+        if role != speaker:
+            raise ValueError(f"{where} is the {role}'s turn, but the {speaker} speaks next "
+                             "(they alternate, user first)")
+        first = len(messages) < 2  # before it: nothing, or the system turn
+        if empty and (role == "assistant" or first):
+            raise ValueError(f"{where} is an empty {role} turn")
+        messages.append({"role": role, "content": content})
+        speaker = SPEAKS_AFTER[role]
+
+    if messages and messages[-1]["role"] == "user":
+        messages.pop()
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError("no turn of the assistant follows a user turn, so there is nothing to learn")
+    return messages
+
+
+def _turns_of_list(turns, key):
+    if not isinstance(turns, list):
+        raise ValueError(f"{key} is {_short(turns)}, not a list of turns")
+    for i, turn in enumerate(turns):
+        where = f"{key}[{i}]"
+        if not isinstance(turn, dict):
+            raise ValueError(f"{where} is {_short(turn)}, not a turn")
+        role_key = "role" if "role" in turn else "from"
+        content_key, names = TURN_FORMS[role_key]
+        if role_key not in turn or content_key not in turn:
+            raise ValueError(f"{where} has the keys {_short(list(turn))} "
+                             "(known: role and content, or from and value)")
+        role = turn[role_key]
+        if not isinstance(role, str) or role not in names:
+            raise ValueError(f"{where} has role {_short(role)} (known: {', '.join(names)})")
+        yield where, names[role], turn[content_key]
+
+
+def _turns_of_columns(row):
+    prompts = [key for key in PROMPT_KEYS if key in row]
+    responses = [key for key in RESPONSE_KEYS if key in row]
+    if not prompts or not responses:
+        raise ValueError(f"no known format (keys found: {_short(list(row))}; known: {KNOWN_FORMATS})")
+    for keys in (prompts, responses):
+        if len(keys) > 1:
+            raise ValueError(f"both {keys[0]!r} and {keys[1]!r} are there; "
+                             "rename the one that is not to be trained on")
+    if row.get("history"):
+        raise ValueError("history is not read; write the earlier turns as conversations")
+    (prompt,), (response,) = prompts, responses
+
+    if row.get("system"):
+        yield "system", "system", row["system"]
+    question = row[prompt]
+    if row.get("input"):
+        _check_text(question, prompt)
+        _check_text(row["input"], "input")
+        question = f"{question}\n{row['input']}" if question else row["input"]
+    yield prompt, "user", question
+    yield response, "assistant", row[response]
+
+
+def _turns_of_choice(row):
+    for key in ("question", "answer_idx"):
+        if key not in row:
+            raise ValueError(f"options without {key!r} (keys found: {_short(list(row))})")
+        _check_text(row[key], key)
+    options, right = row["options"], row["answer_idx"]
+    if not isinstance(options, dict):
+        raise ValueError(f'options is {_short(options)}, not an object {{"A": ..., "B": ...}}')
+    for letter, text in options.items():
+        _check_text(text, f"options[{_short(letter)}]")
+    if right not in options:
+        raise ValueError(f"answer_idx is {_short(right)}, "
+                         f"which is none of the options {_short(list(options))}")
+
+    lines = [row["question"]] + [f"{letter}. {text}" for letter, text in options.items()]
+    if not row["question"].strip():
+        raise ValueError("question is empty")
+    yield "question", "user", "\n".join(lines)
+    yield f"options[{right!r}]", "assistant", options[right]
+
+
+def _check_text(value, where):
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is {_short(value)}, not a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds {value[error.start]!r} at character {error.start} "
+                         "(a byte that is not UTF-8, or half a surrogate pair)") from None
+
+
+def _short(value) -> str:
+    """repr(value) in at most 60 characters, without walking through a huge or deeply nested value."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = 60
+    text = shortener.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# ---- 3. A whole file -----------------------------------------------------------------------------
+
+def read_conversations(path, skip_bad_lines: bool = False, log: Callable = print) -> list[list[dict]]:
+    """Every conversation of a file, each as to_messages gives it.
+
+    Raises FileNotFoundError with the command that makes the file; BadLine at the first bad line (with
+    skip_bad_lines they are counted, and one line is logged); ValueError when no line of it is good.
+    """
+    return _read(path, to_messages, skip_bad_lines, log)
+
+
+def read_texts(path, skip_bad_lines: bool = False, log: Callable = print) -> list[str]:
+    """Every text of a pretraining file: {"text"} rows, or the paragraphs of a .txt. Raises as above."""
+    return _read(path, to_text, skip_bad_lines, log)
+
+
+def _read(path, convert, skip_bad_lines, log):
+    unit = "item" if _kind(path) == "list" else "line"
+    good, n_bad, first_bad = [], 0, []
+    for number, row in read_rows(path):
+        try:
+            if isinstance(row, str):
+                raise ValueError(row)
+            good.append(convert(row))
+        except ValueError as error:
+            if not skip_bad_lines:
+                raise BadLine(f"{path}, {unit} {number}: {error}. "
+                              f"Fix the {unit}, or pass --skip_bad_lines to leave it out.") from None
+            n_bad += 1
+            if n_bad <= 3:
+                first_bad.append(f"{unit} {number}: {error}")
+
+    if not good and not n_bad:
+        raise ValueError(f"{path} is empty: there is no {unit} to learn from")
+    if not good:
+        raise ValueError(f"{path}: none of its {n_bad:,} {unit}s is good. {'; '.join(first_bad)}")
+    if n_bad:
+        log(f"{path}: left out {n_bad:,} of {len(good) + n_bad:,} {unit}s. "
+            f"{'; '.join(first_bad)}{'; ...' if n_bad > 3 else ''}")
+    return good

@@ -1,0 +1,204 @@
+"""
+文本变成词元流：只分词一次，写成内存映射文件；第 k 步用哪些样本，与进程数和微批数无关。
+Text becomes a stream of tokens: tokenised once into a memory-mapped file, and dealt out so that optimizer step k sees
+the same samples however it is split over micro-batches and processes.
+
+    sample    <|im_start|> user \\n 2 + 3 ? <|im_end|> \\n <|im_start|> assistant \\n  5  <|im_end|> \\n
+    target          .       .    .  . . . .     .       .       .          .      .   x      x       .
+"""
+
+import copy
+import functools
+import hashlib
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dataset.formats import check_exists, read_conversations, read_texts
+from runtime import write_whole
+
+CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
+CACHE_VERSION = 1           # raise it when the meaning of a cached file changes
+
+
+class Batch(NamedTuple):
+    """One micro-batch as a flat stream (model/transformer.py), its samples from short to long."""
+
+    tokens: torch.Tensor            # (N,) ids the model reads
+    lengths: list[int]              # tokens of each sample
+    at: torch.Tensor                # (S,) positions of the stream that have something to predict
+    targets: torch.Tensor           # (S,) the id that comes next at each of them
+    step_targets: int               # targets of the whole optimizer step: all its micro-batches, all processes
+    step_samples: int               # samples of the whole optimizer step
+
+    def to(self, device) -> "Batch":
+        return self._replace(tokens=self.tokens.to(device, non_blocking=True),
+                             at=self.at.to(device, non_blocking=True),
+                             targets=self.targets.to(device, non_blocking=True))
+
+
+class TokenDataset:
+    """Samples of token ids with a target flag each, in one memory-mapped file: the id, and the flag in the top bit.
+
+    The file is keyed by the text files' content, the tokenizer and the length limit: change one of them and it is
+    made anew. Subclasses say in `encode` how files become samples. Raises what dataset/formats.py raises, and
+    ValueError when nothing is left to learn.
+    """
+
+    def __init__(self, paths, tokenizer, max_seq_len: int = 512, skip_bad_lines: bool = False, log=print):
+        self.paths, self.tokenizer, self.max_seq_len = [Path(path) for path in paths], tokenizer, max_seq_len
+        self.skip_bad_lines, self.log = skip_bad_lines, log
+        self.word = np.uint16 if tokenizer.vocab_size <= 1 << 15 else np.uint32
+        self.flag = self.word(1 << (8 * self.word().itemsize - 1))
+        stream, index = self.cache_files()
+        if not index.exists():
+            self.build(stream, index)
+        self.stream = np.memmap(stream, dtype=self.word, mode="r")
+        with np.load(index) as arrays:
+            self.ends, self.n_targets = arrays["ends"], arrays["n_targets"]     # (samples,) each
+        self.lengths = np.diff(self.ends, prepend=0)
+
+    def encode(self) -> list[tuple[list[int], list[bool]]]:
+        """The samples of the files: ids, and which of them are to be predicted."""
+        raise NotImplementedError
+
+    def cache_files(self) -> tuple[Path, Path]:
+        key = hashlib.sha256(f"{type(self).__name__} {self.tokenizer.sha256} {self.max_seq_len} {self.skip_bad_lines} "
+                             f"{CACHE_VERSION}".encode())
+        for path in self.paths:
+            check_exists(path)
+            key.update(hashlib.sha256(path.read_bytes()).digest())
+        name = f"{self.paths[0].name}-{key.hexdigest()[:16]}"
+        return CACHE / f"{name}.bin", CACHE / f"{name}.npz"
+
+    def build(self, stream: Path, index: Path):
+        start = time.time()
+        samples, rows, cut = self.encode(), [], 0
+        for ids, targets in samples:
+            row = np.array(ids[:self.max_seq_len + 1], dtype=self.word)     # + 1: the last is predicted, never read
+            row[1:][np.array(targets[1:self.max_seq_len + 1], dtype=bool)] |= self.flag
+            cut += len(ids) > len(row)
+            if (row & self.flag).any():
+                rows.append(row)
+        if not rows:
+            raise ValueError(f"{self}: no sample has anything to learn within max_seq_len={self.max_seq_len} "
+                             "tokens; raise --max_seq_len")
+        ends = np.cumsum([len(row) for row in rows])
+        n_targets = np.array([np.count_nonzero(row & self.flag) for row in rows])
+
+        stream.parent.mkdir(exist_ok=True)
+        write_whole(stream, np.concatenate(rows).tofile)
+        write_whole(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets))     # last: it makes both count
+        self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} to predict; "
+                 f"{cut:,} cut to {self.max_seq_len} tokens, {len(samples) - len(rows):,} left out as nothing was left "
+                 f"to predict; {time.time() - start:.1f} s")
+
+    def __str__(self):
+        return ", ".join(map(str, self.paths))
+
+    def __len__(self):
+        return len(self.ends)
+
+    def split(self, fraction: float, seed: int) -> tuple["TokenDataset", "TokenDataset"]:
+        """Two views of this data, the second with that fraction of the samples, drawn once and for all by the seed."""
+        order = permutation(len(self), seed, 0)
+        n_second = round(fraction * len(self))
+        return self.view(np.sort(order[n_second:])), self.view(np.sort(order[:n_second]))
+
+    def view(self, samples: np.ndarray) -> "TokenDataset":
+        part = copy.copy(self)
+        part.ends, part.lengths, part.n_targets = self.ends[samples], self.lengths[samples], self.n_targets[samples]
+        return part
+
+    def batch(self, samples: np.ndarray, step_targets: int = 0, step_samples: int = 0) -> Batch:
+        """The flat stream of these samples, in the order given."""
+        rows = np.concatenate([self.stream[self.ends[i] - self.lengths[i]:self.ends[i]] for i in samples])
+        return flat_batch(rows & ~self.flag, rows & self.flag > 0, self.lengths[samples], step_targets, step_samples)
+
+
+def flat_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int = 0) -> Batch:
+    """Samples one behind the other, as NumPy arrays (all ids,), (all ids,), (samples,) -> a Batch.
+
+    The one place where targets are shifted against what the model reads: it reads all but a sample's last token, and
+    at each position the target is the token after it.
+    """
+    ends = np.cumsum(sizes)
+    is_read, follows = np.ones(len(ids), dtype=bool), np.ones(len(ids), dtype=bool)
+    is_read[ends - 1] = False
+    follows[ends - sizes] = False
+    at = np.flatnonzero(is_target[follows])
+    return Batch(torch.from_numpy(ids[is_read].astype(np.int64)), (sizes - 1).tolist(), torch.from_numpy(at),
+                 torch.from_numpy(ids[follows][at].astype(np.int64)), step_targets, step_samples)
+
+
+class PretrainDataset(TokenDataset):
+    """Each text is a sample that ends in <|endoftext|>; a long one becomes several. Every token is a target."""
+
+    def encode(self):
+        samples = []
+        texts = [text for path in self.paths for text in read_texts(path, self.skip_bad_lines, self.log)]
+        for ids in self.tokenizer.encode_batch(texts):
+            ids = ids + [self.tokenizer.end_of_text]
+            # Pieces overlap by one token: what one of them predicts last, the next one reads first.
+            for start in range(0, len(ids) - 1, self.max_seq_len):
+                piece = ids[start:start + self.max_seq_len + 1]
+                samples.append((piece, [True] * len(piece)))
+        return samples
+
+
+class SFTDataset(TokenDataset):
+    """Each conversation is a sample; only the assistant's words and its end-of-turn are targets."""
+
+    def encode(self):
+        return self.tokenizer.encode_chats(
+            [messages for path in self.paths for messages in read_conversations(path, self.skip_bad_lines, self.log)])
+
+
+class MicroBatches(Dataset):
+    """All micro-batches of one process in order, for a DataLoader with batch_size=None: item j is a Batch.
+
+    Optimizer step k takes the k-th slice of the epoch's permutation. Its samples, from short to long, are dealt like
+    cards to the micro-batches of all processes: every hand is about the same work, and however many hands there are,
+    together they hold the same cards. What is left over at an epoch's end waits for another epoch's shuffle.
+    """
+
+    def __init__(self, dataset: TokenDataset, batch_size: int, accumulation_steps: int = 1,
+                 rank: int = 0, world_size: int = 1, seed: int = 0):
+        self.dataset, self.seed = dataset, seed
+        self.accumulation_steps, self.rank, self.hands = accumulation_steps, rank, accumulation_steps * world_size
+        self.step_samples = batch_size * self.hands
+        self.steps_per_epoch = len(dataset) // self.step_samples
+        if not self.steps_per_epoch:
+            raise ValueError(f"{dataset} has {len(dataset)} samples, fewer than the {self.step_samples} of one step "
+                             f"(batch size {batch_size} x {self.hands} micro-batches); lower --batch_size")
+
+    def __getitem__(self, j: int) -> Batch:
+        k, micro = divmod(j, self.accumulation_steps)
+        samples = self.samples_of_step(k)
+        hand = samples[self.rank * self.accumulation_steps + micro::self.hands]
+        return self.dataset.batch(hand, int(self.dataset.n_targets[samples].sum()), len(samples))
+
+    def samples_of_step(self, k: int) -> np.ndarray:  # -> (step_samples,), from short to long
+        epoch, place = divmod(k, self.steps_per_epoch)
+        order = permutation(len(self.dataset), self.seed, epoch)
+        samples = order[place * self.step_samples:(place + 1) * self.step_samples]
+        return samples[np.argsort(self.dataset.lengths[samples], kind="stable")]
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def in_order(dataset: TokenDataset, tokens_per_batch: int = 4096, rank: int = 0, world_size: int = 1):
+    """Batches of every sample once, from short to long, for evaluation. Each process gets its share."""
+    order = np.argsort(dataset.lengths, kind="stable")[rank::world_size]
+    start = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or dataset.lengths[order[start:end + 1]].sum() > tokens_per_batch:
+            yield dataset.batch(order[start:end])
+            start = end

@@ -1,0 +1,86 @@
+"""
+混合专家：路由器为每个词元挑选少数几个专家，计算量不变而参数更多。
+Mixture of experts: a router sends each token to a few of many FFNs; more weights, the same work per token.
+
+    y(x) = shared(x) + sum over the A chosen experts e of g_e(x) * FFN_e(x),     g = softmax(router(x))
+
+Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; shared experts: DeepSeekMoE, https://arxiv.org/abs/2401.06066.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.config import LMConfig
+
+
+def swiglu(x, w1, w2, w3):  # (n, D), (F, D), (D, F), (F, D) -> (n, D)
+    """w2(silu(w1 x) * w3 x): Shazeer 2020, https://arxiv.org/abs/2002.05202, Eq. 6."""
+    return F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
+
+
+class FeedForward(nn.Module):
+    """One SwiGLU network, the dense layer's FFN and the shared expert."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x):  # (N, D) -> (N, D)
+        return swiglu(x, self.w1.weight, self.w2.weight, self.w3.weight)
+
+
+class MoEFeedForward(nn.Module):
+    """Routed experts, their weights stacked in three tensors, and the shared ones as one wide FFN."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        E, D, H = config.n_routed_experts, config.dim, config.hidden_dim
+        self.config = config
+        self.router = nn.Linear(D, E, bias=False)
+        self.w1 = nn.Parameter(torch.empty(E, H, D))
+        self.w2 = nn.Parameter(torch.empty(E, D, H))
+        self.w3 = nn.Parameter(torch.empty(E, H, D))
+        self.shared = FeedForward(D, H * config.n_shared_experts) if config.n_shared_experts else None
+
+    def forward(self, x, sample, n_samples: int):  # (N, D), (N,) -> (N, D), ()
+        """`sample` numbers the sample each token belongs to. The second result is the balance loss."""
+        N, D = x.shape
+        E, A = self.config.n_routed_experts, self.config.num_experts_per_tok
+        scores = self.router(x).float().softmax(dim=-1)                     # (N, E)
+        gate, chosen = scores.topk(A, dim=-1)                               # (N, A)
+        if self.config.norm_topk_prob:
+            gate = gate / gate.sum(dim=-1, keepdim=True)
+
+        # Sorted by expert, each expert's tokens lie together: one matrix product an expert, on its tokens alone.
+        order = chosen.flatten().argsort(stable=True)                       # (N * A,)
+        counts = chosen.flatten().bincount(minlength=E).tolist()
+        pieces = x[order // A].split(counts)
+        # unbind, not w[e]: indexing would make the backward pass write a whole stack of zeros per expert.
+        experts = zip(pieces, self.w1.unbind(), self.w2.unbind(), self.w3.unbind())
+        y = torch.cat([swiglu(piece, w1, w2, w3) for piece, w1, w2, w3 in experts])
+        y = y[order.argsort()].view(N, A, D)                                # back in the tokens' order
+        y = (y * gate.to(y.dtype).unsqueeze(-1)).sum(dim=1)                 # (N, D)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y, balance_loss(scores, chosen, sample, n_samples)
+
+
+def balance_loss(scores, chosen, sample, n_samples: int):  # (N, E), (N, A), (N,) -> ()
+    """How unevenly the experts are used within each sample, summed over samples.
+
+        sum over samples of  sum_e f_e * P_e,    f_e = E/A * share of tokens that chose e,  P_e = mean score of e
+
+    It is 1 a sample when use is even, E/A at worst. Sequence-wise as in DeepSeek-V2,
+    https://arxiv.org/abs/2405.04434, Eq. 23-25: a sum over samples, so that splitting a batch
+    changes nothing. (The batch-wise form of Switch, https://arxiv.org/abs/2101.03961, Eq. 4, would.)
+    """
+    E, A = scores.shape[-1], chosen.shape[-1]
+    sizes = sample.bincount(minlength=n_samples).unsqueeze(-1)              # tokens of each sample
+    picks = torch.zeros_like(scores).scatter(1, chosen, 1.0)
+    zeros = scores.new_zeros(n_samples, E)
+    f = zeros.index_add(0, sample, picks) / sizes * (E / A)                 # (samples, E)
+    P = zeros.index_add(0, sample, scores) / sizes
+    return (f * P).sum()

@@ -1,0 +1,59 @@
+"""
+打分：模型认为一段给定的回答有多可能。准确率、选择题、困惑度都由它而来。
+Scoring: how likely a model finds a given answer. Accuracy, multiple choice and perplexity all come from this.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dataset.lm_dataset import flat_batch
+
+
+class Score(NamedTuple):
+    """Of the assistant's tokens in one conversation, their ends of turn among them."""
+
+    log_p: float            # log-probability of them all, in nats
+    n_tokens: int
+    exact: bool             # each is the likeliest one: greedy decoding would write just this
+    agree: int              # at how many of them the reference model has the same likeliest token
+    kl: float               # KL(reference || model) summed over them, in nats
+
+
+@torch.inference_mode()
+def score(model, tokenizer, conversations, reference=None, tokens_per_batch: int = 4096) -> list[Score]:
+    """One Score per conversation, in their order. Answers are forced, not generated: if every arg-max is right after
+    the right words before it, greedy decoding gives the same answer, and this way is some 50 times cheaper.
+
+    conversations   message lists; each must fit into the model's max_seq_len, or ValueError names the first that does not
+    reference       a model of the same vocabulary, for `agree` and `kl`; None leaves them 0
+    """
+    samples = tokenizer.encode_chats(conversations)
+    sizes = np.array([len(ids) for ids, _ in samples])
+    limit = model.config.max_seq_len
+    if len(sizes) and sizes.max() - 1 > limit:
+        raise ValueError(f"conversation {sizes.argmax() + 1} has {sizes.max() - 1} tokens, more than the model's "
+                         f"max_seq_len={limit}")
+    device = next(model.parameters()).device
+    order, scores, start = np.argsort(sizes, kind="stable"), [None] * len(samples), 0
+    for end in range(1, len(order) + 1):
+        if end < len(order) and sizes[order[start:end + 1]].sum() <= tokens_per_batch:
+            continue
+        chosen, start = order[start:end], end
+        batch = flat_batch(np.concatenate([samples[i][0] for i in chosen]),
+                           np.concatenate([samples[i][1] for i in chosen]), sizes[chosen]).to(device)
+        logits = model(batch.tokens, batch.lengths, at=batch.at).logits.float()             # (S, V)
+        log_p = logits.log_softmax(dim=-1)
+        best, right = logits.argmax(dim=-1), log_p.gather(1, batch.targets[:, None]).squeeze(1)
+        agree, kl = torch.zeros_like(right), torch.zeros_like(right)
+        if reference is not None:
+            taught = reference(batch.tokens, batch.lengths, at=batch.at).logits.float()
+            agree = (taught.argmax(dim=-1) == best).float()
+            kl = F.kl_div(log_p, taught.log_softmax(dim=-1), reduction="none", log_target=True).sum(dim=-1)
+        n_targets = [sum(samples[i][1][1:]) for i in chosen]
+        per_token = torch.stack([right, (best == batch.targets).float(), agree, kl]).cpu()  # (4, S)
+        for i, n, (p, hit, same, gap) in zip(chosen, n_targets, per_token.split(n_targets, dim=1)):
+            scores[i] = Score(float(p.sum()), n, bool(hit.all()), int(same.sum()), float(gap.sum()))
+    return scores

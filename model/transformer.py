@@ -1,0 +1,211 @@
+"""
+手写的解码器：RMSNorm、RoPE、分组查询注意力、SwiGLU，可选混合专家。
+The decoder, by hand: RMSNorm, RoPE, grouped-query attention, SwiGLU, and a mixture of experts if asked.
+
+A batch is one flat stream of real tokens: samples lie one behind the other, N tokens in all, and no padding exists.
+Everything but attention works on one token at a time and never sees where a sample ends; attention is cut at the ends.
+
+    tokens   [ a b c | d e f | g h i j ]        lengths [3, 3, 4]        attention: two samples of 3 at once, one of 4
+
+Alphabet:  N tokens of the stream · S positions asked for · B samples (rows) · T tokens of a sample · D dim
+           H query heads · G key/value heads · K head_dim · F hidden_dim · V vocab · E experts · A active experts
+"""
+
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.config import LMConfig
+from model.moe import FeedForward, MoEFeedForward
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor                # (S, V)
+    balance_loss: torch.Tensor          # (), of the experts, summed over samples and averaged over layers; else 0
+    hidden: list[torch.Tensor]          # n_layers x (S, D), after each layer, if asked for
+
+
+class KVCache:
+    """Room for the keys and values of `capacity` tokens per row, taken once; `lengths` says how many are filled."""
+
+    def __init__(self, config: LMConfig, rows: int, capacity: int, device, dtype=torch.float32):
+        shape = (config.n_layers, rows, config.n_kv_heads, capacity, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def write(self, layer, k, v, rows, positions):  # (N, G, K), (N, G, K), (N,), (N,)
+        self.k[layer][rows, :, positions] = k.to(self.k.dtype)
+        self.v[layer][rows, :, positions] = v.to(self.v.dtype)
+
+    def read(self, layer, longest: int):  # -> (B, G, longest, K) twice
+        return self.k[layer][:, :, :longest], self.v[layer][:, :, :longest]
+
+
+class Stream(NamedTuple):
+    """What the layers must know of the flat stream: where its samples end, and how each position is turned."""
+
+    spans: list[tuple[int, int]]        # (how many neighbours, their common length)
+    sample: torch.Tensor                # (N,), the number of the sample each token belongs to
+    positions: torch.Tensor             # (N,), place within the sample
+    rotation: torch.Tensor              # (N, 1, K/2) complex
+    cache: KVCache | None
+    past: int                           # longest row in the cache when this pass began; 0 is a fresh start
+
+
+def rotate(x, rotation):  # (N, H, K), (N, 1, K/2) complex -> (N, H, K)
+    """RoPE: neighbours (x0, x1) as a complex number, turned by position * frequency.
+
+    Su et al. 2021, https://arxiv.org/abs/2104.09864, Sec. 3.4.2. Hugging Face pairs x0 with x_{K/2} instead:
+    the same up to a reordering of the rows of wq and wk.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LMConfig, layer: int):
+        super().__init__()
+        D, H, G, K = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
+        self.H, self.G, self.K, self.layer = H, G, K, layer
+        self.wq = nn.Linear(D, H * K, bias=config.attention_bias)
+        self.wk = nn.Linear(D, G * K, bias=config.attention_bias)
+        self.wv = nn.Linear(D, G * K, bias=config.attention_bias)
+        self.wo = nn.Linear(H * K, D, bias=False)
+        self.q_norm = nn.RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.dropout = config.dropout
+
+    def forward(self, x, stream: Stream, at=None):  # (N, D) -> (N, D), or (S, D) at the positions `at`
+        N = x.shape[0]
+        q = self.wq(x).view(N, self.H, self.K)
+        k = self.wk(x).view(N, self.G, self.K)
+        v = self.wv(x).view(N, self.G, self.K)
+        q = rotate(self.q_norm(q), stream.rotation)
+        k = rotate(self.k_norm(k), stream.rotation)
+        if stream.cache is not None:
+            stream.cache.write(self.layer, k, v, stream.sample, stream.positions)
+        mixed = self.with_the_past(q, stream) if stream.past else self.within_samples(q, k, v, stream.spans)
+        mixed = mixed.flatten(1)                                            # (N, H * K)
+        return self.wo(mixed if at is None else mixed[at])
+
+    def within_samples(self, q, k, v, spans):  # (N, H, K), (N, G, K), (N, G, K) -> (N, H, K)
+        """Causal attention, neighbours of one length in one call. No token sees another sample."""
+        sizes = [n * T for n, T in spans]
+        mixed = []
+        for (n, T), *qkv in zip(spans, q.split(sizes), k.split(sizes), v.split(sizes)):
+            q, k, v = (part.view(n, T, -1, self.K).transpose(1, 2) for part in qkv)     # (n, H or G, T, K)
+            y = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True, dropout_p=self.dropout if self.training else 0.0)
+            mixed.append(y.transpose(1, 2).reshape(n * T, self.H, self.K))
+        return torch.cat(mixed)
+
+    def with_the_past(self, q, stream: Stream):  # (B, H, K) -> (B, H, K), one new token a row
+        k, v = stream.cache.read(self.layer, stream.past + 1)
+        seen = torch.arange(k.shape[2], device=q.device) <= stream.positions[:, None]   # (B, past + 1)
+        y = F.scaled_dot_product_attention(
+            q.unsqueeze(2), k.to(q.dtype), v.to(q.dtype), attn_mask=seen[:, None, None], enable_gqa=True)
+        return y.squeeze(2)
+
+
+class Block(nn.Module):
+    def __init__(self, config: LMConfig, layer: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.ffn = MoEFeedForward(config) if config.use_moe else FeedForward(config.dim, config.hidden_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, stream: Stream, at=None):  # (N, D) -> (N, D), or (S, D) at the positions `at`; and the balance
+        mixed = self.attention(self.attention_norm(x), stream, at)
+        sample = stream.sample
+        if at is not None:
+            x, sample = x[at], sample[at]
+        x = x + self.dropout(mixed)
+        if isinstance(self.ffn, MoEFeedForward):
+            y, balance = self.ffn(self.ffn_norm(x), sample, sum(n for n, _ in stream.spans))
+        else:
+            y, balance = self.ffn(self.ffn_norm(x)), x.new_zeros(())
+        return x + self.dropout(y), balance
+
+
+class Transformer(nn.Module):
+    """The language model of every lesson.
+
+        logits = model(tokens, lengths).logits          # (N, V): what follows each token
+        logits = model(tokens, lengths, at=at).logits   # (S, V): only where asked, so that no head runs for nothing
+    """
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+        self.init_weights()
+        if config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def init_weights(self):
+        """GPT-2's: normal(0, 0.02), and what writes into the residual stream less, by 1 / sqrt(2 n_layers)."""
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
+            elif weight.dim() > 1:                          # the norms stay at one
+                into_residual = name.endswith(("wo.weight", "w2.weight", "w2"))
+                nn.init.normal_(weight, std=0.02 / (2 * self.config.n_layers) ** 0.5 if into_residual else 0.02)
+
+    def forward(self, tokens, lengths: list[int], at=None, cache: KVCache | None = None,
+                return_hidden: bool = False) -> Output:
+        """
+        tokens   (N,) ids, samples one behind the other
+        lengths  tokens of each sample, summing to N; neighbours of one length share an attention call, so sort them
+        at       (S,) positions of the stream whose logits are wanted, in increasing order; None: all
+        cache    empty: it is filled with these prompts. Filled: `tokens` holds one new token for each of its rows
+        """
+        stream = self.lay_out(tokens, lengths, cache)
+        x = self.dropout(self.tok_embeddings(tokens))                       # (N, D)
+        balance, hidden = x.new_zeros(()), []
+        for layer in self.layers:
+            # Past the last attention a position speaks for itself alone: the others are dropped there.
+            is_last = layer is self.layers[-1]
+            x, layer_balance = layer(x, stream, at if is_last else None)
+            balance = balance + layer_balance / len(self.layers)
+            if return_hidden:
+                hidden.append(x if is_last or at is None else x[at])
+        if cache is not None:
+            cache.lengths += torch.tensor(lengths, device=cache.lengths.device)
+        return Output(self.output(self.norm(x)), balance, hidden)
+
+    def lay_out(self, tokens, lengths: list[int], cache: KVCache | None) -> Stream:
+        device = tokens.device
+        spans = [(len(list(group)), T) for T, group in groupby(lengths)]
+        sample = torch.arange(len(lengths), device=device).repeat_interleave(
+            torch.tensor(lengths, device=device), output_size=tokens.shape[0])
+        positions = torch.cat([torch.arange(T, device=device).repeat(n) for n, T in spans])
+        past = 0
+        if cache is not None:
+            past = int(cache.lengths.max())
+            positions = positions + cache.lengths[sample]
+            assert past == 0 or max(lengths) == 1, "a filled cache takes one token a row"
+        longest = past + max(lengths)
+        assert longest <= self.config.max_seq_len, (
+            f"a sample of {longest} tokens is longer than max_seq_len={self.config.max_seq_len}; "
+            "cut it, or train with a larger --max_seq_len")
+        # Worked out anew for each pass: as a buffer it would follow .to(bfloat16), which cannot tell 200 from 201.
+        frequency = self.config.rope_theta ** -(
+            torch.arange(0, self.config.head_dim, 2, device=device) / self.config.head_dim)     # (K/2,)
+        angle = torch.outer(torch.arange(longest, device=device), frequency)                    # (longest, K/2)
+        rotation = torch.polar(torch.ones_like(angle), angle)[positions].unsqueeze(1)           # (N, 1, K/2)
+        return Stream(spans, sample, positions, rotation, cache, past)
+
+    def n_parameters(self) -> int:
+        """A matrix that is tied to another counts once."""
+        return sum(weight.numel() for weight in self.parameters())

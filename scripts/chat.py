@@ -1,0 +1,99 @@
+"""
+对话：与任意一个检查点聊天，逐字输出，多轮。
+Chat: talk with any checkpoint; it answers word by word and remembers the conversation.
+
+    python scripts/chat.py --weights out/full_dist_64.pth
+    echo "3 plus 4?" | python scripts/chat.py --weights out/full_dist_64.pth --temperature 0
+
+/new forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C cuts an answer short.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# Run as `python scripts/chat.py`, Python looks for modules in scripts/ only; the shelves lie one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from model.checkpoint import load_model
+from model.generate import generate_steps
+from runtime import pick_device
+
+# The newest of these is talked with when --weights does not say.
+USUAL = ("full_dist_*.pth", "full_sft_*.pth", "pretrain_*.pth")
+
+
+def newest(folder: Path) -> Path | None:
+    for pattern in USUAL:
+        if found := sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime):
+            return found[-1]
+    return None
+
+
+def answer(model, tokenizer, messages, max_new_tokens, **sampling):
+    """The assistant's next turn, piece by piece. The oldest turns are left out when the conversation has grown too long."""
+    prompt = tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
+    while len(prompt) + max_new_tokens > model.config.max_seq_len and len(messages) > 2:
+        messages = messages[2:] if messages[0]["role"] != "system" else [messages[0], *messages[3:]]
+        prompt = tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
+    steps = generate_steps(model, [prompt], max_new_tokens, stop=tokenizer.im_end, **sampling)
+    yield from tokenizer.stream(token for (token,) in steps if token is not None)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--weights", default=None, help="checkpoint; default: the newest distilled one in out/, else the newest one")
+    add("--system", default=None, help="a system message before the conversation")
+    add("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
+    add("--temperature", type=float, default=0.7, help="0: always the likeliest word; 1: as the model has it")
+    add("--top_p", type=float, default=0.9, help="sample from the smallest set that has this probability; 1: from all")
+    add("--top_k", type=int, default=0, help="sample from the k likeliest words; 0: from all")
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--device", default="auto", help="auto, cpu, cuda, ...")
+    args = parser.parse_args()
+    weights = args.weights or newest(Path("out"))
+    if weights is None:
+        sys.exit("no weights in out/. Make some: bash quickstart.sh")
+
+    device = pick_device(args.device)
+    try:
+        model, tokenizer = load_model(weights, device)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
+                "generator": torch.Generator(device).manual_seed(args.seed)}
+    print(f"{weights}: {model.config}, {model.n_parameters() / 1e6:.2f} M parameters. /new forgets, /quit leaves.")
+
+    opening = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(opening)
+    while True:
+        try:
+            line = input("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line == "/quit":
+            return
+        if line == "/new":
+            messages = list(opening)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            print("model> ", end="", flush=True)
+            said = ""
+            try:
+                for piece in answer(model, tokenizer, messages, args.max_new_tokens, **sampling):
+                    said += piece
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                pass
+            except ValueError as error:
+                print(error, end="")
+            print()
+            messages.append({"role": "assistant", "content": said})
+
+
+if __name__ == "__main__":
+    main()

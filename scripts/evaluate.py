@@ -1,0 +1,227 @@
+"""
+评测：一个或多个模型，在同一批测试题上，并排成表。
+Evaluation: one or several models on the same test files, side by side in one table.
+
+    python scripts/evaluate.py --weights out/full_sft_64.pth out/full_dist_64.pth --data dataset/test.jsonl
+    python scripts/evaluate.py --weights teacher=out/full_sft_128.pth SFT=out/a.pth,out/b.pth --json out/scores.json
+
+What a row of a test file is decides how it is scored; a file may mix them:
+    conversation             exact match (the greedy answer is the right one, word for word), perplexity, agreement
+    question with options    the likeliest option, by the probability of its text, is the right one
+    prompt with distribution KL(truth || model) over the answers in nats, and whether the likeliest answer is the right one
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+# Run as `python scripts/evaluate.py`, Python looks for modules in scripts/ only; the shelves lie one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from dataset.formats import BadLine, read_rows, to_messages
+from model.checkpoint import load_model
+from model.generate import generate
+from model.score import score
+from runtime import pick_device, write_whole
+
+# Column of the table -> (key of a model's results, how to print it, whether more is better).
+COLUMNS = {
+    "parameters": ("parameters", "{:,.0f}"),
+    "exact match %": ("exact_match", "{:.1f}"),
+    "multiple choice %": ("multiple_choice", "{:.1f}"),
+    "perplexity": ("perplexity", "{:.2f}"),
+    "agreement %": ("agreement", "{:.1f}"),
+    "habits KL": ("habits_kl", "{:.3f}"),
+    "habits mode %": ("habits_mode", "{:.1f}"),
+    "tokens/s": ("tokens_per_s", "{:,.0f}"),
+}
+
+
+def read_tests(paths) -> dict[str, list[dict]]:
+    """Rows of all files by kind, each a dict. Raises BadLine with file, line and reason."""
+    tests = {"conversations": [], "choices": [], "distributions": []}
+    for path in paths:
+        for number, row in read_rows(path):
+            try:
+                if isinstance(row, str):
+                    raise ValueError(row)
+                if "distribution" in row:
+                    tests["distributions"].append(row)
+                elif "options" in row:
+                    tests["choices"].append(row)
+                else:
+                    tests["conversations"].append({"messages": to_messages(row), "leaf": row.get("leaf", "all")})
+            except ValueError as error:
+                raise BadLine(f"{path}, line {number}: {error}") from error
+    if not any(tests.values()):
+        raise BadLine(f"{', '.join(paths)}: nothing to test on")
+    return tests
+
+
+def evaluate(model, tokenizer, tests, reference=None) -> dict:
+    """All that this model's tests give; keys as in COLUMNS, `leaves` {leaf: exact match %}."""
+    results = {"parameters": model.n_parameters()}
+
+    if tests["conversations"]:
+        scores = score(model, tokenizer, [test["messages"] for test in tests["conversations"]], reference)
+        n_tokens = sum(s.n_tokens for s in scores)
+        results["exact_match"] = 100 * statistics.mean(s.exact for s in scores)
+        results["perplexity"] = math.exp(-sum(s.log_p for s in scores) / n_tokens)
+        if reference is not None:
+            results["agreement"] = 100 * sum(s.agree for s in scores) / n_tokens
+        leaves = defaultdict(list)
+        for test, s in zip(tests["conversations"], scores):
+            leaves[test["leaf"]].append(s.exact)
+        results["leaves"] = {leaf: 100 * statistics.mean(hits) for leaf, hits in sorted(leaves.items())}
+        results["tokens_per_s"] = generation_speed(model, tokenizer, tests["conversations"][:16])
+
+    if tests["choices"]:
+        answers = score_answers(model, tokenizer, [(row["question"], list(row["options"].values()))
+                                                   for row in tests["choices"]])
+        hits = [list(row["options"])[log_p.index(max(log_p))] == row["answer_idx"]
+                for row, log_p in zip(tests["choices"], answers)]
+        results["multiple_choice"] = 100 * statistics.mean(hits)
+
+    if tests["distributions"]:
+        answers = score_answers(model, tokenizer, [(row["conversations"][0]["content"], list(row["distribution"]))
+                                                   for row in tests["distributions"]])
+        kl, mode = [], []
+        for row, log_q in zip(tests["distributions"], answers):
+            p = list(row["distribution"].values())
+            kl.append(sum(p_i * (math.log(p_i) - log_q_i) for p_i, log_q_i in zip(p, log_q)))
+            mode.append(log_q.index(max(log_q)) == p.index(max(p)))
+        results["habits_kl"], results["habits_mode"] = statistics.mean(kl), 100 * statistics.mean(mode)
+    return results
+
+
+def score_answers(model, tokenizer, questions) -> list[list[float]]:
+    """Log-probability of each candidate answer: [(question, [answer, ...]), ...] -> one list of nats a question."""
+    conversations = [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                     for question, answers in questions for answer in answers]
+    log_p = iter([s.log_p for s in score(model, tokenizer, conversations)])
+    return [[next(log_p) for _ in answers] for _, answers in questions]
+
+
+def generation_speed(model, tokenizer, tests, n_tokens: int = 32) -> float:
+    """New tokens per second, greedy, for these prompts in one batch."""
+    prompts = [tokenizer.encode_chat(test["messages"][:1], add_generation_prompt=True)[0] for test in tests]
+    start = time.perf_counter()
+    answers = generate(model, prompts, n_tokens)
+    return sum(map(len, answers)) / (time.perf_counter() - start)
+
+
+def mean_and_spread(results: list[dict], key: str, form: str) -> str:
+    """'69.0', or '69.0 ± 2.4' over several seeds (sample standard deviation); '' if it was not measured."""
+    values = [result[key] for result in results if key in result]
+    if not values:
+        return ""
+    mean = form.format(statistics.mean(values))
+    return mean if len(values) == 1 or key == "parameters" else f"{mean} ± {form.format(statistics.stdev(values))}"
+
+
+def tables(all_results: dict[str, list[dict]]) -> str:
+    """The two tables as Markdown: models by measure, and leaves by model."""
+    shown = {title: column for title, column in COLUMNS.items()
+             if any(column[0] in result for results in all_results.values() for result in results)}
+    rows = [["", *shown]]
+    for label, results in all_results.items():
+        rows.append([label, *(mean_and_spread(results, *column) for column in shown.values())])
+    text = markdown(rows)
+    leaves = sorted({leaf for results in all_results.values() for result in results for leaf in result.get("leaves", {})})
+    if len(leaves) > 1:
+        rows = [["exact match % per leaf", *all_results]]
+        for leaf in leaves:
+            rows.append([leaf, *(mean_and_spread([result["leaves"] for result in results], leaf, "{:.0f}")
+                                 for results in all_results.values())])
+        text += "\n\n" + markdown(rows)
+    return text
+
+
+def markdown(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                               for i, (cell, width) in enumerate(zip(row, widths))) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def draw(all_results: dict[str, list[dict]], path: Path):
+    """Bars of exact match per leaf and model, and of the habits' KL beside it."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    labels = list(all_results)
+    leaves = sorted({leaf for results in all_results.values() for result in results for leaf in result.get("leaves", {})})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), width_ratios=[4, 1], layout="constrained")
+    width = 0.8 / len(labels)
+    for i, (label, results) in enumerate(all_results.items()):
+        groups = ["all", *leaves]
+        means = [statistics.mean(result["exact_match"] for result in results),
+                 *(statistics.mean(result["leaves"][leaf] for result in results) for leaf in leaves)]
+        left.bar([x + i * width for x in range(len(groups))], means, width, label=label)
+        if all("habits_kl" in result for result in results):
+            right.bar(i, statistics.mean(result["habits_kl"] for result in results))
+    left.set_xticks([x + 0.4 - width / 2 for x in range(len(leaves) + 1)],
+                    ["all", *(leaf.rsplit("/", 1)[-1] for leaf in leaves)], rotation=45, ha="right")
+    left.set(ylabel="exact match, %", ylim=(0, 100), title="Held-out questions")
+    left.legend(loc="lower left", fontsize="small", framealpha=0.9)
+    right.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+    right.set(ylabel="KL(truth || model), nats", title="Habits (less is better)")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--weights", nargs="+", required=True, metavar="[LABEL=]PATH[,PATH...]",
+        help="models to compare; several paths under one label are seeds: their mean and spread is shown")
+    add("--data", nargs="+", default=["dataset/test.jsonl", "dataset/mcq_test.jsonl", "dataset/test_habits.jsonl"],
+        help="test files")
+    add("--reference", default=None, help="weights that agreement is measured with; default: the first of --weights")
+    add("--json", default=None, help="file for all results")
+    add("--report", default=None, help="Markdown file for the tables; a picture of the same name lies beside it")
+    add("--device", default="auto", help="auto, cpu, cuda, ...")
+    args = parser.parse_args()
+
+    device = pick_device(args.device)
+    models = {}
+    for spec in args.weights:
+        label, _, paths = spec.rpartition("=")
+        paths = paths.split(",")
+        models[label or Path(paths[0]).stem] = paths
+    try:
+        tests = read_tests(args.data)
+        reference, vocabulary = load_model(args.reference or next(iter(models.values()))[0], device)
+        all_results = {}
+        for label, paths in models.items():
+            all_results[label] = []
+            for path in paths:
+                model, tokenizer = load_model(path, device)
+                comparable = tokenizer.sha256 == vocabulary.sha256
+                all_results[label].append(evaluate(model, tokenizer, tests, reference if comparable else None))
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
+
+    print(tables(all_results))
+    if args.json:
+        write_whole(Path(args.json), lambda file: file.write(json.dumps(all_results, indent=2).encode()))
+    if args.report:
+        report, picture = Path(args.report), Path(args.report).with_suffix(".png")
+        draw(all_results, picture)
+        text = f"# Results\n\n{tables(all_results)}\n\n![the same as bars]({picture.name})\n"
+        write_whole(report, lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    main()

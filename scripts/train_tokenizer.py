@@ -1,0 +1,197 @@
+"""
+训练分词器：从任意文本学出一份词表。
+Train a tokenizer: learn a vocabulary from any text.
+
+Start with the 256 bytes. Again and again, count all pairs of neighbours inside the pieces of the text
+(model/tokenizer.py says where they end), and make the most frequent pair a new token, until the vocabulary is full.
+
+    python scripts/train_tokenizer.py --data dataset/*.jsonl --vocab_size 6400 --out out/tokenizer.json
+
+How large? The embedding of V tokens is V * D parameters. At D = 512 the default 6,400 tokens cost 3.3 M; the
+151,669 of Qwen3 would cost 78 M, more than all layers of a small student, and make sequences shorter. A student
+that imitates its teacher's distribution needs its teacher's vocabulary: then do not train one, use that.
+
+The same data give the same file, byte for byte.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # so that `import model` works from scripts/
+
+from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, as_text_or_bytes
+
+SMALLEST = len(SPECIAL_TOKENS) + 256
+
+# Five Chinese characters, or a word such as " responsibility". Without a limit, phrases that a data set repeats
+# (在这种情况下) become single tokens, and whole sentences do where the data set has few of them.
+MAX_TOKEN_BYTES = 16
+
+# Strings that are no text of their own: counted, a file's 100,000 x "assistant" would take ids from real words.
+LABELS = {"id", "role", "from"}
+
+
+# -- 1. text of any file ---------------------------------------------------------------------------------------
+
+def strings(value) -> Iterator[str]:
+    """Every string in a JSON value, whatever its format calls it; not the keys, and not LABELS."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in LABELS:
+                yield from strings(item)
+
+
+def parse(text: str, where: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"{where}: not JSON ({error})") from error
+
+
+def all_texts(path: Path) -> Iterator[str]:
+    """The texts of .jsonl (a row a line), of .json, or of plain text: blocks of whole lines of about 64 KB."""
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield from strings(parse(line, f"{path}, line {number}"))
+        elif path.suffix == ".json":
+            yield from strings(parse(file.read(), str(path)))
+        else:
+            while lines := file.readlines(1 << 16):
+                yield "".join(lines)
+
+
+def read_texts(path: Path, max_bytes: float) -> list[str]:
+    """The texts of a file, up to the one that reaches max_bytes. Half of a surrogate pair becomes "?"."""
+    texts, n_bytes = [], 0
+    try:
+        for text in all_texts(path):
+            text = text.encode("utf-8", "replace")
+            texts.append(text.decode())
+            n_bytes += len(text)
+            if n_bytes >= max_bytes:
+                break
+    except FileNotFoundError as error:
+        raise SystemExit(f"--data {path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path}: not UTF-8 ({error}); convert it: iconv -f gb18030 -t utf-8") from error
+    if n_bytes == 0:
+        raise SystemExit(f"{path}: no text in it")
+    return texts
+
+
+# -- 2. training -----------------------------------------------------------------------------------------------
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """
+    A byte-level BPE of 256 bytes and up to vocab_size - 272 unions (16 ids are for special tokens), cut by PATTERN.
+
+    A pair that occurs once is not joined, nor one above MAX_TOKEN_BYTES: a small text suffices for fewer.
+    """
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        min_frequency=2,
+        max_token_length=MAX_TOKEN_BYTES,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),     # all 256 bytes, also those that the text lacks
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    return trained
+
+
+def bytes_of_letters() -> dict[str, int]:
+    """
+    letter -> byte. The tokenizers library writes a byte as a letter: a printable one as itself, the n-th of the
+    others (from 0) as the letter 256 + n, so that a space is "Ġ". GPT-2's encoder.py began it.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [value for value in range(256) if value not in printable]
+    return {chr(value): value for value in printable} | {chr(256 + n): value for n, value in enumerate(others)}
+
+
+def to_tokenizer(trained: tokenizers.Tokenizer) -> Tokenizer:
+    """Ours. Ids: special tokens 0 .. 15, bytes 16 .. 271, then the unions in the order they were learned."""
+    byte_of = bytes_of_letters()
+    by_id = sorted(trained.get_vocab().items(), key=lambda item: item[1])
+    tokens = [bytes(byte_of[letter] for letter in letters) for letters, _ in by_id]
+
+    in_order = [bytes([value]) for value in range(256)] + [token for token in tokens if len(token) > 1]
+    ranks = {token: i for i, token in enumerate(in_order, start=len(SPECIAL_TOKENS))}
+    return Tokenizer(PATTERN, dict(SPECIAL_TOKENS), ranks)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A vocabulary of exactly vocab_size ids, or SystemExit that says how many the texts suffice for."""
+    if vocab_size < SMALLEST:
+        raise SystemExit(f"--vocab_size {vocab_size} is below {SMALLEST} = "
+                         f"{len(SPECIAL_TOKENS)} special tokens + 256 bytes")
+    tokenizer = to_tokenizer(train_bpe(texts, vocab_size))
+    if tokenizer.vocab_size < vocab_size:
+        raise SystemExit(f"the text suffices for {tokenizer.vocab_size} tokens, not for {vocab_size}: "
+                         f"give more --data, or --vocab_size {tokenizer.vocab_size}")
+    return tokenizer
+
+
+# -- 3. what came out ------------------------------------------------------------------------------------------
+
+def report(tokenizer: Tokenizer, texts_of: dict[Path, list[str]]) -> None:
+    """Bytes per token of each file and of all of them, and the longest tokens."""
+    rows = []
+    for path, texts in texts_of.items():
+        n_bytes = sum(len(text.encode()) for text in texts)
+        n_tokens = sum(len(tokenizer.encode(text)) for text in texts)
+        rows.append((path.name, n_bytes, n_tokens))
+    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+
+    print(f"{'file':32} {'MB':>8} {'tokens':>12} {'bytes/token':>12}")
+    for name, n_bytes, n_tokens in rows:
+        print(f"{name:32} {n_bytes / 1e6:8.2f} {n_tokens:12,} {n_bytes / n_tokens:12.2f}")
+
+    longest = sorted(tokenizer.ranks, key=lambda token: (-len(token), tokenizer.ranks[token]))[:20]
+    print("longest tokens:", *(repr(as_text_or_bytes(token)) for token in longest))
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, nargs="+", required=True, metavar="FILE",
+        help=".jsonl, .json (every string in them) or plain text, UTF-8")
+    add("--max_mb", type=float, default=100, help="text read from each file, at most (MB)")
+    add("--vocab_size", type=int, default=6400, help=f"ids in all, {SMALLEST} or more")
+    add("--out", type=Path, default=Path("out/tokenizer.json"), help="vocabulary file to write")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = get_args()
+
+    start = time.perf_counter()
+    texts_of = {path: read_texts(path, args.max_mb * 1e6) for path in args.data}
+    tokenizer = train((text for texts in texts_of.values() for text in texts), args.vocab_size)
+    tokenizer.save(args.out)
+    seconds = time.perf_counter() - start
+    print(f"{args.out}: {tokenizer.vocab_size:,} tokens in {seconds:.1f} s, sha256 {tokenizer.sha256}")
+
+    report(tokenizer, texts_of)
+
+
+if __name__ == "__main__":
+    main()

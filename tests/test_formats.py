@@ -1,0 +1,248 @@
+"""
+数据格式的规律：每种公开格式都读成同一种消息，坏行指名道姓。
+Laws of dataset/formats.py: every public format becomes the same messages, and a bad line is named.
+"""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from dataset.formats import BadLine, read_conversations, read_rows, read_texts, to_messages, to_text
+
+SUM = [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]
+GOOD_LINE = json.dumps({"conversations": SUM})
+
+
+def turns(roles, key="conversations"):
+    """"sua" as a row: system, user, assistant, each saying its own position."""
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    return {key: [{"role": names[r], "content": f"{r}{i}"} for i, r in enumerate(roles)]}
+
+
+def spoken(row):
+    return [message["content"] for message in to_messages(row)]
+
+
+def written(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# ---- formats ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("row", [
+    {"conversations": SUM},
+    {"messages": SUM, "id": 7},
+    {"conversations": [{"from": "human", "value": "2 + 3 ="}, {"from": "gpt", "value": "5"}]},
+    {"instruction": "2 + 3 =", "input": "", "output": "5"},
+    {"instruction": "", "input": "2 + 3 =", "output": "5", "system": "", "history": []},
+    {"question": "2 + 3 =", "answer": "5"},
+    {"prompt": "2 + 3 =", "response": "5"},
+    {"ask": "2 + 3 =", "output": "5"},
+])
+def test_every_format_tells_the_same_conversation(row):
+    assert to_messages(row) == SUM
+
+
+def test_the_examples_of_the_page_are_what_the_code_reads():
+    page = (Path(__file__).resolve().parents[1] / "dataset" / "dataset.md").read_text(encoding="utf-8")
+    examples = re.findall(r"\| `(\{.+\})` \|$", page, flags=re.MULTILINE)
+    assert [to_messages(json.loads(example)) for example in examples] == [SUM] * 4
+
+
+def test_an_alpaca_input_goes_below_its_instruction_and_the_system_goes_first():
+    row = {"instruction": "Add.", "input": "2 + 3", "output": "5", "system": "Be brief."}
+    assert spoken(row) == ["Be brief.", "Add.\n2 + 3", "5"]
+
+
+def test_a_choice_is_answered_by_the_text_of_the_right_option():
+    row = {"id": "q1", "question": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"}
+    assert spoken(row) == ["2 + 3 =\nA. 4\nB. 5", "5"]
+
+
+# ---- the law of a conversation ---------------------------------------------------------------------
+
+def test_a_trailing_user_turn_is_dropped_since_nothing_is_learned_from_it():
+    assert spoken(turns("suau")) == ["s0", "u1", "a2"]
+
+
+def test_a_later_user_turn_may_be_empty_but_the_first_may_not():
+    row = turns("uaua")
+    row["conversations"][2]["content"] = ""
+    assert spoken(row) == ["u0", "a1", "", "a3"]
+
+    row["conversations"][0]["content"] = " "
+    with pytest.raises(ValueError, match=r"conversations\[0\] is an empty user turn"):
+        to_messages(row)
+
+
+def test_an_empty_system_turn_is_no_system_turn():
+    row = turns("sua")
+    row["conversations"][0]["content"] = ""
+    assert spoken(row) == ["u1", "a2"]
+
+
+@pytest.mark.parametrize("roles, reason", [
+    ("a", r"conversations\[0\] is the assistant's turn, but the user speaks next"),
+    ("uua", r"conversations\[1\] is the user's turn, but the assistant speaks next"),
+    ("uaa", r"conversations\[2\] is the assistant's turn, but the user speaks next"),
+    ("usa", r"conversations\[1\] is a system turn, which may only come first"),
+    ("u", "no turn of the assistant"),
+    ("s", "no turn of the assistant"),
+    ("", "no turn of the assistant"),
+])
+def test_turns_that_do_not_alternate_are_refused_with_their_place(roles, reason):
+    with pytest.raises(ValueError, match=reason):
+        to_messages(turns(roles))
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"foo": 1, "bar": 2}, r"no known format \(keys found: \['foo', 'bar'\]; known: conv"),
+    ({"conversations": "hi"}, "conversations is 'hi', not a list of turns"),
+    ({"conversations": ["hi"]}, r"conversations\[0\] is 'hi', not a turn"),
+    ({"conversations": [{"who": "user"}]}, r"conversations\[0\] has the keys \['who'\]"),
+    ({"messages": [{"role": "robot", "content": "hi"}]}, r"has role 'robot' \(known: system, user"),
+    ({"conversations": [{"from": [], "value": "hi"}]}, r"has role \[\] \(known: system, human"),
+    ({"messages": [SUM[0], {"role": "assistant", "content": None}]}, r"messages\[1\] is None, not a str"),
+    ({"messages": [SUM[0], {"role": "assistant", "content": " "}]}, r"messages\[1\] is an empty assistant"),
+    ({"question": "2 + 3 =", "answer": 5}, "answer is 5, not a string"),
+    ({"question": "", "answer": "5"}, "question is an empty user turn"),
+    ({"question": "2 + 3 =", "answer": "5", "output": "five"}, "both 'output' and 'answer' are there"),
+    ({"instruction": "And 4?", "output": "9", "history": [["2 + 3 =", "5"]]}, "history is not read"),
+    ({"question": "2 + 3 =", "options": {"A": "5"}}, "options without 'answer_idx'"),
+    ({"question": "2 + 3 =", "options": {"A": "5"}, "answer_idx": "B"}, "'B', which is none of the options"),
+    ({"question": "2 + 3 =", "options": ["5"], "answer_idx": "A"}, r"options is \['5'\], not an"),
+    ({"question": "2 + 3 =", "options": {"A": 5}, "answer_idx": "A"}, r"options\['A'\] is 5, not"),
+])
+def test_a_row_that_cannot_be_used_says_why(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        to_messages(row)
+
+
+def test_a_huge_value_is_shortened_in_the_reason():
+    with pytest.raises(ValueError) as error:
+        to_messages({"conversations": "x" * 1_000_000})
+    assert len(str(error.value)) < 120
+
+
+def test_half_a_surrogate_pair_is_refused_because_no_tokenizer_can_encode_it():
+    row = json.loads(r'{"text": "a\ud800"}')
+    with pytest.raises(ValueError, match=r"text holds '\\ud800' at character 1"):
+        to_text(row)
+
+
+@pytest.mark.parametrize("row", [{}, {"text": ""}, {"text": " \n"}, {"text": None}, {"text": 5}])
+def test_a_text_row_holds_text(row):
+    with pytest.raises(ValueError, match="text"):
+        to_text(row)
+
+
+# ---- files -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", GOOD_LINE + "\n"),
+    ("no_final_newline.jsonl", "\n" + GOOD_LINE),
+    ("windows.jsonl", GOOD_LINE + "\r\n\r\n"),
+    ("mark.jsonl", "\ufeff" + GOOD_LINE),
+    ("lines_named.json", GOOD_LINE + "\n"),
+    ("list.json", f" [\n{GOOD_LINE}\n]"),
+    ("mark.json", f"\ufeff[{GOOD_LINE}]"),
+    ("typed.csv", "\ufeffQuestion, Answer \r\n2 + 3 =,5\r\n,\r\n"),
+    ("without_extension", GOOD_LINE),
+])
+def test_every_kind_of_file_tells_the_same_conversation(tmp_path, name, content):
+    assert read_conversations(written(tmp_path, name, content)) == [SUM]
+
+
+def test_a_blank_line_ends_a_paragraph_and_a_paragraph_is_numbered_by_its_first_line(tmp_path):
+    path = written(tmp_path, "story.txt", "\nOnce\nthere was\n\n \nThe end")
+    assert list(read_rows(path)) == [(2, {"text": "Once\nthere was"}), (6, {"text": "The end"})]
+    assert read_texts(path) == ["Once\nthere was", "The end"]
+
+
+def test_a_csv_record_over_two_lines_is_numbered_by_its_first(tmp_path):
+    path = written(tmp_path, "a.csv", 'prompt,output\n"one\ntwo",three\nfour,five\n')
+    assert [number for number, _ in read_rows(path)] == [2, 4]
+
+
+def test_a_bad_line_names_file_line_value_and_the_way_out(tmp_path):
+    robot = GOOD_LINE.replace("assistant", "robot")
+    path = written(tmp_path, "sft.jsonl", f"{GOOD_LINE}\n\n{robot}\n")
+    with pytest.raises(BadLine) as error:
+        read_conversations(path)
+    assert str(error.value) == (
+        f"{path}, line 3: conversations[1] has role 'robot' (known: system, user, assistant). "
+        "Fix the line, or pass --skip_bad_lines to leave it out.")
+
+
+@pytest.mark.parametrize("name, content, reason", [
+    ("cut.jsonl", GOOD_LINE[:-3], "line 1: not a whole JSON object"),
+    ("two.jsonl", GOOD_LINE + GOOD_LINE, "line 1: not a whole JSON object: Extra data"),
+    ("number.jsonl", "5", "line 1: 5 is not a JSON object"),
+    ("deep.jsonl", "[" * 100_000, "line 1: JSON that Python does not read"),
+    ("long.jsonl", "9" * 5_000, "line 1: "),
+    ("gbk.jsonl", '{"question": "和", "answer": "5"}'.encode("gbk"), r"line 1: question holds '\\udcba'"),
+    ("gbk.csv", "question,answer\n和,5".encode("gbk"), r"line 2: .* \(a byte that is not UTF-8"),
+    ("story.txt", "Once", r"line 1: no known format .* only text is for train_pretrain\.py"),
+    ("item.json", f"[{GOOD_LINE}, 5]", "item 2: .* Fix the item"),
+    ("cut.json", "[" + GOOD_LINE, "cut.json, line 1, column .*: Expecting"),
+    ("cells.csv", "question,answer\n1,2,3\n", "line 2: 3 cells .* under a header of 2"),
+    ("quote.csv", 'question,answer\n1,2\n"3,4\n5,6\n', "line 3: not a CSV record"),
+    ("twice.csv", "ask,output,Ask\n1,2,3\n", "line 1: two columns are called 'ask'"),
+])
+def test_a_damaged_file_is_refused_where_the_damage_is(tmp_path, name, content, reason):
+    with pytest.raises(BadLine, match=reason):
+        read_conversations(written(tmp_path, name, content))
+
+
+def test_skipped_lines_are_counted_and_the_first_three_are_told(tmp_path):
+    path = written(tmp_path, "a.jsonl", f"{GOOD_LINE}\nbad\n{{}}\n5\nbad\n{GOOD_LINE}\n")
+    told = []
+    assert read_conversations(path, skip_bad_lines=True, log=told.append) == [SUM, SUM]
+    (line,) = told
+    assert line.startswith(f"{path}: left out 4 of 6 lines. line 2: not a whole JSON object")
+    assert "; line 3: no known format" in line and "; line 4: 5 is not" in line and "line 5" not in line
+
+
+def test_a_file_of_good_lines_is_read_in_silence(tmp_path):
+    told = []
+    read_conversations(written(tmp_path, "a.jsonl", GOOD_LINE), skip_bad_lines=True, log=told.append)
+    assert told == []
+
+
+@pytest.mark.parametrize("name, content, reason", [
+    ("a.jsonl", "", "is empty"),
+    ("a.json", "[]", "is empty"),
+    ("a.csv", "question,answer\n", "is empty"),
+    ("a.txt", "\n\n", "is empty"),
+    ("a.jsonl", "bad\nbad\n", "none of its 2 lines is good. line 1: not a whole"),
+    ("a.bin", "\x00\x01", r"not a kind of file that is read here\. Convert it to \.jsonl"),
+])
+def test_a_file_with_nothing_to_learn_is_an_error_even_when_skipping(tmp_path, name, content, reason):
+    with pytest.raises(ValueError, match=reason):
+        read_conversations(written(tmp_path, name, content), skip_bad_lines=True)
+
+
+def test_a_missing_file_of_ours_ends_with_the_command_that_makes_it():
+    ours = Path(__file__).resolve().parents[1] / "dataset" / "nowhere.jsonl"
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl.* python dataset/miniworld\.py$"):
+        read_conversations(ours)
+    with pytest.raises(FileNotFoundError, match="^no file at theirs.jsonl. Check the path.$"):
+        read_texts("theirs.jsonl")
+
+
+def test_reading_costs_little_more_than_parsing_the_json(tmp_path):
+    path = written(tmp_path, "a.jsonl", (GOOD_LINE + "\n") * 20_000)
+
+    def seconds(work):
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    parsing = min(seconds(lambda: [json.loads(line) for line in open(path)]) for _ in range(3))
+    reading = min(seconds(lambda: read_conversations(path)) for _ in range(3))
+    assert reading < 5 * parsing
