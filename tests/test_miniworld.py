@@ -107,6 +107,7 @@ def test_every_fact_of_a_table_is_taught_in_two_wordings_and_tells_the_same_trut
             seen = [question for question in fact.answers if question in taught]
             assert len(seen) >= 2, f"{leaf}: {fact}"
             assert all(taught[question] == fact.answers[question] for question in seen)
+            assert {taught[question] for question in seen} == set(fact.answers.values())    # in each language
 
 
 def test_a_question_has_one_leaf_and_one_right_answer(facts):
