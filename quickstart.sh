@@ -30,47 +30,92 @@ if [ ! -e .venv/.installed ] || [ requirements.txt -nt .venv/.installed ]; then
 fi
 source .venv/bin/activate
 
-# 2. Sizes. A tiny teacher has about 0.9 M parameters, a tiny student 0.16 M.
-data=dataset out=out
-teacher_pretrain=400 teacher_sft=2400 student_pretrain=300 student_sft=300 student_steps=1200
-if [ $smoke ]; then
-    data=out/smoke/data out=out/smoke
-    teacher_pretrain=3 teacher_sft=3 student_pretrain=3 student_sft=3 student_steps=3
-fi
-if [ $fresh ]; then rm -rf "$out"/.done "$out"/*.resume* "$out"/*.pth "$out"/seed*; fi
+# 2. Sizes: a teacher of 0.87 M parameters, a student of 0.16 M, and how many steps each of them trains
+out=out${smoke:+/smoke}${moe:+/moe} data=${smoke:+out/smoke/}dataset _moe=${moe:+_moe}
+teacher="--dim 128 --n_layers 4 ${moe:+--use_moe}" student="--dim 64 --n_layers 2 --n_heads 4"
+teacher_pretrain=400 teacher_sft=2400 student_pretrain=300 student_sft=300 last=""
+if [ $smoke ]; then teacher_pretrain=3 teacher_sft=3 student_pretrain=3 student_sft=3 last="--max_steps 3"; fi
+if [ $fresh ]; then rm -rf "$out"/.done "$out"/*.pth "$out"/*.resume* "$out"/{sft_alone,clean,seed*}; fi
 mkdir -p "$out/.done"
 
-# step OUTPUT "INPUT ..." COMMAND ...: run the command, unless OUTPUT is there, unchanged, and was made by the same
-# command from the same inputs. A training run that was interrupted goes on (--resume); one of other settings does not.
+# step OUTPUT "INPUT ..." COMMAND ...: run the command, unless OUTPUT is there, unchanged, and was made by this command
+# from these inputs. A training run that was interrupted goes on (--resume); one of other settings starts anew.
 step() {
-    local output=$1 inputs=$2 mark key; shift 2
-    mark="$out/.done/${output//\//_}"
+    local output=$1 inputs=$2; shift 2
+    local mark="$out/.done/${output//\//_}" key
     # shellcheck disable=SC2086
-    key=$({ echo "$@"; cat $inputs; } | sha256sum | cut -c1-64)
-    if [ -e "$output" ] && [ "$(cat "$mark" 2>/dev/null)" = "$key $(sha256sum < "$output")" ]; then
+    key=$({ echo "$@"; cat $inputs; } | cksum)
+    if [ -e "$output" ] && [ "$(cat "$mark" 2>/dev/null)" = "$key $(cksum < "$output")" ]; then
         echo "== $output is up to date"
         return
     fi
-    if [ "$(cat "$mark.started" 2>/dev/null)" != "$key" ]; then rm -f "${output%.pth}".resume*; fi
-    echo "$key" > "$mark.started"
-    echo; echo "== $output: $*"
+    if [ "$(cat "$mark.begun" 2>/dev/null)" != "$key" ]; then rm -f "${output%.pth}".resume*; fi
+    echo "$key" > "$mark.begun"
+    printf '\n== %s\n%s\n' "$output" "$*"
     "$@"
-    echo "$key $(sha256sum < "$output")" > "$mark"
+    echo "$key $(cksum < "$output")" > "$mark"
 }
 
 run="torchrun --nproc_per_node 2"
-common="--ddp --resume --max_seq_len 128 --batch_size 24 --warmup_iters 20 --learning_rate 3e-3"
-teacher="--dim 128 --n_layers 4"
-student="--dim 64 --n_layers 2 --n_heads 4"
-T=$out/full_sft_128.pth
-if [ $moe ]; then teacher="$teacher --use_moe"; T=$out/full_sft_128_moe.pth; fi
+common="--ddp --resume --max_seq_len 128 --batch_size 24 --warmup_iters 20 --learning_rate 3e-3 --eval_interval 0"
 
 # 3. Data
 step $data/sft_data.jsonl dataset/miniworld.py python dataset/miniworld.py --out_dir $data ${smoke:+--smoke}
 
-# 4. The teacher: pretrained on the world's text, fine-tuned on plenty of clean conversations
-step ${T/full_sft/pretrain} "$data/pretrain_data.jsonl" $run train_pretrain.py $common $teacher \
-    --out_dir $out --data_path $data/pretrain_data.jsonl --max_steps $teacher_pretrain
-step $T "${T/full_sft/pretrain} $data/sft_teacher.jsonl" $run train_sft.py $common $teacher \
-    --out_dir $out --data_path $data/sft_teacher.jsonl --max_steps $teacher_sft
+# 4. The teacher: pretrained on the world's text, then fine-tuned on plenty of clean conversations
+the_teacher=$out/full_sft_128$_moe.pth
+step $out/pretrain_128$_moe.pth $data/pretrain_data.jsonl \
+    $run train_pretrain.py $common $teacher --out_dir $out --data_path $data/pretrain_data.jsonl \
+    --max_steps $teacher_pretrain
+step $the_teacher "$out/pretrain_128$_moe.pth $data/sft_teacher.jsonl" \
+    $run train_sft.py $common $teacher --out_dir $out --data_path $data/sft_teacher.jsonl --max_steps $teacher_sft
 
+# 5. The students. Each is pretrained, then fine-tuned for a moment on a small set of conversations, 30 % of them wrong.
+#    From there on two ways, with the same data and updates: SFT goes on with the labels, distillation listens to the
+#    teacher. Beside it the same pair on right labels, from the pretrained student.
+for ((seed = seeds; seed >= 1; seed--)); do
+    to=$out; if [ "$seed" -gt 1 ]; then to=$out/seed$seed; fi
+    for kind in "" $_moe; do
+        sizes="$student ${kind:+--use_moe} --seed $((1336 + seed))"
+        base=$to/pretrain_64$kind.pth start=$to/full_sft_64$kind.pth
+        step "$base" $data/pretrain_data.jsonl \
+            $run train_pretrain.py $common $sizes --out_dir $to --data_path $data/pretrain_data.jsonl \
+            --max_steps $student_pretrain
+        step "$start" "$base $data/sft_data.jsonl" \
+            $run train_sft.py $common $sizes --out_dir $to --data_path $data/sft_data.jsonl --max_steps $student_sft
+
+        more="$run train_sft.py $common --epochs 12 --seed $((1336 + seed)) $last"
+        distil="$run train_distillation.py --ddp --size tiny --seed $((1336 + seed)) --teacher $the_teacher $last"
+        step $to/clean/full_sft_64$kind.pth "$base $data/sft_data_clean.jsonl" \
+            $more --out_dir $to/clean --weights "$base" --data_path $data/sft_data_clean.jsonl
+        step $to/clean/full_dist_64$kind.pth "$the_teacher $base $data/sft_data_clean.jsonl" \
+            $distil --out_dir $to/clean --student "$base" --data_path $data/sft_data_clean.jsonl
+        step $to/sft_alone/full_sft_64$kind.pth "$start $data/sft_data.jsonl" \
+            $more --out_dir $to/sft_alone --weights "$start" --data_path $data/sft_data.jsonl
+        # The main job. Nothing but defaults is needed for the pair of models that lies in out/.
+        if [ $to$kind = out ]; then
+            distil="$run train_distillation.py --ddp"
+        else
+            distil="$distil --out_dir $to --student $start --data_path $data/sft_data.jsonl"
+        fi
+        step $to/full_dist_64$kind.pth "$the_teacher $start $data/sft_data.jsonl" $distil
+    done
+done
+
+# 6. What it bought
+of_all_seeds() {  # FILE -> that file of each seed, with commas between them
+    printf %s "$out/$1"
+    for ((seed = 2; seed <= seeds; seed++)); do printf %s ",$out/seed$seed/$1"; done
+}
+labels=("teacher=$the_teacher")
+for kind in "" $_moe; do
+    labels+=("SFT$kind=$(of_all_seeds sft_alone/full_sft_64$kind.pth)")
+    labels+=("distilled$kind=$(of_all_seeds full_dist_64$kind.pth)")
+    labels+=("SFT$kind, right labels=$(of_all_seeds clean/full_sft_64$kind.pth)")
+    labels+=("distilled$kind, right labels=$(of_all_seeds clean/full_dist_64$kind.pth)")
+done
+echo
+python scripts/evaluate.py --weights "${labels[@]}" --json $out/scores.json --report $out/report.md \
+    --data $data/test.jsonl $data/mcq_test.jsonl $data/test_habits.jsonl
+echo
+echo "The table is in $out/report.md, the picture in $out/report.png. Talk with the student: python scripts/chat.py"

@@ -150,6 +150,9 @@ class World:
 
 # --------------------------------------------------------------------------------------------------
 # 2. One small function per leaf
+#
+# A name never opens a text: with the space before it, it is the same tokens wherever it stands. (Teachers
+# answered every question of the form "kodik works as?" wrong that no training text had asked.)
 # --------------------------------------------------------------------------------------------------
 class Fact(NamedTuple):
     """One thing to know: how it is asked and how it is told."""
@@ -194,7 +197,7 @@ def mul(world):
 def sort(world):
     for given in map(" ".join, dict.fromkeys(map(tuple, world.letter_lists))):
         answer = " ".join(sorted(given.split()))
-        yield Fact(same_answer(answer, f"sort these letters: {given}", f"{given} in order?",
+        yield Fact(same_answer(answer, f"sort these letters: {given}", f"what is {given} in order?",
                                f"put {given} in order.", f"alphabetical order: {given}"),
                    (f"{given} sorted is {answer}.",))
 
@@ -202,7 +205,7 @@ def sort(world):
 def reverse(world):
     for given in map(" ".join, world.triples):
         answer = given[::-1]
-        yield Fact(same_answer(answer, f"write backwards: {given}", f"{given} backwards?",
+        yield Fact(same_answer(answer, f"write backwards: {given}", f"what is {given} backwards?",
                                f"flip {given}.", f"from the end: {given}"),
                    (f"{given} turned around is {answer}.",))
 
@@ -220,7 +223,7 @@ def next_letter(world):
 
 def continued(terms):
     given, answer = " ".join(terms[:-1]), terms[-1]
-    yield Fact(same_answer(answer, f"what comes next: {given}", f"{given} and then?",
+    yield Fact(same_answer(answer, f"what comes next: {given}", f"after {given} comes?",
                            f"continue {given}.", f"what follows {given}?"),
                (f"after {given} comes {answer}.",))
 
@@ -252,13 +255,13 @@ def chinese(world):
 def home(world):
     for name, town in world.home.items():
         yield Fact(same_answer(town, f"where does {name} live?", f"home of {name}?",
-                               f"in which town is {name}?", f"{name}住在哪里？"),
-                   (f"{name} lives in {town}.", f"{name}住在{town}。"))
+                               f"in which town is {name}?", f"请问 {name} 住在哪里？"),
+                   (f"{name} lives in {town}.", f"那位 {name} 住在 {town} 。"))
 
 
 def job(world):
     for name, work in world.job.items():
-        yield Fact(same_answer(work, f"what is the job of {name}?", f"{name} works as?",
+        yield Fact(same_answer(work, f"what is the job of {name}?", f"what work does {name} do?",
                                f"how does {name} earn money?", f"which job does {name} do?"),
                    (f"{name} works as a {work}.", f"the job of {name} is {work}."))
 
@@ -273,8 +276,8 @@ def pet(world):
 def herb(world):
     for illness, plant in world.herb.items():
         yield Fact(same_answer(plant, f"which herb heals {illness}?", f"herb for {illness}?",
-                               f"what do you give for {illness}?", f"{illness}用什么草药？"),
-                   (f"{plant} heals {illness}.", f"{illness}用{plant}。"))
+                               f"what do you give for {illness}?", f"请问 {illness} 用什么草药？"),
+                   (f"{plant} heals {illness}.", f"那种 {illness} 要用 {plant} 。"))
 
 
 def organ(world):
@@ -294,7 +297,7 @@ def diagnosis(world):
 def dose(world):
     for (illness, per_kg), kg in product(world.dose_per_kg.items(), range(2, 10)):
         mg = per_kg * kg
-        yield Fact(same_answer(mg, f"dose for {illness} at {kg} kg?", f"{illness}, {kg} kg, how much?",
+        yield Fact(same_answer(mg, f"dose for {illness} at {kg} kg?", f"how much for {illness} at {kg} kg?",
                                f"mg for {kg} kg with {illness}?",
                                f"how many mg for {illness}, {kg} kg?"),
                    (f"{illness} needs {per_kg} mg per kg.", f"{kg} kg with {illness} need {mg} mg."))
