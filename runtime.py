@@ -5,10 +5,12 @@ the lessons call; nothing here knows what is being learned.
 """
 
 import argparse
+import atexit
 import difflib
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import sys
@@ -134,6 +136,7 @@ def init_distributed_mode(args) -> World:
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -270,9 +273,13 @@ class Run:
             if changed:
                 raise ValueError(f"{self.resume_path} belongs to another run: {'; '.join(changed)}. "
                                  "Start anew without --resume, or in another --out_dir.")
-            for key, module in self.modules.items():
-                module.load_state_dict(state[key])
-            self.optimizer.load_state_dict(state["optimizer"])
+            try:
+                for key, module in self.modules.items():
+                    module.load_state_dict(state[key])
+                self.optimizer.load_state_dict(state["optimizer"])
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{self.resume_path} belongs to another run: it trained other weights, or of other "
+                                 "sizes. Start anew without --resume, or in another --out_dir.") from error
             self.scaler.load_state_dict(state["scaler"])
             self.steps_done, self.best, wandb_id = state["steps_done"], state["best"], state["wandb_id"]
             Logger(f"resumed {self.resume_path} after step {self.steps_done}")
@@ -280,7 +287,7 @@ class Run:
         self.parallel = {key: self.wrap(module) for key, module in self.modules.items()}
         self.wandb = init_wandb(args, name, world, wandb_id)
         self.log = Log(Path(args.out_dir) / f"{name}.jsonl", self.total_steps, self.steps_done, world)
-        self.stop = StopSignal()
+        self.stop, self.stopped = StopSignal(), False
         wanted = range(self.steps_done * args.accumulation_steps, self.total_steps * args.accumulation_steps)
         self.loader = iter(DataLoader(data, batch_size=None, sampler=wanted, num_workers=args.num_workers,
                                       pin_memory=world.device.type == "cuda"))
@@ -301,8 +308,12 @@ class Run:
         return Path(self.args.out_dir) / f"{self.name}.resume"
 
     @property
-    def epochs(self) -> range:
-        return range(self.steps_done // self.data.steps_per_epoch, -(-self.total_steps // self.data.steps_per_epoch))
+    def epochs(self):
+        """The epochs still to be done; none after a stop."""
+        for epoch in range(self.steps_done // self.data.steps_per_epoch,
+                           -(-self.total_steps // self.data.steps_per_epoch)):
+            if not self.stopped:
+                yield epoch
 
     def steps_of(self, epoch: int) -> range:
         """The optimizer steps of an epoch that are still to be done."""
@@ -362,7 +373,8 @@ class Run:
                         steps_done=self.steps_done, best=self.best, wandb_id=self.wandb.id if self.wandb else None)
 
     def must_stop(self) -> bool:
-        return self.stop.agreed(self.steps_done, self.world)
+        self.stopped = self.stop.agreed(self.steps_done, self.world)
+        return self.stopped
 
     def close(self):
         """End the run: cleanly when all steps are done, with exit status 130 and a word on how to go on when not."""
@@ -374,8 +386,6 @@ class Run:
         if self.steps_done < self.total_steps:
             Logger(f"stopped after step {self.steps_done} of {self.total_steps}; everything is saved. "
                    f"Go on with: {' '.join(sys.argv)} --resume")
-            if dist.is_initialized():
-                dist.destroy_process_group()
             sys.exit(130)
 
 
@@ -392,6 +402,10 @@ def write_whole(path: Path, write):
     os.replace(beside, path)
 
 
+# What torch.load raises for a file that is empty, cut short, or something else altogether.
+UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
+
+
 def save_resume(path, **state):
     """Everything an interrupted run needs to end as if it had not been. The one before is kept as PATH.previous."""
     path = Path(path)
@@ -404,17 +418,17 @@ def save_resume(path, **state):
 def load_resume(path) -> dict | None:
     """The newest state that can be read whole; None if there is no file.
 
-    A file that cannot be read is named and passed over for the one before it. Raises RuntimeError if none is left.
+    A file that cannot be read is named and passed over for the one before it. Raises ValueError if none is left.
     """
     path = Path(path)
     found = [file for file in (path, path.with_name(path.name + ".previous")) if file.exists()]
     for file in found:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            Logger(f"{file} cannot be read ({str(error).splitlines()[0][:80]}); trying the one before it")
+        except UNREADABLE as error:
+            Logger(f"{file} cannot be read whole ({type(error).__name__}); trying the one before it")
     if found:
-        raise RuntimeError(f"no readable resume file at {path}; start anew without --resume")
+        raise ValueError(f"no readable resume file at {path}; start anew without --resume")
     return None
 
 

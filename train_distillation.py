@@ -42,7 +42,7 @@ SIZES = {
 def train_epoch(epoch, wandb, alpha, temperature, run, teacher, student, tokenizer, val_data):
     args = run.args
     for step in run.steps_of(epoch):
-        T = get_temperature(step, run.total_steps, temperature, args.final_temperature or temperature)
+        temperature_now = get_temperature(step, run.total_steps, temperature, args.final_temperature or temperature)
         for batch, last in run.micro_batches(step):
             with torch.no_grad(), runtime.autocast(run.dtype, run.world.device):
                 taught = teacher(batch.tokens, batch.lengths, at=batch.at, return_hidden=args.feature_weight > 0)
@@ -52,10 +52,10 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teacher, student, tokeniz
 
             # Both models speak only where the assistant does: (S, V). Sums over tokens, divided once by the tokens of
             # the whole step: every token weighs the same, however the step is split.
-            ce = F.cross_entropy(out.logits.float(), batch.targets, reduction="sum") / batch.step_targets
-            kd = distillation_loss_fn(out.logits, taught.logits, T, reduction="sum") / batch.step_targets
-            loss = alpha * ce + (1 - alpha) * kd
-            parts = {"ce": ce, "kd": kd, "loss": loss}
+            ce = F.cross_entropy(out.logits.float(), batch.targets, reduction="sum")
+            kd = distillation_loss_fn(out.logits, taught.logits, temperature_now, reduction="sum")
+            loss = (alpha * ce + (1 - alpha) * kd) / batch.step_targets
+            parts = {"loss": loss, "ce": ce / batch.step_targets, "kd": kd / batch.step_targets}
             if args.feature_weight > 0:
                 with run.forward(last):
                     features = run.parallel["projections"](out.hidden, taught.hidden)
@@ -71,7 +71,7 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teacher, student, tokeniz
 
         # A save also ends a row, so that a run resumed from it writes the rows that the unbroken one wrote.
         if run.is_due(args.log_interval) or run.is_due(args.save_interval):
-            run.log.row(run.steps_done, wandb, temperature=T, **rates)
+            run.log.row(run.steps_done, wandb, temperature=temperature_now, **rates)
         if val_data is not None and run.is_due(args.eval_interval):
             val_loader = in_order(val_data, rank=run.world.rank, world_size=run.world.size)
             scores = evaluate(student, val_loader, run.world.device, teacher, run.dtype)
@@ -134,8 +134,8 @@ def distill(teacher, student, tokenizer, args, world):
         teacher = teacher.to(world.device, run.dtype if run.dtype == torch.bfloat16 else torch.float32)
 
     # 6. Train
-    T = f"{args.temperature:g}"
-    Logger(f"loss = {args.alpha:.2f} CE + {1 - args.alpha:.2f} * {T}^2 * KL(teacher || student) at T={T}"
+    Logger(f"loss = {args.alpha:.2f} CE + {1 - args.alpha:.2f} * {args.temperature:g}^2 * KL(teacher || student) "
+           f"at T={args.temperature:g}"
            + (f" falling to {args.final_temperature:g}" if args.final_temperature else "")
            + (f" + {args.feature_weight:g} * feature MSE" if args.feature_weight > 0 else "")
            + (f" + {student.config.aux_loss_alpha:g} * balance" if student.config.use_moe else "")

@@ -7,12 +7,12 @@ from torch import nn
 
 
 def layer_map(n_student: int, n_teacher: int) -> list[tuple[int, int]]:
-    """Which teacher layer each student layer learns from, evenly spread and ending at the last.
+    """Which teacher layer each student layer learns from: the one as far up, the last from the last.
 
     >>> layer_map(2, 4)
     [(0, 1), (1, 3)]
     """
-    return [(s, (s + 1) * n_teacher // n_student - 1) for s in range(n_student)]
+    return [(s, -(-(s + 1) * n_teacher // n_student) - 1) for s in range(n_student)]
 
 
 class FeatureProjections(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from runtime import write_whole
+from runtime import UNREADABLE, write_whole
 
 
 def save_model(model: Transformer, tokenizer: Tokenizer, path):
@@ -30,11 +30,6 @@ def save_model(model: Transformer, tokenizer: Tokenizer, path):
     state = {name: weight.detach().float().cpu() for name, weight in model.state_dict().items()}
     write_whole(path.with_suffix(".json"), lambda file: file.write(about.encode()))
     write_whole(path, lambda file: torch.save(state, file))
-
-
-def read_config(path) -> LMConfig:
-    """The sizes of the model at PATH. Raises FileNotFoundError or ValueError, naming the file."""
-    return LMConfig.from_dict(read_about(Path(path))["config"])
 
 
 def new_model(config: LMConfig, vocabulary) -> tuple[Transformer, Tokenizer]:
@@ -52,25 +47,29 @@ def load_model(path, device="cpu") -> tuple[Transformer, Tokenizer]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}. {how_to_make(path)}")
-    about = read_about(path)
-    tokenizer = Tokenizer.load(path.parent / about["tokenizer"])
-    model = Transformer(LMConfig.from_dict(about["config"]))
+    config, vocabulary = read_about(path)
+    tokenizer, model = Tokenizer.load(vocabulary), Transformer(config)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is cut short, or no weight file at all ({type(error).__name__})") from error
+    try:
         model.load_state_dict(state)
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as weights of {model.config}: {error}") from error
+    except (RuntimeError, TypeError) as error:              # other names or shapes; no dict at all
+        raise ValueError(f"{path} does not hold the weights of {model.config}: {error}") from error
     return model.to(device).eval(), tokenizer
 
 
-def read_about(path: Path) -> dict:
-    beside = path.with_suffix(".json")
+def read_about(path) -> tuple[LMConfig, Path]:
+    """The sizes of the model at PATH and its vocabulary file. Raises FileNotFoundError or ValueError, naming the file."""
+    beside = Path(path).with_suffix(".json")
     if not beside.exists():
         raise FileNotFoundError(f"no {beside} beside the weights; it holds the model's sizes and its tokenizer's name")
     try:
-        return json.loads(beside.read_text())
-    except ValueError as error:
-        raise ValueError(f"{beside} is not JSON: {error}") from error
+        about = json.loads(beside.read_text())
+        return LMConfig.from_dict(about["config"]), beside.parent / about["tokenizer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{beside} does not describe a model: {type(error).__name__} {error}") from error
 
 
 def how_to_make(path: Path) -> str:

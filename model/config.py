@@ -13,7 +13,7 @@ class LMConfig:
     """Sizes of the decoder in model/transformer.py.
 
         LMConfig(dim=512, n_layers=8)     the student of the document, 26 M parameters at 6,400 words
-        LMConfig(dim=768, n_layers=16)    its teacher, 107 M
+        LMConfig(dim=768, n_layers=16)    its teacher, 109 M
         LMConfig(dim=64, n_layers=2)      a student that learns on a laptop in a minute
 
     A value of None is worked out from the others. Raises ValueError when the sizes do not fit together.
@@ -57,7 +57,7 @@ class LMConfig:
             raise ValueError(f"head_dim={self.head_dim} is odd; RoPE turns pairs of numbers, choose an even one")
         if self.n_kv_heads is None:
             self.n_kv_heads = max(1, self.n_heads // 2)
-        if self.n_heads % self.n_kv_heads:
+        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is no multiple of n_kv_heads={self.n_kv_heads}; "
                              "each key/value head serves the same number of query heads")
         if self.hidden_dim is None:

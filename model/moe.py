@@ -78,7 +78,7 @@ def balance_loss(scores, chosen, sample, n_samples: int):  # (N, E), (N, A), (N,
     changes nothing. (The batch-wise form of Switch, https://arxiv.org/abs/2101.03961, Eq. 4, would.)
     """
     E, A = scores.shape[-1], chosen.shape[-1]
-    sizes = sample.bincount(minlength=n_samples).unsqueeze(-1)              # tokens of each sample
+    sizes = sample.bincount(minlength=n_samples).clamp(min=1).unsqueeze(-1)     # tokens of each; 0 / 0 would be NaN
     picks = torch.zeros_like(scores).scatter(1, chosen, 1.0)
     zeros = scores.new_zeros(n_samples, E)
     f = zeros.index_add(0, sample, picks) / sizes * (E / A)                 # (samples, E)

@@ -1,0 +1,149 @@
+"""
+权重文件的规律：存下再读，分毫不差；坏文件、缺文件都指名道姓。
+Laws of model/checkpoint.py: what is saved comes back equal, and a broken or missing file is named.
+"""
+
+import json
+
+import pytest
+import torch
+
+from model.checkpoint import load_model, new_model, read_about, save_model
+from model.config import LMConfig
+
+TOKENS = torch.tensor([1, 17, 113, 5, 2, 99])
+
+
+@pytest.fixture
+def saved(tiny, byte_tokenizer, tmp_path):
+    """A model, its tokenizer, and the path of its weights in a folder of their own."""
+    model, tokenizer = tiny(vocab_size=272), byte_tokenizer()
+    path = tmp_path / "weights" / "full_sft_16.pth"
+    save_model(model, tokenizer, path)
+    return model, tokenizer, path
+
+
+@pytest.mark.parametrize("sizes", [
+    {}, {"tie_embeddings": False, "qk_norm": True, "attention_bias": True}, {"use_moe": True},
+], ids=["plain", "untied, qk_norm, bias", "experts"])
+def test_a_model_that_is_saved_and_loaded_gives_equal_logits(tiny, byte_tokenizer, tmp_path, sizes):
+    model = tiny(vocab_size=272, **sizes)
+    save_model(model, byte_tokenizer(), tmp_path / "model.pth")
+    loaded, _ = load_model(tmp_path / "model.pth")
+    assert loaded.config == model.config and not loaded.training
+    assert loaded.n_parameters() == model.n_parameters()
+    assert torch.equal(loaded(TOKENS, [2, 4]).logits, model(TOKENS, [2, 4]).logits)
+
+
+def test_the_weights_are_a_plain_dict_of_fp32_tensors_whatever_the_model_was_in(saved):
+    model, tokenizer, path = saved
+    save_model(model.bfloat16(), tokenizer, path)
+    state = torch.load(path, weights_only=True)
+    assert set(state) == set(model.state_dict())
+    assert all(weight.dtype == torch.float32 for weight in state.values())
+
+
+def test_a_tied_matrix_is_stored_once(saved):
+    model, _, path = saved
+    assert path.stat().st_size < 4 * model.n_parameters() + 20_000     # another 272 x 16 x 4 would be 17,408 more
+    state = torch.load(path, weights_only=True)
+    assert state["output.weight"].data_ptr() == state["tok_embeddings.weight"].data_ptr()
+
+
+def test_a_folder_of_weights_can_be_moved_as_it_is(saved):
+    model, tokenizer, path = saved
+    path.parent.rename(path.parent.with_name("elsewhere"))
+    loaded, its_tokenizer = load_model(path.parent.with_name("elsewhere") / path.name)
+    assert its_tokenizer.sha256 == tokenizer.sha256
+    assert torch.equal(loaded(TOKENS, [6]).logits, model(TOKENS, [6]).logits)
+
+
+def test_models_of_one_tokenizer_share_its_file_and_another_has_its_own(saved, byte_tokenizer):
+    model, tokenizer, path = saved
+    save_model(model, tokenizer, path.with_name("pretrain_16.pth"))
+    assert len(list(path.parent.glob("tokenizer-*.json"))) == 1
+    save_model(model, byte_tokenizer(end_of_text=5_000), path.with_name("other_16.pth"))
+    assert len(list(path.parent.glob("tokenizer-*.json"))) == 2
+    assert load_model(path)[1].end_of_text == 0 and load_model(path.with_name("other_16.pth"))[1].end_of_text == 5_000
+
+
+def test_no_half_written_file_stays_behind(saved):
+    assert sorted(file.suffix for file in saved[2].parent.iterdir()) == [".json", ".json", ".pth"]
+
+
+def test_a_new_model_takes_its_vocabulary_from_the_tokenizer_file(byte_tokenizer, tmp_path):
+    byte_tokenizer().save(tmp_path / "bytes.json")
+    model, tokenizer = new_model(LMConfig(dim=16, n_layers=1, n_heads=2), tmp_path / "bytes.json")
+    assert model.config.vocab_size == tokenizer.vocab_size == 272
+    assert model.config.n_layers == 1 and model.tok_embeddings.weight.shape == (272, 16)
+
+
+# -- what can be wrong -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("left", [0.0, 0.001, 0.5, 0.99])
+def test_weights_cut_short_are_refused_and_named(saved, left):
+    path = saved[2]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(left * len(whole))])
+    with pytest.raises(ValueError, match=r"full_sft_16\.pth is cut short"):
+        load_model(path)
+
+
+def test_a_file_that_is_no_weights_is_refused_and_named(saved):
+    saved[2].write_text("hello, this is no file of weights")
+    with pytest.raises(ValueError, match=r"full_sft_16\.pth is .*no weight file"):
+        load_model(saved[2])
+
+
+def test_a_whole_pickled_model_is_refused_and_named(saved):
+    model, _, path = saved
+    torch.save(model, path)                                     # in place of its state_dict: pickle can run any code
+    with pytest.raises(ValueError, match=r"full_sft_16\.pth is .*no weight file"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("name, script", [("pretrain_64.pth", "train_pretrain.py"), ("full_sft_64.pth", "train_sft.py"),
+                                          ("full_dist_64.pth", "train_distillation.py")])
+def test_missing_weights_end_with_the_command_that_makes_them(tmp_path, name, script):
+    with pytest.raises(FileNotFoundError, match=rf"{name}.*python {script}"):
+        load_model(tmp_path / name)
+
+
+def test_missing_weights_of_an_unknown_name_ask_for_the_path(tmp_path):
+    with pytest.raises(FileNotFoundError, match="mine.pth. Is the path right?"):
+        load_model(tmp_path / "mine.pth")
+
+
+def test_weights_without_their_json_or_their_tokenizer_say_what_is_missing(saved):
+    path = saved[2]
+    vocabulary = next(path.parent.glob("tokenizer-*.json"))
+    vocabulary.rename(path.parent / "hidden")
+    with pytest.raises(FileNotFoundError, match=vocabulary.name):
+        load_model(path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(FileNotFoundError, match="full_sft_16.json beside the weights"):
+        read_about(path)
+
+
+def change_sizes(path, **sizes):
+    about = json.loads(path.with_suffix(".json").read_text())
+    about["config"] |= sizes
+    path.with_suffix(".json").write_text(json.dumps(about))
+
+
+def test_sizes_that_are_not_those_of_the_weights_are_refused_and_named(saved):
+    change_sizes(saved[2], hidden_dim=32)
+    with pytest.raises(ValueError, match=r"(?s)full_sft_16\.pth does not hold the weights of 16 x 2.*size mismatch"):
+        load_model(saved[2])
+
+
+def test_a_size_that_this_version_does_not_know_is_refused_and_the_file_named(saved):
+    change_sizes(saved[2], n_hats=3)
+    with pytest.raises(ValueError, match=r"full_sft_16\.json.*unknown model sizes.*n_hats"):
+        read_about(saved[2])
+
+
+def test_a_json_that_does_not_parse_is_named(saved):
+    saved[2].with_suffix(".json").write_text('{"config": ')
+    with pytest.raises(ValueError, match=r"full_sft_16\.json does not describe a model: JSONDecodeError"):
+        read_about(saved[2])

@@ -1,0 +1,190 @@
+"""
+生成与打分的规律：有无缓存结果相同；贪心解码写出的正是打分认为对的。
+Laws of model/generate.py and model/score.py: the cache changes nothing, and what greedy decoding writes is what scoring
+calls exact.
+"""
+
+import math
+
+import pytest
+import torch
+
+from model.config import LMConfig
+from model.generate import choose, generate, generate_steps
+from model.score import score
+from model.transformer import KVCache, Transformer
+
+PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [8, 9], [2, 7, 1]]
+
+
+@pytest.fixture(scope="module")
+def counter():
+    """A model of 16 words that counts: after 3 comes 4, after 15 comes 0. Attention and FFN are silent, the embedding
+    is the identity and the head looks one word ahead: its logit is 4 for the next word (the norm makes the single 1
+    among 16 numbers a 4) and 0 for any other."""
+    config = LMConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=8, vocab_size=16, max_seq_len=10, norm_eps=0.0,
+                      tie_embeddings=False)
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        model.layers[0].attention.wo.weight.zero_()
+        model.layers[0].ffn.w2.weight.zero_()
+        model.tok_embeddings.weight.copy_(torch.eye(16))
+        model.output.weight.copy_(torch.eye(16).roll(1, dims=0))
+    return model
+
+
+def without_cache(model, prompt, n):
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(model(torch.tensor(ids), [len(ids)]).logits[-1].argmax().item())
+    return ids[len(prompt):]
+
+
+# -- the cache -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sizes", [{}, {"n_kv_heads": 1}, {"qk_norm": True, "attention_bias": True}, {"use_moe": True}],
+                         ids=["plain", "one key/value head", "qk_norm and bias", "experts"])
+def test_a_batch_of_unequal_prompts_with_cache_writes_what_each_writes_alone_without(tiny, sizes):
+    model = tiny(**sizes)
+    assert generate(model, PROMPTS, 8) == [without_cache(model, prompt, 8) for prompt in PROMPTS]
+
+
+def test_the_cache_gives_the_logits_of_the_whole_text(tiny):
+    model, texts = tiny(), [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]]
+    cache = KVCache(model.config, rows=3, capacity=7, device="cpu")
+    model(torch.tensor(sum(texts, [])), [5, 2, 3], cache=cache)
+    for new in ([7, 8, 9], [0, 1, 2]):
+        texts = [text + [token] for text, token in zip(texts, new)]
+        cached = model(torch.tensor(new), [1, 1, 1], cache=cache).logits
+        whole = torch.stack([model(torch.tensor(text), [len(text)]).logits[-1] for text in texts])
+        assert torch.allclose(cached, whole, atol=1e-4)
+    assert cache.lengths.tolist() == [7, 4, 5]
+
+
+# -- where an answer ends --------------------------------------------------------------------------------------
+
+def test_the_stop_token_ends_its_row_and_the_others_go_on(counter):
+    assert list(generate_steps(counter, [[3], [10, 4]], max_new_tokens=5, stop=7)) == [
+        [4, 5], [5, 6], [6, None], [None, None]]                # the second row meets 7 first, the first a step later
+    assert generate(counter, [[3], [10, 4], [7]], max_new_tokens=5, stop=7) == [[4, 5, 6], [5, 6], [8, 9, 10, 11, 12]]
+
+
+def test_an_answer_has_at_most_max_new_tokens_and_fits_into_max_seq_len(counter):
+    assert generate(counter, [[0]], max_new_tokens=3) == [[1, 2, 3]]
+    assert generate(counter, [[0] * 8, [5]], max_new_tokens=99) == [[1, 2], [6, 7]]     # 8 + 2 = max_seq_len
+
+
+@pytest.mark.parametrize("prompts", [[[0] * 10], [[1], [0] * 12], [[1], []]], ids=["full", "too long", "empty"])
+def test_a_prompt_that_leaves_no_room_or_is_empty_is_refused(counter, prompts):
+    with pytest.raises(ValueError, match=f"{max(map(len, prompts))} tokens.*max_seq_len=10"):
+        generate(counter, prompts, max_new_tokens=1)
+
+
+# -- sampling --------------------------------------------------------------------------------------------------
+
+P = torch.tensor([0.15, 0.5, 0.05, 0.3])
+
+
+def drawn(n=2000, seed=0, **sampling):
+    """How often each of P's four words comes, in n draws."""
+    generator = torch.Generator().manual_seed(seed)
+    words = choose(P.log().expand(n, 4), generator=generator, **sampling)
+    return words.bincount(minlength=4) / n
+
+
+def test_temperature_0_is_greedy_and_so_is_top_k_1():
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
+    best = logits.argmax(dim=-1)
+    assert torch.equal(choose(logits), best)
+    assert torch.equal(choose(logits, temperature=1.5, top_k=1), best)
+    assert torch.equal(choose(logits, temperature=1.5, top_p=1e-6), best)
+
+
+@pytest.mark.parametrize("temperature, p", [(1.0, [.15, .5, .05, .3]), (0.5, [.0616, .6849, .0068, .2466])])
+def test_words_come_as_often_as_the_tempered_distribution_says(temperature, p):
+    # At temperature 1/2 probabilities are squared: .0225, .25, .0025, .09, over their sum .365.
+    assert torch.allclose(drawn(20_000, temperature=temperature), torch.tensor(p), atol=0.015)
+
+
+@pytest.mark.parametrize("top_k, kept", [(1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
+def test_top_k_keeps_the_k_likeliest(top_k, kept):
+    assert drawn(temperature=1.0, top_k=top_k).nonzero().flatten().tolist() == kept
+
+
+@pytest.mark.parametrize("top_p, kept", [(0.4, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [0, 1, 3]),
+                                         (0.96, [0, 1, 2, 3])])
+def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p, kept):
+    # In falling order .5, .3, .15, .05 sum to .5, .8, .95, 1.
+    assert drawn(temperature=1.0, top_p=top_p).nonzero().flatten().tolist() == kept
+
+
+def test_the_kept_words_share_the_probability_of_the_dropped_ones():
+    assert torch.allclose(drawn(20_000, temperature=1.0, top_k=2), torch.tensor([0, .625, 0, .375]), atol=0.015)
+
+
+def test_the_same_seed_writes_the_same_text_and_another_seed_another(tiny):
+    model = tiny()
+
+    def text(seed):
+        return generate(model, PROMPTS, 10, temperature=1.0, generator=torch.Generator().manual_seed(seed))
+
+    assert text(1) == text(1) != text(2)
+
+
+# -- scoring ---------------------------------------------------------------------------------------------------
+
+class Ready:
+    """Stands for a tokenizer: its conversations are (ids, targets) already."""
+
+    encode_chats = staticmethod(list)
+
+
+def asked_and_answered(prompt, answer):
+    return prompt + answer, [False] * len(prompt) + [True] * len(answer)
+
+
+def test_exact_is_what_greedy_decoding_writes(tiny):
+    model = tiny()
+    answers = generate(model, PROMPTS, 6)
+    right = [asked_and_answered(prompt, answer) for prompt, answer in zip(PROMPTS, answers)]
+    wrong = [asked_and_answered(prompt, answer[:i] + [(answer[i] + 1) % 12] + answer[i + 1:])
+             for i, (prompt, answer) in enumerate(zip(PROMPTS, answers))]
+    assert [s.exact for s in score(model, Ready, right + wrong)] == [True] * 4 + [False] * 4
+
+
+def test_log_p_is_the_sum_over_the_answer_that_a_hand_makes(counter):
+    # Of e^4 + 15 = 69.6 parts the next word has e^4 = 54.6, and each of the 15 others one.
+    right, other = 4 - math.log(math.exp(4) + 15), -math.log(math.exp(4) + 15)
+    scores = score(counter, Ready, [asked_and_answered([3], [4, 5, 6]), asked_and_answered([0, 3], [4, 9, 10])])
+    assert [s.log_p for s in scores] == pytest.approx([3 * right, 2 * right + other], rel=1e-5)
+    assert [(s.n_tokens, s.exact) for s in scores] == [(3, True), (3, False)]
+
+
+def test_scores_come_in_the_order_asked_and_do_not_depend_on_the_batches(tiny):
+    model = tiny()
+    chats = [asked_and_answered(prompt, [1, 2, 3][:1 + i % 3]) for i, prompt in enumerate(PROMPTS * 2)]
+    alone = [score(model, Ready, [chat])[0] for chat in chats]
+    for tokens_per_batch in (1, 13, 4096):
+        together = score(model, Ready, chats, tokens_per_batch=tokens_per_batch)
+        assert [s.log_p for s in together] == pytest.approx([s.log_p for s in alone], rel=1e-4)
+        assert [s.n_tokens for s in together] == [1, 2, 3, 1, 2, 3, 1, 2]
+
+
+def test_a_model_agrees_with_itself_everywhere_and_no_divergence_lies_between(tiny):
+    model, other = tiny(), tiny(seed=1)
+    chats = [asked_and_answered(prompt, [1, 2, 3]) for prompt in PROMPTS]
+    assert all(s.agree == s.n_tokens == 3 and abs(s.kl) < 1e-5 for s in score(model, Ready, chats, reference=model))
+    assert all(s.agree <= 3 and s.kl > 0.01 for s in score(model, Ready, chats, reference=other))
+
+
+def test_kl_is_from_the_reference_to_the_model(tiny):
+    model, reference = tiny(), tiny(seed=1)
+    ids, targets = asked_and_answered([1, 2], [3])
+    p, q = (m(torch.tensor(ids[:-1]), [2]).logits[-1].double().softmax(dim=-1) for m in (reference, model))
+    by_hand = (p * (p.log() - q.log())).sum().item()
+    assert score(model, Ready, [(ids, targets)], reference)[0].kl == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_a_conversation_longer_than_the_model_is_named(counter):
+    with pytest.raises(ValueError, match="conversation 2 has 12 tokens, more than the model's max_seq_len=10"):
+        score(counter, Ready, [asked_and_answered([1], [2]), asked_and_answered([1] * 12, [2])])

@@ -1,0 +1,224 @@
+"""
+数据流的规律：只有助手的话是目标；第 k 步用哪些样本，与怎样分给进程和微批无关。
+Laws of dataset/lm_dataset.py: only the assistant's words are targets, and which samples step k sees does not depend on
+how they are dealt to processes and micro-batches.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dataset.lm_dataset import MicroBatches, PretrainDataset, SFTDataset, flat_batch, in_order
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def chat(*turns):
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]}
+
+
+@pytest.fixture
+def tokenizer(byte_tokenizer):
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def sixty(cache, tmp_path, tokenizer):
+    """60 conversations, no two alike, of many lengths and with 2 to 12 targets each."""
+    rows = [chat(f"n {i} {'?' * (7 * i % 13)}", "a" * (1 + 5 * i % 11)) for i in range(60)]
+    return SFTDataset([write(tmp_path / "sft.jsonl", rows)], tokenizer, max_seq_len=64, log=lambda line: None)
+
+
+def samples_of(batch):
+    """The samples of a batch, each as a tuple of the ids that are read."""
+    return [tuple(sample.tolist()) for sample in batch.tokens.split(batch.lengths)]
+
+
+# -- what is learned -------------------------------------------------------------------------------------------
+
+def test_only_the_assistants_words_and_its_end_of_turn_are_targets(cache, tmp_path, tokenizer):
+    data = SFTDataset([write(tmp_path / "sft.jsonl", [chat("2 + 3 ?", "5", "sure?", "yes.")])], tokenizer, log=print)
+    batch = data.batch(np.array([0]))
+    assert tokenizer.decode(batch.targets.tolist()) == "5<|im_end|>yes.<|im_end|>"
+    assert data.n_targets.tolist() == [2 + 5]
+    read = tokenizer.decode(batch.tokens.tolist())
+    assert read == ("<|im_start|>user\n2 + 3 ?<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n"
+                    "<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\nyes.<|im_end|>")
+
+
+def test_the_target_of_a_position_is_the_token_after_it():
+    # ids 10 .. 14, of which 12 and 14 are to be predicted: from 11 and from 13, at positions 1 and 3.
+    batch = flat_batch(np.arange(10, 15), np.array([False, False, True, False, True]), np.array([5]))
+    assert batch.tokens.tolist() == [10, 11, 12, 13] and batch.lengths == [4]
+    assert batch.at.tolist() == [1, 3] and batch.targets.tolist() == [12, 14]
+
+
+def test_no_target_reaches_over_the_end_of_a_sample():
+    # Samples 10 11 12 | 20 21: the stream that is read is 10 11 | 20, and nothing is asked to foretell 20.
+    batch = flat_batch(np.array([10, 11, 12, 20, 21]), np.ones(5, dtype=bool), np.array([3, 2]))
+    assert batch.tokens.tolist() == [10, 11, 20] and batch.lengths == [2, 1]
+    assert batch.at.tolist() == [0, 1, 2] and batch.targets.tolist() == [11, 12, 21]
+
+
+def test_a_long_text_becomes_pieces_that_overlap_by_one_and_each_token_but_the_first_is_a_target_once(
+        cache, tmp_path, tokenizer):
+    text = "abcdefghijklm"                                      # 13 bytes and <|endoftext|>: pieces of 6, 6 and 4
+    data = PretrainDataset([write(tmp_path / "text.jsonl", [{"text": text}])], tokenizer, max_seq_len=5)
+    assert data.lengths.tolist() == [6, 6, 4]
+    batch = data.batch(np.arange(3))
+    assert [tokenizer.decode(sample) for sample in samples_of(batch)] == ["abcde", "fghij", "klm"]
+    assert tokenizer.decode(batch.targets.tolist()) == "bcdefghijklm<|endoftext|>"
+
+
+@pytest.mark.parametrize("length", range(1, 14))
+def test_no_length_of_text_loses_or_doubles_a_target(cache, tmp_path, tokenizer, length):
+    text = "abcdefghijklm"[:length]
+    data = PretrainDataset([write(tmp_path / "text.jsonl", [{"text": text}])], tokenizer, max_seq_len=4)
+    assert tokenizer.decode(data.batch(np.arange(len(data))).targets.tolist()) == text[1:] + "<|endoftext|>"
+    assert max(data.lengths) <= 4 + 1
+
+
+def test_nothing_is_cut_silently(cache, tmp_path, tokenizer):
+    # Before the answer stand <|im_start|>, "user\n", q, <|im_end|>, "\n", <|im_start|> and "assistant\n": 20 ids with
+    # one q, 59 with 40. Of the 31 ids kept, then, a long answer has 11, and a long question leaves no answer.
+    rows = [chat("q", "yes"), chat("q", "y" * 40), chat("q" * 40, "yes"), chat("q", "no")]
+    log = []
+    data = SFTDataset([write(tmp_path / "sft.jsonl", rows)], tokenizer, max_seq_len=30, log=log.append)
+    assert "3 samples" in log[0] and "2 cut to 30 tokens" in log[0] and "1 left out" in log[0]
+    assert max(data.lengths) == 31                              # 30 are read, the last is only predicted
+    assert len(data) == 3 and data.n_targets.min() >= 1
+
+
+def test_a_file_of_which_nothing_is_left_says_so(cache, tmp_path, tokenizer):
+    path = write(tmp_path / "sft.jsonl", [chat("q" * 40, "yes")])
+    with pytest.raises(ValueError, match="sft.jsonl: no sample has anything to learn within max_seq_len=8 tokens"):
+        SFTDataset([path], tokenizer, max_seq_len=8)
+
+
+# -- the cached file -------------------------------------------------------------------------------------------
+
+def test_a_file_is_tokenised_once_and_anew_when_it_or_the_tokenizer_or_the_length_changes(
+        cache, tmp_path, byte_tokenizer):
+    path, log = write(tmp_path / "sft.jsonl", [chat("a", "b")]), []
+
+    def builds(tokenizer=byte_tokenizer(), max_seq_len=64, kind=SFTDataset):
+        before = len(log)
+        kind([path], tokenizer, max_seq_len, log=log.append)
+        return len(log) - before
+
+    assert [builds(), builds()] == [1, 0]
+    assert [builds(max_seq_len=63), builds(byte_tokenizer(end_of_text=300)), builds()] == [1, 1, 0]
+    write(path, [chat("a", "c")])
+    assert [builds(), builds()] == [1, 0]
+    assert len(list(cache.glob("*.npz"))) == len(list(cache.glob("*.bin"))) == 4
+
+
+def test_a_cached_file_has_the_same_samples_as_a_fresh_one(sixty, tokenizer):
+    again = SFTDataset(sixty.paths, tokenizer, max_seq_len=64, log=pytest.fail)
+    for a, b in zip(sixty.batch(np.arange(60))[:4], again.batch(np.arange(60))[:4]):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def test_small_vocabularies_take_2_bytes_a_token_and_large_ones_4(cache, tmp_path, byte_tokenizer):
+    path = write(tmp_path / "text.jsonl", [{"text": "abc"}])
+    for end_of_text, n_bytes in ((32_767, 2), (32_768, 4), (40_000, 4)):
+        data = PretrainDataset([path], byte_tokenizer(end_of_text))
+        batch = data.batch(np.array([0]))
+        assert data.stream.itemsize == n_bytes
+        assert batch.tokens.tolist() == [16 + 97, 16 + 98, 16 + 99]         # a b c
+        assert batch.targets.tolist() == [16 + 98, 16 + 99, end_of_text]
+
+
+# -- which samples a step sees ---------------------------------------------------------------------------------
+
+# batch size x micro-batches x processes: 8 samples a step, each time
+DEALS = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)]
+
+
+def hands_of_step(data, step, batch_size, accumulation_steps, world_size):
+    """All micro-batches of a step, of all processes."""
+    processes = [MicroBatches(data, batch_size, accumulation_steps, rank, world_size) for rank in range(world_size)]
+    return [process[step * accumulation_steps + micro] for process in processes for micro in range(accumulation_steps)]
+
+
+@pytest.mark.parametrize("deal", DEALS, ids=str)
+def test_a_step_sees_the_same_samples_however_they_are_dealt(sixty, deal):
+    for step in (0, 3, 7, 12):                                  # 7 steps an epoch: three epochs are looked at
+        hands = hands_of_step(sixty, step, *deal)
+        dealt = sorted(sample for hand in hands for sample in samples_of(hand))
+        assert len(set(dealt)) == 8                             # each card is in one hand
+        assert dealt == sorted(samples_of(hands_of_step(sixty, step, 8, 1, 1)[0]))
+        assert all(len(hand.lengths) == deal[0] and hand.lengths == sorted(hand.lengths) for hand in hands)
+
+
+@pytest.mark.parametrize("deal", DEALS, ids=str)
+def test_every_hand_knows_the_targets_and_samples_of_the_whole_step(sixty, deal):
+    hands = hands_of_step(sixty, 2, *deal)
+    n_targets = sum(len(hand.targets) for hand in hands)
+    assert all(hand.step_targets == n_targets and hand.step_samples == 8 for hand in hands)
+
+
+@pytest.mark.parametrize("deal", DEALS, ids=str)
+def test_a_step_has_the_same_gradient_however_it_is_dealt(sixty, tiny, deal):
+    model = tiny(vocab_size=272, max_seq_len=64)
+
+    def gradient(hands):
+        model.zero_grad()
+        for hand in hands:                                      # a sum, divided by the targets of the whole step
+            logits = model(hand.tokens, hand.lengths, at=hand.at).logits
+            (F.cross_entropy(logits, hand.targets, reduction="sum") / hand.step_targets).backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    whole = gradient(hands_of_step(sixty, 0, 8, 1, 1))
+    assert torch.allclose(gradient(hands_of_step(sixty, 0, *deal)), whole, atol=1e-5 * whole.abs().max().item())
+
+
+def test_hands_are_about_the_same_work(sixty):
+    for step in range(7):
+        sizes = [len(hand.tokens) for hand in hands_of_step(sixty, step, 2, 2, 2)]
+        longest = max(sixty.lengths) - 1
+        assert max(sizes) - min(sizes) <= longest               # dealt from short to long, never by more than one card
+
+
+def test_an_epoch_visits_no_sample_twice_and_the_next_has_another_order(sixty):
+    data = MicroBatches(sixty, batch_size=8)
+    assert data.steps_per_epoch == 60 // 8
+    first, second = ([i for step in range(7) for i in data.samples_of_step(epoch * 7 + step)] for epoch in (0, 1))
+    assert len(set(first)) == len(set(second)) == 56
+    assert first != second
+
+
+def test_the_seed_decides_the_order(sixty):
+    first, again, other = (MicroBatches(sixty, 8, seed=seed).samples_of_step(0).tolist() for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_too_small_a_file_stops_with_its_size_and_the_step_s(sixty):
+    with pytest.raises(ValueError, match="60 samples, fewer than the 64 of one step .*batch size 16 x 4 micro-batches"):
+        MicroBatches(sixty, batch_size=16, accumulation_steps=2, world_size=2)
+
+
+# -- validation ------------------------------------------------------------------------------------------------
+
+def test_the_held_out_part_shares_no_sample_with_the_rest_and_is_the_same_each_time(sixty):
+    train, val = sixty.split(0.1, seed=0)
+    assert (len(train), len(val)) == (54, 6)
+    rows = [samples_of(part.batch(np.arange(len(part)))) for part in (train, val, sixty)]
+    assert not set(rows[0]) & set(rows[1]) and sorted(rows[0] + rows[1]) == sorted(rows[2])
+    assert sixty.split(0.1, seed=0)[1].ends.tolist() == val.ends.tolist()
+    assert sixty.split(0.1, seed=1)[1].ends.tolist() != val.ends.tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_reads_every_sample_once_in_batches_of_bounded_size(sixty, world_size):
+    batches = [batch for rank in range(world_size) for batch in in_order(sixty, 200, rank, world_size)]
+    assert sorted(sample for batch in batches for sample in samples_of(batch)) == sorted(
+        samples_of(sixty.batch(np.arange(60))))
+    assert max(len(batch.tokens) + len(batch.lengths) for batch in batches) <= 200
+    assert len(batches) > 3 * world_size

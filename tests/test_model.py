@@ -1,0 +1,236 @@
+"""
+模型的规律：看不见未来，样本互不相扰，打包与否结果相同。
+Laws of model/transformer.py and model/config.py: no token sees the future, no sample sees another, and a packed stream
+gives what each sample gives alone.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.config import LMConfig
+from model.transformer import Transformer, rotate
+
+VARIANTS = {
+    "plain": {},
+    "one key/value head": {"n_kv_heads": 1},
+    "as many key/value heads": {"n_kv_heads": 4},
+    "head_dim apart from dim": {"head_dim": 6},
+    "untied": {"tie_embeddings": False},
+    "qk_norm": {"qk_norm": True},
+    "attention_bias": {"attention_bias": True},
+    "experts": {"use_moe": True},
+}
+every_variant = pytest.mark.parametrize("sizes", VARIANTS.values(), ids=VARIANTS)
+dense_and_experts = pytest.mark.parametrize("sizes", [{}, {"use_moe": True}], ids=["dense", "experts"])
+
+LENGTHS = [3, 5, 5, 2]          # neighbours of one length share an attention call; the others do not
+
+
+def draw(n, seed=0, vocab_size=12):
+    return torch.randint(vocab_size, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, atol=1e-5):
+    return torch.allclose(a, b, rtol=1e-4, atol=atol)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return [weight.grad.clone() for weight in model.parameters()]
+
+
+# -- who sees whom ---------------------------------------------------------------------------------------------
+
+@every_variant
+def test_a_future_token_never_changes_the_past_and_always_the_present(tiny, sizes):
+    model, tokens = tiny(**sizes), draw(6)
+    changed = tokens.clone()
+    changed[3] = (tokens[3] + 1) % 12
+    before, after = model(tokens, [6]).logits, model(changed, [6]).logits
+    assert close(before[:3], after[:3])
+    assert not any(close(before[t], after[t]) for t in range(3, 6))
+
+
+@every_variant
+def test_a_packed_sample_has_the_logits_it_has_alone(tiny, sizes):
+    model, tokens = tiny(**sizes), draw(sum(LENGTHS))
+    alone = [model(sample, [len(sample)]).logits for sample in tokens.split(LENGTHS)]
+    assert close(model(tokens, LENGTHS).logits, torch.cat(alone))
+
+
+@dense_and_experts
+def test_packed_samples_have_the_gradient_they_have_alone(tiny, sizes):
+    model, tokens = tiny(**sizes), draw(sum(LENGTHS))
+    packed = gradients(model, model(tokens, LENGTHS).logits.square().sum())
+    alone = gradients(model, sum(model(sample, [len(sample)]).logits.square().sum()
+                                 for sample in tokens.split(LENGTHS)))
+    for a, b in zip(packed, alone):
+        assert close(a, b, atol=1e-4 * b.abs().max().item())
+
+
+def test_the_order_of_samples_does_not_matter(tiny):
+    model, samples = tiny(), draw(sum(LENGTHS)).split(LENGTHS)
+    logits = model(torch.cat(samples), LENGTHS).logits.split(LENGTHS)
+    order = [1, 3, 0, 2]
+    shuffled = model(torch.cat([samples[i] for i in order]), [LENGTHS[i] for i in order]).logits
+    assert close(shuffled, torch.cat([logits[i] for i in order]))
+
+
+@dense_and_experts
+def test_a_sample_never_changes_another(tiny, sizes):
+    model, tokens = tiny(**sizes), draw(sum(LENGTHS))
+    changed = tokens.clone()
+    changed[3:8] = (tokens[3:8] + 1) % 12                       # all of the second sample
+    before, after = (model(t, LENGTHS).logits.split(LENGTHS) for t in (tokens, changed))
+    assert [close(a, b) for a, b in zip(before, after)] == [True, False, True, True]
+
+
+@dense_and_experts
+def test_the_loss_of_a_sample_gives_no_gradient_to_the_words_of_another(tiny, sizes):
+    model = tiny(tie_embeddings=False, **sizes)                 # tied, the head would give every word a gradient
+    model(torch.tensor([0, 1, 2, 3, 6, 7, 8, 9]), [4, 4]).logits[:4].square().sum().backward()
+    reached = model.tok_embeddings.weight.grad.abs().sum(dim=1) > 0
+    assert reached.tolist() == [True] * 4 + [False] * 8
+
+
+# -- only where asked ------------------------------------------------------------------------------------------
+
+@every_variant
+def test_at_gives_those_rows_of_the_logits_and_of_the_hidden_states(tiny, sizes):
+    model, tokens, at = tiny(**sizes), draw(sum(LENGTHS)), torch.tensor([0, 2, 4, 7, 8, 14])
+    full, some = model(tokens, LENGTHS, return_hidden=True), model(tokens, LENGTHS, at=at, return_hidden=True)
+    assert some.logits.shape == (6, 12) and len(some.hidden) == 2
+    assert close(some.logits, full.logits[at])
+    assert all(close(a, b[at]) for a, b in zip(some.hidden, full.hidden))
+
+
+@dense_and_experts
+def test_at_gives_the_gradient_of_indexing_afterwards(tiny, sizes):
+    model, tokens, at = tiny(**sizes), draw(sum(LENGTHS)), torch.tensor([0, 2, 4, 7, 8, 14])
+    asked = gradients(model, model(tokens, LENGTHS, at=at).logits.square().sum())
+    indexed = gradients(model, model(tokens, LENGTHS).logits[at].square().sum())
+    for a, b in zip(asked, indexed):
+        assert close(a, b, atol=1e-4 * b.abs().max().item())
+
+
+# -- attention -------------------------------------------------------------------------------------------------
+
+def test_grouped_query_attention_is_full_attention_with_repeated_key_and_value_heads(tiny):
+    grouped, full = tiny(n_kv_heads=2), tiny(n_kv_heads=4)
+    state = grouped.state_dict()
+    for name, weight in state.items():
+        if name.endswith(("wk.weight", "wv.weight")):           # heads 0, 1 -> 0, 0, 1, 1, each of 4 rows
+            state[name] = weight.view(2, 4, 16).repeat_interleave(2, dim=0).reshape(16, 16)
+    full.load_state_dict(state)
+    tokens = draw(sum(LENGTHS))
+    assert close(grouped(tokens, LENGTHS).logits, full(tokens, LENGTHS).logits)
+
+
+def rotation_of(model, length):  # -> (length, 1, K/2)
+    return model.lay_out(torch.zeros(length, dtype=torch.long), [length], cache=None).rotation
+
+
+def test_rope_leaves_position_0_and_turns_the_first_pair_by_one_radian_a_position(tiny):
+    x = torch.tensor([1.0, 0.0, 1.0, 0.0]).expand(4, 1, 4)
+    turned = rotate(x, rotation_of(tiny(), 4))
+    assert close(turned[0], x[0])
+    for m in range(4):                                          # the second pair: 10000 ** (-2/4) = 1/100 of that
+        by_hand = [math.cos(m), math.sin(m), math.cos(m / 100), math.sin(m / 100)]
+        assert close(turned[m, 0], torch.tensor(by_hand))
+
+
+def test_attention_depends_on_how_far_apart_two_tokens_are_not_on_where_they_stand(tiny):
+    q, k = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    rotation = rotation_of(tiny(), 24)
+    q, k = (rotate(x.expand(24, 1, 4), rotation).squeeze(1) for x in (q, k))
+    scores = q @ k.T                                            # (m, n)
+    for apart in range(24):
+        diagonal = scores.diagonal(-apart)
+        assert close(diagonal, diagonal[:1].expand(24 - apart))
+    assert not close(scores[3, 0], scores[2, 0])
+
+
+def test_moving_a_whole_sample_leaves_its_attention_as_it_is_and_spreading_it_does_not(tiny):
+    model, x = tiny(), torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    stream, rotation = model.lay_out(draw(6), [6], cache=None), rotation_of(model, 12)
+    here, moved, spread = (model.layers[0].attention(x, stream._replace(rotation=turns))
+                           for turns in (rotation[:6], rotation[6:], rotation[::2]))
+    assert close(here, moved) and not close(here, spread, atol=1e-2)
+
+
+def test_samples_start_at_position_0_each(tiny):
+    stream = tiny().lay_out(draw(sum(LENGTHS)), LENGTHS, cache=None)
+    assert stream.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert stream.sample.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3]
+    assert stream.spans == [(1, 3), (2, 5), (1, 2)]
+
+
+def test_a_bf16_copy_tells_position_300_from_301(tiny):
+    model = tiny(max_seq_len=512)
+    exact = rotation_of(model, 302)
+    copy = rotation_of(model.bfloat16(), 302)
+    assert torch.tensor(301.0).bfloat16().item() == 300         # a table of positions in bf16 would mix them up
+    assert copy.dtype == torch.complex64 and torch.equal(copy, exact)
+    assert close(copy[301, 0, 0].angle(), torch.tensor(math.remainder(301, 2 * math.pi)), atol=1e-4)
+
+
+def test_a_sample_longer_than_max_seq_len_stops_with_both_numbers(tiny):
+    with pytest.raises(AssertionError, match="25 tokens .* max_seq_len=24"):
+        tiny()(draw(25), [25])
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------
+
+def test_a_tied_head_is_the_embedding_and_counts_once(tiny):
+    tied, untied = tiny(), tiny(tie_embeddings=False)
+    assert tied.output.weight is tied.tok_embeddings.weight
+    assert untied.n_parameters() - tied.n_parameters() == 12 * 16
+    assert tied.bfloat16().output.weight is tied.tok_embeddings.weight
+
+
+@pytest.mark.parametrize("dim, n_layers, hidden_dim, parameters", [
+    (512, 8, 1376, 26_485_248),
+    (768, 16, 2048, 108_749_568),
+])
+def test_the_sizes_of_the_document_have_the_parameters_that_a_hand_counts(dim, n_layers, hidden_dim, parameters):
+    config = LMConfig(dim=dim, n_layers=n_layers)
+    with torch.device("meta"):                                  # shapes only, no memory
+        model = Transformer(config)
+    attention = dim * dim + 2 * dim * dim // 2 + dim * dim      # wq; wk and wv of half the heads; wo
+    layer = attention + 3 * dim * hidden_dim + 2 * dim          # w1, w2, w3; two norms
+    assert config.hidden_dim == hidden_dim
+    assert model.n_parameters() == 6400 * dim + n_layers * layer + dim == parameters
+
+
+def test_a_new_model_finds_all_words_about_equally_likely():
+    torch.manual_seed(0)
+    model = Transformer(LMConfig(dim=32, n_layers=2, n_heads=4, vocab_size=50))
+    loss = F.cross_entropy(model(draw(128, 1, 50), [32] * 4).logits, draw(128, 2, 50))
+    assert abs(loss - math.log(50)) < 0.05                      # 3.91
+
+
+@pytest.mark.parametrize("sizes, message", [
+    (dict(dim=0), "dim=0 must be at least 1"),
+    (dict(n_layers=0), "n_layers=0 must be at least 1"),
+    (dict(dim=30, n_heads=4), "dim=30 does not split into n_heads=4 equal heads; try n_heads=3, or set head_dim"),
+    (dict(dim=12, n_heads=4), "head_dim=3 is odd; RoPE turns pairs of numbers, choose an even one"),
+    (dict(n_heads=8, n_kv_heads=3), "n_heads=8 is no multiple of n_kv_heads=3"),
+    (dict(n_heads=8, n_kv_heads=0), "n_kv_heads=0"),
+    (dict(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\)"),
+    (dict(use_moe=True, num_experts_per_tok=5), "num_experts_per_tok=5 must lie between 1 and n_routed_experts=4"),
+])
+def test_sizes_that_do_not_fit_are_refused_with_the_value_and_the_way_out(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        LMConfig(**sizes)
+
+
+def test_a_config_comes_back_from_its_json_and_refuses_a_name_it_does_not_know():
+    config = LMConfig(dim=64, n_layers=3, use_moe=True)
+    assert LMConfig.from_dict(json.loads(config.to_json())) == config
+    with pytest.raises(ValueError, match="unknown model sizes.*n_layer"):
+        LMConfig.from_dict({"dim": 64, "n_layer": 3})

@@ -1,0 +1,134 @@
+"""
+混合专家的规律：与逐词元的朴素循环相同；用得均匀时平衡损失为 1。
+Laws of model/moe.py: it equals a plain loop over tokens, and the balance loss is 1 when use is even.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.config import LMConfig
+from model.moe import MoEFeedForward, balance_loss
+from model.transformer import Transformer
+
+
+def experts(E, A, n_shared_experts=0, norm_topk_prob=True, seed=0):
+    ffn = MoEFeedForward(LMConfig(
+        dim=8, n_heads=2, hidden_dim=12, use_moe=True, n_routed_experts=E, num_experts_per_tok=A,
+        n_shared_experts=n_shared_experts, norm_topk_prob=norm_topk_prob))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in ffn.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
+    return ffn
+
+
+def one_sample(n):
+    return torch.zeros(n, dtype=torch.long), 1
+
+
+@pytest.fixture
+def x():
+    return torch.randn(10, 8, generator=torch.Generator().manual_seed(1))
+
+
+def by_hand(w1, w2, w3, token):
+    return w2 @ (F.silu(w1 @ token) * (w3 @ token))
+
+
+@pytest.mark.parametrize("E, A, n_shared, norm", [(4, 2, 1, True), (4, 2, 0, False), (3, 1, 2, True), (4, 4, 0, True)])
+def test_sorting_by_expert_equals_a_plain_loop_over_tokens(x, E, A, n_shared, norm):
+    ffn = experts(E, A, n_shared, norm)
+    y = []
+    for token in x:
+        score = (ffn.router.weight @ token).softmax(dim=0).tolist()
+        chosen = sorted(range(E), key=lambda e: -score[e])[:A]
+        total = sum(score[e] for e in chosen) if norm else 1.0
+        y.append(sum(score[e] / total * by_hand(ffn.w1[e], ffn.w2[e], ffn.w3[e], token) for e in chosen))
+        if n_shared:
+            y[-1] = y[-1] + by_hand(ffn.shared.w1.weight, ffn.shared.w2.weight, ffn.shared.w3.weight, token)
+    assert torch.allclose(ffn(x, *one_sample(10))[0], torch.stack(y), atol=1e-5)
+
+
+def test_one_expert_is_the_dense_model(tiny):
+    dense = tiny()
+    one = tiny(use_moe=True, n_routed_experts=1, num_experts_per_tok=1, n_shared_experts=0)
+    state = {f"layers.{layer}.ffn.router.weight": torch.ones(1, 16) for layer in (0, 1)}
+    for name, weight in dense.state_dict().items():
+        if ".ffn.w" in name:
+            state[name.removesuffix(".weight")] = weight.unsqueeze(0)       # a stack of one expert
+        else:
+            state[name] = weight
+    one.load_state_dict(state)
+    tokens = torch.tensor([3, 1, 4, 1, 5, 9])
+    assert torch.allclose(one(tokens, [2, 4]).logits, dense(tokens, [2, 4]).logits, atol=1e-5)
+
+
+def test_the_chosen_experts_weights_sum_to_one_if_asked(x):
+    # All experts are one and the same and the router is undecided: 2 of 4 hold half of the probability.
+    for norm, share in ((True, 1.0), (False, 0.5)):
+        ffn = experts(E=4, A=2, norm_topk_prob=norm)
+        with torch.no_grad():
+            ffn.router.weight.zero_()
+            for weight in (ffn.w1, ffn.w2, ffn.w3):
+                weight.copy_(weight[:1].expand_as(weight))
+        alone = torch.stack([by_hand(ffn.w1[0], ffn.w2[0], ffn.w3[0], token) for token in x])
+        assert torch.allclose(ffn(x, *one_sample(10))[0], share * alone, atol=1e-5)
+
+
+# -- the balance loss ------------------------------------------------------------------------------------------
+
+def test_the_balance_loss_is_1_a_sample_when_use_is_even():
+    # 4 experts, 2 a token: tokens 0 and 2 go to experts 0 and 1, tokens 1 and 3 to experts 2 and 3.
+    chosen = torch.tensor([[0, 1], [2, 3], [0, 1], [2, 3]])
+    scores = torch.tensor([[.5, .5, 0, 0], [0, 0, .5, .5]] * 2)
+    assert balance_loss(scores, chosen, *one_sample(4)).item() == pytest.approx(1.0)
+    assert balance_loss(scores, chosen, torch.tensor([0, 0, 1, 1]), 2).item() == pytest.approx(2.0)
+
+
+def test_the_balance_loss_is_E_over_A_when_all_tokens_choose_the_same():
+    chosen = torch.tensor([[0, 1]] * 5)
+    scores = torch.tensor([[.7, .3, 0, 0]] * 5)
+    assert balance_loss(scores, chosen, *one_sample(5)).item() == pytest.approx(4 / 2)
+
+
+def test_the_balance_loss_of_a_batch_is_the_sum_of_its_samples(tiny):
+    model, tokens = tiny(use_moe=True), torch.randint(12, (12,), generator=torch.Generator().manual_seed(0))
+    together = model(tokens, [3, 4, 5]).balance_loss
+    alone = [model(sample, [len(sample)]).balance_loss for sample in tokens.split([3, 4, 5])]
+    assert together.item() == pytest.approx(sum(alone).item(), rel=1e-5)
+    assert model(tokens[:7], [3, 4]).balance_loss.item() == pytest.approx((alone[0] + alone[1]).item(), rel=1e-5)
+
+
+def test_a_sample_of_which_nothing_is_asked_adds_nothing_to_the_balance_loss():
+    scores, chosen = torch.tensor([[.5, .5]] * 2), torch.tensor([[0], [1]])
+    assert balance_loss(scores, chosen, torch.tensor([1, 1]), 2).item() == pytest.approx(1.0)
+
+
+def test_the_balance_loss_pushes_the_router_away_from_the_busy_expert():
+    logits = torch.tensor([[2.0, 0.0]] * 3, requires_grad=True)
+    balance_loss(logits.softmax(dim=-1), torch.tensor([[0]] * 3), *one_sample(3)).backward()
+    assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1] < 0).all()
+
+
+def test_a_dense_model_has_no_balance_loss(tiny):
+    assert tiny()(torch.tensor([1, 2, 3]), [3]).balance_loss == 0
+
+
+# -- gradients -------------------------------------------------------------------------------------------------
+
+def test_an_expert_with_no_token_has_a_gradient_of_zero(x):
+    ffn = experts(E=3, A=1)
+    with torch.no_grad():
+        ffn.router.weight.copy_(torch.tensor([[1.0], [-1.0], [-2.0]]).expand(3, 8))
+    ffn(x.abs(), *one_sample(10))[0].square().sum().backward()          # all go to expert 0
+    for weight in (ffn.w1, ffn.w2, ffn.w3):
+        assert weight.grad[0].abs().sum() > 0 and weight.grad[1:].abs().sum() == 0
+
+
+def test_router_experts_and_shared_expert_all_learn():
+    torch.manual_seed(0)
+    model = Transformer(LMConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=12, use_moe=True))
+    out = model(torch.arange(12), [6, 6])
+    (out.logits.square().sum() + 0.01 * out.balance_loss).backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in model.parameters())
