@@ -32,8 +32,9 @@ source .venv/bin/activate
 
 # 2. Sizes: a teacher of 0.87 M parameters, a student of 0.16 M, and how many steps each of them trains
 out=out${smoke:+/smoke}${moe:+/moe} data=${smoke:+out/smoke/}dataset _moe=${moe:+_moe}
-teacher="--dim 128 --n_layers 4 ${moe:+--use_moe}" student="--dim 64 --n_layers 2 --n_heads 4"
-teacher_pretrain=400 teacher_sft=2400 student_pretrain=300 student_sft=300 last=""
+teacher="--dim 128 --n_layers 4 --batch_size 24 --learning_rate 3e-3 --warmup_iters 20 ${moe:+--use_moe}"
+student="--dim 64 --n_layers 2 --n_heads 4 --batch_size 24 --learning_rate 3e-3 --warmup_iters 20"
+teacher_pretrain=300 teacher_sft=2400 student_pretrain=300 student_sft=300 last=""
 if [ $smoke ]; then teacher_pretrain=3 teacher_sft=3 student_pretrain=3 student_sft=3 last="--max_steps 3"; fi
 if [ $fresh ]; then rm -rf "$out"/.done "$out"/*.pth "$out"/*.resume* "$out"/{sft_alone,clean,seed*}; fi
 mkdir -p "$out/.done"
@@ -56,8 +57,9 @@ step() {
     echo "$key $(cksum < "$output")" > "$mark"
 }
 
+export OMP_NUM_THREADS=1        # one thread a process: two processes already take two cores
 run="torchrun --nproc_per_node 2"
-common="--ddp --resume --max_seq_len 128 --batch_size 24 --warmup_iters 20 --learning_rate 3e-3 --eval_interval 0"
+common="--ddp --resume --max_seq_len 128 --eval_interval 0"
 
 # 3. Data
 step $data/sft_data.jsonl dataset/miniworld.py python dataset/miniworld.py --out_dir $data ${smoke:+--smoke}
@@ -84,7 +86,7 @@ for ((seed = seeds; seed >= 1; seed--)); do
         step "$start" "$base $data/sft_data.jsonl" \
             $run train_sft.py $common $sizes --out_dir $to --data_path $data/sft_data.jsonl --max_steps $student_sft
 
-        more="$run train_sft.py $common --epochs 12 --seed $((1336 + seed)) $last"
+        more="$run train_sft.py $common --batch_size 12 --epochs 16 --learning_rate 5e-3 --seed $((1336 + seed)) $last"
         distil="$run train_distillation.py --ddp --size tiny --seed $((1336 + seed)) --teacher $the_teacher $last"
         step $to/clean/full_sft_64$kind.pth "$base $data/sft_data_clean.jsonl" \
             $more --out_dir $to/clean --weights "$base" --data_path $data/sft_data_clean.jsonl
