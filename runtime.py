@@ -74,21 +74,31 @@ def add_training_args(parser: argparse.ArgumentParser):
 def parse_args(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     """Defaults, then the YAML of --config, then the command line. Sections of the YAML are grouping only.
 
-    Exits with a message on a key that is no flag, naming the nearest one that is.
+    Exits with a message on a file that is not YAML, a value that its flag does not take, and a key that is no flag,
+    naming the nearest one that is.
     """
     first, _ = argparse.ArgumentParser(add_help=False, parents=[config_only()]).parse_known_args(argv)
     if first.config:
         if not Path(first.config).exists():
             parser.error(f"no config file at {first.config}")
+        try:
+            document = yaml.safe_load(Path(first.config).read_text()) or {}
+        except yaml.YAMLError as error:
+            parser.error(f"{first.config} is not YAML: {error}")
+        if not isinstance(document, dict):
+            parser.error(f"{first.config} must hold lines like `learning_rate: 5e-6`")
         flags = {action.dest: action for action in parser._actions}
         values = {}
-        for key, value in (yaml.safe_load(Path(first.config).read_text()) or {}).items():
+        for key, value in document.items():
             values.update(value if isinstance(value, dict) else {key: value})
         for key, value in values.items():
             if key not in flags:
                 nearest = difflib.get_close_matches(key, flags, n=1, cutoff=0.0)[0]
                 parser.error(f"{first.config}: unknown key {key!r}; did you mean {nearest!r}?")
-            values[key] = read_as_flag(parser, flags[key], value)
+            try:
+                values[key] = read_as_flag(parser, flags[key], value)
+            except argparse.ArgumentError as error:
+                parser.error(f"{first.config}: {error}")
         parser.set_defaults(**values)
     return parser.parse_args(argv)
 
@@ -157,12 +167,15 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @contextmanager
 def main_process_first(world: World):
-    """The main process goes through alone, then the others: it tokenises, they find the file made."""
+    """The main process goes through alone, then the others: it tokenises, they find the file made. If it fails, they
+    follow, and end with the same error instead of waiting for it."""
     if world.rank != 0:
         dist.barrier()
-    yield
-    if world.rank == 0 and world.size > 1:
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if world.rank == 0 and world.size > 1:
+            dist.barrier()
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
@@ -243,6 +256,12 @@ def make_optimizer(modules, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
+# Flags that a resumed run may have otherwise than before; what they change in the mathematics is checked by itself.
+FREE_TO_CHANGE = {"out_dir", "data_path", "config", "resume", "max_steps", "epochs", "batch_size", "accumulation_steps",
+                  "device", "ddp", "local_rank", "num_workers", "log_interval", "save_interval", "eval_interval",
+                  "val_path", "use_wandb", "wandb_project", "tokenizer"}
+
+
 class Run:
     """What a training run remembers from step to step, and the plumbing around its steps.
 
@@ -264,22 +283,19 @@ class Run:
         self.steps_done, self.best, wandb_id = 0, math.inf, None
         # What must be the same for a resumed run to end where the unbroken one would have.
         self.kind = {"data": data.dataset.cache_files()[0].name, "samples per step": data.step_samples,
-                     "seed": args.seed, "total steps": self.total_steps}
+                     "total steps": self.total_steps,
+                     **{flag: value for flag, value in vars(args).items() if flag not in FREE_TO_CHANGE}}
 
         state = load_resume(self.resume_path) if args.resume else None
         if state:
-            changed = [f"{key} was {state['kind'][key]}, is {value}"
-                       for key, value in self.kind.items() if state["kind"][key] != value]
+            changed = [f"{key} was {state['kind'].get(key)}, is {value}"
+                       for key, value in self.kind.items() if state["kind"].get(key) != value]
             if changed:
                 raise ValueError(f"{self.resume_path} belongs to another run: {'; '.join(changed)}. "
                                  "Start anew without --resume, or in another --out_dir.")
-            try:
-                for key, module in self.modules.items():
-                    module.load_state_dict(state[key])
-                self.optimizer.load_state_dict(state["optimizer"])
-            except (KeyError, RuntimeError, ValueError) as error:
-                raise ValueError(f"{self.resume_path} belongs to another run: it trained other weights, or of other "
-                                 "sizes. Start anew without --resume, or in another --out_dir.") from error
+            for key, module in self.modules.items():
+                module.load_state_dict(state[key])
+            self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.steps_done, self.best, wandb_id = state["steps_done"], state["best"], state["wandb_id"]
             Logger(f"resumed {self.resume_path} after step {self.steps_done}")

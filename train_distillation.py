@@ -35,7 +35,7 @@ SIZES = {
              "epochs": 6, "batch_size": 32, "learning_rate": 5e-6},
     "tiny": {"lm_config_student": LMConfig(dim=64, n_layers=2, n_heads=4, max_seq_len=128),
              "lm_config_teacher": LMConfig(dim=128, n_layers=4, n_heads=8, max_seq_len=128),
-             "epochs": 12, "batch_size": 24, "learning_rate": 3e-3},
+             "epochs": 16, "batch_size": 12, "learning_rate": 5e-3},
 }
 
 
@@ -229,9 +229,9 @@ def main():
     args = runtime.parse_args(parser)
     if not 0.0 <= args.alpha <= 1.0:
         parser.error(f"--alpha {args.alpha} is the weight of CE and must lie in [0, 1]")
-    if min(args.temperature, args.final_temperature or args.temperature) <= 0:
-        parser.error(f"--temperature {args.temperature} must be above 0")
-    students = fill_in(args)
+    for name in ("temperature", "final_temperature"):
+        if vars(args)[name] is not None and vars(args)[name] <= 0:
+            parser.error(f"--{name} {vars(args)[name]} must be above 0")
 
     # 2. Processes and seeds
     world = runtime.init_distributed_mode(args)
@@ -239,6 +239,7 @@ def main():
 
     with runtime.checking_input():
         # 3. Models
+        students = fill_in(args)
         teacher, teacher_tokenizer = init_teacher_model(args.teacher)
         models = []
         for weights, lm_config in students:

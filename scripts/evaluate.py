@@ -53,8 +53,9 @@ def read_tests(paths) -> dict[str, list[dict]]:
                 if isinstance(row, str):
                     raise ValueError(row)
                 if "distribution" in row:
-                    tests["distributions"].append(row)
+                    tests["distributions"].append(checked_distribution(row))
                 elif "options" in row:
+                    to_messages(row)        # says what is wrong with it, if anything is
                     tests["choices"].append(row)
                 else:
                     tests["conversations"].append({"messages": to_messages(row), "leaf": row.get("leaf", "all")})
@@ -63,6 +64,16 @@ def read_tests(paths) -> dict[str, list[dict]]:
     if not any(tests.values()):
         raise BadLine(f"{', '.join(paths)}: nothing to test on")
     return tests
+
+
+def checked_distribution(row) -> dict:
+    """{question, distribution} of a row of that kind. Raises ValueError with the reason if it is not one."""
+    shares = row["distribution"]
+    if not isinstance(shares, dict) or not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-3:
+        raise ValueError(f"distribution {shares} must give each answer its share above 0, and 1 in all")
+    answer = {"role": "assistant", "content": next(iter(shares))}
+    question, *_ = to_messages({"conversations": [*row.get("conversations", []), answer]})
+    return {"question": question["content"], "distribution": shares}
 
 
 def evaluate(model, tokenizer, tests, reference=None) -> dict:
@@ -90,7 +101,7 @@ def evaluate(model, tokenizer, tests, reference=None) -> dict:
         results["multiple_choice"] = 100 * statistics.mean(hits)
 
     if tests["distributions"]:
-        answers = score_answers(model, tokenizer, [(row["conversations"][0]["content"], list(row["distribution"]))
+        answers = score_answers(model, tokenizer, [(row["question"], list(row["distribution"]))
                                                    for row in tests["distributions"]])
         kl, mode = [], []
         for row, log_q in zip(tests["distributions"], answers):

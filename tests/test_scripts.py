@@ -1,0 +1,377 @@
+"""
+脚本的规律：每个脚本都跑得起来，每个错误都说清楚在哪里、怎么办。
+Laws of the scripts: each of them runs, and each error says where it is and what to do.
+"""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+
+from helpers_run import ROOT, TINY, complaint, data, load, models, rows, succeed  # noqa: F401
+
+TRAINING_SCRIPTS = ["train_pretrain.py", "train_sft.py", "train_distillation.py"]
+SCRIPTS = [*TRAINING_SCRIPTS, "scripts/chat.py", "scripts/evaluate.py", "scripts/train_tokenizer.py",
+           "dataset/miniworld.py"]
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+class Parsed(Exception):
+    pass
+
+
+def flags_of(script, monkeypatch) -> list:
+    """The rows of a script's table of flags."""
+    def stop(parser, *_):
+        raise Parsed(parser)
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(Parsed) as parsed:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return [flag for flag in parsed.value.args[0]._actions if flag.dest != "help"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read_and_explained(script, monkeypatch):
+    source = (ROOT / script).read_text()
+    if script in TRAINING_SCRIPTS:
+        source += (ROOT / "runtime.py").read_text()
+    by_name = "".join(re.findall(r"vars\(args\)\[name\] for name in \((.*?)\)", source))
+    for flag in flags_of(script, monkeypatch):
+        read = "first.config" if flag.dest == "config" else f"args.{flag.dest}"
+        assert re.search(rf"\b{read}\b", source) or f'"{flag.dest}"' in by_name, f"{flag.dest} is never read"
+        assert flag.help, f"{flag.dest} has no help"
+
+
+# ---------------------------------------------------------------------------------------------------- the three lessons
+
+
+@pytest.fixture(scope="module")
+def flags(data):
+    return {**TINY, "data_path": data / "sft_data.jsonl", "max_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pair(models):
+    return {"student": models / "student.pth", "teacher": models / "teacher.pth", "size": "tiny"}
+
+
+@pytest.mark.parametrize("kind", ["", "_moe"])
+def test_the_lessons_follow_each_other_on_default_names(kind, flags, data, tmp_path):
+    """train_pretrain.py, train_sft.py, train_distillation.py: each finds what the one before left in --out_dir."""
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "use_moe": bool(kind) or None, "out_dir": tmp_path}
+    said = succeed("train_pretrain.py", **flags | sizes | {"data_path": data / "pretrain_data.jsonl"})
+    assert "val_loss" in said       # 5 % of the texts were held out
+    said = succeed("train_sft.py", **flags | sizes)
+    assert f"from {tmp_path}/pretrain_32{kind}.pth" in said
+    said = succeed("train_sft.py", **flags | sizes | {"dim": 128, "n_heads": 8, "weights": "none", "use_moe": None})
+    said = succeed("train_distillation.py", **flags | sizes, size="tiny")
+    assert f"from {tmp_path}/full_sft_32{kind}.pth" in said and f"from {tmp_path}/full_sft_128.pth" in said
+    names = {path.name for path in tmp_path.iterdir()}
+    for run in (f"pretrain_32{kind}", f"full_sft_32{kind}", f"full_dist_32{kind}"):
+        assert {f"{run}.pth", f"{run}_best.pth", f"{run}.json", f"{run}.jsonl", f"{run}.resume"} <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("teacher_kind", ["", "_moe"])
+@pytest.mark.parametrize("kind", ["", "_moe"])
+def test_a_student_of_either_kind_learns_from_a_teacher_of_either_kind(kind, teacher_kind, flags, models, tmp_path):
+    succeed("train_distillation.py", **flags, out_dir=tmp_path, size="tiny", student=models / f"student{kind}.pth",
+            teacher=models / f"teacher{teacher_kind}.pth", log_interval=1)
+    assert load(tmp_path / f"full_dist_32{kind}.pth").keys() == load(models / f"student{kind}.pth").keys()
+    first = rows(tmp_path / f"full_dist_32{kind}.jsonl")[0]
+    assert first["kd"] > 0.1 and ("balance" in first) == bool(kind)
+
+
+def test_a_student_in_between_learns_first_and_then_teaches(flags, pair, models, tmp_path):
+    """The teacher 48 x 4, then a new 64 x 3, then the weights of a 48 x 4 with experts, then the student 32 x 2."""
+    chain = ["64x3", models / "teacher_moe.pth"]
+    said = succeed("train_distillation.py", **flags, **pair, out_dir=tmp_path, chain=chain)
+    assert re.findall(r"student (.*?): ", said) == ["64 x 3", "48 x 4, 4 experts", "32 x 2"]
+    assert all((tmp_path / f"full_dist_{size}.pth").exists() for size in ("64", "48_moe", "32"))
+
+    # The last student's teacher was the one before it, not the first.
+    kd = rows(tmp_path / "full_dist_32.jsonl")[0]["kd"]
+    succeed("train_distillation.py", **flags, **pair | {"teacher": tmp_path / "full_dist_48_moe.pth"},
+            out_dir=tmp_path / "by_hand")
+    assert kd == pytest.approx(rows(tmp_path / "by_hand" / "full_dist_32.jsonl")[0]["kd"], rel=1e-5)
+
+
+def test_a_link_of_a_chain_starts_from_its_weights_if_they_lie_there(flags, pair, tmp_path):
+    succeed("train_sft.py", **flags, weights="none", dim=48, n_layers=3, n_heads=4, out_dir=tmp_path)
+    said = succeed("train_distillation.py", **flags, **pair, chain=["48x3"], out_dir=tmp_path, processes=2)
+    assert re.search(rf"student 48 x 3: .* from {tmp_path}/full_sft_48.pth", said)
+
+
+def test_wandb_works_without_a_network(flags, tmp_path):
+    succeed("train_sft.py", **flags, weights="none", dim=32, n_layers=1, n_heads=2, out_dir=tmp_path, use_wandb=True,
+            variables={"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "WANDB_SILENT": "true"})
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def new_model(flags, tmp_path) -> dict:
+    return {**flags, "weights": "none", "dim": 32, "n_layers": 1, "n_heads": 2, "out_dir": tmp_path}
+
+
+def test_a_bad_line_stops_before_training_and_is_named(flags, data, tmp_path):
+    lines = (data / "sft_data.jsonl").read_text().splitlines()[:20]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join(lines[:6] + ['{"conversations": [{"role": "user"'] + lines[6:]) + "\n")
+    said = complaint("train_sft.py", **new_model(flags, tmp_path) | {"data_path": bad})
+    assert f"{bad}, line 7" in said and "not a whole JSON object" in said and "step 1" not in said
+    said = succeed("train_sft.py", **new_model(flags, tmp_path) | {"data_path": bad}, skip_bad_lines=True)
+    assert f"{bad}: left out 1 of 21 lines" in said
+
+
+@pytest.mark.parametrize("script, more, reason", [
+    ("train_sft.py", {"data_path": ROOT / "dataset/none.jsonl"}, "Make it: python dataset/miniworld.py"),
+    ("train_sft.py", {"data_path": "/nowhere/a.jsonl"}, "no file at /nowhere/a.jsonl. Check the path."),
+    ("train_sft.py", {"weights": None}, "no weights at .*pretrain_32.pth.*python train_pretrain.py"),
+    ("train_sft.py", {"dim": 33}, r"dim=33 does not split into n_heads=2 equal heads; try n_heads=1"),
+    ("train_sft.py", {"batch_size": 1000}, r"380 samples, fewer than the 1000 of one step .* lower --batch_size"),
+    ("train_sft.py", {"max_seq_len": 2}, "max_seq_len=2"),
+    ("train_sft.py", {"dtype": "float16", "device": "cpu"}, "--dtype float16 needs a GPU"),
+    ("train_sft.py", {"tokenizer": "none.json"}, "none.json"),
+    ("train_sft.py", {"variables": {"WORLD_SIZE": 2}}, "2 processes that would each train alone; add --ddp"),
+    ("train_sft.py", {"ddp": True}, "torchrun --nproc_per_node 2 train_sft.py"),
+])
+def test_an_error_says_what_to_do(script, more, reason, flags, tmp_path):
+    said = complaint(script, **new_model(flags, tmp_path) | more)
+    assert re.search(reason, said), said
+
+
+@pytest.mark.parametrize("more, reason", [
+    ({"alpha": 1.5}, r"--alpha 1.5 .* must lie in \[0, 1\]"),
+    ({"alpha": -0.1}, r"--alpha -0.1 .* must lie in \[0, 1\]"),
+    ({"temperature": 0}, "--temperature 0.0 must be above 0"),
+    ({"final_temperature": -1}, "--final_temperature -1.0 must be above 0"),
+    ({"final_temperature": 0}, "--final_temperature 0.0 must be above 0"),
+    ({"teacher": "none.pth"}, "no weights at none.pth.*quickstart.sh"),
+    ({"student": None}, "no weights at .*full_sft_64.pth.*quickstart.sh"),
+    ({"student": "none", "dim": 33}, "dim=33 does not split"),
+    ({"max_seq_len": 256}, "--max_seq_len 256 is more than the model was made for, 128"),
+    ({"chain": ["0x3"]}, "dim=0"),
+    ({"ddp": True}, "torchrun --nproc_per_node 2 train_distillation.py"),
+])
+def test_a_distillation_that_cannot_be_says_why(more, reason, flags, pair, tmp_path):
+    said = complaint("train_distillation.py", **flags | pair | {"out_dir": tmp_path} | more)
+    assert re.search(reason, said), said
+
+
+def test_two_vocabularies_cannot_be_distilled_into_each_other(flags, pair, data, tmp_path):
+    for text in ("pretrain_data", "sft_data"):
+        vocabulary = tmp_path / f"{text}.json"
+        succeed("scripts/train_tokenizer.py", data=data / f"{text}.jsonl", vocab_size=300, out=vocabulary)
+        succeed("train_sft.py", **new_model(flags, tmp_path / text), tokenizer=vocabulary)
+    student, other = tmp_path / "pretrain_data/full_sft_32.pth", tmp_path / "sft_data/full_sft_32.pth"
+    flags = flags | pair | {"student": student, "out_dir": tmp_path}
+    said = complaint("train_distillation.py", **flags)
+    assert "the teacher's vocabulary has 1024 words, the student's 300; train both with one tokenizer" in said
+    said = complaint("train_distillation.py", **flags | {"teacher": other})
+    assert "teacher and student have different vocabularies of one size" in said
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"no weights", None], ids=["empty", "two bytes", "text", "cut short"])
+def test_a_damaged_weight_file_is_named(content, flags, pair, models, tmp_path):
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    damaged = tmp_path / "teacher.pth"
+    damaged.write_bytes(damaged.read_bytes()[:-1000] if content is None else content)
+    for script, weights in (("train_distillation.py", flags | pair | {"teacher": damaged, "out_dir": tmp_path}),
+                            ("scripts/chat.py", {"weights": damaged})):
+        assert f"{damaged} is cut short, or no weight file at all" in complaint(script, **weights)
+
+
+def test_the_weights_of_other_sizes_than_the_file_beside_says_are_refused(models, tmp_path):
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    shutil.copy(tmp_path / "teacher.json", tmp_path / "student.json")
+    said = complaint("scripts/chat.py", weights=tmp_path / "student.pth")
+    assert f"{tmp_path}/student.pth does not hold the weights of 48 x 4" in said
+    (tmp_path / "student.json").unlink()
+    said = complaint("scripts/chat.py", weights=tmp_path / "student.pth")
+    assert f"no {tmp_path}/student.json beside the weights" in said
+
+
+def test_bad_input_ends_all_processes(flags, tmp_path):
+    said = complaint("train_sft.py", **new_model(flags, tmp_path) | {"data_path": "/nowhere/a.jsonl"}, processes=2)
+    assert "no file at /nowhere/a.jsonl" in said
+
+
+# ------------------------------------------------------------------------------------------------------------ --config
+
+
+def test_a_config_gives_values_and_the_command_line_overrides_them(flags, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("model:\n  weights: none\n  dim: 32\n  n_layers: 1\n  n_heads: 2\n  use_moe: true\n"
+                      f"data_path: [{flags['data_path']}]\nlearning_rate: 5e-6\nmax_steps: 7\nlog_interval: 1\n")
+    given = {key: value for key, value in flags.items() if key not in ("data_path", "learning_rate", "max_steps")}
+    succeed("train_sft.py", **given, config=config, max_steps=3, warmup_iters=3, out_dir=tmp_path)
+    found = [row for row in rows(tmp_path / "full_sft_32_moe.jsonl") if "lr" in row]
+    assert len(found) == 3
+    assert found[-1]["lr"] == pytest.approx(1.1 * 5e-6)         # warmed up to where the cosine begins
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("learning_rat: 5e-6\n", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+    ("max_steps: many\n", "invalid int value: 'many'"),
+    ("dtype: float64\n", "invalid choice: 'float64'"),
+    ("- dim\n", "run.yaml"),
+    ("dim: [1\n", "run.yaml"),
+])
+def test_a_config_that_cannot_be_read_is_named(text, reason, flags, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    said = complaint("train_sft.py", **new_model(flags, tmp_path), config=config)
+    assert reason in said, said
+
+
+def test_a_config_that_is_not_there_is_named(flags, tmp_path):
+    said = complaint("train_sft.py", **new_model(flags, tmp_path), config="none.yaml")
+    assert "no config file at none.yaml" in said
+
+
+# ------------------------------------------------------------------------------------------------------- chat, evaluate
+
+
+def test_chat_answers_a_piped_question_and_leaves(models):
+    command = [sys.executable, "scripts/chat.py", "--weights", str(models / "teacher.pth"), "--max_new_tokens", "8"]
+    ended = subprocess.run(command, cwd=ROOT, input="2 + 3 =\n", capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stderr == ""
+    assert re.search(r"48 x 4, 0\.\d+ M parameters", ended.stdout) and "model> " in ended.stdout
+
+
+def test_chat_forgets_on_new_and_leaves_on_quit(models):
+    flags = {"weights": models / "teacher.pth", "max_new_tokens": 8, "seed": 0, "temperature": 0}
+    said = succeed("scripts/chat.py", **flags, stdin="hello\n/new\nhello\n\n/quit\nnever asked\n")
+    _, first, after_new = said.split("model> ")
+    assert first.replace("you> ", "") == after_new.replace("you> ", "") and first.strip() != ""
+
+
+def test_chat_goes_on_in_a_conversation_longer_than_the_model_reads(models):
+    flags = {"weights": models / "student.pth", "max_new_tokens": 16}
+    said = succeed("scripts/chat.py", **flags, system="be brief", stdin="how does totiz feel?\n" * 12)
+    assert said.count("model> ") == 12
+    said = succeed("scripts/chat.py", **flags, stdin="how does totiz feel? " * 40 + "\nhello\n")
+    assert "max_seq_len=128" in said and said.count("model> ") == 2       # the first is too long, the second is not
+
+
+def test_chat_without_weights_says_how_to_make_them(tmp_path):
+    assert "no weights at none.pth" in complaint("scripts/chat.py", weights="none.pth")
+
+
+def test_evaluation_compares_models_seeds_and_kinds_of_questions(models, data, tmp_path):
+    tests = [data / name for name in ("test.jsonl", "mcq_test.jsonl", "test_habits.jsonl")]
+    weights = [f"teacher={models}/teacher.pth", f"students={models}/student.pth,{models}/student_moe.pth"]
+    said = succeed("scripts/evaluate.py", weights=weights, data=tests, json=tmp_path / "scores.json",
+                   report=tmp_path / "report.md")
+    header, _, teacher, students = [line for line in said.splitlines() if line.startswith("|")][:4]
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == [
+        "parameters", "exact match %", "multiple choice %", "perplexity", "agreement %", "habits KL", "habits mode %",
+        "tokens/s"]
+    assert "±" not in teacher and students.count("±") == 7
+    assert [cell.strip() for cell in teacher.split("|")][6] == "100.0"      # it agrees with itself
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {label: len(seeds) for label, seeds in scores.items()} == {"teacher": 1, "students": 2}
+    assert len(scores["teacher"][0]["leaves"]) == 17
+    report = (tmp_path / "report.md").read_text()
+    assert teacher in report and "(report.png)" in report
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_untrained_model_guesses(models, data, tmp_path):
+    """Of 1,024 words each is as likely: a perplexity of about 1,024, and one of four options is right."""
+    succeed("scripts/evaluate.py", weights=models / "student.pth", data=[data / "test.jsonl", data / "mcq_test.jsonl"],
+            json=tmp_path / "scores.json")
+    ((scores,),) = json.loads((tmp_path / "scores.json").read_text()).values()
+    assert scores["perplexity"] == pytest.approx(1024, rel=0.1) and scores["exact_match"] == 0
+    assert 10 < scores["multiple_choice"] < 45
+
+
+@pytest.mark.parametrize("line, reason", [
+    ('{"conversations": [', "not a whole JSON object"),
+    ('{"text": "no question"}', "line 3"),
+    ('{"question": "a?", "options": {"A": "b"}}', "answer_idx"),
+    ('{"conversations": [{"role": "user", "content": "a?"}], "distribution": {"x": 0.5}}', "1 in all"),
+    ('{"distribution": {"x": 1}}', "line 3"),
+])
+def test_a_bad_line_of_a_test_file_is_named(line, reason, models, data, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    good = (data / "test.jsonl").read_text().splitlines()[:2]
+    bad.write_text("\n".join([*good, line]) + "\n")
+    said = complaint("scripts/evaluate.py", weights=models / "student.pth", data=bad)
+    assert f"{bad}, line 3" in said and reason in said
+
+
+def test_evaluation_names_files_that_are_missing(models, data, tmp_path):
+    said = complaint("scripts/evaluate.py", weights=models / "student.pth", data="none.jsonl")
+    assert "no file at none.jsonl" in said
+    said = complaint("scripts/evaluate.py", weights=tmp_path / "full_sft_9.pth", data=data / "test.jsonl")
+    assert f"no weights at {tmp_path}/full_sft_9.pth. Train them: python train_sft.py --help" in said
+
+
+# ---------------------------------------------------------------------------------------------------------- quickstart
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A copy of the repo with an environment that is complete, after `bash quickstart.sh --smoke`."""
+    tools = Path(sys.executable).parent
+    if not (tools / "activate").exists():
+        pytest.skip("quickstart.sh works in a virtual environment, and these tests do not run in one")
+    folder = tmp_path_factory.mktemp("clone") / "repo"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
+        ".git", ".venv", ".cache", "__pycache__", ".pytest_cache", "out", "wandb", "*.jsonl"))
+    (folder / ".venv").mkdir()
+    (folder / ".venv/bin").symlink_to(tools)
+    (folder / ".venv/.installed").touch()
+    assert "The table is in out/smoke/report.md" in quickstart(folder)
+    return folder
+
+
+def quickstart(folder) -> str:
+    ended = subprocess.run(["bash", "quickstart.sh", "--smoke"], cwd=folder, stdout=subprocess.PIPE, text=True,
+                           stderr=subprocess.STDOUT)
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
+
+
+def steps(said) -> tuple[list[str], list[str]]:
+    """The outputs of the steps that quickstart.sh made, and of those that it found up to date."""
+    outputs = re.findall(r"^== (\S+)( is up to date)?$", said, flags=re.MULTILINE)
+    return [name for name, done in outputs if not done], [name for name, done in outputs if done]
+
+
+def test_quickstart_ends_in_a_table_and_a_picture(clone):
+    report = (clone / "out/smoke/report.md").read_text()
+    labels = [line.split("|")[1].strip() for line in report.splitlines() if line.startswith("|")]
+    assert labels[2:7] == ["teacher", "SFT", "distilled", "SFT, right labels", "distilled, right labels"]
+    assert (clone / "out/smoke/report.png").stat().st_size > 10_000
+
+
+def test_quickstart_run_again_trains_nothing(clone):
+    said = quickstart(clone)
+    made, found = steps(said)
+    assert made == [] and len(found) == 9 and "\nstep " not in said
+
+
+def test_quickstart_repeats_only_what_depends_on_a_file_that_changed(clone):
+    with open(clone / "out/smoke/dataset/sft_data_clean.jsonl", "a") as file:
+        file.write('{"question": "2 + 3 =", "answer": "5"}\n')
+    made, found = steps(quickstart(clone))
+    assert made == ["out/smoke/clean/full_sft_64.pth", "out/smoke/clean/full_dist_64.pth"] and len(found) == 7
+
+
+def test_quickstart_names_an_option_that_it_does_not_know():
+    ended = subprocess.run(["bash", "quickstart.sh", "--smok"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and "unknown option --smok; known: --seeds N" in ended.stderr
