@@ -40,7 +40,7 @@ if [ $fresh ]; then rm -rf "$out"/.done "$out"/*.pth "$out"/*.resume* "$out"/{sf
 mkdir -p "$out/.done"
 
 # step OUTPUT "INPUT ..." COMMAND ...: run the command, unless OUTPUT is there, unchanged, and was made by this command
-# from these inputs. A training run that was interrupted goes on (--resume); one of other settings starts anew.
+# from these inputs. A training run that was interrupted goes on (--resume), unless its settings have changed.
 step() {
     local output=$1 inputs=$2; shift 2
     local mark="$out/.done/${output//\//_}" key
@@ -87,7 +87,7 @@ for ((seed = seeds; seed >= 1; seed--)); do
             $run train_sft.py $common $sizes --out_dir $to --data_path $data/sft_data.jsonl --max_steps $student_sft
 
         more="$run train_sft.py $common --batch_size 12 --epochs 16 --learning_rate 5e-3 --seed $((1336 + seed)) $last"
-        distil="$run train_distillation.py --ddp --size tiny --seed $((1336 + seed)) --teacher $the_teacher $last"
+        distil="$run train_distillation.py --ddp --resume --size tiny --seed $((1336 + seed)) --teacher $the_teacher $last"
         step $to/clean/full_sft_64$kind.pth "$base $data/sft_data_clean.jsonl" \
             $more --out_dir $to/clean --weights "$base" --data_path $data/sft_data_clean.jsonl
         step $to/clean/full_dist_64$kind.pth "$the_teacher $base $data/sft_data_clean.jsonl" \

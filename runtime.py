@@ -400,8 +400,10 @@ class Run:
         if dist.is_initialized():
             dist.barrier()
         if self.steps_done < self.total_steps:
+            launcher = f"torchrun --nproc_per_node {self.world.size}" if self.world.size > 1 else "python"
+            flags = " ".join(word for word in sys.argv if word != "--resume")
             Logger(f"stopped after step {self.steps_done} of {self.total_steps}; everything is saved. "
-                   f"Go on with: {' '.join(sys.argv)} --resume")
+                   f"Go on with: {launcher} {flags} --resume")
             sys.exit(130)
 
 

@@ -136,7 +136,7 @@ def distill(teacher, student, tokenizer, args, world):
     # 6. Train
     Logger(f"loss = {args.alpha:.2f} CE + {1 - args.alpha:.2f} * {args.temperature:g}^2 * KL(teacher || student) "
            f"at T={args.temperature:g}"
-           + (f" falling to {args.final_temperature:g}" if args.final_temperature else "")
+           + (f" moving to {args.final_temperature:g}" if args.final_temperature else "")
            + (f" + {args.feature_weight:g} * feature MSE" if args.feature_weight > 0 else "")
            + (f" + {student.config.aux_loss_alpha:g} * balance" if student.config.use_moe else "")
            + f"; {run.total_steps} steps of {data.step_samples} samples")
@@ -178,7 +178,8 @@ def fill_in(args) -> list[tuple[str, LMConfig]]:
     for link in args.chain:
         if re.fullmatch(r"\d+x\d+", link):
             dim, n_layers = map(int, link.split("x"))
-            config = LMConfig(dim=dim, n_layers=n_layers, max_seq_len=last.max_seq_len)
+            n_heads = next((n for n in (8, 4, 2) if dim % (2 * n) == 0), 1)
+            config = LMConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, max_seq_len=last.max_seq_len)
             students.append((str(sft_weights(config)) if sft_weights(config).exists() else "none", config))
         else:
             students.append((link, last))
@@ -210,7 +211,7 @@ def main():
     add("--student", "--weights", default=None, help="weights to start from; default: OUT_DIR/full_sft_DIM.pth of "
                                                      "--size's student; none: from nothing")
     add("--size", default="auto", choices=["auto", *SIZES],
-        help="row of SIZES that fills in what is not given; auto: base where its weights lie in OUT_DIR, else tiny")
+        help="row of SIZES that fills in what is not given; auto: the first whose two weight files lie in OUT_DIR")
     add("--dim", type=int, default=None, help="width of the student, instead of --size's")
     add("--n_layers", type=int, default=None, help="its depth, likewise")
     add("--n_heads", type=int, default=None, help="its query heads, likewise")
@@ -246,6 +247,10 @@ def main():
             student, tokenizer = init_student_model(lm_config, weights, args.tokenizer)
             check_vocabulary(teacher, teacher_tokenizer, student, tokenizer)
             models.append(student)
+        names = [f"{model.config.dim}{model.config.moe_path}" for model in models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"students {', '.join(names)}: two of a chain would be saved as one full_dist_DIM.pth; "
+                             "give them different widths")
 
     # 4. to 6. Teach them, one after the other
     progressive_distillation(teacher, models, lambda t, s: distill(t, s, tokenizer, args, world))

@@ -1,12 +1,20 @@
 """
-各测试共用的小模型与按字节的分词器。
-What several tests share: a model small enough for a hand, and a tokenizer whose ids are bytes.
+各测试共用的材料：小模型、按字节的分词器、小数据、一份跑过快速上手的副本。
+What several tests share: a model small enough for a hand, a tokenizer whose ids are bytes, data and weights for whole
+runs, and a copy of the repo in which quickstart.sh has run.
 """
+
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from dataset import lm_dataset
+from dataset.miniworld import SMOKE, generate
+from helpers_run import ROOT, quickstart
+from model.checkpoint import new_model, save_model
 from model.config import LMConfig
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
 from model.transformer import Transformer
@@ -47,3 +55,42 @@ def cache(tmp_path, monkeypatch):
     """The token cache in a folder of its own."""
     monkeypatch.setattr(lm_dataset, "CACHE", tmp_path / "cache")
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """The embedded world, a few hundred rows a file."""
+    folder = tmp_path_factory.mktemp("data")
+    generate(folder, seed=0, label_noise=0.3, **SMOKE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """student.pth, student_moe.pth, teacher.pth, teacher_moe.pth: untrained, the teachers with opinions."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    for name, dim, n_layers, loudness in (("student", 32, 2, 1), ("teacher", 48, 4, 20)):
+        for kind in ("", "_moe"):
+            config = LMConfig(dim=dim, n_layers=n_layers, n_heads=2, max_seq_len=128, use_moe=bool(kind))
+            model, tokenizer = new_model(config, ROOT / "model/tokenizer.json")
+            with torch.no_grad():       # logits of unit size instead of 0.1: a distribution worth imitating
+                model.output.weight.mul_(loudness)
+            save_model(model, tokenizer, folder / f"{name}{kind}.pth")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory) -> Path:
+    """A copy of the repo with an environment that is complete, after `bash quickstart.sh --smoke`."""
+    tools = Path(sys.executable).parent
+    if not (tools / "activate").exists():
+        pytest.skip("quickstart.sh works in a virtual environment, and these tests do not run in one")
+    folder = tmp_path_factory.mktemp("clone") / "repo"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
+        ".git", ".venv", ".cache", "__pycache__", ".pytest_cache", "out", "wandb", "*.jsonl"))
+    (folder / ".venv").mkdir()
+    (folder / ".venv/bin").symlink_to(tools)
+    (folder / ".venv/.installed").touch()
+    assert "The table is in out/smoke/report.md" in quickstart(folder)
+    return folder

@@ -13,22 +13,19 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))       # the repo is used in place, not installed
 
 from dataset import lm_dataset  # noqa: E402
-from dataset.miniworld import SMOKE, generate  # noqa: E402
-from model.checkpoint import new_model, save_model  # noqa: E402
-from model.config import LMConfig  # noqa: E402
 
 os.environ["OMP_NUM_THREADS"] = "1"     # sums in one order: runs can be compared bit by bit
 FORKS = multiprocessing.get_context("forkserver")
@@ -135,6 +132,13 @@ def wait_until(condition, seconds: float = 60):
         time.sleep(0.002)
 
 
+def quickstart(folder) -> str:
+    ended = subprocess.run(["bash", "quickstart.sh", "--smoke"], cwd=folder, stdout=subprocess.PIPE, text=True,
+                           stderr=subprocess.STDOUT)
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
+
+
 # ----------------------------------------------------------------------------------------------------- reading results
 
 
@@ -158,29 +162,3 @@ def same(a, b) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
-
-
-# ----------------------------------------------------------------------------------------------------------- materials
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """The embedded world, a few hundred rows a file."""
-    folder = tmp_path_factory.mktemp("data")
-    generate(folder, seed=0, label_noise=0.3, **SMOKE)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory) -> Path:
-    """student.pth, student_moe.pth, teacher.pth, teacher_moe.pth: untrained, the teachers with opinions."""
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    for name, dim, n_layers, loudness in (("student", 32, 2, 1), ("teacher", 48, 4, 20)):
-        for kind in ("", "_moe"):
-            config = LMConfig(dim=dim, n_layers=n_layers, n_heads=2, max_seq_len=128, use_moe=bool(kind))
-            model, tokenizer = new_model(config, ROOT / "model/tokenizer.json")
-            with torch.no_grad():       # logits of unit size instead of 0.1: a distribution worth imitating
-                model.output.weight.mul_(loudness)
-            save_model(model, tokenizer, folder / f"{name}{kind}.pth")
-    return folder

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers_run import ROOT, TINY, complaint, data, load, models, rows, succeed  # noqa: F401
+from helpers_run import ROOT, TINY, complaint, load, quickstart, rows, succeed
 
 TRAINING_SCRIPTS = ["train_pretrain.py", "train_sft.py", "train_distillation.py"]
 SCRIPTS = [*TRAINING_SCRIPTS, "scripts/chat.py", "scripts/evaluate.py", "scripts/train_tokenizer.py",
@@ -163,6 +163,7 @@ def test_an_error_says_what_to_do(script, more, reason, flags, tmp_path):
     ({"student": "none", "dim": 33}, "dim=33 does not split"),
     ({"max_seq_len": 256}, "--max_seq_len 256 is more than the model was made for, 128"),
     ({"chain": ["0x3"]}, "dim=0"),
+    ({"chain": ["32x3"]}, "students 32, 32: two of a chain"),
     ({"ddp": True}, "torchrun --nproc_per_node 2 train_distillation.py"),
 ])
 def test_a_distillation_that_cannot_be_says_why(more, reason, flags, pair, tmp_path):
@@ -321,29 +322,6 @@ def test_evaluation_names_files_that_are_missing(models, data, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- quickstart
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Path:
-    """A copy of the repo with an environment that is complete, after `bash quickstart.sh --smoke`."""
-    tools = Path(sys.executable).parent
-    if not (tools / "activate").exists():
-        pytest.skip("quickstart.sh works in a virtual environment, and these tests do not run in one")
-    folder = tmp_path_factory.mktemp("clone") / "repo"
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
-        ".git", ".venv", ".cache", "__pycache__", ".pytest_cache", "out", "wandb", "*.jsonl"))
-    (folder / ".venv").mkdir()
-    (folder / ".venv/bin").symlink_to(tools)
-    (folder / ".venv/.installed").touch()
-    assert "The table is in out/smoke/report.md" in quickstart(folder)
-    return folder
-
-
-def quickstart(folder) -> str:
-    ended = subprocess.run(["bash", "quickstart.sh", "--smoke"], cwd=folder, stdout=subprocess.PIPE, text=True,
-                           stderr=subprocess.STDOUT)
-    assert ended.returncode == 0, ended.stdout
-    return ended.stdout
 
 
 def steps(said) -> tuple[list[str], list[str]]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dataset.lm_dataset import SFTDataset, in_order
-from helpers_run import ROOT, TINY, complaint, data, load, models, rows, same, start, succeed, wait_until  # noqa: F401
+from helpers_run import ROOT, TINY, complaint, load, rows, same, start, succeed, wait_until
 from model.checkpoint import load_model
 from train_distillation import evaluate
 
@@ -269,7 +269,7 @@ def test_the_first_line_of_a_distillation_says_its_loss(data, models, tmp_path):
     assert "loss = 0.50 CE + 0.50 * 4^2 * KL(teacher || student) at T=4; 1 steps of 8 samples" in said
     script, flags, _ = lesson("distillation", data, models, "_moe")
     said = succeed(script, **flags, final_temperature=3, feature_weight=0.1, max_steps=1, out_dir=tmp_path / "b")
-    assert ("loss = 0.00 CE + 1.00 * 1^2 * KL(teacher || student) at T=1 falling to 3 + 0.1 * feature MSE "
+    assert ("loss = 0.00 CE + 1.00 * 1^2 * KL(teacher || student) at T=1 moving to 3 + 0.1 * feature MSE "
             "+ 0.01 * balance") in said
 
 
