@@ -36,7 +36,7 @@ teacher="--dim 128 --n_layers 4 --batch_size 24 --learning_rate 3e-3 --warmup_it
 student="--dim 64 --n_layers 2 --n_heads 4 --batch_size 24 --learning_rate 3e-3 --warmup_iters 20"
 teacher_pretrain=300 teacher_sft=2400 student_pretrain=300 student_sft=300 last=""
 if [ $smoke ]; then teacher_pretrain=3 teacher_sft=3 student_pretrain=3 student_sft=3 last="--max_steps 3"; fi
-if [ $fresh ]; then rm -rf "$out"/.done "$out"/*.pth "$out"/*.resume* "$out"/{sft_alone,clean,seed*}; fi
+if [ $fresh ]; then rm -rf "$out"/.done "$out"/*.pth "$out"/*.resume* "$out"/{sft_alone,right,seed*}; fi
 mkdir -p "$out/.done"
 
 # step OUTPUT "INPUT ..." COMMAND ...: run the command, unless OUTPUT is there, unchanged, and was made by this command
@@ -74,33 +74,35 @@ step $the_teacher "$out/pretrain_128$_moe.pth $data/sft_teacher.jsonl" \
 
 # 5. The students. Each is pretrained, then fine-tuned for a moment on a small set of conversations, 30 % of them wrong.
 #    From there on two ways, with the same data and updates: SFT goes on with the labels, distillation listens to the
-#    teacher. Beside it the same pair on right labels, from the pretrained student.
+#    teacher. Before that all of it with right labels, for comparison.
 for ((seed = seeds; seed >= 1; seed--)); do
-    to=$out; if [ "$seed" -gt 1 ]; then to=$out/seed$seed; fi
+    to=$out number="--seed $((1336 + seed))"
+    if [ "$seed" -gt 1 ]; then to=$out/seed$seed; fi
     for kind in "" $_moe; do
-        sizes="$student ${kind:+--use_moe} --seed $((1336 + seed))"
-        base=$to/pretrain_64$kind.pth start=$to/full_sft_64$kind.pth
-        step "$base" $data/pretrain_data.jsonl \
-            $run train_pretrain.py $common $sizes --out_dir $to --data_path $data/pretrain_data.jsonl \
-            --max_steps $student_pretrain
-        step "$start" "$base $data/sft_data.jsonl" \
-            $run train_sft.py $common $sizes --out_dir $to --data_path $data/sft_data.jsonl --max_steps $student_sft
+        pretrained=$to/pretrain_64$kind.pth
+        step $pretrained $data/pretrain_data.jsonl \
+            $run train_pretrain.py $common $student ${kind:+--use_moe} $number --out_dir $to \
+            --data_path $data/pretrain_data.jsonl --max_steps $student_pretrain
 
-        more="$run train_sft.py $common --batch_size 12 --epochs 16 --learning_rate 5e-3 --seed $((1336 + seed)) $last"
-        distil="$run train_distillation.py --ddp --resume --size tiny --seed $((1336 + seed)) --teacher $the_teacher $last"
-        step $to/clean/full_sft_64$kind.pth "$base $data/sft_data_clean.jsonl" \
-            $more --out_dir $to/clean --weights "$base" --data_path $data/sft_data_clean.jsonl
-        step $to/clean/full_dist_64$kind.pth "$the_teacher $base $data/sft_data_clean.jsonl" \
-            $distil --out_dir $to/clean --student "$base" --data_path $data/sft_data_clean.jsonl
-        step $to/sft_alone/full_sft_64$kind.pth "$start $data/sft_data.jsonl" \
-            $more --out_dir $to/sft_alone --weights "$start" --data_path $data/sft_data.jsonl
-        # The main job. Nothing but defaults is needed for the pair of models that lies in out/.
-        if [ $to$kind = out ]; then
+        for labels in right noisy; do
+            there=$to rows=$data/sft_data.jsonl
+            if [ $labels = right ]; then there=$to/right rows=$data/sft_data_clean.jsonl; fi
+            start=$there/full_sft_64$kind.pth
+            step $start "$pretrained $rows" \
+                $run train_sft.py $common $student $number --out_dir $there --data_path $rows \
+                --weights $pretrained --max_steps $student_sft
+            step $there/sft_alone/full_sft_64$kind.pth "$start $rows" \
+                $run train_sft.py $common $number --out_dir $there/sft_alone --data_path $rows \
+                --weights $start --batch_size 12 --epochs 16 --learning_rate 5e-3 $last
+
+            # The main job. For the pair of models in out/ it needs nothing but its defaults, which are the same numbers.
             distil="$run train_distillation.py --ddp"
-        else
-            distil="$distil --out_dir $to --student $start --data_path $data/sft_data.jsonl"
-        fi
-        step $to/full_dist_64$kind.pth "$the_teacher $start $data/sft_data.jsonl" $distil
+            if [ $there$kind != out ]; then
+                distil="$distil --resume $number --out_dir $there --data_path $rows --size tiny"
+                distil="$distil --teacher $the_teacher --student $start $last"
+            fi
+            step $there/full_dist_64$kind.pth "$the_teacher $start $rows" $distil
+        done
     done
 done
 
@@ -109,15 +111,15 @@ of_all_seeds() {  # FILE -> that file of each seed, with commas between them
     printf %s "$out/$1"
     for ((seed = 2; seed <= seeds; seed++)); do printf %s ",$out/seed$seed/$1"; done
 }
-labels=("teacher=$the_teacher")
+models=("teacher=$the_teacher")
 for kind in "" $_moe; do
-    labels+=("SFT$kind=$(of_all_seeds sft_alone/full_sft_64$kind.pth)")
-    labels+=("distilled$kind=$(of_all_seeds full_dist_64$kind.pth)")
-    labels+=("SFT$kind, right labels=$(of_all_seeds clean/full_sft_64$kind.pth)")
-    labels+=("distilled$kind, right labels=$(of_all_seeds clean/full_dist_64$kind.pth)")
+    models+=("SFT$kind=$(of_all_seeds sft_alone/full_sft_64$kind.pth)")
+    models+=("distilled$kind=$(of_all_seeds full_dist_64$kind.pth)")
+    models+=("SFT$kind, right labels=$(of_all_seeds right/sft_alone/full_sft_64$kind.pth)")
+    models+=("distilled$kind, right labels=$(of_all_seeds right/full_dist_64$kind.pth)")
 done
 echo
-python scripts/evaluate.py --weights "${labels[@]}" --json $out/scores.json --report $out/report.md \
+python scripts/evaluate.py --weights "${models[@]}" --json $out/scores.json --report $out/report.md \
     --data $data/test.jsonl $data/mcq_test.jsonl $data/test_habits.jsonl
 echo
 echo "The table is in $out/report.md, the picture in $out/report.png. Talk with the student: python scripts/chat.py"

@@ -171,20 +171,19 @@ def draw(all_results: dict[str, list[dict]], path: Path):
 
     labels = list(all_results)
     leaves = sorted({leaf for results in all_results.values() for result in results for leaf in result.get("leaves", {})})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), width_ratios=[4, 1], layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4), width_ratios=[4, 1], layout="constrained")
     width = 0.8 / len(labels)
     for i, (label, results) in enumerate(all_results.items()):
-        groups = ["all", *leaves]
-        means = [statistics.mean(result["exact_match"] for result in results),
-                 *(statistics.mean(result["leaves"][leaf] for result in results) for leaf in leaves)]
-        left.bar([x + i * width for x in range(len(groups))], means, width, label=label)
-        if all("habits_kl" in result for result in results):
-            right.bar(i, statistics.mean(result["habits_kl"] for result in results))
-    left.set_xticks([x + 0.4 - width / 2 for x in range(len(leaves) + 1)],
-                    ["all", *(leaf.rsplit("/", 1)[-1] for leaf in leaves)], rotation=45, ha="right")
+        groups = [[result["leaves"][leaf] for result in results] for leaf in leaves]
+        if leaves:
+            groups.insert(0, [result["exact_match"] for result in results])
+        left.bar([x + i * width for x in range(len(groups))], list(map(statistics.mean, groups)), width, label=label)
+        right.bar(i, statistics.mean(result.get("habits_kl", 0.0) for result in results))
+    left.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))],
+                    ["all", *(leaf.rsplit("/", 1)[-1] for leaf in leaves)][:len(groups)], rotation=45, ha="right")
     left.set(ylabel="exact match, %", ylim=(0, 100), title="Held-out questions")
-    left.legend(loc="lower left", fontsize="small", framealpha=0.9)
-    right.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+    figure.legend(loc="outside lower left", ncols=len(labels), frameon=False)
+    right.set_xticks([])
     right.set(ylabel="KL(truth || model), nats", title="Habits (less is better)")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)

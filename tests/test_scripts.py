@@ -340,14 +340,15 @@ def test_quickstart_ends_in_a_table_and_a_picture(clone):
 def test_quickstart_run_again_trains_nothing(clone):
     said = quickstart(clone)
     made, found = steps(said)
-    assert made == [] and len(found) == 9 and "\nstep " not in said
+    assert made == [] and len(found) == 10 and "\nstep " not in said
 
 
 def test_quickstart_repeats_only_what_depends_on_a_file_that_changed(clone):
     with open(clone / "out/smoke/dataset/sft_data_clean.jsonl", "a") as file:
         file.write('{"question": "2 + 3 =", "answer": "5"}\n')
     made, found = steps(quickstart(clone))
-    assert made == ["out/smoke/clean/full_sft_64.pth", "out/smoke/clean/full_dist_64.pth"] and len(found) == 7
+    assert made == [f"out/smoke/right/{name}_64.pth" for name in ("full_sft", "sft_alone/full_sft", "full_dist")]
+    assert len(found) == 7
 
 
 def test_quickstart_names_an_option_that_it_does_not_know():
