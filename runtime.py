@@ -63,7 +63,7 @@ def add_training_args(parser: argparse.ArgumentParser):
     add("--eval_interval", type=int, default=200, help="steps between two validations; 0: only at the end")
     add("--val_path", default=None, help="validation data; default: val.jsonl beside the data if it lies there, else "
                                          "--val_fraction of the data are held out; 'none': no validation")
-    add("--val_fraction", type=float, default=0.05, help="share in [0, 1) held out when no validation file is there")
+    add("--val_fraction", type=float, default=0.05, help="share in [0, 1) held out when no validation file is there; at most 1,000 samples")
     add("--skip_bad_lines", action="store_true", help="leave out lines that cannot be used, and count them")
     add("--resume", action="store_true", help="go on from the newest resume file of --out_dir, if there is one")
     add("--use_wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline keeps it here)")
@@ -241,7 +241,8 @@ def open_data(kind, args, tokenizer, lm_config, world: World):
             return data, None
         if val_path:
             return data, kind([val_path], tokenizer, max_seq_len, args.skip_bad_lines, Logger)
-        train, val = data.split(args.val_fraction, seed=0)
+        # More than 1,000 samples would make each validation longer, and its figure hardly surer.
+        train, val = data.split(min(args.val_fraction, 1000 / len(data)), seed=0)
         return train, val if len(val) else None
 
 
