@@ -63,7 +63,8 @@ def add_training_args(parser: argparse.ArgumentParser):
     add("--eval_interval", type=int, default=200, help="steps between two validations; 0: only at the end")
     add("--val_path", default=None, help="validation data; default: val.jsonl beside the data if it lies there, else "
                                          "--val_fraction of the data are held out; 'none': no validation")
-    add("--val_fraction", type=float, default=0.05, help="share in [0, 1) held out when no validation file is there; at most 1,000 samples")
+    add("--val_fraction", type=float, default=0.05, help="share in [0, 1) that is held out when no validation file is "
+                                                         "there; at most 1,000 samples")
     add("--skip_bad_lines", action="store_true", help="leave out lines that cannot be used, and count them")
     add("--resume", action="store_true", help="go on from the newest resume file of --out_dir, if there is one")
     add("--use_wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline keeps it here)")
@@ -233,6 +234,8 @@ def open_data(kind, args, tokenizer, lm_config, world: World):
     max_seq_len = args.max_seq_len or lm_config.max_seq_len
     if max_seq_len > lm_config.max_seq_len:
         raise ValueError(f"--max_seq_len {max_seq_len} is more than the model was made for, {lm_config.max_seq_len}")
+    if not 0.0 <= args.val_fraction < 1.0:
+        raise ValueError(f"--val_fraction {args.val_fraction} must lie in [0, 1)")
     beside = Path(args.data_path[0]).with_name("val.jsonl")
     val_path = args.val_path or (beside if beside.exists() and kind.__name__ == "SFTDataset" else None)
     with main_process_first(world):

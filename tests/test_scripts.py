@@ -162,6 +162,7 @@ def test_an_error_says_what_to_do(script, more, reason, flags, tmp_path):
     ({"student": None}, "no weights at .*full_sft_64.pth.*quickstart.sh"),
     ({"student": "none", "dim": 33}, "dim=33 does not split"),
     ({"max_seq_len": 256}, "--max_seq_len 256 is more than the model was made for, 128"),
+    ({"val_fraction": 1.5}, r"--val_fraction 1.5 must lie in \[0, 1\)"),
     ({"chain": ["0x3"]}, "dim=0"),
     ({"chain": ["32x3"]}, "students 32, 32: two of a chain"),
     ({"ddp": True}, "torchrun --nproc_per_node 2 train_distillation.py"),

@@ -1,0 +1,88 @@
+"""
+两份 README 说的是同一件事，其中每条命令都能跑。
+Both READMEs say the same, and every command in them runs: here on the models of `quickstart.sh --smoke`, for two steps.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers_run import ROOT
+
+
+def commands(name: str) -> list[str]:
+    """The lines of a README's bash blocks, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
+    lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+COMMANDS = commands("README.md")
+TRAINING = ("train_pretrain.py", "train_sft.py", "train_distillation.py")
+# What makes a command small. argparse takes the last value of a flag, so numbers can be said again.
+SMALL = ["--max_steps", "2", "--batch_size", "4", "--num_workers", "0"]
+
+
+def sixteenth(match) -> str:
+    return str(int(match[0]) // 16)
+
+
+def small(command: str) -> list[str]:
+    """The same command for models of a sixteenth the width (768 -> 48, 256 -> 16), and two steps."""
+    if "--dim" in command or "out/real" in command:
+        command = re.sub(r"(?<=--dim )\d+|(?<=out/real/full_sft_)\d+", sixteenth, command)
+    words = shlex.split(command)
+    if "quickstart.sh" in words:
+        return ["2" if word == "3" else word for word in words] + ["--smoke"]
+    if "scripts/train_tokenizer.py" in words:
+        return [*words, "--vocab_size", "600"]
+    if set(words) & set(TRAINING):
+        return words + SMALL + (["--n_heads", "2", "--n_layers", "2"] if "--dim" in words else [])
+    return words
+
+
+@pytest.fixture(scope="module")
+def newcomer(clone):
+    """The folder after the first command, its smoke results standing where the real ones would."""
+    shutil.copytree(clone / "out/smoke", clone / "out", dirs_exist_ok=True)
+    shutil.copytree(clone / "out/smoke/dataset", clone / "dataset", dirs_exist_ok=True)
+    # What the sections on one's own data and on real data speak of.
+    sentences = [json.loads(line)["text"] for line in open(clone / "dataset/pretrain_data.jsonl")]
+    for name in ("text.txt", "tinystories.txt"):
+        (clone / name).write_text("\n\n".join(sentences))
+    for name, like in (("songci.jsonl", "pretrain_data.jsonl"), ("chats.jsonl", "sft_data.jsonl"),
+                       ("sharegpt.jsonl", "sft_data.jsonl"), ("alpaca.json", "alpaca_data.json")):
+        shutil.copy(clone / "dataset" / like, clone / name)
+    return clone
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_runs(command, newcomer):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(small(command), cwd=newcomer, env=environment, input="3 plus 4?\n", text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert ended.returncode == 0, ended.stdout
+
+
+def test_both_readmes_have_the_same_commands():
+    assert commands("README_zh.md") == COMMANDS
+
+
+def test_both_readmes_have_the_same_figures():
+    """Every number of a table row stands in both."""
+    tables = [[re.findall(r"\d+(?:[.,]\d+)*", line)
+               for line in (ROOT / name).read_text().splitlines() if line.startswith("|")]
+              for name in ("README.md", "README_zh.md")]
+    assert tables[0] == tables[1]
+
+
+def test_every_flag_stands_in_the_readme():
+    flags = {flag for script in (*TRAINING, "runtime.py")
+             for flag in re.findall(r'add\("(--\w+)"', (ROOT / script).read_text())}
+    assert flags and {flag for flag in flags if f"`{flag}`" not in (ROOT / "README.md").read_text()} == set()
