@@ -118,7 +118,7 @@ for kind in "" $_moe; do
     models+=("SFT$kind, right labels=$(of_all_seeds right/sft_alone/full_sft_64$kind.pth)")
     models+=("distilled$kind, right labels=$(of_all_seeds right/full_dist_64$kind.pth)")
 done
-echo
+printf '\n== evaluating %s models\n' ${#models[@]}
 python scripts/evaluate.py --weights "${models[@]}" --json $out/scores.json --report $out/report.md \
     --data $data/test.jsonl $data/mcq_test.jsonl $data/test_habits.jsonl
 echo

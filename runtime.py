@@ -239,14 +239,15 @@ def open_data(kind, args, tokenizer, lm_config, world: World):
     beside = Path(args.data_path[0]).with_name("val.jsonl")
     val_path = args.val_path or (beside if beside.exists() and kind.__name__ == "SFTDataset" else None)
     with main_process_first(world):
-        data = kind(args.data_path, tokenizer, max_seq_len, args.skip_bad_lines, Logger)
-        if val_path == "none":
-            return data, None
-        if val_path:
-            return data, kind([val_path], tokenizer, max_seq_len, args.skip_bad_lines, Logger)
+        data, val = kind(args.data_path, tokenizer, max_seq_len, args.skip_bad_lines, Logger), None
+        if val_path and val_path != "none":
+            val = kind([val_path], tokenizer, max_seq_len, args.skip_bad_lines, Logger)
+    if not val_path:
         # More than 1,000 samples would make each validation longer, and its figure hardly surer.
-        train, val = data.split(min(args.val_fraction, 1000 / len(data)), seed=0)
-        return train, val if len(val) else None
+        data, val = data.split(min(args.val_fraction, 1000 / len(data)), seed=0)
+    val = val if val is not None and len(val) else None
+    Logger(f"data: {len(data):,} samples of {data}; validation: {f'{len(val):,} of {val}' if val else 'none'}")
+    return data, val
 
 
 # ------------------------------------------------------------------------------------------------- optimizer and steps
@@ -291,6 +292,8 @@ class Run:
                      **{flag: value for flag, value in vars(args).items() if flag not in FREE_TO_CHANGE}}
 
         state = load_resume(self.resume_path) if args.resume else None
+        if args.resume and state is None:
+            Logger(f"no {self.resume_path} to resume: from the first step")
         if state:
             changed = [f"{key} was {state['kind'].get(key)}, is {value}"
                        for key, value in self.kind.items() if state["kind"].get(key) != value]

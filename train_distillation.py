@@ -24,11 +24,11 @@ from dataset.lm_dataset import MicroBatches, SFTDataset, in_order
 from distill.features import FeatureProjections, feature_distillation_loss
 from distill.losses import distillation_loss_fn
 from distill.schedules import get_temperature
-from model.checkpoint import load_model, new_model, save_model
+from model.checkpoint import load_model, new_model, read_about, save_model
 from model.config import LMConfig
 from runtime import Logger
 
-# Teacher, student, and the numbers that suit them. Edit them in class. Weights: OUT_DIR/full_sft_{dim}{_moe}.pth.
+# Teacher, student, and the numbers that suit them. Edit them in class. Weights: out/full_sft_{dim}{_moe}.pth.
 SIZES = {
     "base": {"lm_config_student": LMConfig(dim=512, n_layers=8, max_seq_len=512),
              "lm_config_teacher": LMConfig(dim=768, n_layers=16, max_seq_len=512),
@@ -134,6 +134,7 @@ def distill(teacher, student, tokenizer, args, world):
         teacher = teacher.to(world.device, run.dtype if run.dtype == torch.bfloat16 else torch.float32)
 
     # 6. Train
+    Logger(f"{teacher.config} teaches {student.config}")
     Logger(f"loss = {args.alpha:.2f} CE + {1 - args.alpha:.2f} * {args.temperature:g}^2 * KL(teacher || student) "
            f"at T={args.temperature:g}"
            + (f" moving to {args.final_temperature:g}" if args.final_temperature else "")
@@ -158,7 +159,9 @@ def fill_in(args) -> list[tuple[str, LMConfig]]:
     """Complete the arguments from a row of SIZES. Returns the students from large to small: (weights, sizes if new)."""
 
     def sft_weights(config):
-        return Path(args.out_dir) / f"full_sft_{config.dim}{config.moe_path}.pth"
+        """Where they lie: in OUT_DIR or, for a run that writes elsewhere, in out/."""
+        name = f"full_sft_{config.dim}{config.moe_path}.pth"
+        return next((path for path in (Path(args.out_dir, name), Path("out", name)) if path.exists()), Path("out", name))
 
     complete = [name for name, size in SIZES.items()
                 if sft_weights(size["lm_config_student"]).exists() and sft_weights(size["lm_config_teacher"]).exists()]
@@ -180,7 +183,9 @@ def fill_in(args) -> list[tuple[str, LMConfig]]:
             dim, n_layers = map(int, link.split("x"))
             n_heads = next((n for n in (8, 4, 2) if dim % (2 * n) == 0), 1)
             config = LMConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, max_seq_len=last.max_seq_len)
-            students.append((str(sft_weights(config)) if sft_weights(config).exists() else "none", config))
+            start = sft_weights(config)
+            fits = start.exists() and read_about(start)[0].n_layers == n_layers
+            students.append((str(start) if fits else "none", config))
         else:
             students.append((link, last))
     students.append((args.student or str(sft_weights(last)), last))
@@ -207,17 +212,17 @@ def main():
     add = parser.add_argument_group("lesson").add_argument
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
         help="files of conversations, in the formats of dataset/dataset.md")
-    add("--teacher", default=None, help="its weights; default: OUT_DIR/full_sft_DIM.pth of --size's teacher")
-    add("--student", "--weights", default=None, help="weights to start from; default: OUT_DIR/full_sft_DIM.pth of "
-                                                     "--size's student; none: from nothing")
+    add("--teacher", default=None, help="its weights; default: full_sft_DIM.pth of --size's teacher, in OUT_DIR or out/")
+    add("--student", "--weights", default=None, help="weights to start from; default: full_sft_DIM.pth of --size's "
+                                                     "student, in OUT_DIR or out/; none: from nothing")
     add("--size", default="auto", choices=["auto", *SIZES],
-        help="row of SIZES that fills in what is not given; auto: the first whose two weight files lie in OUT_DIR")
+        help="row of SIZES that fills in what is not given; auto: the first whose two weight files are there")
     add("--dim", type=int, default=None, help="width of the student, instead of --size's")
     add("--n_layers", type=int, default=None, help="its depth, likewise")
     add("--n_heads", type=int, default=None, help="its query heads, likewise")
     add("--use_moe", action="store_true", help="its FFNs are mixtures of experts")
     add("--chain", nargs="*", default=[], metavar="WEIGHTS", help="students in between, from large to small: weight "
-        "files, or sizes like 96x3 that start from OUT_DIR/full_sft_96.pth if it is there, else from nothing")
+        "files, or sizes like 96x3 that start from full_sft_96.pth if that has these sizes, else from nothing")
     add("--alpha", type=float, default=0.0, help="weight of CE in [0, 1]; KL has 1 - alpha")
     add("--temperature", type=float, default=1.0, help="softens both distributions; 1 leaves them")
     add("--final_temperature", type=float, default=None, help="the temperature moves to this in a straight line")

@@ -99,9 +99,9 @@ def _rows_of_lines(path):
             if line.isspace():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
-                around = _short(line[max(error.pos - 20, 0):error.pos + 20])
+                around = _short(line.rstrip()[max(error.pos - 20, 0):error.pos + 20])
                 row = f"not a whole JSON object: {error.msg} at column {error.colno}, around {around}"
             except (ValueError, RecursionError) as error:  # 5,000 digits; 100,000 nested brackets
                 row = f"JSON that Python does not read: {error}"

@@ -27,8 +27,9 @@ USUAL = ("full_dist_*.pth", "full_sft_*.pth", "pretrain_*.pth")
 
 def newest(folder: Path) -> Path | None:
     for pattern in USUAL:
-        if found := sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime):
-            return found[-1]
+        found = [path for path in folder.glob(pattern) if not path.stem.endswith("_best")]
+        if found:
+            return max(found, key=lambda path: path.stat().st_mtime)
     return None
 
 
@@ -54,7 +55,10 @@ def main():
     add("--seed", type=int, default=0, help="of the sampling")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
     args = parser.parse_args()
-    weights = args.weights or newest(Path("out"))
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
+        parser.error(f"--temperature {args.temperature} must be 0 or more, --top_p {args.top_p} in (0, 1], "
+                     f"--top_k {args.top_k} 0 or more")
+    weights = args.weights or newest(Path(__file__).resolve().parents[1] / "out")
     if weights is None:
         sys.exit("no weights in out/. Make some: bash quickstart.sh")
 

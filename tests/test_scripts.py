@@ -159,7 +159,7 @@ def test_an_error_says_what_to_do(script, more, reason, flags, tmp_path):
     ({"final_temperature": -1}, "--final_temperature -1.0 must be above 0"),
     ({"final_temperature": 0}, "--final_temperature 0.0 must be above 0"),
     ({"teacher": "none.pth"}, "no weights at none.pth.*quickstart.sh"),
-    ({"student": None}, "no weights at .*full_sft_64.pth.*quickstart.sh"),
+    ({"student": None, "dim": 40, "n_heads": 2}, "no weights at .*full_sft_40.pth.*quickstart.sh"),
     ({"student": "none", "dim": 33}, "dim=33 does not split"),
     ({"max_seq_len": 256}, "--max_seq_len 256 is more than the model was made for, 128"),
     ({"val_fraction": 1.5}, r"--val_fraction 1.5 must lie in \[0, 1\)"),
