@@ -36,7 +36,7 @@ def sixteenth(match) -> str:
 def small(command: str) -> list[str]:
     """The same command for models of a sixteenth the width (768 -> 48, 256 -> 16), and two steps."""
     if "--dim" in command or "out/real" in command:
-        command = re.sub(r"(?<=--dim )\d+|(?<=out/real/full_sft_)\d+", sixteenth, command)
+        command = re.sub(r"(?<=--dim )\d+|(?<=full_sft_)\d+", sixteenth, command)
     words = shlex.split(command)
     if "quickstart.sh" in words:
         return ["2" if word == "3" else word for word in words] + ["--smoke"]
