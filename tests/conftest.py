@@ -84,8 +84,7 @@ def models(tmp_path_factory) -> Path:
 def clone(tmp_path_factory) -> Path:
     """A copy of the repo with an environment that is complete, after `bash quickstart.sh --smoke`."""
     tools = Path(sys.executable).parent
-    if not (tools / "activate").exists():
-        pytest.skip("quickstart.sh works in a virtual environment, and these tests do not run in one")
+    assert (tools / "activate").exists(), "quickstart.sh works in a virtual environment; run the tests by bash test.sh"
     folder = tmp_path_factory.mktemp("clone") / "repo"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
         ".git", ".venv", ".cache", "__pycache__", ".pytest_cache", "out", "wandb", "*.jsonl"))
