@@ -26,7 +26,7 @@ def save_model(model: Transformer, tokenizer: Tokenizer, path):
     vocabulary = path.parent / f"tokenizer-{tokenizer.sha256[:8]}.json"
     if not vocabulary.exists():
         tokenizer.save(vocabulary)
-    about = json.dumps({"config": json.loads(model.config.to_json()), "tokenizer": vocabulary.name}, indent=2)
+    about = json.dumps({"config": dataclasses.asdict(model.config), "tokenizer": vocabulary.name}, indent=2)
     state = {name: weight.detach().float().cpu() for name, weight in model.state_dict().items()}
     write_whole(path.with_suffix(".json"), lambda file: file.write(about.encode()))
     write_whole(path, lambda file: torch.save(state, file))

@@ -4,7 +4,6 @@ Every size of a model in one place; a checkpoint carries it as JSON beside the w
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 
 
@@ -76,9 +75,6 @@ class LMConfig:
     def __str__(self):
         kind = f", {self.n_routed_experts} experts" if self.use_moe else ""
         return f"{self.dim} x {self.n_layers}{kind}"
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
     def from_dict(cls, values: dict) -> "LMConfig":

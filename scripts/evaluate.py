@@ -23,15 +23,13 @@ from pathlib import Path
 # Run as `python scripts/evaluate.py`, Python looks for modules in scripts/ only; the shelves lie one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from dataset.formats import BadLine, read_rows, to_messages
 from model.checkpoint import load_model
 from model.generate import generate
 from model.score import score
 from runtime import pick_device, write_whole
 
-# Column of the table -> (key of a model's results, how to print it, whether more is better).
+# Column of the table -> (key of a model's results, how to print it).
 COLUMNS = {
     "parameters": ("parameters", "{:,.0f}"),
     "exact match %": ("exact_match", "{:.1f}"),

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
-from pathlib import Path
 
 import pytest
 
