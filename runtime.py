@@ -236,8 +236,10 @@ def open_data(kind, args, tokenizer, lm_config, world: World):
         raise ValueError(f"--max_seq_len {max_seq_len} is more than the model was made for, {lm_config.max_seq_len}")
     if not 0.0 <= args.val_fraction < 1.0:
         raise ValueError(f"--val_fraction {args.val_fraction} must lie in [0, 1)")
-    beside = Path(args.data_path[0]).with_name("val.jsonl")
-    val_path = args.val_path or (beside if beside.exists() and kind.__name__ == "SFTDataset" else None)
+    val_path = args.val_path
+    if not val_path and kind.validated_on:
+        beside = Path(args.data_path[0]).with_name(kind.validated_on)
+        val_path = beside if beside.exists() else None
     with main_process_first(world):
         data, val = kind(args.data_path, tokenizer, max_seq_len, args.skip_bad_lines, Logger), None
         if val_path and val_path != "none":
@@ -287,7 +289,7 @@ class Run:
         self.total_steps = args.max_steps or args.epochs * data.steps_per_epoch
         self.steps_done, self.best, wandb_id = 0, math.inf, None
         # What must be the same for a resumed run to end where the unbroken one would have.
-        self.kind = {"data": data.dataset.cache_files()[0].name, "samples per step": data.step_samples,
+        self.kind = {"data": data.dataset.key, "samples per step": data.step_samples,
                      "total steps": self.total_steps,
                      **{flag: value for flag, value in vars(args).items() if flag not in FREE_TO_CHANGE}}
 

@@ -55,7 +55,7 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teacher, student, tokeniz
             ce = F.cross_entropy(out.logits.float(), batch.targets, reduction="sum")
             kd = distillation_loss_fn(out.logits, taught.logits, temperature_now, reduction="sum")
             loss = (alpha * ce + (1 - alpha) * kd) / batch.step_targets
-            parts = {"loss": loss, "ce": ce / batch.step_targets, "kd": kd / batch.step_targets}
+            parts = {"ce": ce / batch.step_targets, "kd": kd / batch.step_targets}
             if args.feature_weight > 0:
                 with run.forward(last):
                     features = run.parallel["projections"](out.hidden, taught.hidden)
@@ -66,7 +66,7 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teacher, student, tokeniz
                 parts["balance"] = out.balance_loss / batch.step_samples
                 loss = loss + student.config.aux_loss_alpha * parts["balance"]
             run.backward(loss)
-            run.log.add(len(batch.tokens), **parts)
+            run.log.add(len(batch.tokens), loss=loss, **parts)
         rates = run.update(step)
 
         # A save also ends a row, so that a run resumed from it writes the rows that the unbroken one wrote.

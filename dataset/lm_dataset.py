@@ -11,6 +11,7 @@ import copy
 import functools
 import hashlib
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ class Batch(NamedTuple):
                              targets=self.targets.to(device, non_blocking=True))
 
 
-class TokenDataset:
+class TokenDataset(ABC):
     """Samples of token ids with a target flag each, in one memory-mapped file: the id, and the flag in the top bit.
 
     The file is keyed by the text files' content, the tokenizer and the length limit: change one of them and it is
@@ -49,12 +50,15 @@ class TokenDataset:
     ValueError when nothing is left to learn.
     """
 
+    validated_on = None             # name of the file beside the data that is there for validation
+
     def __init__(self, paths, tokenizer, max_seq_len: int = 512, skip_bad_lines: bool = False, log=print):
         self.paths, self.tokenizer, self.max_seq_len = [Path(path) for path in paths], tokenizer, max_seq_len
         self.skip_bad_lines, self.log = skip_bad_lines, log
         self.word = np.uint16 if tokenizer.vocab_size <= 1 << 15 else np.uint32
         self.flag = self.word(1 << (8 * self.word().itemsize - 1))
         stream, index = self.cache_files()
+        self.key = stream.stem
         if not index.exists():
             self.build(stream, index)
         self.stream = np.memmap(stream, dtype=self.word, mode="r")
@@ -62,9 +66,9 @@ class TokenDataset:
             self.ends, self.n_targets = arrays["ends"], arrays["n_targets"]     # (samples,) each
         self.lengths = np.diff(self.ends, prepend=0)
 
+    @abstractmethod
     def encode(self) -> list[tuple[list[int], list[bool]]]:
         """The samples of the files: ids, and which of them are to be predicted."""
-        raise NotImplementedError
 
     def cache_files(self) -> tuple[Path, Path]:
         key = hashlib.sha256(f"{type(self).__name__} {self.tokenizer.sha256} {self.max_seq_len} {self.skip_bad_lines} "
@@ -152,6 +156,8 @@ class PretrainDataset(TokenDataset):
 
 class SFTDataset(TokenDataset):
     """Each conversation is a sample; only the assistant's words and its end-of-turn are targets."""
+
+    validated_on = "val.jsonl"
 
     def encode(self):
         return self.tokenizer.encode_chats(

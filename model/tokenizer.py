@@ -26,6 +26,8 @@ from pathlib import Path
 
 import tiktoken
 
+from runtime import write_whole
+
 DEFAULT = Path(__file__).with_name("tokenizer.json")
 
 # Where a text is cut: no token crosses a cut. The first part that fits at a place wins, and together they fit
@@ -199,9 +201,7 @@ class Tokenizer:
         """Write the vocabulary file; a reader sees the old file or the new one, never a half."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        unfinished.write_bytes(self._to_json().encode())
-        os.replace(unfinished, path)
+        write_whole(path, lambda file: file.write(self._to_json().encode()))
 
     def _to_json(self) -> str:
         """
@@ -255,7 +255,7 @@ def from_json(text: str) -> tuple[str, dict[str, int], dict[bytes, int]]:
 
 
 def check(special_tokens: dict[str, int], ranks: dict[bytes, int]) -> None:
-    """Raise ValueError for what tiktoken would panic on in Rust: that panic passes through `except Exception`."""
+    """Raise ValueError for what tiktoken would panic on in Rust: that panic is no Exception of Python's."""
     missing = [name for name in NEEDED if name not in special_tokens]
     if missing:
         raise ValueError(f"special token {missing[0]!r} is missing")

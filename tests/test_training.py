@@ -280,7 +280,8 @@ def test_the_logged_loss_is_the_sum_of_its_parts(data, models, tmp_path):
     found = rows(tmp_path / f"{file}.jsonl")[:4]
     assert [row["temperature"] for row in found] == [2.0, 2.5, 3.0, 3.5]
     for row in found:
-        assert row["loss"] == pytest.approx(0.25 * row["ce"] + 0.75 * row["kd"], rel=1e-5)
+        parts = 0.25 * row["ce"] + 0.75 * row["kd"] + 0.5 * row["feature"] + 0.01 * row["balance"]
+        assert row["loss"] == pytest.approx(parts, rel=1e-5)
 
 
 def test_the_feature_projections_are_trained_saved_and_resumed(data, models, tmp_path):
