@@ -5,13 +5,15 @@ and nothing from where nothing is asked.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from dataset.lm_dataset import flat_batch
-from distill.losses import distillation_loss_fn, token_kl
+from distill.losses import (DIVERGENCES, akl, distillation_loss_fn, forward_kl, jsd, pick_divergence, reverse_kl,
+                            skew_kl, skew_reverse_kl, tvd, uld)
 from distill.schedules import get_temperature
 from runtime import get_lr, lr_at
 
@@ -25,6 +27,184 @@ def kl_by_hand(student, teacher, temperature):
     p, q = ([math.exp(z / temperature) for z in logits] for logits in (teacher, student))
     p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
     return temperature ** 2 * sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q))
+
+
+# -- every divergence, by hand -----------------------------------------------------------------------------------
+
+def kl(a, b):
+    return sum(x * (math.log(x) - math.log(y)) for x, y in zip(a, b))
+
+
+def mix(a, b, weight):
+    return [weight * x + (1 - weight) * y for x, y in zip(a, b)]
+
+
+def jsd_by_hand(p, q, beta):
+    m = mix(p, q, beta)
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+def head_by_hand(p, q, head_mass=0.5):
+    """AKL's weight of the forward KL: how much of the gaps |p - q| lies in the teacher's head."""
+    gaps, mass, at_head = [abs(x - y) for x, y in zip(p, q)], 0.0, 0.0
+    for v in sorted(range(len(p)), key=lambda v: -p[v]):
+        if mass < head_mass:
+            at_head += gaps[v]
+        mass += p[v]
+    return at_head / sum(gaps)
+
+
+def akl_by_hand(p, q):
+    of_head = head_by_hand(p, q)
+    return of_head * kl(p, q) + (1 - of_head) * kl(q, p)
+
+
+def uld_by_hand(p, q):
+    widest = max(len(p), len(q))
+    p, q = (sorted(x, reverse=True) + [0.0] * (widest - len(x)) for x in (p, q))
+    return sum(abs(x - y) for x, y in zip(p, q))
+
+
+CASES = {   # name: (ours on log-probabilities, the formula on plain lists)
+    "forward_kl": (forward_kl, kl),
+    "reverse_kl": (reverse_kl, lambda p, q: kl(q, p)),
+    **{f"jsd {beta}": (partial(jsd, beta=beta), partial(jsd_by_hand, beta=beta)) for beta in (0.1, 0.5, 0.9)},
+    "jsd 0": (partial(jsd, beta=0.0), kl),
+    "jsd 1": (partial(jsd, beta=1.0), lambda p, q: kl(q, p)),
+    "jsd 0.2, normalised": (partial(jsd, beta=0.2, normalised=True), lambda p, q: jsd_by_hand(p, q, 0.2) / (0.2 * 0.8)),
+    "skew_kl": (skew_kl, lambda p, q: kl(p, mix(p, q, 0.1))),
+    "skew_kl 0.3": (partial(skew_kl, skew=0.3), lambda p, q: kl(p, mix(p, q, 0.3))),
+    "skew_reverse_kl": (skew_reverse_kl, lambda p, q: kl(q, mix(p, q, 0.9))),
+    "skew_reverse_kl 0.3": (partial(skew_reverse_kl, skew=0.3), lambda p, q: kl(q, mix(p, q, 0.7))),
+    "tvd": (tvd, lambda p, q: sum(abs(x - y) for x, y in zip(p, q)) / 2),
+    "akl": (akl, akl_by_hand),
+    "uld": (uld, uld_by_hand),
+}
+each_divergence = pytest.mark.parametrize("ours, by_hand", CASES.values(), ids=CASES)
+
+
+def log_softmax(logits):
+    return logits.double().log_softmax(dim=-1)
+
+
+def log_of(*probabilities):
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+@each_divergence
+def test_each_divergence_equals_its_formula_in_plain_python(ours, by_hand):
+    log_p, log_q = log_softmax(2 * randn(20, 6)), log_softmax(2 * randn(20, 6, seed=1))
+    expected = [by_hand(p, q) for p, q in zip(log_p.exp().tolist(), log_q.exp().tolist())]
+    assert ours(log_p, log_q).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+@each_divergence
+def test_each_divergence_is_0_at_equality_and_positive_elsewhere(ours, by_hand):
+    log_p, log_q = log_softmax(3 * randn(200, 7)), log_softmax(3 * randn(200, 7, seed=1))
+    assert ours(log_p, log_p).abs().max() < 1e-14 and (ours(log_p, log_q) > 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "akl"])     # AKL's is below
+def test_the_gradient_of_each_divergence_equals_finite_differences_in_float64(name):
+    log_p, student = log_softmax(randn(4, 5, seed=1)), randn(4, 5).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: CASES[name][0](log_p, log_softmax(z)), student)
+
+
+def test_the_gradient_of_akl_is_that_of_the_two_kls_mixed_by_weights_that_stand_still():
+    log_p, student = log_softmax(randn(4, 5, seed=1)), randn(4, 5).double().requires_grad_()
+    of_head = torch.tensor([head_by_hand(p, q) for p, q in zip(log_p.exp().tolist(), student.softmax(-1).tolist())])
+
+    def mixed(z):
+        each = zip(of_head.tolist(), log_p.exp().tolist(), z.softmax(dim=-1).tolist())
+        return sum(w * kl(p, q) + (1 - w) * kl(q, p) for w, p, q in each)
+
+    slope, = torch.autograd.grad(akl(log_p, log_softmax(student)).sum(), student)
+    nudges = 1e-6 * torch.eye(20, dtype=torch.float64).view(20, 4, 5)
+    by_differences = [(mixed(student + nudge) - mixed(student - nudge)) / 2e-6 for nudge in nudges]
+    assert slope.flatten().tolist() == pytest.approx(by_differences, abs=1e-8)
+
+
+def test_akl_of_three_words_is_what_a_hand_finds():
+    # Head of (.5, .3, .2): the first word, for it alone has half of the mass. Gaps .2 and .1 + .1: half and half.
+    p, q = (0.5, 0.3, 0.2), (0.3, 0.4, 0.3)
+    assert akl(log_of(*p), log_of(*q)).item() == pytest.approx((kl(p, q) + kl(q, p)) / 2)
+
+
+def test_jsd_at_one_half_does_not_care_who_teaches():
+    log_p, log_q = log_softmax(randn(20, 6)), log_softmax(randn(20, 6, seed=1))
+    assert torch.allclose(jsd(log_p, log_q), jsd(log_q, log_p), rtol=1e-12)
+    assert torch.allclose(jsd(log_p, log_q, 0.2), jsd(log_q, log_p, 0.8), rtol=1e-12)
+    assert not torch.allclose(jsd(log_p, log_q, 0.2), jsd(log_q, log_p, 0.2), rtol=1e-2)
+
+
+def test_jsd_falls_to_0_at_both_ends_and_normalised_it_tends_to_the_kls():
+    log_p, log_q = log_softmax(3 * randn(1, 50)), log_softmax(3 * randn(1, 50, seed=1))
+    forward, reverse = forward_kl(log_p, log_q).item(), reverse_kl(log_p, log_q).item()
+    for beta, end in ((1e-6, forward), (1 - 1e-6, reverse)):
+        assert jsd(log_p, log_q, beta).item() / 1e-6 == pytest.approx(end, rel=0.01)
+        assert jsd(log_p, log_q, beta, normalised=True).item() == pytest.approx(end, rel=0.01)
+
+    # Between the ends it first rises, then falls: 0.99 is no 99 % of the way from one KL to the other.
+    low, middle, high, higher = (jsd(log_p, log_q, beta).item() for beta in (0.001, 0.5, 0.9, 0.99))
+    assert low < 0.02 * middle and higher < high < middle < min(forward, reverse) and higher < 0.01 * reverse
+
+
+def test_skewing_keeps_the_kl_finite_where_the_other_has_nothing():
+    # p = (1, 0), q = (0, 1), all but 1e-30: KL(p || .1 p + .9 q) = log(1 / .1).
+    one, other = log_of(1.0, 1e-30), log_of(1e-30, 1.0)
+    assert forward_kl(one, other).item() > 69
+    for skewed in (skew_kl, skew_reverse_kl):
+        assert skewed(one, other).item() == pytest.approx(-math.log(0.1))
+        each = skewed(log_softmax(30 * randn(200, 7)), log_softmax(30 * randn(200, 7, seed=1)), skew=0.3)
+        assert (each <= -math.log(0.3) + 1e-12).all()
+
+
+def test_total_variation_is_the_mass_to_be_moved_and_at_most_all_of_it():
+    assert tvd(log_of(0.5, 0.3, 0.2), log_of(0.2, 0.3, 0.5)).item() == pytest.approx(0.3)
+    assert tvd(log_of(1.0, 1e-30), log_of(1e-30, 1.0)).item() == pytest.approx(1.0)
+    assert (tvd(log_softmax(30 * randn(200, 7)), log_softmax(30 * randn(200, 7, seed=1))) <= 1 + 1e-12).all()
+
+
+def test_uld_does_not_see_which_word_is_which_and_takes_two_vocabularies():
+    log_p, log_q = log_softmax(randn(20, 6)), log_softmax(randn(20, 6, seed=1))
+    assert torch.allclose(uld(log_p[:, [3, 1, 5, 0, 2, 4]], log_q), uld(log_p, log_q), rtol=1e-12)
+    assert uld(log_of(0.5, 0.5), log_of(0.25, 0.5, 0.25)).item() == pytest.approx(0 + 0.25 + 0.25)
+    assert uld(log_of(0.25, 0.5, 0.25), log_of(0.5, 0.5)).item() == pytest.approx(0 + 0.25 + 0.25)
+    loss = distillation_loss_fn(log_of(0.25, 0.5, 0.25), log_of(0.5, 0.5), divergence=uld)
+    assert loss.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_each_name_gives_its_divergence_and_how_to_print_it(name):
+    log_p, log_q = log_softmax(randn(20, 6)), log_softmax(randn(20, 6, seed=1))
+    chosen, said = pick_divergence(name)
+    assert torch.equal(chosen(log_p, log_q), CASES["jsd 0.5" if name == "jsd" else name][0](log_p, log_q))
+    assert said == {
+        "forward_kl": "KL(teacher || student)", "reverse_kl": "KL(student || teacher)",
+        "jsd": "JSD_0.5(teacher, student)", "tvd": "TV(teacher, student)", "akl": "AKL(teacher, student)",
+        "uld": "ULD(teacher, student)", "skew_kl": "KL(teacher || 0.1 teacher + 0.9 student)",
+        "skew_reverse_kl": "KL(student || 0.9 teacher + 0.1 student)"}[name]
+
+
+@pytest.mark.parametrize("name, settings, case, said", [
+    ("jsd", {"beta": 0.9}, "jsd 0.9", "JSD_0.9(teacher, student)"),
+    ("jsd", {"beta": 0.2, "jsd_normalised": True}, "jsd 0.2, normalised", "JSD_0.2(teacher, student) / 0.16"),
+    ("skew_kl", {"skew": 0.3}, "skew_kl 0.3", "KL(teacher || 0.3 teacher + 0.7 student)"),
+    ("skew_reverse_kl", {"skew": 0.3}, "skew_reverse_kl 0.3", "KL(student || 0.7 teacher + 0.3 student)"),
+])
+def test_a_setting_changes_what_is_computed_and_what_is_printed(name, settings, case, said):
+    log_p, log_q = log_softmax(randn(20, 6)), log_softmax(randn(20, 6, seed=1))
+    chosen, printed = pick_divergence(name, **settings)
+    assert torch.equal(chosen(log_p, log_q), CASES[case][0](log_p, log_q)) and printed == said
+
+
+def test_a_divergence_of_your_own_works_like_ours():
+    student, teacher = randn(6, 5).requires_grad_(), randn(6, 5, seed=1)
+    loss = distillation_loss_fn(student, teacher, 2.0, divergence=lambda log_p, log_q: (log_p - log_q).square().sum(-1))
+    p, q = (logits.double().div(2).log_softmax(dim=-1) for logits in (teacher, student))
+    assert loss.item() == pytest.approx(4 * (p - q).square().sum().item() / 6, rel=1e-5)
+    loss.backward()
+    assert student.grad.abs().sum() > 0
 
 
 # -- the value -------------------------------------------------------------------------------------------------
@@ -52,7 +232,7 @@ def test_forward_kl_of_three_words_is_what_a_hand_finds():
     p, q = [0.5, 0.25, 0.25], [0.25, 0.5, 0.25]
     log_p, log_q = (torch.tensor([x], dtype=torch.float64).log() for x in (p, q))
     # .5 ln(.5/.25) + .25 ln(.25/.5) + .25 ln 1 = .5 ln 2 - .25 ln 2 = ln 2 / 4
-    assert token_kl(log_p, log_q).tolist() == pytest.approx([math.log(2) / 4])
+    assert forward_kl(log_p, log_q).tolist() == pytest.approx([math.log(2) / 4])
     assert distillation_loss_fn(log_q, log_p).item() == pytest.approx(math.log(2) / 4, rel=1e-6)
 
 
@@ -74,12 +254,6 @@ def test_the_loss_equals_the_formula_in_plain_python(temperature):
 
 # -- the gradient ----------------------------------------------------------------------------------------------
 
-def test_the_gradient_of_token_kl_equals_finite_differences_in_float64():
-    log_p = randn(3, 4, seed=1).double().log_softmax(dim=-1)
-    student = randn(3, 4).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: token_kl(log_p, z.log_softmax(dim=-1)), student)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 def test_the_gradient_of_the_loss_equals_finite_differences_and_the_closed_form(temperature):
     student, teacher = randn(2, 3).requires_grad_(), randn(2, 3, seed=1)
@@ -97,20 +271,34 @@ def test_the_gradient_of_the_loss_equals_finite_differences_and_the_closed_form(
     assert torch.allclose(student.grad, temperature * q_minus_p, atol=1e-6)
 
 
-def test_temperature_squared_keeps_the_size_of_the_gradient():
-    # For small logits softmax(z / T) is 1/V + z / (T V), so (q - p) / T falls like 1 / T^2.
-    size = {}
+def sizes_of_the_gradient(divergence) -> list[float]:
+    """At T = 1, 2, 4, for logits so small that softmax(z / T) is 1/V + z / (T V)."""
+    sizes = []
     for temperature in (1.0, 2.0, 4.0):
         student = (0.1 * randn(8, 10)).requires_grad_()
-        distillation_loss_fn(student, 0.1 * randn(8, 10, seed=1), temperature).backward()
-        size[temperature] = student.grad.norm().item()
-    assert size[2.0] == pytest.approx(size[1.0], rel=0.02)
-    assert size[4.0] == pytest.approx(size[1.0], rel=0.02)
+        distillation_loss_fn(student, 0.1 * randn(8, 10, seed=1), temperature, divergence=divergence).backward()
+        sizes.append(student.grad.norm().item())
+    return sizes
 
 
-def test_no_gradient_reaches_the_teacher():
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "akl"])
+def test_temperature_squared_keeps_the_size_of_the_gradient(name):
+    # A smooth divergence is quadratic near its 0: its slope falls once with q - p, and once with dq/dz.
+    at_1, at_2, at_4 = sizes_of_the_gradient(pick_divergence(name)[0])
+    assert at_2 == pytest.approx(at_1, rel=0.05) and at_4 == pytest.approx(at_1, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["tvd", "uld"])
+def test_of_a_distance_with_a_kink_the_gradient_grows_with_the_temperature(name):
+    # |p - q| has the slope of dq/dz however near the two are: 1 / T is all it falls by, and T^2 / T is left.
+    at_1, at_2, at_4 = sizes_of_the_gradient(pick_divergence(name)[0])
+    assert at_2 == pytest.approx(2 * at_1, rel=0.05) and at_4 == pytest.approx(4 * at_1, rel=0.05)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_no_gradient_reaches_the_teacher(name):
     student, teacher = randn(4, 5).requires_grad_(), randn(4, 5, seed=1).requires_grad_()
-    distillation_loss_fn(student, teacher).backward()
+    distillation_loss_fn(student, teacher, divergence=pick_divergence(name)[0]).backward()
     assert student.grad.abs().sum() > 0 and teacher.grad is None
 
 
@@ -161,8 +349,8 @@ def test_an_unknown_reduction_is_named_with_the_known_ones():
 def test_bf16_logits_are_read_in_fp32_for_a_log_softmax_in_bf16_reads_a_small_kl_wrongly():
     teacher = randn(32, 1000).bfloat16()
     student = (teacher.float() + 0.01 * randn(32, 1000, seed=1)).bfloat16()
-    true = token_kl(teacher.double().log_softmax(dim=-1), student.double().log_softmax(dim=-1)).mean().item()
-    in_bf16 = token_kl(teacher.log_softmax(dim=-1).float(), student.log_softmax(dim=-1).float()).mean().item()
+    true = forward_kl(teacher.double().log_softmax(dim=-1), student.double().log_softmax(dim=-1)).mean().item()
+    in_bf16 = forward_kl(teacher.log_softmax(dim=-1).float(), student.log_softmax(dim=-1).float()).mean().item()
     assert 4e-5 < true < 6e-5
     assert distillation_loss_fn(student, teacher).item() == pytest.approx(true, rel=0.01)
     assert abs(in_bf16 - true) > 5 * true

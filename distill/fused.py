@@ -1,0 +1,231 @@
+"""
+融合损失：从隐状态直接到损失和梯度，逐块计算，从不存下完整的 [词元, 词表] 张量。
+The fused loss: from hidden states straight to CE + divergence and their gradients, chunk by chunk, so that no
+[tokens, vocabulary] tensor ever exists.
+
+    plain   logits (S, V) of student and teacher, a log-softmax of each, their gradients: some eight tensors of S x V
+    fused   for every few rows: their logits, their loss, the gradient of the logits, and at once what it gives to the
+            hidden states and to the head. Then the next rows, in the same memory
+
+The value and the gradients are those of `distillation_loss_fn` and `F.cross_entropy`. The gradients are made in the
+forward pass, as the loss is the end of the road: all that is still to come is one factor. The idea is that of chunked
+cross-entropies such as Hsu et al. 2024 (Liger), https://arxiv.org/abs/2410.10989, Sec. 3.2.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from distill.losses import forward_kl, uld
+
+CHUNK_BYTES = 32 << 20      # of one (rows, V) buffer in fp32; there are three
+MOST_ROWS = 256             # more make the products no faster, and small buffers stay in the processor's cache
+LEAST = -30.0               # log-probability of an empty tail: finite, and 1e-13 is nothing
+
+
+class Dense(NamedTuple):
+    """What a teacher says of S positions: its final hidden states, which its head turns into all logits."""
+
+    states: torch.Tensor            # (S, D of the teacher)
+    head: torch.Tensor              # (V, D of the teacher)
+    weight: float = 1.0             # among several teachers, which teach as one: p = sum of weight * p of each
+
+
+class TopK(NamedTuple):
+    """Or the k likeliest words at each position; the mass of all the others goes into one bucket, never unseen."""
+
+    ids: torch.Tensor               # (S, k)
+    log_p: torch.Tensor             # (S, k), at the temperature of the run
+
+
+class Fused(NamedTuple):
+    """Sums over the S positions, in nats."""
+
+    loss: torch.Tensor              # alpha * ce + (1 - alpha) * kd; gradients flow
+    ce: torch.Tensor
+    kd: torch.Tensor                # T^2 * divergence
+
+
+def fused_distillation_loss(hidden, head, targets, taught, alpha=0.0, temperature=1.0, divergence=forward_kl,
+                            matched=None, chunk_bytes=CHUNK_BYTES) -> Fused:
+    """alpha * CE + (1 - alpha) * T^2 * D(teacher_T, student_T), summed over the S positions.
+
+    hidden       (S, D), the student's final hidden states; gradients flow
+    head         (V, D), the student's output matrix; gradients flow
+    targets      (S,) ids
+    taught       a list of Dense (several are mixed by their weights), or one TopK
+    divergence   any function of distill/losses.py
+    matched      (S,) bool: positions where the teacher has a say; None: all. At the others CE alone counts
+    chunk_bytes  of a (rows, V) buffer, of at most MOST_ROWS: smaller saves memory, larger saves time
+
+    Under autocast the matrix products run in its type; the loss is fp32. The closed form of CE + forward KL,
+    softmax - one-hot and T (q - p), is worked out in place; any other divergence asks autograd, a chunk at a time.
+    """
+    chunks = Chunks(hidden, head, taught, chunk_bytes)
+    with torch.autocast(hidden.device.type, enabled=False):             # `chunks` knows the type of the products
+        return Fused(*FusedLoss.apply(hidden, head, targets, chunks, alpha, temperature, divergence, matched))
+
+
+class FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, targets, chunks, alpha, temperature, divergence, matched):
+        closed_form = divergence is forward_kl and matched is None and not isinstance(chunks.taught, TopK)
+        # Where the products run in fp16, gradients of rare words would underflow: those products run in fp32.
+        back = torch.float32 if chunks.dtype == torch.float16 else chunks.dtype
+        h, w = hidden.detach().to(back), head.detach().to(back)
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
+        grad_head = torch.zeros_like(head, dtype=torch.float32)
+        ce, kd = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
+
+        for rows in chunks:
+            logits = chunks.student(rows)                                       # (C, V)
+            if closed_form:
+                log_p = chunks.teacher(rows, temperature)
+                parts = ce_and_forward_kl(logits, log_p, targets[rows], alpha, temperature, chunks.scratch(rows))
+            else:
+                parts = by_autograd(logits, chunks, rows, targets[rows], alpha, temperature, divergence, matched)
+            ce, kd, slope = ce + parts[0], kd + parts[1], parts[2].to(back)     # (), (), (C, V)
+            grad_hidden[rows] = slope @ w
+            if back == torch.float32:
+                grad_head.addmm_(slope.T, h[rows])
+            else:
+                grad_head += slope.T @ h[rows]
+
+        # Plain attributes: tensors in save_for_backward would be kept until the graph goes.
+        ctx.grads = grad_hidden.to(hidden.dtype), grad_head.to(head.dtype)
+        ctx.mark_non_differentiable(ce, kd)
+        return alpha * ce + (1 - alpha) * kd, ce, kd
+
+    @staticmethod
+    def backward(ctx, factor, *_):
+        (grad_hidden, grad_head), ctx.grads = ctx.grads, None
+        return grad_hidden.mul_(factor), grad_head.mul_(factor), *[None] * 6
+
+
+class Chunks:
+    """The rows a few at a time, and three buffers (C, V) that all of them share: fresh pages cost ten times a write."""
+
+    def __init__(self, hidden, head, taught, chunk_bytes=CHUNK_BYTES):
+        device = hidden.device.type
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        self.hidden, self.head = hidden.detach().to(self.dtype), head.detach().to(self.dtype)
+        self.taught = taught if isinstance(taught, TopK) else [
+            one._replace(states=one.states.detach().to(self.dtype), head=one.head.detach().to(self.dtype)) for one in taught]
+        self.size = max(1, min(len(hidden), MOST_ROWS, chunk_bytes // (4 * len(head))))
+        self.buffers = {}
+
+    def __iter__(self):
+        for start in range(0, len(self.hidden), self.size):
+            yield slice(start, min(start + self.size, len(self.hidden)))
+
+    def buffer(self, name, rows, width):  # -> (C, width)
+        if name not in self.buffers:
+            self.buffers[name] = self.hidden.new_empty(self.size, width, dtype=torch.float32)
+        return self.buffers[name][:rows.stop - rows.start]
+
+    def scratch(self, rows):
+        return self.buffer("scratch", rows, len(self.head))
+
+    def student(self, rows):  # -> (C, V) logits
+        return product(self.hidden[rows], self.head, self.buffer("student", rows, len(self.head)))
+
+    def teacher(self, rows, temperature):  # -> (C, V) log-probabilities of all teachers as one
+        mixed = None
+        for one in self.taught:
+            name = "teacher" if mixed is None else "another teacher"
+            log_p = product(one.states[rows], one.head, self.buffer(name, rows, len(one.head)))
+            log_softmax_(log_p.div_(temperature) if temperature != 1.0 else log_p)
+            if len(self.taught) > 1:
+                log_p += torch.tensor(one.weight).log()
+            mixed = log_p if mixed is None else torch.logaddexp(mixed, log_p, out=mixed)
+        return mixed
+
+
+def product(states, head, out):  # (C, D), (V, D) -> (C, V) in fp32
+    if states.dtype == torch.float32:
+        return torch.mm(states, head.T, out=out)
+    return out.copy_(states @ head.T)
+
+
+def log_softmax_(x):  # (C, V) -> (C, V), in place
+    return torch.log_softmax(x, dim=-1, out=x)
+
+
+def ce_and_forward_kl(logits, log_p, targets, alpha, temperature, scratch):  # (C, V) x 2 -> (), (), (C, V)
+    """CE, T^2 KL(p || q), and the gradient of their mix for the logits, in place: all three buffers are used up."""
+    T, at_target = temperature, targets[:, None]
+    log_q = log_softmax_(logits.div_(T) if T != 1.0 else logits)
+    gap = torch.sub(log_p, log_q, out=scratch)
+    p = log_p.exp_()
+    kl = torch.linalg.vecdot(p, gap).sum()
+    if T == 1.0:
+        ce = -log_q.gather(1, at_target).sum()
+        slope = log_q.exp_().sub_(p, alpha=1 - alpha)                           # alpha q + (1 - alpha) (q - p)
+    else:
+        log_hard = log_softmax_(torch.mul(log_q, T, out=scratch))               # T log q is the logits, but for a constant
+        ce = -log_hard.gather(1, at_target).sum()
+        slope = log_q.exp_().sub_(p).mul_((1 - alpha) * T).add_(log_hard.exp_(), alpha=alpha)
+    slope.scatter_add_(1, at_target, torch.full_like(at_target, -alpha, dtype=slope.dtype))
+    return ce, T * T * kl, slope
+
+
+def by_autograd(logits, chunks, rows, targets, alpha, temperature, divergence, matched):  # -> (), (), (C, V)
+    """The same three for any divergence."""
+    with torch.enable_grad():
+        logits = logits.requires_grad_()
+        ce = F.cross_entropy(logits, targets, reduction="sum")
+        log_q = F.log_softmax(logits / temperature, dim=-1)                     # (C, V)
+        if isinstance(chunks.taught, TopK):
+            each = divergence(*in_buckets(chunks.taught, rows, log_q))
+        else:
+            each = divergence(chunks.teacher(rows, temperature), log_q)         # (C,)
+        kd = temperature ** 2 * (each if matched is None else each * matched[rows]).sum()
+        slope, = torch.autograd.grad(alpha * ce + (1 - alpha) * kd, logits)
+    logits.requires_grad_(False)
+    return ce.detach(), kd.detach(), slope
+
+
+def in_buckets(top: TopK, rows, log_q):  # (C, V) -> (C, k + 1) twice
+    """Teacher and student over the k words of the teacher's top and a last bucket for all others."""
+    ids, log_p = top.ids[rows], top.log_p[rows].float()
+    tail_p = (1 - log_p.exp().sum(dim=-1, keepdim=True)).clamp_min(0).log().clamp_min(LEAST)
+    tail_q = log_q.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True).clamp_min(LEAST)
+    return torch.cat([log_p, tail_p], dim=-1), torch.cat([log_q.gather(-1, ids), tail_q], dim=-1)
+
+
+COMPARED = ("ce", "kl", "entropy", "agreement")
+COMPARED_ACROSS = ("ce", "uld", "entropy")              # between two vocabularies
+
+
+@torch.no_grad()
+def compare(hidden, head, targets, taught, matched=None, temperature=1.0, across=False) -> dict[str, torch.Tensor]:
+    """What to look at, as sums over the S positions, untempered and a chunk at a time:
+
+    ce         cross-entropy with the labels, nats
+    kl         KL(teacher || student), nats; of a TopK, over its k + 1 buckets and at its `temperature`
+    entropy    of the teacher, nats: where labels are drawn from it, no student's cross-entropy is lower
+    agreement  positions where both have the same likeliest token
+    uld        in the place of kl and agreement, if the two are of different vocabularies (`across`)
+    """
+    names, chunks = COMPARED_ACROSS if across else COMPARED, Chunks(hidden, head, taught)
+    sums = dict.fromkeys(names, hidden.new_zeros((), dtype=torch.float32))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows in chunks:
+            logits = chunks.student(rows)
+            best = logits.argmax(dim=-1)
+            ce = F.cross_entropy(logits, targets[rows], reduction="sum")
+            if isinstance(taught, TopK):
+                log_p, log_q = in_buckets(taught, rows, F.log_softmax(logits / temperature, dim=-1))
+                likeliest = taught.ids[rows].gather(1, taught.log_p[rows].argmax(dim=-1, keepdim=True)).squeeze(1)
+            else:
+                log_p, log_q = chunks.teacher(rows, 1.0), F.log_softmax(logits, dim=-1)
+                likeliest = log_p.argmax(dim=-1)
+            entropy = -torch.linalg.vecdot(log_p.exp(), log_p)                      # (C,)
+            if across:
+                has_a_say = 1.0 if matched is None else matched[rows]
+                values = ce, (uld(log_p, log_q) * has_a_say).sum(), (entropy * has_a_say).sum()
+            else:
+                values = ce, forward_kl(log_p, log_q).sum(), entropy.sum(), (best == likeliest).sum()
+            sums = {name: sums[name] + value for name, value in zip(names, values)}
+    return sums
