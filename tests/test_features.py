@@ -1,15 +1,19 @@
 """
-特征蒸馏的规律：相同则为零，投影矩阵也要学。
-Laws of distill/features.py: equal features cost nothing, and the projections learn.
+特征蒸馏的规律：相同则为零，投影矩阵也要学；注意力关系只看过去，对比损失与手算相同。
+Laws of distill/features.py: equal features cost nothing and the projections learn; attention relations see the past
+alone, and InfoNCE is what a hand finds.
 """
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from distill.features import FeatureProjections, feature_distillation_loss, layer_map
+from distill.features import (FeatureProjections, attention_relation_loss, contrastive_loss, feature_distillation_loss,
+                              layer_map)
 
 SMALL, LARGE = SimpleNamespace(dim=4, n_layers=2), SimpleNamespace(dim=6, n_layers=4)
 
@@ -18,6 +22,8 @@ def hidden(config, tokens=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(tokens, config.dim, generator=generator) for _ in range(config.n_layers)]
 
+
+# -- which layers ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n_student, n_teacher, pairs", [
     (2, 4, [(0, 1), (1, 3)]),
@@ -36,9 +42,43 @@ def test_every_student_layer_has_a_teacher_layer_in_rising_order_even_if_the_stu
         assert teacher[0] >= 0 and teacher[-1] == n_teacher - 1
 
 
-def test_equal_features_cost_nothing():
+def test_last_matches_only_the_last_layer_with_the_last():
+    assert layer_map(2, 4, "last") == [(1, 3)]
+    assert layer_map(1, 1, "last") == [(0, 0)]
+
+
+def test_layers_by_hand_are_counted_from_one():
+    assert layer_map(2, 8, "1:3,2:7") == [(0, 2), (1, 6)]
+    assert layer_map(2, 8, " 2:8 ") == [(1, 7)]
+    assert layer_map(2, 8, "1:1, 1:8") == [(0, 0), (0, 7)]        # a layer may have two teachers
+
+
+@pytest.mark.parametrize("how, piece", [
+    ("1:3,3:4", "3:4"), ("1:9", "1:9"), ("0:1", "0:1"), ("1:0", "1:0"),             # layers that do not exist
+    ("1:3,", ""), ("", ""), ("first", "first"), ("1-3", "1-3"), ("1:2:3", "1:2:3"), ("1:-1", "1:-1"),     # no pairs
+])
+def test_a_bad_pair_of_layers_stops_with_the_pair_the_value_and_both_layer_counts(how, piece):
+    with pytest.raises(ValueError) as error:
+        layer_map(2, 8, how)
+    for part in (f"layers={how!r}", f"{piece!r} is no pair", "layers 1 to 2", "teacher 1 to 8", "uniform, last"):
+        assert part in str(error.value)
+
+
+def test_only_matched_layers_have_a_projection():
+    assert len(FeatureProjections(SMALL, LARGE, "last").maps) == 1
+    projections = FeatureProjections(SMALL, LARGE, "2:1")
+    student, teacher = hidden(SMALL), hidden(LARGE)
+    projected, matched = projections(student, teacher)
+    assert len(projected) == 1 and torch.equal(projected[0], projections.maps[0](student[1]))
+    assert matched[0] is teacher[0]
+
+
+# -- hidden states ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_equal_features_cost_nothing(kind):
     features = hidden(SMALL)
-    assert feature_distillation_loss(features, features).item() == 0.0
+    assert feature_distillation_loss(features, features, kind).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_loss_is_a_mean_over_numbers_and_layers_and_a_sum_over_tokens():
@@ -48,17 +88,33 @@ def test_the_loss_is_a_mean_over_numbers_and_layers_and_a_sum_over_tokens():
     assert feature_distillation_loss(student, teacher).item() == pytest.approx(1.5)
 
 
+def test_cosine_is_0_along_1_across_and_2_against_however_long_the_vectors():
+    # Layer one: (2, 0) against (0, 3), (-5, 0), (7, 0): 1 + 2 + 0. Layer two: nothing. Mean: 1.5.
+    student = [torch.tensor([[2.0, 0.0]]).repeat(3, 1), torch.ones(3, 2)]
+    teacher = [torch.tensor([[0.0, 3.0], [-5.0, 0.0], [7.0, 0.0]]), 4 * torch.ones(3, 2)]
+    assert feature_distillation_loss(student, teacher, kind="cosine").item() == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_features_in_two_parts_cost_what_they_cost_in_one(kind):
+    student, teacher = hidden(SMALL), hidden(SMALL, seed=1)
+    parts = [feature_distillation_loss([x[rows] for x in student], [x[rows] for x in teacher], kind).item()
+             for rows in (slice(0, 2), slice(2, 5))]
+    assert sum(parts) == pytest.approx(feature_distillation_loss(student, teacher, kind).item(), rel=1e-6)
+
+
 def test_projections_are_parameters_one_per_student_layer_of_both_widths():
     shapes = [tuple(weight.shape) for weight in FeatureProjections(SMALL, LARGE).parameters()]
     assert shapes == [(6, 4), (6, 4)]
 
 
-def test_projections_and_student_learn_and_the_teacher_does_not():
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_projections_and_student_learn_and_the_teacher_does_not(kind):
     projections = FeatureProjections(SMALL, LARGE)
     student, teacher = hidden(SMALL), hidden(LARGE, seed=1)
     for layer in student + teacher:
         layer.requires_grad_()
-    feature_distillation_loss(*projections(student, teacher)).backward()
+    feature_distillation_loss(*projections(student, teacher), kind).backward()
     assert all(weight.grad.abs().sum() > 0 for weight in projections.parameters())
     assert all(layer.grad.abs().sum() > 0 for layer in student) and all(layer.grad is None for layer in teacher)
 
@@ -88,3 +144,219 @@ def test_features_of_two_widths_or_two_token_counts_stop_with_both_shapes():
         feature_distillation_loss([torch.zeros(5, 4)], [torch.zeros(5, 6)])
     with pytest.raises(ValueError, match=r"\(5, 4\) and \(1, 4\)"):
         feature_distillation_loss([torch.zeros(5, 4)], [torch.zeros(1, 4)])
+
+
+def test_another_kind_of_distance_stops_with_those_there_are():
+    with pytest.raises(ValueError, match="kind='l1' is no distance of features; it is one of mse, cosine"):
+        feature_distillation_loss(hidden(SMALL), hidden(SMALL), kind="l1")
+
+
+# -- attention relations ---------------------------------------------------------------------------------------
+
+LENGTHS = [1, 3, 3, 4]                                      # 11 tokens: a sample alone, two neighbours of one length
+AT = torch.tensor([0, 2, 3, 5, 6, 8, 10])
+STUDENT_WIDTHS, TEACHER_WIDTHS = (8, 4, 4), (12, 6, 6)      # grouped-query attention: keys and values are narrower
+
+
+def qkv(widths, tokens=11, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(1.5 * torch.randn(tokens, width, generator=generator) for width in widths)
+
+
+def relations_by_hand(student_qkv, teacher_qkv, lengths, at, n_heads):
+    """Head by head, position by position, in float64."""
+    def relation(x, start, position, head):
+        K = x.shape[1] // n_heads
+        x = x[:, head * K:(head + 1) * K].double()
+        weights = [torch.exp((x[position] * x[past]).sum() / math.sqrt(K)) for past in range(start, position + 1)]
+        return [weight / sum(weights) for weight in weights]
+
+    starts = [start for start, length in zip(itertools.accumulate([0] + lengths), lengths) for _ in range(length)]
+    total = 0.0
+    for student, teacher in zip(student_qkv, teacher_qkv):
+        for position, head in itertools.product(at.tolist(), range(n_heads)):
+            q, p = (relation(x, starts[position], position, head) for x in (student, teacher))
+            total = total + sum(a * (a.log() - b.log()) for a, b in zip(p, q)) / n_heads / 3
+    return total
+
+
+def test_the_relation_of_two_tokens_is_what_a_hand_finds():
+    # Token two scores (0, ln 3) in the teacher, hence (1/4, 3/4), and (0, 0) in the student, hence (1/2, 1/2):
+    # KL = 1/4 ln 1/2 + 3/4 ln 3/2. Token one sees itself alone: 0. A second softmax would find 0.03 instead of 0.13.
+    student, teacher = torch.zeros(2, 1), torch.tensor([[0.0], [math.sqrt(math.log(3))]])
+    kl = 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)
+    at = torch.tensor([0, 1])
+    assert attention_relation_loss((student,) * 3, (teacher,) * 3, [2], at, 1).item() == pytest.approx(kl, rel=1e-5)
+    # Only the keys differ: one relation of three.
+    one = attention_relation_loss((student,) * 3, (student, teacher, student), [2], at, 1).item()
+    assert one == pytest.approx(kl / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("n_heads", [1, 2])
+def test_relations_equal_loops_in_float64_value_and_gradient(n_heads):
+    student, teacher = qkv(STUDENT_WIDTHS), qkv(TEACHER_WIDTHS, seed=1)
+    for x in student:
+        x.requires_grad_()
+    loss = attention_relation_loss(student, teacher, LENGTHS, AT, n_heads)
+    by_hand = relations_by_hand(student, teacher, LENGTHS, AT, n_heads)
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    for fast, slow in zip(torch.autograd.grad(loss, student), torch.autograd.grad(by_hand, student)):
+        assert torch.allclose(fast, slow, atol=1e-5)
+
+
+def test_equal_relations_cost_nothing_also_when_the_teacher_is_turned():
+    student = qkv((4, 4, 4))
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])              # a quarter turn of each head of width 2
+    teacher = tuple(x.view(-1, 2, 2).matmul(turn).flatten(1) for x in student)
+    assert attention_relation_loss(student, student, LENGTHS, AT, 2).item() == 0.0
+    assert attention_relation_loss(student, teacher, LENGTHS, AT, 2).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_later_token_another_sample_and_the_future_of_a_row_change_nothing():
+    def loss(changed=None):
+        student, teacher = qkv(STUDENT_WIDTHS), qkv(TEACHER_WIDTHS, seed=1)
+        if changed is not None:
+            for x in student + teacher:
+                x[changed] = 100.0
+        return attention_relation_loss(student, teacher, LENGTHS, at=torch.tensor([5]), n_relation_heads=2).item()
+
+    # Position 5 is the second of the sample that is 4, 5, 6: it sees 4 and 5.
+    assert [changed for changed in range(11) if loss(changed) != loss()] == [4, 5]
+
+
+def test_relations_of_positions_not_asked_for_cost_nothing_and_none_at_all_costs_0():
+    student, teacher = qkv(STUDENT_WIDTHS), qkv(TEACHER_WIDTHS, seed=1)
+    each = [attention_relation_loss(student, teacher, LENGTHS, torch.tensor([i]), 2).item() for i in range(11)]
+    whole = attention_relation_loss(student, teacher, LENGTHS, AT, 2).item()
+    assert whole == pytest.approx(sum(each[i] for i in AT), rel=1e-5)
+    assert [i for i in range(11) if each[i] < 1e-6] == [0, 1, 4, 7]     # the first of a sample sees itself alone
+    assert attention_relation_loss(student, teacher, LENGTHS, AT[:0], 2).item() == 0.0
+
+
+def test_relations_in_two_parts_cost_what_they_cost_in_one():
+    student, teacher = qkv(STUDENT_WIDTHS), qkv(TEACHER_WIDTHS, seed=1)
+    cut = 4                                                     # behind the first sample of three tokens
+    first = attention_relation_loss([x[:cut] for x in student], [x[:cut] for x in teacher],
+                                    LENGTHS[:2], AT[AT < cut], 2)
+    second = attention_relation_loss([x[cut:] for x in student], [x[cut:] for x in teacher],
+                                     LENGTHS[2:], AT[AT >= cut] - cut, 2)
+    whole = attention_relation_loss(student, teacher, LENGTHS, AT, 2)
+    assert (first + second).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_relations_teach_the_student_alone_and_no_gradient_is_nan():
+    student, teacher = qkv(STUDENT_WIDTHS), qkv(TEACHER_WIDTHS, seed=1)
+    for x in student + teacher:
+        x.requires_grad_()
+    attention_relation_loss(student, teacher, LENGTHS, AT, 2).backward()
+    assert all(x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in student)
+    assert all(x.grad is None for x in teacher)
+
+
+def test_a_sample_of_one_token_has_nothing_to_relate_and_gives_0_not_nan():
+    student, teacher = qkv((2, 2, 2), tokens=2), qkv((4, 4, 4), tokens=2, seed=1)
+    for x in student:
+        x.requires_grad_()
+    loss = attention_relation_loss(student, teacher, [1, 1], torch.tensor([0, 1]), 2)
+    loss.backward()
+    assert loss.item() == 0.0 and all((x.grad == 0).all() for x in student)
+
+
+def test_relations_too_sure_for_fp32_are_still_finite():
+    # Scores of tens of thousands: the likeliest has all the mass, and the logarithms of the others are huge.
+    student, teacher = tuple(200 * x for x in qkv((4, 4, 4))), tuple(200 * x for x in qkv((4, 4, 4), seed=1))
+    for x in student:
+        x.requires_grad_()
+    loss = attention_relation_loss(student, teacher, LENGTHS, AT, 2)
+    loss.backward()
+    assert loss.isfinite() and all(x.grad.isfinite().all() for x in student)
+
+
+def test_relations_and_infonce_stay_in_fp32_under_autocast():
+    def losses():
+        student, teacher = qkv((4, 4, 4)), qkv((4, 4, 4), seed=1)
+        return (attention_relation_loss(student, teacher, LENGTHS, AT, 2).item(),
+                contrastive_loss(student[0][AT], teacher[0][AT], LENGTHS, AT).item())
+
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = losses()
+    assert under_autocast == losses()
+
+
+def test_widths_that_do_not_split_stop_with_the_part_its_width_the_count_and_counts_that_fit():
+    message = ("the student's keys, 4 wide, do not split into n_relation_heads=8 equal heads; "
+               "counts that fit both models: 1, 2$")
+    with pytest.raises(ValueError, match=message):
+        attention_relation_loss(qkv(STUDENT_WIDTHS), qkv(TEACHER_WIDTHS), LENGTHS, AT, 8)
+    with pytest.raises(ValueError, match="the teacher's keys, 6 wide"):
+        attention_relation_loss(qkv(STUDENT_WIDTHS), qkv(TEACHER_WIDTHS), LENGTHS, AT, 4)
+    with pytest.raises(ValueError, match="n_relation_heads=0"):
+        attention_relation_loss(qkv(STUDENT_WIDTHS), qkv(TEACHER_WIDTHS), LENGTHS, AT, 0)
+
+
+# -- InfoNCE ---------------------------------------------------------------------------------------------------
+
+def infonce_by_hand(student, teacher, lengths, at, temperature):
+    """Sample by sample, in float64."""
+    ends = list(itertools.accumulate(lengths))
+    rows = [[row for row, position in enumerate(at.tolist()) if end - length <= position < end]
+            for end, length in zip(ends, lengths)]
+    s, t = ([x[of_sample].double().mean(dim=0) for of_sample in rows] for x in (student, teacher))
+    total = 0.0
+    for i in range(len(lengths)):
+        scores = [(s[i] @ t[j]) / (s[i].norm() * t[j].norm()) / temperature for j in range(len(lengths))]
+        total = total - scores[i] + sum(score.exp() for score in scores).log()
+    return total
+
+
+def test_infonce_of_two_samples_is_what_a_hand_finds():
+    # Cosines 1 with itself and 0 with the other, temperature 1: ln((e + 1) / e) = 0.313 each. All alike: ln 2 each.
+    apart, at = torch.tensor([[3.0, 0.0], [0.0, 5.0]]), torch.tensor([0, 1])
+    found = contrastive_loss(apart, 2 * apart, [1, 1], at, temperature=1.0).item()
+    assert found == pytest.approx(2 * math.log((math.e + 1) / math.e), rel=1e-6)
+    assert contrastive_loss(torch.ones(2, 2), apart, [1, 1], at).item() == pytest.approx(2 * math.log(2), rel=1e-6)
+
+
+def test_infonce_equals_loops_in_float64_value_and_gradient():
+    student, teacher = (qkv((6,), tokens=len(AT), seed=seed)[0] for seed in (0, 1))
+    student.requires_grad_()
+    loss = contrastive_loss(student, teacher, LENGTHS, AT, temperature=0.2)
+    by_hand = infonce_by_hand(student, teacher, LENGTHS, AT, temperature=0.2)
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    fast, slow = (torch.autograd.grad(value, student)[0] for value in (loss, by_hand))
+    assert torch.allclose(fast, slow, atol=1e-5)
+
+
+def test_a_sample_is_the_mean_of_its_positions_wherever_the_samples_end():
+    # Positions 1, 2 | 3 | 6 of samples 0..2, 3..5, 6: the means are (1, 1), (1, 0), (0, 1).
+    student, at = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([1, 2, 3, 6])
+    pooled = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    found = contrastive_loss(student, student, [3, 3, 1], at).item()
+    assert found == pytest.approx(contrastive_loss(pooled, pooled, [1, 1, 1], torch.arange(3)).item(), rel=1e-6)
+
+
+def test_a_sample_that_is_alone_teaches_nothing():
+    student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    loss = contrastive_loss(student, teacher, [5], torch.tensor([1, 2, 4]))
+    loss.backward()
+    assert loss.item() == 0.0 and student.grad.abs().max() < 1e-6
+
+
+def test_the_samples_of_a_micro_batch_are_each_others_negatives_so_infonce_depends_on_the_split():
+    student, teacher = (qkv((6,), tokens=4, seed=seed)[0] for seed in (0, 1))
+    halves = sum(contrastive_loss(student[rows], teacher[rows], [1, 1], torch.arange(2)).item()
+                 for rows in (slice(0, 2), slice(2, 4)))
+    assert contrastive_loss(student, teacher, [1] * 4, torch.arange(4)).item() > halves
+
+
+def test_infonce_teaches_student_and_projection_and_not_the_teacher():
+    projection = nn.Linear(4, 6, bias=False)
+    student = torch.randn(len(AT), 4, requires_grad=True)
+    teacher = torch.randn(len(AT), 6, requires_grad=True)
+    contrastive_loss(projection(student), teacher, LENGTHS, AT).backward()
+    assert student.grad.abs().sum() > 0 and projection.weight.grad.abs().sum() > 0 and teacher.grad is None
+
+
+def test_final_states_of_two_widths_stop_with_both_shapes():
+    with pytest.raises(ValueError, match=r"\(7, 4\) and \(7, 6\) differ; project the student's"):
+        contrastive_loss(torch.zeros(7, 4), torch.zeros(7, 6), LENGTHS, AT)
