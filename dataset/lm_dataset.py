@@ -23,7 +23,7 @@ from dataset.formats import check_exists, read_conversations, read_texts
 from runtime import write_whole
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
-CACHE_VERSION = 1           # raise it when the meaning of a cached file changes
+CACHE_VERSION = 2           # raise it when the meaning of a cached file changes
 
 
 class Batch(NamedTuple):
@@ -35,11 +35,16 @@ class Batch(NamedTuple):
     targets: torch.Tensor           # (S,) the id that comes next at each of them
     step_targets: int               # targets of the whole optimizer step: all its micro-batches, all processes
     step_samples: int               # samples of the whole optimizer step
+    keys: tuple[int, ...] = ()      # of each sample, by its tokens (sample_key)
+
+    # Where the teacher cuts text into other tokens (paired_with):
+    teacher: "Batch | None" = None          # what it reads, the same samples
+    match: torch.Tensor | None = None       # (S,) its position, counted in `teacher.at`, that has seen the same text; or -1
 
     def to(self, device) -> "Batch":
-        return self._replace(tokens=self.tokens.to(device, non_blocking=True),
-                             at=self.at.to(device, non_blocking=True),
-                             targets=self.targets.to(device, non_blocking=True))
+        return self._replace(**{name: value.to(device, non_blocking=True) for name, value in self._asdict().items()
+                                if isinstance(value, torch.Tensor)},
+                             teacher=self.teacher and self.teacher.to(device))
 
 
 class TokenDataset(ABC):
@@ -51,6 +56,7 @@ class TokenDataset(ABC):
     """
 
     validated_on = None             # name of the file beside the data that is there for validation
+    teacher = None                  # the same files in the tokens of a teacher, see paired_with
 
     def __init__(self, paths, tokenizer, max_seq_len: int = 512, skip_bad_lines: bool = False, log=print):
         self.paths, self.tokenizer, self.max_seq_len = [Path(path) for path in paths], tokenizer, max_seq_len
@@ -64,6 +70,7 @@ class TokenDataset(ABC):
         self.stream = np.memmap(stream, dtype=self.word, mode="r")
         with np.load(index) as arrays:
             self.ends, self.n_targets = arrays["ends"], arrays["n_targets"]     # (samples,) each
+            self.rows = arrays["rows"]                  # (samples,), which of the files' samples each one is, from 0
         self.lengths = np.diff(self.ends, prepend=0)
 
     @abstractmethod
@@ -81,13 +88,14 @@ class TokenDataset(ABC):
 
     def build(self, stream: Path, index: Path):
         start = time.time()
-        samples, rows, cut = self.encode(), [], 0
-        for ids, targets in samples:
+        samples, kept, rows, cut = self.encode(), [], [], 0
+        for number, (ids, targets) in enumerate(samples):
             row = np.array(ids[:self.max_seq_len + 1], dtype=self.word)     # + 1: the last is predicted, never read
             row[1:][np.array(targets[1:self.max_seq_len + 1], dtype=bool)] |= self.flag
             cut += len(ids) > len(row)
             if (row & self.flag).any():
                 rows.append(row)
+                kept.append(number)
         if not rows:
             raise ValueError(f"{self}: no sample has anything to learn within max_seq_len={self.max_seq_len} "
                              "tokens; raise --max_seq_len")
@@ -96,7 +104,7 @@ class TokenDataset(ABC):
 
         stream.parent.mkdir(exist_ok=True)
         write_whole(stream, np.concatenate(rows).tofile)
-        write_whole(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets))     # last: it makes both count
+        write_whole(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept))   # last: both count now
         self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} to predict; "
                  f"{cut:,} cut to {self.max_seq_len} tokens, {len(samples) - len(rows):,} left out as nothing was left "
                  f"to predict; {time.time() - start:.1f} s")
@@ -116,12 +124,30 @@ class TokenDataset(ABC):
     def view(self, samples: np.ndarray) -> "TokenDataset":
         part = copy.copy(self)
         part.ends, part.lengths, part.n_targets = self.ends[samples], self.lengths[samples], self.n_targets[samples]
+        part.rows = self.rows[samples]
         return part
+
+    def sample(self, i: int) -> np.ndarray:  # -> (lengths[i],) ids and flags
+        return self.stream[self.ends[i] - self.lengths[i]:self.ends[i]]
 
     def batch(self, samples: np.ndarray, step_targets: int = 0, step_samples: int = 0) -> Batch:
         """The flat stream of these samples, in the order given."""
-        rows = np.concatenate([self.stream[self.ends[i] - self.lengths[i]:self.ends[i]] for i in samples])
-        return flat_batch(rows & ~self.flag, rows & self.flag > 0, self.lengths[samples], step_targets, step_samples)
+        parts = [self.sample(i) for i in samples]
+        stream = np.concatenate(parts)
+        batch = flat_batch(stream & ~self.flag, stream & self.flag > 0, self.lengths[samples], step_targets, step_samples)
+        batch = batch._replace(keys=tuple(map(sample_key, parts)))
+        if self.teacher is not None:
+            taught = self.teacher.batch(np.searchsorted(self.teacher.rows, self.rows[samples]))
+            match = same_text(batch, self.tokenizer.n_bytes, taught, self.teacher.tokenizer.n_bytes)
+            batch = batch._replace(teacher=taught, match=match)
+        return batch
+
+    def paired_with(self, teacher: "TokenDataset") -> "TokenDataset":
+        """A view whose batches also hold what a teacher with another tokenizer reads of the same samples. Those of
+        which the teacher, cut at its own limit, has nothing left are not in it."""
+        pair = self.view(np.flatnonzero(np.isin(self.rows, teacher.rows)))
+        pair.teacher = teacher
+        return pair
 
 
 def flat_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int = 0) -> Batch:
@@ -137,6 +163,32 @@ def flat_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int =
     at = np.flatnonzero(is_target[follows])
     return Batch(torch.from_numpy(ids[is_read].astype(np.int64)), (sizes - 1).tolist(), torch.from_numpy(at),
                  torch.from_numpy(ids[follows][at].astype(np.int64)), step_targets, step_samples)
+
+
+def sample_key(sample: np.ndarray) -> int:
+    """64 bits that tell a sample, its ids and its targets, from any other."""
+    return int.from_bytes(hashlib.blake2b(sample.astype(np.uint32).tobytes(), digest_size=8).digest(), "little")
+
+
+def same_text(student: Batch, student_bytes, teacher: Batch, teacher_bytes) -> torch.Tensor:  # -> (S,)
+    """For each target of the student the teacher's target that begins at the same byte of the same sample, or -1.
+
+    There both have seen the same text, and say what comes next. Within a word that only one of them cuts, they have not.
+
+        student  | he | llo | <|im_end|> |      bytes  0  2  5
+        teacher  | hel | lo | <|im_end|> |             0  3  5      match  0 -1 2
+    """
+
+    def place(batch, n_bytes):  # -> (S,), rising: the sample's number in the upper half, the first byte in the lower
+        sample = np.searchsorted(np.cumsum(batch.lengths), batch.at.numpy(), side="right")
+        size = n_bytes[batch.targets.numpy()]
+        begins = np.cumsum(size) - size
+        first = np.searchsorted(sample, sample)                     # the first target of the same sample
+        return (sample.astype(np.int64) << 32) + begins - begins[first]
+
+    ours, theirs = place(student, student_bytes), place(teacher, teacher_bytes)
+    found = np.minimum(np.searchsorted(theirs, ours), len(theirs) - 1)
+    return torch.from_numpy(np.where(theirs[found] == ours, found, -1))
 
 
 class PretrainDataset(TokenDataset):

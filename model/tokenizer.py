@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from runtime import write_whole
@@ -94,6 +95,13 @@ class Tokenizer:
         """Hex digest of the file that save writes. It depends on the content only: a checkout with other line ends
         is still the same tokenizer."""
         return hashlib.sha256(self._to_json().encode()).hexdigest()
+
+    @cached_property
+    def n_bytes(self) -> np.ndarray:
+        """(vocab_size,) bytes of text in each token; a special one counts as one byte, whatever its name."""
+        sizes = np.ones(self.vocab_size, dtype=np.int64)
+        sizes[list(self.ranks.values())] = [len(token) for token in self.ranks]
+        return sizes
 
     # -- text --------------------------------------------------------------------------------------------------
 

@@ -23,9 +23,11 @@ from model.moe import FeedForward, MoEFeedForward
 
 
 class Output(NamedTuple):
-    logits: torch.Tensor                # (S, V)
+    logits: torch.Tensor | None         # (S, V), if asked for
+    final: torch.Tensor                 # (S, D), the final hidden states: logits = final @ output.weight.T
     balance_loss: torch.Tensor          # (), of the experts, summed over samples and averaged over layers; else 0
     hidden: list[torch.Tensor]          # n_layers x (S, D), after each layer, if asked for
+    qkv: tuple[torch.Tensor, ...]       # (N, H * K), (N, G * K) x 2 of the last layer, before RoPE
 
 
 class KVCache:
@@ -79,18 +81,17 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
         self.dropout = config.dropout
 
-    def forward(self, x, stream: Stream, at=None):  # (N, D) -> (N, D), or (S, D) at the positions `at`
+    def forward(self, x, stream: Stream, at=None):  # (N, D) -> (N, D), or (S, D) at the positions `at`; and q, k, v
         N = x.shape[0]
-        q = self.wq(x).view(N, self.H, self.K)
-        k = self.wk(x).view(N, self.G, self.K)
-        v = self.wv(x).view(N, self.G, self.K)
+        qkv = self.wq(x), self.wk(x), self.wv(x)
+        q, k, v = (each.view(N, -1, self.K) for each in qkv)                # (N, H, K), (N, G, K) x 2
         q = rotate(self.q_norm(q), stream.rotation)
         k = rotate(self.k_norm(k), stream.rotation)
         if stream.cache is not None:
             stream.cache.write(self.layer, k, v, stream.sample, stream.positions)
         mixed = self.with_the_past(q, stream) if stream.past else self.within_samples(q, k, v, stream.spans)
         mixed = mixed.flatten(1)                                            # (N, H * K)
-        return self.wo(mixed if at is None else mixed[at])
+        return self.wo(mixed if at is None else mixed[at]), qkv
 
     def within_samples(self, q, k, v, spans):  # (N, H, K), (N, G, K), (N, G, K) -> (N, H, K)
         """Causal attention, neighbours of one length in one call. No token sees another sample."""
@@ -120,8 +121,8 @@ class Block(nn.Module):
         self.ffn = MoEFeedForward(config) if config.use_moe else FeedForward(config.dim, config.hidden_dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, stream: Stream, at=None):  # (N, D) -> (N, D), or (S, D) at the positions `at`; and the balance
-        mixed = self.attention(self.attention_norm(x), stream, at)
+    def forward(self, x, stream: Stream, at=None):  # (N, D) -> (N, D), or (S, D) at `at`; the balance; q, k, v
+        mixed, qkv = self.attention(self.attention_norm(x), stream, at)
         sample = stream.sample
         if at is not None:
             x, sample = x[at], sample[at]
@@ -130,7 +131,7 @@ class Block(nn.Module):
             y, balance = self.ffn(self.ffn_norm(x), sample, sum(n for n, _ in stream.spans))
         else:
             y, balance = self.ffn(self.ffn_norm(x)), x.new_zeros(())
-        return x + self.dropout(y), balance
+        return x + self.dropout(y), balance, qkv
 
 
 class Transformer(nn.Module):
@@ -138,6 +139,7 @@ class Transformer(nn.Module):
 
         logits = model(tokens, lengths).logits          # (N, V): what follows each token
         logits = model(tokens, lengths, at=at).logits   # (S, V): only where asked, so that no head runs for nothing
+        states = model(tokens, lengths, at=at, with_logits=False).final     # (S, D): for a loss that runs the head
     """
 
     def __init__(self, config: LMConfig):
@@ -163,11 +165,12 @@ class Transformer(nn.Module):
                 nn.init.normal_(weight, std=0.02 / (2 * self.config.n_layers) ** 0.5 if into_residual else 0.02)
 
     def forward(self, tokens, lengths: list[int], at=None, cache: KVCache | None = None,
-                return_hidden: bool = False) -> Output:
+                return_hidden: bool = False, with_logits: bool = True) -> Output:
         """
         tokens   (N,) ids, samples one behind the other
         lengths  tokens of each sample, summing to N; neighbours of one length share an attention call, so sort them
         at       (S,) positions of the stream whose logits are wanted, in increasing order; None: all
+        with_logits  False: the head does not run; a loss in chunks (distill/fused.py) runs it itself
         cache    empty: it is filled with these prompts. Filled: `tokens` holds one new token for each of its rows
         """
         stream = self.lay_out(tokens, lengths, cache)
@@ -176,13 +179,14 @@ class Transformer(nn.Module):
         for layer in self.layers:
             # Past the last attention a position speaks for itself alone: the others are dropped there.
             is_last = layer is self.layers[-1]
-            x, layer_balance = layer(x, stream, at if is_last else None)
+            x, layer_balance, qkv = layer(x, stream, at if is_last else None)
             balance = balance + layer_balance / len(self.layers)
             if return_hidden:
                 hidden.append(x if is_last or at is None else x[at])
         if cache is not None:
             cache.lengths += torch.tensor(lengths, device=cache.lengths.device)
-        return Output(self.output(self.norm(x)), balance, hidden)
+        final = self.norm(x)
+        return Output(self.output(final) if with_logits else None, final, balance, hidden, qkv)
 
     def lay_out(self, tokens, lengths: list[int], cache: KVCache | None) -> Stream:
         device = tokens.device

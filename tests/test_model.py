@@ -159,7 +159,7 @@ def test_attention_depends_on_how_far_apart_two_tokens_are_not_on_where_they_sta
 def test_moving_a_whole_sample_leaves_its_attention_as_it_is_and_spreading_it_does_not(tiny):
     model, x = tiny(), torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
     stream, rotation = model.lay_out(draw(6), [6], cache=None), rotation_of(model, 12)
-    here, moved, spread = (model.layers[0].attention(x, stream._replace(rotation=turns))
+    here, moved, spread = (model.layers[0].attention(x, stream._replace(rotation=turns))[0]
                            for turns in (rotation[:6], rotation[6:], rotation[::2]))
     assert close(here, moved) and not close(here, spread, atol=1e-2)
 
