@@ -100,7 +100,12 @@ def parse_args(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace
                 values[key] = read_as_flag(parser, flags[key], value)
             except argparse.ArgumentError as error:
                 parser.error(f"{first.config}: {error}")
+        # A flag that may be repeated would go on from its default, where the command line is to override the file.
+        several = {key: values.pop(key) for key in list(values) if flags[key].nargs == "+" and flags[key].default is None}
         parser.set_defaults(**values)
+        args = parser.parse_args(argv)
+        vars(args).update({key: value for key, value in several.items() if getattr(args, key) is None})
+        return args
     return parser.parse_args(argv)
 
 
@@ -229,8 +234,9 @@ def lr_at(step: int, total_steps: int, lr: float, warmup_iters: int) -> float:
     return get_lr(step - warmup_iters, max(1, total_steps - warmup_iters), lr)
 
 
-def open_data(kind, args, tokenizer, lm_config, world: World):
-    """Training and validation data of a script: (kind, kind or None). `kind` is PretrainDataset or SFTDataset."""
+def open_data(kind, args, tokenizer, lm_config, world: World, other=None):
+    """Training and validation data of a script: (kind, kind or None). `kind` is PretrainDataset or SFTDataset; `other`
+    (.tokenizer, .source.config) is a teacher that reads the same samples in other tokens."""
     max_seq_len = args.max_seq_len or lm_config.max_seq_len
     if max_seq_len > lm_config.max_seq_len:
         raise ValueError(f"--max_seq_len {max_seq_len} is more than the model was made for, {lm_config.max_seq_len}")
@@ -240,10 +246,17 @@ def open_data(kind, args, tokenizer, lm_config, world: World):
     if not val_path and kind.validated_on:
         beside = Path(args.data_path[0]).with_name(kind.validated_on)
         val_path = beside if beside.exists() else None
+
+    def read(paths):
+        data = kind(paths, tokenizer, max_seq_len, args.skip_bad_lines, Logger)
+        if other is None:
+            return data
+        return data.paired_with(kind(paths, other.tokenizer, other.source.config.max_seq_len, args.skip_bad_lines, Logger))
+
     with main_process_first(world):
-        data, val = kind(args.data_path, tokenizer, max_seq_len, args.skip_bad_lines, Logger), None
+        data, val = read(args.data_path), None
         if val_path and val_path != "none":
-            val = kind([val_path], tokenizer, max_seq_len, args.skip_bad_lines, Logger)
+            val = read([val_path])
     if not val_path:
         # More than 1,000 samples would make each validation longer, and its figure hardly surer.
         data, val = data.split(min(args.val_fraction, 1000 / len(data)), seed=0)
@@ -266,13 +279,13 @@ def make_optimizer(modules, weight_decay: float) -> torch.optim.AdamW:
 # Flags that a resumed run may have otherwise than before; what they change in the mathematics is checked by itself.
 FREE_TO_CHANGE = {"out_dir", "data_path", "config", "resume", "max_steps", "epochs", "batch_size", "accumulation_steps",
                   "device", "ddp", "local_rank", "num_workers", "log_interval", "save_interval", "eval_interval",
-                  "val_path", "use_wandb", "wandb_project", "tokenizer"}
+                  "val_path", "grad_norm_interval", "use_wandb", "wandb_project", "tokenizer"}
 
 
 class Run:
     """What a training run remembers from step to step, and the plumbing around its steps.
 
-    name       of the files in --out_dir: NAME.pth, NAME.resume, NAME.jsonl
+    name       of the files in --out_dir: NAME.pth, NAME.resume, NAME.jsonl and, at the end, its curves in NAME.png
     modules    what is trained, by name: {"model": student, "projections": ...}; `parallel` holds them as to be called
     data       dataset.lm_dataset.MicroBatches
 
@@ -284,6 +297,7 @@ class Run:
         self.dtype = pick_dtype(args.dtype, world.device)
         self.modules = {key: module.to(world.device) for key, module in modules.items() if module is not None}
         self.optimizer = make_optimizer(self.modules.values(), args.weight_decay)
+        self.weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         # fp16 gradients underflow unless they are scaled up; with the other types the scaler passes them through.
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.total_steps = args.max_steps or args.epochs * data.steps_per_epoch
@@ -366,14 +380,23 @@ class Run:
         """`loss` is this process's part of the step's sum; DDP takes the mean over processes, so it is scaled up."""
         self.scaler.scale(loss * self.world.size).backward()
 
+    def add_gradients(self, sums: dict, terms: dict):
+        """Add the gradient of each term of a micro-batch's loss to `sums`, by name. The loss can still be used."""
+        for name, term in terms.items():
+            grads = torch.autograd.grad(self.scaler.scale(term), self.weights, retain_graph=True, materialize_grads=True)
+            sums[name] = sums.get(name, 0.0) + torch.cat([grad.flatten() for grad in grads])
+
+    def gradient_norms(self, sums: dict) -> dict:
+        """{grad_NAME: Euclidean norm} of such sums, over all processes."""
+        return {f"grad_{name}": sum_over_processes(grad).norm() / self.scaler.get_scale() for name, grad in sums.items()}
+
     def update(self, step: int) -> dict:
         """Set the learning rate, clip, step, clear. Returns {lr, grad_norm}, the norm as it was before clipping."""
         lr = lr_at(step, self.total_steps, self.args.learning_rate, self.args.warmup_iters)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
-        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights, self.args.grad_clip or math.inf, foreach=True)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, self.args.grad_clip or math.inf, foreach=True)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -381,8 +404,10 @@ class Run:
         self.log.step()
         return {"lr": lr, "grad_norm": grad_norm}
 
-    def is_due(self, interval: int) -> bool:
-        return self.steps_done == self.total_steps or interval > 0 and self.steps_done % interval == 0
+    def is_due(self, interval: int, ahead: int = 0) -> bool:
+        """Whether something that is done every so many steps, and after the last, is due now or so many steps ahead."""
+        steps = self.steps_done + ahead
+        return steps == self.total_steps or interval > 0 and steps % interval == 0
 
     def is_best(self, loss: float) -> bool:
         """Whether this validation loss is the lowest so far; it is remembered."""
@@ -404,6 +429,7 @@ class Run:
     def close(self):
         """End the run: cleanly when all steps are done, with exit status 130 and a word on how to go on when not."""
         self.log.close()
+        self.log.draw()
         if self.wandb is not None:
             self.wandb.finish()
         if dist.is_initialized():
@@ -539,6 +565,45 @@ class Log:
     def close(self):
         if self.bar is not None:
             self.bar.close()
+
+    def draw(self):
+        """All rows so far, those before a resumption among them, as NAME.png beside NAME.jsonl."""
+        if self.world.rank == 0:
+            draw_curves([json.loads(line) for line in read_lines(self.path)], self.path.with_suffix(".png"))
+
+
+def draw_curves(rows: list[dict], path: Path):
+    """A panel per quantity over the steps; its validation, whose name begins with val_, is drawn into the same panel.
+
+    Left out: what never changes, and tokens_per_s, which tells of the machine. Nothing is left, no picture is drawn.
+    """
+    from matplotlib.figure import Figure        # needed once, at the end of a run
+
+    panels = {}                                 # {"loss": {"loss": {step: value}, "val_loss": {step: value}}}
+    for row in rows:
+        for name, value in row.items():
+            if name not in ("step", "tokens_per_s"):
+                panels.setdefault(name.removeprefix("val_"), {}).setdefault(name, {})[row["step"]] = value
+    panels = {title: lines for title, lines in panels.items()
+              if any(len(line) == 1 or len(set(line.values())) > 1 for line in lines.values())}
+    if not panels:
+        return
+
+    n_columns = min(4, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    figure = Figure(figsize=(3.2 * n_columns, 2.4 * n_rows + 0.6), layout="constrained")
+    figure.suptitle(path.stem)
+    figure.supxlabel("step")
+    axis = None
+    for place, (title, lines) in enumerate(panels.items(), start=1):
+        axis = figure.add_subplot(n_rows, n_columns, place, title=title, sharex=axis)
+        axis.spines[["top", "right"]].set_visible(False)
+        for name, line in lines.items():
+            role, color = ("validation", "C1") if name.startswith("val_") else ("training", "C0")
+            axis.plot(list(line), list(line.values()), ".-", color=color, label=role)
+        if any(name.startswith("val_") for name in lines):
+            axis.legend(frameon=False)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def read_lines(path: Path) -> list[str]:

@@ -14,18 +14,25 @@ two processes  torchrun --nproc_per_node 2 train_distillation.py --ddp
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import runtime
 from dataset.lm_dataset import MicroBatches, SFTDataset, in_order
-from distill.features import FeatureProjections, feature_distillation_loss
-from distill.losses import distillation_loss_fn
+from distill.features import (FeatureProjections, attention_relation_loss, check_relation_heads, contrastive_loss,
+                              feature_distillation_loss)
+from distill.fused import COMPARED, COMPARED_ACROSS, compare, fused_distillation_loss
+from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
 from distill.schedules import get_temperature
+from distill.teacher_logits import TeacherCache
 from model.checkpoint import load_model, new_model, read_about, save_model
 from model.config import LMConfig
+from model.teachers import Teacher, ask, check_cache, check_teachers, check_vocabulary, only_words
+from model.transformer import Transformer
 from runtime import Logger
 
 # Teacher, student, and the numbers that suit them. Edit them in class. Weights: out/full_sft_{dim}{_moe}.pth.
@@ -39,44 +46,69 @@ SIZES = {
 }
 
 
-def train_epoch(epoch, wandb, alpha, temperature, run, teacher, student, tokenizer, val_data):
+def train_epoch(epoch, wandb, alpha, temperature, run, teachers, student, tokenizer, val_data):
     args = run.args
+    divergence, _ = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
+    weights = {"feature": args.feature_weight, "attention": args.attention_weight,
+               "contrastive": args.contrastive_weight,
+               # Outside the alpha mix: keeping the experts in use is no matter of whom to believe.
+               "balance": student.config.aux_loss_alpha}
     for step in run.steps_of(epoch):
         temperature_now = get_temperature(step, run.total_steps, temperature, args.final_temperature or temperature)
+        looking = run.is_due(args.log_interval, ahead=1)
+        probing = args.grad_norm_interval > 0 and run.is_due(args.grad_norm_interval, ahead=1)
+        seen, gradients = {}, {}
         for batch, last in run.micro_batches(step):
             with torch.no_grad(), runtime.autocast(run.dtype, run.world.device):
-                taught = teacher(batch.tokens, batch.lengths, at=batch.at, return_hidden=args.feature_weight > 0)
+                taught = ask(teachers, batch, tokenizer, args)
             with run.forward(last):
-                out = run.parallel["model"](batch.tokens, batch.lengths, at=batch.at,
+                out = run.parallel["model"](batch.tokens, batch.lengths, at=batch.at, with_logits=False,
                                             return_hidden=args.feature_weight > 0)
+                head = only_words(student.output.weight, tokenizer, args)
 
-            # Both models speak only where the assistant does: (S, V). Sums over tokens, divided once by the tokens of
-            # the whole step: every token weighs the same, however the step is split.
-            ce = F.cross_entropy(out.logits.float(), batch.targets, reduction="sum")
-            kd = distillation_loss_fn(out.logits, taught.logits, temperature_now, reduction="sum")
-            loss = (alpha * ce + (1 - alpha) * kd) / batch.step_targets
-            parts = {"ce": ce / batch.step_targets, "kd": kd / batch.step_targets}
-            if args.feature_weight > 0:
-                with run.forward(last):
-                    features = run.parallel["projections"](out.hidden, taught.hidden)
-                parts["feature"] = feature_distillation_loss(*features) / batch.step_targets
-                loss = loss + args.feature_weight * parts["feature"]
-            if student.config.use_moe:
-                # Outside the alpha mix: keeping the experts in use is no matter of whom to believe.
-                parts["balance"] = out.balance_loss / batch.step_samples
-                loss = loss + student.config.aux_loss_alpha * parts["balance"]
+                # The student speaks only where the assistant does: (S, D) states, (S, V) logits. Sums over tokens,
+                # divided once by the tokens of the whole step: every token weighs the same, however the step is split.
+                if args.plain_loss:
+                    logits, teacher_logits = F.linear(out.final, head), F.linear(*taught.said[0][:2])
+                    ce = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+                    kd = distillation_loss_fn(logits, teacher_logits, temperature_now, "sum", divergence)
+                    loss = alpha * ce + (1 - alpha) * kd
+                else:
+                    # The same without (S, V) logits: in chunks, gradients at once. See distill/fused.py.
+                    fused = partial(fused_distillation_loss, out.final, head, batch.targets, taught.said,
+                                    temperature=temperature_now, divergence=divergence, matched=taught.matched)
+                    loss, ce, kd = fused(alpha)
+                    if probing:         # each alone: their joint gradient cannot be taken to pieces
+                        ce, kd = fused(1.0).loss, fused(0.0).loss
+                more = beyond_words(run, batch, out, taught.out, student)
+            parts = {"ce": ce / batch.step_targets, "kd": kd / batch.step_targets, **more}
+            terms = {name: weights[name] * term for name, term in more.items()}
+            loss = loss / batch.step_targets + sum(terms.values())
+
+            if probing:
+                terms |= {"ce": alpha * ce / batch.step_targets} if alpha > 0 else {}
+                terms |= {"kd": (1 - alpha) * kd / batch.step_targets} if alpha < 1 else {}
+                run.add_gradients(gradients, terms)
+            if looking:
+                with runtime.autocast(run.dtype, run.world.device):
+                    now = compare(out.final, head, batch.targets, taught.said, taught.matched, temperature_now,
+                                  across=args.divergence == "uld")
+                seen = {name: seen.get(name, 0.0) + value / batch.step_targets for name, value in now.items()}
             run.backward(loss)
             run.log.add(len(batch.tokens), loss=loss, **parts)
-        rates = run.update(step)
+        rates = run.gradient_norms(gradients)
+        rates |= run.update(step)
 
-        # A save also ends a row, so that a run resumed from it writes the rows that the unbroken one wrote.
+        # A save also ends a row, so that a run resumed from it writes the rows that the unbroken one wrote. The
+        # comparison with the teacher is that of the row's last step; all other losses are means since the row before.
         if run.is_due(args.log_interval) or run.is_due(args.save_interval):
-            run.log.row(run.steps_done, wandb, temperature=temperature_now, **rates)
+            seen = {name: runtime.sum_over_processes(value) for name, value in seen.items() if name != "ce"}
+            run.log.row(run.steps_done, wandb, **seen, temperature=temperature_now, **rates)
         if val_data is not None and run.is_due(args.eval_interval):
             val_loader = in_order(val_data, rank=run.world.rank, world_size=run.world.size)
-            scores = evaluate(student, val_loader, run.world.device, teacher, run.dtype)
+            scores = evaluate(student, val_loader, run.world.device, teachers, tokenizer, run.dtype, args)
             run.log.row(run.steps_done, wandb, **scores)
-            if run.is_best(scores["val_kl"]) and run.is_main:
+            if run.is_best(scores["val_uld" if args.divergence == "uld" else "val_kl"]) and run.is_main:
                 save_model(student, tokenizer, f"{args.out_dir}/{run.name}_best.pth")
         stopping = run.must_stop()
         if stopping or run.is_due(args.save_interval):
@@ -87,23 +119,42 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teacher, student, tokeniz
             return
 
 
+def beyond_words(run, batch, out, taught, student) -> dict:
+    """The losses on what lies below the logits, per token or per sample of the step. What has weight 0 is not there."""
+    args, terms = run.args, {}
+    if args.feature_weight > 0:
+        features = run.parallel["projections"](out.hidden, taught.hidden)
+        terms["feature"] = feature_distillation_loss(*features, args.feature_loss) / batch.step_targets
+    if args.attention_weight > 0:
+        relations = attention_relation_loss(out.qkv, taught.qkv, batch.lengths, batch.at, args.relation_heads)
+        terms["attention"] = relations / batch.step_targets
+    if args.contrastive_weight > 0:
+        pooled = run.parallel["contrast"](out.final)
+        terms["contrastive"] = contrastive_loss(pooled, taught.final, batch.lengths, batch.at,
+                                                args.contrastive_temperature) / batch.step_samples
+    if student.config.use_moe:
+        terms["balance"] = out.balance_loss / batch.step_samples
+    return terms
+
+
 @torch.no_grad()
-def evaluate(model, val_loader, device, teacher, dtype):
-    """Per supervised token: cross-entropy, KL(teacher || student) in nats, and how often both rank one word first."""
+def evaluate(model, val_loader, device, teachers, tokenizer, dtype, args):
+    """Means over the supervised tokens, of what distill.fused.compare describes."""
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    names = COMPARED_ACROSS if args.divergence == "uld" else COMPARED
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
     for batch in val_loader:
         batch = batch.to(device)
         with runtime.autocast(dtype, device):
-            logits = model(batch.tokens, batch.lengths, at=batch.at).logits
-            teacher_logits = teacher(batch.tokens, batch.lengths, at=batch.at).logits
-        sums[0] += F.cross_entropy(logits.float(), batch.targets, reduction="sum")
-        sums[1] += distillation_loss_fn(logits, teacher_logits, reduction="sum")
-        sums[2] += (logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
-        sums[3] += len(batch.targets)
+            taught = ask(teachers, batch, tokenizer, args)
+            out = model(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
+            head = only_words(model.output.weight, tokenizer, args)
+            scores = compare(out.final, head, batch.targets, taught.said, taught.matched, args.temperature,
+                             across=args.divergence == "uld")
+        sums += torch.stack([*scores.values(), torch.tensor(len(batch.targets), device=device)])
     model.train()
-    ce, kl, agree, n = runtime.sum_over_processes(sums).tolist()
-    return {"val_loss": ce / n, "val_kl": kl / n, "val_agreement": agree / n}
+    *sums, n = runtime.sum_over_processes(sums).tolist()
+    return {f"val_{name}": value / n for name, value in zip(names, sums)}
 
 
 def init_student_model(lm_config, weights, tokenizer_path):
@@ -120,39 +171,64 @@ def init_teacher_model(weights):
     return model.requires_grad_(False), tokenizer
 
 
-def distill(teacher, student, tokenizer, args, world):
-    """One teacher, one student: sections 4 to 6 of the run."""
+def distill(teachers, student, tokenizer, args, world):
+    """One student and its teachers: sections 4 to 6 of the run."""
     with runtime.checking_input():
-        # 4. Data
-        train_data, val_data = runtime.open_data(SFTDataset, args, tokenizer, student.config, world)
+        # 4. Data. A teacher that cuts text into other tokens reads the same samples in its own.
+        models = [teacher for teacher in teachers if isinstance(teacher.source, Transformer)]
+        other_words = [model for model in models if model.tokenizer.sha256 != tokenizer.sha256]
+        train_data, val_data = runtime.open_data(SFTDataset, args, tokenizer, student.config, world, *other_words)
         data = MicroBatches(train_data, args.batch_size, args.accumulation_steps, world.rank, world.size, args.seed)
+        for teacher in teachers:
+            if isinstance(teacher.source, TeacherCache):
+                for part in filter(None, (train_data, val_data)):
+                    check_cache(teacher.source, part, args)
 
         # 5. Optimizer, precision, and where an interrupted run stood
         name = f"full_dist_{student.config.dim}{student.config.moe_path}"
-        projections = FeatureProjections(student.config, teacher.config) if args.feature_weight > 0 else None
-        run = runtime.Run(name, args, world, {"model": student, "projections": projections}, data)
-        teacher = teacher.to(world.device, run.dtype if run.dtype == torch.bfloat16 else torch.float32)
+        projections = contrast = None
+        if args.feature_weight > 0:
+            projections = FeatureProjections(student.config, models[0].source.config, args.layer_map)
+        if args.contrastive_weight > 0:
+            contrast = nn.Linear(student.config.dim, models[0].source.config.dim, bias=False)
+        if args.attention_weight > 0:
+            widths = [(c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim)
+                      for c in (student.config, models[0].source.config)]
+            check_relation_heads(*([torch.empty(0, width) for width in each] for each in widths), args.relation_heads)
+        run = runtime.Run(name, args, world, {"model": student, "projections": projections, "contrast": contrast}, data)
+        for teacher in teachers:
+            teacher.source.to(world.device)
+            if teacher in models and run.dtype == torch.bfloat16:
+                teacher.source.to(torch.bfloat16)
 
     # 6. Train
-    Logger(f"{teacher.config} teaches {student.config}")
-    Logger(f"loss = {args.alpha:.2f} CE + {1 - args.alpha:.2f} * {args.temperature:g}^2 * KL(teacher || student) "
-           f"at T={args.temperature:g}"
-           + (f" moving to {args.final_temperature:g}" if args.final_temperature else "")
-           + (f" + {args.feature_weight:g} * feature MSE" if args.feature_weight > 0 else "")
-           + (f" + {student.config.aux_loss_alpha:g} * balance" if student.config.use_moe else "")
-           + f"; {run.total_steps} steps of {data.step_samples} samples")
+    names = [f"{teacher.source.config if teacher in models else teacher.source}" for teacher in teachers]
+    if len(teachers) > 1:
+        names = [f"{teacher.weight:.2g} x ({name})" for teacher, name in zip(teachers, names)]
+    Logger(f"{' + '.join(names)} teaches {student.config}")
+    Logger(f"loss = {loss_in_words(student.config, args)}; {run.total_steps} steps of {data.step_samples} samples, "
+           + ("plain: with all logits" if args.plain_loss else "fused: in chunks, without (tokens, vocabulary) logits"))
     for epoch in run.epochs:
-        train_epoch(epoch, run.wandb, args.alpha, args.temperature, run, teacher, student, tokenizer, val_data)
+        train_epoch(epoch, run.wandb, args.alpha, args.temperature, run, teachers, student, tokenizer, val_data)
     run.close()
 
 
-def progressive_distillation(teacher, students, distill):
+def loss_in_words(lm_config, args) -> str:
+    _, divergence = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
+    return (f"{args.alpha:.2f} CE + {1 - args.alpha:.2f} * {args.temperature:g}^2 * {divergence} at T={args.temperature:g}"
+            + (f" moving to {args.final_temperature:g}" if args.final_temperature else "")
+            + (f" + {args.feature_weight:g} * feature {args.feature_loss.upper()}" if args.feature_weight > 0 else "")
+            + (f" + {args.attention_weight:g} * attention relations" if args.attention_weight > 0 else "")
+            + (f" + {args.contrastive_weight:g} * InfoNCE" if args.contrastive_weight > 0 else "")
+            + (f" + {lm_config.aux_loss_alpha:g} * balance" if lm_config.use_moe else ""))
+
+
+def progressive_distillation(teachers, students, distill):
     """teacher -> medium -> small: each student, once taught, teaches the next. Mirzadeh et al. 2019,
-    https://arxiv.org/abs/1902.03393. `distill(teacher, student)` teaches one; returns the last."""
-    for student in students:
-        distill(teacher, student)
-        teacher = student.eval().requires_grad_(False)
-    return teacher
+    https://arxiv.org/abs/1902.03393. `distill(teachers, student, tokenizer)` teaches one."""
+    for student, tokenizer in students:
+        distill(teachers, student, tokenizer)
+        teachers = [Teacher(student.eval().requires_grad_(False), 1.0, tokenizer)]
 
 
 def fill_in(args) -> list[tuple[str, LMConfig]]:
@@ -163,8 +239,8 @@ def fill_in(args) -> list[tuple[str, LMConfig]]:
         name = f"full_sft_{config.dim}{config.moe_path}.pth"
         return next((path for path in (Path(args.out_dir, name), Path("out", name)) if path.exists()), Path("out", name))
 
-    complete = [name for name, size in SIZES.items()
-                if sft_weights(size["lm_config_student"]).exists() and sft_weights(size["lm_config_teacher"]).exists()]
+    complete = [name for name, size in SIZES.items() if sft_weights(size["lm_config_student"]).exists()
+                and (args.teacher_cache or sft_weights(size["lm_config_teacher"]).exists())]
     name = args.size if args.size != "auto" else (complete or ["base"])[0]
     size = SIZES[name]
     for key in ("epochs", "batch_size", "learning_rate"):
@@ -176,7 +252,8 @@ def fill_in(args) -> list[tuple[str, LMConfig]]:
     last = LMConfig(dim=args.dim or given.dim, n_layers=args.n_layers or given.n_layers,
                     n_heads=args.n_heads or given.n_heads, use_moe=args.use_moe,
                     max_seq_len=args.max_seq_len or given.max_seq_len)
-    args.teacher = args.teacher or str(sft_weights(size["lm_config_teacher"]))
+    if not args.teacher and not args.teacher_cache:
+        args.teacher = [str(sft_weights(size["lm_config_teacher"]))]
     students = []
     for link in args.chain:
         if re.fullmatch(r"\d+x\d+", link):
@@ -189,21 +266,36 @@ def fill_in(args) -> list[tuple[str, LMConfig]]:
         else:
             students.append((link, last))
     students.append((args.student or str(sft_weights(last)), last))
-    for path in (args.teacher, *(weights for weights, _ in students)):
+    for path in (*(path_and_weight(spec)[0] for spec in args.teacher or []), *(weights for weights, _ in students)):
         if path != "none" and not Path(path).exists():
             sys.exit(f"no weights at {path}. Make the tiny pair: bash quickstart.sh; "
                      "your own: python train_sft.py --help; or name others with --teacher and --student")
     return students
 
 
-def check_vocabulary(teacher, teacher_tokenizer, student, tokenizer):
-    """Column v of both distributions must be the same word."""
-    if teacher.config.vocab_size != student.config.vocab_size:
-        sys.exit(f"the teacher's vocabulary has {teacher.config.vocab_size} words, the student's "
-                 f"{student.config.vocab_size}; train both with one tokenizer")
-    if teacher_tokenizer.sha256 != tokenizer.sha256:
-        sys.exit(f"teacher and student have different vocabularies of one size, {teacher_tokenizer.path} and "
-                 f"{tokenizer.path}; train both with one tokenizer")
+def path_and_weight(spec: str) -> tuple[str, float]:
+    """'PATH=WEIGHT' or 'PATH', whose weight is 1."""
+    path, _, weight = spec.rpartition("=")
+    try:
+        return (spec, 1.0) if not path or Path(spec).exists() else (path, float(weight))
+    except ValueError:
+        raise ValueError(f"{spec}: {weight!r} is no number; write PATH=WEIGHT, or PATH alone") from None
+
+
+def init_teachers(args) -> list[Teacher]:
+    """All of --teacher and --teacher_cache, their weights made to sum to 1."""
+    teachers = []
+    for spec in args.teacher or []:
+        path, weight = path_and_weight(spec)
+        model, tokenizer = init_teacher_model(path)
+        teachers.append(Teacher(model, weight, tokenizer))
+    for spec in args.teacher_cache or []:
+        path, weight = path_and_weight(spec)
+        teachers.append(Teacher(TeacherCache(path), weight, None))
+    if min(teacher.weight for teacher in teachers) <= 0:
+        raise ValueError("the weight of a teacher must be above 0; leave out one that is not to teach")
+    total = sum(teacher.weight for teacher in teachers)
+    return [teacher._replace(weight=teacher.weight / total) for teacher in teachers]
 
 
 def main():
@@ -212,7 +304,10 @@ def main():
     add = parser.add_argument_group("lesson").add_argument
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
         help="files of conversations, in the formats of dataset/dataset.md")
-    add("--teacher", default=None, help="its weights; default: full_sft_DIM.pth of --size's teacher, in OUT_DIR or out/")
+    add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]", help="its weights; default: full_sft_DIM.pth "
+        "of --size's teacher, in OUT_DIR or out/. Several teach as one, the mean of their distributions by WEIGHT")
+    add("--teacher_cache", nargs="+", action="extend", metavar="DIR[=WEIGHT]", help="what a teacher said, written by "
+        "scripts/cache_teacher.py: it teaches without being in memory")
     add("--student", "--weights", default=None, help="weights to start from; default: full_sft_DIM.pth of --size's "
                                                      "student, in OUT_DIR or out/; none: from nothing")
     add("--size", default="auto", choices=["auto", *SIZES],
@@ -223,10 +318,26 @@ def main():
     add("--use_moe", action="store_true", help="its FFNs are mixtures of experts")
     add("--chain", nargs="*", default=[], metavar="WEIGHTS", help="students in between, from large to small: weight "
         "files, or sizes like 96x3 that start from full_sft_96.pth if that has these sizes, else from nothing")
-    add("--alpha", type=float, default=0.0, help="weight of CE in [0, 1]; KL has 1 - alpha")
+    add("--alpha", type=float, default=0.0, help="weight of CE in [0, 1]; the divergence has 1 - alpha")
+    add("--divergence", default="forward_kl", choices=DIVERGENCES, help="between teacher and student, see distill/losses.py; "
+        "uld: of any two tokenizers, compared wherever both have seen the same text")
+    add("--beta", type=float, default=0.5, help="of jsd, in [0, 1]: 0 is forward KL, 1 reverse KL")
+    add("--jsd_normalised", action="store_true", help="divide jsd by beta (1 - beta), so that it tends to them at its ends")
+    add("--skew", type=float, default=0.1, help="of the skew KLs, in (0, 1): share of the other one that is mixed in")
     add("--temperature", type=float, default=1.0, help="softens both distributions; 1 leaves them")
     add("--final_temperature", type=float, default=None, help="the temperature moves to this in a straight line")
     add("--feature_weight", type=float, default=0.0, help="weight of the hidden-state loss; 0: off, and costs nothing")
+    add("--feature_loss", default="mse", choices=["mse", "cosine"], help="how hidden states are compared")
+    add("--layer_map", default="uniform", help="which layers: uniform, last, or by hand, STUDENT:TEACHER like 1:2,2:4")
+    add("--attention_weight", type=float, default=0.0, help="weight of MiniLM's attention relations; 0: off")
+    add("--relation_heads", type=int, default=4, help="heads of the relations; must divide all widths of q, k and v")
+    add("--contrastive_weight", type=float, default=0.0, help="weight of InfoNCE on pooled hidden states; 0: off")
+    add("--contrastive_temperature", type=float, default=0.1, help="of its similarities")
+    add("--pad_vocab", action="store_true", help="leave out the columns beyond the tokenizer's words, with which a model "
+                                                 "family rounds its vocabulary up")
+    add("--plain_loss", action="store_true", help="the loss as papers write it, with all logits; default: the same, fused")
+    add("--grad_norm_interval", type=int, default=100, help="steps between two looks at the gradient's norm per loss "
+                                                           "term, each about as long as two steps; 0: none")
     add("--epochs", type=int, default=None, help="passes over the data; default: --size's")
     add("--batch_size", type=int, default=None, help="samples per micro-batch and process; default: --size's")
     add("--learning_rate", type=float, default=None,
@@ -235,7 +346,13 @@ def main():
     args = runtime.parse_args(parser)
     if not 0.0 <= args.alpha <= 1.0:
         parser.error(f"--alpha {args.alpha} is the weight of CE and must lie in [0, 1]")
-    for name in ("temperature", "final_temperature"):
+    if args.divergence == "uld" and args.alpha == 0.0:
+        parser.error("--divergence uld compares how sure the two are, not of what: give the labels a weight, --alpha 0.5")
+    if not 0.0 <= args.beta <= 1.0:
+        parser.error(f"--beta {args.beta} must lie in [0, 1]")
+    if not 0.0 < args.skew < 1.0:
+        parser.error(f"--skew {args.skew} must lie between 0 and 1; at 0 it is the plain KL")
+    for name in ("temperature", "final_temperature", "contrastive_temperature"):
         if vars(args)[name] is not None and vars(args)[name] <= 0:
             parser.error(f"--{name} {vars(args)[name]} must be above 0")
 
@@ -246,19 +363,20 @@ def main():
     with runtime.checking_input():
         # 3. Models
         students = fill_in(args)
-        teacher, teacher_tokenizer = init_teacher_model(args.teacher)
-        models = []
+        teachers = init_teachers(args)
+        check_teachers(teachers, args)
+        pairs = []
         for weights, lm_config in students:
             student, tokenizer = init_student_model(lm_config, weights, args.tokenizer)
-            check_vocabulary(teacher, teacher_tokenizer, student, tokenizer)
-            models.append(student)
-        names = [f"{model.config.dim}{model.config.moe_path}" for model in models]
+            check_vocabulary(teachers, student, tokenizer, args)
+            pairs.append((student, tokenizer))
+        names = [f"{student.config.dim}{student.config.moe_path}" for student, _ in pairs]
         if len(set(names)) < len(names):
             raise ValueError(f"students {', '.join(names)}: two of a chain would be saved as one full_dist_DIM.pth; "
                              "give them different widths")
 
     # 4. to 6. Teach them, one after the other
-    progressive_distillation(teacher, models, lambda t, s: distill(t, s, tokenizer, args, world))
+    progressive_distillation(teachers, pairs, partial(distill, args=args, world=world))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ class Score(NamedTuple):
     n_tokens: int
     exact: bool             # each is the likeliest one: greedy decoding would write just this
     agree: int              # at how many of them the reference model has the same likeliest token
-    kl: float               # KL(reference || model) summed over them, in nats
+    kl: list[float]         # KL(reference || model) at each of them, in nats
+    positions: list[int]       # where each stands in its turn: 1, 2, ..., and from 1 again in the next turn
 
 
 @torch.inference_mode()
@@ -52,8 +53,18 @@ def score(model, tokenizer, conversations, reference=None, tokens_per_batch: int
             taught = reference(batch.tokens, batch.lengths, at=batch.at).logits.float()
             agree = (taught.argmax(dim=-1) == best).float()
             kl = F.kl_div(log_p, taught.log_softmax(dim=-1), reduction="none", log_target=True).sum(dim=-1)
-        n_targets = [sum(samples[i][1][1:]) for i in chosen]
+        positions = [positions_in_turns(samples[i][1][1:]) for i in chosen]
         per_token = torch.stack([right, (best == batch.targets).float(), agree, kl]).cpu()  # (4, S)
-        for i, n, (p, hit, same, gap) in zip(chosen, n_targets, per_token.split(n_targets, dim=1)):
-            scores[i] = Score(float(p.sum()), n, bool(hit.all()), int(same.sum()), float(gap.sum()))
+        for i, at, (p, hit, same, gap) in zip(chosen, positions, per_token.split([len(at) for at in positions], dim=1)):
+            scores[i] = Score(float(p.sum()), len(at), bool(hit.all()), int(same.sum()), gap.tolist(), at)
     return scores
+
+
+def positions_in_turns(targets: list[bool]) -> list[int]:
+    """The position of each target among those it follows without a break: . x x . x -> 1 2 1"""
+    positions, position = [], 0
+    for is_target in targets:
+        position = position + 1 if is_target else 0
+        if is_target:
+            positions.append(position)
+    return positions

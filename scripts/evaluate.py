@@ -6,7 +6,8 @@ Evaluation: one or several models on the same test files, side by side in one ta
     python scripts/evaluate.py --weights teacher=out/full_sft_128.pth SFT=out/a.pth,out/b.pth --json out/scores.json
 
 What a row of a test file is decides how it is scored; a file may mix them:
-    conversation             exact match (the greedy answer is the right one, word for word), perplexity, agreement
+    conversation             exact match (the greedy answer is the right one, word for word), perplexity, agreement with
+                             the reference and KL(reference || model) in nats per token, also by position in the answer
     question with options    the likeliest option, by the probability of its text, is the right one
     prompt with distribution KL(truth || model) over the answers in nats, and whether the likeliest answer is the right one
 """
@@ -36,6 +37,7 @@ COLUMNS = {
     "multiple choice %": ("multiple_choice", "{:.1f}"),
     "perplexity": ("perplexity", "{:.2f}"),
     "agreement %": ("agreement", "{:.1f}"),
+    "KL": ("kl", "{:.3f}"),
     "habits KL": ("habits_kl", "{:.3f}"),
     "habits mode %": ("habits_mode", "{:.1f}"),
     "tokens/s": ("tokens_per_s", "{:,.0f}"),
@@ -75,7 +77,7 @@ def checked_distribution(row) -> dict:
 
 
 def evaluate(model, tokenizer, tests, reference=None) -> dict:
-    """All that this model's tests give; keys as in COLUMNS, `leaves` {leaf: exact match %}."""
+    """All that this model's tests give; keys as in COLUMNS, `leaves` {leaf: exact match %}, `kl_by_position`."""
     results = {"parameters": model.n_parameters()}
 
     if tests["conversations"]:
@@ -85,6 +87,8 @@ def evaluate(model, tokenizer, tests, reference=None) -> dict:
         results["perplexity"] = math.exp(-sum(s.log_p for s in scores) / n_tokens)
         if reference is not None:
             results["agreement"] = 100 * sum(s.agree for s in scores) / n_tokens
+            results["kl"] = sum(sum(s.kl) for s in scores) / n_tokens
+            results["kl_by_position"] = kl_by_position(scores)
         leaves = defaultdict(list)
         for test, s in zip(tests["conversations"], scores):
             leaves[test["leaf"]].append(s.exact)
@@ -108,6 +112,18 @@ def evaluate(model, tokenizer, tests, reference=None) -> dict:
             mode.append(log_q.index(max(log_q)) == p.index(max(p)))
         results["habits_kl"], results["habits_mode"] = statistics.mean(kl), 100 * statistics.mean(mode)
     return results
+
+
+def kl_by_position(scores) -> dict[str, float]:
+    """Mean nats of the tokens at each span of positions: {"1": ..., "2": ..., "3-4": ..., "5-8": ..., "9-16": ...}.
+
+    Positions count from the start of each turn of the assistant's; the end of turn has the last.
+    """
+    spans = defaultdict(list)
+    for s in scores:
+        for position, nats in zip(s.positions, s.kl):
+            spans[(position - 1).bit_length()].append(nats)     # span k ends at 2^k, where the one before ended at half
+    return {str(2 ** k) if k < 2 else f"{2 ** (k - 1) + 1}-{2 ** k}": statistics.fmean(spans[k]) for k in sorted(spans)}
 
 
 def score_answers(model, tokenizer, questions) -> list[list[float]]:
@@ -135,22 +151,34 @@ def mean_and_spread(results: list[dict], key: str, form: str) -> str:
     return mean if len(values) == 1 or key == "parameters" else f"{mean} ± {form.format(statistics.stdev(values))}"
 
 
-def tables(all_results: dict[str, list[dict]]) -> str:
-    """The two tables as Markdown: models by measure, and leaves by model."""
+def tables(all_results: dict[str, list[dict]], reference: str) -> str:
+    """The tables as Markdown: models by measure; then leaves, and positions in the answer, by model."""
     shown = {title: column for title, column in COLUMNS.items()
              if any(column[0] in result for results in all_results.values() for result in results)}
     rows = [["", *shown]]
     for label, results in all_results.items():
         rows.append([label, *(mean_and_spread(results, *column) for column in shown.values())])
     text = markdown(rows)
-    leaves = sorted({leaf for results in all_results.values() for result in results for leaf in result.get("leaves", {})})
+    leaves = sorted(names_in(all_results, "leaves"))
     if len(leaves) > 1:
         rows = [["exact match % per leaf", *all_results]]
         for leaf in leaves:
             rows.append([leaf, *(mean_and_spread([result["leaves"] for result in results], leaf, "{:.0f}")
                                  for results in all_results.values())])
         text += "\n\n" + markdown(rows)
+    if spans := names_in(all_results, "kl_by_position"):
+        rows = [[f"KL to {reference} by position in the answer", *all_results]]
+        for span in spans:
+            of_models = ([result.get("kl_by_position", {}) for result in results] for results in all_results.values())
+            rows.append([span, *(mean_and_spread(of_seeds, span, "{:.3f}") for of_seeds in of_models)])
+        text += "\n\n" + markdown(rows)
     return text
+
+
+def names_in(all_results: dict[str, list[dict]], key: str) -> list[str]:
+    """The leaves, or the spans of positions, that any of the models has, in the order met."""
+    of_seeds = [result.get(key, {}) for results in all_results.values() for result in results]
+    return list(dict.fromkeys(name for names in of_seeds for name in names))
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -161,32 +189,47 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def draw(all_results: dict[str, list[dict]], path: Path):
-    """Bars of exact match per leaf and model, and of the habits' KL beside it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def draw(all_results: dict[str, list[dict]], reference: str, path: Path):
+    """Bars of exact match per leaf and model and of the habits' KL; lines of the KL by position in the answer, without
+    the reference, whose own is 0. The last two have a panel only if they were measured."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    labels = list(all_results)
-    leaves = sorted({leaf for results in all_results.values() for result in results for leaf in result.get("leaves", {})})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4), width_ratios=[4, 1], layout="constrained")
-    width = 0.8 / len(labels)
-    for i, (label, results) in enumerate(all_results.items()):
-        groups = [[result["leaves"][leaf] for result in results] for leaf in leaves]
-        if leaves:
-            groups.insert(0, [result["exact_match"] for result in results])
-        left.bar([x + i * width for x in range(len(groups))], list(map(statistics.mean, groups)), width, label=label)
-        right.bar(i, statistics.mean(result.get("habits_kl", 0.0) for result in results))
-    left.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))],
-                    ["all", *(leaf.rsplit("/", 1)[-1] for leaf in leaves)][:len(groups)], rotation=45, ha="right")
-    left.set(ylabel="exact match, %", ylim=(0, 100), title="Held-out questions")
-    figure.legend(loc="outside lower left", ncols=len(labels), frameon=False)
-    right.set_xticks([])
-    right.set(ylabel="KL(truth || model), nats", title="Habits (less is better)")
-    for axis in (left, right):
+    def measured(key):
+        """{label: one value per seed} of the models that have it."""
+        found = {label: [result[key] for result in results if key in result] for label, results in all_results.items()}
+        return {label: values for label, values in found.items() if values}
+
+    exact, leaves, habits = measured("exact_match"), measured("leaves"), measured("habits_kl")
+    curves = {label: values for label, values in measured("kl_by_position").items() if label != reference}
+    colors = {label: f"C{i}" for i, label in enumerate(all_results)}
+    panels = {"exact": 4.0} | ({"habits": 1.0} if habits else {}) | ({"kl": 1.4} if curves else {})
+    figure = Figure(figsize=(2.5 * sum(panels.values()), 4), layout="constrained")
+    axes = figure.subplot_mosaic([list(panels)], width_ratios=list(panels.values()))
+
+    names, width = sorted(names_in(all_results, "leaves")), 0.8 / len(all_results)
+    names = names if len(names) > 1 else []                 # a single leaf is all there is
+    for i, label in enumerate(exact):
+        of_leaves = [statistics.mean(seed[name] for seed in leaves[label]) for name in names]
+        places = [x + i * width for x in range(len(names) + 1)]
+        axes["exact"].bar(places, [statistics.mean(exact[label]), *of_leaves], width, color=colors[label])
+    axes["exact"].set_xticks([x + 0.4 - width / 2 for x in range(len(names) + 1)],
+                             ["all", *(name.rsplit("/", 1)[-1] for name in names)], rotation=45, ha="right")
+    axes["exact"].set(ylabel="exact match, %", ylim=(0, 100), title="Held-out questions")
+    for label, values in habits.items():
+        axes["habits"].bar(label, statistics.mean(values), color=colors[label])
+        axes["habits"].set_xticks([])
+        axes["habits"].set(ylabel="KL(truth || model), nats", title="Habits (less is better)")
+    for label, seeds in curves.items():
+        kl = {span: statistics.mean(seed[span] for seed in seeds) for span in seeds[0]}
+        axes["kl"].plot(list(kl), list(kl.values()), "o-", color=colors[label])
+        axes["kl"].set(xlabel="position in the answer", ylabel="nats per token", ylim=(0, None),
+                       title=f"KL to {Path(reference).name}")
+    figure.legend([Patch(color=color) for color in colors.values()], list(colors), loc="outside lower left",
+                  ncols=len(colors), frameon=False)
+    for axis in axes.values():
         axis.spines[["top", "right"]].set_visible(False)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    plt.close(figure)
 
 
 def main():
@@ -196,7 +239,8 @@ def main():
         help="models to compare; several paths under one label are seeds: their mean and spread is shown")
     add("--data", nargs="+", default=["dataset/test.jsonl", "dataset/mcq_test.jsonl", "dataset/test_habits.jsonl"],
         help="test files")
-    add("--reference", default=None, help="weights that agreement is measured with; default: the first of --weights")
+    add("--reference", default=None, help="weights that agreement and KL are measured with; default: the first of "
+                                          "--weights")
     add("--json", default=None, help="file for all results")
     add("--report", default=None, help="Markdown file for the tables; a picture of the same name lies beside it")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -208,9 +252,12 @@ def main():
         label, _, paths = spec.rpartition("=")
         paths = paths.split(",")
         models[label or Path(paths[0]).stem] = paths
+    reference_path = args.reference or next(iter(models.values()))[0]
+    # Its label, if it has one that no other seed shares.
+    reference_name = next((label for label, paths in models.items() if paths == [reference_path]), reference_path)
     try:
         tests = read_tests(args.data)
-        reference, vocabulary = load_model(args.reference or next(iter(models.values()))[0], device)
+        reference, vocabulary = load_model(reference_path, device)
         all_results = {}
         for label, paths in models.items():
             all_results[label] = []
@@ -221,15 +268,17 @@ def main():
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
 
-    key = (f"agreement: with {args.reference or next(iter(models))}; habits: KL(truth || model) in nats, and how often the "
-           "likeliest answer is the likeliest in truth; tokens/s: greedy answers, 16 at a time, on this machine")
-    print(f"{tables(all_results)}\n\n{key}")
+    key = (f"agreement: with {reference_name}; KL: KL({reference_name} || model) in nats per token; "
+           "habits: KL(truth || model) in nats, and how often the likeliest answer is the likeliest in truth; "
+           "tokens/s: greedy answers, 16 at a time, on this machine")
+    print(f"{tables(all_results, reference_name)}\n\n{key}")
     if args.json:
         write_whole(Path(args.json), lambda file: file.write(json.dumps(all_results, indent=2).encode()))
     if args.report:
         report, picture = Path(args.report), Path(args.report).with_suffix(".png")
-        draw(all_results, picture)
-        text = f"# Results\n\n{tables(all_results)}\n\n{key}\n\n![the same as bars]({picture.name})\n"
+        draw(all_results, reference_name, picture)
+        text = (f"# Results\n\n{tables(all_results, reference_name)}\n\n{key}\n\n"
+                f"![the same as a picture]({picture.name})\n")
         write_whole(report, lambda file: file.write(text.encode()))
 
 

@@ -25,11 +25,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))       # the repo is used in place, not installed
 
+import runtime  # noqa: E402
 from dataset import lm_dataset  # noqa: E402
 
 os.environ["OMP_NUM_THREADS"] = "1"     # sums in one order: runs can be compared bit by bit
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["helpers_run", "torch._dynamo", "torch.distributed", "runtime", "tiktoken", "matplotlib"])
+FORKS.set_forkserver_preload(["helpers_run", "torch._dynamo", "torch.distributed", "runtime", "tiktoken",
+                              "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 # What every run of these tests has in common.
 TINY = {"max_seq_len": 128, "num_workers": 0, "dtype": "float32", "batch_size": 8, "learning_rate": 1e-2}
@@ -91,6 +93,8 @@ def execute(argv, variables, stdin, output, cache):
     sys.argv, sys.stdin = argv, io.StringIO(stdin)
     torch.set_num_threads(1)
     lm_dataset.CACHE = cache
+    if not os.environ.get("DRAW"):                              # half a second for a picture that no one looks at
+        runtime.draw_curves = lambda rows, path: None
     runpy.run_path(argv[0], run_name="__main__")
 
 

@@ -16,8 +16,8 @@ import pytest
 from helpers_run import ROOT, TINY, complaint, load, quickstart, rows, succeed
 
 TRAINING_SCRIPTS = ["train_pretrain.py", "train_sft.py", "train_distillation.py"]
-SCRIPTS = [*TRAINING_SCRIPTS, "scripts/chat.py", "scripts/evaluate.py", "scripts/train_tokenizer.py",
-           "dataset/miniworld.py"]
+SCRIPTS = [*TRAINING_SCRIPTS, "scripts/cache_teacher.py", "scripts/chat.py", "scripts/evaluate.py",
+           "scripts/train_tokenizer.py", "dataset/miniworld.py"]
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -42,8 +42,8 @@ def flags_of(script, monkeypatch) -> list:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_and_explained(script, monkeypatch):
     source = (ROOT / script).read_text()
-    if script in TRAINING_SCRIPTS:
-        source += (ROOT / "runtime.py").read_text()
+    if script in (*TRAINING_SCRIPTS, "scripts/cache_teacher.py"):       # what they share is read there
+        source += (ROOT / "runtime.py").read_text() + (ROOT / "model/teachers.py").read_text()
     by_name = "".join(re.findall(r"vars\(args\)\[name\] for name in \((.*?)\)", source))
     for flag in flags_of(script, monkeypatch):
         read = "first.config" if flag.dest == "config" else f"args.{flag.dest}"
@@ -179,9 +179,10 @@ def test_two_vocabularies_cannot_be_distilled_into_each_other(flags, pair, data,
     student, other = tmp_path / "pretrain_data/full_sft_32.pth", tmp_path / "sft_data/full_sft_32.pth"
     flags = flags | pair | {"student": student, "out_dir": tmp_path}
     said = complaint("train_distillation.py", **flags)
-    assert "the teacher's vocabulary has 1024 words, the student's 300; train both with one tokenizer" in said
+    assert "the teacher's vocabulary has 1024 words, the student's 300; " in said
+    assert "Train both with one tokenizer" in said
     said = complaint("train_distillation.py", **flags | {"teacher": other})
-    assert "teacher and student have different vocabularies of one size" in said
+    assert "the teacher's vocabulary has 300 words, the student's 300; they are those of" in said
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"no weights", None], ids=["empty", "two bytes", "text", "cut short"])
@@ -278,13 +279,15 @@ def test_evaluation_compares_models_seeds_and_kinds_of_questions(models, data, t
                    report=tmp_path / "report.md")
     header, _, teacher, students = [line for line in said.splitlines() if line.startswith("|")][:4]
     assert [cell.strip() for cell in header.split("|")[2:-1]] == [
-        "parameters", "exact match %", "multiple choice %", "perplexity", "agreement %", "habits KL", "habits mode %",
-        "tokens/s"]
-    assert "±" not in teacher and students.count("±") == 7
-    assert [cell.strip() for cell in teacher.split("|")][6] == "100.0"      # it agrees with itself
+        "parameters", "exact match %", "multiple choice %", "perplexity", "agreement %", "KL", "habits KL",
+        "habits mode %", "tokens/s"]
+    assert "±" not in teacher and students.count("±") == 8
+    assert [cell.strip() for cell in teacher.split("|")][6:8] == ["100.0", "0.000"]     # it agrees with itself
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert {label: len(seeds) for label, seeds in scores.items()} == {"teacher": 1, "students": 2}
     assert len(scores["teacher"][0]["leaves"]) == 17
+    assert list(scores["students"][0]["kl_by_position"]) == ["1", "2", "3-4", "5-8"]
+    assert "KL to teacher by position in the answer | teacher | " in said
     report = (tmp_path / "report.md").read_text()
     assert teacher in report and "(report.png)" in report
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"

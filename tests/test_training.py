@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 from dataset.lm_dataset import SFTDataset, in_order
 from helpers_run import ROOT, TINY, complaint, load, rows, same, start, succeed, wait_until
 from model.checkpoint import load_model
+from model.teachers import Teacher
 from train_distillation import evaluate
 
 SPLITS = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)]    # batch size, micro-batches, processes: 8 samples
@@ -42,7 +44,8 @@ def gradient_of_the_first_step(path) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["", "_moe"])
 @pytest.mark.parametrize("name, more", [
-    ("pretrain", {}), ("sft", {}), ("distillation", {"alpha": 0.5, "temperature": 2.0, "feature_weight": 0.1})])
+    ("pretrain", {}), ("sft", {}),
+    ("distillation", {"alpha": 0.5, "temperature": 2.0, "feature_weight": 0.1, "attention_weight": 1.0, "relation_heads": 2})])
 def test_eight_samples_give_one_gradient_however_they_are_split(name, more, kind, data, models, tmp_path):
     script, flags, file = lesson(name, data, models, kind)
     gradients = {}
@@ -240,7 +243,8 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_validation_loss(data, mode
     teacher, tokenizer = load_model(models / "teacher.pth")
     best, _ = load_model(tmp_path / f"{file}_best.pth")
     val = in_order(SFTDataset([data / "val.jsonl"], tokenizer, 128))
-    scores = evaluate(best, val, torch.device("cpu"), teacher, torch.float32)
+    args = SimpleNamespace(divergence="forward_kl", temperature=1.0, feature_weight=0.0, pad_vocab=False)
+    scores = evaluate(best, val, torch.device("cpu"), [Teacher(teacher, 1.0, tokenizer)], tokenizer, torch.float32, args)
     assert scores["val_kl"] == pytest.approx(min(kl), rel=1e-5)
 
     (tmp_path / f"{file}.resume").unlink()
@@ -249,7 +253,7 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_validation_loss(data, mode
 
 
 def test_distillation_that_listens_to_labels_alone_is_fine_tuning(data, models, tmp_path):
-    for name, more in (("sft", {}), ("distillation", {"alpha": 1.0})):
+    for name, more in (("sft", {}), ("distillation", {"alpha": 1.0, "plain_loss": True})):
         script, flags, file = lesson(name, data, models)
         succeed(script, **flags | more, max_steps=2, eval_interval=0, out_dir=tmp_path)
     assert same(load(tmp_path / "full_dist_32.pth"), load(tmp_path / "full_sft_32.pth"))

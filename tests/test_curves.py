@@ -1,0 +1,120 @@
+"""
+曲线的规律：训练曲线画什么、不画什么；与参照模型的距离如何按回答中的位置归组。
+Laws of the curves: what a picture of a run shows and leaves out, and how the KL to a reference is grouped by position.
+"""
+
+import signal
+
+import pytest
+from matplotlib.figure import Figure
+
+from helpers_run import TINY, start, succeed, wait_until
+from model.score import Score
+from runtime import draw_curves
+from scripts.evaluate import draw, kl_by_position, tables
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, to look into."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    return figures
+
+
+def lines_of(axis) -> dict[str, tuple[list, list]]:
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+
+
+# ----------------------------------------------------------------------------------------------------- curves of a run
+
+
+def test_training_and_validation_share_a_panel_each_at_its_own_steps(drawn, tmp_path):
+    rows = [{"step": 10, "kl": 0.9, "lr": 3.0}, {"step": 20, "kl": 0.5, "lr": 2.0}, {"step": 20, "val_kl": 0.6},
+            {"step": 30, "kl": 0.4, "lr": 1.0}, {"step": 30, "val_kl": 0.5, "val_agreement": 0.8}]
+    draw_curves(rows, tmp_path / "full_dist_64.png")
+    panels = {axis.get_title(): lines_of(axis) for axis in drawn[0].axes}
+    assert panels == {
+        "kl": {"training": ([10, 20, 30], [0.9, 0.5, 0.4]), "validation": ([20, 30], [0.6, 0.5])},
+        "lr": {"training": ([10, 20, 30], [3.0, 2.0, 1.0])},
+        "agreement": {"validation": ([30], [0.8])},
+    }
+    assert drawn[0].get_suptitle() == "full_dist_64"
+
+
+def test_what_never_changes_and_the_speed_of_the_machine_have_no_panel(drawn, tmp_path):
+    rows = [{"step": step, "loss": 1 / step, "temperature": 2.0, "tokens_per_s": 100.0 * step} for step in (1, 2, 3)]
+    draw_curves(rows, tmp_path / "run.png")
+    assert [axis.get_title() for axis in drawn[0].axes] == ["loss"]
+
+
+@pytest.mark.parametrize("rows", [
+    [{"step": 1, "loss": 2.0}],
+    [{"step": 1, "loss": 2.0, "grad_norm": float("inf")}, {"step": 2, "loss": float("nan"), "grad_norm": 1.0}],
+    [{"step": 1, **{f"part_{i}": float(i) for i in range(9)}}],
+])
+def test_one_row_is_enough_and_broken_numbers_do_no_harm(rows, tmp_path):
+    draw_curves(rows, tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_a_row_there_is_no_picture(tmp_path):
+    draw_curves([], tmp_path / "run.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_leaves_its_curves_beside_its_rows_also_when_it_is_stopped(data, tmp_path):
+    flags = {**TINY, "data_path": data / "sft_data.jsonl", "weights": "none", "dim": 32, "n_layers": 1, "n_heads": 2,
+             "log_interval": 1, "eval_interval": 0, "val_path": "none"}
+    succeed("train_sft.py", **flags, out_dir=tmp_path / "whole", max_steps=2, variables={"DRAW": 1})
+    assert (tmp_path / "whole/full_sft_32.png").read_bytes()[:4] == b"\x89PNG"
+
+    log = tmp_path / "stopped/full_sft_32.jsonl"
+    stopped = start("train_sft.py", **flags, out_dir=log.parent, max_steps=100_000, variables={"DRAW": 1})
+    wait_until(lambda: log.exists() and log.read_text())
+    stopped.send(signal.SIGINT)
+    assert stopped.wait().code == 130
+    assert log.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ------------------------------------------------------------------------------------- KL by position in the answer
+
+
+def answer(kl, first=1) -> Score:
+    positions = list(range(first, first + len(kl)))
+    return Score(log_p=-1.0, n_tokens=len(kl), exact=True, agree=0, kl=kl, positions=positions)
+
+
+def test_spans_of_positions_double_and_only_those_that_occur_are_there():
+    assert list(kl_by_position([answer([0.0] * 33)])) == ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-64"]
+    assert list(kl_by_position([answer([0.0] * 2, first=8)])) == ["5-8", "9-16"]
+    assert kl_by_position([]) == {}
+
+
+def test_kl_at_a_span_is_the_mean_over_its_tokens():
+    # 3-4 holds 4, 6 and 8: the third and fourth tokens of one answer, and the third of the other.
+    assert kl_by_position([answer([3.0, 2.0, 4.0, 6.0]), answer([1.0, 0.0, 8.0])]) == {"1": 2.0, "2": 1.0, "3-4": 6.0}
+
+
+RESULTS = {
+    "teacher": [{"parameters": 9, "exact_match": 100.0, "leaves": {"add": 100.0}, "kl": 0.0,
+                 "kl_by_position": {"1": 0.0, "2": 0.0}}],
+    "students": [{"parameters": 3, "exact_match": 50.0, "leaves": {"add": 50.0}, "kl": kl,
+                  "kl_by_position": {"1": kl, "2": kl / 2}} for kl in (0.25, 0.75)],
+    "other words": [{"parameters": 3, "exact_match": 0.0, "leaves": {"add": 0.0}}],
+}
+
+
+def test_the_table_of_positions_has_a_row_per_span_and_a_column_per_model():
+    last = tables(RESULTS, "teacher").split("\n\n")[-1].splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in last]
+    assert cells[0] == ["KL to teacher by position in the answer", "teacher", "students", "other words"]
+    assert cells[2:] == [["1", "0.000", "0.500 ± 0.354", ""], ["2", "0.000", "0.250 ± 0.177", ""]]
+
+
+def test_the_picture_has_a_line_for_each_model_but_the_reference(drawn, tmp_path):
+    draw(RESULTS, "teacher", tmp_path / "report.png")
+    (line,) = drawn[0].axes[-1].lines
+    assert (list(line.get_xdata()), list(line.get_ydata())) == (["1", "2"], [0.5, 0.25])
+    draw({"teacher": RESULTS["teacher"]}, "teacher", tmp_path / "report.png")
+    assert [axis.get_title() for axis in drawn[1].axes] == ["Held-out questions"]

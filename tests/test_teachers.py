@@ -1,0 +1,239 @@
+"""
+教师们的规律：几个教师如一个，不同的分词按文字对齐，多出的词表列不算。
+Laws of who teaches: several as one, tokens of two vocabularies matched by their text, padded columns left out, and what
+the log shows of it.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.lm_dataset import SFTDataset, flat_batch, same_text
+from helpers_run import TINY, complaint, load, rows, succeed
+from model.checkpoint import load_model, save_model
+from model.config import LMConfig
+from model.transformer import Transformer
+
+SCRIPT, FILE = "train_distillation.py", "full_dist_32"
+
+
+@pytest.fixture
+def flags(data, models, tmp_path):
+    return {**TINY, "size": "tiny", "data_path": data / "sft_data.jsonl", "val_path": "none", "max_steps": 1,
+            "log_interval": 1, "grad_norm_interval": 1, "student": models / "student.pth",
+            "teacher": models / "teacher.pth", "out_dir": tmp_path / "out"}
+
+
+@pytest.fixture(scope="module")
+def byte_teacher(byte_tokenizer, tmp_path_factory):
+    """A teacher whose tokens are bytes."""
+    torch.manual_seed(1)
+    path, tokenizer = tmp_path_factory.mktemp("bytes") / "bytes.pth", byte_tokenizer()
+    model = Transformer(LMConfig(dim=16, n_layers=1, n_heads=2, max_seq_len=512, vocab_size=tokenizer.vocab_size))
+    save_model(model, tokenizer, path)
+    return path
+
+
+def learned(folder) -> list[torch.Tensor]:
+    """The gradient of each weight in the one step, as Adam's first moment has it. (The weights themselves would not do:
+    Adam makes a step of full length out of a rounding error.)"""
+    return [state["exp_avg"] for state in load(folder / f"{FILE}.resume")["optimizer"]["state"].values()]
+
+
+def close(a, b, tolerance=1e-4) -> bool:
+    return all((x - y).abs().max() <= tolerance * y.abs().max() for x, y in zip(a, b, strict=True))
+
+
+# -- one loss in two forms -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("more", [{}, {"alpha": 0.5, "temperature": 2.0}, {"divergence": "jsd", "beta": 0.1},
+                                  {"divergence": "akl"}], ids=str)
+def test_the_plain_and_the_fused_loss_teach_the_same(more, flags, tmp_path):
+    for form in ("fused", "plain"):
+        succeed(SCRIPT, **flags | more | {"plain_loss": form == "plain" or None, "out_dir": tmp_path / form})
+    assert close(learned(tmp_path / "fused"), learned(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_row_shows_each_term_its_gradient_and_how_far_the_teacher_is(processes, flags, tmp_path):
+    terms = {"alpha": 0.5, "temperature": 2.0, "feature_weight": 1.0, "attention_weight": 1.0, "relation_heads": 2,
+             "contrastive_weight": 1.0, "processes": processes}
+    succeed(SCRIPT, **flags | terms)
+    row = rows(tmp_path / f"out/{FILE}.jsonl")[0]
+    for term in ("ce", "kd", "feature", "attention", "contrastive"):
+        assert row[term] > 0 and row[f"grad_{term}"] > 0
+    assert row["kl"] > 0 and 0 < row["entropy"] < np.log(1024) and 0 <= row["agreement"] <= 1
+    whole = 0.5 * row["ce"] + 0.5 * row["kd"] + row["feature"] + row["attention"] + row["contrastive"]
+    assert row["loss"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_gradient_norm_of_the_only_term_is_the_gradient_norm(flags, tmp_path):
+    succeed(SCRIPT, **flags, accumulation_steps=2)
+    row = rows(tmp_path / f"out/{FILE}.jsonl")[0]
+    assert row["grad_kd"] == pytest.approx(row["grad_norm"], rel=1e-5)
+    assert row["kl"] == pytest.approx(row["kd"], rel=1e-5)              # at T = 1 the divergence is the true KL
+    assert "grad_ce" not in row                                         # a term of weight 0 has none
+
+
+# -- several teachers ------------------------------------------------------------------------------------------
+
+def test_a_teacher_named_twice_teaches_like_once(flags, models, tmp_path):
+    succeed(SCRIPT, **flags)
+    teacher = flags["teacher"]
+    succeed(SCRIPT, **flags | {"teacher": [teacher, f"{teacher}=3"], "out_dir": tmp_path / "twice"})
+    assert close(learned(tmp_path / "twice"), learned(tmp_path / "out"))
+
+
+def test_of_two_teachers_the_heavier_one_counts_more(flags, models, tmp_path):
+    moe = models / "teacher_moe.pth"
+    for name, teachers in (("one", [moe]), ("both", [f"{flags['teacher']}=1", f"{moe}=1"]),
+                           ("nearly", [f"{flags['teacher']}=1e-7", f"{moe}=1"])):
+        said = succeed(SCRIPT, **flags | {"teacher": teachers, "out_dir": tmp_path / name})
+        if name == "both":
+            assert "0.5 x (48 x 4) + 0.5 x (48 x 4, 4 experts) teaches 32 x 2" in said
+    assert close(learned(tmp_path / "nearly"), learned(tmp_path / "one"), 1e-3)
+    assert not close(learned(tmp_path / "both"), learned(tmp_path / "one"), 1e-2)
+
+
+def test_the_command_line_overrides_the_teachers_of_a_config(flags, models, tmp_path):
+    config = tmp_path / "two.yaml"
+    config.write_text(f"teacher: [{models}/nowhere.pth, {models}/teacher_moe.pth]\n")
+    assert "no weights at" in complaint(SCRIPT, **flags | {"teacher": None}, config=config)
+    assert "\n48 x 4 teaches" in succeed(SCRIPT, **flags, config=config)
+
+
+# -- a teacher on disk -----------------------------------------------------------------------------------------
+
+def cached(flags, folder, *, data_path=None, **more):
+    succeed("scripts/cache_teacher.py", teacher=flags["teacher"], data_path=data_path or flags["data_path"],
+            max_seq_len=128, dtype="float32", cache_dir=folder, **more)
+    return flags | {"teacher": None, "teacher_cache": folder}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_teacher_on_disk_teaches_like_the_one_in_memory(processes, flags, data, tmp_path):
+    both = [flags["data_path"], data / "val.jsonl"]
+    flags |= {"val_path": both[1], "alpha": 0.5, "temperature": 2.0}
+    succeed(SCRIPT, **flags)
+    on_disk = cached(flags, tmp_path / "cache", data_path=both) | {"out_dir": tmp_path / "disk"}
+    said = succeed(SCRIPT, **on_disk | {"batch_size": 8 // processes}, processes=processes)
+    assert "teacher 48 x 4" not in said                                         # it was never loaded
+    assert close(learned(tmp_path / "disk"), learned(tmp_path / "out"), 1e-2)   # its states are bf16
+    live, disk = (rows(tmp_path / f"{name}/{FILE}.jsonl")[-1] for name in ("out", "disk"))
+    assert disk["val_kl"] == pytest.approx(live["val_kl"], rel=1e-2)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_all_words_of_a_teacher_on_disk_are_the_teacher(divergence, flags, tmp_path):
+    flags |= {"temperature": 2.0, "divergence": divergence}
+    succeed(SCRIPT, **flags)
+    succeed(SCRIPT, **cached(flags, tmp_path / "top", top_k=1024, temperature=2.0) | {"out_dir": tmp_path / "disk"})
+    assert close(learned(tmp_path / "disk"), learned(tmp_path / "out"), 1e-3)
+
+
+def test_top_words_are_of_one_temperature_and_teach_alone(flags, tmp_path):
+    top = cached(flags, tmp_path / "top", top_k=8, temperature=2.0)
+    assert "at temperature 2" in complaint(SCRIPT, **top)
+    said = complaint(SCRIPT, **top | {"teacher": flags["teacher"], "temperature": 2.0})
+    assert "top 8 words only, which cannot be mixed" in said
+
+
+def test_a_changed_file_and_one_the_teacher_has_not_read_are_refused(flags, data, tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(flags["data_path"].read_text())
+    on_disk = cached(flags, tmp_path / "cache", data_path=mine) | {"data_path": mine}
+    succeed(SCRIPT, **on_disk)
+    assert "val.jsonl" in complaint(SCRIPT, **on_disk | {"val_path": data / "val.jsonl"})
+    mine.write_text(mine.read_text().replace("?", "!", 1))
+    assert f"{mine} has changed" in complaint(SCRIPT, **on_disk)
+
+
+# -- vocabularies ----------------------------------------------------------------------------------------------
+
+def test_tokens_of_two_vocabularies_are_matched_where_they_begin_at_the_same_byte():
+    # Ids here are numbers of bytes, but for 9, the end of turn, one byte as well. The first token is only read.
+    n_bytes = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 1])
+
+    def batch(*answers):
+        ids = np.concatenate([[0, *answer, 9] for answer in answers])
+        sizes = np.array([len(answer) + 2 for answer in answers])
+        return flat_batch(ids, ids > 0, sizes)
+
+    student, teacher = batch([2, 3], [1, 1, 1]), batch([3, 2], [2, 1])
+    # Sample one: bytes 0 2 5 against 0 3 5; sample two: 0 1 2 3 against 0 2 3.
+    assert same_text(student, n_bytes, teacher, n_bytes).tolist() == [0, -1, 2, 3, -1, 4, 5]
+    assert same_text(student, n_bytes, student, n_bytes).tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_of_real_text_each_match_has_the_same_text_before_and_behind_it(data, cache, models, byte_tokenizer):
+    _, ours = load_model(models / "student.pth")
+    theirs = byte_tokenizer()
+    pair = SFTDataset([data / "sft_data.jsonl"], ours, 128).paired_with(SFTDataset([data / "sft_data.jsonl"], theirs, 512))
+    batch = pair.batch(np.arange(20))
+    assert (batch.match >= 0).all()                     # each of our tokens begins where some byte does
+    taught = batch.teacher
+    for s, t in enumerate(batch.match.tolist()):
+        token = ours.decode([batch.targets[s]]) if batch.targets[s] != ours.im_end else None
+        if token is None:
+            assert taught.targets[t] == theirs.im_end
+        else:
+            assert ours._encoding.decode_single_token_bytes(int(batch.targets[s]))[0] == taught.targets[t] - 16
+
+
+def test_a_teacher_of_other_tokens_teaches_by_uld_and_only_by_it(flags, byte_teacher, tmp_path):
+    other = flags | {"teacher": byte_teacher, "val_path": flags["data_path"]}
+    said = complaint(SCRIPT, **other)
+    assert "the teacher's vocabulary has 272 words, the student's 1024" in said and "--divergence uld" in said
+    assert "--alpha 0.5" in complaint(SCRIPT, **other, divergence="uld")        # how sure, not of what: labels stay
+
+    for processes in (1, 2):
+        succeed(SCRIPT, **other | {"batch_size": 8 // processes, "out_dir": tmp_path / str(processes)}, divergence="uld",
+                alpha=0.5, processes=processes)
+        first, last = rows(tmp_path / f"{processes}/{FILE}.jsonl")
+        assert first["kd"] == pytest.approx(first["uld"], rel=1e-5) and last["val_uld"] > 0 and "val_kl" not in last
+    assert close(learned(tmp_path / "1"), learned(tmp_path / "2"))
+
+
+def test_padded_columns_are_refused_and_with_pad_vocab_left_out(flags, tmp_path):
+    """The same two models, their vocabularies rounded up to 1,100 and 1,050 with columns as loud as real words."""
+    for name, vocab_size in (("teacher", 1100), ("student", 1050)):
+        model, tokenizer = load_model(flags[name])
+        padded = Transformer(dataclasses.replace(model.config, vocab_size=vocab_size))
+        state = model.state_dict()
+        for key in ("tok_embeddings.weight", "output.weight"):
+            state[key] = torch.cat([state[key], state[key][:vocab_size - 1024]])
+        padded.load_state_dict(state)
+        save_model(padded, tokenizer, tmp_path / f"{name}.pth")
+    pair = flags | {name: tmp_path / f"{name}.pth" for name in ("teacher", "student")}
+    assert "1100 words, the student's 1050; the tokenizer knows 1024" in complaint(SCRIPT, **pair)
+    succeed(SCRIPT, **pair | {"out_dir": tmp_path / "padded"}, pad_vocab=True)
+    succeed(SCRIPT, **flags)
+    narrow = [weight[:1024] if len(weight) == 1050 else weight for weight in learned(tmp_path / "padded")]
+    assert close(narrow, learned(tmp_path / "out"))
+
+
+# -- what cannot be --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("more, reason", [
+    ({"beta": 1.5}, "--beta 1.5 must lie in [0, 1]"),
+    ({"skew": 0.0}, "--skew 0.0 must lie between 0 and 1"),
+    ({"contrastive_temperature": 0.0}, "--contrastive_temperature 0.0 must be above 0"),
+    ({"feature_weight": 1.0, "layer_map": "1:9"}, "'1:9'"),
+    ({"attention_weight": 1.0, "relation_heads": 5}, "n_relation_heads=5"),
+    ({"divergence": "uld", "alpha": 0.5, "plain_loss": True}, "--plain_loss"),
+    ({"teacher_cache": "nowhere"}, "nowhere"),
+], ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
+def test_settings_that_cannot_be_are_refused_with_their_value(more, reason, flags):
+    assert reason in complaint(SCRIPT, **flags | more)
+
+
+@pytest.mark.parametrize("spec, reason", [("{}=much", "'much' is no number"), ("{}=0", "must be above 0")])
+def test_a_weight_that_is_none_is_refused(spec, reason, flags):
+    assert reason in complaint(SCRIPT, **flags | {"teacher": spec.format(flags["teacher"])})
+
+
+def test_two_teachers_cannot_have_their_hidden_states_imitated(flags):
+    assert "--feature_weight looks inside one teacher" in complaint(
+        SCRIPT, **flags | {"teacher": [flags["teacher"]] * 2, "feature_weight": 1.0})
