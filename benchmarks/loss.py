@@ -163,8 +163,10 @@ def peak(device) -> int:  # -> bytes
 
 
 def compare_forms(case: Case, repeats: int) -> list[dict]:
-    """A row for each form: medians over `repeats` processes, the forms taking turns. Raises ValueError where they disagree,
-    MemoryError where one was killed."""
+    """A row for each form: medians over `repeats` processes, the forms taking turns.
+
+    Raises ValueError where they disagree, MemoryError where one was killed.
+    """
     measured = {form: [] for form in FORMS}
     with tempfile.TemporaryDirectory() as folder:
         saved = {form: Path(folder) / f"{number}.pt" for number, form in enumerate(FORMS)}
@@ -186,8 +188,9 @@ def in_a_new_process(case: Case, form: str, gradients) -> tuple[float, int]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as new:
             return new.submit(measure, case, form, gradients).result()
     except BrokenProcessPool:
+        needed = 8 * 4 * case.tokens * case.vocabulary / 1e9        # eight tensors in fp32
         raise MemoryError(f"the process of the {form} form was killed at V={case.vocabulary}. The plain one needs about "
-                          f"{32 * case.tokens * case.vocabulary / 1e9:.1f} GB: take a smaller --tokens or --vocab") from None
+                          f"{needed:.1f} GB: take a smaller --tokens or --vocab") from None
 
 
 def deviation(saved: Path, truth: Path) -> float:
@@ -209,7 +212,7 @@ def table(rows) -> str:
              "|---:|---|---:|---:|---:|---:|---:|---:|"]
     return "\n".join(lines + [
         f"| {row['vocabulary']:,} | {row['form']} | {row['seconds']:.2f} | {row['time_ratio']:.2f} | {row['speed']:.2f} x "
-        f"| {row['peak_mb']:,.0f} | 1/{row['peak_ratio']:.1f} | {row['deviation']:.0e} |" for row in rows])
+        f"| {row['peak_mb']:,.0f} | 1/{row['peak_ratio']:.1f} | {row['deviation']:.1g} |" for row in rows])
 
 
 def draw(rows, title, path: Path):
