@@ -6,6 +6,7 @@ White-box distillation: the student imitates the teacher's whole next-token dist
 
 Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531, Sec. 2. alpha is the weight of the labels: 1 is plain
 fine-tuning, 0 (the default) listens to the teacher alone, which is right when labels are noisy and the teacher is good.
+--divergence puts another distance in the place of KL (distill/losses.py); start with KL (NOTES.md has all their figures).
 
 one process    python train_distillation.py
 two processes  torchrun --nproc_per_node 2 train_distillation.py --ddp

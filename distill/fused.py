@@ -12,6 +12,7 @@ forward pass, as the loss is the end of the road: all that is still to come is o
 cross-entropies such as Hsu et al. 2024 (Liger), https://arxiv.org/abs/2410.10989, Sec. 3.2.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -137,7 +138,7 @@ class Chunks:
             log_p = product(one.states[rows], one.head, self.buffer(name, rows, len(one.head)))
             log_softmax_(log_p.div_(temperature) if temperature != 1.0 else log_p)
             if len(self.taught) > 1:
-                log_p += torch.tensor(one.weight).log()
+                log_p += math.log(one.weight)
             mixed = log_p if mixed is None else torch.logaddexp(mixed, log_p, out=mixed)
         return mixed
 
