@@ -55,7 +55,8 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teachers, student, tokeni
                # Outside the alpha mix: keeping the experts in use is no matter of whom to believe.
                "balance": student.config.aux_loss_alpha}
     for step in run.steps_of(epoch):
-        temperature_now = get_temperature(step, run.total_steps, temperature, args.final_temperature or temperature)
+        temperature_now = get_temperature(step, max(1, run.total_steps - 1), temperature,
+                                          args.final_temperature or temperature)
         looking = run.is_due(args.log_interval, ahead=1)
         probing = args.grad_norm_interval > 0 and run.is_due(args.grad_norm_interval, ahead=1)
         seen, gradients = {}, {}
@@ -203,7 +204,7 @@ def distill(teachers, student, tokenizer, args, world):
                 teacher.source.to(torch.bfloat16)
 
     # 6. Train
-    names = [f"{teacher.source.config if teacher in models else teacher.source}" for teacher in teachers]
+    names = [f"{teacher.source.config if teacher in models else teacher.source.described()}" for teacher in teachers]
     if len(teachers) > 1:
         names = [f"{teacher.weight:.2g} x ({name})" for teacher, name in zip(teachers, names)]
     Logger(f"{' + '.join(names)} teaches {student.config}")

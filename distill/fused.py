@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from distill.losses import forward_kl, uld
 
-CHUNK_BYTES = 32 << 20      # of one (rows, V) buffer in fp32; there are three
+CHUNK_BYTES = 32 << 20      # of one (rows, V) buffer in fp32; CE + forward KL to one teacher needs three
 MOST_ROWS = 256             # more make the products no faster, and small buffers stay in the processor's cache
 LEAST = -30.0               # log-probability of an empty tail: finite, and 1e-13 is nothing
 
@@ -201,10 +201,11 @@ COMPARED_ACROSS = ("ce", "uld", "entropy")              # between two vocabulari
 
 @torch.no_grad()
 def compare(hidden, head, targets, taught, matched=None, temperature=1.0, across=False) -> dict[str, torch.Tensor]:
-    """What to look at, as sums over the S positions, untempered and a chunk at a time:
+    """What to look at, as sums over the S positions, a chunk at a time. Untempered, but of a TopK: its kl and entropy
+    are those of its k + 1 buckets, at its `temperature`, and compare with no others.
 
     ce         cross-entropy with the labels, nats
-    kl         KL(teacher || student), nats; of a TopK, over its k + 1 buckets and at its `temperature`
+    kl         KL(teacher || student), nats
     entropy    of the teacher, nats: where labels are drawn from it, no student's cross-entropy is lower
     agreement  positions where both have the same likeliest token
     uld        in the place of kl and agreement, if the two are of different vocabularies (`across`)

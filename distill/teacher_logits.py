@@ -303,6 +303,10 @@ class TeacherCache:
     def __len__(self):
         return len(self.keys)
 
+    def described(self) -> str:
+        what = f"its top {self.top_k} words at T={self.temperature:g}" if self.top_k else "its states"
+        return f"{self.about['teacher']} on disk, {what} in {self}"
+
     def to(self, device) -> "TeacherCache":
         """From now on what is looked up comes to this device, and the head stays there."""
         self.device = torch.device(device)
@@ -319,7 +323,9 @@ class TeacherCache:
         Raises ValueError that names what differs and the command that makes the cache anew.
         """
         about = self.about
-        wanted = about | {"max_seq_len": max_seq_len, "files": {str(path): sha256 for path, sha256 in files.items()}}
+        # The command names the cache's own files too: written anew for these alone, it would have lost the others.
+        files = {str(path): sha256 for path, sha256 in files.items()}
+        wanted = about | {"max_seq_len": max_seq_len, "files": about["files"] | files}
         anew = f"Write it anew: {command(wanted, self.path, '--overwrite')}"
         if tokenizer_sha256 != about["tokenizer_sha256"]:
             with_it = wanted | {"teacher": "TEACHER"}
@@ -329,7 +335,7 @@ class TeacherCache:
                              f"{command(with_it, self.path, '--overwrite')}")
         if max_seq_len != about["max_seq_len"]:
             raise ValueError(f"{self} was written with samples cut to {about['max_seq_len']} tokens, here they are cut "
-                             f"to {max_seq_len}. Give --max_seq_len {about['max_seq_len']}. {anew}")
+                             f"to {max_seq_len}. Give --max_seq_len {about['max_seq_len']}, or w{anew[1:]}")
         for path, sha256 in files.items():
             if sha256 not in about["files"].values():
                 raise ValueError(f"{path} has changed since {self} was written, or was never in it. {anew}")

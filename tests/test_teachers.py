@@ -5,6 +5,7 @@ the log shows of it.
 """
 
 import dataclasses
+import shlex
 
 import numpy as np
 import pytest
@@ -237,3 +238,17 @@ def test_a_weight_that_is_none_is_refused(spec, reason, flags):
 def test_two_teachers_cannot_have_their_hidden_states_imitated(flags):
     assert "--feature_weight looks inside one teacher" in complaint(
         SCRIPT, **flags | {"teacher": [flags["teacher"]] * 2, "feature_weight": 1.0})
+
+
+def test_the_command_that_a_refusal_prints_makes_the_run_start(flags, data, tmp_path):
+    """It keeps the files that were in the cache, or the next refusal would be of one of those."""
+    on_disk = cached(flags, tmp_path / "cache") | {"val_path": data / "val.jsonl"}
+    said = complaint(SCRIPT, **on_disk)
+    words = shlex.split(said[said.index("python scripts/cache_teacher.py"):].splitlines()[0])
+    succeed(*words[1:])
+    assert "teacher.pth on disk, its states in" in succeed(SCRIPT, **on_disk)
+
+
+def test_the_temperature_of_the_last_step_is_the_final_one(flags, tmp_path):
+    succeed(SCRIPT, **flags | {"max_steps": 3}, temperature=4.0, final_temperature=1.0)
+    assert [row["temperature"] for row in rows(tmp_path / f"out/{FILE}.jsonl")] == [4.0, 2.5, 1.0]
