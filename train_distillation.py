@@ -269,6 +269,8 @@ def fill_in(args) -> list[tuple[str, LMConfig]]:
             students.append((link, last))
     students.append((args.student or str(sft_weights(last)), last))
     for path in (*(path_and_weight(spec)[0] for spec in args.teacher or []), *(weights for weights, _ in students)):
+        if Path(path).is_dir():
+            sys.exit(f"{path} is a folder, no weights; what a teacher said there is given with --teacher_cache")
         if path != "none" and not Path(path).exists():
             sys.exit(f"no weights at {path}. Make the tiny pair: bash quickstart.sh; "
                      "your own: python train_sft.py --help; or name others with --teacher and --student")
@@ -298,6 +300,17 @@ def init_teachers(args) -> list[Teacher]:
         raise ValueError("the weight of a teacher must be above 0; leave out one that is not to teach")
     total = sum(teacher.weight for teacher in teachers)
     return [teacher._replace(weight=teacher.weight / total) for teacher in teachers]
+
+
+def name_idle_flags(parser, args):
+    """Say it where a flag was given that this loss does not use."""
+    for in_use, flags in ((args.divergence == "jsd", ("beta", "jsd_normalised")), ("skew" in args.divergence, ("skew",)),
+                          (args.feature_weight > 0, ("feature_loss", "layer_map")),
+                          (args.attention_weight > 0, ("relation_heads",)),
+                          (args.contrastive_weight > 0, ("contrastive_temperature",))):
+        for flag in flags:
+            if not in_use and vars(args)[flag] != parser.get_default(flag):
+                Logger(f"--{flag} {vars(args)[flag]} has no effect on this loss")
 
 
 def main():
@@ -365,6 +378,7 @@ def main():
     with runtime.checking_input():
         # 3. Models
         students = fill_in(args)
+        name_idle_flags(parser, args)
         teachers = init_teachers(args)
         check_teachers(teachers, args)
         pairs = []

@@ -225,6 +225,7 @@ def test_padded_columns_are_refused_and_with_pad_vocab_left_out(flags, tmp_path)
     ({"attention_weight": 1.0, "relation_heads": 5}, "n_relation_heads=5"),
     ({"divergence": "uld", "alpha": 0.5, "plain_loss": True}, "--plain_loss"),
     ({"teacher_cache": "nowhere"}, "nowhere"),
+    ({"teacher": "tests"}, "tests is a folder, no weights"),
 ], ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
 def test_settings_that_cannot_be_are_refused_with_their_value(more, reason, flags):
     assert reason in complaint(SCRIPT, **flags | more)
@@ -252,3 +253,9 @@ def test_the_command_that_a_refusal_prints_makes_the_run_start(flags, data, tmp_
 def test_the_temperature_of_the_last_step_is_the_final_one(flags, tmp_path):
     succeed(SCRIPT, **flags | {"max_steps": 3}, temperature=4.0, final_temperature=1.0)
     assert [row["temperature"] for row in rows(tmp_path / f"out/{FILE}.jsonl")] == [4.0, 2.5, 1.0]
+
+
+def test_a_flag_that_this_loss_does_not_use_is_named(flags):
+    said = succeed(SCRIPT, **flags, beta=0.3, divergence="skew_kl", skew=0.2, layer_map="last")
+    assert "--beta 0.3 has no effect" in said and "--layer_map last has no effect" in said
+    assert "--skew" not in said and "KL(teacher || 0.2 teacher + 0.8 student)" in said
