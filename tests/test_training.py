@@ -279,10 +279,10 @@ def test_the_first_line_of_a_distillation_says_its_loss(data, models, tmp_path):
 
 def test_the_logged_loss_is_the_sum_of_its_parts(data, models, tmp_path):
     script, flags, file = lesson("distillation", data, models, "_moe")
-    flags |= {"alpha": 0.25, "temperature": 2.0, "final_temperature": 4.0, "feature_weight": 0.5, "max_steps": 4}
+    flags |= {"alpha": 0.25, "temperature": 2.0, "final_temperature": 5.0, "feature_weight": 0.5, "max_steps": 4}
     succeed(script, **flags, log_interval=1, accumulation_steps=2, eval_interval=0, out_dir=tmp_path)
     found = rows(tmp_path / f"{file}.jsonl")[:4]
-    assert [row["temperature"] for row in found] == [2.0, 2.5, 3.0, 3.5]
+    assert [row["temperature"] for row in found] == [2.0, 3.0, 4.0, 5.0]
     for row in found:
         parts = 0.25 * row["ce"] + 0.75 * row["kd"] + 0.5 * row["feature"] + 0.01 * row["balance"]
         assert row["loss"] == pytest.approx(parts, rel=1e-5)
