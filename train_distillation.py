@@ -352,7 +352,7 @@ def main():
                                                  "family rounds its vocabulary up")
     add("--plain_loss", action="store_true", help="the loss as papers write it, with all logits; default: the same, fused")
     add("--grad_norm_interval", type=int, default=100, help="steps between two looks at the gradient's norm per loss "
-                                                           "term, each about as long as two steps; 0: none")
+                                                           "term, each one more backward pass a term; 0: none")
     add("--epochs", type=int, default=None, help="passes over the data; default: --size's")
     add("--batch_size", type=int, default=None, help="samples per micro-batch and process; default: --size's")
     add("--learning_rate", type=float, default=None,

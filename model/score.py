@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from dataset.lm_dataset import flat_batch
+from distill.losses import forward_kl
 
 
 class Score(NamedTuple):
@@ -52,7 +52,7 @@ def score(model, tokenizer, conversations, reference=None, tokens_per_batch: int
         if reference is not None:
             taught = reference(batch.tokens, batch.lengths, at=batch.at).logits.float()
             agree = (taught.argmax(dim=-1) == best).float()
-            kl = F.kl_div(log_p, taught.log_softmax(dim=-1), reduction="none", log_target=True).sum(dim=-1)
+            kl = forward_kl(taught.log_softmax(dim=-1), log_p)
         positions = [positions_in_turns(samples[i][1][1:]) for i in chosen]
         per_token = torch.stack([right, (best == batch.targets).float(), agree, kl]).cpu()  # (4, S)
         for i, at, (p, hit, same, gap) in zip(chosen, positions, per_token.split([len(at) for at in positions], dim=1)):

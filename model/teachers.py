@@ -25,23 +25,23 @@ class Taught(NamedTuple):
 
     said: list[Dense] | TopK            # about the words at each position
     matched: torch.Tensor | None        # (S,) where they have a say, if they cut text into other tokens
-    out: Output | None                  # all that the last of them that is a model gave
+    out: Output | None                  # and the whole output of a model: what losses below the logits look at
 
 
 def ask(teachers, batch, tokenizer, args) -> Taught:
     """What each teacher, a model in memory or its outputs on disk, says where the assistant speaks."""
     read, said, out, matched = batch.teacher or batch, [], None, None
-    for teacher, weight, _ in teachers:
-        if isinstance(teacher, TeacherCache):
-            words = teacher.look_up(batch.keys)
-            if isinstance(words, TopK):
-                return Taught(words, None, None)
+    for source, weight, _ in teachers:
+        if isinstance(source, TeacherCache):
+            one = source.look_up(batch.keys)
+            if isinstance(one, TopK):                       # it teaches alone: check_teachers
+                return Taught(one, None, None)
         else:
-            out = teacher(read.tokens, read.lengths, at=read.at, with_logits=False,
-                          return_hidden=args.feature_weight > 0)
-            words = Dense(out.final, teacher.output.weight)
-        head = words.head if batch.teacher else only_words(words.head, tokenizer, args)
-        said.append(Dense(words.states, head, weight))
+            out = source(read.tokens, read.lengths, at=read.at, with_logits=False,
+                         return_hidden=args.feature_weight > 0)
+            one = Dense(out.final, source.output.weight)
+        head = one.head if batch.teacher else only_words(one.head, tokenizer, args)
+        said.append(Dense(one.states, head, weight))
     if batch.teacher:
         # Where it has read other text than the student it has no say; what stands there instead counts nothing.
         matched = batch.match >= 0
@@ -81,15 +81,15 @@ def check_teachers(teachers, args):
 
 def check_vocabulary(teachers, student, tokenizer, args):
     """Column v of all distributions must be the same word, but for ULD. (A cache is checked with the data.)"""
-    for teacher, _, words in teachers:
-        if args.divergence == "uld" or words is None:
+    for source, _, its_tokenizer in teachers:
+        if args.divergence == "uld" or its_tokenizer is None:
             continue
-        sizes = (f"the teacher's vocabulary has {teacher.config.vocab_size} words, the student's "
+        sizes = (f"the teacher's vocabulary has {source.config.vocab_size} words, the student's "
                  f"{student.config.vocab_size}; ")
-        if words.sha256 != tokenizer.sha256:
-            raise ValueError(f"{sizes}they are those of {words.path} and {tokenizer.path}. Train both with one tokenizer, "
-                     "or compare only how sure the two are: --divergence uld")
-        if teacher.config.vocab_size != student.config.vocab_size and not args.pad_vocab:
+        if its_tokenizer.sha256 != tokenizer.sha256:
+            raise ValueError(f"{sizes}they are those of {its_tokenizer.path} and {tokenizer.path}. Train both with one "
+                             "tokenizer, or compare only how sure the two are: --divergence uld")
+        if source.config.vocab_size != student.config.vocab_size and not args.pad_vocab:
             raise ValueError(f"{sizes}the tokenizer knows {tokenizer.vocab_size}. If the others are padding: --pad_vocab")
 
 
