@@ -7,6 +7,7 @@ the lessons call; nothing here knows what is being learned.
 import argparse
 import atexit
 import difflib
+import functools
 import json
 import math
 import os
@@ -42,7 +43,8 @@ def add_training_args(parser: argparse.ArgumentParser):
     """The flags that all training scripts share; each script adds its own lesson's."""
     add = parser.add_argument_group("run").add_argument
     add("--out_dir", default="out", help="folder of the weights, metrics and resume files")
-    add("--tokenizer", default="model/tokenizer.json", help="vocabulary of a model that starts from nothing")
+    add("--tokenizer", default=None, help="vocabulary of a model that starts from nothing: its file, or a model that has "
+                                          "it; default: model/tokenizer.json, and in distillation the teacher's")
     add("--max_seq_len", type=int, default=None, help="tokens, longer samples are cut; default: what the model was "
                                                       "made for, 512 for a new one")
     add("--max_steps", type=int, default=0, help="optimizer steps in all; 0: as many as --epochs make")
@@ -190,8 +192,10 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+@functools.cache
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of the matrix products. bf16 on hardware without it would be emulated, and many times slower."""
+    """The type of the matrix products. bf16 on hardware without it would be emulated, and many times slower, so that it
+    becomes fp32 there, which is said once."""
     dtype = getattr(torch, name)
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -445,14 +449,26 @@ class Run:
 # ------------------------------------------------------------------------------------------------- saving and resuming
 
 
-def write_whole(path: Path, write):
-    """Whole or not at all: written beside its place, flushed, renamed. Several processes may do it at once."""
+def replace_whole(path: Path, write):
+    """Whole or not at all: `write` is given a path beside the place, then flushed, renamed. Several processes may do it
+    at once."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(beside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)      # there only if something went wrong
+
+
+def write_whole(path: Path, write):
+    """The same for a `write` that is given an open file."""
+    def to_file(beside):
+        with open(beside, "wb") as file:
+            write(file)
+
+    replace_whole(path, to_file)
 
 
 # What torch.load raises for a file that is empty, cut short, or something else altogether.

@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import runtime
-from dataset.lm_dataset import MicroBatches, SFTDataset, in_order
+from dataset.lm_dataset import MicroBatches, dataset_of, in_order
 from distill.features import (FeatureProjections, attention_relation_loss, check_relation_heads, contrastive_loss,
                               feature_distillation_loss)
 from distill.fused import COMPARED, COMPARED_ACROSS, compare, fused_distillation_loss
 from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
 from distill.schedules import get_temperature
 from distill.teacher_logits import TeacherCache
-from model.checkpoint import load_model, new_model, read_about, save_model
+from model.checkpoint import load_config, load_model, new_model, save_model
 from model.config import LMConfig
 from model.teachers import Teacher, ask, check_cache, check_teachers, check_vocabulary, only_words
 from model.transformer import Transformer
@@ -159,16 +159,16 @@ def evaluate(model, val_loader, device, teachers, tokenizer, dtype, args):
     return {f"val_{name}": value / n for name, value in zip(names, sums)}
 
 
-def init_student_model(lm_config, weights, tokenizer_path):
-    """The student and its tokenizer: from a weight file, or with 'none' a new one of lm_config's sizes."""
-    model, tokenizer = new_model(lm_config, tokenizer_path) if weights == "none" else load_model(weights)
+def init_student_model(lm_config, weights, vocabulary):
+    """The student and its tokenizer: from weights of any kind, or with 'none' a new one of lm_config's sizes."""
+    model, tokenizer = new_model(lm_config, vocabulary) if weights == "none" else load_model(weights)
     Logger(f"student {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {weights}")
     return model.train(), tokenizer
 
 
-def init_teacher_model(weights):
-    """The teacher, never trained: in eval mode, without gradients, and outside DDP."""
-    model, tokenizer = load_model(weights)
+def init_teacher_model(weights, device, dtype):
+    """The teacher, never trained: in eval mode, without gradients, outside DDP, and in bf16 where the hardware has it."""
+    model, tokenizer = load_model(weights, device, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {weights}")
     return model.requires_grad_(False), tokenizer
 
@@ -179,8 +179,13 @@ def distill(teachers, student, tokenizer, args, world):
         # 4. Data. A teacher that cuts text into other tokens reads the same samples in its own.
         models = [teacher for teacher in teachers if isinstance(teacher.source, Transformer)]
         other_words = [model for model in models if model.tokenizer.sha256 != tokenizer.sha256]
-        train_data, val_data = runtime.open_data(SFTDataset, args, tokenizer, student.config, world, *other_words)
+        kind = dataset_of(args.data_path)
+        train_data, val_data = runtime.open_data(kind, args, tokenizer, student.config, world, *other_words)
         data = MicroBatches(train_data, args.batch_size, args.accumulation_steps, world.rank, world.size, args.seed)
+        shortest = min((model.source.config.max_seq_len for model in models), default=train_data.max_seq_len)
+        if train_data.max_seq_len > shortest and not other_words:
+            raise ValueError(f"the student reads {train_data.max_seq_len} tokens, the teacher was made for {shortest}: "
+                             f"--max_seq_len {shortest}")
         for teacher in teachers:
             if isinstance(teacher.source, TeacherCache):
                 for part in filter(None, (train_data, val_data)):
@@ -198,10 +203,6 @@ def distill(teachers, student, tokenizer, args, world):
                       for c in (student.config, models[0].source.config)]
             check_relation_heads(*([torch.empty(0, width) for width in each] for each in widths), args.relation_heads)
         run = runtime.Run(name, args, world, {"model": student, "projections": projections, "contrast": contrast}, data)
-        for teacher in teachers:
-            teacher.source.to(world.device)
-            if teacher in models and run.dtype == torch.bfloat16:
-                teacher.source.to(torch.bfloat16)
 
     # 6. Train
     names = [f"{teacher.source.config if teacher in models else teacher.source.described()}" for teacher in teachers]
@@ -263,14 +264,14 @@ def fill_in(args) -> list[tuple[str, LMConfig]]:
             n_heads = next((n for n in (8, 4, 2) if dim % (2 * n) == 0), 1)
             config = LMConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, max_seq_len=last.max_seq_len)
             start = sft_weights(config)
-            fits = start.exists() and read_about(start)[0].n_layers == n_layers
+            fits = start.exists() and load_config(start).n_layers == n_layers
             students.append((str(start) if fits else "none", config))
         else:
             students.append((link, last))
     students.append((args.student or str(sft_weights(last)), last))
     for path in (*(path_and_weight(spec)[0] for spec in args.teacher or []), *(weights for weights, _ in students)):
-        if Path(path).is_dir():
-            sys.exit(f"{path} is a folder, no weights; what a teacher said there is given with --teacher_cache")
+        if Path(path).is_dir() and not Path(path, "config.json").exists():
+            sys.exit(f"{path} is a folder, but no model; what a teacher said there is given with --teacher_cache")
         if path != "none" and not Path(path).exists():
             sys.exit(f"no weights at {path}. Make the tiny pair: bash quickstart.sh; "
                      "your own: python train_sft.py --help; or name others with --teacher and --student")
@@ -286,16 +287,16 @@ def path_and_weight(spec: str) -> tuple[str, float]:
         raise ValueError(f"{spec}: {weight!r} is no number; write PATH=WEIGHT, or PATH alone") from None
 
 
-def init_teachers(args) -> list[Teacher]:
+def init_teachers(args, device) -> list[Teacher]:
     """All of --teacher and --teacher_cache, their weights made to sum to 1."""
     teachers = []
     for spec in args.teacher or []:
         path, weight = path_and_weight(spec)
-        model, tokenizer = init_teacher_model(path)
+        model, tokenizer = init_teacher_model(path, device, runtime.pick_dtype(args.dtype, device))
         teachers.append(Teacher(model, weight, tokenizer))
     for spec in args.teacher_cache or []:
         path, weight = path_and_weight(spec)
-        teachers.append(Teacher(TeacherCache(path), weight, None))
+        teachers.append(Teacher(TeacherCache(path).to(device), weight, None))
     if min(teacher.weight for teacher in teachers) <= 0:
         raise ValueError("the weight of a teacher must be above 0; leave out one that is not to teach")
     total = sum(teacher.weight for teacher in teachers)
@@ -318,9 +319,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("lesson").add_argument
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
-        help="files of conversations, in the formats of dataset/dataset.md")
-    add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]", help="its weights; default: full_sft_DIM.pth "
-        "of --size's teacher, in OUT_DIR or out/. Several teach as one, the mean of their distributions by WEIGHT")
+        help="files of conversations, or of texts to go on with, in the formats of dataset/dataset.md")
+    add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]", help="its weights: a checkpoint, a Hugging Face "
+        "folder, a GGUF file; default: full_sft_DIM.pth of --size's teacher, in OUT_DIR or out/. Several teach as one, "
+        "the mean of their distributions by WEIGHT")
     add("--teacher_cache", nargs="+", action="extend", metavar="DIR[=WEIGHT]", help="what a teacher said, written by "
         "scripts/cache_teacher.py: it teaches without being in memory")
     add("--student", "--weights", default=None, help="weights to start from; default: full_sft_DIM.pth of --size's "
@@ -379,11 +381,12 @@ def main():
         # 3. Models
         students = fill_in(args)
         name_idle_flags(parser, args)
-        teachers = init_teachers(args)
+        teachers = init_teachers(args, world.device)
         check_teachers(teachers, args)
         pairs = []
+        vocabulary = args.tokenizer or next((teacher.tokenizer for teacher in teachers if teacher.tokenizer), None)
         for weights, lm_config in students:
-            student, tokenizer = init_student_model(lm_config, weights, args.tokenizer)
+            student, tokenizer = init_student_model(lm_config, weights, vocabulary)
             check_vocabulary(teachers, student, tokenizer, args)
             pairs.append((student, tokenizer))
         names = [f"{student.config.dim}{student.config.moe_path}" for student, _ in pairs]

@@ -13,6 +13,7 @@ import csv
 import json
 import reprlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 CONVERSATION_KEYS = ("conversations", "messages")
@@ -37,6 +38,7 @@ KNOWN_FORMATS = (
 # without a limit, one stray quote swallows the rest of a file into memory.
 MAX_CSV_CELL = 4_000_000
 
+END_OF_TEXT = "<|endoftext|>"       # a line of a .txt file
 READABLE = ".jsonl, .json, .csv or .txt"
 
 
@@ -54,7 +56,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict | str]]:
         .jsonl  one JSON object a line; blank lines are passed over
         .json   a list of objects (or JSON lines under this name: the first character tells)
         .csv    a header, then records; column names are lower-cased
-        .txt    {"text": paragraph}, numbered by its first line; a blank line ends a paragraph
+        .txt    {"text": paragraph}, numbered by its first line; a blank line ends a paragraph. Where lines
+                <|endoftext|> stand, a text is what lies between two of them
 
     UTF-8, with or without a byte order mark. Raises FileNotFoundError; BadLine for a .json list that
     does not parse or a CSV header that names a column twice; ValueError for an unknown kind of file.
@@ -162,15 +165,20 @@ def _csv_header(path, number, cells):
 
 def _rows_of_txt(path):
     with _open(path) as file:
-        paragraph = []
+        # TinyStories ends each story by a line <|endoftext|>: then a blank line is only the space between paragraphs.
+        marked = any(line.strip() == END_OF_TEXT for line in islice(file, 10_000))
+        file.seek(0)
+        text, first = [], 0
         for number, line in enumerate(file, start=1):
-            if not line.isspace():
-                paragraph.append(line)
-            elif paragraph:
-                yield number - len(paragraph), {"text": "".join(paragraph).rstrip("\n")}
-                paragraph = []
-        if paragraph:
-            yield number - len(paragraph) + 1, {"text": "".join(paragraph).rstrip("\n")}
+            if line.strip() == END_OF_TEXT if marked else line.isspace():
+                if text:
+                    yield first, {"text": "".join(text).rstrip("\n")}
+                text = []
+            elif text or not line.isspace():
+                first = first if text else number
+                text.append(line)
+        if text:
+            yield first, {"text": "".join(text).rstrip("\n")}
 
 
 ROW_READERS = {"lines": _rows_of_lines, "list": _rows_of_list, "csv": _rows_of_csv, "txt": _rows_of_txt}
@@ -208,6 +216,12 @@ def to_text(row: dict) -> str:
     if not row["text"].strip():
         raise ValueError("text is empty")
     return row["text"]
+
+
+def holds_texts(path) -> bool:
+    """Whether a file is for pretraining: its first row that can be read is a text, and no conversation."""
+    first = next((row for _, row in read_rows(path) if isinstance(row, dict)), {})
+    return "text" in first and not any(key in first for key in (*CONVERSATION_KEYS, *PROMPT_KEYS))
 
 
 # Every format is first told as turns (where, role, content): the law of a conversation is written once.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.formats import check_exists, read_conversations, read_texts
+from dataset.formats import check_exists, holds_texts, read_conversations, read_texts
 from runtime import write_whole
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
@@ -195,15 +195,20 @@ class PretrainDataset(TokenDataset):
     """Each text is a sample that ends in <|endoftext|>; a long one becomes several. Every token is a target."""
 
     def encode(self):
-        samples = []
         texts = [text for path in self.paths for text in read_texts(path, self.skip_bad_lines, self.log)]
-        for ids in self.tokenizer.encode_batch(texts):
-            ids = ids + [self.tokenizer.end_of_text]
-            # Pieces overlap by one token: what one of them predicts last, the next one reads first.
-            for start in range(0, len(ids) - 1, self.max_seq_len):
-                piece = ids[start:start + self.max_seq_len + 1]
-                samples.append((piece, [True] * len(piece)))
-        return samples
+        return text_samples(texts, self.tokenizer, self.max_seq_len)
+
+
+def text_samples(texts, tokenizer, max_seq_len: int) -> list[tuple[list[int], list[bool]]]:
+    """Each text with its begin and end tokens, in pieces of which a model reads at most max_seq_len tokens."""
+    samples, begin = [], [] if tokenizer.bos is None else [tokenizer.bos]
+    for ids in tokenizer.encode_batch(texts):
+        ids = begin + ids + [tokenizer.end_of_text]
+        # Pieces overlap by one token: what one of them predicts last, the next one reads first.
+        for start in range(0, len(ids) - 1, max_seq_len):
+            piece = ids[start:start + max_seq_len + 1]
+            samples.append((piece, [True] * len(piece)))
+    return samples
 
 
 class SFTDataset(TokenDataset):
@@ -214,6 +219,15 @@ class SFTDataset(TokenDataset):
     def encode(self):
         return self.tokenizer.encode_chats(
             [messages for path in self.paths for messages in read_conversations(path, self.skip_bad_lines, self.log)])
+
+
+def dataset_of(paths) -> type[TokenDataset]:
+    """The class that reads these files: texts for pretraining, or conversations. Raises ValueError for some of each."""
+    texts = [path for path in paths if holds_texts(path)]
+    if texts and len(texts) < len(paths):
+        others = [str(path) for path in paths if path not in texts]
+        raise ValueError(f"{texts[0]} holds texts, {others[0]} conversations; give files of one kind")
+    return PretrainDataset if texts else SFTDataset
 
 
 class MicroBatches(Dataset):

@@ -1,75 +1,103 @@
 """
-权重文件：.pth 是纯 fp32 状态字典，旁边的 .json 记着模型尺寸与分词器。
-Weight files: the .pth is a plain fp32 state dict; the .json beside it knows the model's sizes and its tokenizer.
+载入与保存模型：路径是什么格式，看内容便知，不必声明。
+Loading and saving models. What a path holds is recognised, not declared:
 
-    out/full_sft_64.pth      {name: tensor}, read with weights_only=True
-    out/full_sft_64.json     {"config": {"dim": 64, ...}, "tokenizer": "tokenizer-1f0c2a9b.json"}
-    out/tokenizer-....json   the vocabulary, so that a folder of weights can be moved as it is
+    out/full_sft_64.pth     our own, with a .json beside it (weights/own.py)
+    SmolLM2-135M-Instruct/  a Hugging Face folder (weights/hf.py)
+    model-Q4_K_M.gguf       llama.cpp's single file (weights/gguf.py)
+    full_sft_768.pth        MiniMind's own, without a .json (weights/minimind.py)
+    stories260K.bin         llama2.c's (weights/llama2c.py)
 """
 
 import dataclasses
-import json
+import importlib
 from pathlib import Path
 
 import torch
 
 from model.config import LMConfig
-from model.tokenizer import Tokenizer
+from model.gpt2 import GPT2
+from model.quantize import quantize
+from model.tokenizer import DEFAULT, Tokenizer
 from model.transformer import Transformer
-from runtime import UNREADABLE, write_whole
+from model.weights import fill, own
+
+save_model = own.write
 
 
-def save_model(model: Transformer, tokenizer: Tokenizer, path):
-    """Write the three files, each whole or not at all, the weights last."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    vocabulary = path.parent / f"tokenizer-{tokenizer.sha256[:8]}.json"
-    if not vocabulary.exists():
-        tokenizer.save(vocabulary)
-    about = json.dumps({"config": dataclasses.asdict(model.config), "tokenizer": vocabulary.name}, indent=2)
-    state = {name: weight.detach().float().cpu() for name, weight in model.state_dict().items()}
-    write_whole(path.with_suffix(".json"), lambda file: file.write(about.encode()))
-    write_whole(path, lambda file: torch.save(state, file))
+def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, Tokenizer]:
+    """The model at PATH in eval mode, its weights of this type, and its tokenizer.
 
-
-def new_model(config: LMConfig, vocabulary) -> tuple[Transformer, Tokenizer]:
-    """A model that knows nothing, of these sizes but for the vocabulary, which the tokenizer file decides."""
-    tokenizer = Tokenizer.load(vocabulary)
-    return Transformer(dataclasses.replace(config, vocab_size=tokenizer.vocab_size)), tokenizer
-
-
-def load_model(path, device="cpu") -> tuple[Transformer, Tokenizer]:
-    """The model of a .pth in eval mode, and its tokenizer.
-
-    Raises FileNotFoundError with the way to get the weights, and ValueError for a file that is cut short or does not
-    fit the sizes beside it.
+    The tensors go one by one from the file to their place on the device. Raises FileNotFoundError with the way to get
+    the weights, and ValueError for a file that is cut short, a tensor too many, too few or of another shape, and for a
+    family or a tokenizer that this code cannot reproduce exactly.
     """
+    reader = recognise(path)
+    config = reader.read_config(path)
+    model = empty_model(config, device, dtype)
+    fill(model, reader.read_pieces(path, config), path)
+    return model.eval(), reader.read_tokenizer(path)
+
+
+def new_model(config: LMConfig, vocabulary=None) -> tuple[Transformer, Tokenizer]:
+    """A model that knows nothing, of these sizes but for the vocabulary's: a Tokenizer, or a path as load_tokenizer
+    takes it; None: model/tokenizer.json."""
+    tokenizer = vocabulary if isinstance(vocabulary, Tokenizer) else load_tokenizer(vocabulary or DEFAULT)
+    return build(dataclasses.replace(config, vocab_size=tokenizer.vocab_size)), tokenizer
+
+
+def load_config(path) -> LMConfig:
+    """The sizes of the model at PATH, without its weights."""
+    return recognise(path).read_config(path)
+
+
+def load_tokenizer(path) -> Tokenizer:
+    """The tokenizer of the model at PATH; PATH may also be a vocabulary file of ours, or a tokenizer.json."""
+    path = Path(path)
+    if path.name == "tokenizer.json" and (path.parent / "config.json").exists():
+        path = path.parent
+    return Tokenizer.load(path) if path.suffix == ".json" else recognise(path).read_tokenizer(path)
+
+
+def build(config: LMConfig) -> Transformer:
+    """A model of these sizes with random weights."""
+    model = (GPT2 if config.architecture == "gpt2" else Transformer)(config)
+    return quantize(model, config.quantization) if config.quantization else model
+
+
+def empty_model(config: LMConfig, device, dtype) -> Transformer:
+    """The same with weights that are yet to be filled in; until then they take no memory."""
+    with torch.device("meta"):
+        model = build(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.tie_weights()                 # to_empty gives each name a tensor of its own
+    return model
+
+
+def recognise(path):
+    """The module of model/weights that reads PATH."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}. {how_to_make(path)}")
-    config, vocabulary = read_about(path)
-    tokenizer, model = Tokenizer.load(vocabulary), Transformer(config)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UNREADABLE as error:
-        raise ValueError(f"{path} is cut short, or no weight file at all ({type(error).__name__})") from error
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:              # other names or shapes; no dict at all
-        raise ValueError(f"{path} does not hold the weights of {model.config}: {error}") from error
-    return model.to(device).eval(), tokenizer
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"{path} is a folder without a config.json, so no model; name its weight file")
+        return reader("hf")
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} alone has no sizes and no tokenizer; name its folder, {path.parent}")
+    with open(path, "rb") as file:
+        if file.read(4) == b"GGUF":
+            return reader("gguf")
+    if path.suffix == ".bin":
+        return reader("llama2c")
+    if not path.with_suffix(".json").exists() and reader("minimind").MARK in own.read_state(path):
+        return reader("minimind")
+    return own
 
 
-def read_about(path) -> tuple[LMConfig, Path]:
-    """The sizes of the model at PATH and its vocabulary file. Raises FileNotFoundError or ValueError, naming the file."""
-    beside = Path(path).with_suffix(".json")
-    if not beside.exists():
-        raise FileNotFoundError(f"no {beside} beside the weights; it holds the model's sizes and its tokenizer's name")
-    try:
-        about = json.loads(beside.read_text())
-        return LMConfig.from_dict(about["config"]), beside.parent / about["tokenizer"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{beside} does not describe a model: {type(error).__name__} {error}") from error
+def reader(name: str):
+    """Imported when it is needed: most runs need none but ours."""
+    return importlib.import_module(f"model.weights.{name}")
 
 
 def how_to_make(path: Path) -> str:

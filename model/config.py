@@ -21,17 +21,20 @@ class LMConfig:
     dim: int = 512
     n_layers: int = 8
     n_heads: int = 8
+    architecture: str = "llama"         # what Llama, Qwen and MiniMind share; "gpt2": model/gpt2.py
     n_kv_heads: int | None = None       # None: n_heads / 2. Fewer than n_heads is grouped-query attention
     head_dim: int | None = None         # None: dim / n_heads. Qwen3 sets it apart from dim
-    hidden_dim: int | None = None       # None: 8/3 dim, as SwiGLU's three matrices then weigh what two of 4 dim did
+    hidden_dim: int | None = None       # None: 8/3 dim, as SwiGLU's three matrices then weigh what GPT-2's two of 4 dim do
     vocab_size: int = 6400
     max_seq_len: int = 512              # tokens; longer samples are cut, longer prompts refused
     rope_theta: float = 10000.0         # Llama 1 and 2: 1e4, Qwen: 1e6. Larger reaches further
+    rope_scaling: dict | None = None    # Llama 3: numbers of `stretched` in model/transformer.py
     norm_eps: float = 1e-5
     tie_embeddings: bool = True         # one matrix reads and writes words; large models untie it
     qk_norm: bool = False               # Qwen3
     attention_bias: bool = False        # Qwen2
     dropout: float = 0.0
+    quantization: str | None = None     # "int8" or "int4": weights for inference alone (model/quantize.py)
 
     # Mixture of experts in place of the FFN, with MiniMind's names.
     use_moe: bool = False
@@ -45,6 +48,13 @@ class LMConfig:
         for name in ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.architecture not in ("llama", "gpt2"):
+            raise ValueError(f"architecture={self.architecture!r} is not llama or gpt2")
+        if self.architecture == "gpt2":
+            if self.use_moe or self.qk_norm or self.n_kv_heads not in (None, self.n_heads):
+                raise ValueError("GPT-2 has no mixture of experts, no q/k norm and as many key/value as query heads")
+            self.n_kv_heads, self.hidden_dim = self.n_heads, self.hidden_dim or 4 * self.dim
+            self.attention_bias = True
         if self.head_dim is None:
             if self.dim % self.n_heads:
                 fits = [n for n in range(1, self.dim + 1) if self.dim % n == 0]
@@ -63,6 +73,8 @@ class LMConfig:
             self.hidden_dim = -(-8 * self.dim // 3 // 32) * 32      # rounded up to a multiple of 32
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+        if self.quantization not in (None, "int8", "int4"):
+            raise ValueError(f"quantization={self.quantization!r} is not int8 or int4")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
                              f"n_routed_experts={self.n_routed_experts}")
@@ -74,7 +86,7 @@ class LMConfig:
 
     def __str__(self):
         kind = f", {self.n_routed_experts} experts" if self.use_moe else ""
-        return f"{self.dim} x {self.n_layers}{kind}"
+        return f"{self.dim} x {self.n_layers}{kind}{self.quantization and ', ' + self.quantization or ''}"
 
     @classmethod
     def from_dict(cls, values: dict) -> "LMConfig":

@@ -43,7 +43,7 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
                          f"one token, and room for an answer within max_seq_len={model.config.max_seq_len}")
     max_new_tokens = min(max_new_tokens, room)
     device = next(model.parameters()).device
-    dtype = model.tok_embeddings.weight.dtype
+    dtype = model.norm.weight.dtype
     lengths = [len(prompt) for prompt in prompts]
     cache = KVCache(model.config, len(prompts), max(lengths) + max_new_tokens, device, dtype)
 

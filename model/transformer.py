@@ -53,7 +53,7 @@ class Stream(NamedTuple):
     spans: list[tuple[int, int]]        # (how many neighbours, their common length)
     sample: torch.Tensor                # (N,), the number of the sample each token belongs to
     positions: torch.Tensor             # (N,), place within the sample
-    rotation: torch.Tensor              # (N, 1, K/2) complex
+    rotation: torch.Tensor | None       # (N, 1, K/2) complex; None: positions are learned (GPT-2)
     cache: KVCache | None
     past: int                           # longest row in the cache when this pass began; 0 is a fresh start
 
@@ -64,8 +64,22 @@ def rotate(x, rotation):  # (N, H, K), (N, 1, K/2) complex -> (N, H, K)
     Su et al. 2021, https://arxiv.org/abs/2104.09864, Sec. 3.4.2. Hugging Face pairs x0 with x_{K/2} instead:
     the same up to a reordering of the rows of wq and wk.
     """
+    if rotation is None:
+        return x
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+
+
+def stretched(frequency, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """Llama 3.1's RoPE for texts longer than it was first trained on: (K/2,) -> (K/2,) frequencies, in radians a token.
+
+    A pair that turns often within the original length tells neighbours apart and stays; one that hardly turns tells
+    how far away a token is, and is slowed down by the factor; in between it goes in a straight line.
+    Grattafiori et al. 2024, https://arxiv.org/abs/2407.21783, Sec. 3.4.2, and the code published with it.
+    """
+    turns = original_max_position_embeddings * frequency / (2 * torch.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / factor)
 
 
 class Attention(nn.Module):
@@ -135,24 +149,29 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The language model of every lesson.
+    """The language model of every lesson. Llama, SmolLM2, Qwen2.5, Qwen3 and MiniMind are this one with other numbers.
 
         logits = model(tokens, lengths).logits          # (N, V): what follows each token
         logits = model(tokens, lengths, at=at).logits   # (S, V): only where asked, so that no head runs for nothing
         states = model(tokens, lengths, at=at, with_logits=False).final     # (S, D): for a loss that runs the head
     """
 
+    block = Block
+
     def __init__(self, config: LMConfig):
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.layers = nn.ModuleList(self.block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
         self.init_weights()
-        if config.tie_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self):
+        if self.config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self):
@@ -174,7 +193,7 @@ class Transformer(nn.Module):
         cache    empty: it is filled with these prompts. Filled: `tokens` holds one new token for each of its rows
         """
         stream = self.lay_out(tokens, lengths, cache)
-        x = self.dropout(self.tok_embeddings(tokens))                       # (N, D)
+        x = self.dropout(self.embed(tokens, stream))                        # (N, D)
         balance, hidden = x.new_zeros(()), []
         for layer in self.layers:
             # Past the last attention a position speaks for itself alone: the others are dropped there.
@@ -187,6 +206,9 @@ class Transformer(nn.Module):
             cache.lengths += torch.tensor(lengths, device=cache.lengths.device)
         final = self.norm(x)
         return Output(self.output(final) if with_logits else None, final, balance, hidden, qkv)
+
+    def embed(self, tokens, stream: Stream):  # (N,) -> (N, D)
+        return self.tok_embeddings(tokens)
 
     def lay_out(self, tokens, lengths: list[int], cache: KVCache | None) -> Stream:
         device = tokens.device
@@ -203,12 +225,17 @@ class Transformer(nn.Module):
         assert longest <= self.config.max_seq_len, (
             f"a sample of {longest} tokens is longer than max_seq_len={self.config.max_seq_len}; "
             "cut it, or train with a larger --max_seq_len")
-        # Worked out anew for each pass: as a buffer it would follow .to(bfloat16), which cannot tell 200 from 201.
-        frequency = self.config.rope_theta ** -(
-            torch.arange(0, self.config.head_dim, 2, device=device) / self.config.head_dim)     # (K/2,)
+        return Stream(spans, sample, positions, self.rotation(longest, positions), cache, past)
+
+    def rotation(self, longest: int, positions):  # (N,) -> (N, 1, K/2) complex
+        """The turn of each pair at each position. Worked out anew for each pass: as a buffer it would follow
+        .to(bfloat16), which cannot tell 200 from 201."""
+        config, device = self.config, positions.device
+        frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)   # (K/2,)
+        if config.rope_scaling:
+            frequency = stretched(frequency, **config.rope_scaling)
         angle = torch.outer(torch.arange(longest, device=device), frequency)                    # (longest, K/2)
-        rotation = torch.polar(torch.ones_like(angle), angle)[positions].unsqueeze(1)           # (N, 1, K/2)
-        return Stream(spans, sample, positions, rotation, cache, past)
+        return torch.polar(torch.ones_like(angle), angle)[positions].unsqueeze(1)
 
     def n_parameters(self) -> int:
         """A matrix that is tied to another counts once."""

@@ -14,6 +14,7 @@ goes on, on any number of processes. What lies in the folder is told in distill/
 
 import argparse
 import dataclasses
+import hashlib
 import shutil
 import sys
 import time
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import runtime
-from dataset.lm_dataset import SFTDataset, flat_batch, sample_key
+from dataset.lm_dataset import dataset_of, flat_batch, sample_key
 from distill.teacher_logits import VERSION, CacheWriter, file_sha256, lay_out, pack, row_type
 from model.checkpoint import load_model
 from runtime import Logger
@@ -40,7 +41,7 @@ class Samples:
     """The samples of several files, numbered through, in the tokens that training will have."""
 
     def __init__(self, paths, tokenizer, max_seq_len, skip_bad_lines):
-        self.files = [SFTDataset([path], tokenizer, max_seq_len, skip_bad_lines, Logger) for path in paths]
+        self.files = [dataset_of([path])([path], tokenizer, max_seq_len, skip_bad_lines, Logger) for path in paths]
         self.firsts = np.cumsum([0, *map(len, self.files)])
         self.lengths = np.concatenate([file.lengths for file in self.files])        # (n,) tokens
         self.n_targets = np.concatenate([file.n_targets for file in self.files])    # (n,)
@@ -98,6 +99,15 @@ def in_words(size: float) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
 
 
+def sha256_of_model(path) -> str:
+    """Of a weight file; of a folder, the hashes of its weights and their names."""
+    path = Path(path)
+    if path.is_file():
+        return file_sha256(path)
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
+    return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}" for file in files).encode()).hexdigest()
+
+
 def check_room(writer: CacheWriter, missing: list[int]):
     """Say how much it will be; raise ValueError if that is more than the disk has left."""
     about, head = writer.about, 0 if writer.about["top_k"] else writer.head.nbytes
@@ -116,9 +126,9 @@ def main():
     # 1. Arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what").add_argument
-    add("--teacher", required=True, help="its weights")
+    add("--teacher", required=True, help="its weights: a checkpoint, a Hugging Face folder, a GGUF file")
     add("--data_path", nargs="+", required=True,
-        help="files of conversations: all that training and validation will read")
+        help="files of conversations, or of texts: all that training and validation will read")
     add("--cache_dir", default="out/teacher_cache", help="folder for the outputs; one teacher, one folder")
     add("--top_k", type=int, default=0, help="keep only the log-probabilities of the k likeliest words, 1 to the size of "
                                              "the vocabulary; 0: the final hidden states, from which all of them come")
@@ -160,7 +170,7 @@ def main():
         Logger(f"teacher {config}: {teacher.n_parameters() / 1e6:.2f} M parameters, from {args.teacher}")
 
         # 4. Data, and what there is already
-        about = {"version": VERSION, "teacher": args.teacher, "teacher_sha256": file_sha256(args.teacher),
+        about = {"version": VERSION, "teacher": args.teacher, "teacher_sha256": sha256_of_model(args.teacher),
                  "teacher_sizes": dataclasses.asdict(config),
                  "tokenizer": str(tokenizer.path), "tokenizer_sha256": tokenizer.sha256,
                  "max_seq_len": max_seq_len, "top_k": args.top_k, "temperature": args.temperature,

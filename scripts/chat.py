@@ -39,7 +39,7 @@ def answer(model, tokenizer, messages, max_new_tokens, **sampling):
     while len(prompt) + max_new_tokens > model.config.max_seq_len and len(messages) > 2:
         messages = messages[2:] if messages[0]["role"] != "system" else [messages[0], *messages[3:]]
         prompt = tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
-    steps = generate_steps(model, [prompt], max_new_tokens, stop=tokenizer.im_end, **sampling)
+    steps = generate_steps(model, [prompt], max_new_tokens, stop=tokenizer.end_of_turn, **sampling)
     yield from tokenizer.stream(token for (token,) in steps if token is not None)
 
 

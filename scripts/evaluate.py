@@ -5,11 +5,14 @@ Evaluation: one or several models on the same test files, side by side in one ta
     python scripts/evaluate.py --weights out/full_sft_64.pth out/full_dist_64.pth --data dataset/test.jsonl
     python scripts/evaluate.py --weights teacher=out/full_sft_128.pth SFT=out/a.pth,out/b.pth --json out/scores.json
 
-What a row of a test file is decides how it is scored; a file may mix them:
+    python scripts/evaluate.py --weights SmolLM2-135M-Instruct/ out/full_dist_384.pth --data alpaca.json --limit 200 --samples 3
+
+A model is whatever model/checkpoint.py reads. What a row of a test file is decides how it is scored; a file may mix them:
     conversation             exact match (the greedy answer is the right one, word for word), perplexity, agreement with
                              the reference and KL(reference || model) in nats per token, also by position in the answer
     question with options    the likeliest option, by the probability of its text, is the right one
     prompt with distribution KL(truth || model) over the answers in nats, and whether the likeliest answer is the right one
+    text                     nats per token and perplexity of all its tokens, agreement and KL; cut to 512 tokens and less
 """
 
 import argparse
@@ -19,15 +22,17 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 
 # Run as `python scripts/evaluate.py`, Python looks for modules in scripts/ only; the shelves lie one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.formats import BadLine, read_rows, to_messages
+from dataset.formats import BadLine, read_rows, to_messages, to_text
+from dataset.lm_dataset import text_samples
 from model.checkpoint import load_model
 from model.generate import generate
-from model.score import score
+from model.score import score, score_samples
 from runtime import pick_device, write_whole
 
 # Column of the table -> (key of a model's results, how to print it).
@@ -36,6 +41,8 @@ COLUMNS = {
     "exact match %": ("exact_match", "{:.1f}"),
     "multiple choice %": ("multiple_choice", "{:.1f}"),
     "perplexity": ("perplexity", "{:.2f}"),
+    "text nats/token": ("text_loss", "{:.3f}"),
+    "text perplexity": ("text_perplexity", "{:.2f}"),
     "agreement %": ("agreement", "{:.1f}"),
     "KL": ("kl", "{:.3f}"),
     "habits KL": ("habits_kl", "{:.3f}"),
@@ -44,11 +51,15 @@ COLUMNS = {
 }
 
 
-def read_tests(paths) -> dict[str, list[dict]]:
-    """Rows of all files by kind, each a dict. Raises BadLine with file, line and reason."""
-    tests = {"conversations": [], "choices": [], "distributions": []}
+TEXT_TOKENS = 512       # of a piece of text at most, so that models of unlike max_seq_len read the same
+
+
+def read_tests(paths, limit: int = 0) -> dict[str, list]:
+    """Rows of all files by kind, texts as str, others as dict; the first `limit` of each file, or with 0 all. Raises
+    BadLine with file, line and reason."""
+    tests = {"conversations": [], "choices": [], "distributions": [], "texts": []}
     for path in paths:
-        for number, row in read_rows(path):
+        for number, row in islice(read_rows(path), limit or None):
             try:
                 if isinstance(row, str):
                     raise ValueError(row)
@@ -57,6 +68,8 @@ def read_tests(paths) -> dict[str, list[dict]]:
                 elif "options" in row:
                     to_messages(row)        # says what is wrong with it, if anything is
                     tests["choices"].append(row)
+                elif "text" in row:
+                    tests["texts"].append(to_text(row))
                 else:
                     tests["conversations"].append({"messages": to_messages(row), "leaf": row.get("leaf", "all")})
             except ValueError as error:
@@ -80,14 +93,20 @@ def evaluate(model, tokenizer, tests, reference=None) -> dict:
     """All that this model's tests give; keys as in COLUMNS, `leaves` {leaf: exact match %}, `kl_by_position`."""
     results = {"parameters": model.n_parameters()}
 
-    if tests["conversations"]:
-        scores = score(model, tokenizer, [test["messages"] for test in tests["conversations"]], reference)
-        n_tokens = sum(s.n_tokens for s in scores)
+    scores = score(model, tokenizer, [test["messages"] for test in tests["conversations"]], reference)
+    of_texts = score_samples(model, text_samples(tests["texts"], tokenizer, min(TEXT_TOKENS, model.config.max_seq_len)),
+                             reference)
+    if reference is not None and scores + of_texts:
+        n_tokens = sum(s.n_tokens for s in scores + of_texts)
+        results["agreement"] = 100 * sum(s.agree for s in scores + of_texts) / n_tokens
+        results["kl"] = sum(sum(s.kl) for s in scores + of_texts) / n_tokens
+    if of_texts:
+        results["text_loss"] = nats_per_token(of_texts)
+        results["text_perplexity"] = math.exp(results["text_loss"])
+    if scores:
         results["exact_match"] = 100 * statistics.mean(s.exact for s in scores)
-        results["perplexity"] = math.exp(-sum(s.log_p for s in scores) / n_tokens)
+        results["perplexity"] = math.exp(nats_per_token(scores))
         if reference is not None:
-            results["agreement"] = 100 * sum(s.agree for s in scores) / n_tokens
-            results["kl"] = sum(sum(s.kl) for s in scores) / n_tokens
             results["kl_by_position"] = kl_by_position(scores)
         leaves = defaultdict(list)
         for test, s in zip(tests["conversations"], scores):
@@ -114,6 +133,10 @@ def evaluate(model, tokenizer, tests, reference=None) -> dict:
     return results
 
 
+def nats_per_token(scores) -> float:
+    return -sum(s.log_p for s in scores) / sum(s.n_tokens for s in scores)
+
+
 def kl_by_position(scores) -> dict[str, float]:
     """Mean nats of the tokens at each span of positions: {"1": ..., "2": ..., "3-4": ..., "5-8": ..., "9-16": ...}.
 
@@ -132,6 +155,28 @@ def score_answers(model, tokenizer, questions) -> list[list[float]]:
                      for question, answers in questions for answer in answers]
     log_p = iter([s.log_p for s in score(model, tokenizer, conversations)])
     return [[next(log_p) for _ in answers] for _, answers in questions]
+
+
+def sample_answers(model, tokenizer, tests, n: int, max_new_tokens: int) -> list[str]:
+    """Greedy answers to the first n conversations, or how the model goes on with the first n texts after 16 tokens."""
+    prompts = [tokenizer.encode_chat(test["messages"][:-1], add_generation_prompt=True)[0]
+               for test in tests["conversations"][:n]]
+    begin = [] if tokenizer.bos is None else [tokenizer.bos]
+    prompts = prompts or [begin + tokenizer.encode(text)[:16] for text in tests["texts"][:n]]
+    stop = tokenizer.end_of_turn if tests["conversations"] else tokenizer.end_of_text
+    return [tokenizer.decode(ids) for ids in generate(model, prompts, max_new_tokens, stop)] if prompts else []
+
+
+def side_by_side(tests, answers: dict[str, list[str]]) -> str:
+    """Questions, the answers of the test file, and those of each model, as Markdown."""
+    shown = [(test["messages"][-2]["content"], test["messages"][-1]["content"]) for test in tests["conversations"]]
+    shown = shown or [(text, "") for text in tests["texts"]]
+    blocks = []
+    for i, (question, gold) in enumerate(shown[:max(map(len, answers.values()))]):
+        said = {"the file": gold, **{label: texts[i] for label, texts in answers.items()}}
+        blocks.append("\n".join([f"> {question}".replace("\n", "\n> "), "",
+                                 *(f"- **{label}**: {' '.join(text.split())}" for label, text in said.items() if text)]))
+    return "\n\n".join(blocks)
 
 
 def generation_speed(model, tokenizer, tests, n_tokens: int = 32) -> float:
@@ -239,6 +284,10 @@ def main():
         help="models to compare; several paths under one label are seeds: their mean and spread is shown")
     add("--data", nargs="+", default=["dataset/test.jsonl", "dataset/mcq_test.jsonl", "dataset/test_habits.jsonl"],
         help="test files")
+    add("--limit", type=int, default=0, help="read the first so many rows of each file; 0: all")
+    add("--samples", type=int, default=0, help="show the models' greedy answers to so many questions, or how they go on "
+                                               "with texts, side by side")
+    add("--max_new_tokens", type=int, default=64, help="longest of these answers, in tokens")
     add("--reference", default=None, help="weights that agreement and KL are measured with; default: the first of "
                                           "--weights")
     add("--json", default=None, help="file for all results")
@@ -256,29 +305,31 @@ def main():
     # Its label, if it has one that no other seed shares.
     reference_name = next((label for label, paths in models.items() if paths == [reference_path]), reference_path)
     try:
-        tests = read_tests(args.data)
+        tests = read_tests(args.data, args.limit)
         reference, vocabulary = load_model(reference_path, device)
-        all_results = {}
+        all_results, answers = {}, {}
         for label, paths in models.items():
             all_results[label] = []
             for path in paths:
-                model, tokenizer = load_model(path, device)
-                comparable = tokenizer.sha256 == vocabulary.sha256
+                model, tokenizer = (reference, vocabulary) if path == reference_path else load_model(path, device)
+                comparable = (tokenizer.sha256, model.config.vocab_size) == (vocabulary.sha256, reference.config.vocab_size)
                 all_results[label].append(evaluate(model, tokenizer, tests, reference if comparable else None))
+            if args.samples:
+                answers[label] = sample_answers(model, tokenizer, tests, args.samples, args.max_new_tokens)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
 
     key = (f"agreement: with {reference_name}; KL: KL({reference_name} || model) in nats per token; "
            "habits: KL(truth || model) in nats, and how often the likeliest answer is the likeliest in truth; "
            "tokens/s: greedy answers, 16 at a time, on this machine")
-    print(f"{tables(all_results, reference_name)}\n\n{key}")
+    text = f"{tables(all_results, reference_name)}\n\n{key}" + (f"\n\n{side_by_side(tests, answers)}" if answers else "")
+    print(text)
     if args.json:
         write_whole(Path(args.json), lambda file: file.write(json.dumps(all_results, indent=2).encode()))
     if args.report:
         report, picture = Path(args.report), Path(args.report).with_suffix(".png")
         draw(all_results, reference_name, picture)
-        text = (f"# Results\n\n{tables(all_results, reference_name)}\n\n{key}\n\n"
-                f"![the same as a picture]({picture.name})\n")
+        text = f"# Results\n\n{text}\n\n![the same as a picture]({picture.name})\n"
         write_whole(report, lambda file: file.write(text.encode()))
 
 

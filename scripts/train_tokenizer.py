@@ -27,6 +27,7 @@ from tokenizers import models, pre_tokenizers, trainers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # so that `import model` works from scripts/
 
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, as_text_or_bytes
+from model.weights.vocabulary import to_bytes
 
 SMALLEST = len(SPECIAL_TOKENS) + 256
 
@@ -117,21 +118,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     return trained
 
 
-def bytes_of_letters() -> dict[str, int]:
-    """
-    letter -> byte. The tokenizers library writes a byte as a letter: a printable one as itself, the n-th of the
-    others (from 0) as the letter 256 + n, so that a space is "Ġ". GPT-2's encoder.py began it.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {chr(256 + n): value for n, value in enumerate(others)}
-
-
 def to_tokenizer(trained: tokenizers.Tokenizer) -> Tokenizer:
     """Ours. Ids: special tokens 0 .. 15, bytes 16 .. 271, then the unions in the order they were learned."""
-    byte_of = bytes_of_letters()
     by_id = sorted(trained.get_vocab().items(), key=lambda item: item[1])
-    tokens = [bytes(byte_of[letter] for letter in letters) for letters, _ in by_id]
+    tokens = [to_bytes(letters) for letters, _ in by_id]
 
     in_order = [bytes([value]) for value in range(256)] + [token for token in tokens if len(token) > 1]
     ranks = {token: i for i, token in enumerate(in_order, start=len(SPECIAL_TOKENS))}

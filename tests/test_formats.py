@@ -164,6 +164,11 @@ def test_a_blank_line_ends_a_paragraph_and_a_paragraph_is_numbered_by_its_first_
     assert read_texts(path) == ["Once\nthere was", "The end"]
 
 
+def test_where_lines_endoftext_stand_a_blank_line_is_part_of_the_text(tmp_path):
+    path = written(tmp_path, "stories.txt", "\nOnce\n\nthere was.\n<|endoftext|>\n\nThe end\n<|endoftext|>\n")
+    assert list(read_rows(path)) == [(2, {"text": "Once\n\nthere was."}), (7, {"text": "The end"})]
+
+
 def test_a_csv_record_over_two_lines_is_numbered_by_its_first(tmp_path):
     path = written(tmp_path, "a.csv", 'prompt,output\n"one\ntwo",three\nfour,five\n')
     assert [number for number, _ in read_rows(path)] == [2, 4]

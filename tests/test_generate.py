@@ -193,5 +193,5 @@ def test_positions_count_anew_in_each_turn(tiny):
 
 
 def test_a_conversation_longer_than_the_model_is_named(counter):
-    with pytest.raises(ValueError, match="conversation 2 has 12 tokens, more than the model's max_seq_len=10"):
+    with pytest.raises(ValueError, match="sample 2 has 12 tokens, more than the model's max_seq_len=10"):
         score(counter, Ready, [asked_and_answered([1], [2]), asked_and_answered([1] * 12, [2])])

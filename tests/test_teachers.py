@@ -176,9 +176,9 @@ def test_of_real_text_each_match_has_the_same_text_before_and_behind_it(data, ca
     assert (batch.match >= 0).all()                     # each of our tokens begins where some byte does
     taught = batch.teacher
     for s, t in enumerate(batch.match.tolist()):
-        token = ours.decode([batch.targets[s]]) if batch.targets[s] != ours.im_end else None
+        token = ours.decode([batch.targets[s]]) if batch.targets[s] != ours.end_of_turn else None
         if token is None:
-            assert taught.targets[t] == theirs.im_end
+            assert taught.targets[t] == theirs.end_of_turn
         else:
             assert ours._encoding.decode_single_token_bytes(int(batch.targets[s]))[0] == taught.targets[t] - 16
 
@@ -225,7 +225,7 @@ def test_padded_columns_are_refused_and_with_pad_vocab_left_out(flags, tmp_path)
     ({"attention_weight": 1.0, "relation_heads": 5}, "n_relation_heads=5"),
     ({"divergence": "uld", "alpha": 0.5, "plain_loss": True}, "--plain_loss"),
     ({"teacher_cache": "nowhere"}, "nowhere"),
-    ({"teacher": "tests"}, "tests is a folder, no weights"),
+    ({"teacher": "tests"}, "tests is a folder, but no model"),
 ], ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
 def test_settings_that_cannot_be_are_refused_with_their_value(more, reason, flags):
     assert reason in complaint(SCRIPT, **flags | more)

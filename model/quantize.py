@@ -1,0 +1,160 @@
+"""
+量化：权重存成 8 位或 4 位整数与比例，激活仍为浮点；只用于推理。
+Quantisation: weights become integers of 8 or 4 bits and a scale; activations stay floats. For inference alone.
+
+    int8    w ~ scale * q              q in -127 .. 127, one scale for each row (output)
+    int4    w ~ scale * q + low        q in 0 .. 15, a scale and a low for each 32 weights of a row; two q in a byte
+
+Rounding to the nearest, so no weight moves by more than scale / 2. Of the layers every matrix is quantised but the
+experts' router, whose choice would jump; norms, biases and positions stay as they are. The words are int8 in both kinds.
+
+SmolLM2-135M on 4,096 tokens of TinyStories, one core (AVX2), ms for a new token:
+@TABLE@
+int8: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, without its outliers; groups with a low: llama.cpp's Q4_1.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.moe import MoEFeedForward
+
+GROUP = 32              # weights that share a scale in int4
+UNPACKED = 2 ** 20      # weights made floats at once: 4 MB, which stay in the processor's cache until they are used
+FEW_ROWS = 8            # up to here int4 multiplies its integers, and then scales the few sums in place of the many weights
+
+
+class Quantised(nn.Module):
+    """Base of the kinds. Each stands in for an nn.Linear, or by `unbind` for a stack of experts (E, N, K)."""
+
+    def __init__(self, bias, **code):
+        super().__init__()
+        self.code = tuple(code)
+        for name, tensor in {**code, "bias": bias}.items():
+            # A parameter, though it never learns: it is loaded, moved, tied and counted as the others are.
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
+    def dequantised(self):  # -> (..., N, K) in floats
+        return self.unpack(*(self.get_parameter(name) for name in self.code))
+
+    def unbind(self):  # -> E times (N, K)
+        """The experts as floats, each when its turn comes."""
+        return (self.unpack(*code) for code in zip(*(self.get_parameter(name) for name in self.code)))
+
+    def train(self, mode: bool = True):
+        if mode:
+            raise ValueError(f"{type(self).__name__} weights cannot be trained: integers have no gradient. "
+                             "Train the model they were made from, and quantise it afterwards")
+        return super().train(mode)
+
+
+class Int8(Quantised):
+    """weight int8 (..., N, K) · scale (..., N)"""
+
+    def __init__(self, weight, bias=None):  # (..., N, K), (N,)
+        scale = nonzero(weight.float().abs().amax(dim=-1) / 127)
+        q = (weight.float() / scale.unsqueeze(-1)).round().to(torch.int8)
+        super().__init__(bias, weight=q, scale=scale.to(weight.dtype))
+
+    @staticmethod
+    def unpack(weight, scale):
+        return weight * scale.unsqueeze(-1)
+
+    def forward(self, x):  # (n, K) -> (n, N)
+        pieces = self.weight.split(max(1, UNPACKED // x.shape[-1]))
+        room = torch.empty_like(pieces[0], dtype=x.dtype)       # asking for 4 MB anew for each piece takes longer than all else
+        y = torch.cat([F.linear(x, room[:len(piece)].copy_(piece)) for piece in pieces], dim=-1) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Embedding(Int8):
+    def forward(self, tokens):  # (n,) -> (n, K)
+        return self.unpack(self.weight[tokens], self.scale[tokens])
+
+
+class Int4(Quantised):
+    """weight uint8 (..., G, 16, N) · scale, low (..., G, N), for G = K / 32 groups
+
+    Outputs lie side by side, so that one scale after the other meets one weight after the other. Byte i of a group
+    holds its weight i in the low half and weight i + 16 in the high one.
+    """
+
+    def __init__(self, weight, bias=None):  # (..., N, K), (N,)
+        groups = weight.float().transpose(-1, -2).contiguous().unflatten(-2, (-1, GROUP))   # (..., G, 32, N)
+        low, high = groups.aminmax(dim=-2)
+        scale = nonzero((high - low) / 15)
+        q = ((groups - low.unsqueeze(-2)) / scale.unsqueeze(-2)).round().to(torch.uint8)
+        first, second = q.chunk(2, dim=-2)
+        super().__init__(bias, weight=first | second << 4, scale=scale.to(weight.dtype), low=low.to(weight.dtype))
+
+    @staticmethod
+    def unpack(weight, scale, low):
+        groups = torch.addcmul(low.unsqueeze(-2), integers(weight).to(scale.dtype), scale.unsqueeze(-2))
+        return groups.flatten(-3, -2).transpose(-1, -2)
+
+    def forward(self, x):  # (n, K) -> (n, N)
+        """x . w = sum over groups g of  scale_g (x_g . q_g) + low_g (sum of x_g)"""
+        G, _, N = self.weight.shape
+        x = x.unflatten(-1, (G, GROUP))                                             # (n, G, 32)
+        at_once = max(1, UNPACKED // (GROUP * N))
+        y = 0.0
+        for x, *code in zip(x.split(at_once, 1), *(part.split(at_once) for part in (self.weight, self.scale, self.low))):
+            if len(x) > FEW_ROWS:
+                y = y + F.linear(x.flatten(1), self.unpack(*code))
+            else:
+                weight, scale, low = code
+                first, second = x.transpose(0, 1).chunk(2, dim=-1)                  # (g, n, 16) each
+                products = first @ (weight & 15).to(x.dtype) + second @ (weight >> 4).to(x.dtype)   # (g, n, N)
+                y = y + (products * scale.unsqueeze(1)).sum(dim=0) + x.sum(dim=-1) @ low
+        return y if self.bias is None else y + self.bias
+
+
+def integers(packed):  # (..., 16, N) -> (..., 32, N) of 0 .. 15
+    return torch.cat([packed & 15, packed >> 4], dim=-2)
+
+
+def nonzero(scale):
+    """Weights that are all the same, such as the empty rows of a padded vocabulary, need no scale, but one to divide by."""
+    return torch.where(scale > 0, scale, 1.0)
+
+
+KINDS = {"int8": Int8, "int4": Int4}
+
+
+@torch.no_grad()
+def quantize(model, kind: str):
+    """The same model, its matrices replaced by quantised ones. On the meta device this makes room to load them into.
+
+    kind    "int8" or "int4", which its config then says
+
+    Raises ValueError for another kind, a model that is quantised already, and, before anything is changed, for a matrix
+    whose columns do not split into groups of 32.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"quantization {kind!r} must be one of {', '.join(KINDS)}")
+    if isinstance(model.output, Quantised):
+        raise ValueError(f"the model is {model.config.quantization} already; quantise the weights it was made from")
+    places = list(matrices(model.layers))
+    for path, *_, weight, _ in places:
+        if kind == "int4" and weight.shape[-1] % GROUP:
+            raise ValueError(f"int4 needs columns in groups of {GROUP}, but layers.{path} has {weight.shape[-1]}; use int8")
+
+    for _, module, name, weight, bias in places:
+        setattr(module, name, KINDS[kind](weight, bias))
+    model.tok_embeddings, model.output = Int8Embedding(model.tok_embeddings.weight), Int8(model.output.weight)
+    model.tie_weights()
+    model.config = dataclasses.replace(model.config, quantization=kind)
+    return model.requires_grad_(False)
+
+
+def matrices(layers):
+    """(path, module, name, weight, bias) of every matrix and stack of experts."""
+    for path, module in layers.named_modules():
+        if isinstance(module, MoEFeedForward):
+            for name in ("w1", "w2", "w3"):
+                yield f"{path}.{name}", module, name, module.get_parameter(name), None
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and name != "router":
+                yield f"{path}.{name}", module, name, child.weight, child.bias

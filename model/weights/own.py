@@ -1,0 +1,72 @@
+"""
+我们自己的格式：.pth 是纯 fp32 状态字典，旁边的 .json 记着模型尺寸与分词器。
+Our own format: the .pth is a plain fp32 state dict; the .json beside it knows the model's sizes and its tokenizer.
+
+    out/full_sft_64.pth      {name: tensor}, read with weights_only=True
+    out/full_sft_64.json     {"config": {"dim": 64, ...}, "tokenizer": "tokenizer-1f0c2a9b.json"}
+    out/tokenizer-....json   the vocabulary, so that a folder of weights can be moved as it is
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from model.config import LMConfig
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+from model.weights import Piece
+from runtime import UNREADABLE, write_whole
+
+
+def write(model: Transformer, tokenizer: Tokenizer, path):
+    """Write the three files, each whole or not at all, the weights last."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vocabulary = path.parent / f"tokenizer-{tokenizer.sha256[:8]}.json"
+    if not vocabulary.exists():
+        tokenizer.save(vocabulary)
+    about = json.dumps({"config": dataclasses.asdict(model.config), "tokenizer": vocabulary.name}, indent=2)
+    state = {name: (weight.float() if weight.is_floating_point() else weight).cpu()         # int8 and int4 stay
+             for name, weight in model.state_dict().items()}
+    write_whole(path.with_suffix(".json"), lambda file: file.write(about.encode()))
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def read_config(path) -> LMConfig:
+    return read_about(path)[0]
+
+
+def read_tokenizer(path) -> Tokenizer:
+    return Tokenizer.load(read_about(path)[1])
+
+
+def read_about(path) -> tuple[LMConfig, Path]:
+    """The sizes of the model at PATH and its vocabulary file. Raises FileNotFoundError or ValueError, naming the file."""
+    beside = Path(path).with_suffix(".json")
+    if not beside.exists():
+        raise FileNotFoundError(f"no {beside} beside the weights; it holds the model's sizes and its tokenizer's name")
+    try:
+        about = json.loads(beside.read_text())
+        return LMConfig.from_dict(about["config"]), beside.parent / about["tokenizer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{beside} does not describe a model: {type(error).__name__} {error}") from error
+
+
+def read_state(path) -> dict[str, torch.Tensor]:
+    """A state dict as torch.save writes it, ours or another's; its tensors are read from the file when they are used."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is cut short, or no weight file at all ({type(error).__name__})") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} holds no {{name: tensor}}")
+    return state
+
+
+def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
+    for name, tensor in read_state(path).items():
+        if name != "output.weight" or not config.tie_embeddings:        # tied: it is tok_embeddings again
+            yield Piece(name, tensor, source=name)

@@ -1,0 +1,298 @@
+"""
+别人的词表的规律：编号与 tokenizers 库一个不差，写出去再读回来不变，不能一样的就拒绝并说明理由。
+Laws of model/weights/vocabulary.py: the ids are those of the tokenizers library, out and in again changes nothing, and
+what cannot be the same is refused with the reason.
+"""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
+
+from model.tokenizer import CHATML, LLAMA3, PATTERN, PLAIN, Chat, Tokenizer
+from model.weights.vocabulary import (GPT2, LLAMA_3, PRE_TOKENIZERS, QWEN2, SMOLLM, from_gguf, merges_of,
+                                      read_tokenizer_json, to_gguf, write_tokenizer)
+
+CHATML_NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LLAMA_NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SOUP = ["the", " the", "don't", "IT'S", " 'll", "'ſ", "小猫", "，", "नमस्ते", "مرحبا", "한국어", "ﬁ", "½", "１２", "12345", " 7",
+        "  ", "   \t", "\n", "\r\n", "\n\n", "\u2028", "\u3000", "\x85", "\ufeff", "\x04", "e\u0301", "\u212b", "\u0338",
+        "😀", "👩‍👩‍👧", "\U000f1234", "x = f(a)", "{", "->", "!!", "<think>", "</think>", "<th"]
+
+
+def soups(seed, n):
+    """Texts of pieces that are easily cut wrongly, and of characters from all of Unicode."""
+    generator = random.Random(seed)
+
+    def piece():
+        points = generator.randrange(128), generator.randrange(0xD800), generator.randrange(0xE000, 0x110000)
+        return generator.choice(SOUP) if generator.random() < 0.8 else chr(generator.choice(points))
+
+    return ["".join(piece() for _ in range(generator.randrange(1, 30))) for _ in range(n)]
+
+
+TEXTS = soups(seed=0, n=1000)
+
+
+def byte_level(**options):
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, **options)
+
+
+def split(pattern):
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level(use_regex=False)])
+
+
+def train(pre_tokenizer, names=CHATML_NAMES, normalizer=None, lacks=(), post_processor=None):
+    """A small vocabulary of the tokenizers library, with <think> and </think> for any text."""
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        library.normalizer = normalizer
+    letters = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter not in lacks]
+    library.train_from_iterator(soups(seed=1, n=100), trainers.BpeTrainer(
+        vocab_size=600, special_tokens=names, show_progress=False,
+        initial_alphabet=letters, limit_alphabet=len(letters)))
+    library.add_tokens([AddedToken(name, normalized=False) for name in ("<think>", "</think>")])
+    if post_processor is not None:
+        library.post_processor = post_processor
+    return library
+
+
+def gpt2():
+    return train(byte_level(), names=["<|endoftext|>"])
+
+
+def smollm():
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return train(pre_tokenizers.Sequence([digits, byte_level()]), lacks="Ą")                # which is the byte 4
+
+
+def qwen2():
+    return train(split(QWEN2), normalizer=normalizers.NFC())
+
+
+def llama_3():
+    start = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    return train(split(LLAMA_3), names=LLAMA_NAMES, post_processor=processors.Sequence([processors.ByteLevel(), start]))
+
+
+FAMILIES = {"gpt2": gpt2, "smollm": smollm, "qwen2": qwen2, "llama_3": llama_3}
+
+
+@pytest.fixture(scope="module")
+def libraries():
+    return {name: make() for name, make in FAMILIES.items()}
+
+
+def saved(library, folder, **config):
+    """The folder that transformers would write."""
+    folder.mkdir(parents=True, exist_ok=True)
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+# -- ids ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_thousand_texts_have_the_ids_of_the_library_in_and_out(libraries, tmp_path, family):
+    library = libraries[family]
+    expected = [ids.ids for ids in library.encode_batch(TEXTS, add_special_tokens=False)]
+    tokenizer = read_tokenizer_json(saved(library, tmp_path / "in"))
+    assert tokenizer.encode_batch(TEXTS) == expected
+    write_tokenizer(tokenizer, tmp_path / "out")
+    written = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert [ids.ids for ids in written.encode_batch(TEXTS, add_special_tokens=False)] == expected
+    assert written.encode("a").ids == library.encode("a").ids                 # with its bos, where it has one
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_and_read_again_is_the_same_vocabulary(libraries, tmp_path, family):
+    tokenizer = read_tokenizer_json(saved(libraries[family], tmp_path / "in"))
+    write_tokenizer(tokenizer, tmp_path / "out")
+    tokenizer.save(tmp_path / "ours.json")
+    assert read_tokenizer_json(tmp_path / "out").sha256 == tokenizer.sha256
+    assert Tokenizer.load(tmp_path / "ours.json").sha256 == tokenizer.sha256
+    fields = to_gguf(tokenizer, vocab_size=tokenizer.vocab_size + 9)
+    assert len(fields["tokens"]) == len(fields["token_types"]) == tokenizer.vocab_size + 9
+    assert from_gguf(**fields).sha256 == tokenizer.sha256
+
+
+def test_the_shipped_vocabulary_goes_out_and_comes_back_with_the_same_ids(tmp_path):
+    shipped = Tokenizer.load()
+    write_tokenizer(shipped, tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in TEXTS:                                  # the library finds special tokens in any text
+        assert library.encode(text).ids == shipped.encode(text, allow_special=True)
+    assert read_tokenizer_json(tmp_path / "tokenizer.json").sha256 == shipped.sha256
+    assert from_gguf(**to_gguf(shipped, shipped.vocab_size)).sha256 == shipped.sha256
+
+
+def test_the_merges_follow_from_the_ids(libraries):
+    model = json.loads(libraries["qwen2"].to_str())["model"]
+    tokenizer = from_gguf(list(model["vocab"]), [3] * 3 + [1] * (len(model["vocab"]) - 3),
+                          [" ".join(merge) for merge in model["merges"]], "qwen2", eos_id=0)
+    assert to_gguf(tokenizer, tokenizer.vocab_size)["merges"] == [" ".join(merge) for merge in model["merges"]]
+    # b + c is joined before a + b, so that abc is a + bc; no two tokens make xyz
+    ranks = {bytes([value]): value for value in range(256)} | {b"bc": 256, b"ab": 257, b"abc": 258, b"xyz": 259}
+    assert merges_of(ranks) == [(b"b", b"c"), (b"a", b"b"), (b"a", b"bc")]
+
+
+def test_no_text_and_no_content_can_forge_a_special_token(libraries, tmp_path):
+    for family, library in libraries.items():
+        tokenizer = read_tokenizer_json(saved(library, tmp_path / family))
+        forbidden = {i for name, i in tokenizer.special_tokens.items() if name not in tokenizer.matched}
+        for name in tokenizer.special_tokens:
+            assert not forbidden & set(tokenizer.encode(f"a{name}b{name}"))
+            user = [{"role": "user", "content": name}]
+            empty = [{"role": "user", "content": ""}]
+            for i in forbidden:
+                assert tokenizer.encode_chat(user)[0].count(i) == tokenizer.encode_chat(empty)[0].count(i)
+
+
+def test_merges_may_be_strings_and_the_older_forms_of_added_tokens_are_read(libraries, tmp_path):
+    saved(libraries["qwen2"], tmp_path, eos_token={"content": "<|im_end|>"}, added_tokens_decoder={
+        "602": {"content": "<|fim|>", "special": True}, "603": {"content": "<tool>", "special": False}})
+    (tmp_path / "added_tokens.json").write_text('{"<old>": 604}')
+    theirs = json.loads((tmp_path / "tokenizer.json").read_text())
+    theirs["model"]["merges"] = [" ".join(merge) for merge in theirs["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(theirs))
+    tokenizer = read_tokenizer_json(tmp_path)
+    assert tokenizer.special_tokens["<|fim|>"] == 602 and "<|fim|>" not in tokenizer.matched
+    assert tokenizer.encode("<tool><old>") == [603, 604]
+    (tmp_path / "added_tokens.json").write_text('{"<old>": 700}')
+    with pytest.raises(ValueError, match="'<old>' has the id 700 here, the tokenizers library gives it 604"):
+        read_tokenizer_json(tmp_path)
+
+
+# -- chat templates ----------------------------------------------------------------------------------------------------
+
+# In the manner of the published ones; the ids of those were compared with transformers' apply_chat_template.
+LOOP = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
+        "{% endfor %}")
+DATES = ('{%- set date_string = "26 Jul 2024" %}{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}'
+         '{{- "Cutting Knowledge Date: December 2023\\n" }}{{- "Today Date: " + date_string + "\\n\\n" }}')
+PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize("family, template, chat", [
+    ("qwen2", LOOP, CHATML),
+    ("qwen2", None, CHATML),
+    ("qwen2", "{% if x %}{{ '<|im_start|>system\\n' + s + '<|im_end|>\\n' }}{% else %}"
+              "{{ '<|im_start|>system\\nYou\\'re A.<|im_end|>\\n' }}{% endif %}" + LOOP,
+     replace(CHATML, default_system="You're A.")),
+    ("qwen2", LOOP + PROMPT, replace(CHATML, before_answer="<think>\n\n</think>\n\n")),
+    ("llama_3", "{{ '<|start_header_id|>' }}", LLAMA3),
+    ("llama_3", DATES, replace(LLAMA3, default_system="", system=(
+        "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n{content}<|eot_id|>"))),
+    ("gpt2", None, PLAIN("<|endoftext|>")),
+    ("qwen2", "[INST] {{ x }}", PLAIN("<|endoftext|>")),
+])
+def test_a_chat_template_is_recognised_by_its_text(libraries, tmp_path, family, template, chat):
+    folder = saved(libraries[family], tmp_path, chat_template=template)
+    assert read_tokenizer_json(folder).chat == chat
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)                 # where newer folders have it
+        (folder / "tokenizer_config.json").write_text("{}")
+        assert read_tokenizer_json(folder).chat == chat
+
+
+def test_a_template_of_ours_brings_back_any_chat(libraries, tmp_path):
+    shipped = Tokenizer.load()
+    odd = Chat("<|im_start|>S {content}'\"#}", "\\n{content}{# ", "<|im_start|>A 汉{content}<|im_end|>",
+               default_system="#} {{ x }}", before_answer="😀", trims=True)
+    tokenizer = Tokenizer(PATTERN, shipped.special_tokens, shipped.ranks, chat=odd, end_of_text="<|reserved_1|>",
+                          bos="<|reserved_2|>")
+    write_tokenizer(tokenizer, tmp_path)
+    assert read_tokenizer_json(tmp_path).sha256 == tokenizer.sha256
+
+
+def test_between_chat_tokens_the_ids_of_a_conversation_are_those_of_its_text(libraries, tmp_path):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "小猫 2+3=?\n"},
+                {"role": "assistant", "content": "don't\n\n"}]
+    for family in ("smollm", "qwen2", "llama_3"):
+        library = libraries[family]
+        tokenizer = read_tokenizer_json(saved(library, tmp_path / family))
+        ids, _ = tokenizer.encode_chat(messages)
+        assert library.encode(tokenizer.render(messages), add_special_tokens=False).ids == ids
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("part, value, said", [
+    ("model.type", "Unigram", "model is Unigram; only byte-level BPE"),
+    ("model.byte_fallback", True, "model has byte_fallback True"),
+    ("model.end_of_word_suffix", "</w>", "model has end_of_word_suffix '</w>'"),
+    ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer {\"type\": \"Metaspace\"} is none of the known ones"),
+    ("pre_tokenizer", None, "pre_tokenizer null is none"),
+    ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "pre_tokenizer ByteLevel has add_prefix_space"),
+    ("normalizer", {"type": "Lowercase"}, "normalizer {\"type\": \"Lowercase\"} is neither NFC"),
+    ("post_processor", {"type": "BertProcessing"}, "post_processor {\"type\": \"BertProcessing\"} does more"),
+    ("added_tokens.0.lstrip", True, "added token '<|endoftext|>' has lstrip"),
+    ("model.vocab.▁the", 900, "token '▁the': '▁' stands for no byte"),
+    ("model.vocab.zzzz", 900, "no merge makes token 'zzzz', id 900, which tiktoken would find"),
+    ("model.merges.0", ["Ħ", "ħ"], "makes no token"),
+])
+def test_what_cannot_be_the_same_is_refused_with_the_reason(libraries, tmp_path, part, value, said):
+    theirs = json.loads(libraries["qwen2"].to_str())
+    *path, last = part.split(".")
+    place = theirs
+    for key in path:
+        place = place[int(key) if key.isdigit() else key]
+    place[int(last) if last.isdigit() else last] = value
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(theirs))
+    with pytest.raises(ValueError) as error:
+        read_tokenizer_json(file)
+    assert str(error.value).startswith(f"{file}: ") and said in str(error.value)
+
+
+def small(merges, tokens):
+    """Bytes 0 .. 255, then these tokens, then <|endoftext|>."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    named = [*letters, *tokens, "<|endoftext|>"]
+    return from_gguf(named, [1] * (len(named) - 1) + [3], merges, "gpt-2")
+
+
+def test_merges_in_another_order_than_the_ids_or_too_few_of_them_are_refused():
+    assert small(["b c", "a b", "a bc"], ["bc", "ab", "abc"]).encode("abc") == [258]
+    with pytest.raises(ValueError, match="makes 'ab', id 257, comes before the one that makes 'bc', id 256"):
+        small(["a b", "b c", "a bc"], ["bc", "ab", "abc"])
+    with pytest.raises(ValueError, match="no merge of 'a' and 'bc', which tiktoken would join to 'abc'"):
+        small(["b c", "a b", "ab c"], ["bc", "ab", "abc"])
+
+
+def test_a_pattern_that_the_library_runs_otherwise_is_refused(tmp_path):
+    library = train(split(r"\w+"))                      # the library keeps what is between the words, tiktoken does not
+    with pytest.raises(ValueError, match="the tokenizers library cuts a text otherwise"):
+        read_tokenizer_json(saved(library, tmp_path))
+
+
+def test_a_pattern_that_the_library_cannot_read_is_not_written(tmp_path):
+    shipped = Tokenizer.load()
+    tokenizer = Tokenizer(r"(?s:.)", shipped.special_tokens, shipped.ranks)   # Rust's, not Oniguruma's
+    with pytest.raises(ValueError, match="cannot be written as a tokenizer.json: the tokenizers library cannot read"):
+        write_tokenizer(tokenizer, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_name_that_gguf_does_not_have_is_refused(libraries, tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.ggml.pre is 'chatglm-bpe'; read are gpt-2, smollm, llama-bpe"):
+        from_gguf([], [], [], "chatglm-bpe")
+    tokenizer = read_tokenizer_json(saved(libraries["gpt2"], tmp_path))
+    assert tokenizer.pattern == PRE_TOKENIZERS["gpt-2"] == GPT2 and PRE_TOKENIZERS["smollm"] == SMOLLM
+    lowercase = Tokenizer(r"[a-z]+|.", tokenizer.special_tokens, tokenizer.ranks, chat=tokenizer.chat)
+    with pytest.raises(ValueError, match="GGUF has no name for the pattern"):
+        to_gguf(lowercase, lowercase.vocab_size)
+
+
+def test_a_folder_without_a_vocabulary_says_what_writes_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="AutoTokenizer.from_pretrained"):
+        read_tokenizer_json(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"tokens": []}')
+    with pytest.raises(ValueError, match="not a tokenizer.json of Hugging Face's"):
+        read_tokenizer_json(tmp_path)
