@@ -66,7 +66,7 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teachers, student, tokeni
             with run.forward(last):
                 out = run.parallel["model"](batch.tokens, batch.lengths, at=batch.at, with_logits=False,
                                             return_hidden=args.feature_weight > 0)
-                head = only_words(student.output.weight, tokenizer, args)
+                head = only_words(student.head, tokenizer, args)
 
                 # The student speaks only where the assistant does: (S, D) states, (S, V) logits. Sums over tokens,
                 # divided once by the tokens of the whole step: every token weighs the same, however the step is split.
@@ -150,7 +150,7 @@ def evaluate(model, val_loader, device, teachers, tokenizer, dtype, args):
         with runtime.autocast(dtype, device):
             taught = ask(teachers, batch, tokenizer, args)
             out = model(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
-            head = only_words(model.output.weight, tokenizer, args)
+            head = only_words(model.head, tokenizer, args)
             scores = compare(out.final, head, batch.targets, taught.said, taught.matched, args.temperature,
                              across=args.divergence == "uld")
         sums += torch.stack([*scores.values(), torch.tensor(len(batch.targets), device=device)])

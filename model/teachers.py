@@ -39,7 +39,7 @@ def ask(teachers, batch, tokenizer, args) -> Taught:
         else:
             out = source(read.tokens, read.lengths, at=read.at, with_logits=False,
                          return_hidden=args.feature_weight > 0)
-            one = Dense(out.final, source.output.weight)
+            one = Dense(out.final, source.head)
         head = one.head if batch.teacher else only_words(one.head, tokenizer, args)
         said.append(Dense(one.states, head, weight))
     if batch.teacher:

@@ -237,6 +237,12 @@ class Transformer(nn.Module):
         angle = torch.outer(torch.arange(longest, device=device), frequency)                    # (longest, K/2)
         return torch.polar(torch.ones_like(angle), angle)[positions].unsqueeze(1)
 
+    @property
+    def head(self):  # -> (V, D)
+        """The matrix that turns final hidden states into logits, for losses that run it themselves."""
+        return self.output.dequantised() if self.config.quantization else self.output.weight
+
     def n_parameters(self) -> int:
-        """A matrix that is tied to another counts once."""
-        return sum(weight.numel() for weight in self.parameters())
+        """A matrix that is tied to another counts once; of quantised weights two may lie in a byte, and scales are none."""
+        return sum(weight.numel() * (2 if weight.dtype == torch.uint8 else 1)
+                   for name, weight in self.named_parameters() if not name.endswith((".scale", ".low")))

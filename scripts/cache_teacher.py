@@ -82,7 +82,7 @@ class Progress:
 @torch.no_grad()
 def say(teacher, samples: Samples, numbers: np.ndarray, about, args, dtype, device, progress, stop):
     """The rows of one part, or None after Ctrl-C."""
-    head = teacher.output.weight                                            # (V, D)
+    head = teacher.head                                            # (V, D)
     rows = []
     for batch in samples.batches(numbers, args.tokens_per_batch):
         if stop.asked:
@@ -165,7 +165,7 @@ def main():
             raise ValueError(f"--max_seq_len {max_seq_len} is more than the teacher was made for, {config.max_seq_len}")
         if args.top_k > config.vocab_size:
             raise ValueError(f"--top_k {args.top_k} is more than the {config.vocab_size} words of the vocabulary")
-        head = teacher.output.weight.detach().clone()                       # fp32, before the weights change their type
+        head = teacher.head.detach().clone()                       # fp32, before the weights change their type
         teacher = teacher.to(world.device, dtype if dtype == torch.bfloat16 else torch.float32)
         Logger(f"teacher {config}: {teacher.n_parameters() / 1e6:.2f} M parameters, from {args.teacher}")
 

@@ -4,6 +4,8 @@ Chat: talk with any checkpoint; it answers word by word and remembers the conver
 
     python scripts/chat.py --weights out/full_dist_64.pth
     echo "3 plus 4?" | python scripts/chat.py --weights out/full_dist_64.pth --temperature 0
+    python scripts/chat.py --weights SmolLM2-135M-Instruct.Q4_1.gguf
+    echo "Once upon a time" | python scripts/chat.py --weights stories260K.bin --complete
 
 /new forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C cuts an answer short.
 """
@@ -39,14 +41,26 @@ def answer(model, tokenizer, messages, max_new_tokens, **sampling):
     while len(prompt) + max_new_tokens > model.config.max_seq_len and len(messages) > 2:
         messages = messages[2:] if messages[0]["role"] != "system" else [messages[0], *messages[3:]]
         prompt = tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
-    steps = generate_steps(model, [prompt], max_new_tokens, stop=tokenizer.end_of_turn, **sampling)
-    yield from tokenizer.stream(token for (token,) in steps if token is not None)
+    return written(model, tokenizer, prompt, max_new_tokens, tokenizer.end_of_turn, **sampling)
+
+
+def completion(model, tokenizer, text, max_new_tokens, **sampling):
+    """How the text goes on, as a pretrained model has it, piece by piece."""
+    prompt = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(text)
+    return written(model, tokenizer, prompt, max_new_tokens, tokenizer.end_of_text, **sampling)
+
+
+def written(model, tokenizer, prompt, max_new_tokens, stop, **sampling):
+    steps = generate_steps(model, [prompt], max_new_tokens, stop, **sampling)
+    return tokenizer.stream(token for (token,) in steps if token is not None)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--weights", default=None, help="checkpoint; default: the newest distilled one in out/, else the newest one")
+    add("--weights", default=None, help="model, of any kind that model/checkpoint.py reads; default: the newest distilled "
+                                        "one in out/, else the newest one")
+    add("--complete", action="store_true", help="go on with what is typed, as a text: for pretrained models")
     add("--system", default=None, help="a system message before the conversation")
     add("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
     add("--temperature", type=float, default=0.7, help="0: always the likeliest word; 1: as the model has it")
@@ -85,10 +99,10 @@ def main():
             messages = list(opening)
         elif line:
             messages.append({"role": "user", "content": line})
-            print("model> ", end="", flush=True)
-            said = ""
+            print(line if args.complete else "model> ", end="", flush=True)
+            said, asked = "", line if args.complete else messages
             try:
-                for piece in answer(model, tokenizer, messages, args.max_new_tokens, **sampling):
+                for piece in (completion if args.complete else answer)(model, tokenizer, asked, args.max_new_tokens, **sampling):
                     said += piece
                     print(piece, end="", flush=True)
             except KeyboardInterrupt:

@@ -1,0 +1,75 @@
+"""
+画图：几次训练的曲线画在同一张图里。
+Plot: the curves of several runs in one picture, from the .jsonl that each run leaves beside its weights.
+
+    python scripts/plot.py --logs distilled=out/a/full_dist_64.jsonl alone=out/b/full_dist_64.jsonl --out out/curves.png
+    python scripts/plot.py --logs out/a/full_dist_64.jsonl --only loss grad_norm --out out/curves.png
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+# Run as `python scripts/plot.py`, Python looks for modules in scripts/ only; the shelves lie one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from runtime import checking_input, read_lines, write_whole
+
+
+def read_curves(path: Path) -> dict[str, dict[int, float]]:
+    """{quantity: {step: value}} of a log. Raises FileNotFoundError, or ValueError for a file that is none."""
+    if not path.exists():
+        raise FileNotFoundError(f"no log at {path}; a run writes NAME.jsonl beside its NAME.pth")
+    curves = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            row = json.loads(line)
+            for name in row.keys() - {"step"}:
+                curves.setdefault(name, {})[row["step"]] = row[name]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: no row of a training log: {line.strip()[:80]}") from error
+    return curves
+
+
+def draw(runs: dict[str, dict], names: list[str], path: Path):
+    """A panel per quantity, a line per run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        for i, (label, curves) in enumerate(runs.items()):
+            curve = curves.get(name, {})
+            axis.plot(list(curve), list(curve.values()), ".-", color=f"C{i}", label=label)
+        axis.set(title=name, xlabel="step")
+        axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--logs", nargs="+", required=True, metavar="[LABEL=]FILE", help="logs of the runs")
+    add("--only", nargs="+", default=None, metavar="NAME", help="quantities to draw; default: those of the validation "
+                                                                "that all runs have")
+    add("--out", type=Path, required=True, help="the picture, FILE.png")
+    args = parser.parse_args()
+
+    with checking_input():
+        runs = {}
+        for spec in args.logs:
+            label, _, path = spec.rpartition("=")
+            runs[label or Path(path).stem] = read_curves(Path(path))
+        names = args.only or sorted(set.intersection(*({name for name in curves if name.startswith("val_")}
+                                                       for curves in runs.values())))
+        known = sorted(set().union(*runs.values()))
+        missing = [name for name in names if name not in known]
+        if missing or not names:
+            raise ValueError(f"{', '.join(missing) or 'no validation'} in these logs; they have {', '.join(known)}")
+    draw(runs, names, args.out)
+    print(f"{args.out}: {', '.join(names)} of {', '.join(runs)}")
+
+
+if __name__ == "__main__":
+    main()
