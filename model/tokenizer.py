@@ -235,15 +235,20 @@ class Tokenizer:
             return [ids for share in encoded for ids in share]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; a part of a character becomes U+FFFD. Raises KeyError for an id that is no token."""
-        return self._encoding.decode(list(ids), errors="replace")
+        """Text of ids. A part of a character becomes U+FFFD, and so does an id that is no token: a model whose
+        vocabulary was rounded up can write one."""
+        return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text piece by piece while ids arrive. 汉 is three bytes and may be three tokens: nothing is shown until
         the character is whole. The pieces joined are what decode gives."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
-            if text := decoder.decode(self._encoding.decode_single_token_bytes(i)):
+            try:
+                token = self._encoding.decode_single_token_bytes(i)
+            except KeyError:
+                token = "\ufffd".encode()
+            if text := decoder.decode(token):
                 yield text
         if text := decoder.decode(b"", final=True):
             yield text

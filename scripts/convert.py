@@ -65,8 +65,8 @@ def numbers(text: str) -> list[int]:
 
 def check(args):
     """What cannot go together, before anything is read."""
-    kind = args.out.suffix
-    if kind not in (".pth", ".gguf", ""):
+    kind = args.out.suffix if args.out.suffix in (".pth", ".gguf") else ""         # Qwen2.5-0.5B is a folder, too
+    if args.out.suffix in (".bin", ".json", ".pt", ".safetensors"):
         raise ValueError(f"--out {args.out}: write FILE.pth, FILE.gguf, or a folder, for Hugging Face")
     if bool(args.student_from) != bool(args.layers):
         raise ValueError("--student_from needs --layers, and --layers a --student_from")
@@ -77,6 +77,9 @@ def check(args):
         raise ValueError(f"--dtype {args.dtype}: {args.out} can have {', '.join(allowed)}")
     if args.out.exists() and args.out.is_dir() != (kind == ""):
         raise ValueError(f"--out {args.out} is there already, and is {'a folder' if args.out.is_dir() else 'no folder'}")
+    if args.out.is_dir() and any(args.out.iterdir()):
+        raise ValueError(f"--out {args.out} is not empty, and what another model left there might be read in place of this "
+                         "one; name a new folder")
 
 
 def main():

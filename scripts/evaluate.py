@@ -294,13 +294,20 @@ def main():
     add("--report", default=None, help="Markdown file for the tables; a picture of the same name lies beside it")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
     args = parser.parse_args()
+    for name in ("limit", "samples", "max_new_tokens"):
+        if vars(args)[name] < 0:
+            parser.error(f"--{name} {vars(args)[name]} must be 0 or more")
 
     device = pick_device(args.device)
     models = {}
     for spec in args.weights:
         label, _, paths = spec.rpartition("=")
         paths = paths.split(",")
-        models[label or Path(paths[0]).stem] = paths
+        label = label or (Path(paths[0]).name if Path(paths[0]).is_dir() else Path(paths[0]).stem)
+        if label in models:
+            sys.exit(f"two models are called {label}; name them: --weights FIRST={','.join(models[label])} "
+                     f"SECOND={','.join(paths)}")
+        models[label] = paths
     reference_path = args.reference or next(iter(models.values()))[0]
     # Its label, if it has one that no other seed shares.
     reference_name = next((label for label, paths in models.items() if paths == [reference_path]), reference_path)

@@ -16,8 +16,8 @@ import pytest
 from helpers_run import ROOT, TINY, complaint, load, quickstart, rows, succeed
 
 TRAINING_SCRIPTS = ["train_pretrain.py", "train_sft.py", "train_distillation.py"]
-SCRIPTS = [*TRAINING_SCRIPTS, "scripts/cache_teacher.py", "scripts/chat.py", "scripts/evaluate.py",
-           "scripts/train_tokenizer.py", "dataset/miniworld.py"]
+SCRIPTS = [*TRAINING_SCRIPTS, "scripts/cache_teacher.py", "scripts/chat.py", "scripts/convert.py", "scripts/evaluate.py",
+           "scripts/plot.py", "scripts/train_tokenizer.py", "dataset/miniworld.py"]
 
 
 # --------------------------------------------------------------------------------------------------------------- flags

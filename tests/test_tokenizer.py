@@ -98,6 +98,11 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud83d")) == "a\ufffd"
 
 
+def test_an_id_that_is_no_token_is_shown_as_a_replacement_character(tokenizer):
+    """A model whose vocabulary was rounded up can write one."""
+    assert tokenizer.decode([16 + ord("a"), tokenizer.vocab_size + 5, 16 + ord("b")]) == "a\ufffdb"
+
+
 def test_a_stream_shows_only_whole_characters(tokenizer):
     e = "é".encode()                                                          # two bytes, two tokens
     assert list(tokenizer.stream([16 + e[0], 16 + e[1], 16 + ord("!")])) == ["é", "!"]

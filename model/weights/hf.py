@@ -133,6 +133,8 @@ def rope(theirs: dict) -> dict:
 
 def write_config(config: LMConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict:
     """The config.json of a model, in the smallest family that holds it. Raises ValueError if none does."""
+    if config.quantization:
+        raise ValueError(f"a model in {config.quantization} is for inference here; write the one it was made from")
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.end_of_turn, "torch_dtype": str(dtype)[6:],
            "vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings}
     if config.architecture == "gpt2":
