@@ -76,7 +76,7 @@ class FusedLoss(torch.autograd.Function):
         back = torch.float32 if chunks.dtype == torch.float16 else chunks.dtype
         h, w = hidden.detach().to(back), head.detach().to(back)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
-        grad_head = torch.zeros_like(head, dtype=torch.float32)
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None    # frozen: none
         ce, kd = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
 
         for rows in chunks:
@@ -88,20 +88,22 @@ class FusedLoss(torch.autograd.Function):
                 parts = by_autograd(logits, chunks, rows, targets[rows], alpha, temperature, divergence, matched)
             ce, kd, slope = ce + parts[0], kd + parts[1], parts[2].to(back)     # (), (), (C, V)
             grad_hidden[rows] = slope @ w
+            if grad_head is None:
+                continue
             if back == torch.float32:
                 grad_head.addmm_(slope.T, h[rows])
             else:
                 grad_head += slope.T @ h[rows]
 
         # Plain attributes: tensors in save_for_backward would be kept until the graph goes.
-        ctx.grads = grad_hidden.to(hidden.dtype), grad_head.to(head.dtype)
+        ctx.grads = grad_hidden.to(hidden.dtype), None if grad_head is None else grad_head.to(head.dtype)
         ctx.mark_non_differentiable(ce, kd)
         return alpha * ce + (1 - alpha) * kd, ce, kd
 
     @staticmethod
     def backward(ctx, factor, *_):
         (grad_hidden, grad_head), ctx.grads = ctx.grads, None
-        return grad_hidden.mul_(factor), grad_head.mul_(factor), *[None] * 6
+        return grad_hidden.mul_(factor), None if grad_head is None else grad_head.mul_(factor), *[None] * 6
 
 
 class Chunks:

@@ -225,6 +225,16 @@ def test_a_head_that_is_also_the_embedding_learns_from_both_its_uses(divergence)
 
 
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs(divergence):
+    """As under LoRA. It saves one of the loss's three products of size tokens x vocabulary x width."""
+    taught, (hidden, head, targets) = [a_teacher()], a_student()
+    expected = with_gradients(fused_distillation_loss, (hidden, head, targets), taught, divergence=divergence)
+    hidden.grad = None
+    fused_distillation_loss(hidden, head.detach(), targets, taught, divergence=divergence).loss.backward()
+    assert_same([hidden.grad], [expected[3]], rtol=0)
+
+
+@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
 def test_no_gradient_reaches_the_teacher_nor_flows_from_the_figures(divergence):
     teacher = a_teacher()
     teacher.states.requires_grad_(), teacher.head.requires_grad_()
