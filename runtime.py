@@ -52,6 +52,12 @@ def add_training_args(parser: argparse.ArgumentParser):
     add("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only")
     add("--grad_clip", type=float, default=1.0, help="longest gradient, as a Euclidean norm; 0: no clipping")
     add("--warmup_iters", type=int, default=0, help="steps of a linear warm-up before the cosine")
+    add("--lora_rank", type=int, default=0, help="train adapters of this rank beside the weights, which stay as they are "
+                                                 "(model/lora.py); 0: train the weights")
+    add("--lora_alpha", type=float, default=None, help="their change is scaled by alpha / rank; default: the rank")
+    add("--lora_dropout", type=float, default=0.0, help="in [0, 1), on what they read")
+    add("--lora_targets", nargs="+", default=None, help="beside which matrices of each layer; default: all seven, "
+                                                        "wq wk wv wo w1 w2 w3")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
         help="of the matrix products; weights, optimizer and losses stay fp32. "

@@ -30,7 +30,7 @@ from distill.fused import COMPARED, COMPARED_ACROSS, compare, fused_distillation
 from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
 from distill.schedules import get_temperature
 from distill.teacher_logits import TeacherCache
-from model.checkpoint import load_config, load_model, new_model, save_model
+from model.checkpoint import adapt, load_config, load_model, new_model, save_model
 from model.config import LMConfig
 from model.teachers import Teacher, ask, check_cache, check_teachers, check_vocabulary, only_words
 from model.transformer import Transformer
@@ -192,7 +192,7 @@ def distill(teachers, student, tokenizer, args, world):
                     check_cache(teacher.source, part, args)
 
         # 5. Optimizer, precision, and where an interrupted run stood
-        name = f"full_dist_{student.config.dim}{student.config.moe_path}"
+        name = f"full_dist_{student.config.dim}{student.config.moe_path}{'_lora' if args.lora_rank else ''}"
         projections = contrast = None
         if args.feature_weight > 0:
             projections = FeatureProjections(student.config, models[0].source.config, args.layer_map)
@@ -388,6 +388,8 @@ def main():
         for weights, lm_config in students:
             student, tokenizer = init_student_model(lm_config, weights, vocabulary)
             check_vocabulary(teachers, student, tokenizer, args)
+            if args.lora_rank:
+                Logger(adapt(student, weights, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets))
             pairs.append((student, tokenizer))
         names = [f"{student.config.dim}{student.config.moe_path}" for student, _ in pairs]
         if len(set(names)) < len(names):

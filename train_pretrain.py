@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import runtime
 from dataset.lm_dataset import MicroBatches, PretrainDataset, in_order
-from model.checkpoint import load_model, new_model, save_model
+from model.checkpoint import adapt, load_model, new_model, save_model
 from model.config import LMConfig
 from runtime import Logger
 
@@ -98,13 +98,15 @@ def main():
         model, tokenizer = new_model(config, args.tokenizer) if args.weights == "none" else load_model(args.weights)
         model.train()
         Logger(f"model {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {args.weights}")
+        if args.lora_rank:
+            Logger(adapt(model, args.weights, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets))
 
         # 4. Data
         train_data, val_data = runtime.open_data(PretrainDataset, args, tokenizer, model.config, world)
         data = MicroBatches(train_data, args.batch_size, args.accumulation_steps, world.rank, world.size, args.seed)
 
         # 5. Optimizer, precision, and where an interrupted run stood
-        name = f"pretrain_{model.config.dim}{model.config.moe_path}"
+        name = f"pretrain_{model.config.dim}{model.config.moe_path}{'_lora' if args.lora_rank else ''}"
         run = runtime.Run(name, args, world, {"model": model}, data)
 
     # 6. Train

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import runtime
 from dataset.lm_dataset import MicroBatches, SFTDataset, in_order
-from model.checkpoint import load_model, new_model, save_model
+from model.checkpoint import adapt, load_model, new_model, save_model
 from model.config import LMConfig
 from runtime import Logger
 
@@ -100,13 +100,15 @@ def main():
         model, tokenizer = new_model(config, args.tokenizer) if weights == "none" else load_model(weights)
         model.train()
         Logger(f"model {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {weights}")
+        if args.lora_rank:
+            Logger(adapt(model, weights, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets))
 
         # 4. Data
         train_data, val_data = runtime.open_data(SFTDataset, args, tokenizer, model.config, world)
         data = MicroBatches(train_data, args.batch_size, args.accumulation_steps, world.rank, world.size, args.seed)
 
         # 5. Optimizer, precision, and where an interrupted run stood
-        name = f"full_sft_{model.config.dim}{model.config.moe_path}"
+        name = f"full_sft_{model.config.dim}{model.config.moe_path}{'_lora' if args.lora_rank else ''}"
         run = runtime.Run(name, args, world, {"model": model}, data)
 
     # 6. Train

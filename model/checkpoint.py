@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from model.config import LMConfig
 from model.gpt2 import GPT2
+from model.lora import TARGETS, Adapted, add_lora, load_lora, merge_lora
 from model.quantize import quantize
 from model.tokenizer import DEFAULT, Tokenizer
 from model.transformer import Transformer
@@ -34,10 +35,35 @@ def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, To
     family or a tokenizer that this code cannot reproduce exactly.
     """
     reader = recognise(path)
+    if reader is own and (lora := own.read_about(path)[2]):
+        return load_adapted(Path(path), lora, device, dtype)
     config = reader.read_config(path)
     model = empty_model(config, device, dtype)
     fill(model, reader.read_pieces(path, config), path)
     return model.eval(), reader.read_tokenizer(path)
+
+
+def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, Tokenizer]:
+    """The model that adapters stand beside, with them folded in."""
+    base = path.parent / lora["base"]
+    if not base.exists():
+        raise FileNotFoundError(f"{path} holds adapters to the weights at {base}, which are not there")
+    model, tokenizer = load_model(base, device, dtype)
+    if model.config != own.read_config(path):
+        raise ValueError(f"{path} holds adapters to a model of {own.read_config(path)}; {base} is now one of {model.config}")
+    add_lora(model, lora["rank"], lora["alpha"], targets=lora["targets"])
+    load_lora(model, own.read_state(path))
+    return merge_lora(model).eval(), tokenizer
+
+
+def adapt(model: Transformer, base, rank: int, alpha: float | None, dropout: float, targets=None) -> Adapted:
+    """add_lora to a model that was loaded from `base`, so that save_model writes the adapters alone."""
+    if str(base) == "none":
+        raise ValueError("--lora_rank adapts weights that have learned something; name them, or leave it out")
+    targets = targets or TARGETS
+    report = add_lora(model, rank, alpha, dropout, targets)
+    model.adapted = {"rank": rank, "alpha": rank if alpha is None else alpha, "targets": list(targets), "base": str(base)}
+    return report
 
 
 def new_model(config: LMConfig, vocabulary=None) -> tuple[Transformer, Tokenizer]:

@@ -145,6 +145,8 @@ def quantize(model, kind: str):
     """
     if kind not in KINDS:
         raise ValueError(f"quantization {kind!r} must be one of {', '.join(KINDS)}")
+    if model.adapted:
+        raise ValueError("the model has adapters; merge_lora folds them into the weights, which can then be quantised")
     if isinstance(model.output, Quantised):
         raise ValueError(f"the model is {model.config.quantization} already; quantise the weights it was made from")
     places = list(matrices(model.layers))

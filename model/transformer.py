@@ -157,6 +157,7 @@ class Transformer(nn.Module):
     """
 
     block = Block
+    adapted = None          # what is told of its adapters, if it has any (model/checkpoint.py, adapt)
 
     def __init__(self, config: LMConfig):
         super().__init__()

@@ -5,16 +5,22 @@ Our own format: the .pth is a plain fp32 state dict; the .json beside it knows t
     out/full_sft_64.pth      {name: tensor}, read with weights_only=True
     out/full_sft_64.json     {"config": {"dim": 64, ...}, "tokenizer": "tokenizer-1f0c2a9b.json"}
     out/tokenizer-....json   the vocabulary, so that a folder of weights can be moved as it is
+
+A model with adapters (model/lora.py) is saved without the weights that they stand beside:
+
+    out/full_sft_64_lora.json   {..., "lora": {"rank": 8, "alpha": 8, "targets": [...], "base": "full_sft_64.pth"}}
 """
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from model.config import LMConfig
+from model.lora import lora_state
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.weights import Piece
@@ -28,10 +34,12 @@ def write(model: Transformer, tokenizer: Tokenizer, path):
     vocabulary = path.parent / f"tokenizer-{tokenizer.sha256[:8]}.json"
     if not vocabulary.exists():
         tokenizer.save(vocabulary)
-    about = json.dumps({"config": dataclasses.asdict(model.config), "tokenizer": vocabulary.name}, indent=2)
+    about = {"config": dataclasses.asdict(model.config), "tokenizer": vocabulary.name}
+    if model.adapted:
+        about["lora"] = model.adapted | {"base": os.path.relpath(model.adapted["base"], path.parent)}
     state = {name: (weight.float() if weight.is_floating_point() else weight).cpu()         # int8 and int4 stay
-             for name, weight in model.state_dict().items()}
-    write_whole(path.with_suffix(".json"), lambda file: file.write(about.encode()))
+             for name, weight in (lora_state(model) if model.adapted else model.state_dict()).items()}
+    write_whole(path.with_suffix(".json"), lambda file: file.write(json.dumps(about, indent=2).encode()))
     write_whole(path, lambda file: torch.save(state, file))
 
 
@@ -43,14 +51,15 @@ def read_tokenizer(path) -> Tokenizer:
     return Tokenizer.load(read_about(path)[1])
 
 
-def read_about(path) -> tuple[LMConfig, Path]:
-    """The sizes of the model at PATH and its vocabulary file. Raises FileNotFoundError or ValueError, naming the file."""
+def read_about(path) -> tuple[LMConfig, Path, dict | None]:
+    """The sizes of the model at PATH, its vocabulary file, and what is told of its adapters, if it is those. Raises
+    FileNotFoundError or ValueError, naming the file."""
     beside = Path(path).with_suffix(".json")
     if not beside.exists():
         raise FileNotFoundError(f"no {beside} beside the weights; it holds the model's sizes and its tokenizer's name")
     try:
         about = json.loads(beside.read_text())
-        return LMConfig.from_dict(about["config"]), beside.parent / about["tokenizer"]
+        return LMConfig.from_dict(about["config"]), beside.parent / about["tokenizer"], about.get("lora")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{beside} does not describe a model: {type(error).__name__} {error}") from error
 

@@ -1,0 +1,385 @@
+"""
+低秩适配的规律：起初一字不差，合并前后相同，只有适配器在学，去掉它就是原来的模型。
+Laws of model/lora.py: at the start nothing changes, merged is as unmerged, adapters alone learn, and without them the
+model is the one it was.
+"""
+
+import copy
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers_run import complaint, load, same, start, succeed, wait_until
+from torch import nn
+
+from model.checkpoint import adapt, load_model
+from model.generate import generate
+from model.gpt2 import GPT2
+from model.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, without_lora
+from model.quantize import quantize
+from runtime import make_optimizer
+
+TOKENS, LENGTHS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]), [5, 7]
+NEXT = torch.tensor([1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9])
+KINDS = {"dense": {}, "biased": dict(attention_bias=True), "untied": dict(tie_embeddings=False),
+         "experts": dict(use_moe=True), "no shared expert": dict(use_moe=True, n_shared_experts=0), "gpt2": None}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture
+def make(tiny):
+    """make(kind, ...) -> a model of 16 x 2 in eval mode, its weights drawn wide."""
+
+    def make(kind="dense", **sizes):
+        if kind != "gpt2":
+            return tiny(**KINDS[kind], **sizes)
+        config = tiny(n_kv_heads=4, **sizes).config
+        config.architecture, config.attention_bias = "gpt2", True
+        model = GPT2(config).eval()
+        draw(model.parameters())
+        return model
+
+    return make
+
+
+@torch.no_grad()
+def draw(weights, std=0.3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for weight in weights:
+        weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+
+def trained(model, rank=3, **settings):
+    """The model with adapters that have learnt something, so that no part of them is zero."""
+    add_lora(model, rank, **settings)
+    draw(lora_state(model).values())
+    return model
+
+
+def logits(model):
+    return model(TOKENS, LENGTHS).logits
+
+
+def loss(model):
+    return F.cross_entropy(logits(model), NEXT)
+
+
+# -- at the start, and in between --------------------------------------------------------------------------------
+
+@every_kind
+def test_at_the_start_nothing_changes_to_the_last_bit(make, kind):
+    model = make(kind)
+    before = logits(model)
+    add_lora(model, rank=3, alpha=64)
+    assert torch.equal(logits(model), before)
+
+
+def test_an_adapter_by_hand():
+    linear = nn.Linear(2, 3)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+        linear.bias.copy_(torch.tensor([0.5, 0.0, 0.0]))
+    adapter = LoRALinear(linear, rank=1, alpha=2.0)
+    with torch.no_grad():
+        adapter.lora_a.copy_(torch.tensor([[1.0, -1.0]]))
+        adapter.lora_b.copy_(torch.tensor([[1.0], [0.0], [10.0]]))
+    # x = (5, 3): W x + b = (5.5, 3, 8); A x = 2; alpha / rank = 2; B (4) = (4, 0, 40)
+    assert adapter(torch.tensor([[5.0, 3.0]])).tolist() == [[9.5, 3.0, 48.0]]
+    assert not adapter.weight.requires_grad and not adapter.bias.requires_grad
+    assert adapter.merged().weight.tolist() == [[3.0, -2.0], [0.0, 1.0], [21.0, -19.0]]
+
+
+def test_alpha_is_the_rank_unless_it_is_given(make):
+    plain, same, double = (trained(make(), **settings) for settings in ({}, dict(alpha=3), dict(alpha=6)))
+    assert torch.equal(logits(plain), logits(same)) and not torch.allclose(logits(plain), logits(double))
+
+
+def test_a_is_drawn_so_that_it_keeps_the_size_of_its_input():
+    torch.manual_seed(0)
+    adapter = LoRALinear(nn.Linear(400, 200), rank=100, alpha=1)
+    x = torch.randn(50, 400)
+    assert F.linear(x, adapter.lora_a).std().item() == pytest.approx(1.0, abs=0.05)
+    kurtosis = (adapter.lora_a / adapter.lora_a.std()).pow(4).mean().item()
+    assert kurtosis == pytest.approx(3.0, abs=0.1)                          # a Gaussian; of a uniform draw it is 1.8
+    assert not adapter.lora_b.any()
+
+
+@every_kind
+def test_merged_is_as_unmerged(make, kind):
+    model = trained(make(kind), alpha=5)
+    before, base = logits(model), logits(make(kind))
+    names = make(kind).state_dict().keys()
+    assert merge_lora(model) is model
+    assert torch.allclose(logits(model), before, atol=1e-5) and not torch.allclose(before, base, atol=1e-2)
+    assert not any(isinstance(module, LoRALinear) or module.training for module in model.modules())
+    assert model.state_dict().keys() == names and all(weight.requires_grad for weight in model.parameters())
+    add_lora(model, rank=1)                                                 # it is plain: it takes new ones
+
+
+def test_a_bf16_base_has_fp32_adapters_and_merges_in_fp32(make):
+    model = trained(make().to(torch.bfloat16))
+    assert all(tensor.dtype == torch.float32 for tensor in lora_state(model).values())
+    assert logits(model).dtype == torch.bfloat16
+    wq = model.layers[0].attention.wq
+    expected = (wq.weight.float() + wq.lora_b.detach() @ wq.lora_a.detach()).bfloat16()
+    merge_lora(model)
+    assert torch.equal(model.layers[0].attention.wq.weight, expected)
+
+
+def test_under_autocast_all_products_run_in_its_type(make):
+    adapter, x = LoRALinear(nn.Linear(16, 8), rank=2, alpha=2), torch.randn(4, 16)
+    draw([adapter.lora_b])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = adapter(x)
+    a, b, w = (weight.bfloat16() for weight in (adapter.lora_a, adapter.lora_b, adapter.weight))
+    expected = F.linear(x.bfloat16(), w, adapter.bias.bfloat16()) + F.linear(F.linear(x.bfloat16(), a), b)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    y.float().sum().backward()
+    assert adapter.lora_a.grad.dtype == torch.float32
+
+
+def test_generation_with_a_cache_is_as_with_the_merged_model(make):
+    model = trained(make())
+    answers = generate(model, [[3, 1, 4], [1, 5]], max_new_tokens=8)
+    base = generate(make(), [[3, 1, 4], [1, 5]], max_new_tokens=8)
+    assert answers == generate(merge_lora(model), [[3, 1, 4], [1, 5]], max_new_tokens=8) and answers != base
+
+
+# -- what trains -----------------------------------------------------------------------------------------------
+
+@every_kind
+def test_adapters_alone_train_and_all_of_them(make, kind):
+    model = trained(make(kind))
+    before = copy.deepcopy(model.state_dict())
+    start = loss(model)
+    optimizer = make_optimizer([model], weight_decay=0.1)
+    optimizer.param_groups[0]["lr"] = 0.01
+    for _ in range(10):
+        out = model(TOKENS, LENGTHS, at=torch.arange(12), return_hidden=True)
+        (F.cross_entropy(out.logits, NEXT) + 0.01 * out.balance_loss).backward()
+        # None at all: neither memory for the others, nor an adapter that DDP would wait for in vain.
+        assert {name for name, weight in model.named_parameters() if weight.grad is not None} == lora_state(model).keys()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == lora_state(model).keys() and loss(model) < start - 0.1
+
+
+def test_the_weights_that_train_by_hand(make):
+    # rank * (in + out) in each of 2 layers: wq, wo 16 + 16; wk, wv 16 + 8; w1, w2, w3 16 + 24
+    model = make()
+    n_weights = model.n_parameters()
+    adapted = add_lora(model, rank=3)
+    assert adapted.n_trained == 3 * 2 * (2 * 32 + 2 * 24 + 3 * 40) == 1392
+    assert adapted.n_weights == n_weights + 1392 == model.n_parameters()
+    assert adapted.linears == dict.fromkeys(["wq", "wk", "wv", "wo", "w1", "w2", "w3"], 2)
+    assert add_lora(make(), rank=3, targets=["wv", "wq"]).n_trained == 3 * 2 * (32 + 24)
+    assert str(add_lora(make(), rank=3, targets=["wv", "wq"])) == (
+        f"adapters beside 2 wq, 2 wv: 336 of {n_weights + 336:,} weights train")
+
+
+@pytest.mark.parametrize("kind, names", [
+    ("gpt2", "wq wk wv wo w1 w2"), ("experts", "wq wk wv wo w1 w2 w3"), ("no shared expert", "wq wk wv wo")])
+def test_by_default_every_linear_of_a_layer_but_the_router_is_adapted(make, kind, names):
+    model = make(kind)
+    assert list(add_lora(model, rank=2).linears) == names.split()
+    plain = {path for path, module in model.named_modules() if type(module) is nn.Linear}
+    assert plain == {"output"} | {f"layers.{i}.ffn.router" for i in (0, 1) if "expert" in kind}
+
+
+def test_dropout_acts_in_train_mode_only_and_on_adapters_only(make):
+    model, plain = trained(make(), dropout=0.5), trained(make())
+    assert torch.equal(logits(model), logits(plain))                        # the model came in eval mode
+    model.train()
+    assert not torch.allclose(logits(model), logits(plain), atol=1e-2)
+    with without_lora(model):
+        assert torch.equal(logits(model), logits(make()))
+    torch.manual_seed(0)
+    adapter = LoRALinear(nn.Linear(4, 4), rank=4, alpha=4, dropout=0.5)
+    with torch.no_grad():
+        adapter.lora_a.copy_(torch.eye(4))
+        adapter.lora_b.copy_(torch.eye(4))
+        change = adapter(torch.ones(100, 4)) - F.linear(torch.ones(100, 4), adapter.weight, adapter.bias)
+    assert set(change.round(decimals=4).unique().tolist()) == {0.0, 2.0}    # half is dropped, the rest counts double
+
+
+# -- the base within -------------------------------------------------------------------------------------------
+
+@every_kind
+def test_without_lora_the_model_is_the_base_to_the_last_bit(make, kind):
+    model, base = trained(make(kind)), make(kind)
+    adapted = logits(model)
+    with torch.no_grad(), without_lora(model):
+        assert torch.equal(logits(model), logits(base))
+        with without_lora(model):
+            pass
+        assert torch.equal(logits(model), logits(base))                     # the inner one leaves the outer one alone
+    assert torch.equal(logits(model), adapted)
+
+
+def test_without_lora_ends_with_an_exception_too(make):
+    model = trained(make())
+    adapted = logits(model)
+    with pytest.raises(KeyError), without_lora(model):
+        raise KeyError
+    assert torch.equal(logits(model), adapted)
+
+
+def test_a_student_learns_from_the_model_it_was(make):
+    model = trained(make())
+    with torch.no_grad(), without_lora(model):
+        taught = logits(model)
+    (logits(model) - taught).pow(2).mean().backward()
+    assert all(module.lora_a.grad.abs().sum() > 0 for module in model.modules() if isinstance(module, LoRALinear))
+
+
+# -- in and out ------------------------------------------------------------------------------------------------
+
+@every_kind
+def test_adapters_go_into_a_fresh_model(make, kind):
+    model, fresh = trained(make(kind)), make(kind)
+    add_lora(fresh, rank=3)
+    load_lora(fresh, copy.deepcopy(lora_state(model)))
+    assert torch.equal(logits(fresh), logits(model))
+    assert all(name.endswith((".lora_a", ".lora_b")) for name in lora_state(model))
+
+
+def test_the_whole_state_is_that_of_the_base_and_the_adapters(make):
+    model, base = trained(make()), make().state_dict()
+    state = model.state_dict()
+    assert state.keys() == base.keys() | lora_state(model).keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
+    fresh = make(seed=1)
+    add_lora(fresh, rank=3)
+    fresh.load_state_dict(state)                                            # as a resumed run does
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_adapters_of_another_model_are_named_and_nothing_is_changed(make):
+    model = trained(make())
+    before, state = logits(model), {name: tensor + 1 for name, tensor in lora_state(model).items()}
+    del state["layers.0.attention.wq.lora_a"]
+    state["layers.7.attention.wq.lora_a"] = torch.zeros(3, 16)
+    state["layers.1.ffn.w2.lora_b"] = torch.zeros(16, 4)
+    with pytest.raises(ValueError, match=r"missing: layers\.0\.attention\.wq\.lora_a; "
+                                         r"no place for: layers\.7\.attention\.wq\.lora_a; "
+                                         r"of another shape: layers\.1\.ffn\.w2\.lora_b \(16, 4\) in place of \(16, 3\)"):
+        load_lora(model, state)
+    with pytest.raises(ValueError, match="and 23 more"):
+        load_lora(model, {})
+    assert torch.equal(logits(model), before)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, settings, message", [
+    ("dense", dict(rank=0), "rank 0 must lie between 1 and 8"),
+    ("dense", dict(rank=9), r"between 1 and 8, the smaller side of layers\.0\.attention\.wk \(8 x 16\)"),
+    ("dense", dict(rank=2, dropout=1.0), r"dropout 1\.0 must lie in \[0, 1\)"),
+    ("dense", dict(rank=2, dropout=-0.1), r"dropout -0\.1 must"),
+    ("dense", dict(rank=2, alpha=0), "alpha 0 must be more than 0"),
+    ("dense", dict(rank=2, targets=["wq", "wz"]), "no layer has a linear wz; this model has wq, wk, wv, wo, w1, w2, w3"),
+    ("dense", dict(rank=2, targets=[]), "no layer has a linear to adapt; this model has wq"),
+    ("dense", dict(rank=2, targets=["output"]), "no layer has a linear output"),
+    ("gpt2", dict(rank=2, targets=["w1", "w3"]), "no layer has a linear w3; this model has wq, wk, wv, wo, w1, w2$"),
+    ("experts", dict(rank=2, targets=["router"]), "no layer has a linear router"),
+    ("no shared expert", dict(rank=2, targets=["w1", "w2"]), "no layer has a linear w1 or w2; this model has wq, wk, wv, wo$"),
+])
+def test_what_does_not_fit_is_refused_before_anything_changes(make, kind, settings, message):
+    model = make(kind)
+    with pytest.raises(ValueError, match=message):
+        add_lora(model, **settings)
+    assert all(weight.requires_grad for weight in model.parameters())
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def test_a_rank_may_fill_the_smaller_side(make):
+    assert add_lora(make(), rank=8).n_trained == 8 * 2 * 232
+    assert add_lora(make(), rank=16, targets=["wq"]).n_trained == 16 * 2 * 32   # only what is adapted sets the bound
+
+
+def test_a_model_has_one_set_of_adapters(make):
+    with pytest.raises(ValueError, match="adapters already"):
+        add_lora(trained(make()), rank=1, targets=["wq"])
+    model = make()
+    add_lora(model, rank=1, targets=["w1"])
+    with pytest.raises(ValueError, match="adapters already"):
+        add_lora(model, rank=1, targets=["wq"])
+
+
+def test_a_quantised_model_takes_no_adapters(make):
+    with pytest.raises(ValueError, match="the model is int8"):
+        add_lora(quantize(make(), "int8"), rank=1)
+
+
+@pytest.mark.parametrize("use", [lora_state, merge_lora, lambda model: load_lora(model, {}),
+                                 lambda model: without_lora(model).__enter__()])
+def test_a_model_without_adapters_is_told_apart(make, use):
+    with pytest.raises(ValueError, match="no adapters; add_lora"):
+        use(make())
+
+
+# -- whole runs ------------------------------------------------------------------------------------------------
+
+
+def flags(data, models, **more):
+    return {"data_path": data / "sft_data.jsonl", "val_path": data / "val.jsonl", "max_seq_len": 128, "num_workers": 0,
+            "dtype": "float32", "batch_size": 8, "max_steps": 4, "learning_rate": 0.01, "lora_rank": 4} | more
+
+
+def test_a_file_of_adapters_is_the_model_with_them_folded_in(data, models, tmp_path):
+    said = succeed("train_sft.py", weights=models / "student.pth", out_dir=tmp_path / "out", **flags(data, models))
+    assert "adapters beside 2 wq, 2 wk, 2 wv, 2 wo, 2 w1, 2 w2, 2 w3: " in said
+    path = tmp_path / "out/full_sft_32_lora.pth"
+    state, base = load(path), load_model(models / "student.pth")[0]
+    assert all("lora_" in name for name in state)
+    model, _ = load_model(path)
+    weight = "layers.1.attention.wv.weight"
+    change = state["layers.1.attention.wv.lora_b"] @ state["layers.1.attention.wv.lora_a"]
+    assert change.norm() > 0
+    torch.testing.assert_close(model.get_parameter(weight), base.get_parameter(weight) + change)
+    assert torch.equal(model.tok_embeddings.weight, base.tok_embeddings.weight)
+
+    shutil.copytree(tmp_path / "out", tmp_path / "elsewhere/out")
+    said = complaint("scripts/chat.py", weights=tmp_path / "elsewhere/out/full_sft_32_lora.pth")
+    assert "holds adapters to the weights at" in said and "which are not there" in said
+
+
+@pytest.mark.parametrize("script, more", [
+    ("train_distillation.py", {"teacher": "teacher.pth", "student": "student.pth", "feature_weight": 0.1}),
+    ("train_distillation.py", {"teacher": "teacher.pth", "student": "student_moe.pth", "plain_loss": True}),
+    ("train_pretrain.py", {"weights": "student.pth", "data_path": "pretrain_data.jsonl", "val_path": "none"}),
+])
+def test_adapters_alone_learn_in_every_lesson_on_two_processes_as_on_one(script, more, data, models, tmp_path):
+    more = {key: models / value if str(value).endswith(".pth") else data / value if key == "data_path" else value
+            for key, value in more.items()}
+    for folder, processes, batch_size in (("one", 1, 8), ("two", 2, 4)):
+        succeed(script, processes=processes, out_dir=tmp_path / folder, **flags(data, models) | more | {"batch_size": batch_size})
+    one, two = (load(next((tmp_path / folder).glob("*_lora.pth"))) for folder in ("one", "two"))
+    assert all("lora_" in name for name in one)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=2e-3, atol=2e-5)
+
+
+def test_a_run_with_adapters_resumes_where_it_stood(data, models, tmp_path):
+    more = flags(data, models, max_steps=8, save_interval=4, lora_dropout=0.1, weights=models / "student.pth")
+    succeed("train_sft.py", out_dir=tmp_path / "unbroken", **more)
+    stopped = start("train_sft.py", out_dir=tmp_path / "broken", **more | {"log_interval": 1})
+    wait_until(lambda: (tmp_path / "broken/full_sft_32_lora.resume").exists())
+    stopped.send()
+    stopped.wait()
+    assert "resumed" in succeed("train_sft.py", out_dir=tmp_path / "broken", resume=True, **more)
+    assert same(load(tmp_path / "broken/full_sft_32_lora.pth"), load(tmp_path / "unbroken/full_sft_32_lora.pth"))
+
+
+def test_a_model_from_nothing_has_nothing_to_adapt(data, models, tmp_path):
+    said = complaint("train_sft.py", weights="none", dim=32, n_layers=2, n_heads=2, out_dir=tmp_path, **flags(data, models))
+    assert "--lora_rank adapts weights that have learned something" in said
+
+
+def test_a_model_with_adapters_is_quantised_only_when_they_are_folded_in(models):
+    model, _ = load_model(models / "student.pth")
+    adapt(model, models / "student.pth", 4, None, 0.0)
+    with pytest.raises(ValueError, match="merge_lora folds them into the weights"):
+        quantize(model, "int8")
