@@ -40,9 +40,9 @@ def small(command: str) -> list[str]:
     """The same command for models of a sixteenth the width (768 -> 48, 256 -> 16), and two steps."""
     if "--dim" in command or "out/real" in command:
         command = re.sub(r"(?<=--dim )\d+|(?<=full_sft_)\d+", sixteenth, command)
-    words = shlex.split(command.replace("full_dist_384", "full_dist_32"))
+    words = shlex.split(re.sub(r"full_(dist|sft)_(384|576)", r"full_\1_32", command))
     if re.search(r"configs/(stories|smollm2|gpt2)", command):
-        words += ["--dim", "32"]
+        words += ["--dim", "32", "--val_fraction", "0.2"]           # of few rows
     if "quickstart.sh" in words:
         return ["2" if word == "3" else word for word in words] + ["--smoke"]
     if "scripts/train_tokenizer.py" in words:
@@ -68,7 +68,7 @@ def newcomer(clone):
         shutil.copy(clone / "dataset" / like, clone / name)
 
     # Stand-ins for the models and stories that are downloaded. What a file holds tells its format, not its name.
-    sizes = {"dim": 32, "n_layers": 5, "n_heads": 2, "max_seq_len": 512}
+    sizes = {"dim": 32, "n_layers": 30, "n_heads": 2, "max_seq_len": 512}
     gguf.write(*new_model(LMConfig(**sizes)), clone / "out/smollm2.gguf")
     shutil.copy(clone / "out/smollm2.gguf", clone / "out/stories260K.bin")
     hf.write(*new_model(LMConfig(architecture="gpt2", **sizes)), clone / "out/gpt2-medium")
