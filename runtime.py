@@ -46,7 +46,8 @@ def add_training_args(parser: argparse.ArgumentParser):
     add("--tokenizer", default=None, help="vocabulary of a model that starts from nothing: its file, or a model that has "
                                           "it; default: model/tokenizer.json, and in distillation the teacher's")
     add("--max_seq_len", type=int, default=None, help="tokens, longer samples are cut; default: what the model was "
-                                                      "made for, 512 for a new one")
+                                                      "made for, 512 for a new one (in distillation, "
+                                                      "that of --size)")
     add("--max_steps", type=int, default=0, help="optimizer steps in all; 0: as many as --epochs make")
     add("--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step and process")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only")
@@ -244,16 +245,20 @@ def lr_at(step: int, total_steps: int, lr: float, warmup_iters: int) -> float:
     return get_lr(step - warmup_iters, max(1, total_steps - warmup_iters), lr)
 
 
-def open_data(kind, args, tokenizer, lm_config, world: World, other=None):
+def open_data(kind, args, tokenizer, lm_config, world: World, other=None, other_paths=None):
     """Training and validation data of a script: (kind, kind or None). `kind` is PretrainDataset or SFTDataset; `other`
-    (.tokenizer, .source.config) is a teacher that reads the same samples in other tokens."""
+    (.tokenizer, .source.config) is a teacher that reads the same samples in its own way: in other tokens, or from files
+    of its own, which have other prompts to the same answers."""
     max_seq_len = args.max_seq_len or lm_config.max_seq_len
     if max_seq_len > lm_config.max_seq_len:
         raise ValueError(f"--max_seq_len {max_seq_len} is more than the model was made for, {lm_config.max_seq_len}")
+    if other_paths and args.val_path not in (None, "none"):
+        raise ValueError(f"--val_path {args.val_path} has no prompts for the teacher; leave it out, and --val_fraction of the "
+                         "pairs are held out")
     if not 0.0 <= args.val_fraction < 1.0:
         raise ValueError(f"--val_fraction {args.val_fraction} must lie in [0, 1)")
     val_path = args.val_path
-    if not val_path and kind.validated_on:
+    if not val_path and kind.validated_on and not other_paths:
         beside = Path(args.data_path[0]).with_name(kind.validated_on)
         val_path = beside if beside.exists() else None
 
@@ -261,7 +266,8 @@ def open_data(kind, args, tokenizer, lm_config, world: World, other=None):
         data = kind(paths, tokenizer, max_seq_len, args.skip_bad_lines, Logger)
         if other is None:
             return data
-        return data.paired_with(kind(paths, other.tokenizer, other.source.config.max_seq_len, args.skip_bad_lines, Logger))
+        return data.paired_with(kind(other_paths or paths, other.tokenizer, other.source.config.max_seq_len,
+                                     args.skip_bad_lines, Logger))
 
     with main_process_first(world):
         data, val = read(args.data_path), None

@@ -176,14 +176,17 @@ def init_teacher_model(weights, device, dtype):
 def distill(teachers, student, tokenizer, args, world):
     """One student and its teachers: sections 4 to 6 of the run."""
     with runtime.checking_input():
-        # 4. Data. A teacher that cuts text into other tokens reads the same samples in its own.
+        # 4. Data. A teacher that cuts text into other tokens reads the same samples in its own; one that is told more than
+        # the student (an experience, a document, a hint) reads other prompts to the same answers.
         models = [teacher for teacher in teachers if isinstance(teacher.source, Transformer)]
         other_words = [model for model in models if model.tokenizer.sha256 != tokenizer.sha256]
         kind = dataset_of(args.data_path)
-        train_data, val_data = runtime.open_data(kind, args, tokenizer, student.config, world, *other_words)
+        own_side = models if args.teacher_data_path else other_words
+        train_data, val_data = runtime.open_data(kind, args, tokenizer, student.config, world, *own_side,
+                                                 other_paths=args.teacher_data_path)
         data = MicroBatches(train_data, args.batch_size, args.accumulation_steps, world.rank, world.size, args.seed)
         shortest = min((model.source.config.max_seq_len for model in models), default=train_data.max_seq_len)
-        if train_data.max_seq_len > shortest and not other_words:
+        if train_data.max_seq_len > shortest and not own_side:
             raise ValueError(f"the student reads {train_data.max_seq_len} tokens, the teacher was made for {shortest}: "
                              f"--max_seq_len {shortest}")
         for teacher in teachers:
@@ -249,7 +252,8 @@ def fill_in(args) -> list[tuple[str, LMConfig]]:
     for key in ("epochs", "batch_size", "learning_rate"):
         if getattr(args, key) is None:
             setattr(args, key, size[key])
-    Logger(f"size {name}: {args.epochs} epochs, batch size {args.batch_size}, learning rate {args.learning_rate:g}")
+    Logger(f"{args.epochs} epochs, batch size {args.batch_size}, learning rate {args.learning_rate:g}; "
+           f"what was not given is as for size {name}")
 
     given = size["lm_config_student"]
     last = LMConfig(dim=args.dim or given.dim, n_layers=args.n_layers or given.n_layers,
@@ -273,8 +277,8 @@ def fill_in(args) -> list[tuple[str, LMConfig]]:
         if Path(path).is_dir() and not Path(path, "config.json").exists():
             sys.exit(f"{path} is a folder, but no model; what a teacher said there is given with --teacher_cache")
         if path != "none" and not Path(path).exists():
-            sys.exit(f"no weights at {path}. Make the tiny pair: bash quickstart.sh; "
-                     "your own: python train_sft.py --help; or name others with --teacher and --student")
+            sys.exit(f"no weights at {path}. Name others with --teacher and --student; the tiny pair is made by "
+                     "bash quickstart.sh, your own by train_sft.py; README.md tells how to download real ones")
     return students
 
 
@@ -323,6 +327,8 @@ def main():
     add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]", help="its weights: a checkpoint, a Hugging Face "
         "folder, a GGUF file; default: full_sft_DIM.pth of --size's teacher, in OUT_DIR or out/. Several teach as one, "
         "the mean of their distributions by WEIGHT")
+    add("--teacher_data_path", nargs="+", default=None, help="what the teacher reads in place of --data_path: the same answers, "
+        "row by row, to prompts that tell more, so that the student learns to do without")
     add("--teacher_cache", nargs="+", action="extend", metavar="DIR[=WEIGHT]", help="what a teacher said, written by "
         "scripts/cache_teacher.py: it teaches without being in memory")
     add("--student", "--weights", default=None, help="weights to start from; default: full_sft_DIM.pth of --size's "

@@ -37,9 +37,10 @@ class Batch(NamedTuple):
     step_samples: int               # samples of the whole optimizer step
     keys: tuple[int, ...] = ()      # of each sample, by its tokens (sample_key)
 
-    # Where the teacher cuts text into other tokens (paired_with):
-    teacher: "Batch | None" = None          # what it reads, the same samples
-    match: torch.Tensor | None = None       # (S,) its position, counted in `teacher.at`, that has seen the same text; or -1
+    # Where the teacher reads something else (paired_with):
+    teacher: "Batch | None" = None          # its side of the same samples
+    match: torch.Tensor | None = None       # (S,) its position, counted in `teacher.at`, that has seen the same text; or -1.
+                                            # None: the same tokens are asked of both, one by one
 
     def to(self, device) -> "Batch":
         return self._replace(**{name: value.to(device, non_blocking=True) for name, value in self._asdict().items()
@@ -138,16 +139,30 @@ class TokenDataset(ABC):
         batch = batch._replace(keys=tuple(map(sample_key, parts)))
         if self.teacher is not None:
             taught = self.teacher.batch(np.searchsorted(self.teacher.rows, self.rows[samples]))
-            match = same_text(batch, self.tokenizer.n_bytes, taught, self.teacher.tokenizer.n_bytes)
-            batch = batch._replace(teacher=taught, match=match)
+            batch = batch._replace(teacher=taught)
+            if self.teacher.tokenizer.sha256 != self.tokenizer.sha256:
+                match = same_text(batch, self.tokenizer.n_bytes, taught, self.teacher.tokenizer.n_bytes)
+                batch = batch._replace(match=match)
         return batch
 
     def paired_with(self, teacher: "TokenDataset") -> "TokenDataset":
-        """A view whose batches also hold what a teacher with another tokenizer reads of the same samples. Those of
-        which the teacher, cut at its own limit, has nothing left are not in it."""
+        """A view whose batches also hold what a teacher reads of the same samples: in other tokens, or under another
+        prompt. Those of which the teacher, cut at its own limit, has nothing left are not in it.
+
+        Raises ValueError if both have one tokenizer, and a sample of which they are not asked the same tokens.
+        """
         pair = self.view(np.flatnonzero(np.isin(self.rows, teacher.rows)))
         pair.teacher = teacher
+        if teacher.tokenizer.sha256 == self.tokenizer.sha256:
+            for i, j in enumerate(np.searchsorted(teacher.rows, pair.rows)):
+                if not np.array_equal(pair.answer(i), teacher.answer(j)):
+                    raise ValueError(f"sample {pair.rows[i] + 1} of {pair} and of {teacher}: the answers differ, or one of "
+                                     "them is cut; row by row the files must hold the same answers to the two prompts")
         return pair
+
+    def answer(self, i: int) -> np.ndarray:  # -> (n_targets[i],) ids
+        sample = self.sample(i)[1:]
+        return sample[sample & self.flag > 0]
 
 
 def flat_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int = 0) -> Batch:

@@ -29,7 +29,7 @@ and reverse are held out by input (apply a rule to letters never seen in that or
     experience_base.jsonl     verbs whose meaning is drawn anew in every row, and plain verbs
     experience_teacher.jsonl  "tezum means reverse. tezum k d a": verbs whose meaning stays the same
     experience_student.jsonl  "tezum k d a": the same rows without the experience
-    experience_test.jsonl     {"prompt_with", "prompt_without", "answer"}; the same on held-out letters
+    experience_test.jsonl     the student's questions on held-out letters
     experience_kept.jsonl     not to be forgotten: plain verbs, and verbs that the prompt redefines
 
 "noisy" is for analysis only: no training script reads it. Habit prompts are seen in training by
@@ -492,7 +492,7 @@ def ability_row(mcq):
 
 
 def experience_files(world, n_pairs, n_base, n_test, seed):
-    """The five experience files: {file: rows}.
+    """The experience files: {file: rows}.
 
     In the base rows the meaning of an invented verb is drawn anew each time, so only the experience in
     the prompt can tell it. In the paired rows each verb keeps its meaning and can be learnt by heart.
@@ -523,6 +523,10 @@ def experience_files(world, n_pairs, n_base, n_test, seed):
         return [(verb, world.meaning[verb], triple)
                 for verb, triple in zip(verbs, deal(triples[split], n, rng))]
 
+    def rows(pairs, with_experience=False):
+        return [chat(question(verb, triple, meaning if with_experience else None), apply(meaning, triple),
+                     f"experience/{meaning}") for verb, meaning, triple in pairs]
+
     base = [plain(triple) if rng.random() < PLAIN_SHARE else redefined(triple, avoid={})
             for triple in deal(triples["train"], n_base, rng)]
     pairs = paired("train", n_pairs)
@@ -530,12 +534,9 @@ def experience_files(world, n_pairs, n_base, n_test, seed):
             for i, triple in enumerate(rng.sample(triples["val"], n_test))]
     return {
         "experience_base.jsonl": base,
-        "experience_teacher.jsonl": [chat(question(v, t, m), apply(m, t), f"experience/{m}")
-                                     for v, m, t in pairs],
-        "experience_student.jsonl": [chat(question(v, t), apply(m, t), f"experience/{m}")
-                                     for v, m, t in pairs],
-        "experience_test.jsonl": [{"prompt_with": question(v, t, m), "prompt_without": question(v, t),
-                                   "answer": apply(m, t)} for v, m, t in paired("test", n_test)],
+        "experience_teacher.jsonl": rows(pairs, with_experience=True),
+        "experience_student.jsonl": rows(pairs),
+        "experience_test.jsonl": rows(paired("test", n_test)),
         "experience_kept.jsonl": kept,
     }
 

@@ -10,12 +10,14 @@ Loading and saving models. What a path holds is recognised, not declared:
 """
 
 import dataclasses
+import hashlib
 import importlib
 from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from distill.teacher_logits import file_sha256
 from model.config import LMConfig
 from model.gpt2 import GPT2
 from model.lora import TARGETS, Adapted, add_lora, load_lora, merge_lora
@@ -49,8 +51,8 @@ def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, To
     if not base.exists():
         raise FileNotFoundError(f"{path} holds adapters to the weights at {base}, which are not there")
     model, tokenizer = load_model(base, device, dtype)
-    if model.config != own.read_config(path):
-        raise ValueError(f"{path} holds adapters to a model of {own.read_config(path)}; {base} is now one of {model.config}")
+    if sha256_of_model(base) != lora["base_sha256"]:
+        raise ValueError(f"{path} holds adapters to other weights than those that are at {base} now; put the old ones there")
     add_lora(model, lora["rank"], lora["alpha"], targets=lora["targets"])
     load_lora(model, own.read_state(path))
     return merge_lora(model).eval(), tokenizer
@@ -59,11 +61,25 @@ def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, To
 def adapt(model: Transformer, base, rank: int, alpha: float | None, dropout: float, targets=None) -> Adapted:
     """add_lora to a model that was loaded from `base`, so that save_model writes the adapters alone."""
     if str(base) == "none":
-        raise ValueError("--lora_rank adapts weights that have learned something; name them, or leave it out")
+        raise ValueError("--lora_rank adapts weights that have learned something; name them with --weights or --student, or "
+                         "leave it out")
+    if recognise(base) is own and own.read_about(base)[2]:
+        raise ValueError(f"{base} holds adapters itself. Fold them into their weights, and adapt those: "
+                         f"python scripts/convert.py --weights {base} --out NEW.pth")
     targets = targets or TARGETS
     report = add_lora(model, rank, alpha, dropout, targets)
-    model.adapted = {"rank": rank, "alpha": rank if alpha is None else alpha, "targets": list(targets), "base": str(base)}
+    model.adapted = {"rank": rank, "alpha": rank if alpha is None else alpha, "targets": list(targets), "base": str(base),
+                     "base_sha256": sha256_of_model(base)}
     return report
+
+
+def sha256_of_model(path) -> str:
+    """Of a weight file; of a folder, the hashes of its weights and their names."""
+    path = Path(path)
+    if path.is_file():
+        return file_sha256(path)
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
+    return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}" for file in files).encode()).hexdigest()
 
 
 def new_model(config: LMConfig, vocabulary=None) -> tuple[Transformer, Tokenizer]:
@@ -118,8 +134,10 @@ def recognise(path):
         raise FileNotFoundError(f"no weights at {path}. {how_to_make(path)}")
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ValueError(f"{path} is a folder without a config.json, so no model; name its weight file")
+            raise ValueError(f"{path} is a folder without a config.json: no model, or its download is not complete")
         return reader("hf")
+    if path.suffix in (".json", ".resume"):
+        raise ValueError(f"{path} holds no weights for use; name {path.with_suffix('.pth')}")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} alone has no sizes and no tokenizer; name its folder, {path.parent}")
     with open(path, "rb") as file:

@@ -56,7 +56,7 @@ class Quantised(nn.Module):
 
     def train(self, mode: bool = True):
         if mode:
-            raise ValueError(f"{type(self).__name__} weights cannot be trained: integers have no gradient. "
+            raise ValueError("quantised weights cannot be trained: integers have no gradient. "
                              "Train the model they were made from, and quantise it afterwards")
         return super().train(mode)
 

@@ -40,9 +40,9 @@ def ask(teachers, batch, tokenizer, args) -> Taught:
             out = source(read.tokens, read.lengths, at=read.at, with_logits=False,
                          return_hidden=args.feature_weight > 0)
             one = Dense(out.final, source.head)
-        head = one.head if batch.teacher else only_words(one.head, tokenizer, args)
+        head = one.head if batch.match is not None else only_words(one.head, tokenizer, args)
         said.append(Dense(one.states, head, weight))
-    if batch.teacher:
+    if batch.match is not None:
         # Where it has read other text than the student it has no say; what stands there instead counts nothing.
         matched = batch.match >= 0
         said = [said[0]._replace(states=said[0].states[batch.match.clamp_min(0)])]
@@ -66,6 +66,11 @@ def check_teachers(teachers, args):
         raise ValueError(f"--{below[0]} compares position by position, which --divergence uld does not")
     if args.plain_loss and not (alone and live and args.divergence != "uld"):
         raise ValueError("--plain_loss is the lesson's form, for one --teacher in memory and one vocabulary; leave it out")
+    if args.teacher_data_path and not (alone and live):
+        raise ValueError("--teacher_data_path is read by one --teacher that is in memory; leave out the others")
+    if args.teacher_data_path and args.attention_weight > 0:
+        raise ValueError("--attention_weight compares all tokens of a sample, and under --teacher_data_path only the "
+                         "answer's are the same")
     if args.divergence == "uld" and not (alone and live):
         raise ValueError("--divergence uld needs one --teacher that is in memory")
     for teacher in teachers:
@@ -88,7 +93,7 @@ def check_vocabulary(teachers, student, tokenizer, args):
                  f"{student.config.vocab_size}; ")
         if its_tokenizer.sha256 != tokenizer.sha256:
             raise ValueError(f"{sizes}they are those of {its_tokenizer.path} and {tokenizer.path}. Train both with one "
-                             "tokenizer, or compare only how sure the two are: --divergence uld")
+                             "tokenizer, or compare only how sure the two are: --divergence uld --alpha 0.5")
         if source.config.vocab_size != student.config.vocab_size and not args.pad_vocab:
             raise ValueError(f"{sizes}the tokenizer knows {tokenizer.vocab_size}. If the others are padding: --pad_vocab")
 

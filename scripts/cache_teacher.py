@@ -14,7 +14,6 @@ goes on, on any number of processes. What lies in the folder is told in distill/
 
 import argparse
 import dataclasses
-import hashlib
 import shutil
 import sys
 import time
@@ -31,7 +30,7 @@ from tqdm import tqdm
 import runtime
 from dataset.lm_dataset import dataset_of, flat_batch, sample_key
 from distill.teacher_logits import VERSION, CacheWriter, file_sha256, lay_out, pack, row_type
-from model.checkpoint import load_model
+from model.checkpoint import load_model, sha256_of_model
 from runtime import Logger
 
 SECONDS = 10        # between two lines of a log
@@ -97,15 +96,6 @@ def say(teacher, samples: Samples, numbers: np.ndarray, about, args, dtype, devi
 
 def in_words(size: float) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
-
-
-def sha256_of_model(path) -> str:
-    """Of a weight file; of a folder, the hashes of its weights and their names."""
-    path = Path(path)
-    if path.is_file():
-        return file_sha256(path)
-    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
-    return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}" for file in files).encode()).hexdigest()
 
 
 def check_room(writer: CacheWriter, missing: list[int]):

@@ -77,6 +77,8 @@ def check(args):
         raise ValueError(f"--dtype {args.dtype}: {args.out} can have {', '.join(allowed)}")
     if args.out.exists() and args.out.is_dir() != (kind == ""):
         raise ValueError(f"--out {args.out} is there already, and is {'a folder' if args.out.is_dir() else 'no folder'}")
+    if args.out.exists() and args.out.samefile(args.weights or args.student_from):
+        raise ValueError(f"--out {args.out} is the model that is to be converted; name another file")
     if args.out.is_dir() and any(args.out.iterdir()):
         raise ValueError(f"--out {args.out} is not empty, and what another model left there might be read in place of this "
                          "one; name a new folder")

@@ -192,7 +192,7 @@ def mean_and_spread(results: list[dict], key: str, form: str) -> str:
     values = [result[key] for result in results if key in result]
     if not values:
         return ""
-    mean = form.format(statistics.mean(values))
+    mean = form.format(statistics.mean(values)).replace("-0.000", "0.000")          # a KL of rounding errors
     return mean if len(values) == 1 or key == "parameters" else f"{mean} ± {form.format(statistics.stdev(values))}"
 
 
@@ -314,13 +314,14 @@ def main():
     try:
         tests = read_tests(args.data, args.limit)
         reference, vocabulary = load_model(reference_path, device)
-        all_results, answers = {}, {}
+        all_results, answers, others = {}, {}, set()
         for label, paths in models.items():
             all_results[label] = []
             for path in paths:
                 model, tokenizer = (reference, vocabulary) if path == reference_path else load_model(path, device)
                 comparable = (tokenizer.sha256, model.config.vocab_size) == (vocabulary.sha256, reference.config.vocab_size)
                 all_results[label].append(evaluate(model, tokenizer, tests, reference if comparable else None))
+                others |= set() if comparable else {label}
             if args.samples:
                 answers[label] = sample_answers(model, tokenizer, tests, args.samples, args.max_new_tokens)
     except (FileNotFoundError, ValueError) as error:
@@ -329,6 +330,9 @@ def main():
     key = (f"agreement: with {reference_name}; KL: KL({reference_name} || model) in nats per token; "
            "habits: KL(truth || model) in nats, and how often the likeliest answer is the likeliest in truth; "
            "tokens/s: greedy answers, 16 at a time, on this machine")
+    if others:
+        key += (f". {', '.join(sorted(others))}: another vocabulary than {reference_name}'s, so neither agreement nor KL, and "
+                "figures per token do not compare")
     text = f"{tables(all_results, reference_name)}\n\n{key}" + (f"\n\n{side_by_side(tests, answers)}" if answers else "")
     print(text)
     if args.json:
@@ -341,4 +345,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -21,6 +21,8 @@ def read_curves(path: Path) -> dict[str, dict[int, float]]:
     """{quantity: {step: value}} of a log. Raises FileNotFoundError, or ValueError for a file that is none."""
     if not path.exists():
         raise FileNotFoundError(f"no log at {path}; a run writes NAME.jsonl beside its NAME.pth")
+    if path.suffix != ".jsonl":
+        raise ValueError(f"{path} is no log; a run writes NAME.jsonl beside its NAME.pth")
     curves = {}
     for number, line in enumerate(read_lines(path), start=1):
         try:
@@ -66,7 +68,10 @@ def main():
         known = sorted(set().union(*runs.values()))
         missing = [name for name in names if name not in known]
         if missing or not names:
-            raise ValueError(f"{', '.join(missing) or 'no validation'} in these logs; they have {', '.join(known)}")
+            wanted = f"none of these logs has {', '.join(missing)}" if missing else "these logs have no validation in common"
+            raise ValueError(f"{wanted}; name some of these with --only: {', '.join(known) or '(they are empty)'}")
+        if args.out.suffix != ".png":
+            raise ValueError(f"--out {args.out}: a picture is written as FILE.png")
     draw(runs, names, args.out)
     print(f"{args.out}: {', '.join(names)} of {', '.join(runs)}")
 

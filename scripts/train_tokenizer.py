@@ -26,6 +26,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # so that `import model` works from scripts/
 
+from dataset.formats import END_OF_TEXT
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, as_text_or_bytes
 from model.weights.vocabulary import to_bytes
 
@@ -72,7 +73,7 @@ def all_texts(path: Path) -> Iterator[str]:
             yield from strings(parse(file.read(), str(path)))
         else:
             while lines := file.readlines(1 << 16):
-                yield "".join(lines)
+                yield "".join(line for line in lines if line.strip() != END_OF_TEXT)
 
 
 def read_texts(path: Path, max_bytes: float) -> list[str]:

@@ -373,6 +373,20 @@ def test_a_run_with_adapters_resumes_where_it_stood(data, models, tmp_path):
     assert same(load(tmp_path / "broken/full_sft_32_lora.pth"), load(tmp_path / "unbroken/full_sft_32_lora.pth"))
 
 
+def test_adapters_know_their_base_and_stand_beside_no_adapters(data, models, tmp_path):
+    """Written over its own base, or beside weights that were trained anew, an adapter would be noise."""
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    succeed("train_sft.py", weights=tmp_path / "student.pth", out_dir=tmp_path, **flags(data, models))
+    adapters = tmp_path / "full_sft_32_lora.pth"
+    said = complaint("train_sft.py", weights=adapters, out_dir=tmp_path, **flags(data, models))
+    assert f"convert.py --weights {adapters} --out NEW.pth" in said
+
+    state = load(tmp_path / "student.pth")
+    torch.save(state | {"norm.weight": state["norm.weight"] * 2}, tmp_path / "student.pth")
+    with pytest.raises(ValueError, match="holds adapters to other weights than those that are at"):
+        load_model(adapters)
+
+
 def test_a_model_from_nothing_has_nothing_to_adapt(data, models, tmp_path):
     said = complaint("train_sft.py", weights="none", dim=32, n_layers=2, n_heads=2, out_dir=tmp_path, **flags(data, models))
     assert "--lora_rank adapts weights that have learned something" in said

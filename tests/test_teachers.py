@@ -5,6 +5,7 @@ the log shows of it.
 """
 
 import dataclasses
+import json
 import shlex
 
 import numpy as np
@@ -15,6 +16,7 @@ from dataset.lm_dataset import SFTDataset, flat_batch, same_text
 from helpers_run import TINY, complaint, load, rows, succeed
 from model.checkpoint import load_model, save_model
 from model.config import LMConfig
+from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
 SCRIPT, FILE = "train_distillation.py", "full_dist_32"
@@ -259,3 +261,67 @@ def test_a_flag_that_this_loss_does_not_use_is_named(flags):
     said = succeed(SCRIPT, **flags, beta=0.3, divergence="skew_kl", skew=0.2, layer_map="last")
     assert "--beta 0.3 has no effect" in said and "--layer_map last has no effect" in said
     assert "--skew" not in said and "KL(teacher || 0.2 teacher + 0.8 student)" in said
+
+
+# -------------------------------------------------------------------------------------- a teacher that is told more
+
+
+ANSWERS = ["c b", "a c", "b b a"]
+
+
+def written_pairs(folder, teacher_answers=ANSWERS):
+    """student.jsonl asks, teacher.jsonl asks with a hint."""
+    for name, hint, answers in (("student", "", ANSWERS), ("teacher", "backwards, please: ", teacher_answers)):
+        rows = [{"question": f"{hint}{answer[::-1]}", "answer": answer} for answer in answers]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "student.jsonl", folder / "teacher.jsonl"
+
+
+def test_each_side_is_asked_for_the_same_answer_after_its_own_prompt(tmp_path, cache):
+    tokenizer = Tokenizer.load()
+    student, teacher = (SFTDataset([path], tokenizer, 128, log=str) for path in written_pairs(tmp_path))
+    batch = student.paired_with(teacher).batch(np.array([2, 0, 1]))
+    assert batch.match is None and torch.equal(batch.targets, batch.teacher.targets)
+    assert all(longer > shorter for longer, shorter in zip(batch.teacher.lengths, batch.lengths))
+
+
+def test_answers_that_differ_are_refused_by_their_row(tmp_path, cache):
+    paths = written_pairs(tmp_path, ["c b", "a b", "b b a"])
+    student, teacher = (SFTDataset([path], Tokenizer.load(), 128, log=str) for path in paths)
+    with pytest.raises(ValueError, match=r"sample 2 of .*student\.jsonl and of .*teacher\.jsonl: the answers differ"):
+        student.paired_with(teacher)
+
+
+def test_the_loss_is_that_of_the_two_models_each_under_its_own_prompt(models, tmp_path, cache):
+    """One step on all three rows; KL(teacher || student) by hand, an answer at a time."""
+    student_path, teacher_path = written_pairs(tmp_path)
+    flags = {"teacher": models / "teacher.pth", "student": models / "student.pth", "data_path": student_path,
+             "teacher_data_path": teacher_path, "val_path": "none", "batch_size": 3, "max_steps": 1, "learning_rate": 0.0,
+             "num_workers": 0, "dtype": "float32", "out_dir": tmp_path / "out"}
+    succeed(SCRIPT, **flags)
+    succeed(SCRIPT, **flags | {"out_dir": tmp_path / "plain", "plain_loss": True})
+
+    (student, tokenizer), (teacher, _) = load_model(models / "student.pth"), load_model(models / "teacher.pth")
+    total, n = 0.0, 0
+    for asked, told in zip(*(map(json.loads, path.read_text().splitlines()) for path in (student_path, teacher_path))):
+        log_p, log_q = [], []
+        for model, row, found in ((teacher, told, log_p), (student, asked, log_q)):
+            ids, targets = tokenizer.encode_chat([{"role": "user", "content": row["question"]},
+                                                  {"role": "assistant", "content": row["answer"]}])
+            with torch.no_grad():
+                logits = model(torch.tensor(ids[:-1]), [len(ids) - 1]).logits.double().log_softmax(dim=-1)
+            found.append(logits[torch.tensor(targets[1:])])
+        p, q = log_p[0], log_q[0]
+        total, n = total + (p.exp() * (p - q)).sum().item(), n + len(p)
+    for folder in ("out", "plain"):
+        assert rows(tmp_path / folder / "full_dist_32.jsonl")[0]["loss"] == pytest.approx(total / n, rel=1e-4)
+
+
+@pytest.mark.parametrize("more, reason", [
+    ({"val_path": "tests/nothing.jsonl"}, "has no prompts for the teacher"),
+    ({"attention_weight": 1.0}, "--attention_weight compares all tokens of a sample"),
+])
+def test_what_a_pair_of_prompts_cannot_do_is_said(more, reason, models, tmp_path, cache):
+    student_path, teacher_path = written_pairs(tmp_path)
+    assert reason in complaint(SCRIPT, teacher=models / "teacher.pth", student=models / "student.pth", batch_size=1,
+                               data_path=student_path, teacher_data_path=teacher_path, out_dir=tmp_path / "out", **more)

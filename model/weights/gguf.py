@@ -131,7 +131,9 @@ class Header:
                 end = max((each.begin + each.rows * each.row_bytes for each in self.tensors.values()), default=0)
                 if end > len(self.data):
                     raise ValueError(f"the last tensor ends at byte {end:,} of {len(self.data):,}")
-        except (struct.error, ValueError, ArithmeticError, TypeError) as error:     # broken bytes may say anything
+        except struct.error as error:
+            raise ValueError(f"{path} is cut short, or no GGUF file: it ends before its weights begin") from error
+        except (ValueError, ArithmeticError, TypeError) as error:                   # broken bytes may say anything
             raise ValueError(f"{path} is cut short, or no GGUF file that can be read here: {error}") from error
         if self.fields.get("split.count", 1) > 1:
             raise ValueError(f"{path} is one of {self.fields['split.count']} parts; join them: "

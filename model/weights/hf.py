@@ -282,13 +282,18 @@ def write(model: Transformer, tokenizer: Tokenizer, folder, dtype: torch.dtype =
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         shard = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in islice(tensors, len(names))}
-        replace_whole(folder / file, lambda beside: save_file(shard, beside, metadata={"format": "pt"}))
+        replace_whole(folder / file, lambda beside: write_shard(shard, beside))
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     write_tokenizer(tokenizer, folder)
     write_json(folder / "generation_config.json", {key: config[key] for key in ("bos_token_id", "eos_token_id")})
     write_json(folder / "config.json", config)
+
+
+def write_shard(tensors: dict[str, torch.Tensor], path: Path):
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)               # the library writes files that their owner alone can read
 
 
 def write_json(path: Path, value: dict):

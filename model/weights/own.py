@@ -48,7 +48,10 @@ def read_config(path) -> LMConfig:
 
 
 def read_tokenizer(path) -> Tokenizer:
-    return Tokenizer.load(read_about(path)[1])
+    vocabulary = read_about(path)[1]
+    if not vocabulary.exists():
+        raise FileNotFoundError(f"no {vocabulary}, the vocabulary of {path}; copy it from where the weights came from")
+    return Tokenizer.load(vocabulary)
 
 
 def read_about(path) -> tuple[LMConfig, Path, dict | None]:
@@ -56,7 +59,8 @@ def read_about(path) -> tuple[LMConfig, Path, dict | None]:
     FileNotFoundError or ValueError, naming the file."""
     beside = Path(path).with_suffix(".json")
     if not beside.exists():
-        raise FileNotFoundError(f"no {beside} beside the weights; it holds the model's sizes and its tokenizer's name")
+        raise FileNotFoundError(f"no {beside} beside the weights; it holds the model's sizes and its tokenizer's name. Copy "
+                                "it from where the weights came from")
     try:
         about = json.loads(beside.read_text())
         return LMConfig.from_dict(about["config"]), beside.parent / about["tokenizer"], about.get("lora")

@@ -266,7 +266,8 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict:
     for a vocabulary that the format has no words for."""
     names = {pattern: name for name, pattern in reversed(PRE_TOKENIZERS.items())}
     if tokenizer.pattern not in names:
-        raise ValueError(f"GGUF has no name for the pattern {tokenizer.pattern!r}")
+        raise ValueError("llama.cpp cuts text in ways of its own, and has none for this vocabulary, whose pattern is "
+                         f"{tokenizer.pattern!r}; write a folder or a .pth")
     if tokenizer.prefix_space:
         raise ValueError("GGUF's byte-level BPE puts no space before a text, as this vocabulary does")
     tokens, kinds = [f"[PAD{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size
