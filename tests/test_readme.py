@@ -38,7 +38,7 @@ def sixteenth(match) -> str:
 
 def small(command: str) -> list[str]:
     """The same command for models of a sixteenth the width (768 -> 48, 256 -> 16), and two steps."""
-    if "--dim" in command or "out/real" in command:
+    if ("--dim" in command or "out/real" in command) and "out/experience" not in command:
         command = re.sub(r"(?<=--dim )\d+|(?<=full_sft_)\d+", sixteenth, command)
     words = shlex.split(re.sub(r"full_(dist|sft)_(384|576)", r"full_\1_32", command))
     if re.search(r"configs/(stories|smollm2|gpt2)", command):
