@@ -234,9 +234,9 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def draw(all_results: dict[str, list[dict]], reference: str, path: Path):
+def draw(all_results: dict[str, list[dict]], reference: str, path: Path) -> bool:
     """Bars of exact match per leaf and model and of the habits' KL; lines of the KL by position in the answer, without
-    the reference, whose own is 0. The last two have a panel only if they were measured."""
+    the reference, whose own is 0. What was not measured has no panel; False if that is all of it, and nothing is drawn."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -248,7 +248,9 @@ def draw(all_results: dict[str, list[dict]], reference: str, path: Path):
     exact, leaves, habits = measured("exact_match"), measured("leaves"), measured("habits_kl")
     curves = {label: values for label, values in measured("kl_by_position").items() if label != reference}
     colors = {label: f"C{i}" for i, label in enumerate(all_results)}
-    panels = {"exact": 4.0} | ({"habits": 1.0} if habits else {}) | ({"kl": 1.4} if curves else {})
+    panels = ({"exact": 4.0} if exact else {}) | ({"habits": 1.0} if habits else {}) | ({"kl": 1.4} if curves else {})
+    if not panels:
+        return False
     figure = Figure(figsize=(2.5 * sum(panels.values()), 4), layout="constrained")
     axes = figure.subplot_mosaic([list(panels)], width_ratios=list(panels.values()))
 
@@ -258,9 +260,10 @@ def draw(all_results: dict[str, list[dict]], reference: str, path: Path):
         of_leaves = [statistics.mean(seed[name] for seed in leaves[label]) for name in names]
         places = [x + i * width for x in range(len(names) + 1)]
         axes["exact"].bar(places, [statistics.mean(exact[label]), *of_leaves], width, color=colors[label])
-    axes["exact"].set_xticks([x + 0.4 - width / 2 for x in range(len(names) + 1)],
-                             ["all", *(name.rsplit("/", 1)[-1] for name in names)], rotation=45, ha="right")
-    axes["exact"].set(ylabel="exact match, %", ylim=(0, 100), title="Held-out questions")
+    if exact:
+        axes["exact"].set_xticks([x + 0.4 - width / 2 for x in range(len(names) + 1)],
+                                 ["all", *(name.rsplit("/", 1)[-1] for name in names)], rotation=45, ha="right")
+        axes["exact"].set(ylabel="exact match, %", ylim=(0, 100), title="Held-out questions")
     for label, values in habits.items():
         axes["habits"].bar(label, statistics.mean(values), color=colors[label])
         axes["habits"].set_xticks([])
@@ -275,6 +278,7 @@ def draw(all_results: dict[str, list[dict]], reference: str, path: Path):
     for axis in axes.values():
         axis.spines[["top", "right"]].set_visible(False)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    return True
 
 
 def main():
@@ -339,8 +343,8 @@ def main():
         write_whole(Path(args.json), lambda file: file.write(json.dumps(all_results, indent=2).encode()))
     if args.report:
         report, picture = Path(args.report), Path(args.report).with_suffix(".png")
-        draw(all_results, reference_name, picture)
-        text = f"# Results\n\n{text}\n\n![the same as a picture]({picture.name})\n"
+        drawn = draw(all_results, reference_name, picture)
+        text = f"# Results\n\n{text}\n" + (f"\n![the same as a picture]({picture.name})\n" if drawn else "")
         write_whole(report, lambda file: file.write(text.encode()))
 
 

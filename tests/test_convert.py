@@ -433,6 +433,11 @@ def test_logits_in_small_blocks_give_the_same_scores(files, byte_tokenizer, monk
         assert a[1:4] == b[1:4] and a.positions == b.positions
 
 
+def test_a_report_on_texts_alone_has_no_picture_and_names_none(files, tmp_path):
+    succeed("scripts/evaluate.py", weights=files / "student.pth", data=files / "texts.jsonl", report=tmp_path / "report.md")
+    assert "png" not in (tmp_path / "report.md").read_text() and not (tmp_path / "report.png").exists()
+
+
 def test_two_models_of_one_name_are_not_shown_as_one(files, tmp_path):
     """It must not be the last one that is left in the table."""
     shutil.copytree(files, tmp_path / "other", dirs_exist_ok=True)
