@@ -286,7 +286,7 @@ def test_a_name_that_gguf_does_not_have_is_refused(libraries, tmp_path):
     tokenizer = read_tokenizer_json(saved(libraries["gpt2"], tmp_path))
     assert tokenizer.pattern == PRE_TOKENIZERS["gpt-2"] == GPT2 and PRE_TOKENIZERS["smollm"] == SMOLLM
     lowercase = Tokenizer(r"[a-z]+|.", tokenizer.special_tokens, tokenizer.ranks, chat=tokenizer.chat)
-    with pytest.raises(ValueError, match="GGUF has no name for the pattern"):
+    with pytest.raises(ValueError, match="has none for this vocabulary, whose pattern is"):
         to_gguf(lowercase, lowercase.vocab_size)
 
 
