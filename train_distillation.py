@@ -206,6 +206,9 @@ def distill(teachers, student, tokenizer, args, world):
                       for c in (student.config, models[0].source.config)]
             check_relation_heads(*([torch.empty(0, width) for width in each] for each in widths), args.relation_heads)
         run = runtime.Run(name, args, world, {"model": student, "projections": projections, "contrast": contrast}, data)
+        if run.dtype == torch.bfloat16:         # a student of the chain that teaches now comes in fp32
+            for teacher in models:
+                teacher.source.to(torch.bfloat16)
 
     # 6. Train
     names = [f"{teacher.source.config if teacher in models else teacher.source.described()}" for teacher in teachers]

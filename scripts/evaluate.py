@@ -325,7 +325,8 @@ def main():
                 model, tokenizer = (reference, vocabulary) if path == reference_path else load_model(path, device)
                 comparable = (tokenizer.sha256, model.config.vocab_size) == (vocabulary.sha256, reference.config.vocab_size)
                 all_results[label].append(evaluate(model, tokenizer, tests, reference if comparable else None))
-                others |= set() if comparable else {label}
+                if not comparable:
+                    others.add(label)
             if args.samples:
                 answers[label] = sample_answers(model, tokenizer, tests, args.samples, args.max_new_tokens)
     except (FileNotFoundError, ValueError) as error:

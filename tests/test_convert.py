@@ -252,7 +252,7 @@ def test_a_quantised_teacher_teaches_as_the_numbers_that_its_integers_stand_for(
     floats, _ = load_model(files / "model.pth")
     stand_for = {f"{name}.weight": module.dequantised() for name, module in code.named_modules()
                  if isinstance(module, Quantised)}
-    assert not floats.load_state_dict(stand_for, strict=False).unexpected_keys
+    floats.load_state_dict(floats.state_dict() | stand_for)
     save_model(floats, tokenizer, tmp_path / "floats.pth")
     succeed("scripts/cache_teacher.py", teacher=small, data_path=flags["data_path"], max_seq_len=128, dtype="float32",
             cache_dir=tmp_path / "cache")

@@ -3,12 +3,13 @@
 Laws of the curves: what a picture of a run shows and leaves out, and how the KL to a reference is grouped by position.
 """
 
+import json
 import signal
 
 import pytest
 from matplotlib.figure import Figure
 
-from helpers_run import TINY, start, succeed, wait_until
+from helpers_run import TINY, complaint, start, succeed, wait_until
 from model.score import Score
 from runtime import draw_curves
 from scripts.evaluate import draw, kl_by_position, tables
@@ -118,3 +119,29 @@ def test_the_picture_has_a_line_for_each_model_but_the_reference(drawn, tmp_path
     assert (list(line.get_xdata()), list(line.get_ydata())) == (["1", "2"], [0.5, 0.25])
     draw({"teacher": RESULTS["teacher"]}, "teacher", tmp_path / "report.png")
     assert [axis.get_title() for axis in drawn[1].axes] == ["Held-out questions"]
+
+
+# ------------------------------------------------------------------------------------------------ several runs in one picture
+
+
+def logs(folder):
+    """Two logs, whose validations have val_ce in common."""
+    for name, rows in (("a", [{"step": 1, "loss": 3.0}, {"step": 2, "val_ce": 2.0, "val_kl": 1.0}]),
+                       ("b", [{"step": 2, "val_ce": 2.5}])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"distilled={folder}/a.jsonl", f"alone={folder}/b.jsonl"]
+
+
+def test_plot_draws_what_the_validations_of_all_runs_have_in_common(tmp_path):
+    said = succeed("scripts/plot.py", logs=logs(tmp_path), out=tmp_path / "curves.png")
+    assert "val_ce of distilled, alone" in said and (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("more, reason", [
+    ({"only": ["val_x"]}, "none of these logs has val_x; name some of these with --only: loss, val_ce, val_kl"),
+    ({"logs": ["nowhere.jsonl"]}, "no log at nowhere.jsonl; a run writes NAME.jsonl beside its NAME.pth"),
+    ({"logs": [__file__]}, "is no log; a run writes NAME.jsonl"),
+    ({"out": "curves.txt"}, "--out curves.txt: a picture is written as FILE.png"),
+])
+def test_plot_says_what_it_cannot_draw(more, reason, tmp_path):
+    assert reason in complaint("scripts/plot.py", **{"logs": logs(tmp_path), "out": tmp_path / "curves.png"} | more)

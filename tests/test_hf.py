@@ -113,6 +113,7 @@ def test_a_model_of_ours_is_read_by_transformers_and_by_us(sizes, tiny, byte_tok
 def test_fp16_halves_the_files(tiny, byte_tokenizer, tmp_path):
     hf.write(tiny(vocab_size=288), byte_tokenizer(), tmp_path, torch.float16)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o044 == 0o044        # others may read it too
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.float16
 
 
