@@ -78,16 +78,17 @@ def add_training_args(parser: argparse.ArgumentParser):
     add("--resume", action="store_true", help="go on from the newest resume file of --out_dir, if there is one")
     add("--use_wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline keeps it here)")
     add("--wandb_project", default="MiniDistill", help="its project")
-    add("--config", default=None, help="YAML file with values for any of these flags; the command line overrides it")
 
 
 def parse_args(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     """Defaults, then the YAML of --config, then the command line. Sections of the YAML are grouping only.
 
-    Exits with a message on a file that is not YAML, a value that its flag does not take, and a key that is no flag,
+    Adds the flag --config. Exits with a message on a file that is not YAML, a value that its flag does not take, and a key that is no flag,
     naming the nearest one that is.
     """
-    first, _ = argparse.ArgumentParser(add_help=False, parents=[config_only()]).parse_known_args(argv)
+    parser.add_argument("--config", default=None, help="YAML file with values for any of these flags; the command line "
+                                                       "overrides it")
+    first, _ = config_only().parse_known_args(argv)
     if first.config:
         if not Path(first.config).exists():
             parser.error(f"no config file at {first.config}")
@@ -105,10 +106,13 @@ def parse_args(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace
             if key not in flags:
                 nearest = difflib.get_close_matches(key, flags, n=1, cutoff=0.0)[0]
                 parser.error(f"{first.config}: unknown key {key!r}; did you mean {nearest!r}?")
+            flags[key].required = False
             try:
                 values[key] = read_as_flag(parser, flags[key], value)
             except argparse.ArgumentError as error:
                 parser.error(f"{first.config}: {error}")
+        for group in parser._mutually_exclusive_groups:
+            group.required &= not any(flag.dest in values for flag in group._group_actions)
         # A flag that may be repeated would go on from its default, where the command line is to override the file.
         several = {key: values.pop(key) for key in list(values) if flags[key].nargs == "+" and flags[key].default is None}
         parser.set_defaults(**values)

@@ -135,7 +135,7 @@ def main():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--ddp", action="store_true", help="several processes, under torchrun")
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: as torchrun says")
-    args = parser.parse_args()
+    args = runtime.parse_args(parser)
     if args.top_k < 0 or args.tokens_per_batch < 1:
         parser.error(f"--top_k {args.top_k} must be 0 or more, --tokens_per_batch {args.tokens_per_batch} 1 or more")
     if args.temperature <= 0 or args.temperature != 1.0 and not args.top_k:

@@ -21,7 +21,7 @@ import torch
 
 from model.checkpoint import load_model
 from model.generate import generate_steps
-from runtime import pick_device
+from runtime import parse_args, pick_device
 
 # The newest of these is talked with when --weights does not say.
 USUAL = ("full_dist_*.pth", "full_sft_*.pth", "pretrain_*.pth")
@@ -68,7 +68,7 @@ def main():
     add("--top_k", type=int, default=0, help="sample from the k likeliest words; 0: from all")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
-    args = parser.parse_args()
+    args = parse_args(parser)
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
         parser.error(f"--temperature {args.temperature} must be 0 or more, --top_p {args.top_p} in (0, 1], "
                      f"--top_k {args.top_k} 0 or more")

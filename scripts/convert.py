@@ -27,7 +27,7 @@ from model.checkpoint import empty_model, load_model, save_model
 from model.quantize import quantize
 from model.transformer import Transformer
 from model.weights import Piece, fill
-from runtime import Logger, checking_input
+from runtime import Logger, checking_input, parse_args
 
 GGUF_TYPES = ("float32", "float16", "q8_0")
 HF_TYPES = ("float32", "float16", "bfloat16")
@@ -95,7 +95,7 @@ def main():
     add("--quantize", default=None, choices=["int8", "int4"], help="weights for inference, in a .pth: 8 bits a number, or 4")
     add("--dtype", default=None, choices=sorted({*GGUF_TYPES, *HF_TYPES}), help="of the weights; default: float32, in a GGUF "
                                                                               "file float16. q8_0 is GGUF's int8")
-    args = parser.parse_args()
+    args = parse_args(parser)
 
     with checking_input():
         check(args)

@@ -33,7 +33,7 @@ from dataset.lm_dataset import text_samples
 from model.checkpoint import load_model
 from model.generate import generate
 from model.score import score, score_samples
-from runtime import pick_device, write_whole
+from runtime import parse_args, pick_device, write_whole
 
 # Column of the table -> (key of a model's results, how to print it).
 COLUMNS = {
@@ -297,7 +297,7 @@ def main():
     add("--json", default=None, help="file for all results")
     add("--report", default=None, help="Markdown file for the tables; a picture of the same name lies beside it")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
-    args = parser.parse_args()
+    args = parse_args(parser)
     for name in ("limit", "samples", "max_new_tokens"):
         if vars(args)[name] < 0:
             parser.error(f"--{name} {vars(args)[name]} must be 0 or more")

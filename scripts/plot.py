@@ -14,7 +14,7 @@ from pathlib import Path
 # Run as `python scripts/plot.py`, Python looks for modules in scripts/ only; the shelves lie one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime import checking_input, read_lines, write_whole
+from runtime import checking_input, parse_args, read_lines, write_whole
 
 
 def read_curves(path: Path) -> dict[str, dict[int, float]]:
@@ -56,7 +56,7 @@ def main():
     add("--only", nargs="+", default=None, metavar="NAME", help="quantities to draw; default: those of the validation "
                                                                 "that all runs have")
     add("--out", type=Path, required=True, help="the picture, FILE.png")
-    args = parser.parse_args()
+    args = parse_args(parser)
 
     with checking_input():
         runs = {}

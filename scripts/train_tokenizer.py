@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # so that `imp
 from dataset.formats import END_OF_TEXT
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, as_text_or_bytes
 from model.weights.vocabulary import to_bytes
+from runtime import parse_args
 
 SMALLEST = len(SPECIAL_TOKENS) + 256
 
@@ -168,7 +169,7 @@ def get_args() -> argparse.Namespace:
     add("--max_mb", type=float, default=100, help="text read from each file, at most (MB)")
     add("--vocab_size", type=int, default=6400, help=f"ids in all, {SMALLEST} or more")
     add("--out", type=Path, default=Path("out/tokenizer.json"), help="vocabulary file to write")
-    return parser.parse_args()
+    return parse_args(parser)
 
 
 def main() -> None:

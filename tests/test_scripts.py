@@ -36,7 +36,7 @@ def flags_of(script, monkeypatch) -> list:
     monkeypatch.setattr(sys, "argv", [script])
     with pytest.raises(Parsed) as parsed:
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    return [flag for flag in parsed.value.args[0]._actions if flag.dest != "help"]
+    return [flag for flag in parsed.value.args[0]._actions if flag.dest not in ("help", "config")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -46,8 +46,7 @@ def test_every_flag_is_read_and_explained(script, monkeypatch):
         source += (ROOT / "runtime.py").read_text() + (ROOT / "model/teachers.py").read_text()
     by_name = "".join(re.findall(r"vars\(args\)\[name\] for name in \((.*?)\)", source))
     for flag in flags_of(script, monkeypatch):
-        read = "first.config" if flag.dest == "config" else f"args.{flag.dest}"
-        assert re.search(rf"\b{read}\b", source) or f'"{flag.dest}"' in by_name, f"{flag.dest} is never read"
+        assert re.search(rf"\bargs\.{flag.dest}\b", source) or f'"{flag.dest}"' in by_name, f"{flag.dest} is never read"
         assert flag.help, f"{flag.dest} has no help"
 
 
@@ -236,6 +235,14 @@ def test_a_config_that_cannot_be_read_is_named(text, reason, flags, tmp_path):
     config.write_text(text)
     said = complaint("train_sft.py", **new_model(flags, tmp_path), config=config)
     assert reason in said, said
+
+
+def test_a_config_may_give_what_a_tool_demands(models, tmp_path):
+    """--out and one of convert.py's two sources are required; a file that has them is enough."""
+    config = tmp_path / "convert.yaml"
+    config.write_text(f"weights: {models}/student.pth\nout: {tmp_path}/student.gguf\n")
+    succeed("scripts/convert.py", config=config)
+    assert (tmp_path / "student.gguf").exists()
 
 
 def test_a_config_that_is_not_there_is_named(flags, tmp_path):
