@@ -1,11 +1,20 @@
 """
-生成：带键值缓存的逐词采样，一批提示可以长短不一。
-Generation: sampling token by token with a key/value cache, for a batch of prompts of unequal length.
+生成：带键值缓存的逐词采样；写完的行离开，新的提示进来。
+Generation: sampling token by token with a key/value cache, for prompts of unequal length, in any number: a row that is
+done leaves, and a new prompt takes its place.
+
+    generate         prompts -> answers
+    sample           the same one by one, as they are done, with what the model thought of each token
+    generate_steps   what both are made of, token by token, for who wants to look on
 """
 
+from collections import deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
+
+from distill.losses import mixture
 
 from model.transformer import KVCache, Transformer
 
@@ -26,47 +35,127 @@ def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):  # (B, 
     return log_p.softmax(dim=-1).multinomial(1, generator=generator).squeeze(-1)
 
 
-@torch.inference_mode()
-def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop: int | None = None,
-                   **sampling) -> Iterator[list[int | None]]:
-    """Yields one list a step: the new token of each row, or None once that row has met `stop`.
+class Guide(NamedTuple):
+    """A second model that has a say in what is drawn, under prompts of its own: share * its distribution + (1 - share) *
+    the first one's. Gu et al. 2023 (MiniLLM), https://arxiv.org/abs/2306.08543, Sec. 2.2, teacher-mixed sampling."""
+
+    model: Transformer
+    prompts: list[list[int]]
+    share: float
+
+
+class Step(NamedTuple):
+    """One more token of each of n rows."""
+
+    indices: list[int]                  # n, which prompts they answer
+    tokens: list[int]                   # n
+    done: list[bool]                    # n, whether this was the row's last
+    logits: list[torch.Tensor]          # (n, V) of the model, and (n, V) of the guide, if there is one
+
+
+@torch.no_grad()
+def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens: int | list[int], stop: int | None = None,
+                   rows: int = 64, guide: Guide | None = None, any_busy=bool, **sampling) -> Iterator[Step]:
+    """Every pass through the model gives one token: the first of prompts that enter, or one more of all rows under way.
 
     prompts         token ids, at least one each, of any lengths
-    max_new_tokens  at most; prompt and answer together must fit into the model's max_seq_len
+    max_new_tokens  at most, for all prompts or for each; prompt and answer together must fit into max_seq_len
+    stop            the token that ends an answer
+    rows            how many are under way at once, at most
+    any_busy        where a model is sharded over processes, all of them must pass through it together: told whether this
+                    one has something to do, it says whether any has; one that has not passes through for company
     sampling        temperature, top_k, top_p, generator: see `choose`
 
     Raises ValueError for an empty prompt, or one that leaves no room for an answer.
     """
-    room = model.config.max_seq_len - max(map(len, prompts))
-    if room < 1 or not all(prompts):
-        raise ValueError(f"prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens: each needs at least "
-                         f"one token, and room for an answer within max_seq_len={model.config.max_seq_len}")
-    max_new_tokens = min(max_new_tokens, room)
+    models = [model] if guide is None else [model, guide.model]
+    sides = [prompts] if guide is None else [prompts, guide.prompts]
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    for each, texts in zip(models, sides):
+        sizes = [len(text) for text in texts]
+        if texts and not 0 < min(sizes) <= max(sizes) < each.config.max_seq_len:
+            raise ValueError(f"prompts of {min(sizes)} to {max(sizes)} tokens: each needs at least one token, and room for an "
+                             f"answer within max_seq_len={each.config.max_seq_len}")
+        limits = [min(limit, each.config.max_seq_len - size) for limit, size in zip(limits, sizes)]
+
     device = next(model.parameters()).device
-    dtype = model.norm.weight.dtype
-    lengths = [len(prompt) for prompt in prompts]
-    cache = KVCache(model.config, len(prompts), max(lengths) + max_new_tokens, device, dtype)
+    rows = min(rows, len(prompts))
+    caches = [KVCache(each.config, rows, max((len(text) + limit for text, limit in zip(texts, limits)), default=0), device,
+                      torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
+                      else each.norm.weight.dtype) for each, texts in zip(models, sides)]
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))     # neighbours of one length: one call
+    active, newest = [], []                         # by row of the cache: which prompt it answers, and its last token
+    left = dict(enumerate(limits))
+    while any_busy(bool(waiting or active)):
+        first, free = len(active), rows - len(active)
+        if waiting and free >= min(len(waiting), -(-rows // 4)):                    # not for each row that has left alone
+            active += [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            newest += [None] * (len(active) - first)
+            inputs = [[texts[i] for i in active[first:]] for texts in sides]
+        elif active:
+            first, inputs = 0, [[[token] for token in newest]] * len(sides)
+        else:
+            for each in models:
+                each(torch.zeros(1, dtype=torch.long, device=device), [1])
+            continue
+        logits = []
+        for each, cache, texts in zip(models, caches, inputs):
+            lengths = [len(text) for text in texts]
+            tokens = torch.tensor([token for text in texts for token in text], device=device)
+            ends = torch.tensor(lengths, device=device).cumsum(0) - 1               # each text's last token
+            logits.append(each(tokens, lengths, at=ends, cache=cache.rows(first, len(active))).logits)      # (n, V)
+        drawn_from = logits[0]
+        if guide is not None:
+            log_q, log_p = (one.float().log_softmax(dim=-1) for one in logits)
+            drawn_from = mixture(log_p, log_q, guide.share)
+        newest[first:] = choose(drawn_from, **sampling).tolist()
 
-    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    ends = torch.tensor(lengths, device=device).cumsum(0) - 1               # each prompt's last token
-    running = [True] * len(prompts)
-    for _ in range(max_new_tokens):
-        logits = model(tokens, lengths, at=ends, cache=cache).logits        # (B, V)
-        tokens = choose(logits, **sampling)
-        lengths, ends = [1] * len(prompts), None
-        new = tokens.tolist()
-        yield [token if alive and token != stop else None for token, alive in zip(new, running)]
-        running = [alive and token != stop for token, alive in zip(new, running)]
-        if not any(running):
-            return
+        moved = active[first:]
+        for i in moved:
+            left[i] -= 1
+        done = [token == stop or left[i] == 0 for i, token in zip(moved, newest[first:])]
+        yield Step(moved, newest[first:], done, logits)
+        for row in reversed([first + n for n, is_done in enumerate(done) if is_done]):
+            for cache in caches:
+                cache.drop(row, len(active))        # the last row takes its place
+            active[row], newest[row] = active[-1], newest[-1]
+            del active[-1], newest[-1]
 
 
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop: int | None = None,
-             **sampling) -> list[list[int]]:
+class Sampled(NamedTuple):
+    """An answer, and for each of its tokens what was thought of it when it was drawn."""
+
+    tokens: list[int]           # the stop token is the last, if it was met
+    finished: bool              # it was
+    entropy: list[float]        # of the model's distribution there, in nats
+    log_q: list[float]          # log-probability under the model as it is: temperature 1, nothing cut off
+    log_p: list[float]          # log-probability under the guide, if there is one
+
+
+def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int | list[int], stop: int | None = None,
+           **how) -> Iterator[tuple[int, Sampled]]:
+    """(index of the prompt, its answer) one by one, as they are done. Arguments as in `generate_steps`."""
+    answers = [Sampled([], False, [], [], []) for _ in prompts]
+    for step in generate_steps(model, prompts, max_new_tokens, stop, **how):
+        log_q, *log_p = (logits.float().log_softmax(dim=-1) for logits in step.logits)
+        at = torch.tensor(step.tokens, device=log_q.device)[:, None]
+        thought = torch.stack([-torch.linalg.vecdot(log_q.exp(), log_q),
+                               *(log.gather(1, at).squeeze(1) for log in (log_q, *log_p))])
+        for i, token, done, *values in zip(step.indices, step.tokens, step.done, *thought.tolist()):
+            answer = answers[i]
+            answer.tokens.append(token)
+            for each, value in zip((answer.entropy, answer.log_q, answer.log_p), values):
+                each.append(value)
+            if done:
+                yield i, answer._replace(finished=token == stop)
+
+
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int | list[int], stop: int | None = None,
+             **how) -> list[list[int]]:
     """The answers' ids, without the stop token. Arguments as in `generate_steps`."""
     answers = [[] for _ in prompts]
-    for step in generate_steps(model, prompts, max_new_tokens, stop, **sampling):
-        for answer, token in zip(answers, step):
-            if token is not None:
-                answer.append(token)
+    for step in generate_steps(model, prompts, max_new_tokens, stop, **how):
+        for i, token in zip(step.indices, step.tokens):
+            if token != stop:
+                answers[i].append(token)
     return answers

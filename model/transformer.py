@@ -11,6 +11,7 @@ Alphabet:  N tokens of the stream · S positions asked for · B samples (rows) �
            H query heads · G key/value heads · K head_dim · F hidden_dim · V vocab · E experts · A active experts
 """
 
+from copy import copy
 from itertools import groupby
 from typing import NamedTuple
 
@@ -42,6 +43,19 @@ class KVCache:
     def write(self, layer, k, v, rows, positions):  # (N, G, K), (N, G, K), (N,), (N,)
         self.k[layer][rows, :, positions] = k.to(self.k.dtype)
         self.v[layer][rows, :, positions] = v.to(self.v.dtype)
+
+    def rows(self, first: int, last: int) -> "KVCache":
+        """A view of these rows."""
+        part = copy(self)
+        part.k, part.v, part.lengths = self.k[:, first:last], self.v[:, first:last], self.lengths[first:last]
+        return part
+
+    def drop(self, row: int, n: int):
+        """Empty one of the first n rows, and put the last of them in its place."""
+        for each in (self.k, self.v):
+            each[:, row] = each[:, n - 1]
+        self.lengths[row] = self.lengths[n - 1]
+        self.lengths[n - 1] = 0
 
     def read(self, layer, longest: int):  # -> (B, G, longest, K) twice
         return self.k[layer][:, :, :longest], self.v[layer][:, :, :longest]

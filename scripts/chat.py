@@ -52,7 +52,7 @@ def completion(model, tokenizer, text, max_new_tokens, **sampling):
 
 def written(model, tokenizer, prompt, max_new_tokens, stop, **sampling):
     steps = generate_steps(model, [prompt], max_new_tokens, stop, **sampling)
-    return tokenizer.stream(token for (token,) in steps if token is not None)
+    return tokenizer.stream(token for step in steps for token in step.tokens if token != stop)
 
 
 def main():

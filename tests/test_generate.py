@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.config import LMConfig
-from model.generate import choose, generate, generate_steps
+from model.generate import Guide, choose, generate, generate_steps, sample
 from model.score import score
 from model.transformer import KVCache, Transformer
 
@@ -64,20 +64,77 @@ def test_the_cache_gives_the_logits_of_the_whole_text(tiny):
 # -- where an answer ends --------------------------------------------------------------------------------------
 
 def test_the_stop_token_ends_its_row_and_the_others_go_on(counter):
-    assert list(generate_steps(counter, [[3], [10, 4]], max_new_tokens=5, stop=7)) == [
-        [4, 5], [5, 6], [6, None], [None, None]]                # the second row meets 7 first, the first a step later
+    steps = generate_steps(counter, [[3], [10, 4]], max_new_tokens=5, stop=7)
+    assert [(step.indices, step.tokens, step.done) for step in steps] == [
+        ([0, 1], [4, 5], [False, False]), ([0, 1], [5, 6], [False, False]),
+        ([0, 1], [6, 7], [False, True]), ([0], [7], [True])]    # the second row meets 7 first, the first a step later
     assert generate(counter, [[3], [10, 4], [7]], max_new_tokens=5, stop=7) == [[4, 5, 6], [5, 6], [8, 9, 10, 11, 12]]
 
 
 def test_an_answer_has_at_most_max_new_tokens_and_fits_into_max_seq_len(counter):
     assert generate(counter, [[0]], max_new_tokens=3) == [[1, 2, 3]]
-    assert generate(counter, [[0] * 8, [5]], max_new_tokens=99) == [[1, 2], [6, 7]]     # 8 + 2 = max_seq_len
+    assert generate(counter, [[0] * 8, [5]], max_new_tokens=99) == [[1, 2], [6, 7, 8, 9, 10, 11, 12, 13, 14]]
+    assert generate(counter, [[0], [5]], max_new_tokens=[3, 1]) == [[1, 2, 3], [6]]     # above: 8 + 2 = 1 + 9 = max_seq_len
 
 
 @pytest.mark.parametrize("prompts", [[[0] * 10], [[1], [0] * 12], [[1], []]], ids=["full", "too long", "empty"])
 def test_a_prompt_that_leaves_no_room_or_is_empty_is_refused(counter, prompts):
     with pytest.raises(ValueError, match=f"{max(map(len, prompts))} tokens.*max_seq_len=10"):
         generate(counter, prompts, max_new_tokens=1)
+
+
+# -- rows that leave and enter ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sizes", [{}, {"use_moe": True}], ids=["dense", "experts"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+def test_a_prompt_gets_the_same_answer_however_few_rows_there_are(tiny, rows, sizes):
+    """20 prompts through 1 to 5 rows, each of which ends after 1 to 6 tokens."""
+    model, limits = tiny(**sizes), [1 + i % 6 for i in range(20)]
+    answers = generate(model, PROMPTS * 5, limits, rows=rows)
+    assert answers == [without_cache(model, prompt, n) for prompt, n in zip(PROMPTS * 5, limits)]
+
+
+def test_places_that_have_become_free_are_filled_a_quarter_of_the_rows_at_a_time(counter):
+    """Of 8 rows two must be free before a new prompt enters, so that no pass is made for a single one; the last ones enter
+    when there is room."""
+    steps = generate_steps(counter, [[i % 4] for i in range(12)], [1, 2] + [3] * 10, rows=8)
+    assert [len(step.indices) for step in steps] == [8, 7, 2, 8, 2, 4, 2]
+
+
+def test_a_process_that_has_nothing_left_passes_through_for_company(counter):
+    """Sharded weights are gathered by all processes or by none: this one answers in 2 passes and is told 3 times more."""
+    passes, others = [], iter([False] * 2 + [True] * 3 + [False])
+    counter.register_forward_hook(lambda *_: passes.append(1))
+    assert generate(counter, [[3]], 2, any_busy=lambda busy: next(others) or busy) == [[4, 5]]
+    assert len(passes) == 5
+    counter._forward_hooks.clear()
+
+
+# -- what was thought of a token -------------------------------------------------------------------------------
+
+def test_a_sample_tells_what_the_model_thought_of_each_of_its_tokens(tiny):
+    model = tiny()
+    how = {"temperature": 0.7, "top_k": 5, "generator": torch.Generator().manual_seed(0)}
+    for i, answer in sample(model, PROMPTS, 6, stop=3, rows=2, **how):
+        ids, n = PROMPTS[i] + answer.tokens, len(answer.tokens)
+        log_q = model(torch.tensor(ids), [len(ids)]).logits[-n - 1:-1].log_softmax(dim=-1)
+        assert answer.log_q == pytest.approx(log_q[range(n), answer.tokens].tolist(), abs=1e-5)
+        assert answer.entropy == pytest.approx((-log_q.exp() * log_q).sum(dim=-1).tolist(), abs=1e-5)
+        assert answer.finished == (answer.tokens[-1] == 3) and answer.log_p == []
+        assert 3 not in answer.tokens[:-1] and (n == 6 or answer.finished)
+
+
+def test_a_guide_is_mixed_into_what_is_drawn_from(counter, tiny):
+    """The counter says 5 after 4, its guide, under a prompt that ends in 9, says 10. Of two equal shares both come as often,
+    and each model goes on from what was drawn."""
+    draws = dict(sample(counter, [[4]] * 400, 2, guide=Guide(counter, [[1, 2, 9]] * 400, 0.5), temperature=1.0,
+                        generator=torch.Generator().manual_seed(0)))
+    first = torch.tensor([draw.tokens[0] for draw in draws.values()]).bincount(minlength=16) / 400
+    likely, other = (54.6 + 1) / 2 / 69.6, 1 / 69.6         # e^4 = 54.6, and 15 words more: the hand's counter, above
+    assert first[5] == pytest.approx(likely, abs=0.07) and first[10] == pytest.approx(likely, abs=0.07)
+    one = next(draw for draw in draws.values() if draw.tokens == [5, 6])
+    sure, unsure = math.log(54.6 / 69.6), math.log(other)
+    assert one.log_q == pytest.approx([sure, sure], abs=1e-3) and one.log_p == pytest.approx([unsure, sure], abs=1e-3)
 
 
 # -- sampling --------------------------------------------------------------------------------------------------
