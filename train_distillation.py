@@ -62,7 +62,7 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teachers, student, tokeni
         seen, gradients = {}, {}
         for batch, last in run.micro_batches(step):
             with torch.no_grad(), runtime.autocast(run.dtype, run.world.device):
-                taught = ask(teachers, batch, tokenizer, args)
+                taught = ask(teachers, batch, tokenizer, args, return_hidden=args.feature_weight > 0)
             with run.forward(last):
                 out = run.parallel["model"](batch.tokens, batch.lengths, at=batch.at, with_logits=False,
                                             return_hidden=args.feature_weight > 0)
@@ -78,7 +78,7 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teachers, student, tokeni
                 else:
                     # The same without (S, V) logits: in chunks, gradients at once. See distill/fused.py.
                     fused = partial(fused_distillation_loss, out.final, head, batch.targets, taught.said,
-                                    temperature=temperature_now, divergence=divergence, matched=taught.matched)
+                                    temperature=temperature_now, divergence=divergence, kd_weight=taught.matched)
                     loss, ce, kd = fused(alpha)
                     if probing:         # each alone: their joint gradient cannot be taken to pieces
                         ce, kd = fused(1.0).loss, fused(0.0).loss

@@ -180,6 +180,29 @@ def flat_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int =
                  torch.from_numpy(ids[follows][at].astype(np.int64)), step_targets, step_samples)
 
 
+def turns(batch: Batch) -> list[list[tuple[list[int], list[int]]]]:
+    """Each sample's answers, each with all that is read before it: [[(prompt, answer), ...], ...], as ids.
+
+        user 2 + 3 ? assistant 5 <|im_end|>     one turn: the prompt ends in "assistant", the answer is 5 <|im_end|>
+    """
+    tokens, at, targets = batch.tokens.tolist(), batch.at.numpy(), batch.targets.tolist()
+    ends = np.cumsum(batch.lengths)
+    sample = np.searchsorted(ends, at, side="right")                        # (S,), to which each position belongs
+    begins = np.flatnonzero((np.diff(at, prepend=-2) > 1) | (np.diff(sample, prepend=-1) > 0))
+    found = [[] for _ in batch.lengths]
+    for begin, end in zip(begins, [*begins[1:], len(at)]):
+        i = sample[begin]
+        found[i].append((tokens[ends[i] - batch.lengths[i]:at[begin] + 1], targets[begin:end]))
+    return found
+
+
+def answered(prompts, answers) -> Batch:
+    """Samples of a prompt and the answer to it each, as ids; all of the answers is to be predicted."""
+    ids = np.concatenate([prompt + answer for prompt, answer in zip(prompts, answers)])
+    sizes = np.array([(len(prompt), len(answer)) for prompt, answer in zip(prompts, answers)])       # (samples, 2)
+    return flat_batch(ids, np.tile([False, True], len(sizes)).repeat(sizes.flatten()), sizes.sum(axis=1))
+
+
 def sample_key(sample: np.ndarray) -> int:
     """64 bits that tell a sample, its ids and its targets, from any other."""
     return int.from_bytes(hashlib.blake2b(sample.astype(np.uint32).tobytes(), digest_size=8).digest(), "little")

@@ -49,7 +49,7 @@ class Fused(NamedTuple):
 
 
 def fused_distillation_loss(hidden, head, targets, taught, alpha=0.0, temperature=1.0, divergence=forward_kl,
-                            matched=None, chunk_bytes=CHUNK_BYTES) -> Fused:
+                            kd_weight=None, ce_weight=None, chunk_bytes=CHUNK_BYTES) -> Fused:
     """alpha * CE + (1 - alpha) * T^2 * D(teacher_T, student_T), summed over the S positions.
 
     hidden       (S, D), the student's final hidden states; gradients flow
@@ -57,7 +57,8 @@ def fused_distillation_loss(hidden, head, targets, taught, alpha=0.0, temperatur
     targets      (S,) ids
     taught       a list of Dense (several are mixed by their weights), or one TopK
     divergence   any function of distill/losses.py
-    matched      (S,) bool: positions where the teacher has a say; None: all. At the others CE alone counts
+    kd_weight    (S,) of the divergence at each position; None: 1. 0, or False: there the teacher has no say
+    ce_weight    (S,) of the cross-entropy likewise; a policy gradient's may be negative
     chunk_bytes  of a (rows, V) buffer, of at most MOST_ROWS: smaller saves memory, larger saves time
 
     Under autocast the matrix products run in its type; the loss is fp32. The closed form of CE + forward KL,
@@ -65,13 +66,15 @@ def fused_distillation_loss(hidden, head, targets, taught, alpha=0.0, temperatur
     """
     chunks = Chunks(hidden, head, taught, chunk_bytes)
     with torch.autocast(hidden.device.type, enabled=False):             # `chunks` knows the type of the products
-        return Fused(*FusedLoss.apply(hidden, head, targets, chunks, alpha, temperature, divergence, matched))
+        return Fused(*FusedLoss.apply(hidden, head, targets, chunks, alpha, temperature, divergence, kd_weight,
+                                      ce_weight))
 
 
 class FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, chunks, alpha, temperature, divergence, matched):
-        closed_form = divergence is forward_kl and matched is None and not isinstance(chunks.taught, TopK)
+    def forward(ctx, hidden, head, targets, chunks, alpha, temperature, divergence, kd_weight, ce_weight):
+        closed_form = (divergence is forward_kl and kd_weight is None and ce_weight is None
+                       and not isinstance(chunks.taught, TopK))
         # Where the products run in fp16, gradients of rare words would underflow: those products run in fp32.
         back = torch.float32 if chunks.dtype == torch.float16 else chunks.dtype
         h, w = hidden.detach().to(back), head.detach().to(back)
@@ -85,7 +88,7 @@ class FusedLoss(torch.autograd.Function):
                 log_p = chunks.teacher(rows, temperature)
                 parts = ce_and_forward_kl(logits, log_p, targets[rows], alpha, temperature, chunks.scratch(rows))
             else:
-                parts = by_autograd(logits, chunks, rows, targets[rows], alpha, temperature, divergence, matched)
+                parts = by_autograd(logits, chunks, rows, targets[rows], alpha, temperature, divergence, kd_weight, ce_weight)
             ce, kd, slope = ce + parts[0], kd + parts[1], parts[2].to(back)     # (), (), (C, V)
             grad_hidden[rows] = slope @ w
             if grad_head is None:
@@ -103,7 +106,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor, *_):
         (grad_hidden, grad_head), ctx.grads = ctx.grads, None
-        return grad_hidden.mul_(factor), None if grad_head is None else grad_head.mul_(factor), *[None] * 6
+        return grad_hidden.mul_(factor), None if grad_head is None else grad_head.mul_(factor), *[None] * 7
 
 
 class Chunks:
@@ -173,17 +176,18 @@ def ce_and_forward_kl(logits, log_p, targets, alpha, temperature, scratch):  # (
     return ce, T * T * kl, slope
 
 
-def by_autograd(logits, chunks, rows, targets, alpha, temperature, divergence, matched):  # -> (), (), (C, V)
+def by_autograd(logits, chunks, rows, targets, alpha, temperature, divergence, kd_weight, ce_weight):  # -> (), (), (C, V)
     """The same three for any divergence."""
     with torch.enable_grad():
         logits = logits.requires_grad_()
-        ce = F.cross_entropy(logits, targets, reduction="sum")
+        ce = F.cross_entropy(logits, targets, reduction="none")                 # (C,)
+        ce = (ce if ce_weight is None else ce * ce_weight[rows]).sum()
         log_q = F.log_softmax(logits / temperature, dim=-1)                     # (C, V)
         if isinstance(chunks.taught, TopK):
             each = divergence(*in_buckets(chunks.taught, rows, log_q))
         else:
             each = divergence(chunks.teacher(rows, temperature), log_q)         # (C,)
-        kd = temperature ** 2 * (each if matched is None else each * matched[rows]).sum()
+        kd = temperature ** 2 * (each if kd_weight is None else each * kd_weight[rows]).sum()
         slope, = torch.autograd.grad(alpha * ce + (1 - alpha) * kd, logits)
     logits.requires_grad_(False)
     return ce.detach(), kd.detach(), slope

@@ -39,7 +39,7 @@ class Guide(NamedTuple):
     """A second model that has a say in what is drawn, under prompts of its own: share * its distribution + (1 - share) *
     the first one's. Gu et al. 2023 (MiniLLM), https://arxiv.org/abs/2306.08543, Sec. 2.2, teacher-mixed sampling."""
 
-    model: Transformer
+    model: Transformer              # or model.teachers.Base
     prompts: list[list[int]]
     share: float
 
@@ -55,13 +55,15 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens: int | list[int], stop: int | None = None,
-                   rows: int = 64, guide: Guide | None = None, any_busy=bool, **sampling) -> Iterator[Step]:
+                   rows: int = 64, dtype: torch.dtype | None = None, guide: Guide | None = None, any_busy=bool,
+                   **sampling) -> Iterator[Step]:
     """Every pass through the model gives one token: the first of prompts that enter, or one more of all rows under way.
 
     prompts         token ids, at least one each, of any lengths
     max_new_tokens  at most, for all prompts or for each; prompt and answer together must fit into max_seq_len
     stop            the token that ends an answer
     rows            how many are under way at once, at most
+    dtype           of the keys and values, which is that of the matrix products; None: of the weights
     any_busy        where a model is sharded over processes, all of them must pass through it together: told whether this
                     one has something to do, it says whether any has; one that has not passes through for company
     sampling        temperature, top_k, top_p, generator: see `choose`
@@ -80,9 +82,9 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
 
     device = next(model.parameters()).device
     rows = min(rows, len(prompts))
+    dtype = dtype or model.norm.weight.dtype
     caches = [KVCache(each.config, rows, max((len(text) + limit for text, limit in zip(texts, limits)), default=0), device,
-                      torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
-                      else each.norm.weight.dtype) for each, texts in zip(models, sides)]
+                      dtype) for each, texts in zip(models, sides)]
     waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))     # neighbours of one length: one call
     active, newest = [], []                         # by row of the cache: which prompt it answers, and its last token
     left = dict(enumerate(limits))

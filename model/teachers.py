@@ -10,12 +10,33 @@ import torch
 from dataset.lm_dataset import sample_key
 from distill.fused import Dense, TopK
 from distill.teacher_logits import TeacherCache, file_sha256
+from model.lora import without_lora
 from model.tokenizer import Tokenizer
 from model.transformer import Output, Transformer
 
 
+class Base:
+    """A student with adapters, as it was without them: a teacher that has no weights of its own. (Given experience in its
+    prompt it knows more than the student that it is.)"""
+
+    def __init__(self, student: Transformer):
+        self.student, self.config = student, student.config
+
+    def __call__(self, *args, **how) -> Output:
+        training = self.student.training
+        self.student.eval()
+        with torch.no_grad(), without_lora(self.student):
+            out = self.student(*args, **how)
+        self.student.train(training)
+        return out
+
+    @property
+    def head(self):  # -> (V, D)
+        return self.student.head
+
+
 class Teacher(NamedTuple):
-    source: Transformer | TeacherCache      # a model in memory, or what one said, on disk
+    source: Transformer | Base | TeacherCache       # a model in memory, or what one said, on disk
     weight: float                           # among several: they teach as one, p = sum of weight * p of each
     tokenizer: Tokenizer | None             # of a model
 
@@ -28,7 +49,7 @@ class Taught(NamedTuple):
     out: Output | None                  # and the whole output of a model: what losses below the logits look at
 
 
-def ask(teachers, batch, tokenizer, args) -> Taught:
+def ask(teachers, batch, tokenizer, args, return_hidden: bool = False) -> Taught:
     """What each teacher, a model in memory or its outputs on disk, says where the assistant speaks."""
     read, said, out, matched = batch.teacher or batch, [], None, None
     for source, weight, _ in teachers:
@@ -37,8 +58,7 @@ def ask(teachers, batch, tokenizer, args) -> Taught:
             if isinstance(one, TopK):                       # it teaches alone: check_teachers
                 return Taught(one, None, None)
         else:
-            out = source(read.tokens, read.lengths, at=read.at, with_logits=False,
-                         return_hidden=args.feature_weight > 0)
+            out = source(read.tokens, read.lengths, at=read.at, with_logits=False, return_hidden=return_hidden)
             one = Dense(out.final, source.head)
         head = one.head if batch.match is not None else only_words(one.head, tokenizer, args)
         said.append(Dense(one.states, head, weight))
@@ -58,7 +78,7 @@ def only_words(head, tokenizer, args):  # (V, D) -> (V, D)
 def check_teachers(teachers, args):
     """What cannot go together."""
     alone = len(teachers) == 1
-    live = all(isinstance(teacher.source, Transformer) for teacher in teachers)
+    live = not any(isinstance(teacher.source, TeacherCache) for teacher in teachers)
     below = [name for name in ("feature_weight", "attention_weight", "contrastive_weight") if vars(args)[name] > 0]
     if below and not (alone and live):
         raise ValueError(f"--{below[0]} looks inside one teacher that is in memory; give one --teacher and no --teacher_cache")

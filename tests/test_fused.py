@@ -32,14 +32,14 @@ def a_teacher(tokens=S, vocab=V, dim=6, seed=3, weight=1.0):
     return Dense(randn(tokens, dim, seed=seed), randn(vocab, dim, seed=seed + 1), weight)
 
 
-def plain(hidden, head, targets, taught, alpha=0.0, temperature=1.0, divergence=forward_kl, matched=None):
+def plain(hidden, head, targets, taught, alpha=0.0, temperature=1.0, divergence=forward_kl, kd_weight=1.0,
+          ce_weight=1.0):
     """The same mathematics with all logits at once: (loss, ce, kd)."""
     logits = hidden @ head.T                                                            # (S, V)
     mixed = sum(one.weight * (one.states @ one.head.T / temperature).softmax(dim=-1) for one in taught)
     teacher_logits = mixed.log() * temperature if len(taught) > 1 else taught[0].states @ taught[0].head.T
-    ce = F.cross_entropy(logits.float(), targets, reduction="sum")
-    each = distillation_loss_fn(logits, teacher_logits, temperature, "none", divergence)
-    kd = each.sum() if matched is None else each[matched].sum()
+    ce = (F.cross_entropy(logits.float(), targets, reduction="none") * ce_weight).sum()
+    kd = (distillation_loss_fn(logits, teacher_logits, temperature, "none", divergence) * kd_weight).sum()
     return alpha * ce + (1 - alpha) * kd, ce, kd
 
 
@@ -98,7 +98,7 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(name):
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
 def test_where_the_teacher_has_no_say_the_labels_alone_count(divergence):
     matched = torch.tensor([True, False, True, True, False, False, True])
-    settings = dict(alpha=0.3, temperature=2.0, divergence=divergence, matched=matched)
+    settings = dict(alpha=0.3, temperature=2.0, divergence=divergence, kd_weight=matched)
     fused = with_gradients(fused_distillation_loss, a_student(), [a_teacher()], chunk_bytes=3 * ROWS, **settings)
     assert_same(fused, with_gradients(plain, a_student(), [a_teacher()], **settings))
 
@@ -107,9 +107,18 @@ def test_where_the_teacher_has_no_say_the_labels_alone_count(divergence):
     assert_same(with_gradients(fused_distillation_loss, a_student(), [noisy], **settings), fused)
 
 
+@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
+def test_each_position_may_have_its_own_weights_in_both_parts(divergence):
+    weights = {"kd_weight": torch.rand(S, generator=torch.Generator().manual_seed(0)), "ce_weight": randn(S, seed=1)}
+    for chosen in (weights, {"ce_weight": weights["ce_weight"]}):
+        settings = dict(alpha=0.5, divergence=divergence, **chosen)
+        fused = with_gradients(fused_distillation_loss, a_student(), [a_teacher()], chunk_bytes=3 * ROWS, **settings)
+        assert_same(fused, with_gradients(plain, a_student(), [a_teacher()], **settings))
+
+
 def test_uld_takes_a_teacher_with_another_vocabulary():
     taught, matched = [a_teacher(vocab=V + 5)], torch.arange(S) % 2 == 0
-    settings = dict(alpha=0.5, temperature=2.0, divergence=uld, matched=matched)
+    settings = dict(alpha=0.5, temperature=2.0, divergence=uld, kd_weight=matched)
     fused = with_gradients(fused_distillation_loss, a_student(), taught, chunk_bytes=2 * ROWS, **settings)
     assert_same(fused, with_gradients(plain, a_student(), taught, **settings))
 
@@ -184,7 +193,7 @@ def test_where_a_top_k_has_no_say_the_labels_alone_count():
     matched = torch.tensor([True, False, True, True, False, False, True])
     settings, student = dict(alpha=0.3, temperature=2.0), a_student()
     top = top_of(a_teacher(), 3, 2.0)
-    found = with_gradients(fused_distillation_loss, student, top, matched=matched, **settings)
+    found = with_gradients(fused_distillation_loss, student, top, kd_weight=matched, **settings)
     kept = TopK(top.ids[matched], top.log_p[matched])
     hidden, head, targets = student
     kd = fused_distillation_loss(hidden[matched], head, targets[matched], kept, **settings).kd
