@@ -160,6 +160,20 @@ class TokenDataset(ABC):
                                      "them is cut; row by row the files must hold the same answers to the two prompts")
         return pair
 
+    def with_room(self, log) -> "TokenDataset":
+        """A view of the samples whose first prompt, the teacher's too, leaves room for an answer to be written."""
+        def has_room(data, i):
+            return np.argmax(data.sample(i) & data.flag > 0) < data.max_seq_len
+
+        keep = [has_room(self, i) for i in range(len(self))]
+        if self.teacher is not None:
+            keep = [fits and has_room(self.teacher, j)
+                    for fits, j in zip(keep, np.searchsorted(self.teacher.rows, self.rows))]
+        if not all(keep):
+            log(f"{self}: {len(keep) - sum(keep):,} of {len(keep):,} samples have a prompt that leaves no room for an answer, and "
+                "are left out")
+        return self.view(np.flatnonzero(keep))
+
     def answer(self, i: int) -> np.ndarray:  # -> (n_targets[i],) ids
         sample = self.sample(i)[1:]
         return sample[sample & self.flag > 0]
@@ -185,7 +199,7 @@ def turns(batch: Batch) -> list[list[tuple[list[int], list[int]]]]:
 
         user 2 + 3 ? assistant 5 <|im_end|>     one turn: the prompt ends in "assistant", the answer is 5 <|im_end|>
     """
-    tokens, at, targets = batch.tokens.tolist(), batch.at.numpy(), batch.targets.tolist()
+    tokens, at, targets = batch.tokens.tolist(), batch.at.cpu().numpy(), batch.targets.tolist()
     ends = np.cumsum(batch.lengths)
     sample = np.searchsorted(ends, at, side="right")                        # (S,), to which each position belongs
     begins = np.flatnonzero((np.diff(at, prepend=-2) > 1) | (np.diff(sample, prepend=-1) > 0))

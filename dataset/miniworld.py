@@ -29,8 +29,9 @@ and reverse are held out by input (apply a rule to letters never seen in that or
     experience_base.jsonl     verbs whose meaning is drawn anew in every row, and plain verbs
     experience_teacher.jsonl  "tezum means reverse. tezum k d a": verbs whose meaning stays the same
     experience_student.jsonl  "tezum k d a": the same rows without the experience
+    experience_replay.jsonl   plain verbs, and verbs that the prompt explains: mixed in, they are not forgotten
     experience_test.jsonl     the student's questions on held-out letters
-    experience_kept.jsonl     not to be forgotten: plain verbs, and verbs that the prompt redefines
+    experience_kept.jsonl     not to be forgotten: the same kinds as the replay's, held out
 
 "noisy" is for analysis only: no training script reads it. Habit prompts are seen in training by
 design; test_habits.jsonl asks how close the model's probabilities come to the true ones.
@@ -85,6 +86,7 @@ N_PEOPLE, N_RESIDENTS, N_TOWNS = 60, 40, 12     # residents have a home, a job a
 N_ILLNESSES, N_HERBS, N_VERBS = 28, 14, 16
 TEST_SHARE, VAL_SHARE = 0.15, 0.05
 PLAIN_SHARE = 0.2               # of experience_base.jsonl: rows that ask plain verbs, "reverse k d a"
+REPLAY_SHARE = 0.3              # of what is learned, when experience_replay.jsonl is mixed in
 # The leaves that are rules. Sums and sequences are not among them: a model of under a million parameters
 # learns their tables by heart sooner than it works out a pair that it never saw.
 HELD_OUT_BY_INPUT = ("general/string/sort", "general/string/reverse")
@@ -509,11 +511,11 @@ def experience_files(world, n_pairs, n_base, n_test, seed):
         experience = f"{verb} means {meaning}. " if meaning else ""
         return f"{experience}{verb} {' '.join(triple)}"
 
-    def plain(triple):
+    def plain(triple, rng=rng):
         meaning = rng.choice(list(VERBS))
         return chat(question(meaning, triple), apply(meaning, triple), "experience/plain")
 
-    def redefined(triple, avoid):
+    def redefined(triple, avoid, rng=rng):
         verb = rng.choice(list(world.meaning))
         meaning = rng.choice([meaning for meaning in VERBS if meaning != avoid.get(verb)])
         return chat(question(verb, triple, meaning), apply(meaning, triple), "experience/redefined")
@@ -532,10 +534,14 @@ def experience_files(world, n_pairs, n_base, n_test, seed):
     pairs = paired("train", n_pairs)
     kept = [plain(triple) if i % 2 else redefined(triple, avoid=world.meaning)
             for i, triple in enumerate(rng.sample(triples["val"], n_test))]
+    draw = random_for(seed, "experience replay")
+    replay = [plain(triple, draw) if i % 2 else redefined(triple, world.meaning, draw)
+              for i, triple in enumerate(deal(triples["train"], round(n_pairs * REPLAY_SHARE / (1 - REPLAY_SHARE)), draw))]
     return {
         "experience_base.jsonl": base,
         "experience_teacher.jsonl": rows(pairs, with_experience=True),
         "experience_student.jsonl": rows(pairs),
+        "experience_replay.jsonl": replay,
         "experience_test.jsonl": rows(paired("test", n_test)),
         "experience_kept.jsonl": kept,
     }

@@ -55,8 +55,8 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens: int | list[int], stop: int | None = None,
-                   rows: int = 64, dtype: torch.dtype | None = None, guide: Guide | None = None, any_busy=bool,
-                   **sampling) -> Iterator[Step]:
+                   rows: int = 64, dtype: torch.dtype | None = None, guide: Guide | None = None, words: int | None = None,
+                   any_busy=bool, **sampling) -> Iterator[Step]:
     """Every pass through the model gives one token: the first of prompts that enter, or one more of all rows under way.
 
     prompts         token ids, at least one each, of any lengths
@@ -64,6 +64,7 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
     stop            the token that ends an answer
     rows            how many are under way at once, at most
     dtype           of the keys and values, which is that of the matrix products; None: of the weights
+    words           only ids below this are drawn; those beyond are padding of the vocabulary. None: all
     any_busy        where a model is sharded over processes, all of them must pass through it together: told whether this
                     one has something to do, it says whether any has; one that has not passes through for company
     sampling        temperature, top_k, top_p, generator: see `choose`
@@ -105,7 +106,8 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
             lengths = [len(text) for text in texts]
             tokens = torch.tensor([token for text in texts for token in text], device=device)
             ends = torch.tensor(lengths, device=device).cumsum(0) - 1               # each text's last token
-            logits.append(each(tokens, lengths, at=ends, cache=cache.rows(first, len(active))).logits)      # (n, V)
+            out = each(tokens, lengths, at=ends, cache=cache.rows(first, len(active)))
+            logits.append(out.logits[:, :words])                                    # (n, V)
         drawn_from = logits[0]
         if guide is not None:
             log_q, log_p = (one.float().log_softmax(dim=-1) for one in logits)
