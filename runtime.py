@@ -13,10 +13,12 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import sys
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +30,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from model.transformer import Block
+
+
+def is_main_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
 
 def Logger(content):
     """Print on the main process only, and without tearing a progress bar."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_main_process():
         tqdm.write(str(content), file=sys.stdout)
         sys.stdout.flush()
 
@@ -63,7 +71,12 @@ def add_training_args(parser: argparse.ArgumentParser):
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
         help="of the matrix products; weights, optimizer and losses stay fp32. "
              "bfloat16 falls back to float32 where the hardware has none")
+    add("--grad_checkpoint", action="store_true", help="keep only what each layer reads, and work the rest out again for the "
+                                                       "gradient: much less memory, a third more work")
     add("--ddp", action="store_true", help="several processes, under torchrun")
+    add("--shard", default="none", choices=["none", "zero2", "zero3"],
+        help="what the processes of --ddp share out among them, where with none each has all of it. zero2: gradients and "
+             "optimizer state; zero3: the weights too, also a frozen teacher's")
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: as torchrun says")
     add("--num_workers", type=int, default=1, help="processes that prepare batches; 0: the training process itself")
     add("--seed", type=int, default=1337, help="of the initial weights, the shuffling and dropout")
@@ -81,45 +94,68 @@ def add_training_args(parser: argparse.ArgumentParser):
 
 
 def parse_args(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
-    """Defaults, then the YAML of --config, then the command line. Sections of the YAML are grouping only.
+    """Defaults, then the YAML files of --config, each over those before it, then the command line. Sections of a YAML are
+    grouping only.
 
-    Adds the flag --config. Exits with a message on a file that is not YAML, a value that its flag does not take, and a key that is no flag,
-    naming the nearest one that is.
+    Adds the flag --config. Exits with a message on a file that is not YAML, a value that its flag does not take, and a key
+    that is no flag, naming the file and the nearest key that is one.
     """
-    parser.add_argument("--config", default=None, help="YAML file with values for any of these flags; the command line "
-                                                       "overrides it")
-    first, _ = config_only().parse_known_args(argv)
-    if first.config:
-        if not Path(first.config).exists():
-            parser.error(f"no config file at {first.config}")
+    parser.add_argument("--config", nargs="+", default=[], metavar="YAML", help="files with values for any of these flags; a "
+                        "later one overrides those before it, the command line all of them")
+    files, _ = config_only().parse_known_args(argv)
+    flags = {action.dest: action for action in parser._actions}
+    values = {}
+    for path in files.config:
+        values |= read_config(parser, flags, path)
+    for key in values:
+        flags[key].required = False
+    for group in parser._mutually_exclusive_groups:
+        group.required &= not any(flag.dest in values for flag in group._group_actions)
+    # A flag that may be repeated would go on from its default, where the command line is to override the files.
+    several = {key: values.pop(key) for key in list(values) if flags[key].nargs == "+" and flags[key].default is None}
+    parser.set_defaults(**values)
+    args = parser.parse_args(argv)
+    vars(args).update({key: value for key, value in several.items() if getattr(args, key) is None})
+    if "lora_alpha" in args:
+        check_training_args(parser, args)
+    return args
+
+
+def check_training_args(parser, args):
+    """What the flags of add_training_args ask of each other. Exits with a message."""
+    for flag, unset in (("lora_alpha", None), ("lora_dropout", 0.0), ("lora_targets", None)):
+        if not args.lora_rank and vars(args)[flag] != unset:
+            parser.error(f"--{flag} has no effect without --lora_rank: give a rank, or leave it out")
+    if args.shard != "none" and not args.ddp:
+        parser.error(f"--shard {args.shard} shares the model out among the processes of --ddp. Type:\n"
+                     f"    torchrun --nproc_per_node 2 {' '.join(sys.argv)} --ddp")
+    if args.shard != "none" and args.dtype == "float16":
+        parser.error(f"--shard {args.shard} works in bfloat16 or float32, not in float16, whose gradients need scaling: "
+                     "--dtype bfloat16")
+
+
+def read_config(parser, flags: dict, path: str) -> dict:
+    """{flag: value} of one YAML file."""
+    if not Path(path).exists():
+        parser.error(f"no config file at {path}")
+    try:
+        document = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        parser.error(f"{path} is not YAML: {error}")
+    if not isinstance(document, dict):
+        parser.error(f"{path} must hold lines like `learning_rate: 5e-6`")
+    values = {}
+    for key, value in document.items():
+        values.update(value if isinstance(value, dict) else {key: value})
+    for key, value in values.items():
+        if key not in flags:
+            nearest = difflib.get_close_matches(key, flags, n=1, cutoff=0.0)[0]
+            parser.error(f"{path}: unknown key {key!r}; did you mean {nearest!r}?")
         try:
-            document = yaml.safe_load(Path(first.config).read_text()) or {}
-        except yaml.YAMLError as error:
-            parser.error(f"{first.config} is not YAML: {error}")
-        if not isinstance(document, dict):
-            parser.error(f"{first.config} must hold lines like `learning_rate: 5e-6`")
-        flags = {action.dest: action for action in parser._actions}
-        values = {}
-        for key, value in document.items():
-            values.update(value if isinstance(value, dict) else {key: value})
-        for key, value in values.items():
-            if key not in flags:
-                nearest = difflib.get_close_matches(key, flags, n=1, cutoff=0.0)[0]
-                parser.error(f"{first.config}: unknown key {key!r}; did you mean {nearest!r}?")
-            flags[key].required = False
-            try:
-                values[key] = read_as_flag(parser, flags[key], value)
-            except argparse.ArgumentError as error:
-                parser.error(f"{first.config}: {error}")
-        for group in parser._mutually_exclusive_groups:
-            group.required &= not any(flag.dest in values for flag in group._group_actions)
-        # A flag that may be repeated would go on from its default, where the command line is to override the file.
-        several = {key: values.pop(key) for key in list(values) if flags[key].nargs == "+" and flags[key].default is None}
-        parser.set_defaults(**values)
-        args = parser.parse_args(argv)
-        vars(args).update({key: value for key, value in several.items() if getattr(args, key) is None})
-        return args
-    return parser.parse_args(argv)
+            values[key] = read_as_flag(parser, flags[key], value)
+        except argparse.ArgumentError as error:
+            parser.error(f"{path}: {error}")
+    return values
 
 
 def read_as_flag(parser, flag, value):
@@ -135,7 +171,7 @@ def read_as_flag(parser, flag, value):
 
 def config_only() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config", default=None)
+    parser.add_argument("--config", nargs="+", default=[])
     return parser
 
 
@@ -285,6 +321,62 @@ def open_data(kind, args, tokenizer, lm_config, world: World, other=None, other_
     return data, val
 
 
+# ------------------------------------------------------------------------------------------------------------ sharding
+
+
+def shard(module, world: World, dtype: torch.dtype, stays_gathered: bool = False):
+    """Leave to each process only its part of a module's tensors, some rows of each, by PyTorch's fully_shard. In place.
+
+    Before a part of the module is called, the processes gather its weights; behind it they let them go again:
+
+        attention, FFN of each layer    gathered in `dtype`, each when it is called, and for the gradient once more; with
+                                        stays_gathered they stay in between
+        words, norms, head              gathered in fp32 when the module is called, and they stay until the gradients have
+                                        gone: a loss may use the head outside of the module
+
+    The gradients' mean over processes is taken in fp32, each process its own rows, and AdamW keeps moments for those alone.
+    Rajbhandari et al. 2020 (ZeRO), https://arxiv.org/abs/1910.02054, Sec. 5; Zhao et al. 2023 (FSDP),
+    https://arxiv.org/abs/2304.11277, Sec. 3. Call a module of bf16 under autocast, as Run.forward does.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = mesh_of(world)
+    # Inputs are not cast: what runs past the layers, from one to the next, stays fp32, as without sharding.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in [part for part in module.modules() if isinstance(part, Block)]:
+        for part in (block.attention, block.ffn):
+            fully_shard(part, mesh=mesh, reshard_after_forward=not stays_gathered, mp_policy=precision)
+    return fully_shard(module, mesh=mesh, reshard_after_forward=False)
+
+
+@functools.cache
+def mesh_of(world: World):
+    return dist.init_device_mesh(world.device.type, (world.size,))
+
+
+def reshard(module):
+    """Let go of gathered weights, which a forward without a backward leaves behind: a step of the optimizer makes them old."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def place_frozen(model, args, world: World):
+    """A model that is asked and never trained: whole on each device; under zero3 each process has its part of it."""
+    return shard(model, world, dtype=None) if args.shard == "zero3" else model.to(world.device)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered from all processes, which must all call this; any other as it is."""
+    if not dist.is_initialized():
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 # ------------------------------------------------------------------------------------------------- optimizer and steps
 
 
@@ -298,8 +390,9 @@ def make_optimizer(modules, weight_decay: float) -> torch.optim.AdamW:
 
 # Flags that a resumed run may have otherwise than before; what they change in the mathematics is checked by itself.
 FREE_TO_CHANGE = {"out_dir", "data_path", "config", "resume", "max_steps", "epochs", "batch_size", "accumulation_steps",
-                  "device", "ddp", "local_rank", "num_workers", "log_interval", "save_interval", "eval_interval",
-                  "val_path", "grad_norm_interval", "use_wandb", "wandb_project", "tokenizer"}
+                  "device", "ddp", "shard", "grad_checkpoint", "local_rank", "num_workers", "log_interval",
+                  "save_interval", "eval_interval", "val_path", "grad_norm_interval", "use_wandb", "wandb_project",
+                  "tokenizer"}
 
 
 class Run:
@@ -315,7 +408,8 @@ class Run:
     def __init__(self, name: str, args, world: World, modules: dict, data):
         self.name, self.args, self.world, self.data = name, args, world, data
         self.dtype = pick_dtype(args.dtype, world.device)
-        self.modules = {key: module.to(world.device) for key, module in modules.items() if module is not None}
+        self.modules = {key: self.place(module) for key, module in modules.items() if module is not None}
+        self.modules["model"].grad_checkpoint = args.grad_checkpoint
         self.optimizer = make_optimizer(self.modules.values(), args.weight_decay)
         self.weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         # fp16 gradients underflow unless they are scaled up; with the other types the scaler passes them through.
@@ -327,6 +421,9 @@ class Run:
                      "total steps": self.total_steps,
                      **{flag: value for flag, value in vars(args).items() if flag not in FREE_TO_CHANGE}}
 
+        if self.modules["model"].adapted:               # a resume file holds the adapters, not what they stand beside
+            self.kind["sha256 of the weights adapted"] = self.modules["model"].adapted["base_sha256"]
+
         state = load_resume(self.resume_path) if args.resume else None
         if args.resume and state is None:
             Logger(f"no {self.resume_path} to resume: from the first step")
@@ -336,20 +433,28 @@ class Run:
             if changed:
                 raise ValueError(f"{self.resume_path} belongs to another run: {'; '.join(changed)}. "
                                  "Start anew without --resume, or in another --out_dir.")
-            for key, module in self.modules.items():
-                module.load_state_dict(state[key])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.take_up(state)
             self.scaler.load_state_dict(state["scaler"])
             self.steps_done, self.best, wandb_id = state["steps_done"], state["best"], state["wandb_id"]
             Logger(f"resumed {self.resume_path} after step {self.steps_done}")
 
-        self.parallel = {key: self.wrap(module) for key, module in self.modules.items()}
+        self.parallel = self.modules if self.sharded else {key: self.wrap(module) for key, module in self.modules.items()}
         self.wandb = init_wandb(args, name, world, wandb_id)
         self.log = Log(Path(args.out_dir) / f"{name}.jsonl", self.total_steps, self.steps_done, world)
         self.stop, self.stopped = StopSignal(), False
         wanted = range(self.steps_done * args.accumulation_steps, self.total_steps * args.accumulation_steps)
         self.loader = iter(DataLoader(data, batch_size=None, sampler=wanted, num_workers=args.num_workers,
                                       pin_memory=world.device.type == "cuda"))
+
+    @property
+    def sharded(self) -> bool:
+        return self.args.shard != "none"
+
+    def place(self, module):
+        """On the device; of a sharded module, this process's part."""
+        if self.sharded:
+            return shard(module, self.world, self.dtype, stays_gathered=self.args.shard == "zero2")
+        return module.to(self.world.device)
 
     def wrap(self, module):
         """The module as to be called: under DDP its gradients come out as the mean over processes."""
@@ -388,16 +493,18 @@ class Run:
 
     @contextmanager
     def forward(self, last: bool):
-        """Mixed precision; and under DDP, gradients travel once per step, with its last micro-batch."""
+        """Mixed precision; and of several processes, gradients travel once per step, with its last micro-batch."""
         with ExitStack() as stack:
             stack.enter_context(autocast(self.dtype, self.world.device))
             for module in self.parallel.values():
-                if self.world.size > 1 and not last:
+                if self.sharded:        # gradients are shared out each time: whole, they would undo the sharding
+                    module.set_reshard_after_backward(last or self.args.shard == "zero3")
+                elif self.world.size > 1 and not last:
                     stack.enter_context(module.no_sync())
             yield
 
     def backward(self, loss):
-        """`loss` is this process's part of the step's sum; DDP takes the mean over processes, so it is scaled up."""
+        """`loss` is this process's part of the step's sum; gradients become the mean over processes, so it is scaled up."""
         self.scaler.scale(loss * self.world.size).backward()
 
     def add_gradients(self, sums: dict, terms: dict):
@@ -419,6 +526,10 @@ class Run:
         grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, self.args.grad_clip or math.inf, foreach=True)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.sharded:
+            grad_norm = grad_norm.full_tensor()
+            for module in self.modules.values():
+                reshard(module)
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done = step + 1
         self.log.step()
@@ -435,12 +546,54 @@ class Run:
         self.best = min(loss, self.best)
         return better
 
+    def share(self, batches):
+        """This process's batches of those to be evaluated, as many on each: a sharded model's forward needs all processes.
+        Where there is none left, it is one that asks for nothing."""
+        batches = iter(batches)
+        while group := list(islice(batches, self.world.size)):
+            if self.world.rank < len(group):
+                yield group[self.world.rank]
+            else:
+                yield group[0]._replace(at=group[0].at[:0], targets=group[0].targets[:0])
+
+    def any_busy(self, busy: bool) -> bool:
+        """Whether this process has something to do; or, where a sharded model's forward needs all of them, whether any has."""
+        if not self.sharded:
+            return busy
+        return bool(sum_over_processes(torch.tensor(float(busy), device=self.world.device)) > 0)
+
     def save(self):
-        """The resume file, by the main process. The one before is kept as NAME.resume.previous."""
-        if self.is_main:
-            save_resume(self.resume_path, **{key: module.state_dict() for key, module in self.modules.items()},
-                        optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), kind=self.kind,
-                        steps_done=self.steps_done, best=self.best, wandb_id=self.wandb.id if self.wandb else None)
+        """The resume file; sharded, a folder with a file a process. The one before is kept as NAME.resume.previous. All
+        processes call this."""
+        state = self.state_dict()
+        progress = {"scaler": self.scaler.state_dict(), "kind": self.kind, "steps_done": self.steps_done, "best": self.best,
+                    "wandb_id": self.wandb.id if self.wandb else None}
+        if self.sharded:
+            save_shards(self.resume_path, state, progress)
+        elif self.is_main:
+            save_resume(self.resume_path, **state, **progress)
+
+    def state_dict(self) -> dict:
+        """Of the weights that train and of the optimizer; not copied."""
+        weights = {key: trained_state(module) for key, module in self.modules.items()}
+        return weights | {"optimizer": self.optimizer.state_dict()}
+
+    def take_up(self, state: dict):
+        """What load_resume gave becomes the state of the weights and the optimizer."""
+        if self.sharded != ("shards" in state):
+            raise ValueError(f"{self.resume_path} is of a run {'without' if self.sharded else 'with'} --shard; go on as it "
+                             "began (with --shard, any number of processes will do), or start anew without --resume")
+        if self.sharded:
+            # AdamW makes its moments in its first step. One without gradient, at a rate of 0, changes no weight.
+            for weight in self.weights:
+                weight.grad = torch.zeros_like(weight)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            load_shards(state["shards"], self.state_dict())
+            return
+        for key, module in self.modules.items():
+            module.load_state_dict(module.state_dict() | state[key])
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def must_stop(self) -> bool:
         self.stopped = self.stop.agreed(self.steps_done, self.world)
@@ -490,18 +643,71 @@ def write_whole(path: Path, write):
 # What torch.load raises for a file that is empty, cut short, or something else altogether.
 UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
 
+PROGRESS = "progress.pt"        # in the resume folder of a sharded run: all that is no tensor
+
+
+def trained_state(module) -> dict:
+    """The state of a module less what is frozen, which comes from where it came from."""
+    frozen = {name for name, weight in module.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
 
 def save_resume(path, **state):
     """Everything an interrupted run needs to end as if it had not been. The one before is kept as PATH.previous."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        os.replace(path, path.with_name(path.name + ".previous"))
+    keep_previous(path)
     write_whole(path, lambda file: torch.save(state, file))
 
 
+def keep_previous(path: Path):
+    """Rename what is at PATH, a file or a folder, to PATH.previous."""
+    previous = path.with_name(path.name + ".previous")
+    if path.exists():
+        if previous.is_dir():
+            shutil.rmtree(previous)
+        elif path.is_dir():
+            previous.unlink(missing_ok=True)
+        os.replace(path, previous)
+
+
+def save_shards(path: Path, state: dict, progress: dict):
+    """The same as a folder, into which each process writes its part of the tensors; all of them call this."""
+    import torch.distributed.checkpoint as dcp
+
+    beside = path.with_name(path.name + ".tmp")
+    if is_main_process():
+        shutil.rmtree(beside, ignore_errors=True)           # there only if a run was killed while it saved
+        beside.mkdir(parents=True)
+        write_whole(beside / PROGRESS, lambda file: torch.save(progress, file))
+    dist.barrier()
+    dcp.save(tensors_of(state), checkpoint_id=beside)       # comes back when all have written
+    if is_main_process():
+        keep_previous(path)
+        os.replace(beside, path)
+
+
+def load_shards(path: Path, state: dict):
+    """Read what save_shards wrote, on any number of processes, into the tensors of `state`. All of them call this."""
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        dcp.load(tensors_of(state), checkpoint_id=path)
+    except dcp.CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))         # of the first process that failed
+        raise ValueError(f"{path} cannot be read whole ({type(reason).__name__}). Remove it, and --resume takes the one before "
+                         f"it, {path.name}.previous, if there is one") from error
+
+
+def tensors_of(state: dict) -> dict:
+    """A nested dict less all that is no tensor."""
+    return {key: tensors_of(value) if isinstance(value, dict) else value for key, value in state.items()
+            if isinstance(value, (dict, torch.Tensor))}
+
+
 def load_resume(path) -> dict | None:
-    """The newest state that can be read whole; None if there is no file.
+    """The newest state that can be read whole; None if there is no file. Of a folder of save_shards, its progress and, as
+    `shards`, its path, for load_shards.
 
     A file that cannot be read is named and passed over for the one before it. Raises ValueError if none is left.
     """
@@ -509,6 +715,8 @@ def load_resume(path) -> dict | None:
     found = [file for file in (path, path.with_name(path.name + ".previous")) if file.exists()]
     for file in found:
         try:
+            if file.is_dir():
+                return torch.load(file / PROGRESS, weights_only=True) | {"shards": file}
             return torch.load(file, map_location="cpu", weights_only=True)
         except UNREADABLE as error:
             Logger(f"{file} cannot be read whole ({type(error).__name__}); trying the one before it")
@@ -539,6 +747,35 @@ class StopSignal:
 
 
 # -------------------------------------------------------------------------------------------------------------- logs
+
+
+class Clock:
+    """The seconds that each phase of a step takes, on this process.
+
+        with clock("teacher"):
+            ...
+        clock.shares()      {"share_teacher": 0.2, ...} of all that was timed since it was last asked
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        start = self.now()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)     # a GPU is told what to do long before it is done
+        return time.perf_counter()
+
+    def shares(self) -> dict[str, float]:
+        total = sum(self.seconds.values())
+        shares = {f"share_{phase}": seconds / total for phase, seconds in self.seconds.items()}
+        self.seconds = {}
+        return shares
 
 
 class Log:

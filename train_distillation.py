@@ -107,15 +107,13 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teachers, student, tokeni
             seen = {name: runtime.sum_over_processes(value) for name, value in seen.items() if name != "ce"}
             run.log.row(run.steps_done, wandb, **seen, temperature=temperature_now, **rates)
         if val_data is not None and run.is_due(args.eval_interval):
-            val_loader = in_order(val_data, rank=run.world.rank, world_size=run.world.size)
-            scores = evaluate(student, val_loader, run.world.device, teachers, tokenizer, run.dtype, args)
+            scores = evaluate(student, run.share(in_order(val_data)), run.world.device, teachers, tokenizer, run.dtype, args)
             run.log.row(run.steps_done, wandb, **scores)
-            if run.is_best(scores["val_uld" if args.divergence == "uld" else "val_kl"]) and run.is_main:
+            if run.is_best(scores["val_uld" if args.divergence == "uld" else "val_kl"]):
                 save_model(student, tokenizer, f"{args.out_dir}/{run.name}_best.pth")
         stopping = run.must_stop()
         if stopping or run.is_due(args.save_interval):
-            if run.is_main:
-                save_model(student, tokenizer, f"{args.out_dir}/{run.name}.pth")
+            save_model(student, tokenizer, f"{args.out_dir}/{run.name}.pth")
             run.save()
         if stopping:
             return
@@ -166,11 +164,13 @@ def init_student_model(lm_config, weights, vocabulary):
     return model.train(), tokenizer
 
 
-def init_teacher_model(weights, device, dtype):
+def init_teacher_model(weights, args, world):
     """The teacher, never trained: in eval mode, without gradients, outside DDP, and in bf16 where the hardware has it."""
-    model, tokenizer = load_model(weights, device, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    dtype = torch.bfloat16 if runtime.pick_dtype(args.dtype, world.device) == torch.bfloat16 else torch.float32
+    # What will be shared out need not fit on one device.
+    model, tokenizer = load_model(weights, "cpu" if args.shard == "zero3" else world.device, dtype)
     Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {weights}")
-    return model.requires_grad_(False), tokenizer
+    return runtime.place_frozen(model.requires_grad_(False), args, world), tokenizer
 
 
 def distill(teachers, student, tokenizer, args, world):
@@ -206,7 +206,7 @@ def distill(teachers, student, tokenizer, args, world):
                       for c in (student.config, models[0].source.config)]
             check_relation_heads(*([torch.empty(0, width) for width in each] for each in widths), args.relation_heads)
         run = runtime.Run(name, args, world, {"model": student, "projections": projections, "contrast": contrast}, data)
-        if run.dtype == torch.bfloat16:         # a student of the chain that teaches now comes in fp32
+        if run.dtype == torch.bfloat16 and not run.sharded:     # a student of the chain that teaches now comes in fp32
             for teacher in models:
                 teacher.source.to(torch.bfloat16)
 
@@ -294,16 +294,16 @@ def path_and_weight(spec: str) -> tuple[str, float]:
         raise ValueError(f"{spec}: {weight!r} is no number; write PATH=WEIGHT, or PATH alone") from None
 
 
-def init_teachers(args, device) -> list[Teacher]:
+def init_teachers(args, world) -> list[Teacher]:
     """All of --teacher and --teacher_cache, their weights made to sum to 1."""
     teachers = []
     for spec in args.teacher or []:
         path, weight = path_and_weight(spec)
-        model, tokenizer = init_teacher_model(path, device, runtime.pick_dtype(args.dtype, device))
+        model, tokenizer = init_teacher_model(path, args, world)
         teachers.append(Teacher(model, weight, tokenizer))
     for spec in args.teacher_cache or []:
         path, weight = path_and_weight(spec)
-        teachers.append(Teacher(TeacherCache(path).to(device), weight, None))
+        teachers.append(Teacher(TeacherCache(path).to(world.device), weight, None))
     if min(teacher.weight for teacher in teachers) <= 0:
         raise ValueError("the weight of a teacher must be above 0; leave out one that is not to teach")
     total = sum(teacher.weight for teacher in teachers)
@@ -319,6 +319,10 @@ def name_idle_flags(parser, args):
         for flag in flags:
             if not in_use and vars(args)[flag] != parser.get_default(flag):
                 Logger(f"--{flag} {vars(args)[flag]} has no effect on this loss")
+    if args.shard != "none" and args.grad_norm_interval > 0:
+        Logger(f"--shard {args.shard}: no process has the whole gradient, so that its norm per loss term is not looked at "
+               "(--grad_norm_interval 0)")
+        args.grad_norm_interval = 0
 
 
 def main():
@@ -390,7 +394,7 @@ def main():
         # 3. Models
         students = fill_in(args)
         name_idle_flags(parser, args)
-        teachers = init_teachers(args, world.device)
+        teachers = init_teachers(args, world)
         check_teachers(teachers, args)
         pairs = []
         vocabulary = args.tokenizer or next((teacher.tokenizer for teacher in teachers if teacher.tokenizer), None)

@@ -40,14 +40,13 @@ def train_epoch(epoch, wandb, run, model, tokenizer, val_data):
         if run.is_due(args.log_interval) or run.is_due(args.save_interval):
             run.log.row(run.steps_done, wandb, **rates)
         if val_data is not None and run.is_due(args.eval_interval):
-            val_loss = evaluate(model, in_order(val_data, rank=run.world.rank, world_size=run.world.size), run)
+            val_loss = evaluate(model, run.share(in_order(val_data)), run)
             run.log.row(run.steps_done, wandb, val_loss=val_loss)
-            if run.is_best(val_loss) and run.is_main:
+            if run.is_best(val_loss):
                 save_model(model, tokenizer, f"{args.out_dir}/{run.name}_best.pth")
         stopping = run.must_stop()
         if stopping or run.is_due(args.save_interval):
-            if run.is_main:
-                save_model(model, tokenizer, f"{args.out_dir}/{run.name}.pth")
+            save_model(model, tokenizer, f"{args.out_dir}/{run.name}.pth")
             run.save()
         if stopping:
             return

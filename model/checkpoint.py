@@ -132,12 +132,12 @@ def recognise(path):
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}. {how_to_make(path)}")
+    if path.suffix in (".json", ".resume"):
+        raise ValueError(f"{path} holds no weights for use; name {path.with_suffix('.pth')}")
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ValueError(f"{path} is a folder without a config.json: no model, or its download is not complete")
         return reader("hf")
-    if path.suffix in (".json", ".resume"):
-        raise ValueError(f"{path} holds no weights for use; name {path.with_suffix('.pth')}")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} alone has no sizes and no tokenizer; name its folder, {path.parent}")
     with open(path, "rb") as file:

@@ -138,8 +138,9 @@ def adapters(model) -> dict[str, LoRALinear]:
 def lora_state(model) -> dict[str, torch.Tensor]:
     """{name: tensor} of the adapters alone, not copied, as in state_dict(). The rank is seen in the shapes; alpha is
     not, and belongs beside them."""
-    return {f"{path}.{name}": adapter.get_parameter(name).detach()
-            for path, adapter in adapters(model).items() for name in ("lora_a", "lora_b")}
+    names = [f"{path}.{name}" for path in adapters(model) for name in ("lora_a", "lora_b")]
+    state = model.state_dict()
+    return {name: state[name] for name in names}
 
 
 def load_lora(model, state: dict[str, torch.Tensor]):

@@ -12,12 +12,14 @@ Alphabet:  N tokens of the stream · S positions asked for · B samples (rows) �
 """
 
 from copy import copy
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import LMConfig
 from model.moe import FeedForward, MoEFeedForward
@@ -172,6 +174,8 @@ class Transformer(nn.Module):
 
     block = Block
     adapted = None          # what is told of its adapters, if it has any (model/checkpoint.py, adapt)
+    grad_checkpoint = False     # in training, keep each layer's inputs alone; the rest is worked out again for the gradient.
+                                # Chen et al. 2016, https://arxiv.org/abs/1604.06174
 
     def __init__(self, config: LMConfig):
         super().__init__()
@@ -210,10 +214,11 @@ class Transformer(nn.Module):
         stream = self.lay_out(tokens, lengths, cache)
         x = self.dropout(self.embed(tokens, stream))                        # (N, D)
         balance, hidden = x.new_zeros(()), []
+        run = partial(checkpoint, use_reentrant=False) if self.grad_checkpoint and self.training else Block.__call__
         for layer in self.layers:
             # Past the last attention a position speaks for itself alone: the others are dropped there.
             is_last = layer is self.layers[-1]
-            x, layer_balance, qkv = layer(x, stream, at if is_last else None)
+            x, layer_balance, qkv = run(layer, x, stream, at if is_last else None)
             balance = balance + layer_balance / len(self.layers)
             if return_hidden:
                 hidden.append(x if is_last or at is None else x[at])

@@ -30,7 +30,8 @@ from dataset import lm_dataset  # noqa: E402
 
 os.environ["OMP_NUM_THREADS"] = "1"     # sums in one order: runs can be compared bit by bit
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["helpers_run", "torch._dynamo", "torch.distributed", "runtime", "tiktoken",
+FORKS.set_forkserver_preload(["helpers_run", "torch._dynamo", "torch.distributed", "torch.distributed.fsdp",
+                              "torch.distributed.checkpoint", "runtime", "tiktoken",
                               "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 # What every run of these tests has in common.

@@ -373,6 +373,19 @@ def test_a_run_with_adapters_resumes_where_it_stood(data, models, tmp_path):
     assert same(load(tmp_path / "broken/full_sft_32_lora.pth"), load(tmp_path / "unbroken/full_sft_32_lora.pth"))
 
 
+def test_a_resume_file_holds_the_adapters_and_not_what_they_stand_beside(data, models, tmp_path):
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    more = flags(data, models, weights=tmp_path / "student.pth", out_dir=tmp_path)
+    succeed("train_sft.py", **more)
+    state = load(tmp_path / "full_sft_32_lora.resume")
+    assert same(state["model"], load(tmp_path / "full_sft_32_lora.pth"))
+    assert len(state["optimizer"]["state"]) == len(state["model"]) == 2 * 7 * 2
+
+    trained = load(tmp_path / "student.pth")                    # the base, trained anew in between
+    torch.save(trained | {"norm.weight": trained["norm.weight"] * 2}, tmp_path / "student.pth")
+    assert "sha256 of the weights adapted was " in complaint("train_sft.py", resume=True, **more)
+
+
 def test_adapters_know_their_base_and_stand_beside_no_adapters(data, models, tmp_path):
     """Written over its own base, or beside weights that were trained anew, an adapter would be noise."""
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
@@ -385,6 +398,12 @@ def test_adapters_know_their_base_and_stand_beside_no_adapters(data, models, tmp
     torch.save(state | {"norm.weight": state["norm.weight"] * 2}, tmp_path / "student.pth")
     with pytest.raises(ValueError, match="holds adapters to other weights than those that are at"):
         load_model(adapters)
+
+
+@pytest.mark.parametrize("script, flag, value", [
+    ("train_pretrain.py", "lora_alpha", 16), ("train_sft.py", "lora_dropout", 0.1), ("train_distillation.py", "lora_targets", "wq")])
+def test_a_flag_of_adapters_without_a_rank_is_refused(script, flag, value):
+    assert f"--{flag} has no effect without --lora_rank: give a rank, or leave it out" in complaint(script, **{flag: value})
 
 
 def test_a_model_from_nothing_has_nothing_to_adapt(data, models, tmp_path):

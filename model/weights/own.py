@@ -24,11 +24,21 @@ from model.lora import lora_state
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.weights import Piece
-from runtime import UNREADABLE, write_whole
+from runtime import UNREADABLE, is_main_process, whole, write_whole
 
 
 def write(model: Transformer, tokenizer: Tokenizer, path):
-    """Write the three files, each whole or not at all, the weights last."""
+    """Write the three files, each whole or not at all, the weights last. All processes call this, the main one writes: a
+    sharded model is gathered a tensor at a time."""
+    state = {}
+    for name, weight in (lora_state(model) if model.adapted else model.state_dict()).items():
+        weight = whole(weight)
+        if is_main_process():
+            state[name] = (weight.float() if weight.is_floating_point() else weight).cpu()      # int8 and int4 stay
+    if not is_main_process():
+        return
+    if "output.weight" in state and model.config.tie_embeddings:
+        state["output.weight"] = state["tok_embeddings.weight"]         # one tensor, stored once
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     vocabulary = path.parent / f"tokenizer-{tokenizer.sha256[:8]}.json"
@@ -37,8 +47,6 @@ def write(model: Transformer, tokenizer: Tokenizer, path):
     about = {"config": dataclasses.asdict(model.config), "tokenizer": vocabulary.name}
     if model.adapted:
         about["lora"] = model.adapted | {"base": os.path.relpath(model.adapted["base"], path.parent)}
-    state = {name: (weight.float() if weight.is_floating_point() else weight).cpu()         # int8 and int4 stay
-             for name, weight in (lora_state(model) if model.adapted else model.state_dict()).items()}
     write_whole(path.with_suffix(".json"), lambda file: file.write(json.dumps(about, indent=2).encode()))
     write_whole(path, lambda file: torch.save(state, file))
 

@@ -1,0 +1,291 @@
+"""
+分片与重算的规律：分担一个模型，学到的与独占它时相同；换几个进程，都能接着训练。
+Laws of --shard and --grad_checkpoint: a model that is shared out, or whose layers are worked out again, learns what it
+would have learned whole; and a run goes on with another number of processes.
+"""
+
+import argparse
+import os
+import signal
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import runtime
+from helpers_run import FORKS, ROOT, TINY, complaint, load, rows, same, start, succeed, wait_until
+from model.checkpoint import load_model, new_model, save_model
+from model.config import LMConfig
+from model.transformer import KVCache
+
+CPU = torch.device("cpu")
+
+
+# --------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def untied(models):
+    """models/untied.pth: its head is a matrix of its own."""
+    torch.manual_seed(0)
+    config = LMConfig(dim=32, n_layers=2, n_heads=2, max_seq_len=128, tie_embeddings=False)
+    save_model(*new_model(config, ROOT / "model/tokenizer.json"), models / "untied.pth")
+
+
+def lesson(name, data, models, student="student"):
+    """The script of a lesson, its flags, and the name of the files it writes."""
+    flags = {**TINY, "weights": models / f"{student}.pth", "data_path": data / "sft_data.jsonl", "log_interval": 1,
+             "max_steps": 4}
+    kind = "_moe" if student.endswith("_moe") else ""
+    if name == "sft":
+        return "train_sft.py", flags, f"full_sft_32{kind}"
+    flags |= {"teacher": models / "teacher.pth", "size": "tiny", "alpha": 0.5}
+    return "train_distillation.py", flags, f"full_dist_32{kind}"
+
+
+def assert_close(a: dict, b: dict):
+    """Equal, but for fp32 summed in another order, which Adam makes larger where a gradient is near 0."""
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=2e-3, atol=5e-5)
+
+
+@pytest.mark.parametrize("name, student, shard, more", [
+    ("sft", "student", "zero2", {}),
+    ("sft", "untied", "zero3", {"accumulation_steps": 2}),
+    ("sft", "student_moe", "zero3", {"grad_checkpoint": True}),
+    ("distillation", "student", "zero3", {"accumulation_steps": 2, "feature_weight": 0.1, "attention_weight": 0.1}),
+    ("distillation", "untied", "zero2", {"accumulation_steps": 2, "grad_checkpoint": True}),
+    ("distillation", "student_moe", "zero2", {"plain_loss": True}),
+    ("distillation", "student", "zero2", {"lora_rank": 3}),
+])
+def test_two_processes_that_share_a_model_learn_what_one_learns(name, student, shard, more, untied, data, models, tmp_path):
+    script, flags, file = lesson(name, data, models, student)
+    flags |= more
+    file += "_lora" * ("lora_rank" in more)
+    batch_size = 4 // flags.pop("accumulation_steps", 1)            # of 8 samples a step
+    succeed(script, **flags | {"grad_checkpoint": None}, out_dir=tmp_path / "one")
+    split = {"batch_size": batch_size, "accumulation_steps": 4 // batch_size, "processes": 2}
+    said = succeed(script, **flags | split, shard=shard, out_dir=tmp_path / "two")
+    assert ("its norm per loss term is not looked at" in said) == (name == "distillation")
+    one, two = (rows(tmp_path / folder / f"{file}.jsonl") for folder in ("one", "two"))
+    for whole, shared in zip(one, two, strict=True):
+        whole = {key: value for key, value in whole.items() if key in shared}       # less the norm per term
+        assert shared == pytest.approx(whole, rel=2e-3, abs=1e-5)
+    assert_close(load(tmp_path / "one" / f"{file}.pth"), load(tmp_path / "two" / f"{file}.pth"))
+    model, _ = load_model(tmp_path / "two" / f"{file}.pth")
+    assert (model.head is model.tok_embeddings.weight) == (student != "untied")
+
+
+def split(processes: int) -> dict:
+    """Eight samples a step, on so many processes of --ddp; one alone is told of itself as torchrun would."""
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    more = {"ddp": True, "variables": variables} if processes == 1 else {"processes": processes}
+    return {"batch_size": 8 // processes, **more}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("processes, others", [(2, 1), (1, 2)])
+def test_a_run_that_shares_a_model_goes_on_with_another_number_of_processes(processes, others, data, models, tmp_path):
+    script, flags, file = lesson("distillation", data, models)
+    flags |= {"feature_weight": 0.1, "max_steps": 6, "save_interval": 3, "shard": "zero3"}
+    succeed(script, **flags | split(processes), out_dir=tmp_path)
+    unbroken, resume = load(tmp_path / f"{file}.pth"), tmp_path / f"{file}.resume"
+    assert len(list(resume.glob("*.distcp"))) == processes              # each wrote its own part
+    resume.rename(tmp_path / "gone")                                    # killed between the two renames of a save
+    said = succeed(script, **flags | split(others) | {"shard": "zero2"}, out_dir=tmp_path, resume=True)
+    assert f"resumed {resume} after step 3" in said
+    assert_close(load(tmp_path / f"{file}.pth"), unbroken)
+
+
+@pytest.mark.parametrize("more", [{}, {"lora_rank": 3, "lora_dropout": 0.1}], ids=["all weights", "adapters"])
+def test_a_run_that_shares_a_model_and_is_killed_ends_as_the_unbroken_one(more, data, models, tmp_path):
+    script, flags, file = lesson("sft", data, models)
+    flags |= {"max_steps": 8, "save_interval": 2, "eval_interval": 3, "shard": "zero3", **split(2), **more}
+    file += "_lora" * ("lora_rank" in more)
+    succeed(script, **flags, out_dir=tmp_path / "unbroken")
+    broken = tmp_path / "broken"
+    killed = start(script, **flags, out_dir=broken)
+    wait_until(lambda: any(row["step"] >= 4 for row in rows(broken / f"{file}.jsonl")))
+    killed.send(signal.SIGKILL)
+    killed.wait()
+    assert "resumed" in succeed(script, **flags, out_dir=broken, resume=True)
+    for name in (f"{file}.pth", f"{file}_best.pth"):
+        assert same(load(tmp_path / "unbroken" / name), load(broken / name))
+    assert rows(tmp_path / "unbroken" / f"{file}.jsonl") == rows(broken / f"{file}.jsonl")
+
+
+def test_a_shared_resume_folder_that_is_damaged_or_of_another_kind_is_named(data, models, tmp_path):
+    script, flags, file = lesson("sft", data, models)
+    flags |= {"max_steps": 2, "eval_interval": 0, "out_dir": tmp_path}
+    shared, resume = flags | {"shard": "zero2"} | split(2), tmp_path / f"{file}.resume"
+    succeed(script, **shared)
+    said = complaint(script, **flags, resume=True)
+    assert f"{resume} is of a run with --shard; go on as it began" in said
+    part = next(resume.glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:100])
+    assert f"{resume} cannot be read whole" in complaint(script, **shared, resume=True)
+
+
+def test_a_resume_file_and_a_folder_of_that_name_put_each_other_aside(tmp_path):
+    resume, previous = tmp_path / "run.resume", tmp_path / "run.resume.previous"
+    for kind in ("file", "folder", "folder", "file", "file"):
+        if kind == "file":
+            resume.write_text("weights")
+        else:
+            resume.mkdir()
+            (resume / "part").write_text("weights")
+        runtime.keep_previous(resume)
+        assert not resume.exists() and previous.is_dir() == (kind == "folder")
+
+
+def test_validation_is_the_same_where_a_process_has_fewer_batches(data, models, tmp_path):
+    script, flags, file = lesson("distillation", data, models)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((data / "val.jsonl").read_text().splitlines(keepends=True)[:5]))     # one batch, of one process
+    flags |= {"val_path": few, "max_steps": 1}
+    succeed(script, **flags, out_dir=tmp_path / "one")
+    succeed(script, **flags | {"shard": "zero3"} | split(2), out_dir=tmp_path / "two")
+    one, two = (rows(tmp_path / folder / f"{file}.jsonl")[-1] for folder in ("one", "two"))
+    assert "val_kl" in one and two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"shard": "zero3"}, "--shard zero3 shares the model out among the processes of --ddp. Type:"),
+    ({"shard": "zero2", "ddp": True, "dtype": "float16"}, "--shard zero2 works in bfloat16 or float32, not in float16"),
+])
+def test_what_cannot_be_shared_is_refused(flags, message):
+    assert message in complaint("train_sft.py", **flags)
+
+
+# ------------------------------------------------------------------------------------------- one model, step by step
+
+
+def on_two_processes(law, *given):
+    """law(world, *given) on both of two processes, each of which must come to its end."""
+    port = free_port()
+    processes = [FORKS.Process(target=one_of_two, args=(law, rank, port, given)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+
+def one_of_two(law, rank, port, given):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo")
+    law(runtime.World(rank, 2, CPU), *given)
+    dist.destroy_process_group()
+
+
+def a_run(model, world, out_dir, **flags) -> runtime.Run:
+    parser = argparse.ArgumentParser()
+    runtime.add_training_args(parser)
+    args = parser.parse_args(["--out_dir", str(out_dir), "--dtype", "float32", "--num_workers", "0"])
+    vars(args).update(learning_rate=0.1, max_steps=9, **flags)
+    data = SimpleNamespace(dataset=SimpleNamespace(key="two samples"), step_samples=2, steps_per_epoch=9)
+    return runtime.Run("tiny", args, world, {"model": model}, data)
+
+
+TOKENS, LENGTHS = torch.tensor([1, 5, 2, 11, 3, 3, 7]), [3, 4]
+
+
+def learn(run, last=True):
+    with run.forward(last):
+        out = run.parallel["model"](TOKENS, LENGTHS, with_logits=False)
+        loss = F.cross_entropy(F.linear(out.final, run.modules["model"].head), TOKENS.roll(-1), reduction="sum")
+    run.backward(loss / run.world.size)
+
+
+def sample(model) -> torch.Tensor:
+    """Logits of two prompts, and of a word each that follows, by way of a cache."""
+    cache = KVCache(model.config, 2, 8, CPU)
+    with torch.no_grad():
+        first = model(TOKENS, LENGTHS, at=torch.tensor([2, 6]), cache=cache).logits
+        return torch.cat([first, model(torch.tensor([4, 9]), [1, 1], cache=cache).logits])
+
+
+def law_of_fresh_weights(world, twin, models, out_dir):
+    for shard, model in zip(("zero2", "zero3"), models):
+        run = a_run(model, world, out_dir, shard=shard)
+        for step in range(3):
+            learn(run)
+            before = sample(model)                          # gathers weights that the step makes old
+            run.update(step)
+            after = sample(model)
+            twin.load_state_dict({name: runtime.whole(tensor) for name, tensor in model.state_dict().items()})
+            assert not torch.equal(before, after)
+            torch.testing.assert_close(after, sample(twin))
+            model.train(step == 1)                          # after each step in another mode
+        own_part = sum(weight.to_local().numel() for weight in run.weights)
+        assert own_part <= 0.6 * model.n_parameters()
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_moe": True, "tie_embeddings": False}])
+def test_what_is_generated_between_two_steps_is_of_the_newest_weights(kind, tiny, tmp_path):
+    on_two_processes(law_of_fresh_weights, tiny(**kind), [tiny(**kind).train() for _ in range(2)], tmp_path)
+
+
+def law_of_bf16(world, models, out_dir):
+    runtime.pick_dtype = lambda name, device: torch.bfloat16        # a processor that has none emulates it
+    found = []
+    for shard, model in zip(("none", "zero2", "zero3"), models):
+        run = a_run(model, world if shard != "none" else world._replace(size=1), out_dir, shard=shard)
+        for last in (False, True):
+            learn(run, last)
+        found.append([runtime.whole(weight.grad) for weight in model.parameters()])
+    assert same(found[1], found[0]) and same(found[2], found[0])
+
+
+def test_a_shared_model_in_bf16_has_the_gradients_of_autocast_to_the_bit(tiny, tmp_path):
+    on_two_processes(law_of_bf16, [tiny().train() for _ in range(3)], tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_moe": True}])
+def test_layers_that_are_worked_out_again_give_the_same_gradients_to_the_bit(kind, tiny):
+    found = []
+    for grad_checkpoint in (False, True):
+        model = tiny(dropout=0.3, **kind).train()
+        model.grad_checkpoint = grad_checkpoint
+        torch.manual_seed(0)                                # of dropout
+        out = model(TOKENS, LENGTHS, return_hidden=True)
+        (out.logits.square().sum() + out.balance_loss + out.hidden[0].sum() + out.qkv[1].sum()).backward()
+        found.append([weight.grad for weight in model.parameters()])
+    assert same(*found)
+
+
+def test_layers_that_are_worked_out_again_keep_less_for_the_gradient(tiny):
+    kept = {}
+    for grad_checkpoint in (False, True):
+        model, sizes = tiny(n_layers=6).train(), []
+
+        def keep(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        model.grad_checkpoint = grad_checkpoint
+        with torch.autograd.graph.saved_tensors_hooks(keep, keep):
+            model(TOKENS, LENGTHS)
+        kept[grad_checkpoint] = sum(sizes)
+    assert kept[True] < kept[False] / 4
+
+
+def test_a_model_that_does_not_train_works_nothing_out_again(tiny, monkeypatch):
+    model = tiny().eval()
+    expected = model(TOKENS, LENGTHS).logits
+    model.grad_checkpoint = True
+    monkeypatch.setattr("model.transformer.checkpoint", None)
+    assert torch.equal(model(TOKENS, LENGTHS).logits, expected)
