@@ -6,7 +6,7 @@ Data formats: the files that people have, as one message list; a bad line is nam
     [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]
 
 A file goes through two steps. read_rows splits it into numbered rows (.jsonl, .json, .csv, .txt);
-to_messages or to_text makes a row into what a lesson trains on. dataset.md shows each format.
+to_messages, to_question or to_text makes a row into what a lesson trains on. dataset.md shows each format.
 """
 
 import csv
@@ -15,10 +15,12 @@ import reprlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 CONVERSATION_KEYS = ("conversations", "messages")
 PROMPT_KEYS = ("question", "instruction", "prompt", "ask")
 RESPONSE_KEYS = ("output", "response", "answer")
+COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, "input", "system", "history", "options", "answer_idx")
 
 # How a turn is written: the key of its role -> (the key of its text, the names of the roles).
 TURN_FORMS = {
@@ -200,12 +202,32 @@ def to_messages(row: dict) -> list[dict]:
 
     Raises ValueError with the reason, and the value shortened, for anything else.
     """
-    for key in CONVERSATION_KEYS:
-        if key in row:
-            return _conversation(_turns_of_list(row[key], key))
-    if "options" in row:
-        return _conversation(_turns_of_choice(row))
-    return _conversation(_turns_of_columns(row))
+    return _conversation(_turns(row))
+
+
+class Question(NamedTuple):
+    """A conversation up to the answer that someone is to give."""
+
+    messages: list[dict]        # as to_messages has them; the user's turn is the last
+    answer: str | None          # the one that the row has; None: it has none
+    others: dict                # what else is in the row: id, leaf, ...
+
+
+def to_question(row: dict) -> Question:
+    """One row of any format of to_messages, asked once more: its last answer is taken off, or is not there yet.
+
+        {"question": "2 + 3 =", "answer": "5", "id": 7}     [user "2 + 3 ="], "5", {"id": 7}
+        {"question": "2 + 3 =", "id": 7}                    [user "2 + 3 ="], None, {"id": 7}
+        {"conversations": [..., {"role": "user", "content": "And 3 + 3?"}]}     all of it, None, {}
+
+    Raises ValueError with the reason for anything else.
+    """
+    messages = _in_turns(_turns(row, answered=False))
+    if not messages or messages[-1]["role"] == "system":
+        raise ValueError("no turn of the user, so there is nothing to answer")
+    answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+    read = CONVERSATION_KEYS if any(key in row for key in CONVERSATION_KEYS) else COLUMN_KEYS
+    return Question(messages, answer, {key: value for key, value in row.items() if key not in read})
 
 
 def to_text(row: dict) -> str:
@@ -227,11 +249,20 @@ def holds_texts(path) -> bool:
 # Every format is first told as turns (where, role, content): the law of a conversation is written once.
 
 def _conversation(turns) -> list[dict]:
-    """Turns as messages, if they are a conversation: at most one system turn, then user and assistant.
+    """Turns as a conversation to learn from. That a last user turn has no answer is no error: it is dropped."""
+    messages = _in_turns(turns)
+    if messages and messages[-1]["role"] == "user":
+        messages.pop()
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError("no turn of the assistant follows a user turn, so there is nothing to learn")
+    return messages
 
-    Turns that do not alternate are refused, not merged: in such a row a turn was lost, and an answer
-    may belong to a question that is not there. Two things are no error: a last user turn has no answer
-    to learn from and is dropped; a user turn after the first may be empty, for in ShareGPT some people
+
+def _in_turns(turns) -> list[dict]:
+    """Turns as messages, if they alternate: at most one system turn, then user and assistant.
+
+    Turns that do not are refused, not merged: in such a row a turn was lost, and an answer may belong to
+    a question that is not there. A user turn after the first may be empty, for in ShareGPT some people
     just press Enter to hear more.
     """
     messages = []
@@ -254,12 +285,17 @@ def _conversation(turns) -> list[dict]:
             raise ValueError(f"{where} is an empty {role} turn")
         messages.append({"role": role, "content": content})
         speaker = SPEAKS_AFTER[role]
-
-    if messages and messages[-1]["role"] == "user":
-        messages.pop()
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError("no turn of the assistant follows a user turn, so there is nothing to learn")
     return messages
+
+
+def _turns(row, answered=True):
+    """The turns of a row of any format; the answer of a row of columns may be missing if not `answered`."""
+    for key in CONVERSATION_KEYS:
+        if key in row:
+            return _turns_of_list(row[key], key)
+    if "options" in row:
+        return _turns_of_choice(row, answered)
+    return _turns_of_columns(row, answered)
 
 
 def _turns_of_list(turns, key):
@@ -280,10 +316,10 @@ def _turns_of_list(turns, key):
         yield where, names[role], turn[content_key]
 
 
-def _turns_of_columns(row):
+def _turns_of_columns(row, answered):
     prompts = [key for key in PROMPT_KEYS if key in row]
     responses = [key for key in RESPONSE_KEYS if key in row]
-    if not prompts or not responses:
+    if not prompts or answered and not responses:
         raise ValueError(f"no known format (keys found: {_short(list(row))}; known: {KNOWN_FORMATS})")
     for keys in (prompts, responses):
         if len(keys) > 1:
@@ -291,7 +327,7 @@ def _turns_of_columns(row):
                              "rename the one that is not to be trained on")
     if row.get("history"):
         raise ValueError("history is not read; write the earlier turns as conversations")
-    (prompt,), (response,) = prompts, responses
+    (prompt,) = prompts
 
     if row.get("system"):
         yield "system", "system", row["system"]
@@ -301,28 +337,31 @@ def _turns_of_columns(row):
         _check_text(row["input"], "input")
         question = f"{question}\n{row['input']}" if question else row["input"]
     yield prompt, "user", question
-    yield response, "assistant", row[response]
+    for response in responses:
+        yield response, "assistant", row[response]
 
 
-def _turns_of_choice(row):
-    for key in ("question", "answer_idx"):
+def _turns_of_choice(row, answered):
+    answered = answered or "answer_idx" in row
+    for key in ("question", "answer_idx") if answered else ("question",):
         if key not in row:
             raise ValueError(f"options without {key!r} (keys found: {_short(list(row))})")
         _check_text(row[key], key)
-    options, right = row["options"], row["answer_idx"]
+    options = row["options"]
     if not isinstance(options, dict):
         raise ValueError(f'options is {_short(options)}, not an object {{"A": ..., "B": ...}}')
     for letter, text in options.items():
         _check_text(text, f"options[{_short(letter)}]")
-    if right not in options:
-        raise ValueError(f"answer_idx is {_short(right)}, "
+    if answered and row["answer_idx"] not in options:
+        raise ValueError(f"answer_idx is {_short(row['answer_idx'])}, "
                          f"which is none of the options {_short(list(options))}")
 
     lines = [row["question"]] + [f"{letter}. {text}" for letter, text in options.items()]
     if not row["question"].strip():
         raise ValueError("question is empty")
     yield "question", "user", "\n".join(lines)
-    yield f"options[{right!r}]", "assistant", options[right]
+    if answered:
+        yield f"options[{row['answer_idx']!r}]", "assistant", options[row["answer_idx"]]
 
 
 def _check_text(value, where):
@@ -354,32 +393,43 @@ def read_conversations(path, skip_bad_lines: bool = False, log: Callable = print
     return _read(path, to_messages, skip_bad_lines, log)
 
 
+def read_questions(path, skip_bad_lines: bool = False, log: Callable = print) -> list[Question | None]:
+    """Every question of a file, as to_question gives it. None stands where a bad line was left out, so that two files can
+    be read row by row. Raises as above."""
+    return _read_in_place(path, to_question, skip_bad_lines, log)
+
+
 def read_texts(path, skip_bad_lines: bool = False, log: Callable = print) -> list[str]:
     """Every text of a pretraining file: {"text"} rows, or the paragraphs of a .txt. Raises as above."""
     return _read(path, to_text, skip_bad_lines, log)
 
 
 def _read(path, convert, skip_bad_lines, log):
+    return [good for good in _read_in_place(path, convert, skip_bad_lines, log) if good is not None]
+
+
+def _read_in_place(path, convert, skip_bad_lines, log):
     unit = "item" if _kind(path) == "list" else "line"
-    good, n_bad, first_bad = [], 0, []
+    found, n_bad, first_bad = [], 0, []
     for number, row in read_rows(path):
         try:
             if isinstance(row, str):
                 raise ValueError(row)
-            good.append(convert(row))
+            found.append(convert(row))
         except ValueError as error:
             if not skip_bad_lines:
                 raise BadLine(f"{path}, {unit} {number}: {error}. "
                               f"Fix the {unit}, or pass --skip_bad_lines to leave it out.") from None
+            found.append(None)
             n_bad += 1
             if n_bad <= 3:
                 first_bad.append(f"{unit} {number}: {error}")
 
-    if not good and not n_bad:
+    if not found:
         raise ValueError(f"{path} is empty: there is no {unit} to learn from")
-    if not good:
+    if n_bad == len(found):
         raise ValueError(f"{path}: none of its {n_bad:,} {unit}s is good. {'; '.join(first_bad)}")
     if n_bad:
-        log(f"{path}: left out {n_bad:,} of {len(good) + n_bad:,} {unit}s. "
+        log(f"{path}: left out {n_bad:,} of {len(found):,} {unit}s. "
             f"{'; '.join(first_bad)}{'; ...' if n_bad > 3 else ''}")
-    return good
+    return found

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dataset.formats import BadLine, read_conversations, read_rows, read_texts, to_messages, to_text
+from dataset.formats import (BadLine, read_conversations, read_questions, read_rows, read_texts, to_messages, to_question,
+                             to_text)
 
 SUM = [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]
 GOOD_LINE = json.dumps({"conversations": SUM})
@@ -68,6 +69,45 @@ def test_a_choice_is_answered_by_the_text_of_the_right_option():
 
 def test_a_trailing_user_turn_is_dropped_since_nothing_is_learned_from_it():
     assert spoken(turns("suau")) == ["s0", "u1", "a2"]
+
+
+@pytest.mark.parametrize("row, asked, answer, others", [
+    ({"question": "2 + 3 =", "answer": "5", "id": 7}, ["2 + 3 ="], "5", {"id": 7}),
+    ({"question": "2 + 3 =", "id": 7}, ["2 + 3 ="], None, {"id": 7}),
+    ({"instruction": "Add.", "input": "2 + 3", "leaf": "sum"}, ["Add.\n2 + 3"], None, {"leaf": "sum"}),
+    ({"question": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"}, ["2 + 3 =\nA. 4\nB. 5"], "5", {}),
+    ({"question": "2 + 3 =", "options": {"A": "4", "B": "5"}}, ["2 + 3 =\nA. 4\nB. 5"], None, {}),
+    ({"messages": [{"role": "user", "content": "a"}], "answer": "of another lesson"}, ["a"], None,
+     {"answer": "of another lesson"}),
+    ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+     ["s", "a"], "b", {}),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]},
+     ["a", "b", "c"], None, {}),
+])
+def test_a_question_ends_where_its_last_answer_begins_or_is_missing(row, asked, answer, others):
+    question = to_question(row)
+    assert [message["content"] for message in question.messages] == asked
+    assert question.messages[-1]["role"] == "user" and (question.answer, question.others) == (answer, others)
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"conversations": []}, "no turn of the user"),
+    ({"conversations": [{"role": "system", "content": "s"}]}, "no turn of the user"),
+    ({"conversations": [{"role": "assistant", "content": "a"}]}, "user speaks next"),
+    ({"question": "a", "answer": ""}, "empty assistant turn"),
+    ({"question": "a", "options": {"A": "b"}, "answer_idx": None}, "answer_idx is None"),
+    ({"options": {"A": "b"}}, "options without 'question'"),
+    ({"answer": "5"}, "no known format"),
+])
+def test_what_asks_nothing_is_no_question(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        to_question(row)
+
+
+def test_a_question_that_is_left_out_keeps_its_place(tmp_path):
+    path = written(tmp_path, "a.jsonl", f'{GOOD_LINE}\nbad\n\n{{"question": "a"}}\n')
+    first, bad, last = read_questions(path, skip_bad_lines=True, log=lambda line: None)
+    assert (first.answer, bad, last.answer) == ("5", None, None)
 
 
 def test_a_later_user_turn_may_be_empty_but_the_first_may_not():

@@ -17,7 +17,7 @@ from helpers_run import ROOT, TINY, complaint, load, quickstart, rows, succeed
 
 TRAINING_SCRIPTS = ["train_pretrain.py", "train_sft.py", "train_distillation.py"]
 SCRIPTS = [*TRAINING_SCRIPTS, "scripts/cache_teacher.py", "scripts/chat.py", "scripts/convert.py", "scripts/evaluate.py",
-           "scripts/plot.py", "scripts/train_tokenizer.py", "dataset/miniworld.py"]
+           "scripts/generate_answers.py", "scripts/plot.py", "scripts/train_tokenizer.py", "dataset/miniworld.py"]
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -42,7 +42,8 @@ def flags_of(script, monkeypatch) -> list:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_and_explained(script, monkeypatch):
     source = (ROOT / script).read_text()
-    if script in (*TRAINING_SCRIPTS, "scripts/cache_teacher.py"):       # what they share is read there
+    # What they share is read there.
+    if script in (*TRAINING_SCRIPTS, "scripts/cache_teacher.py", "scripts/generate_answers.py"):
         source += (ROOT / "runtime.py").read_text() + (ROOT / "model/teachers.py").read_text()
     by_name = "".join(re.findall(r"vars\(args\)\[name\] for name in \((.*?)\)", source))
     for flag in flags_of(script, monkeypatch):
