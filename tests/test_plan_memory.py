@@ -1,0 +1,212 @@
+"""
+显存规划的规律：参数一个不差，激活逐字节等于 autograd 真正保存的，分片除以进程数。
+Laws of the memory plan: weights are counted to the last one, activations to the byte that autograd keeps, and shards divide.
+"""
+
+import itertools
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+from helpers_run import complaint, succeed
+from model.config import LMConfig
+from model.lora import add_lora
+from model.transformer import Transformer
+from scripts.plan_memory import (SIZES, USABLE, Recipe, activations, count, kept_beside_layers, kept_of_a_layer,
+                                 measure, smallest_that_fits, terms, total)
+
+SMALL = LMConfig(dim=32, n_layers=3, n_heads=8, n_kv_heads=2, head_dim=8, hidden_dim=80, vocab_size=50, max_seq_len=64)
+
+
+def by_name(config, recipe, teacher=None, **more) -> dict[str, int]:
+    return {term.name: term.bytes for term in terms(config, teacher, recipe, **more)}
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("sizes", [{}, {"qk_norm": True}, {"tie_embeddings": False}, {"attention_bias": True},
+                                   {"use_moe": True}])
+def test_the_weights_counted_are_those_of_the_model(sizes):
+    config = replace(SMALL, **sizes)
+    model, n = Transformer(config), count(config)
+    assert n.all == n.trained == model.n_parameters()
+    assert n.words + 3 * n.layer == n.all
+    assert count(config, lora_rank=4).trained == add_lora(model, 4).n_trained
+
+
+@pytest.mark.parametrize("name, weights", [
+    ("0.6B", 596_049_920), ("1.7B", 1_720_574_976), ("4B", 4_022_468_096), ("8B", 8_190_735_360),
+    ("14B", 14_768_307_200), ("32B", 32_762_123_264), ("70B", 70_553_706_496)])
+def test_the_sizes_have_the_weights_that_are_published(name, weights):
+    assert count(SIZES[name]).all == weights
+
+
+def test_the_weights_of_8b_by_hand():
+    """36 layers of wq and wo, wk and wv, three of the FFN, two norms of 4096 and two of a head; two matrices of words."""
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128
+    assert count(SIZES["8B"]).layer == layer == 192_946_432
+    assert 36 * layer + 2 * 151_936 * 4096 + 4096 == 8_190_735_360
+
+
+def test_16_bytes_for_each_weight_that_trains():
+    """8B on one process: 16 x 8,190,735,360 bytes are 131 GB, and no GPU has them."""
+    found = by_name(SIZES["8B"], Recipe())
+    assert found["weights"] + found["gradients"] + found["AdamW"] == 16 * 8_190_735_360
+    assert smallest_that_fits(SIZES["8B"], 1, 80)[0].lora_rank > 0
+
+
+# ---------------------------------------------------------------------------------------------------------- activations
+
+
+def kept_by_autograd(config, dtype, checkpointed=False) -> int:
+    """Bytes of all that a forward pass over two samples of 64 leaves behind for the backward pass, weights aside."""
+    model = Transformer(config).train()
+    model.grad_checkpoint = checkpointed
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    shapes = {shape for weight in model.parameters() for shape in (weight.shape, weight.shape[::-1])}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        is_copy_of_weight = tensor.dtype == torch.bfloat16 and tensor.shape in shapes
+        if storage.data_ptr() not in weights and not is_copy_of_weight:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype):
+            model(torch.arange(128) % 50, [64, 64], with_logits=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_activations_are_what_autograd_keeps_to_the_byte(dtype, qk_norm):
+    config = replace(SMALL, qk_norm=qk_norm)
+    recipe = Recipe(batch_size=2, max_seq_len=64, dtype=str(dtype)[6:])
+    assert activations(config, recipe).bytes == kept_by_autograd(config, dtype)
+
+
+def test_with_checkpoints_the_inputs_of_the_layers_are_kept_and_one_layer_more():
+    """Three layers, 128 tokens of 32 numbers. The one layer is that which the backward pass is working out again."""
+    recipe = Recipe(batch_size=2, max_seq_len=64, dtype="float32", grad_checkpoint=True)
+    layer = sum(kept_of_a_layer(SMALL, 4).values())
+    assert activations(SMALL, recipe).bytes == 128 * (3 * 4 * 32 + layer + kept_beside_layers(SMALL))
+    assert activations(SMALL, recipe).bytes < activations(SMALL, replace(recipe, grad_checkpoint=False)).bytes
+
+
+# --------------------------------------------------------------------------------------------------------------- shards
+
+
+@pytest.mark.parametrize("shard", ["zero2", "zero3"])
+@pytest.mark.parametrize("lora_rank", [0, 16])
+def test_shards_divide_weights_gradients_and_moments_by_the_processes(shard, lora_rank):
+    whole = by_name(SIZES["8B"], Recipe(processes=8, lora_rank=lora_rank))
+    shared = by_name(SIZES["8B"], Recipe(processes=8, shard=shard, lora_rank=lora_rank))
+    for name in ("weights", "gradients", "AdamW"):
+        assert shared[name] == whole[name] // 8
+
+
+def test_only_zero3_shares_out_the_teacher():
+    each = {shard: by_name(SIZES["8B"], Recipe(processes=8, shard=shard), teacher=SIZES["8B"])["teacher"]
+            for shard in ("none", "zero2", "zero3")}
+    assert each == {"none": 2 * 8_190_735_360, "zero2": 2 * 8_190_735_360, "zero3": 2 * 8_190_735_360 // 8}
+
+
+@pytest.mark.parametrize("shard, lora_rank, grad_checkpoint",
+                         [*itertools.product(("none", "zero2", "zero3"), (0, 16), (False, True))])
+def test_more_processes_never_need_more_each(shard, lora_rank, grad_checkpoint):
+    needed = [total(terms(SIZES["8B"], SIZES["8B"], Recipe(processes=n, shard=shard, lora_rank=lora_rank,
+                                                           grad_checkpoint=grad_checkpoint))) for n in (1, 2, 4, 8)]
+    assert needed == sorted(needed, reverse=True)
+
+
+def test_zero3_never_needs_more_than_zero2():
+    for n in (2, 8):
+        zero2, zero3 = (total(terms(SIZES["14B"], SIZES["14B"], Recipe(processes=n, shard=shard)))
+                        for shard in ("zero2", "zero3"))
+        assert zero3 < zero2
+
+
+# ------------------------------------------------------------------------------------------------ adapters, loss, writing
+
+
+def test_adapters_alone_have_gradients_and_moments():
+    """8B at rank 16: 36 layers x 16 x (wq and wo 2 (4096 + 4096), wk and wv 2 (4096 + 1024), FFN 3 (4096 + 12288))."""
+    trained = 36 * 16 * (2 * 8192 + 2 * 5120 + 3 * 16384)
+    found = by_name(SIZES["8B"], Recipe(lora_rank=16))
+    assert (found["weights"], found["adapters"], found["gradients"], found["AdamW"]) == (
+        4 * 8_190_735_360, 4 * trained, 4 * trained, 8 * trained)
+
+
+def test_a_teacher_of_no_weights_costs_nothing():
+    assert "teacher" not in by_name(SIZES["8B"], Recipe(lora_rank=16))
+
+
+def test_the_student_writes_before_it_learns_so_that_the_larger_counts():
+    """8B: 2 x 2 bytes x 36 layers x 8 x 128 are 147,456 bytes a token; 16 answers of 2,048 tokens take 4.8 GB."""
+    recipe = Recipe(grad_checkpoint=True)
+    learning = by_name(SIZES["8B"], recipe)
+    assert by_name(SIZES["8B"], replace(recipe, max_new_tokens=256)) == learning
+    writing = by_name(SIZES["8B"], replace(recipe, max_new_tokens=256, rows=64))
+    assert writing["KV cache"] == 147_456 * 64 * 2048 and "activations" not in writing
+
+
+def test_whole_logits_cost_more_than_the_fused_loss():
+    recipe = Recipe(grad_checkpoint=True)
+    assert by_name(SIZES["8B"], recipe, distilled=False)["loss"] > 2 * by_name(SIZES["8B"], recipe)["loss"]
+
+
+# ------------------------------------------------------------------------------------------------------ table and command
+
+
+def test_the_table_takes_the_simplest_recipe_that_fits():
+    """0.6B trains whole on any GPU; 8B needs shards for that, and for 32B they are not enough."""
+    assert [str(smallest_that_fits(SIZES[name], 8, 80)[0]) for name in ("0.6B", "8B", "32B")] == [
+        "full, none", "full, zero2", "LoRA 16, zero3"]
+    for n in (1, 8):
+        recipe, needed = smallest_that_fits(SIZES["4B"], n, 80)
+        assert needed == total(terms(SIZES["4B"], SIZES["4B"], recipe)) <= USABLE * 80e9
+
+
+def test_what_fits_nowhere_is_not_in_the_table():
+    assert smallest_that_fits(SIZES["70B"], 1, 80) is None
+
+
+def test_the_terms_that_are_printed_add_up():
+    said = succeed("scripts/plan_memory.py", *"--student 8B --processes 8 --shard zero3 --grad_checkpoint".split())
+    *parts, whole = [float(number) for number in re.findall(r"([\d.]+) GB  ", said)]
+    assert sum(parts) == pytest.approx(whole, abs=0.01 * len(parts))
+    assert "4 B x 8,190,735,360 / 8 processes" in said and "fits: 80 GB leave 72" in said
+
+
+def test_a_model_at_a_path_is_read(models):
+    said = succeed("scripts/plan_memory.py", student=models / "student.pth", teacher=models / "teacher.pth")
+    assert f"4 B x {count(LMConfig(dim=32, n_layers=2, n_heads=2, vocab_size=1024)).all:,}" in said
+
+
+@pytest.mark.parametrize("flags, reason", [
+    ("--student 9B", "9B is no path, and none of the sizes 0.6B"),
+    ("--student 8B --teacher self", "--teacher self is the student without its adapters: give a --lora_rank"),
+    ("--student 8B --processes 0", "--processes 0 must be above 0"),
+])
+def test_a_plan_that_cannot_be_says_why(flags, reason):
+    assert reason in complaint("scripts/plan_memory.py", *flags.split())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+def test_a_real_step_takes_what_was_planned(monkeypatch):
+    """Two steps of a pair of 2 M parameters, in a process of its own."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    config, recipe = LMConfig(dim=256, n_layers=2, vocab_size=2000, qk_norm=True), Recipe(2, 512, dtype="float32")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as new:
+        measured = new.submit(measure, config, recipe, "cpu").result()
+    assert total(terms(config, config, recipe)) == pytest.approx(measured, rel=0.2)
