@@ -161,14 +161,8 @@ class TokenDataset(ABC):
         return pair
 
     def with_room(self, log) -> "TokenDataset":
-        """A view of the samples whose first prompt, the teacher's too, leaves room for an answer to be written."""
-        def has_room(data, i):
-            return np.argmax(data.sample(i) & data.flag > 0) < data.max_seq_len
-
-        keep = [has_room(self, i) for i in range(len(self))]
-        if self.teacher is not None:
-            keep = [fits and has_room(self.teacher, j)
-                    for fits, j in zip(keep, np.searchsorted(self.teacher.rows, self.rows))]
+        """A view of the samples whose first prompt leaves room for an answer to be written."""
+        keep = [np.argmax(self.sample(i) & self.flag > 0) < self.max_seq_len for i in range(len(self))]
         if not all(keep):
             log(f"{self}: {len(keep) - sum(keep):,} of {len(keep):,} samples have a prompt that leaves no room for an answer, and "
                 "are left out")

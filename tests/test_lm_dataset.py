@@ -69,6 +69,15 @@ def test_a_conversation_has_as_many_turns_as_answers_each_under_all_that_was_sai
     assert found[1] == [("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "ho<|im_end|>")]
 
 
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_and_counted(cache, tmp_path, tokenizer):
+    """Around its words a question has 19 tokens of the template: with 22 in all, "abc" leaves no room and "ab" one token."""
+    rows = write(tmp_path / "sft.jsonl", [chat("a", "5"), chat("abc", "5"), chat("ab", "5")])
+    data, said = SFTDataset([rows], tokenizer, max_seq_len=22, log=lambda line: None), []
+    assert len(tokenizer.encode_chat(chat("")["messages"], add_generation_prompt=True)[0]) == 19
+    assert data.with_room(said.append).rows.tolist() == [0, 2]
+    assert "1 of 3 samples have a prompt that leaves no room" in said[0]
+
+
 def test_turns_end_where_their_sample_ends():
     """Of 10 11 12 and 13 14, read 10 11 and 13, everything but the first is a target, and position 1 borders on position 2."""
     batch = flat_batch(np.arange(10, 15), np.array([False, True, True, False, True]), np.array([3, 2]))

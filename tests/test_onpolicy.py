@@ -1,0 +1,220 @@
+"""
+在策略蒸馏的规律：学生写，教师读同样的词；不在策略时与第三课一模一样；策略梯度的期望就是整句 KL 的梯度。
+Laws of train_onpolicy.py: the student writes and the teacher reads the same words; off-policy it is lesson 3 to the bit; and
+the mean of the policy gradient is the gradient of the KL of whole answers.
+"""
+
+import math
+import shutil
+from argparse import Namespace
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+
+from dataset.lm_dataset import turns
+from distill.fused import Dense, fused_distillation_loss
+from distill.losses import reverse_kl
+from helpers_run import TINY, complaint, load, rows, same, start, succeed, wait_until
+from model.checkpoint import load_model
+from model.generate import Sampled
+from train_onpolicy import Rollout, facts_of, in_means, is_on_policy, micro_batches, policy_gradient, repetition, rounds
+
+ANSWERS = [Sampled([7, 8, 9], True, [0.5] * 3, [-1.0] * 3, [-2.0] * 3), Sampled([5], False, [0.1], [-0.2], [-0.2])]
+
+
+# -- who reads what --------------------------------------------------------------------------------------------
+
+def test_teacher_and_student_read_the_same_answer_under_their_own_prompts():
+    rollouts = [Rollout([1, 2, 3, 4], [6, 1, 2, 3, 4], ANSWERS[0]), Rollout([1], [6, 1], ANSWERS[1])]
+    (graded,) = micro_batches(rollouts, Namespace(accumulation_steps=1, objective="gkd"), "cpu")
+    assert turns(graded.batch) == [[([1], [5])], [([1, 2, 3, 4], [7, 8, 9])]]                  # from short to long
+    assert turns(graded.batch.teacher) == [[([6, 1], [5])], [([6, 1, 2, 3, 4], [7, 8, 9])]]
+    assert graded.kd_weight is None and graded.ce_weight is None
+
+
+def test_a_step_s_answers_are_dealt_to_its_micro_batches():
+    rollouts = [Rollout([1] * n, [1] * n, ANSWERS[1]) for n in (5, 1, 4, 2, 3)]
+    graded = micro_batches(rollouts, Namespace(accumulation_steps=2, objective="gkd"), "cpu")
+    assert [each.batch.lengths for each in graded] == [[1, 2, 3], [4, 5]]
+
+
+def test_the_coin_falls_with_its_share_and_knows_nothing_of_processes():
+    heads = sum(is_on_policy(step, Namespace(seed=0, on_policy_fraction=0.7)) for step in range(1000))
+    assert heads == pytest.approx(700, abs=45)                  # three standard deviations of sqrt(210)
+    assert all(is_on_policy(step, Namespace(seed=0, on_policy_fraction=1.0)) for step in range(100))
+    assert not any(is_on_policy(step, Namespace(seed=0, on_policy_fraction=0.0)) for step in range(100))
+
+
+def test_rounds_end_at_multiples_so_that_a_resumed_run_has_the_same():
+    assert rounds(range(2, 9), 4) == [range(2, 4), range(4, 8), range(8, 9)]
+    assert rounds(range(3), 1) == [range(0, 1), range(1, 2), range(2, 3)]
+    assert rounds(range(5, 5), 4) == []
+
+
+# -- what is told of the answers -------------------------------------------------------------------------------
+
+def test_repetition_is_the_share_of_ngrams_written_before():
+    assert repetition([1, 2, 3, 4]) == 0.0 and repetition([1, 2, 3]) == 0.0
+    assert repetition([1, 1, 1, 1, 1, 1]) == pytest.approx(2 / 3)               # three times 1 1 1 1
+    assert repetition([1, 2, 1, 2, 1], n=2) == pytest.approx(2 / 4)             # 12 21 12 21
+
+
+def test_facts_are_means_over_tokens_or_answers():
+    rollouts = [Rollout([1], [1], answer) for answer in ANSWERS]
+    facts = facts_of(rollouts, age=0) + facts_of(rollouts[:1], age=3)
+    assert in_means(facts, "cpu") == pytest.approx(
+        {"length": 7 / 3, "entropy": 3.1 / 7, "repetition": 0, "finished": 2 / 3, "age": 1})
+    assert in_means(Counter(), "cpu") == {}
+
+
+# -- the policy gradient ---------------------------------------------------------------------------------------
+
+def test_weights_of_a_token_are_its_importance_and_what_came_of_it():
+    """log p - log q is 1, -2 and 4: after the first token 1 on average, after the second 4, after the last nothing. Of an
+    answer with -5 and 1 it is 1. The mean of 1, 4 and 1 is 2, the baseline."""
+    answers = [Sampled([1, 2, 3], True, [], [-1.0, -1.0, -5.0], [0.0, -3.0, -1.0]),
+               Sampled([1, 2], True, [], [-1.0, -1.0], [-6.0, 0.0]), Sampled([1], True, [], [-1.0], [-1.0])]
+    kd_weight, ce_weight = policy_gradient(answers, teacher_share=0.2)
+    by_hand = [1 / (0.2 * math.exp(gap) + 0.8) for gap in (1, -2, 4, -5, 1, 0)]
+    assert kd_weight.tolist() == pytest.approx(by_hand)
+    assert ce_weight.tolist() == pytest.approx([by_hand[0] * -1, by_hand[1] * 2, 0, by_hand[3] * -1, 0, 0])
+    assert policy_gradient(answers[2:], teacher_share=0.2)[1].tolist() == [0]
+
+
+def test_the_mean_of_the_policy_gradient_is_the_gradient_of_the_kl_of_whole_answers():
+    """All 9 answers of two words out of three. After each first word the student has a distribution of its own: its four
+    rows of logits are W. With answers drawn from the student alone every weight w is 1."""
+    generator = torch.Generator().manual_seed(0)
+    W, V = torch.randn(4, 3, generator=generator, requires_grad=True), torch.randn(4, 3, generator=generator)
+    words = torch.eye(3)
+
+    def log_of(logits):         # -> (9,) of whole answers
+        log = logits.log_softmax(dim=-1)
+        return torch.stack([log[0, a] + log[1 + a, b] for a, b in product(range(3), repeat=2)])
+
+    whole = (log_of(W).exp() * (log_of(W) - log_of(V))).sum()
+    right, = torch.autograd.grad(whole, W)
+
+    pairs = list(product(range(3), repeat=2))
+    log_q, log_p = ([x.detach().log_softmax(dim=-1)[[0, 1 + a], [a, b]].tolist() for a, b in pairs] for x in (W, V))
+    answers = [Sampled([a, b], False, [], of_q, of_p) for (a, b), of_q, of_p in zip(pairs, log_q, log_p)]
+    kd_weight, ce_weight = policy_gradient(answers, teacher_share=1e-9)
+    mean = torch.zeros_like(W)
+    for i, ((a, b), probability) in enumerate(zip(pairs, log_of(W).exp().tolist())):
+        states, taught = W[[0, 1 + a]], [Dense(V[[0, 1 + a]], words)]
+        loss = 2 * fused_distillation_loss(states, words, torch.tensor([a, b]), taught, alpha=0.5, divergence=reverse_kl,
+                                           kd_weight=kd_weight[2 * i:2 * i + 2], ce_weight=ce_weight[2 * i:2 * i + 2]).loss
+        mean += probability * torch.autograd.grad(loss, W)[0]
+    assert torch.allclose(mean, right, atol=1e-5) and right.abs().max() > 0.1
+
+
+# -- whole runs ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def flags(data, models):
+    return {**TINY, "data_path": data / "experience_student.jsonl", "teacher_data_path": data / "experience_teacher.jsonl",
+            "student": models / "student.pth", "teacher": models / "teacher.pth", "max_steps": 4, "max_new_tokens": 6,
+            "log_interval": 1, "save_interval": 4}
+
+
+NAME = "full_onpolicy_32"
+
+
+@pytest.mark.parametrize("more", [{}, {"objective": "minillm"}, {"num_samples": 2, "accumulation_steps": 2, "batch_size": 4},
+                                  {"divergence": "forward_kl", "temperature": 2.0, "rows": 3, "top_p": 0.9, "top_k": 50}],
+                         ids=["gkd", "minillm", "two answers, two micro-batches", "forward KL, few rows"])
+@pytest.mark.parametrize("kind", ["", "_moe"])
+def test_a_run_tells_of_the_answers(kind, more, flags, models, tmp_path):
+    said = succeed("train_onpolicy.py", **flags | more | {"student": models / f"student{kind}.pth"}, out_dir=tmp_path)
+    found = [row for row in rows(tmp_path / f"{NAME}{kind}.jsonl") if "loss" in row]
+    assert len(found) == 4 and " -> '" in said
+    for row in found:
+        assert 1 <= row["length"] <= 6 and 0 < row["entropy"] < 8 and 0 <= row["finished"] <= 1 and row["age"] == 0
+        assert row["share_sampling"] + row["share_teacher"] + row["share_student"] == pytest.approx(1)
+        assert row["kl"] > 0.1 and ("balance" in row) == bool(kind)
+    assert rows(tmp_path / f"{NAME}{kind}.jsonl")[-1]["val_kl"] > 0.1
+    load_model(tmp_path / f"{NAME}{kind}.pth")
+
+
+@pytest.mark.parametrize("objective, share", [("gkd", 0.8), ("minillm", 0.97)])
+def test_the_student_comes_nearer_to_its_teacher_where_it_goes_itself(objective, share, flags, tmp_path):
+    """From a divergence of about 11 nats, as both know nothing of each other, in 60 steps of 8 answers. A policy gradient is
+    slower."""
+    succeed("train_onpolicy.py", **flags | {"max_steps": 60, "log_interval": 10, "save_interval": 60, "divergence": "forward_kl"},
+            objective=objective, out_dir=tmp_path)
+    found = [row["kd"] for row in rows(tmp_path / f"{NAME}.jsonl") if "kd" in row]
+    assert found[-1] < share * found[0]
+
+
+def test_on_the_answers_of_the_data_it_is_lesson_3_bit_by_bit(flags, tmp_path):
+    given = flags | {"out_dir": tmp_path, "divergence": "forward_kl"}
+    succeed("train_onpolicy.py", **given | {"max_new_tokens": 6}, on_policy_fraction=0)
+    del given["max_new_tokens"]
+    succeed("train_distillation.py", **given, alpha=0, grad_norm_interval=0)
+    assert same(load(tmp_path / f"{NAME}.pth"), load(tmp_path / "full_dist_32.pth"))
+    assert "length" not in rows(tmp_path / f"{NAME}.jsonl")[0]              # nothing was written
+
+
+@pytest.mark.parametrize("shard", ["none", "zero2", "zero3"])
+def test_two_processes_take_the_steps_of_one(shard, flags, tmp_path):
+    """The likeliest word is drawn, and the draw does not depend on who draws it. Sharded, all must go through the model
+    together, though answers differ in length."""
+    given = flags | {"top_k": 1, "divergence": "forward_kl", "val_path": "none", "rows": 3}
+    succeed("train_onpolicy.py", **given, out_dir=tmp_path / "one")
+    succeed("train_onpolicy.py", **given | {"batch_size": 4, "shard": shard}, processes=2, out_dir=tmp_path / "two")
+    one, two = load(tmp_path / f"one/{NAME}.pth"), load(tmp_path / f"two/{NAME}.pth")
+    assert all(torch.allclose(one[name], two[name], atol=2e-4) for name in one)
+    assert [row["length"] for row in rows(tmp_path / f"one/{NAME}.jsonl")] == pytest.approx(
+        [row["length"] for row in rows(tmp_path / f"two/{NAME}.jsonl")])
+
+
+def test_a_student_with_adapters_may_be_its_own_teacher(flags, tmp_path):
+    """Without them it says what a second copy would say; and only they are saved."""
+    given = flags | {"lora_rank": 2, "lora_dropout": 0.1}
+    copy = shutil.copytree(flags["student"].parent, tmp_path / "copy") / "student.pth"
+    for name, teacher in (("itself", flags["student"]), ("another", copy)):
+        succeed("train_onpolicy.py", **given | {"teacher": teacher}, out_dir=tmp_path / name)
+    assert same(load(tmp_path / f"itself/{NAME}_lora.pth"), load(tmp_path / f"another/{NAME}_lora.pth"))
+    assert rows(tmp_path / f"itself/{NAME}_lora.jsonl") != []
+
+
+def without_time(path):
+    return [{name: value for name, value in row.items() if not name.startswith("share_")} for row in rows(path)]
+
+
+@pytest.mark.parametrize("sample_every", [1, 2])
+def test_a_killed_run_ends_as_the_unbroken_one(sample_every, flags, tmp_path):
+    given = flags | {"max_steps": 8, "sample_every": sample_every, "save_interval": 2, "on_policy_fraction": 0.7}
+    succeed("train_onpolicy.py", **given, out_dir=tmp_path / "whole")
+    broken = start("train_onpolicy.py", **given, out_dir=tmp_path / "broken")
+    wait_until(lambda: len(rows(tmp_path / f"broken/{NAME}.jsonl")) >= 3)
+    broken.send()
+    assert broken.wait().code == -9
+    succeed("train_onpolicy.py", **given, out_dir=tmp_path / "broken", resume=True)
+    assert same(load(tmp_path / f"whole/{NAME}.pth"), load(tmp_path / f"broken/{NAME}.pth"))
+    assert without_time(tmp_path / f"whole/{NAME}.jsonl") == without_time(tmp_path / f"broken/{NAME}.jsonl")
+
+
+def test_answers_written_ahead_have_an_age_and_a_stop_waits_for_the_last_of_them(flags, tmp_path):
+    given = flags | {"sample_every": 4, "max_steps": 400, "save_interval": 400, "out_dir": tmp_path}
+    started = start("train_onpolicy.py", **given)
+    wait_until(lambda: len(rows(tmp_path / f"{NAME}.jsonl")) >= 3)
+    started.send(2)
+    assert started.wait().code == 130
+    found = [row for row in rows(tmp_path / f"{NAME}.jsonl") if "age" in row]
+    assert [row["age"] for row in found] == [step % 4 for step in range(len(found))] and len(found) % 4 == 0
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"sample_every": 3}, "--sample_every 3 must divide --save_interval 4"),
+    ({"on_policy_fraction": 1.5}, "--on_policy_fraction 1.5 must lie in"),
+    ({"generation_temperature": 0}, "--generation_temperature 0.0 must be above 0"),
+    ({"objective": "minillm", "top_p": 0.9}, "leave out --top_p 0.9"),
+    ({"max_new_tokens": 0}, "--max_new_tokens 0 must be 1 or more"),
+    ({"teacher": "out/nothing.pth"}, "no weights at out/nothing.pth"),
+], ids=lambda value: "" if isinstance(value, str) else next(iter(value)))
+def test_what_cannot_be_is_said_before_anything_starts(wrong, said, flags, tmp_path):
+    assert said in complaint("train_onpolicy.py", **flags | wrong, out_dir=tmp_path)
+    assert not list(tmp_path.glob("*.pth"))
