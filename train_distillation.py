@@ -32,7 +32,7 @@ from distill.schedules import get_temperature
 from distill.teacher_logits import TeacherCache
 from model.checkpoint import adapt, load_config, load_model, new_model, save_model
 from model.config import LMConfig
-from model.teachers import Teacher, ask, check_cache, check_teachers, check_vocabulary, only_words
+from model.teachers import Base, Teacher, ask, check_cache, check_teachers, check_vocabulary, only_words
 from model.transformer import Transformer
 from runtime import Logger
 
@@ -178,7 +178,7 @@ def distill(teachers, student, tokenizer, args, world):
     with runtime.checking_input():
         # 4. Data. A teacher that cuts text into other tokens reads the same samples in its own; one that is told more than
         # the student (an experience, a document, a hint) reads other prompts to the same answers.
-        models = [teacher for teacher in teachers if isinstance(teacher.source, Transformer)]
+        models = [teacher for teacher in teachers if not isinstance(teacher.source, TeacherCache)]
         other_words = [model for model in models if model.tokenizer.sha256 != tokenizer.sha256]
         kind = dataset_of(args.data_path)
         own_side = models if args.teacher_data_path else other_words
@@ -208,7 +208,8 @@ def distill(teachers, student, tokenizer, args, world):
         run = runtime.Run(name, args, world, {"model": student, "projections": projections, "contrast": contrast}, data)
         if run.dtype == torch.bfloat16 and not run.sharded:     # a student of the chain that teaches now comes in fp32
             for teacher in models:
-                teacher.source.to(torch.bfloat16)
+                if isinstance(teacher.source, Transformer):
+                    teacher.source.to(torch.bfloat16)
 
     # 6. Train
     names = [f"{teacher.source.config if teacher in models else teacher.source.described()}" for teacher in teachers]
@@ -394,9 +395,9 @@ def main():
         # 3. Models
         students = fill_in(args)
         name_idle_flags(parser, args)
-        teachers = init_teachers(args, world)
-        check_teachers(teachers, args)
-        pairs = []
+        # A student with adapters is taught by what it was without them: no second copy in memory.
+        by_itself = args.lora_rank > 0 and len(students) == 1 and args.teacher == [students[0][0]]
+        teachers, pairs = [] if by_itself else init_teachers(args, world), []
         vocabulary = args.tokenizer or next((teacher.tokenizer for teacher in teachers if teacher.tokenizer), None)
         for weights, lm_config in students:
             student, tokenizer = init_student_model(lm_config, weights, vocabulary)
@@ -404,6 +405,10 @@ def main():
             if args.lora_rank:
                 Logger(adapt(student, weights, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets))
             pairs.append((student, tokenizer))
+        if by_itself:
+            Logger(f"teacher: {weights} too, without the adapters")
+            teachers = [Teacher(Base(student), 1.0, tokenizer)]
+        check_teachers(teachers, args)
         names = [f"{student.config.dim}{student.config.moe_path}" for student, _ in pairs]
         if len(set(names)) < len(names):
             raise ValueError(f"students {', '.join(names)}: two of a chain would be saved as one full_dist_DIM.pth; "

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_run import complaint, load, same, start, succeed, wait_until
+from helpers_run import TINY, complaint, load, same, start, succeed, wait_until
 from torch import nn
 
 from model.checkpoint import adapt, load_model
@@ -384,6 +384,17 @@ def test_a_resume_file_holds_the_adapters_and_not_what_they_stand_beside(data, m
     trained = load(tmp_path / "student.pth")                    # the base, trained anew in between
     torch.save(trained | {"norm.weight": trained["norm.weight"] * 2}, tmp_path / "student.pth")
     assert "sha256 of the weights adapted was " in complaint("train_sft.py", resume=True, **more)
+
+
+def test_a_student_with_adapters_may_be_taught_by_what_it_was(data, models, tmp_path):
+    """By itself without them, told more than itself: as by a second copy, bit by bit, features below the words too."""
+    twin = shutil.copytree(models, tmp_path / "twin") / "student.pth"
+    flags = {**TINY, "student": models / "student.pth", "data_path": data / "experience_student.jsonl", "lora_rank": 2,
+             "teacher_data_path": data / "experience_teacher.jsonl", "max_steps": 3, "feature_weight": 1, "lora_dropout": 0.1}
+    for name, teacher in (("itself", models / "student.pth"), ("another", twin)):
+        said = succeed("train_distillation.py", **flags, teacher=teacher, out_dir=tmp_path / name)
+        assert ("without the adapters" in said) == (name == "itself")
+    assert same(load(tmp_path / "itself/full_dist_32_lora.pth"), load(tmp_path / "another/full_dist_32_lora.pth"))
 
 
 def test_adapters_know_their_base_and_stand_beside_no_adapters(data, models, tmp_path):
