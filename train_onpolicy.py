@@ -326,6 +326,8 @@ def main():
 
 def check(parser, args):
     """Numbers out of their range, and what cannot go together."""
+    if args.tokenizer:
+        parser.error(f"--tokenizer {args.tokenizer} is for a model that starts from nothing; --student has its own")
     if args.objective == "minillm":
         args.divergence = "reverse_kl"
         wrong = [f"--{name} {vars(args)[name]}" for name, right in (("temperature", 1.0), ("generation_temperature", 1.0),

@@ -345,14 +345,14 @@ def peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def planned_and_measured(device: str):
-    """Print a row for each of MEASURED, as it comes."""
+def planned_and_measured(n: int, device: str):
+    """Print a row for each of the first n of MEASURED, as it comes."""
     # glibc keeps blocks of up to 32 MB when they are freed, and was seen to hold 1.4 times what was in use; it is asked to
     # give them back, so that tensors are measured and not its gaps. A process on a CPU needs room for these too.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     print("| student and teacher | words | tokens | recipe | planned MB | measured MB | planned / measured |")
     print("|---|---:|---:|---|---:|---:|---:|")
-    for config, recipe in MEASURED:
+    for config, recipe in MEASURED[:n]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as new:      # where nothing earlier is left
             measured = new.submit(measure, config, recipe, device).result()
         planned = total(terms(config, config, recipe))
@@ -383,7 +383,8 @@ def main():
     # where
     add = parser.add_argument_group("machine").add_argument
     add("--gpu_gb", type=float, default=80.0, help="memory of a GPU, 10^9 bytes")
-    add("--measure", action="store_true", help="train small pairs on --device, and print planned and measured memory")
+    add("--measure", type=int, nargs="?", default=0, const=len(MEASURED), metavar="N", help="train small pairs on --device, and "
+        f"print planned and measured memory: the first N rows, or all {len(MEASURED)}")
     add("--device", default="cpu", help="of --measure: cpu, cuda, cuda:1, ...")
     args = runtime.parse_args(parser)
     for name in ("batch_size", "max_seq_len", "processes", "rows", "gpu_gb"):
@@ -393,7 +394,7 @@ def main():
         parser.error("--teacher self is the student without its adapters: give a --lora_rank, or --teacher copy")
 
     if args.measure:
-        planned_and_measured(args.device)
+        planned_and_measured(args.measure, args.device)
         return
     if args.student is None:
         print(table(args.gpu_gb))

@@ -27,7 +27,8 @@ def commands(name: str) -> list[str]:
 
 
 COMMANDS = commands("README.md")
-TRAINING = ("train_pretrain.py", "train_sft.py", "train_distillation.py")
+TRAINING = ("train_pretrain.py", "train_sft.py", "train_distillation.py", "train_onpolicy.py")
+LAUNCHERS = ("scripts/run_skd.sh", "scripts/run_seqkd.sh", "scripts/run_onpolicy_kd.sh")
 # What makes a command small. argparse takes the last value of a flag, so numbers can be said again.
 SMALL = ["--max_steps", "2", "--batch_size", "4", "--num_workers", "0"]
 
@@ -49,6 +50,14 @@ def small(command: str) -> list[str]:
         return [*words, "--vocab_size", "600"]
     if "benchmarks.loss" in words:
         return [*words, "--tokens", "16", "--dim", "8", "--vocab", "50", "--repeats", "1"]
+    if "--measure" in words:
+        return [*words, "1"]
+    if "benchmarks.experience" in words:
+        return [*words, "--seeds", "1", "--steps", "2", "--base_epochs", "1", "--methods", "SeqKD", "on-policy, MiniLLM"]
+    if "scripts/generate_answers.py" in words:
+        return [*words, "--keep_unfinished"]                        # of a model that has not learned to end an answer
+    if set(words) & set(LAUNCHERS):
+        return ["env", "NPROC=2", *words, *SMALL]
     if set(words) & set(TRAINING):
         return words + SMALL + (["--n_heads", "2", "--n_layers", "2"] if "--dim" in words else [])
     return words

@@ -15,9 +15,10 @@ import pytest
 
 from helpers_run import ROOT, TINY, complaint, load, quickstart, rows, succeed
 
-TRAINING_SCRIPTS = ["train_pretrain.py", "train_sft.py", "train_distillation.py"]
+TRAINING_SCRIPTS = ["train_pretrain.py", "train_sft.py", "train_distillation.py", "train_onpolicy.py"]
 SCRIPTS = [*TRAINING_SCRIPTS, "scripts/cache_teacher.py", "scripts/chat.py", "scripts/convert.py", "scripts/evaluate.py",
-           "scripts/generate_answers.py", "scripts/plot.py", "scripts/train_tokenizer.py", "dataset/miniworld.py"]
+           "scripts/generate_answers.py", "scripts/pair_experience.py", "scripts/plan_memory.py", "scripts/plot.py",
+           "scripts/train_tokenizer.py", "dataset/miniworld.py"]
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
