@@ -3,11 +3,12 @@
 Every way of moving experience into the weights, from one model, at equal updates or at equal time: what is learned and what is
 forgotten.
 
-    python -m benchmarks.experience --seeds 3 --out out/experience_table
+    python -m benchmarks.experience --seeds 3
     python -m benchmarks.experience --seeds 3 --equal_time --out out/experience_time
 
-A model that follows explanations ("tezum means reverse. tezum k d a") is taught to do without them. Each method starts from
-the same weights of its seed, with and without replay (dataset/experience_replay.jsonl: 30 % of what is learned are questions
+A model that follows explanations ("tezum means reverse. tezum k d a") is taught to do without them (README, "Experience into
+the weights", makes it). Each method starts from the same weights; a seed decides the order of the rows and what is
+drawn; all of it with and without replay (dataset/experience_replay.jsonl: 30 % of what is learned are questions
 that it could answer before). Exact match, in %:
 
     learned   the questions without the explanation, on letters never seen
@@ -103,32 +104,30 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="lines of the table")
-    add("--seeds", type=int, default=1, help="of the base model and of what is learned: mean and spread")
+    add("--seeds", type=int, default=1, help="of what is learned: mean and spread")
     add("--steps", type=int, default=400, help="updates of each method")
-    add("--base_epochs", type=int, default=6, help="passes of the base model over dataset/experience_base.jsonl")
+    add("--base", type=Path, default=Path("out/experience/full_sft_96.pth"), help="the weights that all start from")
     add("--learning_rate", type=float, default=2e-3, help="of all methods")
     add("--equal_time", action="store_true", help="--steps are those of the slowest method, and the others take more")
     add("--out", type=Path, default=Path("out/experience_table"), help="folder for the weights, table.md and table.json")
     args = parser.parse_args(argv)
 
+    if not (ROOT / args.base).exists():
+        sys.exit(f"no weights at {args.base}; the first command of README's \"Experience into the weights\" makes them")
+    answers = args.out / "answers.jsonl"
+    if not (ROOT / answers).exists():
+        run("scripts/generate_answers.py", f"--teacher {args.base} --data_path {STUDENT} --teacher_data_path {TEACHER} "
+            f"--max_new_tokens 12 --keep_unfinished --out {answers}")
+
     results = {}
     for seed in range(1337, 1337 + args.seeds):
         folder = args.out / str(seed)
-        base, answers = folder / "full_sft_96.pth", folder / "answers.jsonl"
-        if not (ROOT / base).exists():
-            run("train_sft.py", "--weights none --dim 96 --n_layers 4 --n_heads 4 --max_seq_len 128 --data_path "
-                "dataset/experience_base.jsonl --val_path none --learning_rate 3e-3 --warmup_iters 50 --num_workers 0 "
-                f"--epochs {args.base_epochs} --seed {seed} --out_dir {folder}")
-        if not (ROOT / answers).exists():
-            run("scripts/generate_answers.py", f"--teacher {base} --data_path {STUDENT} --teacher_data_path {TEACHER} "
-                f"--max_new_tokens 12 --out {answers}")
-
-        how = {"seed": seed, "base": base, "answers": answers, "rate": args.learning_rate}
+        how = {"seed": seed, "base": args.base, "answers": answers, "rate": args.learning_rate}
         idle = {script: learn(method, False, 1, folder / "idle", **how)[1]          # what it takes to begin
                 for method, ((script, _), _) in METHODS.items() if method in args.methods}
         pace = {method: learn(method, True, 101, folder / "pace", **how)[1] - idle[METHODS[method][0][0]]      # of 100 steps
                 for method in args.methods} if args.equal_time else {}
-        weights, facts = {"the model before": base}, {"the model before": {"steps": 0, "seconds": 0}}
+        weights, facts = {"the model before": args.base}, {"the model before": {"steps": 0, "seconds": 0}}
         for method, replay in [(method, replay) for method in args.methods for replay in (False, True)]:
             name, ((script, _), _), steps = f"{method}{' + replay' if replay else ''}", METHODS[method], args.steps
             if args.equal_time:

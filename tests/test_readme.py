@@ -53,7 +53,7 @@ def small(command: str) -> list[str]:
     if "--measure" in words:
         return [*words, "1"]
     if "benchmarks.experience" in words:
-        return [*words, "--seeds", "1", "--steps", "2", "--base_epochs", "1", "--methods", "SeqKD", "on-policy, MiniLLM"]
+        return [*words, "--seeds", "1", "--steps", "2", "--methods", "SeqKD", "on-policy, MiniLLM"]
     if "scripts/generate_answers.py" in words:
         return [*words, "--keep_unfinished"]                        # of a model that has not learned to end an answer
     if set(words) & set(LAUNCHERS):
