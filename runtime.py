@@ -595,8 +595,9 @@ class Run:
             module.load_state_dict(module.state_dict() | state[key])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def must_stop(self) -> bool:
-        self.stopped = self.stop.agreed(self.steps_done, self.world)
+    def must_stop(self, every: int = 8) -> bool:
+        """Whether Ctrl-C or SIGTERM asked for an end. Several processes ask each other every so many steps."""
+        self.stopped = self.stop.agreed(self.steps_done, self.world, every)
         return self.stopped
 
     def close(self):
@@ -738,12 +739,12 @@ class StopSignal:
             signal.default_int_handler(number, frame)
         self.asked = True
 
-    def agreed(self, step: int, world: World) -> bool:
+    def agreed(self, step: int, world: World, every: int) -> bool:
         """Whether to stop after this step. Processes hear of a signal at different steps and must leave at the same
         one, so they ask each other, every eighth step: often enough for a person, rarely enough to cost nothing."""
         if world.size == 1:
             return self.asked
-        return step % 8 == 0 and bool(sum_over_processes(torch.tensor(float(self.asked), device=world.device)) > 0)
+        return step % every == 0 and bool(sum_over_processes(torch.tensor(float(self.asked), device=world.device)) > 0)
 
 
 # -------------------------------------------------------------------------------------------------------------- logs

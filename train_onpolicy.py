@@ -6,16 +6,18 @@ On-policy distillation: the student writes, and the teacher, who may be told mor
     prompt Q+E    the teacher reads the same A and says at each place what it would have put, p( . | Q+E, A so far)
     loss          the mean of D(p, q) over the words of A
 
-A student that reads only good answers has never seen where its own mistakes lead; here it learns there. Agarwal et al. 2023
-(GKD), https://arxiv.org/abs/2306.13649, Alg. 1; --on_policy_fraction is its lambda: the share of steps on the student's own
-answers, the others are on those of the data. No gradient flows through the drawing, so that no word is blamed for what
-came of it later. --objective minillm adds this, by policy gradient:
+A student that reads only good answers has never seen where its own mistakes lead; here it learns there.
+Agarwal et al. 2023 (GKD), https://arxiv.org/abs/2306.13649, Alg. 1; --on_policy_fraction is its lambda: the share of
+steps on the student's own answers, the others are on those of the data. (Ours is a mean over tokens, not first over
+each answer's.) No gradient flows through the drawing, so that no word is blamed for what came of it later.
+--objective minillm adds this, by policy gradient:
 
-    gradient of KL(q || p) of whole answers  =  mean over t of  grad KL(q || p) at t  -  R[t] grad log q(A[t])
-    R[t]                                     =  mean over u > t of  log p(A[u]) - log q(A[u]),  less a baseline
+    gradient of KL(q || p) of whole answers  =  sum over t of  grad KL(q || p) at t  -  R[t] grad log q(A[t])
+    R[t]                                     =  sum over u > t of  log p(A[u]) - log q(A[u])
 
-Gu et al. 2023 (MiniLLM), https://arxiv.org/abs/2306.08543, Sec. 2.2: single-step decomposition, length normalisation, and
-answers that are drawn with the teacher's help, for which importance weights make up.
+Gu et al. 2023 (MiniLLM), https://arxiv.org/abs/2306.08543, Sec. 2.2, with its single-step decomposition (the first
+term), its length normalisation (R is a mean, lest short answers pay), and answers that are drawn with the teacher's
+help, for which importance weights make up. A baseline takes the place of its clipping.
 
 one process    python train_onpolicy.py --config configs/onpolicy_tiny.yaml
 two processes  torchrun --nproc_per_node 2 train_onpolicy.py --ddp --config configs/onpolicy_tiny.yaml
@@ -36,6 +38,9 @@ from model.checkpoint import adapt, load_model, save_model
 from model.generate import Guide, Sampled, sample
 from model.teachers import Base, Teacher, ask, check_vocabulary, only_words
 from runtime import Logger
+
+
+COIN = 1 << 20          # the coin's own stream of random numbers, beside those of the ranks, which count from 0
 
 
 class Rollout(NamedTuple):
@@ -62,7 +67,8 @@ def train_epoch(epoch, wandb, run, teacher, student, tokenizer, val_data):
         # The student writes, for all steps of a round at once: the more rows, the faster.
         data = {step: [batch for batch, _ in run.micro_batches(step)] for step in steps}
         with clock("sampling"):
-            rollouts = write({step: data[step] for step in steps if is_on_policy(step, args)}, student, teacher, tokenizer, run)
+            asking = {step: data[step] for step in steps if is_on_policy(step, args)}
+            rollouts = write(asking, student, teacher, tokenizer, run)
 
         for step in steps:
             graded = [Graded(batch) for batch in data[step]]
@@ -71,6 +77,7 @@ def train_epoch(epoch, wandb, run, teacher, student, tokenizer, val_data):
                 graded = micro_batches(rollouts[step], args, device)
             n_targets = torch.tensor(sum(len(each.batch.targets) for each in graded), device=device)
             n_targets = runtime.sum_over_processes(n_targets).item()
+            n_samples = run.world.size * sum(len(each.batch.lengths) for each in graded)
             looking, seen = run.is_due(args.log_interval, ahead=1), {}
             runtime.seed_everything(args.seed, step, run.world.rank)
             for i, (batch, kd_weight, ce_weight) in enumerate(graded):
@@ -85,12 +92,13 @@ def train_epoch(epoch, wandb, run, teacher, student, tokenizer, val_data):
                         head = only_words(student.head, tokenizer, args)
                         # Of both parts in full, which are mixed as halves, or of the divergence alone.
                         alpha = 0.5 if ce_weight is not None else 0.0
-                        loss, _, kd = fused_distillation_loss(out.final, head, batch.targets, taught.said, alpha, args.temperature,
-                                                              divergence, kd_weight=kd_weight, ce_weight=ce_weight)
+                        loss, _, kd = fused_distillation_loss(
+                            out.final, head, batch.targets, taught.said, alpha, args.temperature, divergence,
+                            kd_weight=kd_weight, ce_weight=ce_weight)
                         loss = loss / (1 - alpha)
                     loss, parts = loss / n_targets, {"kd": kd / n_targets}
                     if student.config.use_moe:
-                        parts["balance"] = out.balance_loss / (run.world.size * sum(len(each.batch.lengths) for each in graded))
+                        parts["balance"] = out.balance_loss / n_samples
                         loss = loss + student.config.aux_loss_alpha * parts["balance"]
                     if looking:
                         with runtime.autocast(run.dtype, device):
@@ -113,7 +121,7 @@ def train_epoch(epoch, wandb, run, teacher, student, tokenizer, val_data):
                 if run.is_best(scores["val_kl"]):
                     save_model(student, tokenizer, f"{args.out_dir}/{run.name}_best.pth")
             # What is written ahead is in no resume file: saves and stops wait for the end of a round.
-            stopping = step == steps[-1] and run.must_stop()
+            stopping = step == steps[-1] and run.must_stop(every=1)
             if stopping or run.is_due(args.save_interval):
                 save_model(student, tokenizer, f"{args.out_dir}/{run.name}.pth")
                 run.save()
@@ -129,32 +137,33 @@ def rounds(steps: range, sample_every: int) -> list[range]:
 
 def is_on_policy(step: int, args) -> bool:
     """A coin, which falls the same way on all processes."""
-    return np.random.default_rng([args.seed, step]).random() < args.on_policy_fraction
+    return np.random.default_rng([args.seed, step, COIN]).random() < args.on_policy_fraction
 
 
 def write(data: dict[int, list[Batch]], student, teacher, tokenizer, run) -> dict[int, list[Rollout]]:
     """What the student answers to the prompts of these steps: {step: micro-batches} -> {step: rollouts}."""
     args, asked = run.args, []                                  # (step, prompt, the teacher's)
+    limit, its_limit = run.data.dataset.max_seq_len, teacher.source.config.max_seq_len
     for step, batches in data.items():
         draw = np.random.default_rng([args.seed, step, run.world.rank])
         for batch in batches:
             for own, its in zip(turns(batch), turns(batch.teacher or batch)):
                 # Of a conversation's turns one that leaves room for an answer, drawn anew each time.
                 prompts = [(prompt, other) for (prompt, _), (other, _) in zip(own, its)
-                           if len(prompt) < student.config.max_seq_len and len(other) < teacher.source.config.max_seq_len]
+                           if len(prompt) < limit and len(other) < its_limit]
                 for _ in range(args.num_samples):
                     asked.append((step, *prompts[draw.integers(len(prompts))]))
-    prompts, teacher_prompts = [prompt for _, prompt, _ in asked], [prompt for _, _, prompt in asked]
+    prompts, teacher_prompts = [prompt for _, prompt, _ in asked], [other for _, _, other in asked]
     guide = Guide(teacher.source, teacher_prompts, args.teacher_share) if args.objective == "minillm" else None
-    limits = [min(args.max_new_tokens, teacher.source.config.max_seq_len - len(prompt)) for prompt in teacher_prompts]
+    limits = [min(args.max_new_tokens, limit - len(prompt), its_limit - len(other)) for _, prompt, other in asked]
 
     answers = [None] * len(asked)
     student.eval()
     # Drawn from the generator that run.micro_batches has just seeded by the step: a resumed run draws the same.
     with runtime.autocast(run.dtype, run.world.device):
-        for i, answer in sample(student, prompts, limits, tokenizer.end_of_turn, rows=args.rows, dtype=run.dtype, guide=guide,
-                                words=tokenizer.vocab_size, any_busy=run.any_busy, temperature=args.generation_temperature,
-                                top_p=args.top_p, top_k=args.top_k):
+        for i, answer in sample(student, prompts, limits, tokenizer.end_of_turn, rows=args.rows, dtype=run.dtype,
+                                guide=guide, words=tokenizer.vocab_size, any_busy=run.any_busy,
+                                temperature=args.generation_temperature, top_p=args.top_p, top_k=args.top_k):
             answers[i] = answer
     student.train()
     rollouts = {step: [] for step in data}
@@ -166,38 +175,39 @@ def write(data: dict[int, list[Batch]], student, teacher, tokenizer, run) -> dic
 def micro_batches(rollouts: list[Rollout], args, device) -> list[Graded]:
     """A step's rollouts as its micro-batches, those of like length together."""
     rollouts = sorted(rollouts, key=lambda rollout: len(rollout.prompt) + len(rollout.answer.tokens))
+    weights = [()] * len(rollouts)
+    if args.objective == "minillm":
+        weights = policy_gradient([rollout.answer for rollout in rollouts], args.teacher_share)
     graded = []
     for part in np.array_split(np.arange(len(rollouts)), args.accumulation_steps):
         prompts, teacher_prompts, sampled = zip(*(rollouts[i] for i in part))
         answers = [answer.tokens for answer in sampled]
         batch = answered(prompts, answers)._replace(teacher=answered(teacher_prompts, answers))
-        weights = policy_gradient(sampled, args.teacher_share) if args.objective == "minillm" else ()
-        graded.append(Graded(batch.to(device), *(weight.to(device) for weight in weights)))
+        graded.append(Graded(batch.to(device), *(torch.cat(each).to(device) for each in zip(*(weights[i] for i in part)))))
     return graded
 
 
-def policy_gradient(sampled: list[Sampled], teacher_share: float) -> tuple[torch.Tensor, torch.Tensor]:  # -> (S,), (S,)
-    """MiniLLM's weights of the divergence and of -log q at each token: w, and w (R - baseline).
+def policy_gradient(sampled: list[Sampled], teacher_share: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """MiniLLM's weights of the divergence and of -log q at each token of each answer, w and w (R - baseline): (T,), (T,).
 
-    w[t] = q / (share p + (1 - share) q) of the token drawn, which makes up for the teacher's share in the drawing. R[t] is the
-    mean of log p - log q over the tokens after t. The baseline, the mean of all R, changes nothing on average, and spares
-    the student that every word is blamed for how far it still is from the teacher. The last word of an answer has no R.
+    w[t] = q / (share p + (1 - share) q) of the token drawn, which makes up for the teacher's share in the drawing. R[t]
+    is the mean of log p - log q over the tokens after t; the last has none, and 0. The baseline is the mean R of the
+    other answers: it changes nothing on average, and spares each word the blame for how far all of them still are from
+    the teacher.
     """
-    weights, returns, has_return = [], [], []
-    for answer in sampled:
-        gap = torch.tensor(answer.log_p) - torch.tensor(answer.log_q)                   # (T,)
-        n_after = torch.arange(len(gap) - 1, -1, -1)
-        after = gap.flip(0).cumsum(0).flip(0) - gap                                     # summed over u > t
-        weights.append(1 / (teacher_share * gap.exp() + 1 - teacher_share))
-        returns.append(after / n_after.clamp_min(1))
-        has_return.append(n_after > 0)
-    w, R, has_return = torch.cat(weights), torch.cat(returns), torch.cat(has_return)
-    baseline = R[has_return].mean() if has_return.any() else 0.0
-    return w, w * (R - baseline) * has_return
+    gaps = [torch.tensor(answer.log_p) - torch.tensor(answer.log_q) for answer in sampled]
+    returns = [(gap.flip(0).cumsum(0).flip(0) - gap)[:-1] / torch.arange(len(gap) - 1, 0, -1) for gap in gaps]  # (T - 1,)
+    total, n = sum(R.sum() for R in returns), sum(map(len, returns))
+    weights = []
+    for gap, R in zip(gaps, returns):
+        weight = 1 / (teacher_share * gap.exp() + 1 - teacher_share)
+        baseline = (total - R.sum()) / max(1, n - len(R))
+        weights.append((weight, weight * torch.cat([R - baseline, torch.zeros(1)])))
+    return weights
 
 
-# What tells whether a student that feeds on its own text collapses: it writes ever shorter or without an end, is ever surer of
-# itself, and repeats itself.
+# What tells whether a student that feeds on its own text collapses: it writes ever shorter or without an end, is ever
+# surer of itself, and repeats itself.
 
 
 def facts_of(rollouts: list[Rollout], age: int) -> Counter:

@@ -123,8 +123,9 @@ def main(argv=None):
     for seed in range(1337, 1337 + args.seeds):
         folder = args.out / str(seed)
         how = {"seed": seed, "base": args.base, "answers": answers, "rate": args.learning_rate}
+        first = {METHODS[method][0][0]: method for method in args.methods}           # one method of each script
         idle = {script: learn(method, False, 1, folder / "idle", **how)[1]          # what it takes to begin
-                for method, ((script, _), _) in METHODS.items() if method in args.methods}
+                for script, method in first.items()}
         pace = {method: learn(method, True, 101, folder / "pace", **how)[1] - idle[METHODS[method][0][0]]      # of 100 steps
                 for method in args.methods} if args.equal_time else {}
         weights, facts = {"the model before": args.base}, {"the model before": {"steps": 0, "seconds": 0}}

@@ -69,7 +69,7 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
                     one has something to do, it says whether any has; one that has not passes through for company
     sampling        temperature, top_k, top_p, generator: see `choose`
 
-    Raises ValueError for an empty prompt, or one that leaves no room for an answer.
+    Raises ValueError for an empty prompt, one that leaves no room for an answer, and an answer without tokens.
     """
     models = [model] if guide is None else [model, guide.model]
     sides = [prompts] if guide is None else [prompts, guide.prompts]
@@ -80,6 +80,8 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
             raise ValueError(f"prompts of {min(sizes)} to {max(sizes)} tokens: each needs at least one token, and room for an "
                              f"answer within max_seq_len={each.config.max_seq_len}")
         limits = [min(limit, each.config.max_seq_len - size) for limit, size in zip(limits, sizes)]
+    if min([rows, *limits]) < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} and rows={rows} must be 1 or more")
 
     device = next(model.parameters()).device
     rows = min(rows, len(prompts))

@@ -24,10 +24,12 @@ class Base:
 
     def __call__(self, *args, **how) -> Output:
         training = self.student.training
-        self.student.eval()
+        if training:
+            self.student.eval()
         with torch.no_grad(), without_lora(self.student):
             out = self.student(*args, **how)
-        self.student.train(training)
+        if training:
+            self.student.train()
         return out
 
     @property

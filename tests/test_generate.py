@@ -77,6 +77,12 @@ def test_an_answer_has_at_most_max_new_tokens_and_fits_into_max_seq_len(counter)
     assert generate(counter, [[0], [5]], max_new_tokens=[3, 1]) == [[1, 2, 3], [6]]     # above: 8 + 2 = 1 + 9 = max_seq_len
 
 
+@pytest.mark.parametrize("how", [{"max_new_tokens": 0}, {"max_new_tokens": [3, 0]}, {"max_new_tokens": 3, "rows": 0}], ids=str)
+def test_an_answer_without_tokens_is_refused(counter, how):
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        generate(counter, [[1], [2]], **how)
+
+
 @pytest.mark.parametrize("prompts", [[[0] * 10], [[1], [0] * 12], [[1], []]], ids=["full", "too long", "empty"])
 def test_a_prompt_that_leaves_no_room_or_is_empty_is_refused(counter, prompts):
     with pytest.raises(ValueError, match=f"{max(map(len, prompts))} tokens.*max_seq_len=10"):
@@ -99,6 +105,14 @@ def test_places_that_have_become_free_are_filled_a_quarter_of_the_rows_at_a_time
     when there is room."""
     steps = generate_steps(counter, [[i % 4] for i in range(12)], [1, 2] + [3] * 10, rows=8)
     assert [len(step.indices) for step in steps] == [8, 7, 2, 8, 2, 4, 2]
+    # The last prompt of all needs one row alone.
+    steps = generate_steps(counter, [[i % 4] for i in range(9)], [1] + [3] * 8, rows=8)
+    assert [len(step.indices) for step in steps] == [8, 1, 8, 8]
+
+
+def test_padding_of_the_vocabulary_is_never_drawn(counter):
+    """Of the words 0 to 4 none follows 4 in the counter's order: its 15 others are equally likely, and 0 is the first."""
+    assert generate(counter, [[3]], 3, words=5) == [[4, 0, 1]]
 
 
 def test_a_process_that_has_nothing_left_passes_through_for_company(counter):

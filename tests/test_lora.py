@@ -18,6 +18,7 @@ from model.generate import generate
 from model.gpt2 import GPT2
 from model.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, without_lora
 from model.quantize import quantize
+from model.teachers import Base
 from runtime import make_optimizer
 
 TOKENS, LENGTHS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]), [5, 7]
@@ -384,6 +385,19 @@ def test_a_resume_file_holds_the_adapters_and_not_what_they_stand_beside(data, m
     trained = load(tmp_path / "student.pth")                    # the base, trained anew in between
     torch.save(trained | {"norm.weight": trained["norm.weight"] * 2}, tmp_path / "student.pth")
     assert "sha256 of the weights adapted was " in complaint("train_sft.py", resume=True, **more)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_it_was_is_asked_without_adapters_and_without_dropout(tiny, training):
+    student = tiny(dropout=0.5)
+    add_lora(student, rank=2)
+    for name, weight in student.named_parameters():
+        if name.endswith("lora_b"):
+            weight.data.fill_(1.0)
+    base = Base(student.train(training))
+    tokens = torch.tensor([1, 2, 3])
+    assert torch.equal(base(tokens, [3]).logits, tiny()(tokens, [3]).logits) and student.training == training
+    assert base.head is student.head and base.config is student.config
 
 
 def test_a_student_with_adapters_may_be_taught_by_what_it_was(data, models, tmp_path):

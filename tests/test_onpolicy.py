@@ -40,6 +40,16 @@ def test_a_step_s_answers_are_dealt_to_its_micro_batches():
     assert [each.batch.lengths for each in graded] == [[1, 2, 3], [4, 5]]
 
 
+def test_what_came_of_a_word_does_not_depend_on_the_micro_batch_it_is_in():
+    answers = [Sampled([1] * n, True, [], [-1.0] * n, [-float(n)] * n) for n in (2, 3, 4, 5)]
+    rollouts = [Rollout([1], [1], answer) for answer in answers]
+    one, two = (micro_batches(rollouts, Namespace(accumulation_steps=n, objective="minillm", teacher_share=0.2), "cpu")
+                for n in (1, 2))
+    for name in ("kd_weight", "ce_weight"):
+        assert torch.equal(getattr(one[0], name), torch.cat([getattr(graded, name) for graded in two]))
+    assert one[0].ce_weight.abs().max() > 0.1 and len(two) == 2
+
+
 def test_the_coin_falls_with_its_share_and_knows_nothing_of_processes():
     heads = sum(is_on_policy(step, Namespace(seed=0, on_policy_fraction=0.7)) for step in range(1000))
     assert heads == pytest.approx(700, abs=45)                  # three standard deviations of sqrt(210)
@@ -73,40 +83,44 @@ def test_facts_are_means_over_tokens_or_answers():
 
 def test_weights_of_a_token_are_its_importance_and_what_came_of_it():
     """log p - log q is 1, -2 and 4: after the first token 1 on average, after the second 4, after the last nothing. Of an
-    answer with -5 and 1 it is 1. The mean of 1, 4 and 1 is 2, the baseline."""
+    answer with -5 and 1 it is 1. So the baselines are 1 for the first answer, and (1 + 4) / 2 for the second."""
     answers = [Sampled([1, 2, 3], True, [], [-1.0, -1.0, -5.0], [0.0, -3.0, -1.0]),
                Sampled([1, 2], True, [], [-1.0, -1.0], [-6.0, 0.0]), Sampled([1], True, [], [-1.0], [-1.0])]
-    kd_weight, ce_weight = policy_gradient(answers, teacher_share=0.2)
-    by_hand = [1 / (0.2 * math.exp(gap) + 0.8) for gap in (1, -2, 4, -5, 1, 0)]
-    assert kd_weight.tolist() == pytest.approx(by_hand)
-    assert ce_weight.tolist() == pytest.approx([by_hand[0] * -1, by_hand[1] * 2, 0, by_hand[3] * -1, 0, 0])
-    assert policy_gradient(answers[2:], teacher_share=0.2)[1].tolist() == [0]
+    first, second, third = policy_gradient(answers, teacher_share=0.2)
+    w = [1 / (0.2 * math.exp(gap) + 0.8) for gap in (1, -2, 4, -5, 1)]
+    assert first[0].tolist() == pytest.approx(w[:3]) and second[0].tolist() == pytest.approx(w[3:])
+    assert first[1].tolist() == pytest.approx([0, w[1] * 3, 0])
+    assert second[1].tolist() == pytest.approx([w[3] * -1.5, 0])
+    assert [weight.tolist() for weight in third] == [[1], [0]]
+    (alone,) = policy_gradient(answers[:1], teacher_share=0.2)                         # no others: no baseline
+    assert alone[1].tolist() == pytest.approx([w[0] * 1, w[1] * 4, 0])
 
 
-def test_the_mean_of_the_policy_gradient_is_the_gradient_of_the_kl_of_whole_answers():
-    """All 9 answers of two words out of three. After each first word the student has a distribution of its own: its four
-    rows of logits are W. With answers drawn from the student alone every weight w is 1."""
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_mean_of_the_policy_gradient_is_the_gradient_of_the_kl_of_whole_answers(n):
+    """All 9 answers of two words out of three, one by one or as all 81 pairs, of which each gives the other its baseline.
+    After each first word the student has a distribution of its own: its four rows of logits are W. With answers drawn from
+    the student alone every weight w is 1; and of two words R is the sum, too."""
     generator = torch.Generator().manual_seed(0)
     W, V = torch.randn(4, 3, generator=generator, requires_grad=True), torch.randn(4, 3, generator=generator)
-    words = torch.eye(3)
+    words, answers = torch.eye(3), list(product(range(3), repeat=2))
 
     def log_of(logits):         # -> (9,) of whole answers
         log = logits.log_softmax(dim=-1)
-        return torch.stack([log[0, a] + log[1 + a, b] for a, b in product(range(3), repeat=2)])
+        return torch.stack([log[0, a] + log[1 + a, b] for a, b in answers])
 
-    whole = (log_of(W).exp() * (log_of(W) - log_of(V))).sum()
-    right, = torch.autograd.grad(whole, W)
+    right, = torch.autograd.grad((log_of(W).exp() * (log_of(W) - log_of(V))).sum(), W)
 
-    pairs = list(product(range(3), repeat=2))
-    log_q, log_p = ([x.detach().log_softmax(dim=-1)[[0, 1 + a], [a, b]].tolist() for a, b in pairs] for x in (W, V))
-    answers = [Sampled([a, b], False, [], of_q, of_p) for (a, b), of_q, of_p in zip(pairs, log_q, log_p)]
-    kd_weight, ce_weight = policy_gradient(answers, teacher_share=1e-9)
     mean = torch.zeros_like(W)
-    for i, ((a, b), probability) in enumerate(zip(pairs, log_of(W).exp().tolist())):
-        states, taught = W[[0, 1 + a]], [Dense(V[[0, 1 + a]], words)]
-        loss = 2 * fused_distillation_loss(states, words, torch.tensor([a, b]), taught, alpha=0.5, divergence=reverse_kl,
-                                           kd_weight=kd_weight[2 * i:2 * i + 2], ce_weight=ce_weight[2 * i:2 * i + 2]).loss
-        mean += probability * torch.autograd.grad(loss, W)[0]
+    for chosen in product(range(9), repeat=n):
+        rows = [row for a, b in (answers[i] for i in chosen) for row in (0, 1 + a)]
+        drawn = [word for i in chosen for word in answers[i]]
+        log_q, log_p = (x.detach().log_softmax(dim=-1)[rows, drawn].view(n, 2).tolist() for x in (W, V))
+        sampled = [Sampled([], False, [], of_q, of_p) for of_q, of_p in zip(log_q, log_p)]
+        kd_weight, ce_weight = map(torch.cat, zip(*policy_gradient(sampled, teacher_share=1e-9)))
+        loss = 2 * fused_distillation_loss(W[rows], words, torch.tensor(drawn), [Dense(V[rows], words)], alpha=0.5,
+                                           divergence=reverse_kl, kd_weight=kd_weight, ce_weight=ce_weight).loss
+        mean += log_of(W)[list(chosen)].sum().exp().item() / n * torch.autograd.grad(loss, W)[0]
     assert torch.allclose(mean, right, atol=1e-5) and right.abs().max() > 0.1
 
 
@@ -180,6 +194,20 @@ def test_a_student_with_adapters_may_be_its_own_teacher(flags, tmp_path):
     assert rows(tmp_path / f"itself/{NAME}_lora.jsonl") != []
 
 
+def test_of_answers_of_one_word_the_policy_gradient_has_the_divergence_alone(flags, tmp_path):
+    """Nothing comes after the first word: R is 0, and the whole loss is w KL(q || p)."""
+    succeed("train_onpolicy.py", **flags | {"objective": "minillm", "max_new_tokens": 1}, out_dir=tmp_path)
+    for row in rows(tmp_path / f"{NAME}.jsonl")[:4]:
+        assert row["loss"] == pytest.approx(row["kd"]) and row["length"] == 1
+
+
+def test_prompt_and_answer_fit_into_max_seq_len(flags, tmp_path):
+    """The answers of an untrained student end nowhere: of 30 tokens, some 20 are the prompt's."""
+    given = {"max_seq_len": 30, "max_new_tokens": 100, "teacher_data_path": None}
+    succeed("train_onpolicy.py", **flags | given, out_dir=tmp_path)
+    assert all(row["length"] <= 12 for row in rows(tmp_path / f"{NAME}.jsonl") if "length" in row)
+
+
 def without_time(path):
     return [{name: value for name, value in row.items() if not name.startswith("share_")} for row in rows(path)]
 
@@ -197,14 +225,15 @@ def test_a_killed_run_ends_as_the_unbroken_one(sample_every, flags, tmp_path):
     assert without_time(tmp_path / f"whole/{NAME}.jsonl") == without_time(tmp_path / f"broken/{NAME}.jsonl")
 
 
-def test_answers_written_ahead_have_an_age_and_a_stop_waits_for_the_last_of_them(flags, tmp_path):
-    given = flags | {"sample_every": 4, "max_steps": 400, "save_interval": 400, "out_dir": tmp_path}
-    started = start("train_onpolicy.py", **given)
-    wait_until(lambda: len(rows(tmp_path / f"{NAME}.jsonl")) >= 3)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_answers_written_ahead_have_an_age_and_a_stop_waits_for_the_last_of_them(processes, flags, tmp_path):
+    given = flags | {"sample_every": 5, "max_steps": 500, "save_interval": 500, "out_dir": tmp_path}
+    started = start("train_onpolicy.py", **given | {"batch_size": 8 // processes}, processes=processes)
+    wait_until(lambda: len(rows(tmp_path / f"{NAME}.jsonl")) >= 5)
     started.send(2)
     assert started.wait().code == 130
     found = [row for row in rows(tmp_path / f"{NAME}.jsonl") if "age" in row]
-    assert [row["age"] for row in found] == [step % 4 for step in range(len(found))] and len(found) % 4 == 0
+    assert [row["age"] for row in found] == [step % 5 for step in range(len(found))] and len(found) % 5 == 0
 
 
 @pytest.mark.parametrize("wrong, said", [
