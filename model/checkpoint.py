@@ -158,6 +158,7 @@ def reader(name: str):
 def how_to_make(path: Path) -> str:
     """The command that makes a missing weight file, told from its name."""
     script = next((script for prefix, script in (("pretrain", "train_pretrain.py"), ("full_sft", "train_sft.py"),
-                                                 ("full_dist", "train_distillation.py"))
+                                                 ("full_dist", "train_distillation.py"),
+                                                 ("full_onpolicy", "train_onpolicy.py"))
                    if path.name.startswith(prefix)), None)
     return f"Train them: python {script} --help" if script else "Is the path right?"

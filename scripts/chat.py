@@ -24,7 +24,7 @@ from model.generate import generate_steps
 from runtime import parse_args, pick_device
 
 # The newest of these is talked with when --weights does not say.
-USUAL = ("full_dist_*.pth", "full_sft_*.pth", "pretrain_*.pth")
+USUAL = ("full_onpolicy_*.pth", "full_dist_*.pth", "full_sft_*.pth", "pretrain_*.pth")
 
 
 def newest(folder: Path) -> Path | None:

@@ -76,8 +76,12 @@ def newcomer(clone):
                        ("sharegpt.jsonl", "sft_data.jsonl"), ("alpaca.json", "alpaca_data.json")):
         shutil.copy(clone / "dataset" / like, clone / name)
 
+    with open(clone / "alfworld.jsonl", "w") as tasks:
+        for i, line in enumerate(open(clone / "dataset/experience_base.jsonl")):
+            tasks.write(json.dumps(json.loads(line) | {"id": f"{i % 9}/{i}", "task_type": i % 2}) + "\n")
+
     # Stand-ins for the models and stories that are downloaded. What a file holds tells its format, not its name.
-    sizes = {"dim": 32, "n_layers": 30, "n_heads": 2, "max_seq_len": 512}
+    sizes = {"dim": 32, "n_layers": 30, "n_heads": 2, "max_seq_len": 1024}
     gguf.write(*new_model(LMConfig(**sizes)), clone / "out/smollm2.gguf")
     shutil.copy(clone / "out/smollm2.gguf", clone / "out/stories260K.bin")
     hf.write(*new_model(LMConfig(architecture="gpt2", **sizes)), clone / "out/gpt2-medium")
