@@ -53,7 +53,7 @@ def score_samples(model, samples, reference=None, tokens_per_batch: int = 4096) 
         batch = flat_batch(np.concatenate([samples[i][0] for i in chosen]),
                            np.concatenate([samples[i][1] for i in chosen]), sizes[chosen]).to(device)
         states = model(batch.tokens, batch.lengths, at=batch.at, with_logits=False).final            # (S, D)
-        taught = states if reference is None else reference(batch.tokens, batch.lengths, at=batch.at, with_logits=False).final
+        taught = states if reference in (None, model) else reference(batch.tokens, batch.lengths, at=batch.at, with_logits=False).final
         rows = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
         blocks = zip(states.split(rows), taught.split(rows), batch.targets.split(rows))
         per_token = torch.cat([score_block(model, reference, *block) for block in blocks], dim=1).cpu()     # (4, S)
