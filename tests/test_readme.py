@@ -58,6 +58,8 @@ def small(command: str) -> list[str]:
         return [*words, "--keep_unfinished"]                        # of a model that has not learned to end an answer
     if set(words) & set(LAUNCHERS):
         return ["env", "NPROC=2", *words, *SMALL]
+    if "out/experience" in words and "none" in words:               # enough to write letters, where others only begin
+        return words + SMALL + ["--max_steps", "80", "--batch_size", "8"]
     if set(words) & set(TRAINING):
         return words + SMALL + (["--n_heads", "2", "--n_layers", "2"] if "--dim" in words else [])
     return words
