@@ -317,7 +317,9 @@ def open_data(kind, args, tokenizer, lm_config, world: World, other=None, other_
         # More than 1,000 samples would make each validation longer, and its figure hardly surer.
         data, val = data.split(min(args.val_fraction, 1000 / len(data)), seed=0)
     val = val if val is not None and len(val) else None
-    Logger(f"data: {len(data):,} samples of {data}; validation: {f'{len(val):,} of {val}' if val else 'none'}")
+    Logger(f"data: {len(data):,} samples of {data}; "
+           + (f"the teacher reads {data.teacher}; " if other_paths else "")
+           + f"validation: {f'{len(val):,} of {val}' if val else 'none'}")
     return data, val
 
 
@@ -609,7 +611,7 @@ class Run:
         if dist.is_initialized():
             dist.barrier()
         if self.steps_done < self.total_steps:
-            launcher = f"torchrun --nproc_per_node {self.world.size}" if self.world.size > 1 else "python"
+            launcher = f"torchrun --nproc_per_node {self.world.size}" if self.args.ddp else "python"
             flags = " ".join(word for word in sys.argv if word != "--resume")
             Logger(f"stopped after step {self.steps_done} of {self.total_steps}; everything is saved. "
                    f"Go on with: {launcher} {flags} --resume")

@@ -396,8 +396,12 @@ def main():
         students = fill_in(args)
         name_idle_flags(parser, args)
         # A student with adapters is taught by what it was without them: no second copy in memory.
-        by_itself = args.lora_rank > 0 and len(students) == 1 and args.teacher == [students[0][0]]
-        teachers, pairs = [] if by_itself else init_teachers(args, world), []
+        by_itself = len(students) == 1 and args.teacher == [students[0][0]]
+        if by_itself and not args.teacher_data_path and args.alpha == 0:
+            Logger(f"{args.teacher[0]} is teacher and student and reads the same prompts: it can teach itself nothing. "
+                   "--teacher_data_path names what it is told besides, as the teacher")
+        as_it_was = by_itself and args.lora_rank > 0
+        teachers, pairs = [] if as_it_was else init_teachers(args, world), []
         vocabulary = args.tokenizer or next((teacher.tokenizer for teacher in teachers if teacher.tokenizer), None)
         for weights, lm_config in students:
             student, tokenizer = init_student_model(lm_config, weights, vocabulary)
@@ -405,7 +409,7 @@ def main():
             if args.lora_rank:
                 Logger(adapt(student, weights, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets))
             pairs.append((student, tokenizer))
-        if by_itself:
+        if as_it_was:
             Logger(f"teacher: {weights} too, without the adapters")
             teachers = [Teacher(Base(student), 1.0, tokenizer)]
         check_teachers(teachers, args)

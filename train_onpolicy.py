@@ -340,12 +340,14 @@ def check(parser, args):
         parser.error(f"--tokenizer {args.tokenizer} is for a model that starts from nothing; --student has its own")
     if args.objective == "minillm":
         args.divergence = "reverse_kl"
-        wrong = [f"--{name} {vars(args)[name]}" for name, right in (("temperature", 1.0), ("generation_temperature", 1.0),
-                                                                  ("top_p", 1.0), ("top_k", 0), ("sample_every", 1))
-                 if vars(args)[name] != right]
-        if wrong:
-            parser.error(f"--objective minillm is the gradient for answers drawn now, from the distributions as they are: leave "
-                         f"out {' '.join(wrong)}")
+        needed = [f"--{name} {right}" for name, right in (("temperature", 1), ("generation_temperature", 1), ("top_p", 1),
+                                                          ("top_k", 0), ("sample_every", 1)) if vars(args)[name] != right]
+        if needed:
+            parser.error("--objective minillm is the gradient for answers drawn now, from the distributions as they are: "
+                         f"{' '.join(needed)}")
+    if args.teacher == args.student and not args.teacher_data_path:
+        Logger(f"{args.teacher} is teacher and student and reads the same prompts: it can teach itself nothing. "
+               "--teacher_data_path names what it is told besides, as the teacher")
     for name, fits, needed in (
             ("beta", 0.0 <= args.beta <= 1.0, "lie in [0, 1]"),
             ("skew", 0.0 < args.skew < 1.0, "lie between 0 and 1; at 0 it is the plain KL"),

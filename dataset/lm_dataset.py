@@ -23,7 +23,7 @@ from dataset.formats import check_exists, holds_texts, read_conversations, read_
 from runtime import write_whole
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
-CACHE_VERSION = 2           # raise it when the meaning of a cached file changes
+CACHE_VERSION = 3           # raise it when the meaning of a cached file changes
 
 
 class Batch(NamedTuple):
@@ -72,6 +72,7 @@ class TokenDataset(ABC):
         with np.load(index) as arrays:
             self.ends, self.n_targets = arrays["ends"], arrays["n_targets"]     # (samples,) each
             self.rows = arrays["rows"]                  # (samples,), which of the files' samples each one is, from 0
+            self.n_rows = int(arrays["n_rows"])         # how many the files have, also those of which nothing was left
         self.lengths = np.diff(self.ends, prepend=0)
 
     @abstractmethod
@@ -105,7 +106,7 @@ class TokenDataset(ABC):
 
         stream.parent.mkdir(exist_ok=True)
         write_whole(stream, np.concatenate(rows).tofile)
-        write_whole(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept))   # last: both count now
+        write_whole(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept, n_rows=len(samples)))
         self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} to predict; "
                  f"{cut:,} cut to {self.max_seq_len} tokens, {len(samples) - len(rows):,} left out as nothing was left "
                  f"to predict; {time.time() - start:.1f} s")
@@ -149,15 +150,24 @@ class TokenDataset(ABC):
         """A view whose batches also hold what a teacher reads of the same samples: in other tokens, or under another
         prompt. Those of which the teacher, cut at its own limit, has nothing left are not in it.
 
-        Raises ValueError if both have one tokenizer, and a sample of which they are not asked the same tokens.
+        Raises ValueError if there are not as many of the one as of the other; and, if both have one tokenizer, for a sample of
+        which they are not asked the same tokens.
         """
+        if self.n_rows != teacher.n_rows:
+            raise ValueError(f"{self} has {self.n_rows:,} samples and {teacher} {teacher.n_rows:,}: which belong together? The "
+                             "teacher's files must match the student's row by row")
         pair = self.view(np.flatnonzero(np.isin(self.rows, teacher.rows)))
         pair.teacher = teacher
         if teacher.tokenizer.sha256 == self.tokenizer.sha256:
             for i, j in enumerate(np.searchsorted(teacher.rows, pair.rows)):
-                if not np.array_equal(pair.answer(i), teacher.answer(j)):
-                    raise ValueError(f"sample {pair.rows[i] + 1} of {pair} and of {teacher}: the answers differ, or one of "
-                                     "them is cut; row by row the files must hold the same answers to the two prompts")
+                own, its = pair.answer(i), teacher.answer(j)
+                if not np.array_equal(own, its):
+                    n = min(len(own), len(its))
+                    shorter = pair if len(own) < len(its) else teacher
+                    reason = (f"one answer is cut: with its prompt it is longer than {shorter.max_seq_len} tokens in {shorter}; "
+                              "shorten that prompt, or leave the row out of both" if np.array_equal(own[:n], its[:n]) else
+                              "the answers differ; row by row the files must hold the same answers to the two prompts")
+                    raise ValueError(f"sample {pair.rows[i] + 1} of {pair} and of {teacher}: {reason}")
         return pair
 
     def with_room(self, log) -> "TokenDataset":

@@ -115,7 +115,7 @@ def check_vocabulary(teachers, student, tokenizer, args):
                  f"{student.config.vocab_size}; ")
         if its_tokenizer.sha256 != tokenizer.sha256:
             raise ValueError(f"{sizes}they are those of {its_tokenizer.path} and {tokenizer.path}. Train both with one "
-                             "tokenizer, or compare only how sure the two are: --divergence uld --alpha 0.5")
+                             "tokenizer, or compare only how sure the two are: train_distillation.py --divergence uld --alpha 0.5")
         if source.config.vocab_size != student.config.vocab_size and not args.pad_vocab:
             raise ValueError(f"{sizes}the tokenizer knows {tokenizer.vocab_size}. If the others are padding: --pad_vocab")
 

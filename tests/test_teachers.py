@@ -292,6 +292,22 @@ def test_answers_that_differ_are_refused_by_their_row(tmp_path, cache):
         student.paired_with(teacher)
 
 
+@pytest.mark.parametrize("its", [ANSWERS[:2], [*ANSWERS, "a"]], ids=len)
+def test_files_that_do_not_match_row_by_row_are_refused(its, tmp_path, cache):
+    student, teacher = (SFTDataset([path], Tokenizer.load(), 128, log=str) for path in written_pairs(tmp_path, its))
+    with pytest.raises(ValueError, match=rf"student\.jsonl has 3 samples and .*teacher\.jsonl {len(its)}: which belong together"):
+        student.paired_with(teacher)
+
+
+def test_an_answer_that_is_cut_on_one_side_is_said_to_be(tmp_path, cache):
+    asked, told = written_pairs(tmp_path)
+    tokenizer = Tokenizer.load()
+    limit = int(max(SFTDataset([told], tokenizer, 128, log=str).lengths)) - 3         # without the answer's end and the line break behind it
+    student, teacher = SFTDataset([asked], tokenizer, 128, log=str), SFTDataset([told], tokenizer, limit, log=str)
+    with pytest.raises(ValueError, match=rf"one answer is cut: .* longer than {limit} tokens in .*teacher\.jsonl"):
+        student.paired_with(teacher)
+
+
 def test_the_loss_is_that_of_the_two_models_each_under_its_own_prompt(models, tmp_path, cache):
     """One step on all three rows; KL(teacher || student) by hand, an answer at a time."""
     student_path, teacher_path = written_pairs(tmp_path)

@@ -262,7 +262,7 @@ def test_distillation_that_listens_to_labels_alone_is_fine_tuning(data, models, 
 def test_a_teacher_equal_to_the_student_teaches_nothing(data, models, tmp_path):
     script, flags, file = lesson("distillation", data, models)
     flags |= {"teacher": models / "student.pth", "temperature": 4.0, "max_steps": 1, "log_interval": 1}
-    succeed(script, **flags, eval_interval=0, out_dir=tmp_path)
+    assert "it can teach itself nothing" in succeed(script, **flags, eval_interval=0, out_dir=tmp_path)
     (row,) = [row for row in rows(tmp_path / f"{file}.jsonl") if "kd" in row]
     assert abs(row["kd"]) < 1e-5 and row["grad_norm"] < 1e-5 and row["ce"] > 6
 
