@@ -29,6 +29,7 @@ import argparse
 import datetime
 import json
 import math
+import shlex
 import shutil
 import sys
 import time
@@ -374,7 +375,10 @@ def main():
     for name, told in (("endless", "have no end"), ("respelt", "are other tokens when their text is encoded again")):
         if counts[name]:
             Logger(f"{counts[name]:,} of those written {told}")
-    Logger(f"Learn from them: python train_sft.py --data_path {args.out}")
+    # The student is the teacher without its hint, in a folder of its own: train_sft.py's names could be the teacher's.
+    student_dir = f"{Path(args.out).with_suffix('')}_sft"
+    learn = ["python", "train_sft.py", "--weights", args.teacher, "--data_path", args.out, "--out_dir", student_dir]
+    Logger(f"Learn from them: {shlex.join(learn)}")
 
 
 if __name__ == "__main__":

@@ -225,8 +225,14 @@ def main():
     if not 0 < args.test_share < 1:
         parser.error(f"--test_share {args.test_share:g} must be in (0, 1)")
     apart = compiled(args.apart, parser) if args.apart is not None else None
+    out_dir = Path(args.out_dir)
+    paths = {(part, side): out_dir / f"{part}_{side}.jsonl" for part in ("train", "test") for side in ("student", "teacher")}
 
     with runtime.checking_input():
+        there = [str(path) for path in paths.values() if path.exists()]
+        if there:
+            raise ValueError(f"there already: {', '.join(there)}. Give another --out_dir, or remove them")
+
         # 2. Rows, whole groups of them held out
         rows = read_all(args.data_path, args.same, apart, args.skip_bad_lines)
         rng = random.Random(args.seed)
@@ -243,14 +249,13 @@ def main():
             print(told)
 
     # 4. The four files
-    out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     for part, of_part in pairs.items():
-        write_lines(out_dir / f"{part}_student.jsonl", [student_line(row) for row, _ in of_part])
-        write_lines(out_dir / f"{part}_teacher.jsonl", [teacher_line(row, shown) for row, shown in of_part])
+        write_lines(paths[part, "student"], [student_line(row) for row, _ in of_part])
+        write_lines(paths[part, "teacher"], [teacher_line(row, shown) for row, shown in of_part])
     print_table(args.same, pairs, demonstrations)
-    print(f"Learn from them: python train_distillation.py --data_path {out_dir}/train_student.jsonl --teacher_data_path "
-          f"{out_dir}/train_teacher.jsonl ...")
+    print(f"Learn from them: python train_distillation.py --data_path {paths['train', 'student']} --teacher_data_path "
+          f"{paths['train', 'teacher']} ...")
 
 
 def compiled(regex: str, parser) -> re.Pattern:

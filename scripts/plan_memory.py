@@ -20,6 +20,7 @@ takes 4 bytes a weight of the host's memory, under zero3 those of the teacher to
 
 import argparse
 import dataclasses
+import itertools
 import os
 import re
 import resource
@@ -272,6 +273,23 @@ def smallest_that_fits(config: LMConfig, processes: int, gpu_gb: float) -> tuple
     return None
 
 
+# What makes a plan smaller, dearest first: adapters learn less, gathering takes time, and so does a second forward pass.
+REMEDIES = {"--lora_rank 16": ("lora_rank", 16), "--shard zero3": ("shard", "zero3"),
+            "--grad_checkpoint": ("grad_checkpoint", True)}
+
+
+def remedy(student: LMConfig, teacher: LMConfig | None, recipe: Recipe, room: float,
+           distilled: bool = True) -> tuple[str, int] | None:
+    """The cheapest flags with which the run fits into `room` bytes, and its bytes; None if none help."""
+    for chosen in itertools.product((False, True), repeat=len(REMEDIES)):         # counts up: the last flag comes first
+        flags = list(itertools.compress(REMEDIES, chosen))
+        changed = dataclasses.replace(recipe, **dict(REMEDIES[flag] for flag in flags))
+        needed = total(terms(student, teacher, changed, distilled))
+        if needed <= room and (changed.processes > 1 or changed.shard == "none"):
+            return " ".join(flags), needed
+    return None
+
+
 def table(gpu_gb: float) -> str:
     numbers = (1, 2, 4, 8)
     lines = ["| model | weights | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in numbers) + " |",
@@ -386,12 +404,17 @@ def main():
     add("--measure", type=int, nargs="?", default=0, const=len(MEASURED), metavar="N", help="train small pairs on --device, and "
         f"print planned and measured memory: the first N rows, or all {len(MEASURED)}")
     add("--device", default="cpu", help="of --measure: cpu, cuda, cuda:1, ...")
+    defaults = vars(parser.parse_args([]))          # before a --config changes them
     args = runtime.parse_args(parser)
+    check_all_is_read(parser, args, defaults)
     for name in ("batch_size", "max_seq_len", "processes", "rows", "gpu_gb"):
         if vars(args)[name] <= 0:
             parser.error(f"--{name} {vars(args)[name]} must be above 0")
     if args.teacher == "self" and not args.lora_rank:
         parser.error("--teacher self is the student without its adapters: give a --lora_rank, or --teacher copy")
+    if args.shard != "none" and args.processes == 1:
+        parser.error(f"--shard {args.shard} shares the model out among processes, and there is one. Type:\n"
+                     f"    python {' '.join(sys.argv)} --processes 2")
 
     if args.measure:
         planned_and_measured(args.measure, args.device)
@@ -405,12 +428,31 @@ def main():
         teacher = teachers[args.teacher] if args.teacher in teachers else config_of(args.teacher)
         recipe = Recipe(args.batch_size, args.max_seq_len, args.processes, args.shard, args.lora_rank, args.grad_checkpoint,
                         args.dtype, args.max_new_tokens, args.rows)
-        found = terms(student, teacher, recipe, distilled=args.teacher != "none")
+        distilled = args.teacher != "none"
+        found = terms(student, teacher, recipe, distilled)
     for term in found:
         print(f"{term.name:<32}{term.bytes / 1e9:>8.2f} GB   {term.formula}")
     needed, room = total(found) / 1e9, USABLE * args.gpu_gb
     print(f"{'in all, on each process':<32}{needed:>8.2f} GB   "
           f"{'fits' if needed <= room else 'does not fit'}: {args.gpu_gb:g} GB leave {room:g}")
+    if needed > room:
+        found = remedy(student, teacher, recipe, room * 1e9, distilled)
+        print(f"it fits with {found[0]}: {found[1] / 1e9:.2f} GB" if found else
+              "nothing here makes it fit: more processes, or a smaller model")
+
+
+def check_all_is_read(parser, args, defaults: dict):
+    """Exits with a message that names the flags which are given and would be ignored."""
+    if args.measure:
+        read, way_out = {"measure", "device"}, "--measure trains small pairs of its own; leave them out"
+    elif args.student is None:
+        read = {"gpu_gb"}
+        way_out = f"the table of all sizes reads --gpu_gb alone; for a plan give a --student, {', '.join(SIZES)} or a path"
+    else:
+        read, way_out = defaults.keys() - {"device"}, "it is for --measure; leave it out"
+    unread = [f"--{name}" for name, default in defaults.items() if vars(args)[name] != default and name not in read]
+    if unread:
+        parser.error(f"no effect of {', '.join(unread)}: {way_out}")
 
 
 if __name__ == "__main__":

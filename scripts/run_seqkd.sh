@@ -7,10 +7,12 @@
 #   QUESTIONS     alfworld_student.jsonl    what the student will be asked
 #   TOLD          alfworld_teacher.jsonl    the same rows as the teacher reads them, with the experience
 #   ANSWERS       alfworld_answers.jsonl    where the answers lie, or are written
+#   REPLAY                                  files that the student learns beside the answers, against forgetting
 #
 #   bash scripts/run_seqkd.sh --learning_rate 5e-6 --out_dir out/seqkd_exp1
 #   TEACHER=out/experience/full_sft_96.pth QUESTIONS=dataset/experience_student.jsonl TOLD=dataset/experience_teacher.jsonl \
-#       ANSWERS=out/experience/answers.jsonl bash scripts/run_seqkd.sh --config configs/seqkd_tiny.yaml
+#       ANSWERS=out/experience/answers.jsonl REPLAY=dataset/experience_replay.jsonl \
+#       bash scripts/run_seqkd.sh --config configs/seqkd_tiny.yaml
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/launch.sh
@@ -23,4 +25,6 @@ else
         --teacher_data_path "${TOLD:-alfworld_teacher.jsonl}" --out "$answers"
 fi
 
-launch train_sft.py --config configs/base.yaml configs/seqkd.yaml --data_path "$answers" "$@"
+# REPLAY goes without quotes: a word for each file, none if there is none.
+# shellcheck disable=SC2086
+launch train_sft.py --config configs/base.yaml configs/seqkd.yaml --data_path "$answers" ${REPLAY:-} "$@"

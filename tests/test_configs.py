@@ -211,6 +211,14 @@ def test_seqkd_writes_the_answers_first_unless_they_are_there(tools, tmp_path):
     assert first == f"the answers are there: {answers}" and second.startswith("torchrun")
 
 
+def test_seqkd_learns_the_replay_beside_the_answers(tools):
+    there = {"before": tools, "ANSWERS": __file__}
+    without, replay = (bash("scripts/run_seqkd.sh", "--seed", 1, **there, **more).stdout
+                       for more in ({}, {"REPLAY": "a.jsonl b.jsonl"}))
+    assert f"--data_path {__file__} --seed 1\n" in without
+    assert f"--data_path {__file__} a.jsonl b.jsonl --seed 1\n" in replay
+
+
 @pytest.mark.parametrize("launcher, script", LAUNCHERS.items())
 def test_what_a_launch_script_starts_runs_in_two_processes(launcher, script, tools, data, models, tmp_path):
     """The tiny recipe with the user's flags, on a few rows, for two steps: torchrun itself is quickstart.sh's to test."""

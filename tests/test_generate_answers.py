@@ -7,6 +7,7 @@ do not belong together are named.
 import json
 import re
 import runpy
+import shlex
 import signal
 from types import SimpleNamespace
 
@@ -196,6 +197,15 @@ def test_what_was_written_is_learned_by_the_config_of_the_lesson(written, folder
                    data_path=written[0], **TINY | {"max_steps": 2, "batch_size": 4, "out_dir": tmp_path})
     assert f"{len(read(written[0]))} samples of {written[0]}; validation: none" in told
     assert (tmp_path / "full_sft_32.pth").exists()
+
+
+def test_the_command_that_is_told_at_the_end_runs_and_leaves_the_teacher_as_it_was(written, folder):
+    """Two steps of it: the student starts from the teacher's weights."""
+    _, script, *words = shlex.split(written[1].splitlines()[-1].partition("Learn from them: ")[2])
+    before = (folder / "model.pth").read_bytes()
+    told = succeed(script, *words, **TINY | {"max_steps": 2, "batch_size": 4})
+    assert f"from {folder}/model.pth" in told and (folder / "written_sft/full_sft_32.pth").exists()
+    assert (folder / "model.pth").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------- however it came about

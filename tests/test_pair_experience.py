@@ -171,14 +171,14 @@ def test_fewer_pairs_are_the_first_of_all_pairs(flags, tmp_path, succeed):
     assert "train: 3 pairs of 16 rows; left out: 13 more than were asked for" in said
 
 
-def test_a_text_may_be_as_long_as_max_chars(flags, succeed):
+def test_a_text_may_be_as_long_as_max_chars(flags, tmp_path, succeed):
     """"room 0, wash a mug", "> go to washer 0" and "done" are 18 + 1 + 16 + 1 + 4 = 40 characters; trial 10 makes 41."""
     write(flags["data_path"], [row("wash", room, trial) for room in range(5) for trial in (0, 10)])
     said = succeed(**flags, max_chars=40)
     assert "train: 4 pairs of 8 rows; left out: 4 longer than --max_chars" in said
-    said = succeed(**flags, max_demonstration_chars=40)
+    said = succeed(**flags | {"out_dir": tmp_path / "shown"}, max_demonstration_chars=40)
     assert "train: 8 pairs of 8 rows\n" in said
-    made = files(flags["out_dir"])
+    made = files(tmp_path / "shown")
     assert all(teacher["demonstration"].endswith("/0") for teacher in made["train_teacher"] + made["test_teacher"])
 
 
@@ -223,6 +223,15 @@ def test_rows_of_which_no_pair_can_be_made_say_why(rows, reason, flags, run):
     code, said = run(**flags)
     assert code == 1 and reason in said
     assert not flags["out_dir"].exists()
+
+
+def test_files_that_are_there_already_stay(flags, run):
+    flags["out_dir"].mkdir()
+    mine = flags["out_dir"] / "test_teacher.jsonl"
+    mine.write_text("mine")
+    code, said = run(**flags)
+    assert code == 1 and f"there already: {mine}. Give another --out_dir, or remove them" in said
+    assert [*flags["out_dir"].iterdir()] == [mine] and mine.read_text() == "mine"
 
 
 @pytest.mark.parametrize("more, reason", [

@@ -19,7 +19,7 @@ from model.config import LMConfig
 from model.lora import add_lora
 from model.transformer import Transformer
 from scripts.plan_memory import (SIZES, USABLE, Recipe, activations, count, kept_beside_layers, kept_of_a_layer,
-                                 measure, smallest_that_fits, terms, total)
+                                 measure, remedy, smallest_that_fits, terms, total)
 
 SMALL = LMConfig(dim=32, n_layers=3, n_heads=8, n_kv_heads=2, head_dim=8, hidden_dim=80, vocab_size=50, max_seq_len=64)
 
@@ -181,6 +181,34 @@ def test_what_fits_nowhere_is_not_in_the_table():
     assert smallest_that_fits(SIZES["70B"], 1, 80) is None
 
 
+def test_a_remedy_is_the_cheapest_that_fits_and_adapters_come_last():
+    """8B in 72 GB. One GPU: its 16 bytes a weight alone are 131 GB. Eight: 2 a weight, and 41 GB of activations."""
+    def cheapest(name, **more):
+        return remedy(SIZES[name], SIZES[name], Recipe(**more), 72e9)
+
+    assert cheapest("8B")[0] == "--lora_rank 16 --grad_checkpoint"
+    assert cheapest("8B", processes=8)[0] == "--shard zero3 --grad_checkpoint"
+    assert cheapest("8B", processes=8, shard="zero3") == (
+        "--grad_checkpoint", total(terms(SIZES["8B"], SIZES["8B"],
+                                         Recipe(processes=8, shard="zero3", grad_checkpoint=True))))
+    assert cheapest("70B") is None and cheapest("70B", processes=8) is None
+
+
+def test_shards_are_no_remedy_for_a_single_process():
+    """Even where the copies for autocast, which shards do without, would make the difference."""
+    sharded = total(terms(SIZES["8B"], SIZES["8B"], Recipe(shard="zero3", grad_checkpoint=True)))
+    assert sharded < total(terms(SIZES["8B"], SIZES["8B"], Recipe(grad_checkpoint=True)))
+    assert remedy(SIZES["8B"], SIZES["8B"], Recipe(), sharded)[0] == "--lora_rank 16"
+
+
+def test_a_plan_that_does_not_fit_says_what_would():
+    said = succeed("scripts/plan_memory.py", student="8B").splitlines()
+    assert "does not fit: 80 GB leave 72" in said[-2]
+    assert re.fullmatch(r"it fits with --lora_rank 16 --grad_checkpoint: [\d.]+ GB", said[-1])
+    said = succeed("scripts/plan_memory.py", student="70B").splitlines()
+    assert said[-1] == "nothing here makes it fit: more processes, or a smaller model"
+
+
 def test_the_terms_that_are_printed_add_up():
     said = succeed("scripts/plan_memory.py", *"--student 8B --processes 8 --shard zero3 --grad_checkpoint".split())
     *parts, whole = [float(number) for number in re.findall(r"([\d.]+) GB  ", said)]
@@ -197,9 +225,20 @@ def test_a_model_at_a_path_is_read(models):
     ("--student 9B", "9B is no path, and none of the sizes 0.6B"),
     ("--student 8B --teacher self", "--teacher self is the student without its adapters: give a --lora_rank"),
     ("--student 8B --processes 0", "--processes 0 must be above 0"),
+    ("--student 8B --shard zero3", "--shard zero3 shares the model out among processes, and there is one. Type:\n"
+                                   "    python scripts/plan_memory.py --student 8B --shard zero3 --processes 2"),
+    ("--batch_size 4 --grad_checkpoint", "no effect of --batch_size, --grad_checkpoint: the table of all sizes reads "
+                                         "--gpu_gb alone; for a plan give a --student, 0.6B, "),
+    ("--measure 1 --student 8B --gpu_gb 24", "no effect of --student, --gpu_gb: --measure trains small pairs of its own"),
+    ("--student 8B --device cuda", "no effect of --device: it is for --measure"),
 ])
 def test_a_plan_that_cannot_be_says_why(flags, reason):
     assert reason in complaint("scripts/plan_memory.py", *flags.split())
+
+
+def test_a_config_s_recipe_is_not_ignored_either(tmp_path):
+    (tmp_path / "memory.yaml").write_text("batch_size: 4\n")
+    assert "no effect of --batch_size: " in complaint("scripts/plan_memory.py", config=tmp_path / "memory.yaml")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
