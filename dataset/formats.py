@@ -21,6 +21,8 @@ CONVERSATION_KEYS = ("conversations", "messages")
 PROMPT_KEYS = ("question", "instruction", "prompt", "ask")
 RESPONSE_KEYS = ("output", "response", "answer")
 COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, "input", "system", "history", "options", "answer_idx")
+EXAM_COLUMNS = ("question", "a", "b", "c", "d")     # of a multiple-choice CSV; its column "answer" holds a letter
+CATEGORY_KEYS = ("leaf", "category", "subject", "meta_info")        # what a row is about; the first that is there
 
 # How a turn is written: the key of its role -> (the key of its text, the names of the roles).
 TURN_FORMS = {
@@ -33,7 +35,8 @@ SPEAKS_AFTER = {"user": "assistant", "assistant": "user"}
 KNOWN_FORMATS = (
     "conversations or messages: a list of {role, content} or {from, value}; "
     "question/instruction/prompt/ask with output/response/answer, optional input and system; "
-    "question, options, answer_idx; a row with only text is for train_pretrain.py"
+    "question, options, answer_idx, or in CSV question, A, B, C, D, answer; "
+    "a row with only text is for train_pretrain.py"
 )
 
 # One CSV cell, in characters. Python's own limit of 131,072 is shorter than some answers;
@@ -41,7 +44,9 @@ KNOWN_FORMATS = (
 MAX_CSV_CELL = 4_000_000
 
 END_OF_TEXT = "<|endoftext|>"       # a line of a .txt file
-READABLE = ".jsonl, .json, .csv or .txt"
+FINAL_ANSWER = "####"               # GSM8K: what is reckoned before it leads to the number after it
+EXTENSIONS = (".jsonl", ".json", ".csv", ".txt")
+READABLE = f"{', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]}"
 
 
 class BadLine(ValueError):
@@ -57,7 +62,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict | str]]:
 
         .jsonl  one JSON object a line; blank lines are passed over
         .json   a list of objects (or JSON lines under this name: the first character tells)
-        .csv    a header, then records; column names are lower-cased
+        .csv    a header, then records; column names are lower-cased. Exams become rows with options:
+                question, A, B, C, D, answer (C-Eval, CMMLU), and records of these six without a header (MMLU)
         .txt    {"text": paragraph}, numbered by its first line; a blank line ends a paragraph. Where lines
                 <|endoftext|> stand, a text is what lies between two of them
 
@@ -150,11 +156,30 @@ def _rows_of_csv(path):
             if not any(cells):  # a blank line, or the rows of commas that spreadsheets leave behind
                 continue
             if header is None:
-                header = _csv_header(path, number, cells)
-            elif len(cells) != len(header):
-                yield number, f"{len(cells)} cells {_short(cells)} under a header of {len(header)}"
+                if not _is_mmlu(cells):
+                    header = _csv_header(path, number, cells)
+                    continue
+                header = [*EXAM_COLUMNS, "answer"]
+            if len(cells) != len(header):
+                yield number, f"{len(cells)} cells {_short(cells)}, where the first record has {len(header)}"
             else:
-                yield number, dict(zip(header, cells))
+                yield number, _with_options(dict(zip(header, cells)))
+
+
+def _is_mmlu(cells) -> bool:
+    """Whether a file's first record is a question already, as in MMLU: question, four options, letter."""
+    names = {cell.strip().lower() for cell in cells}
+    return len(cells) == 6 and cells[-1].strip() in tuple("ABCD") and names.isdisjoint(COLUMN_KEYS)
+
+
+def _with_options(row):
+    """A record with the columns of an exam as {"question", "options", "answer_idx"}; any other as it is.
+    An empty answer is none: C-Eval keeps those of its test questions to itself."""
+    if not row.keys() >= set(EXAM_COLUMNS):
+        return row
+    right = row.pop("answer", "").strip().upper()
+    options = {letter: row.pop(letter.lower()) for letter in "ABCD"}
+    return row | {"options": options} | ({"answer_idx": right} if right else {})
 
 
 def _csv_header(path, number, cells):
@@ -244,6 +269,18 @@ def holds_texts(path) -> bool:
     """Whether a file is for pretraining: its first row that can be read is a text, and no conversation."""
     first = next((row for _, row in read_rows(path) if isinstance(row, dict)), {})
     return "text" in first and not any(key in first for key in (*CONVERSATION_KEYS, *PROMPT_KEYS))
+
+
+def category(row: dict, default: str) -> str:
+    """What a row is about: its leaf, category, subject or meta_info, the first that is a text; else `default`."""
+    names = (row[key] for key in CATEGORY_KEYS if key in row)
+    return next((name for name in names if isinstance(name, str) and name.strip()), default)
+
+
+def final_answer(text: str) -> str:
+    """What an answer comes to: "2 + 3 = <<2+3=5>>5\\n#### 5" -> "5", as GSM8K writes it
+    (Cobbe et al. 2021, https://arxiv.org/abs/2110.14168). Without a last word after ####, all of the text."""
+    return text.rpartition(FINAL_ANSWER)[2].strip() or text.strip()
 
 
 # Every format is first told as turns (where, role, content): the law of a conversation is written once.
@@ -343,6 +380,9 @@ def _turns_of_columns(row, answered):
 
 def _turns_of_choice(row, answered):
     answered = answered or "answer_idx" in row
+    if answered and "answer_idx" not in row:
+        raise ValueError("options without 'answer_idx' (in CSV: with an empty answer, or no such column), so there is "
+                         "nothing to learn")
     for key in ("question", "answer_idx") if answered else ("question",):
         if key not in row:
             raise ValueError(f"options without {key!r} (keys found: {_short(list(row))})")
@@ -384,13 +424,37 @@ def _short(value) -> str:
 
 # ---- 3. A whole file -----------------------------------------------------------------------------
 
+def files_of(path: str | Path) -> list[Path]:
+    """The file itself; or of a folder those files that are read here, by name, without its folders and hidden files.
+
+    Raises FileNotFoundError if there is no such path, ValueError if the folder has no such file.
+    """
+    path = Path(path)
+    check_exists(path)
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in EXTENSIONS
+                   and not file.name.startswith("."))
+    if not files:
+        raise ValueError(f"no file in {path} is {READABLE}. Folders within a folder are not looked into: name the one "
+                         "that holds the files")
+    return files
+
+
 def read_conversations(path, skip_bad_lines: bool = False, log: Callable = print) -> list[list[dict]]:
     """Every conversation of a file, each as to_messages gives it.
 
     Raises FileNotFoundError with the command that makes the file; BadLine at the first bad line (with
     skip_bad_lines they are counted, and one line is logged); ValueError when no line of it is good.
     """
-    return _read(path, to_messages, skip_bad_lines, log)
+    return read_each(path, to_messages, skip_bad_lines, log)
+
+
+def read_categories(path, skip_bad_lines: bool = False) -> list[str]:
+    """What each conversation of read_conversations is about, one name for each of them: see `category`; else the file's
+    name without its extension. Raises as above, but logs nothing: read_conversations has told it."""
+    stem = Path(path).stem
+    return read_each(path, lambda row: to_messages(row) and category(row, stem), skip_bad_lines, log=lambda line: None)
 
 
 def read_questions(path, skip_bad_lines: bool = False, log: Callable = print) -> list[Question | None]:
@@ -401,10 +465,11 @@ def read_questions(path, skip_bad_lines: bool = False, log: Callable = print) ->
 
 def read_texts(path, skip_bad_lines: bool = False, log: Callable = print) -> list[str]:
     """Every text of a pretraining file: {"text"} rows, or the paragraphs of a .txt. Raises as above."""
-    return _read(path, to_text, skip_bad_lines, log)
+    return read_each(path, to_text, skip_bad_lines, log)
 
 
-def _read(path, convert, skip_bad_lines, log):
+def read_each(path, convert: Callable, skip_bad_lines: bool = False, log: Callable = print) -> list:
+    """convert(row) of every row of a file. That it raises ValueError makes the row a bad line. Raises as above."""
     return [good for good in _read_in_place(path, convert, skip_bad_lines, log) if good is not None]
 
 

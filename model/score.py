@@ -36,6 +36,14 @@ def score(model, tokenizer, conversations, reference=None, tokens_per_batch: int
     return score_samples(model, tokenizer.encode_chats(conversations), reference, tokens_per_batch)
 
 
+def score_answers(model, tokenizer, questions) -> list[list[float]]:
+    """Log-probability of each candidate answer: [(question, [answer, ...]), ...] -> one list of nats a question."""
+    conversations = [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                     for question, answers in questions for answer in answers]
+    log_p = iter([s.log_p for s in score(model, tokenizer, conversations)])
+    return [[next(log_p) for _ in answers] for _, answers in questions]
+
+
 @torch.inference_mode()
 def score_samples(model, samples, reference=None, tokens_per_batch: int = 4096) -> list[Score]:
     """The same for samples that are tokens already: [(ids, which of them are targets), ...]."""

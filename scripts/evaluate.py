@@ -32,7 +32,7 @@ from dataset.formats import BadLine, read_rows, to_messages, to_text
 from dataset.lm_dataset import text_samples
 from model.checkpoint import load_model
 from model.generate import generate
-from model.score import score, score_samples
+from model.score import score, score_answers, score_samples
 from runtime import parse_args, pick_device, write_whole
 
 # Column of the table -> (key of a model's results, how to print it).
@@ -147,14 +147,6 @@ def kl_by_position(scores) -> dict[str, float]:
         for position, nats in zip(s.positions, s.kl):
             spans[(position - 1).bit_length()].append(nats)     # span k ends at 2^k, where the one before ended at half
     return {str(2 ** k) if k < 2 else f"{2 ** (k - 1) + 1}-{2 ** k}": statistics.fmean(spans[k]) for k in sorted(spans)}
-
-
-def score_answers(model, tokenizer, questions) -> list[list[float]]:
-    """Log-probability of each candidate answer: [(question, [answer, ...]), ...] -> one list of nats a question."""
-    conversations = [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-                     for question, answers in questions for answer in answers]
-    log_p = iter([s.log_p for s in score(model, tokenizer, conversations)])
-    return [[next(log_p) for _ in answers] for _, answers in questions]
 
 
 def sample_answers(model, tokenizer, tests, n: int, max_new_tokens: int) -> list[str]:

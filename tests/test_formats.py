@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from dataset.formats import (BadLine, read_conversations, read_questions, read_rows, read_texts, to_messages, to_question,
-                             to_text)
+from dataset.formats import (BadLine, files_of, final_answer, read_categories, read_conversations, read_questions, read_rows,
+                             read_texts, to_messages, to_question, to_text)
 
 SUM = [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]
+CHOICE = [{"role": "user", "content": "2 + 3 =\nA. 4\nB. 5\nC. 6\nD. 23"}, {"role": "assistant", "content": "5"}]
 GOOD_LINE = json.dumps({"conversations": SUM})
 
 
@@ -55,6 +56,12 @@ def test_the_examples_of_the_page_are_what_the_code_reads():
     assert [to_messages(json.loads(example)) for example in examples] == [SUM] * 4
 
 
+def test_the_exams_of_the_page_are_what_the_code_reads(tmp_path):
+    page = (Path(__file__).resolve().parents[1] / "dataset" / "dataset.md").read_text(encoding="utf-8")
+    exams = re.findall(r"```csv\n(.+?)```", page, flags=re.DOTALL)
+    assert [read_conversations(written(tmp_path, "a.csv", exam)) for exam in exams] == [[CHOICE]] * 2
+
+
 def test_an_alpaca_input_goes_below_its_instruction_and_the_system_goes_first():
     row = {"instruction": "Add.", "input": "2 + 3", "output": "5", "system": "Be brief."}
     assert spoken(row) == ["Be brief.", "Add.\n2 + 3", "5"]
@@ -63,6 +70,61 @@ def test_an_alpaca_input_goes_below_its_instruction_and_the_system_goes_first():
 def test_a_choice_is_answered_by_the_text_of_the_right_option():
     row = {"id": "q1", "question": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"}
     assert spoken(row) == ["2 + 3 =\nA. 4\nB. 5", "5"]
+
+
+@pytest.mark.parametrize("content", [
+    "2 + 3 =,4,5,6,23,B\n",
+    "\n2 + 3 =,4,5,6,23, B \r\n",
+    "id,question,A,B,C,D,answer,explanation\n0,2 + 3 =,4,5,6,23,B,count on\n",
+    ",Question,A,B,C,D,Answer\n0,2 + 3 =,4,5,6,23,B\n",
+    "answer,d,c,b,a,question\nb,23,6,5,4,2 + 3 =\n",
+], ids=["MMLU", "MMLU with spaces", "C-Eval", "CMMLU", "in any order"])
+def test_an_exam_in_csv_is_a_choice_with_or_without_a_header(tmp_path, content):
+    assert read_conversations(written(tmp_path, "exam.csv", content)) == [CHOICE]
+
+
+def test_a_first_record_that_names_columns_is_a_header_even_if_it_ends_in_a_letter(tmp_path):
+    path = written(tmp_path, "a.csv", "id,question,A,B,C,D\n7,2 + 3 =,4,5,6,23\n")
+    assert read_questions(path) == [(CHOICE[:1], None, {"id": "7"})]
+
+
+def test_six_columns_are_an_exam_only_under_an_exams_names_or_over_a_letter(tmp_path):
+    path = written(tmp_path, "a.csv", "prompt,response,1,2,3,4\n2 + 3 =,5,A,B,C,D\n")
+    assert read_conversations(path) == [SUM]
+    with pytest.raises(BadLine, match=r"line 2: no known format \(keys found: \['2 \+ 3 =', "):
+        read_conversations(written(tmp_path, "b.csv", "2 + 3 =,4,5,6,23,E\n2 + 3 =,4,5,6,23,B\n"))
+
+
+def test_an_exam_without_its_answer_asks_but_does_not_teach(tmp_path):
+    path = written(tmp_path, "test.csv", "id,question,A,B,C,D,answer\n7,2 + 3 =,4,5,6,23,\n")
+    assert read_questions(path) == [(CHOICE[:1], None, {"id": "7"})]
+    with pytest.raises(BadLine, match=r"line 2: options without 'answer_idx' \(in CSV: with an empty answer"):
+        read_conversations(path)
+
+
+@pytest.mark.parametrize("record, reason", [
+    ("2 + 3 =,4,5,6,23,E", "answer_idx is 'E', which is none of the options"),
+    ("2 + 3 =,4,5,6,B", "5 cells .*, where the first record has 6"),
+    (",4,5,6,23,B", "question is empty"),
+])
+def test_a_bad_record_of_an_exam_is_named(tmp_path, record, reason):
+    with pytest.raises(BadLine, match=f"line 2: {reason}"):
+        read_conversations(written(tmp_path, "exam.csv", f"2 + 3 =,4,5,6,23,B\n{record}\n"))
+
+
+@pytest.mark.parametrize("text, final", [
+    ("Ann has 2 + 3 = <<2+3=5>>5 cats.\n#### 5", "5"),
+    ("#### 4\nNo:\n#### 5 \n", "5"),
+    (" five\ncats ", "five\ncats"),
+    ("five ####", "five ####"),
+])
+def test_the_final_answer_stands_after_the_last_four_hashes_or_is_all_there_is(text, final):
+    assert final_answer(text) == final
+
+
+def test_a_sum_in_words_is_learned_whole_and_comes_to_its_last_number():
+    row = {"question": "Ann has 2 cats, Bob 3. All?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
+    assert spoken(row) == [row["question"], row["answer"]] and final_answer(spoken(row)[1]) == "5"
 
 
 # ---- the law of a conversation ---------------------------------------------------------------------
@@ -235,7 +297,7 @@ def test_a_bad_line_names_file_line_value_and_the_way_out(tmp_path):
     ("story.txt", "Once", r"line 1: no known format .* only text is for train_pretrain\.py"),
     ("item.json", f"[{GOOD_LINE}, 5]", "item 2: .* Fix the item"),
     ("cut.json", "[" + GOOD_LINE, "cut.json, line 1, column .*: Expecting"),
-    ("cells.csv", "question,answer\n1,2,3\n", "line 2: 3 cells .* under a header of 2"),
+    ("cells.csv", "question,answer\n1,2,3\n", "line 2: 3 cells .*, where the first record has 2"),
     ("quote.csv", 'question,answer\n1,2\n"3,4\n5,6\n', "line 3: not a CSV record"),
     ("twice.csv", "ask,output,Ask\n1,2,3\n", "line 1: two columns are called 'ask'"),
 ])
@@ -270,6 +332,45 @@ def test_a_file_of_good_lines_is_read_in_silence(tmp_path):
 def test_a_file_with_nothing_to_learn_is_an_error_even_when_skipping(tmp_path, name, content, reason):
     with pytest.raises(ValueError, match=reason):
         read_conversations(written(tmp_path, name, content), skip_bad_lines=True)
+
+
+def test_a_folder_is_its_readable_files_by_name_and_a_file_is_itself(tmp_path):
+    for name in ("b.csv", "a.JSONL", "c.txt", "notes.md", ".hidden.json"):
+        written(tmp_path, name, GOOD_LINE)
+    (tmp_path / "d.json").mkdir()
+    assert [file.name for file in files_of(tmp_path)] == ["a.JSONL", "b.csv", "c.txt"]
+    assert files_of(str(tmp_path / "notes.md")) == [tmp_path / "notes.md"]      # named by its owner: read_rows decides
+
+
+def test_a_folder_with_nothing_to_read_is_an_error_that_names_what_is_read(tmp_path):
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match=r"no file in .* is \.jsonl, \.json, \.csv or \.txt\. Folders within"):
+        files_of(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere. Check the path"):
+        files_of(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("more, name", [
+    ({"leaf": "math/sum", "category": "math", "subject": "sums", "meta_info": "m"}, "math/sum"),
+    ({"meta_info": "m", "subject": "sums", "category": "math"}, "math"),
+    ({"meta_info": "m", "subject": "sums", "leaf": ""}, "sums"),
+    ({"meta_info": "m", "subject": None}, "m"),
+    ({"meta_info": {"source": "m"}}, "exam"),
+    ({}, "exam"),
+])
+def test_a_row_is_about_its_leaf_category_subject_or_meta_info_or_else_its_file(tmp_path, more, name):
+    path = written(tmp_path, "exam.jsonl", json.dumps({"conversations": SUM} | more))
+    assert read_categories(path) == [name]
+
+
+def test_categories_stand_row_by_row_beside_the_conversations(tmp_path, capsys):
+    rows = [{"question": "a", "answer": "b", "leaf": "1"}, {"question": "a", "leaf": "2"}, {"leaf": "3"},
+            {"question": "c", "answer": "d", "leaf": "4"}]
+    path = written(tmp_path, "a.json", json.dumps(rows))
+    assert read_categories(path, skip_bad_lines=True) == ["1", "4"] and not capsys.readouterr().out
+    assert [messages[0]["content"] for messages in read_conversations(path, skip_bad_lines=True)] == ["a", "c"]
+    with pytest.raises(BadLine, match="item 2: no known format"):
+        read_categories(path)
 
 
 def test_a_missing_file_of_ours_ends_with_the_command_that_makes_it():
