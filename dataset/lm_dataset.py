@@ -298,6 +298,7 @@ class MicroBatches(Dataset):
                  rank: int = 0, world_size: int = 1, seed: int = 0):
         self.dataset, self.seed = dataset, seed
         self.accumulation_steps, self.rank, self.hands = accumulation_steps, rank, accumulation_steps * world_size
+        self.per_step = accumulation_steps                      # micro-batches of this process
         self.step_samples = batch_size * self.hands
         self.steps_per_epoch = len(dataset) // self.step_samples
         if not self.steps_per_epoch:
