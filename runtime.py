@@ -37,11 +37,17 @@ def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+LOG_FILES = []          # into which Logger writes too
+
+
 def Logger(content):
     """Print on the main process only, and without tearing a progress bar."""
     if is_main_process():
         tqdm.write(str(content), file=sys.stdout)
         sys.stdout.flush()
+        for path in LOG_FILES:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(f"{content}\n")
 
 
 # ----------------------------------------------------------------------------------------------------- arguments
@@ -50,7 +56,7 @@ def Logger(content):
 def add_training_args(parser: argparse.ArgumentParser):
     """The flags that all training scripts share; each script adds its own lesson's."""
     add = parser.add_argument_group("run").add_argument
-    add("--out_dir", default="out", help="folder of the weights, metrics and resume files")
+    add("--out_dir", "--output_dir", default="out", help="folder of the weights, metrics and resume files")
     add("--tokenizer", default=None, help="vocabulary of a model that starts from nothing: its file, or a model that has "
                                           "it; default: model/tokenizer.json, and in distillation the teacher's")
     add("--max_seq_len", type=int, default=None, help="tokens, longer samples are cut; default: what the model was "
@@ -394,7 +400,7 @@ def make_optimizer(modules, weight_decay: float) -> torch.optim.AdamW:
 FREE_TO_CHANGE = {"out_dir", "data_path", "config", "resume", "max_steps", "epochs", "batch_size", "accumulation_steps",
                   "device", "ddp", "shard", "grad_checkpoint", "local_rank", "num_workers", "log_interval",
                   "save_interval", "eval_interval", "val_path", "grad_norm_interval", "use_wandb", "wandb_project",
-                  "tokenizer"}
+                  "tokenizer", "start_stage", "end_stage", "set"}
 
 
 class Run:
@@ -403,6 +409,7 @@ class Run:
     name       of the files in --out_dir: NAME.pth, NAME.resume, NAME.jsonl and, at the end, its curves in NAME.png
     modules    what is trained, by name: {"model": student, "projections": ...}; `parallel` holds them as to be called
     data       dataset.lm_dataset.MicroBatches
+    memory     what the script itself wants back after a resumption: numbers and words, in dicts and lists
 
     With --resume it stands where the run was interrupted. Raises ValueError if that was a run of another kind.
     """
@@ -417,7 +424,7 @@ class Run:
         # fp16 gradients underflow unless they are scaled up; with the other types the scaler passes them through.
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.total_steps = args.max_steps or args.epochs * data.steps_per_epoch
-        self.steps_done, self.best, wandb_id = 0, math.inf, None
+        self.steps_done, self.best, self.memory, wandb_id = 0, math.inf, {}, None
         # What must be the same for a resumed run to end where the unbroken one would have.
         self.kind = {"data": data.dataset.key, "samples per step": data.step_samples,
                      "total steps": self.total_steps,
@@ -437,16 +444,21 @@ class Run:
                                  "Start anew without --resume, or in another --out_dir.")
             self.take_up(state)
             self.scaler.load_state_dict(state["scaler"])
-            self.steps_done, self.best, wandb_id = state["steps_done"], state["best"], state["wandb_id"]
+            self.steps_done, self.best, self.memory = state["steps_done"], state["best"], state.get("memory", {})
+            wandb_id = state["wandb_id"]
             Logger(f"resumed {self.resume_path} after step {self.steps_done}")
 
         self.parallel = self.modules if self.sharded else {key: self.wrap(module) for key, module in self.modules.items()}
         self.wandb = init_wandb(args, name, world, wandb_id)
         self.log = Log(Path(args.out_dir) / f"{name}.jsonl", self.total_steps, self.steps_done, world)
         self.stop, self.stopped = StopSignal(), False
-        wanted = range(self.steps_done * args.accumulation_steps, self.total_steps * args.accumulation_steps)
-        self.loader = iter(DataLoader(data, batch_size=None, sampler=wanted, num_workers=args.num_workers,
-                                      pin_memory=world.device.type == "cuda"))
+        self.load_data()
+
+    def load_data(self):
+        """The micro-batches from here on, as the data are now."""
+        wanted = range(self.steps_done * self.data.per_step, self.total_steps * self.data.per_step)
+        self.loader = iter(DataLoader(self.data, batch_size=None, sampler=wanted, num_workers=self.args.num_workers,
+                                      pin_memory=self.world.device.type == "cuda"))
 
     @property
     def sharded(self) -> bool:
@@ -490,8 +502,8 @@ class Run:
         """This process's micro-batches of one step, each with whether it is the last."""
         # Seeding each step anew makes dropout a function of the step: a resumed run draws what the unbroken one would.
         seed_everything(self.args.seed, step, self.world.rank)
-        for micro in range(self.args.accumulation_steps):
-            yield next(self.loader).to(self.world.device), micro == self.args.accumulation_steps - 1
+        for micro in range(self.data.per_step):
+            yield next(self.loader).to(self.world.device), micro == self.data.per_step - 1
 
     @contextmanager
     def forward(self, last: bool):
@@ -518,6 +530,19 @@ class Run:
     def gradient_norms(self, sums: dict) -> dict:
         """{grad_NAME: Euclidean norm} of such sums, over all processes."""
         return {f"grad_{name}": sum_over_processes(grad).norm() / self.scaler.get_scale() for name, grad in sums.items()}
+
+    def take_gradient(self) -> torch.Tensor:  # -> (weights that train,), fp32
+        """What backward has gathered so far, as the mean over processes, which is cleared. (Gather it with
+        forward(last=False): DDP would travel too.)"""
+        flat = torch.cat([torch.zeros_like(weight).flatten() if weight.grad is None else weight.grad.flatten()
+                          for weight in self.weights])
+        self.optimizer.zero_grad(set_to_none=True)
+        return sum_over_processes(flat) / self.world.size
+
+    def give_gradient(self, flat: torch.Tensor):
+        """What the next update takes for the gradient."""
+        for weight, grad in zip(self.weights, flat.split([weight.numel() for weight in self.weights])):
+            weight.grad = grad.view_as(weight)
 
     def update(self, step: int) -> dict:
         """Set the learning rate, clip, step, clear. Returns {lr, grad_norm}, the norm as it was before clipping."""
@@ -569,7 +594,7 @@ class Run:
         processes call this."""
         state = self.state_dict()
         progress = {"scaler": self.scaler.state_dict(), "kind": self.kind, "steps_done": self.steps_done, "best": self.best,
-                    "wandb_id": self.wandb.id if self.wandb else None}
+                    "memory": self.memory, "wandb_id": self.wandb.id if self.wandb else None}
         if self.sharded:
             save_shards(self.resume_path, state, progress)
         elif self.is_main:

@@ -20,12 +20,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import runtime
 from dataset.lm_dataset import MicroBatches, dataset_of, in_order
-from distill.features import (FeatureProjections, attention_relation_loss, check_relation_heads, contrastive_loss,
-                              feature_distillation_loss)
+from distill.features import bridges_below, losses_below
 from distill.fused import COMPARED, COMPARED_ACROSS, compare, fused_distillation_loss
 from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
 from distill.schedules import get_temperature
@@ -82,7 +80,9 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teachers, student, tokeni
                     loss, ce, kd = fused(alpha)
                     if probing:         # each alone: their joint gradient cannot be taken to pieces
                         ce, kd = fused(1.0).loss, fused(0.0).loss
-                more = beyond_words(run, batch, out, taught.out, student)
+                more = losses_below(args, run.parallel, batch, out, taught.out)
+                if student.config.use_moe:
+                    more["balance"] = out.balance_loss / batch.step_samples
             parts = {"ce": ce / batch.step_targets, "kd": kd / batch.step_targets, **more}
             terms = {name: weights[name] * term for name, term in more.items()}
             loss = loss / batch.step_targets + sum(terms.values())
@@ -117,24 +117,6 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teachers, student, tokeni
             run.save()
         if stopping:
             return
-
-
-def beyond_words(run, batch, out, taught, student) -> dict:
-    """The losses on what lies below the logits, per token or per sample of the step. What has weight 0 is not there."""
-    args, terms = run.args, {}
-    if args.feature_weight > 0:
-        features = run.parallel["projections"](out.hidden, taught.hidden)
-        terms["feature"] = feature_distillation_loss(*features, args.feature_loss) / batch.step_targets
-    if args.attention_weight > 0:
-        relations = attention_relation_loss(out.qkv, taught.qkv, batch.lengths, batch.at, args.relation_heads)
-        terms["attention"] = relations / batch.step_targets
-    if args.contrastive_weight > 0:
-        pooled = run.parallel["contrast"](out.final)
-        terms["contrastive"] = contrastive_loss(pooled, taught.final, batch.lengths, batch.at,
-                                                args.contrastive_temperature) / batch.step_samples
-    if student.config.use_moe:
-        terms["balance"] = out.balance_loss / batch.step_samples
-    return terms
 
 
 @torch.no_grad()
@@ -196,16 +178,8 @@ def distill(teachers, student, tokenizer, args, world):
 
         # 5. Optimizer, precision, and where an interrupted run stood
         name = f"full_dist_{student.config.dim}{student.config.moe_path}{'_lora' if args.lora_rank else ''}"
-        projections = contrast = None
-        if args.feature_weight > 0:
-            projections = FeatureProjections(student.config, models[0].source.config, args.layer_map)
-        if args.contrastive_weight > 0:
-            contrast = nn.Linear(student.config.dim, models[0].source.config.dim, bias=False)
-        if args.attention_weight > 0:
-            widths = [(c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim)
-                      for c in (student.config, models[0].source.config)]
-            check_relation_heads(*([torch.empty(0, width) for width in each] for each in widths), args.relation_heads)
-        run = runtime.Run(name, args, world, {"model": student, "projections": projections, "contrast": contrast}, data)
+        bridges = bridges_below(args, student.config, models[0].source.config) if models else {}
+        run = runtime.Run(name, args, world, {"model": student, **bridges}, data)
         if run.dtype == torch.bfloat16 and not run.sharded:     # a student of the chain that teaches now comes in fp32
             for teacher in models:
                 if isinstance(teacher.source, Transformer):

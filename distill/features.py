@@ -184,3 +184,34 @@ def contrastive_loss(student_final, teacher_final, lengths, at, temperature=0.1)
     with torch.autocast(s.device.type, enabled=False):
         similarity = s @ t.T / temperature                                              # (B, B)
     return F.cross_entropy(similarity, torch.arange(B, device=at.device), reduction="sum")
+
+# -- all three, as a lesson's flags ask for them -----------------------------------------------------------------
+
+def bridges_below(args, student_config, teacher_config) -> dict[str, nn.Module]:
+    """What carries a student's states to the teacher's width, by name: trained with the student, and called by
+    `losses_below`. Nothing for a loss of weight 0. Raises ValueError where layers or relation heads do not fit."""
+    bridges = {}
+    if args.feature_weight > 0:
+        bridges["projections"] = FeatureProjections(student_config, teacher_config, args.layer_map)
+    if args.contrastive_weight > 0:
+        bridges["contrast"] = nn.Linear(student_config.dim, teacher_config.dim, bias=False)
+    if args.attention_weight > 0:
+        widths = [(c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim)
+                  for c in (student_config, teacher_config)]
+        check_relation_heads(*([torch.empty(0, width) for width in each] for each in widths), args.relation_heads)
+    return bridges
+
+
+def losses_below(args, bridges, batch, out, taught) -> dict[str, torch.Tensor]:
+    """Each loss below the words, per token (or sample) of the optimizer step. What has weight 0 is not there."""
+    terms = {}
+    if args.feature_weight > 0:
+        features = bridges["projections"](out.hidden, taught.hidden)
+        terms["feature"] = feature_distillation_loss(*features, args.feature_loss) / batch.step_targets
+    if args.attention_weight > 0:
+        relations = attention_relation_loss(out.qkv, taught.qkv, batch.lengths, batch.at, args.relation_heads)
+        terms["attention"] = relations / batch.step_targets
+    if args.contrastive_weight > 0:
+        terms["contrastive"] = contrastive_loss(bridges["contrast"](out.final), taught.final, batch.lengths, batch.at,
+                                                args.contrastive_temperature) / batch.step_samples
+    return terms

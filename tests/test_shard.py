@@ -193,7 +193,7 @@ def a_run(model, world, out_dir, **flags) -> runtime.Run:
     runtime.add_training_args(parser)
     args = parser.parse_args(["--out_dir", str(out_dir), "--dtype", "float32", "--num_workers", "0"])
     vars(args).update(learning_rate=0.1, max_steps=9, **flags)
-    data = SimpleNamespace(dataset=SimpleNamespace(key="two samples"), step_samples=2, steps_per_epoch=9)
+    data = SimpleNamespace(dataset=SimpleNamespace(key="two samples"), step_samples=2, per_step=1, steps_per_epoch=9)
     return runtime.Run("tiny", args, world, {"model": model}, data)
 
 
