@@ -15,7 +15,7 @@ import pytest
 
 from helpers_run import ROOT, TINY, complaint, load, quickstart, rows, succeed
 
-TRAINING_SCRIPTS = ["train_pretrain.py", "train_sft.py", "train_distillation.py", "train_onpolicy.py"]
+TRAINING_SCRIPTS = ["train_pretrain.py", "train_sft.py", "train_distillation.py", "train_onpolicy.py", "train_curriculum.py"]
 SCRIPTS = [*TRAINING_SCRIPTS, "scripts/cache_teacher.py", "scripts/chat.py", "scripts/convert.py", "scripts/evaluate.py",
            "scripts/generate_answers.py", "scripts/pair_experience.py", "scripts/plan_memory.py", "scripts/plot.py",
            "scripts/train_tokenizer.py", "dataset/miniworld.py"]
@@ -45,7 +45,7 @@ def test_every_flag_is_read_and_explained(script, monkeypatch):
     source = (ROOT / script).read_text()
     # What they share is read there.
     if script in (*TRAINING_SCRIPTS, "scripts/cache_teacher.py", "scripts/generate_answers.py"):
-        source += (ROOT / "runtime.py").read_text() + (ROOT / "model/teachers.py").read_text()
+        source += "".join((ROOT / shelf).read_text() for shelf in ("runtime.py", "model/teachers.py", "distill/features.py"))
     by_name = "".join(re.findall(r"vars\(args\)\[name\] for name in \((.*?)\)", source))
     for flag in flags_of(script, monkeypatch):
         assert re.search(rf"\bargs\.{flag.dest}\b", source) or f'"{flag.dest}"' in by_name, f"{flag.dest} is never read"
