@@ -208,6 +208,7 @@ def init_distributed_mode(args) -> World:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     atexit.register(dist.destroy_process_group)
+    dist.barrier()          # one that finds a mistake at once and leaves would otherwise tear the others' connections
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

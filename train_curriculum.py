@@ -21,7 +21,10 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
+import sys
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +65,7 @@ class Stage:
     feature_weight: float = 0.0             # of the losses below the words: distill/features.py
     attention_weight: float = 0.0
     contrastive_weight: float = 0.0
+    steps: int = 0                          # optimizer steps; 0: as many as the epochs make
 
 
 # Edit them in class. `base` are numbers for models of billions of weights, `tiny` those for the embedded world.
@@ -70,9 +74,9 @@ STAGES = {
              Stage((0.3, 0.7), alpha=0.3, temperature=2.0, learning_rate=3e-5, batch_size=6, epochs=3, balance="norm",
                    feature_weight=0.1, attention_weight=0.1, contrastive_weight=0.05),
              Stage((1.0, 1.0), alpha=0.8, temperature=1.0, learning_rate=1e-5, batch_size=4, epochs=3, sampling="evaluation")),
-    "tiny": (Stage((0.0, 0.0), alpha=0.0, temperature=1.0, learning_rate=3e-3, batch_size=32, epochs=2),
-             Stage((0.3, 0.7), alpha=0.0, temperature=1.0, learning_rate=3e-3, batch_size=32, epochs=8, balance="norm"),
-             Stage((0.8, 0.8), alpha=0.0, temperature=1.0, learning_rate=1e-3, batch_size=32, epochs=8, sampling="evaluation")),
+    "tiny": (Stage((0.0, 0.0), alpha=0.0, temperature=1.0, learning_rate=5e-3, batch_size=12, epochs=3),
+             Stage((0.3, 0.7), alpha=0.0, temperature=1.0, learning_rate=5e-3, batch_size=12, epochs=1, balance="norm"),
+             Stage((0.8, 0.8), alpha=0.0, temperature=1.0, learning_rate=2e-3, batch_size=12, epochs=1, sampling="evaluation")),
 }
 # Of a student that starts from nothing (--student none).
 NEW = {"base": LMConfig(dim=512, n_layers=8, max_seq_len=512), "tiny": LMConfig(dim=64, n_layers=2, n_heads=4, max_seq_len=128)}
@@ -85,7 +89,7 @@ def train_epoch(epoch, run, teacher, student, tokenizer, held_out, balance):
     weights = {"feature": args.feature_weight, "attention": args.attention_weight, "contrastive": args.contrastive_weight,
                "moe": student.config.aux_loss_alpha}
     for step in run.steps_of(epoch):
-        gradients, tokens, losses = {}, {}, {}              # of each group of a balanced step
+        gradients, tokens, means, n_read = {}, {}, {GENERAL: Counter(), DOMAIN: Counter()}, 0      # by domain, if told apart
         for micro, (batch, last) in enumerate(run.micro_batches(step)):
             group = (GENERAL, DOMAIN)[micro // args.accumulation_steps]
             tokens[group] = batch.step_targets
@@ -103,17 +107,17 @@ def train_epoch(epoch, run, teacher, student, tokenizer, held_out, balance):
                         more["moe"] = out.balance_loss / batch.step_samples
                 loss = loss / batch.step_targets + sum(weights[name] * term for name, term in more.items())
                 run.backward(loss)
-                share = 1.0 if balance is None else batch.step_samples / data.step_samples
-                parts = {"loss": loss, "ce": ce / batch.step_targets, "kd": kd / batch.step_targets, **more}
-                run.log.add(len(batch.tokens), **{name: share * part for name, part in parts.items()})
-                losses[group] = losses.get(group, 0.0) + loss.detach()
+                for name, part in {"loss": loss, "ce": ce / batch.step_targets, "kd": kd / batch.step_targets, **more}.items():
+                    means[group][name] += part.detach()
+                n_read += len(batch.tokens)
 
             # A balanced step has its micro-batches by domain: what the one asks of the weights, then what the other does.
             if balance is not None and (micro + 1) % args.accumulation_steps == 0:
                 gradients[group] = run.take_gradient()
-        norms = {}
-        if balance is not None:
-            norms = give_balanced(run, balance, gradients, tokens, losses)
+        shares = {group: n / sum(tokens.values()) for group, n in tokens.items()}
+        run.log.add(n_read, **{name: sum(share * means[group][name] for group, share in shares.items())
+                               for name in means[GENERAL] | means[DOMAIN]})
+        norms = give_balanced(run, balance, gradients, shares, means) if balance is not None else {}
         rates = run.update(step)
 
         epoch_ends = (step + 1) % data.steps_per_epoch == 0 or step + 1 == run.total_steps
@@ -145,12 +149,13 @@ def make_balance(args):
     return lambda gradients, shares, losses: {"norm": equal_norms, "pcgrad": without_conflict}[args.balance](gradients, shares)
 
 
-def give_balanced(run, balance, gradients, tokens, losses) -> dict:
+def give_balanced(run, balance, gradients, shares, means) -> dict:
     """Hand the optimizer one gradient. Returns the length of each domain's part before and after."""
-    shares = {group: n / sum(tokens.values()) for group, n in tokens.items()}
+    losses = {}
     if isinstance(balance, GradNorm):
-        losses = {group: runtime.sum_over_processes(torch.as_tensor(losses.get(group, 0.0), device=run.world.device)).item()
-                  for group in gradients}
+        for group in gradients:
+            loss = torch.as_tensor(means[group]["loss"], dtype=torch.float32, device=run.world.device)
+            losses[group] = runtime.sum_over_processes(loss.clone()).item()
     balanced = balance(gradients, shares, losses)
     run.give_gradient(balanced.gradient)
     if isinstance(balance, GradNorm):
@@ -213,19 +218,23 @@ def learn_from(found: dict, run):
     """Log an evaluation, compare it with the stage's first, and draw weak categories more often from now on."""
     args, categories = run.args, found.pop("categories", {})
     start = run.memory.setdefault("start", found)
-    # The stage's own aim, by the shares that it ends with.
-    run.memory["loss"] = args.share[1] * found.get("domain_loss", 0.0) + (1 - args.share[1]) * found["general_loss"]
+    # The stage's own aim, by the shares that it ends with, as far as it is held out.
+    aims = {side: share for side, share in ((GENERAL, 1 - args.share[1]), (DOMAIN, args.share[1]))
+            if f"{side}_loss" in found and share > 0}
+    run.memory["loss"] = sum(share * found[f"{side}_loss"] for side, share in aims.items()) / (sum(aims.values()) or math.nan)
     if "general_accuracy" in start:
         found = found | {"forgetting": start["general_accuracy"] - found["general_accuracy"]}
     run.log.row(run.steps_done, run.wandb, **{f"val_{name}": value for name, value in found.items()})
     if categories and args.sampling == "evaluation" and run.steps_done < run.total_steps:
-        weights = {name: max(0.1, 1 - categories.get(name, found["domain_accuracy"]))
-                   for name in run.data.names if name != GENERAL}
+        scores = {name: categories.get(name.removeprefix(f"{DOMAIN}/"), found["domain_accuracy"])
+                  for name in run.data.names if name != GENERAL}
+        weights = {name: max(0.1, 1 - score) for name, score in scores.items()}
         run.data.reweigh(run.steps_done, weights)
         run.memory["history"] = run.data.history
         run.load_data()
         total = sum(weights.values())
-        Logger("drawn from now on: " + ", ".join(f"{name} {weight / total:.0%}" for name, weight in weights.items()))
+        Logger("right, and drawn from now on: " + "; ".join(
+            f"{name.removeprefix(f'{DOMAIN}/')} {scores[name]:.0%}, {weight / total:.0%}" for name, weight in weights.items()))
 
 
 def show_samples(student, teacher, tokenizer, held_out, run):
@@ -333,8 +342,8 @@ def mix(args, data, sides, world) -> Mixture:
         shares.append(1 - of_domain)
     if mean:
         split = args.sampling == "evaluation"
-        for name, samples in sides[DOMAIN].items() if split else [(DOMAIN, np.concatenate(list(sides[DOMAIN].values())))]:
-            parts[name] = samples
+        for name, samples in sides[DOMAIN].items() if split else [("all", np.concatenate(list(sides[DOMAIN].values())))]:
+            parts[f"{DOMAIN}/{name}"] = samples
             shares.append(of_domain * len(samples) / total[DOMAIN])
     groups = [[GENERAL], [name for name in parts if name != GENERAL]] if args.balance != "none" else None
     return Mixture(data, parts, np.stack(shares, axis=1), args.batch_size, args.accumulation_steps, world.rank, world.size,
@@ -344,13 +353,18 @@ def mix(args, data, sides, world) -> Mixture:
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
+def args_of(stage: Stage, args) -> Namespace:
+    """The flags, with the stage's row among them."""
+    return Namespace(**vars(args) | dataclasses.asdict(stage) | {"max_steps": args.max_steps or stage.steps})
+
+
 def train_stage(number: int, stage: Stage, args, teacher, student, tokenizer, data, sides, held_out, world):
-    """One row of the table, from where it stood, if it was interrupted, to its end."""
-    name = f"stage{number}"
-    args = Namespace(**vars(args) | dataclasses.asdict(stage))
+    """One row of the table, from where it stood, if it was interrupted, to its end; whether it was asked to be the last."""
+    name, args = f"stage{number}", args_of(stage, args)
+    runtime.seed_everything(args.seed, number)
     with runtime.checking_input():
         mixture = mix(args, data, sides, world)
-        args.warmup_iters = round(args.warmup_ratio * (args.max_steps or args.epochs * mixture.steps_per_epoch))
+        args.warmup_iters = args.warmup_iters or round(args.warmup_ratio * len(mixture.shares))
         bridges = bridges_below(args, student.config, teacher.source.config)
         run = runtime.Run(name, args, world, {"model": student, **bridges}, mixture)
     balance = make_balance(args)
@@ -367,6 +381,7 @@ def train_stage(number: int, stage: Stage, args, teacher, student, tokenizer, da
     if run.steps_done == run.total_steps:
         save_model(student, tokenizer, f"{args.out_dir}/{name}_final.pth")
     run.close()
+    return run.stop.agreed(0, world, every=1)
 
 
 def stage_in_words(stage: Stage) -> str:
@@ -383,7 +398,7 @@ def edited(stages: tuple[Stage, ...], changes: list[str]) -> list[Stage]:
         if not number.isdigit() or not 1 <= int(number) <= len(stages) or name not in fields or not value:
             raise ValueError(f"--set {change}: write STAGE.NAME=VALUE, as 2.balance=none or 3.share=0.8:0.8; stages are 1 to "
                              f"{len(stages)}, names {', '.join(fields)}")
-        kinds = {"share": lambda text: tuple(map(float, text.split(":"))), "batch_size": int, "epochs": int,
+        kinds = {"share": lambda text: tuple(map(float, text.split(":"))), "batch_size": int, "epochs": int, "steps": int,
                  "growth": str, "balance": str, "sampling": str}
         try:
             value = kinds.get(name, float)(value)
@@ -394,13 +409,17 @@ def edited(stages: tuple[Stage, ...], changes: list[str]) -> list[Stage]:
         for name, fits, needed in (
                 ("share", len(stage.share) == 2 and 0 <= min(stage.share) <= max(stage.share) <= 1, "be two numbers in [0, 1]"),
                 ("alpha", 0 <= stage.alpha <= 1, "lie in [0, 1]"),
-                ("temperature", stage.temperature > 0, "be above 0"),
+                ("temperature", stage.temperature > 0, "be above 0"), ("learning_rate", stage.learning_rate >= 0, "be 0 or more"),
+                *((name, getattr(stage, name) >= 0, "be 0 or more")
+                  for name in ("feature_weight", "attention_weight", "contrastive_weight")),
                 ("batch_size", stage.batch_size >= 1, "be 1 or more"), ("epochs", stage.epochs >= 1, "be 1 or more"),
+                ("steps", stage.steps >= 0, "be 0 or more"),
                 ("growth", stage.growth in GROWTHS, f"be one of {', '.join(GROWTHS)}"),
                 ("balance", stage.balance in BALANCES, f"be one of {', '.join(BALANCES)}"),
                 ("balance", stage.balance == "none" or 0 < min(stage.share) <= max(stage.share) < 1,
                  "be none where one side alone has all of the share"),
-                ("sampling", stage.sampling in SAMPLINGS, f"be one of {', '.join(SAMPLINGS)}")):
+                ("sampling", stage.sampling in SAMPLINGS, f"be one of {', '.join(SAMPLINGS)}"),
+                ("sampling", stage.sampling == "uniform" or max(stage.share) > 0, "be uniform where the domain has no share")):
             if not fits:
                 raise ValueError(f"{name} {getattr(stage, name)} of stage {number} must {needed}")
     return stages
@@ -455,8 +474,12 @@ def main():
     # 2. Processes, seeds, the log
     world = runtime.init_distributed_mode(args)
     runtime.seed_everything(args.seed)
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-    runtime.LOG_FILES.append(Path(args.out_dir) / "distillation.log")
+    out_dir = Path(args.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if world.rank == 0 and not args.resume:
+        for name in ("distillation.log", "samples.md"):
+            (out_dir / name).unlink(missing_ok=True)
+    runtime.LOG_FILES.append(out_dir / "distillation.log")
 
     with runtime.checking_input():
         stages = edited(STAGES[args.recipe], args.set)
@@ -478,10 +501,23 @@ def main():
         # 4. Data
         with runtime.main_process_first(world):
             data, sides, held_out = open_both(args, tokenizer, student.config)
+        if data.max_seq_len > model.config.max_seq_len:
+            raise ValueError(f"the student reads {data.max_seq_len} tokens, the teacher was made for {model.config.max_seq_len}: "
+                             f"--max_seq_len {model.config.max_seq_len}")
+        numbers = range(args.start_stage, args.end_stage + 1)
+        for stage in (stages[number - 1] for number in numbers):            # what is wrong with the last is said before the first
+            mix(args_of(stage, args), data, sides, world)
+            bridges_below(args_of(stage, args), student.config, model.config)
+            if stage.sampling == "evaluation" and not held_out.get(DOMAIN, (None, None))[1]:
+                raise ValueError("sampling by evaluation needs questions of the domain that are held out (--val_path, or "
+                                 "--val_fraction above 0); or let it be uniform: --set 3.sampling=uniform")
 
     # 5. The stages, one after the other
-    for number in range(args.start_stage, args.end_stage + 1):
-        train_stage(number, stages[number - 1], args, teacher, student, tokenizer, data, sides, held_out, world)
+    for number in numbers:
+        stop = train_stage(number, stages[number - 1], args, teacher, student, tokenizer, data, sides, held_out, world)
+        if stop and number < args.end_stage:
+            Logger(f"stopped after stage {number}; go on with the same command and --resume")
+            sys.exit(130)
 
 
 if __name__ == "__main__":

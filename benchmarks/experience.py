@@ -21,16 +21,11 @@ not among them. With --equal_time each method takes as many steps as fit into th
 
 import argparse
 import json
-import os
-import resource
-import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-from runtime import write_whole
+from benchmarks.runs import ROOT, run, write_table
 
-ROOT = Path(__file__).resolve().parents[1]
 STUDENT, TEACHER, REPLAY = (f"dataset/experience_{name}.jsonl" for name in ("student", "teacher", "replay"))
 SKD, ON_POLICY = ("train_distillation.py", "full_dist_96.pth"), ("train_onpolicy.py", "full_onpolicy_96.pth")
 SFT = ("train_sft.py", "full_sft_96.pth")
@@ -53,26 +48,14 @@ METHODS = {
 }
 
 
-def run(script: str, flags: str, **fill) -> float:
-    """A script of the repo, in a process of its own. Returns the processor's seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, script, *flags.format(student=STUDENT, teacher=TEACHER, **fill).split()]
-    ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True)
-    if ended.returncode:
-        sys.exit(f"{' '.join(command)}\n{ended.stdout}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 def learn(method: str, with_replay: bool, steps: int, out: Path, seed: int, rate: float, answers: Path, **fill) -> tuple[Path, float]:
     """Train by one method: the weights, and the processor's seconds."""
     (script, weights), flags = METHODS[method]
     if with_replay:
         for name, path in (("{student}", STUDENT), ("{teacher}", TEACHER), ("{answers}", answers)):
             flags = flags.replace(f"_path {name}", f"_path {path} {REPLAY}")
-    seconds = run(script, f"{flags} {LEARN} --max_steps {steps} --seed {seed} --out_dir {out}", answers=answers, rate=rate, **fill)
-    return out / weights, seconds
+    flags = f"{flags} {LEARN}".format(student=STUDENT, teacher=TEACHER, answers=answers, rate=rate, **fill)
+    return out / weights, run(script, f"{flags} --max_steps {steps} --seed {seed} --out_dir {out}")
 
 
 def scores(weights: dict[str, Path], out: Path) -> dict[str, dict]:
@@ -84,20 +67,6 @@ def scores(weights: dict[str, Path], out: Path) -> dict[str, dict]:
     return {name: {"learned": test[str(number)][0]["exact_match"],
                    "plain": kept[str(number)][0]["leaves"]["experience/plain"],
                    "follows": kept[str(number)][0]["leaves"]["experience/redefined"]} for number, name in enumerate(weights)}
-
-
-def table(results: dict[str, list[dict]]) -> str:
-    """Markdown: a line per method, mean ± standard deviation over the seeds."""
-    columns = ("steps", "learned", "plain", "follows", "seconds")
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    for name, seeds in results.items():
-        cells = []
-        for column in columns:
-            values = [seed[column] for seed in seeds]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 and column in ("learned", "plain", "follows") else ""
-            cells.append(f"{statistics.mean(values):.{0 if column in ('steps', 'seconds') else 1}f}{spread}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -138,9 +107,7 @@ def main(argv=None):
             print(f"seed {seed}  {name}: {facts[name]}", flush=True)
         for name, found in scores(weights, folder).items():
             results.setdefault(name, []).append(facts[name] | found)
-    print(table(results))
-    write_whole(ROOT / args.out / "table.md", lambda file: file.write(f"{table(results)}\n".encode()))
-    write_whole(ROOT / args.out / "table.json", lambda file: file.write(json.dumps(results, indent=2).encode()))
+    write_table(args.out, results, ("steps", "learned", "plain", "follows", "seconds"))
 
 
 if __name__ == "__main__":
