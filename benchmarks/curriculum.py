@@ -3,14 +3,14 @@
 What each part of the three stages is worth: at equal updates, one part taken away or changed at a time.
 
     python -m benchmarks.curriculum --seeds 3
-    python -m benchmarks.curriculum --seeds 3 --domain_rows 10000 --out out/curriculum_plenty
 
-A small student, from nothing, learns from the teacher of quickstart.sh, by train_curriculum.py. Exact match on
+A small student learns from the teacher of quickstart.sh, by train_curriculum.py: everything from nothing in one stage; or what
+is general first, once for each seed, and from there on stages 2 and 3, of which the lines of the table differ. Exact match on
 dataset/test.jsonl, in %, mean over its leaves:
 
     domain      specialist leaves
     general     general leaves
-    forgotten   of the general ones, since the end of the first stage; for a student of one stage there is no such time
+    forgotten   of the general ones, since the end of the first stage
 """
 
 import argparse
@@ -21,25 +21,31 @@ from pathlib import Path
 
 from benchmarks.runs import ROOT, run, write_table
 
-# Name in the table -> what is changed. A single stage takes as many steps as the three would.
-THREE, ONE = "three", "one"
-METHODS = {
-    "specialist alone": (ONE, "--set 1.share=1:1"),
-    "fixed mix, half and half": (ONE, "--set 1.share=0.5:0.5"),
-    "fixed mix, shares as in the curriculum": (ONE, "--set 1.share=0.433:0.433"),
-    "general, then specialist alone": (THREE, "--set 2.share=1:1 2.balance=none 3.share=1:1 3.sampling=uniform"),
-    "general, then a fixed mix": (THREE, "--set 2.share=0.65:0.65 2.balance=none 3.share=0.65:0.65 3.sampling=uniform"),
-    "curriculum": (THREE, ""),
-    "  no balance": (THREE, "--set 2.balance=none"),
-    "  GradNorm": (THREE, "--set 2.balance=gradnorm"),
-    "  PCGrad": (THREE, "--set 2.balance=pcgrad"),
-    "  share does not grow": (THREE, "--set 2.share=0.5:0.5"),
-    "  no replay in stage 3": (THREE, "--set 3.share=1:1"),
-    "  uniform sampling in stage 3": (THREE, "--set 3.sampling=uniform"),
-    "  features, attention, contrast in stage 2": (THREE, "--set 2.feature_weight=0.1 2.attention_weight=0.1 "
-                                                          "2.contrastive_weight=0.05"),
-    "  temperatures 4, 2, 1, ending in CE": (THREE, "--set 1.temperature=4 1.alpha=0.1 2.temperature=2 2.alpha=0.3 3.alpha=0.8"),
+STEPS = (2000, 700, 500)        # of the stages; a single stage takes all of them
+UNIFORM = "3.sampling=uniform"
+
+# Name in the table -> what is changed in the table of stages, STAGES["tiny"] of train_curriculum.py.
+ONE_STAGE = {
+    "specialist alone": "1.share=1:1",
+    "a fixed mix, 24 % of the domain": "1.share=0.24:0.24",         # as many samples of it as in all three stages
 }
+FROM_GENERAL = {
+    "specialist alone": f"2.share=1:1 2.balance=none 3.share=1:1 {UNIFORM}",
+    "a fixed mix, 62 % of the domain": f"2.share=0.62:0.62 2.balance=none 3.share=0.62:0.62 {UNIFORM}",
+    "the curriculum": "",
+    "uniform sampling in stage 3": UNIFORM,
+    "uniform sampling, no balance": f"2.balance=none {UNIFORM}",
+    "uniform sampling, GradNorm": f"2.balance=gradnorm {UNIFORM}",
+    "uniform sampling, PCGrad": f"2.balance=pcgrad {UNIFORM}",
+    "uniform sampling, the share does not grow": f"2.share=0.5:0.5 {UNIFORM}",
+    "uniform sampling, no replay in stage 3": f"3.share=1:1 {UNIFORM}",
+    "uniform sampling, cosine features": f"2.feature_weight=1 {UNIFORM} --feature_loss cosine",
+    "uniform sampling, attention relations": f"2.attention_weight=1 {UNIFORM}",
+    "uniform sampling, contrast": f"2.contrastive_weight=1 {UNIFORM}",
+    "uniform sampling, T 2 and 1, CE 30 and 80 %": f"2.temperature=2 2.alpha=0.3 3.alpha=0.8 {UNIFORM}",
+}
+METHODS = {f"from nothing: {name}": flags for name, flags in ONE_STAGE.items()} | {
+    f"general first: {name}": flags for name, flags in FROM_GENERAL.items()}
 
 
 def scores(weights: dict[str, Path], out: Path) -> dict[str, dict[str, float]]:
@@ -63,7 +69,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="lines of the table")
     add("--seeds", type=int, default=1, help="of the student and of what is drawn: mean and spread")
-    add("--steps", type=int, default=350, help="updates of each stage")
+    add("--steps", type=int, nargs=3, default=STEPS, help="updates of each stage")
     add("--domain_rows", type=int, default=600, help="rows of dataset/specialist.jsonl that there are")
     add("--teacher", type=Path, default=Path("out/full_sft_128.pth"), help="its weights")
     add("--out", type=Path, default=Path("out/curriculum_table"), help="folder for the weights, table.md and table.json")
@@ -82,23 +88,27 @@ def main(argv=None):
               "--log_interval 1000 --save_interval 100000 --n_samples 0")
 
     results = {}
+    first, second, third = args.steps
     for seed in range(1337, 1337 + args.seeds):
-        weights, seconds = {}, {}
+        folder = args.out / str(seed)
+        general = folder / "general" / "stage1_final.pth"
+        seconds = {"general": run("train_curriculum.py", f"{common} --set 1.steps={first} --end_stage 1 --seed {seed} "
+                                                         f"--out_dir {general.parent}")}
+        weights = {"general": general}
         for name in args.methods:
-            stages, flags = METHODS[name]
-            folder = args.out / str(seed) / name.strip().replace(" ", "_").replace(",", "")
-            length = f"--max_steps {args.steps}" if stages == THREE else f"--max_steps {3 * args.steps} --end_stage 1"
-            seconds[name] = run("train_curriculum.py", f"{common} {flags} {length} --seed {seed} --out_dir {folder}")
-            weights[name] = folder / f"stage{3 if stages == THREE else 1}_final.pth"
-            if stages == THREE:
-                weights[f"{name}, stage 1"] = folder / "stage1_final.pth"
-            print(f"seed {seed}  {name.strip()}: {seconds[name]:.0f} s", flush=True)
-        found = scores(weights, args.out / str(seed))
-        for name in args.methods:
-            before = found.get(f"{name}, stage 1")
-            forgotten = {"forgotten": before["general"] - found[name]["general"]} if before else {}
-            results.setdefault(name.replace("  ", "&nbsp;&nbsp;"), []).append(found[name] | forgotten | {
-                "steps": 3 * args.steps, "seconds": seconds[name]})
+            out = folder / name.replace(" ", "_").replace(",", "").replace(":", "")
+            if name.startswith("from nothing"):
+                stages, last = f"--end_stage 1 --set 1.steps={first + second + third}", "stage1_final.pth"
+            else:
+                stages = f"--start_stage 2 --checkpoint_path {general} --set 2.steps={second} 3.steps={third}"
+                last = "stage3_final.pth"
+            seconds[name] = run("train_curriculum.py", f"{common} {stages} {METHODS[name]} --seed {seed} --out_dir {out}")
+            weights[name] = out / last
+            print(f"seed {seed}  {name}: {seconds[name]:.0f} s", flush=True)
+        found = scores(weights, folder)
+        for name in ("general", *args.methods):
+            forgotten = {} if name.startswith("from nothing") else {"forgotten": found["general"]["general"] - found[name]["general"]}
+            results.setdefault(name, []).append(found[name] | forgotten | {"seconds": seconds[name]})
     write_table(args.out, results, ("domain", "general", "forgotten", "seconds"))
 
 
