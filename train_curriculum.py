@@ -116,7 +116,7 @@ def train_epoch(epoch, run, teacher, student, tokenizer, held_out, balance):
                 gradients[group] = run.take_gradient()
         shares = {group: n / sum(tokens.values()) for group, n in tokens.items()}
         run.log.add(n_read, **{name: sum(share * means[group][name] for group, share in shares.items())
-                               for name in means[GENERAL] | means[DOMAIN]})
+                               for name in {**means[GENERAL], **means[DOMAIN]}})
         norms = give_balanced(run, balance, gradients, shares, means) if balance is not None else {}
         rates = run.update(step)
 
@@ -222,8 +222,9 @@ def learn_from(found: dict, run):
     aims = {side: share for side, share in ((GENERAL, 1 - args.share[1]), (DOMAIN, args.share[1]))
             if f"{side}_loss" in found and share > 0}
     run.memory["loss"] = sum(share * found[f"{side}_loss"] for side, share in aims.items()) / (sum(aims.values()) or math.nan)
-    if "general_accuracy" in start:
-        found = found | {"forgetting": start["general_accuracy"] - found["general_accuracy"]}
+    for name, sign in (("accuracy", -1), ("loss", 1)):
+        if f"general_{name}" in start:
+            found = found | {f"forgetting_{name}": sign * (found[f"general_{name}"] - start[f"general_{name}"])}
     run.log.row(run.steps_done, run.wandb, **{f"val_{name}": value for name, value in found.items()})
     if categories and args.sampling == "evaluation" and run.steps_done < run.total_steps:
         scores = {name: categories.get(name.removeprefix(f"{DOMAIN}/"), found["domain_accuracy"])
@@ -477,7 +478,9 @@ def main():
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     if world.rank == 0 and not args.resume:
-        for name in ("distillation.log", "samples.md"):
+        # A later stage of an earlier run must not be taken for one of this run, when it is resumed.
+        stale = [f"stage{number}.resume{end}" for number in range(args.start_stage, 4) for end in ("", ".previous")]
+        for name in ("distillation.log", "samples.md", *stale):
             (out_dir / name).unlink(missing_ok=True)
     runtime.LOG_FILES.append(out_dir / "distillation.log")
 
@@ -505,12 +508,13 @@ def main():
             raise ValueError(f"the student reads {data.max_seq_len} tokens, the teacher was made for {model.config.max_seq_len}: "
                              f"--max_seq_len {model.config.max_seq_len}")
         numbers = range(args.start_stage, args.end_stage + 1)
-        for stage in (stages[number - 1] for number in numbers):            # what is wrong with the last is said before the first
+        for number in numbers:                              # what is wrong with the last is said before the first begins
+            stage = stages[number - 1]
             mix(args_of(stage, args), data, sides, world)
             bridges_below(args_of(stage, args), student.config, model.config)
             if stage.sampling == "evaluation" and not held_out.get(DOMAIN, (None, None))[1]:
                 raise ValueError("sampling by evaluation needs questions of the domain that are held out (--val_path, or "
-                                 "--val_fraction above 0); or let it be uniform: --set 3.sampling=uniform")
+                                 f"--val_fraction above 0); or let it be uniform: --set {number}.sampling=uniform")
 
     # 5. The stages, one after the other
     for number in numbers:
