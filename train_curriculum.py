@@ -83,7 +83,7 @@ NEW = {"base": LMConfig(dim=512, n_layers=8, max_seq_len=512), "tiny": LMConfig(
 
 
 def train_epoch(epoch, run, teacher, student, tokenizer, held_out, balance):
-    """`held_out` and `balance` are what held_out_data and make_balance return."""
+    """held_out: {side: (data, exam)}, of open_both; balance: of make_balance."""
     args, data = run.args, run.data
     divergence, _ = pick_divergence(args.divergence)
     weights = {"feature": args.feature_weight, "attention": args.attention_weight, "contrastive": args.contrastive_weight,
