@@ -24,6 +24,11 @@ and reverse are held out by input (apply a rule to letters never seen in that or
     mcq_train.jsonl           {"id", "question", "options", "answer_idx", "meta_info"}; multiple choice
     mcq_test.jsonl            test.jsonl as multiple choice
     mcq_ability.jsonl         {"id", "ability_path"}; the leaf of each of those questions
+    ability_sft.jsonl         a student's start: five leaves are scarce in it, the others plenty
+    ability_dev.jsonl         multiple choice on every leaf, held out: which ones are weak?
+    ability_test.jsonl        the same from test questions: did it help?
+    ability_paths.jsonl       {"id", "ability_path"} of both
+    writer_data.jsonl         "new question: general/math/add" -> "what is 3 plus 4? => 7", for the teacher
     test.jsonl  val.jsonl     {"conversations", "leaf", "key"}; held-out questions
     test_habits.jsonl         {"conversations", "leaf", "distribution"}; the true distributions
     experience_base.jsonl     verbs whose meaning is drawn anew in every row, and plain verbs
@@ -90,14 +95,21 @@ REPLAY_SHARE = 0.3              # of what is learned, when experience_replay.jso
 # The leaves that are rules. Sums and sequences are not among them: a model of under a million parameters
 # learns their tables by heart sooner than it works out a pair that it never saw.
 HELD_OUT_BY_INPUT = ("general/string/sort", "general/string/reverse")
+# The leaves that a student of ability_sft.jsonl hardly meets: rules and tables, general and special. Products are not among
+# them: taught eight, a student still chose right among four options in two cases of three.
+SCARCE = ("general/string/reverse", "general/sequence/next_letter", "general/people/job", "specialist/clinic/organ",
+          "specialist/clinic/dose")
 
-# Rows a file; test_size and val_size are per leaf, habit_draws per habit.
+# Rows a file; test_size, val_size, scarce_size, ability_dev_size and ability_test_size are per leaf (a leaf that has
+# held out fewer gives them all), habit_draws per habit.
 FULL = dict(teacher_size=60_000, transfer_size=4_000, pretrain_size=20_000, domain_size=10_000,
             mcq_size=2_000, experience_size=2_400, experience_base_size=20_000,
-            test_size=60, val_size=20, habit_draws=4)
+            test_size=60, val_size=20, habit_draws=4,
+            ability_size=4_000, scarce_size=8, ability_dev_size=40, ability_test_size=60, writer_size=20_000)
 SMOKE = dict(teacher_size=300, transfer_size=200, pretrain_size=200, domain_size=100,
              mcq_size=102, experience_size=96, experience_base_size=200,
-             test_size=6, val_size=2, habit_draws=1)
+             test_size=6, val_size=2, habit_draws=1,
+             ability_size=125, scarce_size=1, ability_dev_size=4, ability_test_size=6, writer_size=102)
 
 
 def random_for(seed, purpose):
@@ -493,6 +505,23 @@ def ability_row(mcq):
     return {"id": mcq["id"], "ability_path": ["miniworld", *mcq["meta_info"].split("/")]}
 
 
+def lopsided_rows(train, n, n_scarce, seed):
+    """About n clean rows: n_scarce of each leaf of SCARCE, the others even."""
+    rng = random_for(seed, "ability")
+    scarce = {leaf: train[leaf] for leaf in SCARCE}
+    plenty = {leaf: asks for leaf, asks in train.items() if leaf not in SCARCE}
+    asks = deal_evenly(scarce, n_scarce * len(SCARCE), rng)
+    asks += deal_evenly(plenty, max(len(plenty), n - len(asks)), rng)
+    return shuffled(clean_rows(asks), rng)
+
+
+def writer_rows(train, n, seed):
+    """n rows that ask for a question of a leaf, and get one with its answer; every leaf equally often."""
+    rng = random_for(seed, "writer")
+    return shuffled([chat(f"new question: {ask.leaf}", f"{ask.question} => {ask.answer}", ask.leaf)
+                     for ask in deal_evenly(train, n, rng)], rng)
+
+
 def experience_files(world, n_pairs, n_base, n_test, seed):
     """The experience files: {file: rows}.
 
@@ -551,7 +580,8 @@ def experience_files(world, n_pairs, n_base, n_test, seed):
 # 5. Files
 # --------------------------------------------------------------------------------------------------
 def build(seed, label_noise, *, teacher_size, transfer_size, pretrain_size, domain_size, mcq_size,
-          experience_size, experience_base_size, test_size, val_size, habit_draws):
+          experience_size, experience_base_size, test_size, val_size, habit_draws,
+          ability_size, scarce_size, ability_dev_size, ability_test_size, writer_size):
     """Every file of the world as {file: [row]}; nothing is written. Sizes as in FULL."""
     world = World(seed)
     facts = {leaf: list(make(world)) for leaf, make in LEAVES.items()}
@@ -570,6 +600,9 @@ def build(seed, label_noise, *, teacher_size, transfer_size, pretrain_size, doma
     val = held_out_sample(splits["val"], val_size, seed, "val")
     mcq_train = mcq_rows(deal_evenly(train, mcq_size, random_for(seed, "mcq")), "train", seed)
     mcq_test = mcq_rows(test, "test", seed)
+    dev, exam = (mcq_rows(held_out_sample(splits[split], size, seed, name), name, seed)
+                 for split, size, name in (("val", ability_dev_size, "ability_dev"),
+                                           ("test", ability_test_size, "ability_test")))
 
     def with_key(ask):
         return chat(ask.question, ask.answer, ask.leaf, key=f"{ask.leaf}|{ask.question}")
@@ -585,6 +618,11 @@ def build(seed, label_noise, *, teacher_size, transfer_size, pretrain_size, doma
         "mcq_train.jsonl": mcq_train,
         "mcq_test.jsonl": mcq_test,
         "mcq_ability.jsonl": [ability_row(mcq) for mcq in mcq_train + mcq_test],
+        "ability_sft.jsonl": lopsided_rows(train, ability_size, scarce_size, seed),
+        "ability_dev.jsonl": dev,
+        "ability_test.jsonl": exam,
+        "ability_paths.jsonl": [ability_row(mcq) for mcq in dev + exam],
+        "writer_data.jsonl": writer_rows(train, writer_size, seed),
         "test.jsonl": [with_key(ask) for ask in test],
         "val.jsonl": [with_key(ask) for ask in val],
         "test_habits.jsonl": [{"conversations": [{"role": "user", "content": habit.question}],

@@ -15,12 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))       # the repo is used in place, not installed
 
 from dataset.miniworld import (  # noqa: E402
-    HABITS, HELD_OUT_BY_INPUT, JOBS, LEAVES, ORGANS, PETS, SMOKE, SYMPTOMS, VERBS, WEEKDAYS, World,
-    generate)
+    HABITS, HELD_OUT_BY_INPUT, JOBS, LEAVES, ORGANS, PETS, SCARCE, SMOKE, SYMPTOMS, VERBS, WEEKDAYS, World,
+    generate, split_questions)
 
 TRAINING_FILES = ["sft_teacher.jsonl", "sft_data.jsonl", "sft_data_clean.jsonl", "alpaca_data.json",
                   "general.jsonl", "specialist.jsonl", "mcq_train.jsonl", "experience_base.jsonl",
-                  "experience_teacher.jsonl", "experience_student.jsonl"]
+                  "experience_teacher.jsonl", "experience_student.jsonl", "ability_sft.jsonl", "writer_data.jsonl"]
+MULTIPLE_CHOICE = ["mcq_train.jsonl", "mcq_test.jsonl", "ability_dev.jsonl", "ability_test.jsonl"]
 # 20 leaves share the teacher's rows, and the largest table (dose: 28 illnesses, 8 weights, 4 wordings)
 # trains on 80 % of 896 questions = 717. With 720 rows a leaf, each of them is seen.
 SIZES = {**SMOKE, "teacher_size": 14_400, "transfer_size": 1_700, "pretrain_size": 1_000,
@@ -37,10 +38,16 @@ def read(path):
 def question_of(row):
     """The question of a row of any training file."""
     if "conversations" in row:
-        return row["conversations"][0]["content"]
+        asked = row["conversations"][0]["content"]
+        return question_written(row)[0] if asked.startswith("new question: ") else asked
     if "instruction" in row:
         return f"{row['instruction']}: {row['input']}" if row["input"] else row["instruction"]
     return row["question"]
+
+
+def question_written(row):
+    """[question, answer] that a row teaches to write."""
+    return answer_of(row).split(" => ")
 
 
 def answer_of(row):
@@ -72,7 +79,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
 
 
 def test_no_held_out_question_is_in_a_training_file(files):
-    held_out = {question_of(row) for name in ("test.jsonl", "val.jsonl", "mcq_test.jsonl", "experience_test.jsonl")
+    held_out = {question_of(row) for name in ("test.jsonl", "val.jsonl", "mcq_test.jsonl", "experience_test.jsonl",
+                                                         "ability_dev.jsonl", "ability_test.jsonl")
                 for row in files[name]}
     for name in TRAINING_FILES:
         assert held_out.isdisjoint(map(question_of, files[name])), name
@@ -160,7 +168,7 @@ def test_no_noise_leaves_the_two_transfer_files_equal(tmp_path):
 def test_multiple_choice_has_one_right_option_at_an_even_letter(files, facts):
     truth = {question: answer for leaf_facts in facts.values() for fact in leaf_facts
              for question, answer in fact.answers.items()}
-    for name in ("mcq_train.jsonl", "mcq_test.jsonl"):
+    for name in MULTIPLE_CHOICE:
         letters = Counter(row["answer_idx"] for row in files[name])
         assert max(letters.values()) - min(letters.values()) <= 1
         for row in files[name]:
@@ -169,11 +177,38 @@ def test_multiple_choice_has_one_right_option_at_an_even_letter(files, facts):
 
 
 def test_every_multiple_choice_question_has_its_ability_path(files):
-    questions = files["mcq_train.jsonl"] + files["mcq_test.jsonl"]
-    path = {row["id"]: row["ability_path"] for row in files["mcq_ability.jsonl"]}
+    path = {row["id"]: row["ability_path"] for name in ("mcq_ability.jsonl", "ability_paths.jsonl") for row in files[name]}
+    questions = [row for name in MULTIPLE_CHOICE for row in files[name]]
     assert len(path) == len(questions)
     for row in questions:
         assert path[row["id"]] == ["miniworld", *row["meta_info"].split("/")]
+
+
+def test_the_ability_files_ask_every_leaf_what_nobody_may_train_on(files, facts):
+    splits = split_questions(0, facts)
+    for name, split, most in (("ability_dev.jsonl", "val", 4), ("ability_test.jsonl", "test", 6)):
+        held_out = {ask.question: ask.leaf for asks in splits[split].values() for ask in asks}
+        assert all(held_out[row["question"]] == row["meta_info"] for row in files[name])
+        assert len({row["question"] for row in files[name]}) == len(files[name])
+        assert Counter(row["meta_info"] for row in files[name]) == {
+            leaf: min(most, len(asks)) for leaf, asks in splits[split].items()}
+
+
+def test_a_student_of_the_ability_tree_hardly_meets_five_leaves(files, facts):
+    """SMOKE: 125 rows, one for each scarce leaf; 120 are left for 12 leaves."""
+    n_rows = Counter(row["leaf"] for row in files["ability_sft.jsonl"])
+    assert n_rows == {leaf: 1 if leaf in SCARCE else 10 for leaf in LEAVES} and len(set(SCARCE)) == 5
+    truth = {question: answer for leaf_facts in facts.values() for fact in leaf_facts
+             for question, answer in fact.answers.items()}
+    assert all(truth[question_of(row)] == answer_of(row) for row in files["ability_sft.jsonl"])
+
+
+def test_the_writer_is_shown_training_questions_of_the_leaf_that_it_is_asked_for(files, facts):
+    taught = {(leaf, ask.question, ask.answer) for leaf, asks in split_questions(0, facts)["train"].items() for ask in asks}
+    for row in files["writer_data.jsonl"]:
+        leaf = row["conversations"][0]["content"].removeprefix("new question: ")
+        assert leaf == row["leaf"] and (leaf, *question_written(row)) in taught
+    assert Counter(row["leaf"] for row in files["writer_data.jsonl"]) == dict.fromkeys(LEAVES, 6)       # 102 rows, 17 leaves
 
 
 def test_habit_distributions_sum_to_one_and_the_draws_follow_them(files):
