@@ -33,6 +33,12 @@ from tqdm import tqdm
 from model.transformer import Block
 
 
+def how_called() -> str:
+    """The command line behind `python` or torchrun: "train_sft.py --ddp", "-m ability_tree.validate --out kept.jsonl"."""
+    module = sys.modules["__main__"].__spec__
+    return " ".join([f"-m {module.name}" if module else sys.argv[0], *sys.argv[1:]])
+
+
 def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -134,7 +140,7 @@ def check_training_args(parser, args):
             parser.error(f"--{flag} has no effect without --lora_rank: give a rank, or leave it out")
     if args.shard != "none" and not args.ddp:
         parser.error(f"--shard {args.shard} shares the model out among the processes of --ddp. Type:\n"
-                     f"    torchrun --nproc_per_node 2 {' '.join(sys.argv)} --ddp")
+                     f"    torchrun --nproc_per_node 2 {how_called()} --ddp")
     if args.shard != "none" and args.dtype == "float16":
         parser.error(f"--shard {args.shard} works in bfloat16 or float32, not in float16, whose gradients need scaling: "
                      "--dtype bfloat16")
@@ -200,7 +206,7 @@ def init_distributed_mode(args) -> World:
         return World(0, 1, pick_device(args.device))
     if "RANK" not in os.environ:
         sys.exit(f"--ddp needs torchrun to start its processes. Type:\n"
-                 f"    torchrun --nproc_per_node 2 {' '.join(sys.argv)}")
+                 f"    torchrun --nproc_per_node 2 {how_called()}")
     local_rank = args.local_rank if args.local_rank >= 0 else int(os.environ["LOCAL_RANK"])
     on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", local_rank) if on_gpu else pick_device(args.device)
@@ -638,9 +644,9 @@ class Run:
             dist.barrier()
         if self.steps_done < self.total_steps:
             launcher = f"torchrun --nproc_per_node {self.world.size}" if self.args.ddp else "python"
-            flags = " ".join(word for word in sys.argv if word != "--resume")
+            again = how_called().replace(" --resume", "")
             Logger(f"stopped after step {self.steps_done} of {self.total_steps}; everything is saved. "
-                   f"Go on with: {launcher} {flags} --resume")
+                   f"Go on with: {launcher} {again} --resume")
             sys.exit(130)
 
 

@@ -11,7 +11,6 @@ processes, to the same bytes:
 
 import datetime
 import json
-import shlex
 import shutil
 import sys
 import time
@@ -158,7 +157,7 @@ class Parts:
             launcher = f"torchrun --nproc_per_node {self.world.size}" if self.together else "python"
             because = "".join(f"; {reason}" for reason in dict.fromkeys(reasons) if reason)
             Logger(f"stopped{because}. {self.n_parts - len(left)} of {self.n_parts} parts are done and stay. "
-                   f"Go on with the same command: {launcher} {shlex.join(sys.argv)}")
+                   f"Go on with the same command: {launcher} {runtime.how_called()}")
             sys.exit(130 if because == "" else 1)
         if self.world.rank == 0:
             return [json.loads(self.path(part).read_bytes()) for part in range(self.n_parts)]

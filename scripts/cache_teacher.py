@@ -199,7 +199,7 @@ def main():
     if left:
         launcher = f"torchrun --nproc_per_node {world.size}" if world.size > 1 else "python"
         Logger(f"stopped; {len(layout.cuts) - 1 - len(left)} of {len(layout.cuts) - 1} parts are written and stay. "
-               f"Go on with: {launcher} {' '.join(sys.argv)}")
+               f"Go on with: {launcher} {runtime.how_called()}")
         sys.exit(130)
     if world.rank == 0:
         writer.finish()

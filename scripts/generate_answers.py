@@ -365,7 +365,7 @@ def main():
     if left:
         launcher = f"torchrun --nproc_per_node {world.size}" if world.size > 1 else "python"
         Logger(f"stopped; {len(parts.slices) - len(left)} of {len(parts.slices)} parts are answered and stay. "
-               f"Go on with: {launcher} {' '.join(sys.argv)}")
+               f"Go on with: {launcher} {runtime.how_called()}")
         sys.exit(130)
     counts, tokens = parts.counts(range(len(parts.slices))), parts.counts(missing)["tokens"]
     parts.join()

@@ -414,7 +414,7 @@ def main():
         parser.error("--teacher self is the student without its adapters: give a --lora_rank, or --teacher copy")
     if args.shard != "none" and args.processes == 1:
         parser.error(f"--shard {args.shard} shares the model out among processes, and there is one. Type:\n"
-                     f"    python {' '.join(sys.argv)} --processes 2")
+                     f"    python {runtime.how_called()} --processes 2")
 
     if args.measure:
         planned_and_measured(args.measure, args.device)
