@@ -27,7 +27,7 @@ def commands(name: str) -> list[str]:
 
 
 COMMANDS = commands("README.md")
-TRAINING = ("train_pretrain.py", "train_sft.py", "train_distillation.py", "train_onpolicy.py")
+TRAINING = ("train_pretrain.py", "train_sft.py", "train_distillation.py", "train_onpolicy.py", "train_curriculum.py")
 LAUNCHERS = ("scripts/run_skd.sh", "scripts/run_seqkd.sh", "scripts/run_onpolicy_kd.sh")
 # What makes a command small. argparse takes the last value of a flag, so numbers can be said again.
 SMALL = ["--max_steps", "2", "--batch_size", "4", "--num_workers", "0"]
@@ -60,6 +60,11 @@ def small(command: str) -> list[str]:
         return ["env", "NPROC=2", *words, *SMALL]
     if "out/experience" in words and "none" in words:               # enough to write letters, where others only begin
         return words + SMALL + ["--max_steps", "80", "--batch_size", "8"]
+    if "benchmarks.curriculum" in words:
+        return [*words, "--seeds", "1", "--steps", "2", "2", "2", "--methods", "from nothing: specialist alone",
+                "general first: the curriculum"]
+    if "train_curriculum.py" in words:                              # the batch sizes stand in its stages
+        return [*words, "--max_steps", "2", "--num_workers", "0", "--eval_samples", "8"]
     if set(words) & set(TRAINING):
         return words + SMALL + (["--n_heads", "2", "--n_layers", "2"] if "--dim" in words else [])
     return words
@@ -77,6 +82,9 @@ def newcomer(clone):
     for name, like in (("songci.jsonl", "pretrain_data.jsonl"), ("chats.jsonl", "sft_data.jsonl"),
                        ("sharegpt.jsonl", "sft_data.jsonl"), ("alpaca.json", "alpaca_data.json")):
         shutil.copy(clone / "dataset" / like, clone / name)
+
+    (clone / "exams").mkdir()
+    shutil.copy(clone / "dataset/mcq_train.jsonl", clone / "exams/arc_easy.jsonl")
 
     with open(clone / "alfworld.jsonl", "w") as tasks:
         for i, line in enumerate(open(clone / "dataset/experience_base.jsonl")):
