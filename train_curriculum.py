@@ -516,6 +516,13 @@ def main():
                 raise ValueError("sampling by evaluation needs questions of the domain that are held out (--val_path, or "
                                  f"--val_fraction above 0); or let it be uniform: --set {number}.sampling=uniform")
 
+    # A teacher that fails the exam has nothing to give for it.
+    if world.rank == 0 and not args.resume:
+        for side, exam in ((side, exam) for side, (_, exam) in held_out.items() if exam):
+            with runtime.autocast(dtype, world.device):
+                said = answer(model, its_tokenizer, exam, args.max_new_tokens)
+            Logger(f"the teacher itself: {grade(said, exam).accuracy:.1%} of {len(exam):,} {side} questions")
+
     # 5. The stages, one after the other
     for number in numbers:
         stop = train_stage(number, stages[number - 1], args, teacher, student, tokenizer, data, sides, held_out, world)
