@@ -10,8 +10,11 @@ A curriculum in three stages: first what is general, then more and more of a dom
 The stages are one table, STAGES, to be edited in class; --set changes a number of it: --set 2.balance=none 3.epochs=4.
 Each stage is a run of its own, with its own learning rate, and begins with the student that the one before left.
 
-    NAME.pth, NAME a stage: stage1_epoch-1.pth, ..., stage1_best.pth (lowest held-out loss), stage1_final.pth; distillation.log
-    holds all that was printed, samples.md the answers of teacher and student side by side
+    stage1_epoch-1.pth, ...   after each epoch
+    stage1_best.pth           where the labels' CE on held-out data was lowest, both sides by the shares that the stage ends with
+    stage1_final.pth          at its end: from there the next stage goes on
+    distillation.log          all that was printed
+    samples.md                answers of teacher and student side by side
 
 one process    python train_curriculum.py
 two processes  torchrun --nproc_per_node 2 train_curriculum.py --ddp
@@ -19,6 +22,7 @@ two processes  torchrun --nproc_per_node 2 train_curriculum.py --ddp
 
 import argparse
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -234,8 +238,8 @@ def learn_from(found: dict, run):
         run.memory["history"] = run.data.history
         run.load_data()
         total = sum(weights.values())
-        Logger("right, and drawn from now on: " + "; ".join(
-            f"{name.removeprefix(f'{DOMAIN}/')} {scores[name]:.0%}, {weight / total:.0%}" for name, weight in weights.items()))
+        Logger("accuracy -> share of what is drawn from now on: " + "; ".join(
+            f"{name.removeprefix(f'{DOMAIN}/')} {scores[name]:.0%} -> {weight / total:.0%}" for name, weight in weights.items()))
 
 
 def show_samples(student, teacher, tokenizer, held_out, run):
@@ -396,15 +400,19 @@ def edited(stages: tuple[Stage, ...], changes: list[str]) -> list[Stage]:
     for change in changes:
         place, _, value = change.partition("=")
         number, _, name = place.partition(".")
-        if not number.isdigit() or not 1 <= int(number) <= len(stages) or name not in fields or not value:
+        if number.isdigit() and name not in fields:
+            nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
+            raise ValueError(f"--set {change}: a stage has no {name!r}; did you mean {nearest!r}? It has {', '.join(fields)}")
+        if not number.isdigit() or not 1 <= int(number) <= len(stages) or not value:
             raise ValueError(f"--set {change}: write STAGE.NAME=VALUE, as 2.balance=none or 3.share=0.8:0.8; stages are 1 to "
-                             f"{len(stages)}, names {', '.join(fields)}")
+                             f"{len(stages)}")
         kinds = {"share": lambda text: tuple(map(float, text.split(":"))), "batch_size": int, "epochs": int, "steps": int,
                  "growth": str, "balance": str, "sampling": str}
         try:
             value = kinds.get(name, float)(value)
         except ValueError:
-            raise ValueError(f"--set {change}: {value!r} is no value for {name}") from None
+            form = "FROM:TO, as 0.3:0.7" if name == "share" else "a number"
+            raise ValueError(f"--set {change}: {value!r} is no value for {name}; write {form}") from None
         stages[int(number) - 1] = dataclasses.replace(stages[int(number) - 1], **{name: value})
     for number, stage in enumerate(stages, start=1):
         for name, fits, needed in (
@@ -469,6 +477,8 @@ def main():
         parser.error(f"--shard {args.shard} is for train_distillation.py; a curriculum's model is whole on each process")
     if not 0.0 <= args.warmup_ratio < 1.0:
         parser.error(f"--warmup_ratio {args.warmup_ratio} must lie in [0, 1)")
+    if (args.use_lora or args.lora_rank) and args.student == "none" and not args.checkpoint_path:
+        parser.error("adapters are for weights that have learned something: name them with --student or --checkpoint_path")
     if args.use_lora and not args.lora_rank:
         args.lora_rank, args.lora_alpha, args.lora_dropout = 16, 32.0, 0.05
 
@@ -477,11 +487,9 @@ def main():
     runtime.seed_everything(args.seed)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    if world.rank == 0 and not args.resume:
-        # A later stage of an earlier run must not be taken for one of this run, when it is resumed.
-        stale = [f"stage{number}.resume{end}" for number in range(args.start_stage, 4) for end in ("", ".previous")]
-        for name in ("distillation.log", "samples.md", *stale):
-            (out_dir / name).unlink(missing_ok=True)
+    if world.rank == 0 and not args.resume and args.start_stage == 1:
+        for name in ("distillation.log", "samples.md"):                 # of an earlier run: NAME.previous
+            runtime.keep_previous(out_dir / name)
     runtime.LOG_FILES.append(out_dir / "distillation.log")
 
     with runtime.checking_input():
@@ -516,8 +524,12 @@ def main():
                 raise ValueError("sampling by evaluation needs questions of the domain that are held out (--val_path, or "
                                  f"--val_fraction above 0); or let it be uniform: --set {number}.sampling=uniform")
 
-    # A teacher that fails the exam has nothing to give for it.
     if world.rank == 0 and not args.resume:
+        # A later stage of an earlier run must not be taken for one of this run, when it is resumed.
+        for number in range(args.start_stage, len(stages) + 1):
+            for end in ("", ".previous"):
+                (out_dir / f"stage{number}.resume{end}").unlink(missing_ok=True)
+        # A teacher that fails the exam has nothing to give for it.
         for side, exam in ((side, exam) for side, (_, exam) in held_out.items() if exam):
             with runtime.autocast(dtype, world.device):
                 said = answer(model, its_tokenizer, exam, args.max_new_tokens)

@@ -485,7 +485,7 @@ def test_a_category_is_drawn_by_what_it_lacks_and_a_tenth_at_least(data, words, 
     by_need = {"general": 640, "domain/a": 256, "domain/b": 1280, "domain/c": 1024}
     assert mixture.counts(100, 500) == pytest.approx(by_need, abs=30)
     assert loaded == [True] and one.memory["history"] == [(100, {"domain/a": 0.1, "domain/b": 0.5, "domain/c": 0.4})]
-    assert "right, and drawn from now on: a 100%, 10%; b 50%, 50%; c 60%, 40%\n" in capsys.readouterr().out
+    assert "share of what is drawn from now on: a 100% -> 10%; b 50% -> 50%; c 60% -> 40%\n" in capsys.readouterr().out
     one.steps_done = 500
     learn_from({"general_loss": 1.0, "domain_loss": 1.0, "domain_accuracy": 0.0, "categories": {"a": 0.0}}, one)
     assert len(one.memory["history"]) == 1          # after the last step nothing is drawn any more
@@ -509,8 +509,8 @@ def test_the_third_stage_asks_first_and_then_divides_by_the_answers(unbroken):
         assert list(weights) == ["domain/a", "domain/b", "domain/c"] and weights["domain/a"] == 0.1
         right = {"domain/a": 1.0} | {name: 1 - weights[name] for name in ("domain/b", "domain/c")}
         assert max(right["domain/b"], right["domain/c"]) < 0.7
-        assert line == "right, and drawn from now on: " + "; ".join(
-            f"{name[-1]} {right[name]:.0%}, {weight / sum(weights.values()):.0%}" for name, weight in weights.items())
+        assert line == "accuracy -> share of what is drawn from now on: " + "; ".join(
+            f"{name[-1]} {right[name]:.0%} -> {weight / sum(weights.values()):.0%}" for name, weight in weights.items())
     assert "history" not in load(folder / "stage2.resume")["memory"]
 
 
@@ -543,7 +543,7 @@ def test_set_changes_numbers_of_the_table():
 
 @pytest.mark.parametrize("change, reason", [
     ("4.alpha=1", "--set 4.alpha=1: write STAGE.NAME=VALUE"), ("alpha=1", "write STAGE.NAME=VALUE"),
-    ("1.alfa=1", "names share, alpha, temperature"), ("1.alpha", "write STAGE.NAME=VALUE"),
+    ("1.alfa=1", "did you mean 'alpha'"), ("1.alpha", "write STAGE.NAME=VALUE"),
     ("1.alpha=much", "'much' is no value for alpha"), ("3.share=0.8", "share .* of stage 3 must be two numbers"),
     ("3.share=a:b", "'a:b' is no value for share"), ("3.share=0.8:1.2", "share .* of stage 3 must be two numbers in"),
     ("1.alpha=1.5", r"alpha 1.5 of stage 1 must lie in \[0, 1\]"), ("1.alpha=nan", "alpha nan of stage 1 must lie in"),
@@ -563,7 +563,7 @@ def test_a_change_of_the_table_that_cannot_be_says_why(change, reason):
 
 
 @pytest.mark.parametrize("wrong, reason", [
-    ({"set": ["2.balanc=none"]}, "--set 2.balanc=none: write STAGE.NAME=VALUE"),
+    ({"set": ["2.balanc=none"]}, "--set 2.balanc=none: a stage has no 'balanc'; did you mean 'balance'"),
     ({"set": ["3.batch_size=1000"]}, "fewer than the 1000 of one step"),
     ({"start_stage": 2}, "--start_stage 2 goes on from a stage's weights: --checkpoint_path .*stage1_final.pth"),
     ({"start_stage": 3, "end_stage": 2, "checkpoint_path": "x.pth"}, "--start_stage 3 and --end_stage 2 must be"),
@@ -579,7 +579,7 @@ def test_a_change_of_the_table_that_cannot_be_says_why(change, reason):
     ({"max_seq_len": 256}, "--max_seq_len 256 is more than the student was made for, 128"),
     ({"set": [*SMALL, "3.attention_weight=1"], "relation_heads": 5}, "relation_heads"),
     ({"set": [*SMALL, "3.feature_weight=1"], "layer_map": "1:9"}, "'1:9' is no pair student:teacher"),
-    ({"student": None, "use_lora": True}, "--lora_rank adapts weights that have learned something"),
+    ({"student": None, "use_lora": True}, "adapters are for weights that have learned something"),
     ({"fp16": True}, "--dtype float16 needs a GPU"),
     ({"ddp": True}, "torchrun --nproc_per_node 2 train_curriculum.py"),
 ], ids=lambda value: "" if isinstance(value, str) else next(iter(value)))
