@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn     # noqa: F401  before there are processes: imported after, by DDP, it would hold on to their group
 import yaml
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader

@@ -144,6 +144,32 @@ def test_ctrl_c_in_a_terminal_stops_torchrun_and_saves(data, models, tmp_path):
     assert f"stopped after step {load(tmp_path / f'{file}.resume')['steps_done']} of 100000" in output.read_text()
 
 
+# What each process of a run does, and the names of its threads that are left when all of it is over.
+GROUP_AND_DDP = """
+import atexit, sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+sys.path.insert(0, ".")
+import runtime
+
+threads = lambda: [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+atexit.register(lambda: print("left behind:", [name for name in threads() if "gloo" in name]))
+runtime.init_distributed_mode(SimpleNamespace(ddp=True, local_rank=-1, device="cpu"))
+runtime.DistributedDataParallel(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()
+print("at work:", sum("gloo" in name for name in threads()) > 0)
+"""
+
+
+def test_the_threads_between_processes_end_before_python_does(tmp_path):
+    """One that is alive while Python shuts down can end the process with an abort."""
+    script = tmp_path / "group.py"
+    script.write_text(GROUP_AND_DDP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert said.count("at work: True") == said.count("left behind: []") == 2, said
+
+
 def cut(path, part: float):
     path.write_bytes(path.read_bytes()[:int(part * path.stat().st_size)])
 
