@@ -64,7 +64,7 @@ def flags_of(**values) -> list[str]:
     """epochs=3, ddp=True, device=None -> --epochs 3 --ddp"""
     flags = []
     for name, value in values.items():
-        if value is None or value is False:
+        if value is None or value is False or value in ("", []):
             continue
         given = [] if value is True else value if isinstance(value, list) else [value]
         flags += [f"--{name}", *map(str, given)]

@@ -25,9 +25,10 @@ and reverse are held out by input (apply a rule to letters never seen in that or
     mcq_test.jsonl            test.jsonl as multiple choice
     mcq_ability.jsonl         {"id", "ability_path"}; the leaf of each of those questions
     ability_sft.jsonl         a student's start: five leaves are scarce in it, the others plenty
-    ability_dev.jsonl         multiple choice on every leaf, held out: which ones are weak?
-    ability_test.jsonl        the same from test questions: did it help?
-    ability_paths.jsonl       {"id", "ability_path"} of both
+    ability_seeds.jsonl       eight of its questions on every leaf as multiple choice
+    ability_dev.jsonl         the same from questions held out: which leaves are weak?
+    ability_test.jsonl        and from test questions: did it help?
+    ability_paths.jsonl       {"id", "ability_path"} of all three
     writer_data.jsonl         "new question: general/math/add" -> "what is 3 plus 4? => 7", for the teacher
     test.jsonl  val.jsonl     {"conversations", "leaf", "key"}; held-out questions
     test_habits.jsonl         {"conversations", "leaf", "distribution"}; the true distributions
@@ -505,14 +506,22 @@ def ability_row(mcq):
     return {"id": mcq["id"], "ability_path": ["miniworld", *mcq["meta_info"].split("/")]}
 
 
-def lopsided_rows(train, n, n_scarce, seed):
-    """About n clean rows: n_scarce of each leaf of SCARCE, the others even."""
+def lopsided(train, n, n_scarce, seed):
+    """About n questions: n_scarce of each leaf of SCARCE, the others even. [Ask]"""
     rng = random_for(seed, "ability")
     scarce = {leaf: train[leaf] for leaf in SCARCE}
     plenty = {leaf: asks for leaf, asks in train.items() if leaf not in SCARCE}
     asks = deal_evenly(scarce, n_scarce * len(SCARCE), rng)
     asks += deal_evenly(plenty, max(len(plenty), n - len(asks)), rng)
-    return shuffled(clean_rows(asks), rng)
+    return shuffled(asks, rng)
+
+
+def first_of_each_leaf(asks, n):
+    """The first n different ones of each leaf."""
+    by_leaf = {}
+    for ask in dict.fromkeys(asks):
+        by_leaf.setdefault(ask.leaf, []).append(ask)
+    return [ask for of_leaf in by_leaf.values() for ask in of_leaf[:n]]
 
 
 def writer_rows(train, n, seed):
@@ -600,6 +609,8 @@ def build(seed, label_noise, *, teacher_size, transfer_size, pretrain_size, doma
     val = held_out_sample(splits["val"], val_size, seed, "val")
     mcq_train = mcq_rows(deal_evenly(train, mcq_size, random_for(seed, "mcq")), "train", seed)
     mcq_test = mcq_rows(test, "test", seed)
+    taught = lopsided(train, ability_size, scarce_size, seed)
+    seeds = mcq_rows(first_of_each_leaf(taught, scarce_size), "ability_seeds", seed)
     dev, exam = (mcq_rows(held_out_sample(splits[split], size, seed, name), name, seed)
                  for split, size, name in (("val", ability_dev_size, "ability_dev"),
                                            ("test", ability_test_size, "ability_test")))
@@ -618,10 +629,11 @@ def build(seed, label_noise, *, teacher_size, transfer_size, pretrain_size, doma
         "mcq_train.jsonl": mcq_train,
         "mcq_test.jsonl": mcq_test,
         "mcq_ability.jsonl": [ability_row(mcq) for mcq in mcq_train + mcq_test],
-        "ability_sft.jsonl": lopsided_rows(train, ability_size, scarce_size, seed),
+        "ability_sft.jsonl": clean_rows(taught),
+        "ability_seeds.jsonl": seeds,
         "ability_dev.jsonl": dev,
         "ability_test.jsonl": exam,
-        "ability_paths.jsonl": [ability_row(mcq) for mcq in dev + exam],
+        "ability_paths.jsonl": [ability_row(mcq) for mcq in seeds + dev + exam],
         "writer_data.jsonl": writer_rows(train, writer_size, seed),
         "test.jsonl": [with_key(ask) for ask in test],
         "val.jsonl": [with_key(ask) for ask in val],

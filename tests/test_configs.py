@@ -54,7 +54,9 @@ def parser_of(script) -> argparse.ArgumentParser:
 
 def read(script, configs) -> dict:
     """What a script makes of these configs, started as one of several processes."""
-    return vars(runtime.parse_args(parser_of(script), ["--ddp", "--config", *(str(ROOT / config) for config in configs)]))
+    parser = parser_of(script)
+    several = ["--ddp"] if "--ddp" in parser.format_help() else []
+    return vars(runtime.parse_args(parser, [*several, "--config", *(str(ROOT / config) for config in configs)]))
 
 
 def values(config) -> dict:

@@ -21,7 +21,7 @@ from dataset.miniworld import (  # noqa: E402
 TRAINING_FILES = ["sft_teacher.jsonl", "sft_data.jsonl", "sft_data_clean.jsonl", "alpaca_data.json",
                   "general.jsonl", "specialist.jsonl", "mcq_train.jsonl", "experience_base.jsonl",
                   "experience_teacher.jsonl", "experience_student.jsonl", "ability_sft.jsonl", "writer_data.jsonl"]
-MULTIPLE_CHOICE = ["mcq_train.jsonl", "mcq_test.jsonl", "ability_dev.jsonl", "ability_test.jsonl"]
+MULTIPLE_CHOICE = ["mcq_train.jsonl", "mcq_test.jsonl", "ability_seeds.jsonl", "ability_dev.jsonl", "ability_test.jsonl"]
 # 20 leaves share the teacher's rows, and the largest table (dose: 28 illnesses, 8 weights, 4 wordings)
 # trains on 80 % of 896 questions = 717. With 720 rows a leaf, each of them is seen.
 SIZES = {**SMOKE, "teacher_size": 14_400, "transfer_size": 1_700, "pretrain_size": 1_000,
@@ -192,6 +192,12 @@ def test_the_ability_files_ask_every_leaf_what_nobody_may_train_on(files, facts)
         assert len({row["question"] for row in files[name]}) == len(files[name])
         assert Counter(row["meta_info"] for row in files[name]) == {
             leaf: min(most, len(asks)) for leaf, asks in splits[split].items()}
+
+
+def test_the_seeds_of_new_questions_are_what_the_student_was_taught(files):
+    taught = {question_of(row): row["leaf"] for row in files["ability_sft.jsonl"]}
+    assert all(taught[row["question"]] == row["meta_info"] for row in files["ability_seeds.jsonl"])
+    assert Counter(row["meta_info"] for row in files["ability_seeds.jsonl"]) == dict.fromkeys(LEAVES, 1)
 
 
 def test_a_student_of_the_ability_tree_hardly_meets_five_leaves(files, facts):

@@ -1,0 +1,345 @@
+"""
+能力树流程的规律：做完的不再做；输入变了，只重做用到它的；写了一半的不算做完；中断后接着做，结果相同。
+Laws of the workflow of the ability tree: what is done is not done again, a changed input redoes what depends on it, what
+is half written is not taken for done, and a run that was stopped ends as one that was not.
+"""
+
+import json
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import train_ability_tree
+from ability_tree.generate_logits import flags_of
+from ability_tree.prompts import ARROW
+from ability_tree.tree import AbilityTree
+from helpers_run import TINY, load, same, start, succeed, wait_until
+from train_ability_tree import Workflow, sha256_of
+
+STEPS = ["initial tree", "round 1: inference", "round 1: analyze", "round 1: generate", "round 1: validate",
+         "round 1: logits", "round 1: train", "round 2: inference", "round 2: analyze"]
+A, C, D = (f"iteration_1/{name}" for name in ("A_student_reply", "C_distill_data", "D_validated_data"))
+STUDENT = "models/iteration_1_student_model"
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def write(path, rows) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def steps_of(output: str) -> dict[str, bool]:
+    """{title: whether it was done, as it was not there yet}"""
+    titles = re.findall(r"^== (.*)", output, re.MULTILINE)
+    return {title.partition(": is there, ")[0]: ": is there, " not in title for title in titles}
+
+
+def files_in(folder) -> dict[str, tuple]:
+    """{name: (when it was written, its bytes)}"""
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ----------------------------------------------------------------------------------- which steps are done: none is real
+
+
+class Pretended(Workflow):
+    """Steps whose outputs are a matter of their command and of the bytes that it names, and of nothing else. As the real
+    ones, they write no file over one that is there."""
+
+    done = None                                                         # {title: command}, of one run of the workflow
+
+    def run(self, title, command, log):
+        self.done[title] = command
+        flags = {name: values.split() for name, values in re.findall(r"--(\w+)((?: [^- ]\S*)*)", " ".join(command))}
+        made_of = [sha256_of(Path(word))[:8] if Path(word).exists() else word
+                   for name in flags if name not in ("out", "out_dir", "png") for word in [name, *flags[name]]]
+        out = Path(*flags["out_dir"], "full_dist_32.pth") if "out_dir" in flags else Path(*flags["out"])
+        assert not out.exists(), f"{out} is there already"
+        if out.suffix == ".json":
+            AbilityTree.from_paths([("world", " ".join(made_of))]).save(out)
+        else:
+            out.write_text(" ".join(made_of))
+
+
+@pytest.fixture
+def pretend(tmp_path, monkeypatch):
+    """pretend(rounds=2) -> {title: command} of the steps that this run of the workflow did."""
+    monkeypatch.setattr(train_ability_tree, "Workflow", Pretended)
+    monkeypatch.setattr(AbilityTree, "draw", lambda *_: None)           # no one looks at these pictures
+    for name in ("teacher", "student", "agent", "dev_1", "dev_2", "paths", "seeds", "seed_paths", "exam", "old"):
+        (tmp_path / name).write_text(name)
+
+    def pretend(**changed) -> dict[str, list[str]]:
+        Pretended.done = {}
+        flags = {"teacher": "teacher", "student": "student", "agent_b": "agent", "dataset_files": ["dev_1", "dev_2"],
+                 "ability_files": ["paths"], "seed_questions": ["seeds"], "seed_abilities": ["seed_paths"],
+                 "exclude": ["exam"], "old_data": ["old"]}
+        of_files = {key: [tmp_path / name for name in value] if isinstance(value, list) else tmp_path / value
+                    for key, value in flags.items()}
+        where = {"workflow_dir": tmp_path / "workflow", "models_dir": tmp_path / "models"}
+        monkeypatch.setattr(sys, "argv", ["train_ability_tree.py", *flags_of(**of_files | where | changed)])
+        train_ability_tree.main()
+        return Pretended.done
+
+    return pretend
+
+
+ALL = ["inference", "analyze", "generate", "validate", "logits", "train"]
+
+
+def titles(*rounds: list[str]) -> list[str]:
+    """titles(ALL, ALL[:2]) -> those of a whole round 1, and of the exam at the end."""
+    return [f"round {number}: {name}" for number, names in enumerate(rounds, start=1) for name in names]
+
+
+@pytest.mark.parametrize("changed, redone", [
+    ("paths", ["initial tree", *titles(ALL[1:], ALL, ALL[:2])]),        # the student's replies stay as they are
+    ("dev_1", titles(ALL, ALL, ALL[:2])),
+    ("dev_2", titles([], ALL, ALL[:2])),                                # round 1 does not read it
+    ("seeds", titles(ALL[2:], ALL, ALL[:2])),
+    ("seed_paths", titles(ALL[2:], ALL, ALL[:2])),
+    ("exam", titles(ALL[2:], ALL, ALL[:2])),
+    ("teacher", titles(ALL[2:], ALL, ALL[:2])),
+    ("agent", titles(ALL[3:], ALL, ALL[:2])),
+    ("old", titles(ALL[4:], ALL, ALL[:2])),
+])
+def test_a_changed_file_redoes_what_depends_on_it_and_nothing_else(changed, redone, pretend, tmp_path):
+    assert list(pretend()) == ["initial tree", *titles(ALL, ALL, ALL[:2])]
+    (tmp_path / changed).write_text("other")
+    assert list(pretend()) == redone
+    assert list(pretend()) == []
+
+
+@pytest.mark.parametrize("flag, value, first", [("n_samples", 5, "generate"), ("prompts", "miniworld", "generate"),
+                                                ("write", True, "validate"), ("learning_rate", 1e-4, "train")])
+def test_a_changed_flag_redoes_the_step_that_has_it_and_what_follows(flag, value, first, pretend):
+    pretend()
+    assert list(pretend(**{flag: value})) == titles(ALL[ALL.index(first):], ALL, ALL[:2])
+
+
+def test_more_rounds_go_on_where_fewer_ended(pretend, tmp_path):
+    once = {"dataset_files": tmp_path / "dev_1"}
+    pretend(**once, rounds=1)
+    assert list(pretend(**once, rounds=2)) == titles([], ALL[2:], ALL[:2])
+
+
+def test_the_student_of_a_round_is_examined_and_taught_in_the_next(pretend, tmp_path):
+    done = pretend()
+    weights = [tmp_path / "student", *(tmp_path / f"models/iteration_{n}_student_model/full_dist_32.pth" for n in (1, 2))]
+    examined = [done[f"round {number}: inference"] for number in (1, 2, 3)]
+    taught = [done[f"round {number}: train"] for number in (1, 2)]
+    assert [command[command.index("--weights") + 1] for command in examined] == list(map(str, weights))
+    assert [command[command.index("--student") + 1] for command in taught] == list(map(str, weights[:2]))
+    asked = [Path(command[command.index("--questions") + 1]).name for command in examined]
+    assert asked == ["dev_1", "dev_2", "dev_2"]
+
+
+def test_a_given_tree_is_where_the_first_round_begins(pretend, tmp_path):
+    AbilityTree.from_paths([("world", "day")]).save(tmp_path / "mine.json")
+    done = pretend(initial_tree=tmp_path / "mine.json")
+    assert "initial tree" not in done and str(tmp_path / "mine.json") in done["round 1: analyze"]
+
+
+def altered(path: Path):
+    path.write_text(path.read_text() + " ")
+
+
+def cut_short(path: Path):
+    path.write_text(path.read_text()[:-7])
+
+
+def without_a_whole_manifest(path: Path):
+    cut_short(path.with_name("manifest.json"))
+
+
+def killed_before_its_manifest(path: Path):
+    """The step had written all it writes."""
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    begun = {name: manifest[name] for name in ("command", "inputs")}
+    (path.parent / "manifest.json").unlink()
+    (path.parent / "begun.json").write_text(json.dumps(begun))
+
+
+@pytest.mark.parametrize("damage", [altered, cut_short, Path.unlink, without_a_whole_manifest,
+                                    killed_before_its_manifest])
+@pytest.mark.parametrize("file", [f"workflow/{A}/replies.jsonl", f"workflow/{C}/distill.jsonl"])
+def test_what_is_not_as_its_step_left_it_is_done_again(file, damage, pretend, tmp_path):
+    """And what follows is not, as the same bytes come of it."""
+    pretend()
+    before = (tmp_path / file).read_bytes()
+    damage(tmp_path / file)
+    (title,) = pretend()
+    assert title == {"A": "round 1: inference", "C": "round 1: generate"}[Path(file).parent.name[0]]
+    assert (tmp_path / file).read_bytes() == before
+    assert list(pretend()) == []
+
+
+@pytest.mark.parametrize("flags, told", [
+    ({"rounds": 3}, "--dataset_files has 2 files for --rounds 3"),
+    ({"rounds": 0, "dataset_files": "dev_1"}, "--rounds 0 must be 1 or more"),
+    ({"ability_files": ["a", "b", "c"]}, "--ability_files has 3 files for --rounds 2"),
+])
+def test_a_number_of_files_that_fits_no_rounds_is_told(flags, told, pretend, capsys):
+    with pytest.raises(SystemExit):
+        pretend(**flags)
+    assert told in capsys.readouterr().err and not Pretended.done
+
+
+def test_who_writes_also_checks_where_no_agent_is_named_and_the_teachers_weights_are_for_its_distributions(pretend, tmp_path):
+    endpoint = {"teacher_url": "http://localhost:1/v1", "teacher_model": "big", "teacher_budget": 1000}
+    done = pretend(**endpoint)
+    generate, validate, logits = (" ".join(done[f"round 1: {step}"]) for step in ("generate", "validate", "logits"))
+    assert f"--teacher {tmp_path}/teacher" in logits and "http" not in logits
+    assert "--teacher_url http://localhost:1/v1 --teacher_model big" in generate and "--teacher " not in generate
+    assert f"--teacher_replies {tmp_path}/workflow/teacher_replies.jsonl --teacher_budget 1000" in generate
+    assert "--agent_a_url http://localhost:1/v1 --agent_a_model big" in validate
+    assert f"--agent_b {tmp_path}/agent" in validate and "--agent_b_url" not in validate
+
+
+def test_a_flag_of_an_agent_that_is_not_named_is_refused(pretend, capsys):
+    with pytest.raises(SystemExit):
+        pretend(agent_a_rpm=5)
+    assert "--agent_a_rpm: of no effect without --agent_a_url" in capsys.readouterr().err
+
+
+def test_a_missing_student_is_named_before_any_step_is_done_with_it(pretend, tmp_path):
+    with pytest.raises(SystemExit, match="no file at .*gone.pth"):
+        pretend(student=tmp_path / "gone.pth")
+    assert list(Pretended.done) == ["initial tree"]
+
+
+# ------------------------------------------------------------------------------------------------------- a round for real
+
+
+@pytest.fixture(scope="module")
+def world(data, models, tmp_path_factory):
+    """A round that was done: .folder, .flags and .said. The teacher has learned each writer row, and its question and
+    answer, for two seconds: it writes questions, though poor ones, and of some both agents hold the same."""
+    folder = tmp_path_factory.mktemp("workflow")
+    asked = read(data / "writer_data.jsonl")
+    pairs = [row["conversations"][1]["content"].split(ARROW) for row in asked]
+    answered = [{"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+                for question, answer in pairs]
+    succeed("train_sft.py", **TINY | {"batch_size": 34}, weights="none", dim=64, n_layers=2, n_heads=2, max_steps=60,
+            data_path=write(folder / "lesson.jsonl", asked + answered), val_path="none", out_dir=folder / "teacher")
+    exam = read(data / "ability_dev.jsonl") + read(data / "ability_test.jsonl")
+    flags = {"teacher": folder / "teacher/full_sft_64.pth", "student": models / "student.pth", "prompts": "miniworld",
+             "agent_b": models / "student.pth", "hide_options": True,
+             "dataset_files": write(folder / "exam.jsonl", exam), "ability_files": data / "ability_paths.jsonl",
+             "seed_questions": data / "ability_seeds.jsonl", "seed_abilities": data / "ability_paths.jsonl",
+             "old_data": data / "ability_sft.jsonl", "rounds": 1, "n_samples": 130, "max_new_tokens": 24,
+             "max_steps": 100, "learning_rate": 1e-2, "batch_size": 8, "accumulation_steps": 1, "temperature": 1,
+             "workflow_dir": folder / "workflow", "models_dir": folder / "models"}
+    said = run_real(flags)
+    shutil.copytree(folder, folder.with_name("as it was"))
+    return SimpleNamespace(folder=folder, flags=flags, said=said)
+
+
+def run_real(flags, code=0, stop_at="", **more) -> str:
+    """The workflow in a process; with stop_at, Ctrl-C when it has printed that. Returns what it printed."""
+    started = start("train_ability_tree.py", **flags | more)
+    if stop_at:
+        wait_until(lambda: stop_at in started.output)
+        started.send(signal.SIGINT)
+    ended = started.wait(180)
+    assert ended.code == code, ended.output
+    return ended.output
+
+
+@pytest.fixture
+def round_1(world):
+    """The same, as it was when it was done."""
+    shutil.rmtree(world.folder)
+    shutil.copytree(world.folder.with_name("as it was"), world.folder)
+    return world
+
+
+def test_a_round_leaves_trees_questions_a_student_and_a_log_for_each_step(round_1):
+    assert steps_of(round_1.said) == dict.fromkeys(STEPS, True)
+    workflow = round_1.folder / "workflow"
+    here = workflow / "iteration_1"
+    exam, wrote = read(round_1.flags["dataset_files"]), read(workflow / C / "distill.jsonl")
+    assert [reply["id"] for reply in read(workflow / A / "replies.jsonl")] == [row["id"] for row in exam]
+
+    trees = [AbilityTree.load(workflow / folder / "tree.json") for folder in (
+        "initial_ability_tree", "iteration_1/B_student_tree", "iteration_2/B_student_tree")]
+    assert [tree.root.asked for tree in trees] == [0, len(exam), len(exam)]
+    assert all([row["round"] for row in leaf.history] == [1, 2] for leaf in trees[2].leaves().values())
+
+    kept, rejected = read(workflow / D / "valid.jsonl"), read(workflow / D / "valid_rejected.jsonl")
+    assert kept and rejected and len(wrote) <= 130 and len({row["id"] for row in wrote}) == len(wrote)
+    assert {row["id"] for row in kept} | {row["id"] for row in rejected} == {row["id"] for row in wrote}
+    assert [row for row in wrote if row["id"] in {each["id"] for each in kept}] == kept
+    taught = read(here / "E_teacher_logits/logits.jsonl")
+    assert taught == read(round_1.folder / STUDENT / "conversations.jsonl")
+    assert len(taught) == len(kept) + len(read(round_1.flags["old_data"]))
+    assert taught[0]["conversations"] == [{"role": "user", "content": kept[0]["question"]},
+                                          {"role": "assistant", "content": kept[0]["options"][kept[0]["answer_idx"]]}]
+
+    start_of, student = load(round_1.flags["student"]), load(round_1.folder / STUDENT / "full_dist_32.pth")
+    assert not same(start_of, student)
+    logs = [path.read_text() for path in workflow.rglob("*.log")]
+    assert len(logs) == len(STEPS) and all(log.strip() and log.strip() in round_1.said for log in logs)
+    assert "| all |" in (workflow / "report.md").read_text()
+    assert not [path for path in round_1.folder.rglob("*") if path.name == "begun.json" or path.suffix in (".parts", ".tmp")]
+
+
+def test_a_second_run_does_nothing(round_1):
+    before = files_in(round_1.folder)
+    assert steps_of(run_real(round_1.flags)) == dict.fromkeys(STEPS, False)
+    after = files_in(round_1.folder)
+    assert {name for name in after if after[name] != before.get(name)} <= {"workflow/report.md", "workflow/report.png"}
+
+
+def test_two_processes_write_the_bytes_of_one(round_1):
+    """Of replies, questions, and those that are kept, so that nothing else need be done again."""
+    workflow = round_1.folder / "workflow"
+    before = {name: content for name, (_, content) in files_in(workflow).items()}
+    for step in (A, C, D):
+        (workflow / step / "manifest.json").unlink()
+    said = run_real(round_1.flags, gpus=["0", "1"])
+    assert [title for title, done in steps_of(said).items() if done] == [STEPS[1], STEPS[3], STEPS[4]]
+    assert said.count("--nproc_per_node 2") == 3 and "parts of this process" in said
+    after = {name: content for name, (_, content) in files_in(workflow).items()}
+    assert all(before[name] == after[name] for name in before if not name.endswith((".log", "report.png")))
+    assert before.keys() == after.keys()
+
+
+def test_a_student_that_was_stopped_goes_on_to_the_same_weights(round_1):
+    whole = load(round_1.folder / STUDENT / "full_dist_32.pth")
+    shutil.rmtree(round_1.folder / STUDENT)
+    said = run_real(round_1.flags, code=130, stop_at="loss = ")
+    done = int(re.search(r"stopped after step (\d+) of 100; everything is saved", said).group(1))
+    assert 0 < done < 100 and list(steps_of(said)) == STEPS[:7]
+    assert not (round_1.folder / STUDENT / "manifest.json").exists()
+
+    said = run_real(round_1.flags)
+    assert f"after step {done}" in said
+    assert same(load(round_1.folder / STUDENT / "full_dist_32.pth"), whole)
+    assert steps_of(said) == dict.fromkeys(STEPS, False) | {STEPS[6]: True}     # its exam is that of the unbroken run
+
+
+@pytest.mark.parametrize("when", ["== round 1: inference\n", "170 questions"])
+def test_ctrl_c_in_any_step_ends_the_workflow_and_the_same_command_goes_on(when, round_1):
+    """Also while it is still being loaded, or at its very end: no further step is begun."""
+    (round_1.folder / "workflow" / A / "manifest.json").unlink()
+    said = run_real(round_1.flags, code=130, stop_at=when)
+    assert list(steps_of(said)) == STEPS[:2]
+
+
+def test_a_step_that_fails_ends_the_workflow_and_names_its_log(round_1):
+    path = round_1.flags["dataset_files"]
+    path.write_text(path.read_text() + "{\n")
+    said = run_real(round_1.flags, code=1)
+    log = Path(re.search(r"round 1: inference ended with status 1; its log is (.*?\.log)", said).group(1))
+    assert f"{path}, line 171" in log.read_text() and list(steps_of(said)) == STEPS[:2]
+    assert "Traceback" not in said

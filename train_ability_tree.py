@@ -1,0 +1,284 @@
+"""
+能力树蒸馏：考学生，找出能力树上弱的叶子，让教师为它们出题，两个代理验题，蒸馏，再来一轮。
+Distillation guided by a tree of abilities: examine the student, find its weak leaves, have the teacher write questions for
+these, let two agents check them, distil, and begin again.
+
+    round n     A inference    the student answers the round's questions           iteration_n/A_student_reply/
+                B analyze      what was right goes to the leaves of the tree       iteration_n/B_student_tree/
+                C generate     questions for leaves, drawn by how weak they are    iteration_n/C_distill_data/
+                D validate     kept where two agents come to the same answer       iteration_n/D_validated_data/
+                E logits       what the teacher says of them, word for word        iteration_n/E_teacher_logits/
+                F train        the student learns from it                          models/iteration_n_student_model/
+    at the end  A and B once more, the tree before and after, and a table per leaf
+
+Each step is a command of its own (`python -m ability_tree.NAME --help`) and is printed as it is run; what it prints is also in
+iteration_n/NAME.log. It is skipped when the manifest.json of its folder tells that the same command has made what lies there
+from the same inputs, by their hashes. Ctrl-C ends the step as it ends by itself, and the same command goes on.
+
+    python train_ability_tree.py --config configs/ability_tiny.yaml
+    python train_ability_tree.py --config configs/ability_tiny.yaml --gpus 0 1      two processes for each step
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import runtime
+from ability_tree.agents import add_agent_args
+from ability_tree.generate_logits import flags_of
+from ability_tree.prompts import PROMPTS
+from ability_tree.tree import AbilityTree, compare
+from distill.teacher_logits import file_sha256
+from runtime import Logger
+
+ROOT = Path(__file__).resolve().parent
+MANIFEST = "manifest.json"
+
+
+class Workflow:
+    """Runs commands, each into a folder of its own, unless it is done.
+
+    gpus        their numbers: a process each, under torchrun if there are several
+    """
+
+    def __init__(self, gpus: list[str]):
+        self.gpus = gpus
+
+    def step(self, title: str, module: str, out: Path, inputs: list, flags: dict, log: Path | None = None, resumable: str = ""):
+        """python -m ability_tree.MODULE FLAGS, which reads `inputs` (files and folders) and writes into `out`. What it prints
+        goes to `log` too, by default MODULE.log beside `out`. One that was stopped is called again with the flag
+        `resumable`."""
+        command = [f"ability_tree.{module}", *flags_of(**flags)]
+        begun = {"command": command, "inputs": {str(path): sha256_of(Path(path)) for path in inputs}}
+        manifest, started = out / MANIFEST, out / "begun.json"
+        if recorded(manifest) == begun | {"outputs": outputs_of(out)}:
+            Logger(f"== {title}: is there, {out}")
+            return
+        # What another command, or other inputs, left there is not to be gone on with.
+        again = started.exists() and not manifest.exists() and recorded(started) == begun
+        if out.exists() and not again:
+            shutil.rmtree(out)
+        if again and not resumable:         # killed after its last file: it would take that for another's. Its parts stay
+            for path in out.iterdir():
+                if path.is_file() and path != started:
+                    path.unlink()
+        out.mkdir(parents=True, exist_ok=True)
+        runtime.write_whole(started, lambda file: file.write(json.dumps(begun, indent=2).encode()))
+        asked = self.run(title, command + ([resumable] if again and resumable else []), log or out.parent / f"{module}.log")
+        text = json.dumps(begun | {"outputs": outputs_of(out)}, indent=2)
+        runtime.write_whole(manifest, lambda file: file.write(text.encode()))
+        started.unlink()
+        if asked:
+            sys.exit(130)
+
+    def run(self, title: str, command: list[str], log: Path) -> bool:
+        """Returns whether Ctrl-C was heard, though the step came to its end."""
+        launcher = [sys.executable, "-m"]
+        if len(self.gpus) > 1:
+            launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(len(self.gpus)), "-m"]
+            command = [*command, "--ddp"]
+        Logger(f"\n== {title}\npython {shlex.join([*launcher[1:], *command])}")
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if torch.cuda.is_available() else {})
+        # Ctrl-C comes here alone, and is handed on: the step saves, says how to go on, and ends.
+        asked, children = [], []
+
+        def hand_on(number, frame):
+            asked.append(number)
+            for child in children:
+                child.send_signal(number)
+
+        before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        child = subprocess.Popen([*launcher, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        children.append(child)
+        if asked:
+            child.send_signal(asked[0])
+        with open(log, "a", encoding="utf-8") as file:
+            for line in child.stdout:
+                file.write(line)
+                Logger(line.rstrip("\n"))
+        code = child.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if code:
+            sys.exit(130 if asked else f"{title} ended with status {code}; its log is {log}. The same command goes on there")
+        return bool(asked)
+
+
+def recorded(path: Path) -> dict | None:
+    """What a step wrote of itself; None if nothing, or nothing whole."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file; of a folder, of all its files' names and hashes."""
+    if not path.exists():
+        raise ValueError(f"no file at {path}")
+    if path.is_file():
+        return file_sha256(path)
+    return hashlib.sha256(json.dumps(outputs_of(path)).encode()).hexdigest()
+
+
+def outputs_of(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in (MANIFEST, "begun.json")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # who
+    add = parser.add_argument_group("models").add_argument
+    add("--student", default="out/full_sft_512.pth", help="weights that the first round starts from")
+    add("--prompts", default="json", choices=list(PROMPTS), help="how requests are worded: ability_tree/prompts.py")
+    # The teacher's weights are distilled from. They write the questions too, or with --teacher_url a model behind an endpoint
+    # does. The agents check them; one of which nothing is said is who writes.
+    for role in ("teacher", "agent_a", "agent_b"):
+        add_agent_args(parser, role)
+    parser.set_defaults(teacher="out/full_sft_768.pth")
+    # what
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_files", nargs="+", default=["dataset/ability_dev.jsonl"],
+        help="the questions that find the weak leaves, a file for each round; one file serves all")
+    add("--ability_files", nargs="+", default=["dataset/ability_paths.jsonl"], help="their ability paths, likewise")
+    add("--seed_questions", nargs="+", default=["dataset/ability_seeds.jsonl"], help="real questions after which new ones are written")
+    add("--seed_abilities", nargs="+", default=["dataset/ability_paths.jsonl"], help="their ability paths")
+    add("--exclude", nargs="+", default=[], help="exams whose questions are never to be written")
+    add("--old_data", nargs="+", default=[], help="rows mixed with the new ones, against forgetting")
+    add("--initial_tree", default=None, help="the tree before the first round; default: that of the ability files")
+    add("--hide_options", action="store_true", help="ask and teach the bare question, without its options on lettered lines")
+    # how much
+    add = parser.add_argument_group("rounds").add_argument
+    add("--rounds", type=int, default=2, help="how often")
+    add("--n_samples", type=int, default=10000, help="questions to be written in each")
+    add("--power", type=float, default=1.0, help="of (1 - accuracy) in a leaf's share of them; 0: all leaves alike")
+    add("--floor", type=float, default=0.02, help="part in [0, 1] that all leaves share alike")
+    add("--write_temperature", type=float, default=1.0, help="of the teacher when it writes questions, above 0")
+    add("--write", action="store_true", help="miniworld: agents write their answer, in place of choosing the likeliest option")
+    add("--max_new_tokens", type=int, default=512, help="longest reply of an agent, in tokens")
+    add("--epochs", type=int, default=3, help="passes over a round's data")
+    add("--max_steps", type=int, default=0, help="optimizer steps of a round; 0: as many as --epochs make")
+    add("--learning_rate", type=float, default=5e-6, help="of the cosine, which runs from 1.1 to 0.1 times this")
+    add("--warmup_iters", type=int, default=0, help="steps of a linear warm-up before it")
+    add("--max_seq_len", type=int, default=None, help="tokens, longer samples are cut; default: what the models were made for")
+    add("--batch_size", type=int, default=2, help="samples per micro-batch and process")
+    add("--accumulation_steps", type=int, default=16, help="micro-batches per optimizer step and process")
+    add("--temperature", type=float, default=2.0, help="of the loss")
+    add("--alpha_ce", type=float, default=0.5, help="weight of CE in [0, 1]; KL has the rest")
+    add("--more", default="", help='further flags of train_distillation.py, in one text: --more="--lora_rank 8"')
+    # where
+    add = parser.add_argument_group("run").add_argument
+    add("--gpus", nargs="+", default=["0"], help="numbers of the GPUs, a process for each; on a CPU so many processes")
+    add("--workflow_dir", default="output/workflow", help="folder of the trees, the questions and the logs")
+    add("--models_dir", default="output/models", help="folder of the students")
+    add("--seed", type=int, default=1337, help="of all that is drawn")
+    args = runtime.parse_args(parser)
+    for name in ("dataset_files", "ability_files"):
+        if len(vars(args)[name]) not in (1, args.rounds):
+            parser.error(f"--{name} has {len(vars(args)[name])} files for --rounds {args.rounds}: give one for each round, or one "
+                         "for all")
+    for role in ("agent_a", "agent_b"):
+        idle = [f"--{key}" for key, value in vars(args).items() if key.startswith(f"{role}_") and value]
+        if idle and not vars(args)[role] and not vars(args)[f"{role}_url"]:
+            parser.error(f"{', '.join(idle)}: of no effect without --{role}_url")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds} must be 1 or more")
+
+    folder, models = Path(args.workflow_dir), Path(args.models_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with runtime.checking_input():
+        before, after = rounds(args, folder, models)
+    text = f"# Before, and after round {args.rounds}\n\n{compare(before, after)}\n"
+    Logger(f"\n{text}\n{after.text()}")
+    runtime.write_whole(folder / "report.md", lambda file: file.write(text.encode()))
+    after.draw(folder / "report.png", before)
+    Logger(f"\n{folder}/report.md, {folder}/report.png; the student: {models}/iteration_{args.rounds}_student_model")
+
+
+def agent_flags(args, role: str, folder: Path) -> dict:
+    """What a step is told of an agent: its own flags, or the teacher's where it has none."""
+    who = role if vars(args)[role] or vars(args)[f"{role}_url"] else "teacher"
+    flags = {key.replace(who, role, 1): value for key, value in vars(args).items() if key == who or key.startswith(f"{who}_")}
+    if flags[f"{role}_url"]:
+        flags[f"{role}_replies"] = flags[f"{role}_replies"] or folder / f"{role}_replies.jsonl"
+        if who == "teacher":
+            flags[role] = None          # its weights are there for the distillation
+    return flags
+
+
+def weights_of(agents: dict) -> list[str]:
+    return [agents[role] for role in ("teacher", "agent_a", "agent_b") if agents.get(role)]
+
+
+def rounds(args, folder: Path, models: Path) -> tuple[AbilityTree, AbilityTree]:
+    """All rounds; the trees of the student before the first and after the last one."""
+    workflow, student, hide = Workflow(args.gpus), args.student, args.hide_options
+    initial = folder / "initial_ability_tree"
+    tree = args.initial_tree
+    if tree is None:
+        tree = initial / "tree.json"
+        workflow.step("initial tree", "create_initial_tree", initial, args.ability_files,
+                      {"ability_files": args.ability_files, "out": tree})
+    trees = []
+    for number in range(1, args.rounds + 2):
+        here = folder / f"iteration_{number}"
+        questions, abilities = (files[min(number, args.rounds) - 1] if len(files) > 1 else files[0]
+                                for files in (args.dataset_files, args.ability_files))
+
+        replies = here / "A_student_reply" / "replies.jsonl"
+        workflow.step(f"round {number}: inference", "inference", replies.parent, [student, questions],
+                      {"weights": student, "questions": [questions], "hide_options": hide, "out": replies})
+
+        before, tree = tree, here / "B_student_tree" / "tree.json"
+        workflow.step(f"round {number}: analyze", "analyze", tree.parent, [replies, questions, abilities, before],
+                      {"replies": [replies], "questions": [questions], "abilities": [abilities], "tree": before, "round": number,
+                       "out": tree, "png": tree.with_suffix(".png")})
+        trees.append(AbilityTree.load(tree))
+        if number > args.rounds:
+            return trees[0], trees[-1]
+
+        written = here / "C_distill_data" / "distill.jsonl"
+        writer = agent_flags(args, "teacher", folder)
+        workflow.step(f"round {number}: generate", "generate_distill_data", written.parent,
+                      [tree, *args.seed_questions, *args.seed_abilities, *args.exclude, *weights_of(writer)],
+                      {"tree": tree, "questions": args.seed_questions, "abilities": args.seed_abilities, "exclude": args.exclude,
+                       **writer, "prompts": args.prompts, "n_samples": args.n_samples, "power": args.power,
+                       "floor": args.floor, "temperature": args.write_temperature, "max_new_tokens": args.max_new_tokens,
+                       "seed": args.seed + number, "id_prefix": f"round{number}", "out": written})
+
+        kept = here / "D_validated_data" / "valid.jsonl"
+        agents = agent_flags(args, "agent_a", folder) | agent_flags(args, "agent_b", folder)
+        workflow.step(f"round {number}: validate", "validate", kept.parent, [written, *weights_of(agents)],
+                      {"questions": [written], "abilities": [written.with_name("distill_ability.jsonl")], **agents,
+                       "prompts": args.prompts, "write": args.write, "max_new_tokens": args.max_new_tokens, "seed": args.seed,
+                       "out": kept})
+
+        data, logits = [kept, *args.old_data], here / "E_teacher_logits" / "logits"
+        workflow.step(f"round {number}: logits", "generate_logits", logits.parent, [args.teacher, *data],
+                      {"teacher": args.teacher, "data": data, "hide_options": hide, "max_seq_len": args.max_seq_len,
+                       "out": logits})
+
+        trained = models / f"iteration_{number}_student_model"
+        workflow.step(f"round {number}: train", "train", trained, [student, logits, *data],
+                      {"student": student, "logits": logits, "data": data, "hide_options": hide, "out_dir": trained,
+                       "temperature": args.temperature, "alpha_ce": args.alpha_ce, "epochs": args.epochs,
+                       "max_steps": args.max_steps, "learning_rate": args.learning_rate, "warmup_iters": args.warmup_iters,
+                       "batch_size": args.batch_size, "accumulation_steps": args.accumulation_steps,
+                       "max_seq_len": args.max_seq_len, "more": args.more, "seed": args.seed + number},
+                      log=here / "train.log", resumable="--resume")
+        student = next(path for path in sorted(trained.glob("full_dist_*.pth")) if not path.stem.endswith("_best"))
+
+
+if __name__ == "__main__":
+    main()
