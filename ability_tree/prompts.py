@@ -134,6 +134,8 @@ def checked_row(row: dict) -> dict:
     for text in (row["question"], *row["options"].values()):
         if any(ord(letter) < 32 and letter not in "\n\t" for letter in text):
             raise ValueError(f"a control character: {short(text)}")
+        if "\ufffd" in text:        # bytes that are no UTF-8: half a Chinese character, say
+            raise ValueError(f"half a character: {short(text)}")
     return row
 
 

@@ -95,6 +95,7 @@ def test_backslashes_of_formulas_are_kept():
     (json.dumps(ROW | {"answer_idx": "E"}), "the answer is none of the options"),
     (json.dumps({"question": "Which?", "options": ["x", "y"]}), "the answer is none of the options"),
     (json.dumps(ROW | {"question": "Which\u0007?"}), "a control character"),
+    (json.dumps(ROW | {"question": "Which \ufffd?"}), "half a character"),
 ])
 def test_a_question_that_cannot_be_used_is_refused_with_a_reason_to_count_by(reply, reason):
     with pytest.raises(ValueError) as refused:

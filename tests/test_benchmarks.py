@@ -12,6 +12,7 @@ import torch
 from helpers_run import FORKS
 
 from benchmarks import loss as benchmark
+from benchmarks.ability import known_answers, right_answer, share_right
 from benchmarks.loss import FORMS, TOLERANCE, Case, deviation, inputs, main, peak, reset_peak, timed
 
 CPU = torch.device("cpu")
@@ -84,3 +85,11 @@ def test_a_wrong_flag_is_refused_before_anything_is_measured(wrong, reason, caps
     with pytest.raises(SystemExit):
         main(wrong)
     assert reason in capsys.readouterr().err
+
+
+def test_what_a_teacher_writes_is_judged_by_the_world_and_its_rules():
+    known = known_answers()
+    right = {"what is 3 plus 4?": "7", "flip c s c.": "c s c", "alphabetical order: z y y": "y y z", "home of the liver?": None}
+    assert {question: right_answer(question, known) for question in right} == right
+    rows = [{"question": "flip a b.", "options": {"A": "a b", "B": "b a"}, "answer_idx": letter} for letter in "AB"]
+    assert share_right(rows, known) == 50
