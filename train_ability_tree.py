@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import torch
 
@@ -37,6 +38,7 @@ from ability_tree.agents import add_agent_args
 from ability_tree.generate_logits import flags_of
 from ability_tree.prompts import PROMPTS
 from ability_tree.tree import AbilityTree, compare
+from dataset.formats import read_each
 from distill.teacher_logits import file_sha256
 from runtime import Logger
 
@@ -50,7 +52,7 @@ class Workflow:
     gpus        their numbers: a process each, under torchrun if there are several
     """
 
-    def __init__(self, gpus: list[str]):
+    def __init__(self, gpus: list[int]):
         self.gpus = gpus
 
     def step(self, title: str, module: str, out: Path, inputs: list, flags: dict, log: Path | None = None, resumable: str = ""):
@@ -87,7 +89,7 @@ class Workflow:
             launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(len(self.gpus)), "-m"]
             command = [*command, "--ddp"]
         Logger(f"\n== {title}\npython {shlex.join([*launcher[1:], *command])}")
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if torch.cuda.is_available() else {})
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))} if torch.cuda.is_available() else {})
         # Ctrl-C comes here alone, and is handed on: the step saves, says how to go on, and ends.
         asked, children = [], []
 
@@ -155,7 +157,9 @@ def main():
     add("--seed_questions", nargs="+", default=["dataset/ability_seeds.jsonl"], help="real questions after which new ones are written")
     add("--seed_abilities", nargs="+", default=["dataset/ability_paths.jsonl"], help="their ability paths")
     add("--exclude", nargs="+", default=[], help="exams whose questions are never to be written")
-    add("--old_data", nargs="+", default=[], help="rows mixed with the new ones, against forgetting")
+    add("--old_data", nargs="+", default=[], help="rows of any format that the student knows, to be mixed with the new ones "
+                                                   "against forgetting; the rows of earlier rounds are always among them")
+    add("--replay_share", type=float, default=0.5, help="of old rows in what is learned, in [0, 1), drawn anew in each round")
     add("--initial_tree", default=None, help="the tree before the first round; default: that of the ability files")
     add("--hide_options", action="store_true", help="ask and teach the bare question, without its options on lettered lines")
     # how much
@@ -179,7 +183,7 @@ def main():
     add("--more", default="", help='further flags of train_distillation.py, in one text: --more="--lora_rank 8"')
     # where
     add = parser.add_argument_group("run").add_argument
-    add("--gpus", nargs="+", default=["0"], help="numbers of the GPUs, a process for each; on a CPU so many processes")
+    add("--gpus", type=int, nargs="+", default=[0], help="numbers of the GPUs, a process for each; on a CPU so many processes")
     add("--workflow_dir", default="output/workflow", help="folder of the trees, the questions and the logs")
     add("--models_dir", default="output/models", help="folder of the students")
     add("--seed", type=int, default=1337, help="of all that is drawn")
@@ -192,6 +196,8 @@ def main():
         idle = [f"--{key}" for key, value in vars(args).items() if key.startswith(f"{role}_") and value]
         if idle and not vars(args)[role] and not vars(args)[f"{role}_url"]:
             parser.error(f"{', '.join(idle)}: of no effect without --{role}_url")
+    if not 0 <= args.replay_share < 1:
+        parser.error(f"--replay_share {args.replay_share:g} must lie in [0, 1)")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds} must be 1 or more")
 
@@ -221,6 +227,19 @@ def weights_of(agents: dict) -> list[str]:
     return [agents[role] for role in ("teacher", "agent_a", "agent_b") if agents.get(role)]
 
 
+def replayed(old: list, new: Path, args, seed: int, path: Path) -> list[Path]:
+    """A file of so many old rows that they are --replay_share of what is learned; [] if there are none."""
+    n_new = len(new.read_bytes().splitlines())
+    rows = [row for file in old for row in read_each(file, dict)]
+    n = min(len(rows), round(n_new * args.replay_share / (1 - args.replay_share)))
+    if n == 0:
+        return []
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in Random(seed).sample(rows, n)).encode()
+    if not path.exists() or path.read_bytes() != text:
+        runtime.write_whole(path, lambda file: file.write(text))
+    return [path]
+
+
 def rounds(args, folder: Path, models: Path) -> tuple[AbilityTree, AbilityTree]:
     """All rounds; the trees of the student before the first and after the last one."""
     workflow, student, hide = Workflow(args.gpus), args.student, args.hide_options
@@ -230,7 +249,7 @@ def rounds(args, folder: Path, models: Path) -> tuple[AbilityTree, AbilityTree]:
         tree = initial / "tree.json"
         workflow.step("initial tree", "create_initial_tree", initial, args.ability_files,
                       {"ability_files": args.ability_files, "out": tree})
-    trees = []
+    trees, valid = [], []
     for number in range(1, args.rounds + 2):
         here = folder / f"iteration_{number}"
         questions, abilities = (files[min(number, args.rounds) - 1] if len(files) > 1 else files[0]
@@ -264,7 +283,9 @@ def rounds(args, folder: Path, models: Path) -> tuple[AbilityTree, AbilityTree]:
                        "prompts": args.prompts, "write": args.write, "max_new_tokens": args.max_new_tokens, "seed": args.seed,
                        "out": kept})
 
-        data, logits = [kept, *args.old_data], here / "E_teacher_logits" / "logits"
+        data = [kept, *replayed([*args.old_data, *valid], kept, args, args.seed + number, here / "replay.jsonl")]
+        valid.append(kept)
+        logits = here / "E_teacher_logits" / "logits"
         workflow.step(f"round {number}: logits", "generate_logits", logits.parent, [args.teacher, *data],
                       {"teacher": args.teacher, "data": data, "hide_options": hide, "max_seq_len": args.max_seq_len,
                        "out": logits})

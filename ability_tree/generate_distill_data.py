@@ -4,9 +4,9 @@ New questions for weak leaves: each leaf has a share of them by how weak it is, 
 
     share of a leaf = floor / n_leaves + (1 - floor) * weakness / sum(weakness)     ability_tree/tree.py, AbilityTree.weights
 
-    python -m ability_tree.generate_distill_data --tree out/ability/tree.json --questions dataset/mcq_train.jsonl \\
-        --abilities dataset/mcq_ability.jsonl --teacher out/full_sft_128.pth --prompts miniworld --n_samples 1000 \\
-        --out out/ability/distill.jsonl
+    python -m ability_tree.generate_distill_data --tree out/ability/tree.json --questions dataset/ability_seeds.jsonl \\
+        --abilities dataset/ability_paths.jsonl --teacher out/ability/teacher/full_sft_128.pth --prompts miniworld \\
+        --n_samples 1000 --out out/ability/distill.jsonl
 
 two processes  torchrun --nproc_per_node 2 -m ability_tree.generate_distill_data --ddp ...
 

@@ -106,7 +106,7 @@ SCARCE = ("general/string/reverse", "general/sequence/next_letter", "general/peo
 FULL = dict(teacher_size=60_000, transfer_size=4_000, pretrain_size=20_000, domain_size=10_000,
             mcq_size=2_000, experience_size=2_400, experience_base_size=20_000,
             test_size=60, val_size=20, habit_draws=4,
-            ability_size=4_000, scarce_size=8, ability_dev_size=40, ability_test_size=60, writer_size=20_000)
+            ability_size=4_000, scarce_size=8, ability_dev_size=40, ability_test_size=60, writer_size=50_000)
 SMOKE = dict(teacher_size=300, transfer_size=200, pretrain_size=200, domain_size=100,
              mcq_size=102, experience_size=96, experience_base_size=200,
              test_size=6, val_size=2, habit_draws=1,

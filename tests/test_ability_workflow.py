@@ -67,7 +67,7 @@ class Pretended(Workflow):
         if out.suffix == ".json":
             AbilityTree.from_paths([("world", " ".join(made_of))]).save(out)
         else:
-            out.write_text(" ".join(made_of))
+            write(out, [{"made of": made_of}])
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def pretend(tmp_path, monkeypatch):
     monkeypatch.setattr(train_ability_tree, "Workflow", Pretended)
     monkeypatch.setattr(AbilityTree, "draw", lambda *_: None)           # no one looks at these pictures
     for name in ("teacher", "student", "agent", "dev_1", "dev_2", "paths", "seeds", "seed_paths", "exam", "old"):
-        (tmp_path / name).write_text(name)
+        write(tmp_path / name, [{"is": name}])
 
     def pretend(**changed) -> dict[str, list[str]]:
         Pretended.done = {}
@@ -114,7 +114,7 @@ def titles(*rounds: list[str]) -> list[str]:
 ])
 def test_a_changed_file_redoes_what_depends_on_it_and_nothing_else(changed, redone, pretend, tmp_path):
     assert list(pretend()) == ["initial tree", *titles(ALL, ALL, ALL[:2])]
-    (tmp_path / changed).write_text("other")
+    write(tmp_path / changed, [{"is": "another"}])
     assert list(pretend()) == redone
     assert list(pretend()) == []
 
@@ -141,6 +141,15 @@ def test_the_student_of_a_round_is_examined_and_taught_in_the_next(pretend, tmp_
     assert [command[command.index("--student") + 1] for command in taught] == list(map(str, weights[:2]))
     asked = [Path(command[command.index("--questions") + 1]).name for command in examined]
     assert asked == ["dev_1", "dev_2", "dev_2"]
+
+
+def test_the_next_round_learns_old_rows_of_earlier_rounds_too(pretend, tmp_path):
+    pretend(replay_share=0.9)           # all there are: the old row, then it and the one that round 1 kept
+    old, kept = read(tmp_path / "old"), read(tmp_path / "workflow" / D / "valid.jsonl")
+    replays = [read(tmp_path / f"workflow/iteration_{number}/replay.jsonl") for number in (1, 2)]
+    assert replays[0] == old and sorted(replays[1], key=str) == sorted(old + kept, key=str)
+    done = pretend(old_data=[], replay_share=0.9)
+    assert [word for word in done["round 1: train"] if word.endswith("jsonl")] == [str(tmp_path / "workflow" / D / "valid.jsonl")]
 
 
 def test_a_given_tree_is_where_the_first_round_begins(pretend, tmp_path):
@@ -281,7 +290,8 @@ def test_a_round_leaves_trees_questions_a_student_and_a_log_for_each_step(round_
     assert [row for row in wrote if row["id"] in {each["id"] for each in kept}] == kept
     taught = read(here / "E_teacher_logits/logits.jsonl")
     assert taught == read(round_1.folder / STUDENT / "conversations.jsonl")
-    assert len(taught) == len(kept) + len(read(round_1.flags["old_data"]))
+    assert len(taught) == 2 * len(kept) and taught[len(kept):] == read(here / "replay.jsonl")      # half old, half new
+    assert all(row in read(round_1.flags["old_data"]) for row in taught[len(kept):])
     assert taught[0]["conversations"] == [{"role": "user", "content": kept[0]["question"]},
                                           {"role": "assistant", "content": kept[0]["options"][kept[0]["answer_idx"]]}]
 

@@ -63,6 +63,13 @@ def small(command: str) -> list[str]:
     if "benchmarks.curriculum" in words:
         return [*words, "--seeds", "1", "--steps", "2", "2", "2", "--methods", "from nothing: specialist alone",
                 "general first: the curriculum"]
+    if "out/ability/teacher" in words:                              # it must learn to write what can be read as a question
+        return words + SMALL + ["--max_steps", "120", "--batch_size", "32"]
+    if "benchmarks.ability" in words:
+        return [*words, "--seeds", "1", "--n_samples", "80", "--steps", "2", "--methods", "no new questions",
+                "questions for weak leaves"]
+    if "train_ability_tree.py" in words:
+        return [*words, "--n_samples", "80", "--max_steps", "2"]
     if "train_curriculum.py" in words:                              # the batch sizes stand in its stages
         return [*words, "--max_steps", "2", "--num_workers", "0", "--eval_samples", "8"]
     if set(words) & set(TRAINING):
