@@ -20,6 +20,7 @@ from the same inputs, by their hashes. Ctrl-C ends the step as it ends by itself
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -129,12 +130,18 @@ def sha256_of(path: Path) -> str:
     if not path.exists():
         raise ValueError(f"no file at {path}")
     if path.is_file():
-        return file_sha256(path)
+        return hashed(path, path.stat().st_size, path.stat().st_mtime_ns)
     return hashlib.sha256(json.dumps(outputs_of(path)).encode()).hexdigest()
 
 
+@functools.cache
+def hashed(path: Path, size: int, mtime: int) -> str:
+    """A teacher of many gigabytes is the input of most steps, and is read for its hash once."""
+    return file_sha256(path)
+
+
 def outputs_of(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name not in (MANIFEST, "begun.json")}
 
 
@@ -153,11 +160,12 @@ def main():
     add = parser.add_argument_group("data").add_argument
     add("--dataset_files", nargs="+", default=["dataset/ability_dev.jsonl"],
         help="the questions that find the weak leaves, a file for each round; one file serves all")
-    add("--ability_files", nargs="+", default=["dataset/ability_paths.jsonl"], help="their ability paths, likewise")
+    add("--ability_files", nargs="*", default=["dataset/ability_paths.jsonl"], help="their ability paths, likewise; with none, "
+        "or where one is missing, the teacher finds the leaf")
     add("--seed_questions", nargs="+", default=["dataset/ability_seeds.jsonl"], help="real questions after which new ones are written")
     add("--seed_abilities", nargs="+", default=["dataset/ability_paths.jsonl"], help="their ability paths")
-    add("--exclude", nargs="+", default=[], help="exams whose questions are never to be written")
-    add("--old_data", nargs="+", default=[], help="rows of any format that the student knows, to be mixed with the new ones "
+    add("--exclude", nargs="*", default=[], help="exams whose questions are never to be written")
+    add("--old_data", nargs="*", default=[], help="rows of any format that the student knows, to be mixed with the new ones "
                                                    "against forgetting; the rows of earlier rounds are always among them")
     add("--replay_share", type=float, default=0.5, help="of old rows in what is learned, in [0, 1), drawn anew in each round")
     add("--initial_tree", default=None, help="the tree before the first round; default: that of the ability files")
@@ -188,8 +196,10 @@ def main():
     add("--models_dir", default="output/models", help="folder of the students")
     add("--seed", type=int, default=1337, help="of all that is drawn")
     args = runtime.parse_args(parser)
+    if not args.ability_files and not args.initial_tree:
+        parser.error("--ability_files or --initial_tree: one of them has to tell what leaves there are")
     for name in ("dataset_files", "ability_files"):
-        if len(vars(args)[name]) not in (1, args.rounds):
+        if len(vars(args)[name]) not in (1, args.rounds) and vars(args)[name]:
             parser.error(f"--{name} has {len(vars(args)[name])} files for --rounds {args.rounds}: give one for each round, or one "
                          "for all")
     for role in ("agent_a", "agent_b"):
@@ -214,7 +224,7 @@ def main():
 
 def agent_flags(args, role: str, folder: Path) -> dict:
     """What a step is told of an agent: its own flags, or the teacher's where it has none."""
-    who = role if vars(args)[role] or vars(args)[f"{role}_url"] else "teacher"
+    who = role if vars(args).get(role) or vars(args).get(f"{role}_url") else "teacher"
     flags = {key.replace(who, role, 1): value for key, value in vars(args).items() if key == who or key.startswith(f"{who}_")}
     if flags[f"{role}_url"]:
         flags[f"{role}_replies"] = flags[f"{role}_replies"] or folder / f"{role}_replies.jsonl"
@@ -224,7 +234,7 @@ def agent_flags(args, role: str, folder: Path) -> dict:
 
 
 def weights_of(agents: dict) -> list[str]:
-    return [agents[role] for role in ("teacher", "agent_a", "agent_b") if agents.get(role)]
+    return [agents[role] for role in ("teacher", "agent", "agent_a", "agent_b") if agents.get(role)]
 
 
 def replayed(old: list, new: Path, args, seed: int, path: Path) -> list[Path]:
@@ -252,17 +262,20 @@ def rounds(args, folder: Path, models: Path) -> tuple[AbilityTree, AbilityTree]:
     trees, valid = [], []
     for number in range(1, args.rounds + 2):
         here = folder / f"iteration_{number}"
-        questions, abilities = (files[min(number, args.rounds) - 1] if len(files) > 1 else files[0]
+        questions, abilities = (files[min(number, args.rounds) - 1:][:1] if len(files) > 1 else files
                                 for files in (args.dataset_files, args.ability_files))
 
         replies = here / "A_student_reply" / "replies.jsonl"
-        workflow.step(f"round {number}: inference", "inference", replies.parent, [student, questions],
-                      {"weights": student, "questions": [questions], "hide_options": hide, "out": replies})
+        workflow.step(f"round {number}: inference", "inference", replies.parent, [student, *questions],
+                      {"weights": student, "questions": questions, "hide_options": hide, "out": replies})
 
         before, tree = tree, here / "B_student_tree" / "tree.json"
-        workflow.step(f"round {number}: analyze", "analyze", tree.parent, [replies, questions, abilities, before],
-                      {"replies": [replies], "questions": [questions], "abilities": [abilities], "tree": before, "round": number,
-                       "out": tree, "png": tree.with_suffix(".png")})
+        agent = agent_flags(args, "agent", folder)
+        workflow.step(f"round {number}: analyze", "analyze", tree.parent,
+                      [replies, *questions, *abilities, before, *weights_of(agent)],
+                      {"replies": [replies], "questions": questions, "abilities": abilities, "tree": before, "round": number,
+                       **agent, "prompts": args.prompts, "hide_options": hide, "max_new_tokens": args.max_new_tokens,
+                       "seed": args.seed, "out": tree, "png": tree.with_suffix(".png")})
         trees.append(AbilityTree.load(tree))
         if number > args.rounds:
             return trees[0], trees[-1]

@@ -86,7 +86,8 @@ def pretend(tmp_path, monkeypatch):
         of_files = {key: [tmp_path / name for name in value] if isinstance(value, list) else tmp_path / value
                     for key, value in flags.items()}
         where = {"workflow_dir": tmp_path / "workflow", "models_dir": tmp_path / "models"}
-        monkeypatch.setattr(sys, "argv", ["train_ability_tree.py", *flags_of(**of_files | where | changed)])
+        none = [f"--{name}" for name, value in changed.items() if value == []]
+        monkeypatch.setattr(sys, "argv", ["train_ability_tree.py", *flags_of(**of_files | where | changed), *none])
         train_ability_tree.main()
         return Pretended.done
 
@@ -108,7 +109,7 @@ def titles(*rounds: list[str]) -> list[str]:
     ("seeds", titles(ALL[2:], ALL, ALL[:2])),
     ("seed_paths", titles(ALL[2:], ALL, ALL[:2])),
     ("exam", titles(ALL[2:], ALL, ALL[:2])),
-    ("teacher", titles(ALL[2:], ALL, ALL[:2])),
+    ("teacher", titles(ALL[1:], ALL, ALL[:2])),                         # it may be asked for a question's leaf
     ("agent", titles(ALL[3:], ALL, ALL[:2])),
     ("old", titles(ALL[4:], ALL, ALL[:2])),
 ])
@@ -119,7 +120,7 @@ def test_a_changed_file_redoes_what_depends_on_it_and_nothing_else(changed, redo
     assert list(pretend()) == []
 
 
-@pytest.mark.parametrize("flag, value, first", [("n_samples", 5, "generate"), ("prompts", "miniworld", "generate"),
+@pytest.mark.parametrize("flag, value, first", [("n_samples", 5, "generate"), ("prompts", "miniworld", "analyze"),
                                                 ("write", True, "validate"), ("learning_rate", 1e-4, "train")])
 def test_a_changed_flag_redoes_the_step_that_has_it_and_what_follows(flag, value, first, pretend):
     pretend()
@@ -214,6 +215,15 @@ def test_who_writes_also_checks_where_no_agent_is_named_and_the_teachers_weights
     assert f"--agent_b {tmp_path}/agent" in validate and "--agent_b_url" not in validate
 
 
+def test_without_ability_files_the_teacher_finds_the_leaves_of_a_given_tree(pretend, tmp_path, capsys):
+    AbilityTree.from_paths([("world", "day")]).save(tmp_path / "mine.json")
+    analyze = pretend(initial_tree=tmp_path / "mine.json", ability_files=[])["round 1: analyze"]
+    assert "--abilities" not in analyze and analyze[analyze.index("--agent") + 1] == str(tmp_path / "teacher")
+    with pytest.raises(SystemExit):
+        pretend(ability_files=[])
+    assert "--ability_files or --initial_tree" in capsys.readouterr().err
+
+
 def test_a_flag_of_an_agent_that_is_not_named_is_refused(pretend, capsys):
     with pytest.raises(SystemExit):
         pretend(agent_a_rpm=5)
@@ -290,8 +300,9 @@ def test_a_round_leaves_trees_questions_a_student_and_a_log_for_each_step(round_
     assert [row for row in wrote if row["id"] in {each["id"] for each in kept}] == kept
     taught = read(here / "E_teacher_logits/logits.jsonl")
     assert taught == read(round_1.folder / STUDENT / "conversations.jsonl")
-    assert len(taught) == 2 * len(kept) and taught[len(kept):] == read(here / "replay.jsonl")      # half old, half new
-    assert all(row in read(round_1.flags["old_data"]) for row in taught[len(kept):])
+    replay = read(here / "replay.jsonl")
+    assert len(replay) == len(kept) and all(row in read(round_1.flags["old_data"]) for row in replay)       # half old, half new
+    assert [row["conversations"] for row in taught[len(kept):]] == [row["conversations"] for row in replay]
     assert taught[0]["conversations"] == [{"role": "user", "content": kept[0]["question"]},
                                           {"role": "assistant", "content": kept[0]["options"][kept[0]["answer_idx"]]}]
 
