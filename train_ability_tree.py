@@ -25,7 +25,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -66,10 +65,10 @@ class Workflow:
         if recorded(manifest) == begun | {"outputs": outputs_of(out)}:
             Logger(f"== {title}: is there, {out}")
             return
-        # What another command, or other inputs, left there is not to be gone on with.
+        # What another command, or other inputs, left there is not to be gone on with. It is kept as OUT.previous.
         again = started.exists() and not manifest.exists() and recorded(started) == begun
-        if out.exists() and not again:
-            shutil.rmtree(out)
+        if not again:
+            runtime.keep_previous(out)
         if again and not resumable:         # killed after its last file: it would take that for another's. Its parts stay
             for path in out.iterdir():
                 if path.is_file() and path != started:
@@ -90,7 +89,7 @@ class Workflow:
             launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(len(self.gpus)), "-m"]
             command = [*command, "--ddp"]
         Logger(f"\n== {title}\npython {shlex.join([*launcher[1:], *command])}")
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))} if torch.cuda.is_available() else {})
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))} if torch.cuda.is_available() else {}
         # Ctrl-C comes here alone, and is handed on: the step saves, says how to go on, and ends.
         asked, children = [], []
 
@@ -100,8 +99,8 @@ class Workflow:
                 child.send_signal(number)
 
         before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        child = subprocess.Popen([*launcher, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                                 stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        child = subprocess.Popen([*launcher, *command], cwd=ROOT, env=os.environ | visible,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         children.append(child)
         if asked:
             child.send_signal(asked[0])
@@ -162,7 +161,8 @@ def main():
         help="the questions that find the weak leaves, a file for each round; one file serves all")
     add("--ability_files", nargs="*", default=["dataset/ability_paths.jsonl"], help="their ability paths, likewise; with none, "
         "or where one is missing, the teacher finds the leaf")
-    add("--seed_questions", nargs="+", default=["dataset/ability_seeds.jsonl"], help="real questions after which new ones are written")
+    add("--seed_questions", nargs="+", default=["dataset/ability_seeds.jsonl"],
+        help="real questions, after which new ones are written")
     add("--seed_abilities", nargs="+", default=["dataset/ability_paths.jsonl"], help="their ability paths")
     add("--exclude", nargs="*", default=[], help="exams whose questions are never to be written")
     add("--old_data", nargs="*", default=[], help="rows of any format that the student knows, to be mixed with the new ones "

@@ -1,17 +1,17 @@
 """
 能力树值多少：同样的更新步数，针对弱叶子出题，对比均匀出题，对比不出新题；两个代理拦下了多少错题。
-What the ability tree is worth: at equal updates, questions for weak leaves against questions for all alike and against none; and
-how many wrong questions the two agents let through.
+What the ability tree is worth: at equal updates, questions for weak leaves against questions for all alike and against none;
+and how many wrong questions the two agents let through.
 
     python -m benchmarks.ability --seeds 3
 
-Each line is two rounds of train_ability_tree.py with configs/ability_tiny.yaml, from the same student (README, "The ability tree",
-makes it and its teacher). On dataset/ability_test.jsonl, in % of questions, mean over leaves:
+Each line is two rounds of train_ability_tree.py with configs/ability_tiny.yaml, from the same student (README, "The ability
+tree", makes it and its teacher). On dataset/ability_test.jsonl, in % of questions, mean over leaves:
 
     weak, all           the leaves that the student had hardly met, and all of them
     written, kept       questions that the teacher wrote, and that both agents agreed with, in both rounds
-    right, right kept   % of them whose answer is the world's. (One that it does not know, such as the home of an organ, is counted
-                        as wrong.)
+    right, right kept   % of them whose answer is the world's. (One that it does not know, such as the home of an organ, is
+                        counted as wrong.)
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROUNDS = {
     "for the weakest above all": "--power 3",
     "for all leaves alike": "--floor 1",
 }
-NO_NEW = "no new questions"
+BEFORE, NO_NEW = "the student before", "no new questions"
 
 
 def read(path) -> list[dict]:
@@ -39,6 +39,7 @@ def read(path) -> list[dict]:
 
 def by_leaf(student: Path, out: Path) -> dict[str, float]:
     """{leaf: % right} of the exam."""
+    (ROOT / out).unlink(missing_ok=True)        # of an earlier student
     run("-m", f"ability_tree.inference --weights {student} --questions dataset/ability_test.jsonl --hide_options --out {out}")
     right = {reply["id"]: reply["correct"] for reply in read(out)}
     leaves = {}
@@ -65,6 +66,37 @@ def share_right(rows: list[dict], known: dict[str, str]) -> float:
     return 100 * statistics.mean(right_answer(row["question"], known) == row["options"][row["answer_idx"]] for row in rows)
 
 
+def practised(seed: int, folder: Path, args) -> tuple[Path, dict]:
+    """(the student after two more rounds on what it has learned from before, {"seconds"})."""
+    student, seconds = args.student, 0.0
+    for number in (1, 2):
+        trained = folder / f"iteration_{number}"
+        seconds += run("-m", f"ability_tree.train --student {student} --teacher {args.teacher} --data dataset/ability_sft.jsonl "
+                             f"--hide_options --temperature 1 --alpha_ce 0 --max_steps {args.steps} --learning_rate 1e-3 "
+                             f"--warmup_iters 30 --batch_size {args.batch_size} --accumulation_steps 1 --seed {seed + number} "
+                             f"--out_dir {trained}")
+        student = trained / "full_dist_64.pth"
+    return student, {"seconds": seconds}
+
+
+def taught(flags: str, seed: int, folder: Path, args) -> tuple[Path, dict]:
+    """(the student after two rounds of the ability tree, what is to be told of them)."""
+    seconds = run("train_ability_tree.py", f"--config {CONFIG} {flags} --teacher {args.teacher} --student {args.student} "
+                                           f"--n_samples {args.n_samples} --max_steps {args.steps} --batch_size {args.batch_size} "
+                                           f"--seed {seed} --workflow_dir {folder}/workflow --models_dir {folder}/models")
+    written, kept = ([row for number in (1, 2) for row in read(folder / f"workflow/iteration_{number}" / path)]
+                     for path in ("C_distill_data/distill.jsonl", "D_validated_data/valid.jsonl"))
+    known = known_answers()
+    return folder / "models/iteration_2_student_model/full_dist_64.pth", {
+        "written": len(written), "kept": len(kept), "right": share_right(written, known), "right kept": share_right(kept, known),
+        "seconds": seconds}
+
+
+def examined(student: Path, out: Path) -> dict[str, float]:
+    leaves = by_leaf(student, out)
+    return {"weak": statistics.mean(leaves[leaf] for leaf in SCARCE), "all": statistics.mean(leaves.values())}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -72,41 +104,19 @@ def main(argv=None):
     add("--seeds", type=int, default=1, help="of all that is drawn: mean and spread")
     add("--n_samples", type=int, default=1000, help="questions wanted in each round")
     add("--steps", type=int, default=400, help="updates of each round")
+    add("--batch_size", type=int, default=48, help="samples in each of them")
     add("--teacher", type=Path, default=Path("out/ability/teacher/full_sft_128.pth"), help="its weights")
     add("--student", type=Path, default=Path("out/ability/student/full_sft_64.pth"), help="the weights that all start from")
     add("--out", type=Path, default=Path("out/ability_table"), help="folder for all files, table.md and table.json")
     args = parser.parse_args(argv)
 
-    known, results = known_answers(), {}
+    results = {BEFORE: [examined(args.student, args.out / "before.jsonl")]}
     for seed in range(1337, 1337 + args.seeds):
         for name in args.methods:
-            folder, facts = args.out / str(seed) / name.replace(" ", "_"), {}
-            if name == NO_NEW:
-                student, seconds = args.student, 0.0
-                for number in (1, 2):
-                    trained = folder / f"iteration_{number}"
-                    seconds += run("-m", f"ability_tree.train --student {student} --teacher {args.teacher} --data "
-                                         f"dataset/ability_sft.jsonl --hide_options --temperature 1 --alpha_ce 0 --max_steps {args.steps} "
-                                         f"--learning_rate 1e-3 --warmup_iters 30 --batch_size 48 --accumulation_steps 1 --seed "
-                                         f"{seed + number} --out_dir {trained}")
-                    student = trained / "full_dist_64.pth"
-            else:
-                seconds = run("train_ability_tree.py", f"--config {CONFIG} {ROUNDS[name]} --teacher {args.teacher} --student "
-                              f"{args.student} --n_samples {args.n_samples} --max_steps {args.steps} --seed {seed} "
-                              f"--workflow_dir {folder}/workflow --models_dir {folder}/models")
-                student = folder / "models/iteration_2_student_model/full_dist_64.pth"
-                written, kept = ([row for number in (1, 2) for row in read(folder / f"workflow/iteration_{number}" / path)]
-                                 for path in ("C_distill_data/distill.jsonl", "D_validated_data/valid.jsonl"))
-                facts = {"written": len(written), "kept": len(kept), "right": share_right(written, known),
-                         "right kept": share_right(kept, known)}
-            leaves = by_leaf(student, folder / "exam.jsonl")
-            results.setdefault(name, []).append(facts | {
-                "weak": statistics.mean(leaves[leaf] for leaf in SCARCE), "all": statistics.mean(leaves.values()),
-                "seconds": seconds})
+            folder = args.out / str(seed) / name.replace(" ", "_")
+            student, told = practised(seed, folder, args) if name == NO_NEW else taught(ROUNDS[name], seed, folder, args)
+            results.setdefault(name, []).append(examined(student, folder / "exam.jsonl") | told)
             print(f"seed {seed}  {name}: {results[name][-1]}", flush=True)
-    before = by_leaf(args.student, args.out / "before.jsonl")
-    results = {"the student before": [{"weak": statistics.mean(before[leaf] for leaf in SCARCE),
-                                       "all": statistics.mean(before.values()), "seconds": 0}]} | results
     write_table(args.out, results, ("weak", "all", "written", "kept", "right", "right kept", "seconds"))
 
 

@@ -127,6 +127,14 @@ def test_a_changed_flag_redoes_the_step_that_has_it_and_what_follows(flag, value
     assert list(pretend(**{flag: value})) == titles(ALL[ALL.index(first):], ALL, ALL[:2])
 
 
+def test_what_a_changed_flag_made_another_of_is_kept_as_previous(pretend, tmp_path):
+    pretend()
+    was = (tmp_path / STUDENT / "full_dist_32.pth").read_bytes()
+    pretend(learning_rate=1e-4)
+    student, previous = (tmp_path / folder / "full_dist_32.pth" for folder in (STUDENT, f"{STUDENT}.previous"))
+    assert previous.read_bytes() == was != student.read_bytes()
+
+
 def test_more_rounds_go_on_where_fewer_ended(pretend, tmp_path):
     once = {"dataset_files": tmp_path / "dev_1"}
     pretend(**once, rounds=1)
@@ -330,7 +338,7 @@ def test_two_processes_write_the_bytes_of_one(round_1):
     said = run_real(round_1.flags, gpus=["0", "1"])
     assert [title for title, done in steps_of(said).items() if done] == [STEPS[1], STEPS[3], STEPS[4]]
     assert said.count("--nproc_per_node 2") == 3 and "parts of this process" in said
-    after = {name: content for name, (_, content) in files_in(workflow).items()}
+    after = {name: content for name, (_, content) in files_in(workflow).items() if ".previous/" not in name}
     assert all(before[name] == after[name] for name in before if not name.endswith((".log", "report.png")))
     assert before.keys() == after.keys()
 
