@@ -34,11 +34,14 @@ from random import Random
 import torch
 
 import runtime
-from ability_tree.agents import add_agent_args
-from ability_tree.generate_logits import flags_of
+from ability_tree.agents import add_agent_args, make_agent
+from ability_tree.generate_distill_data import text_of
+from ability_tree.generate_logits import bare, flags_of
+from ability_tree.inference import read_choices
 from ability_tree.prompts import PROMPTS
+from ability_tree.steps import read_abilities
 from ability_tree.tree import AbilityTree, compare
-from dataset.formats import read_each
+from dataset.formats import files_of, read_each
 from distill.teacher_logits import file_sha256
 from runtime import Logger
 
@@ -144,7 +147,7 @@ def outputs_of(folder: Path) -> dict[str, str]:
             if path.is_file() and path.name not in (MANIFEST, "begun.json")}
 
 
-def main():
+def read_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # who
     add = parser.add_argument_group("models").add_argument
@@ -210,10 +213,40 @@ def main():
         parser.error(f"--replay_share {args.replay_share:g} must lie in [0, 1)")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds} must be 1 or more")
+    return args
 
+
+def check_inputs(args, folder: Path):
+    """Reads each of the user's files once, so that a mistake in the last is told before the first step. Raises what their
+    readers raise."""
+    for weights in filter(None, (args.student, args.teacher, args.agent_a, args.agent_b)):
+        if not Path(weights).exists():
+            raise ValueError(f"no weights at {weights}")
+    for file in args.dataset_files:
+        read_choices([file])
+    for file in args.ability_files:
+        read_abilities([file])
+    read_choices(args.seed_questions)
+    read_abilities(args.seed_abilities)
+    for path in args.exclude:
+        for file in files_of(path):
+            read_each(file, text_of)
+    for file in args.old_data:
+        read_each(file, bare)
+    if args.initial_tree:
+        AbilityTree.load(args.initial_tree)
+    for role in ("teacher", "agent_a", "agent_b"):
+        flags = agent_flags(args, role, folder)
+        if flags[f"{role}_url"]:
+            make_agent(argparse.Namespace(**flags), role, torch.device("cpu"))
+
+
+def main():
+    args = read_args()
     folder, models = Path(args.workflow_dir), Path(args.models_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with runtime.checking_input():
+        check_inputs(args, folder)
         before, after = rounds(args, folder, models)
     text = f"# Before, and after round {args.rounds}\n\n{compare(before, after)}\n"
     Logger(f"\n{text}\n{after.text()}")

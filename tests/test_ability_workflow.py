@@ -75,6 +75,7 @@ def pretend(tmp_path, monkeypatch):
     """pretend(rounds=2) -> {title: command} of the steps that this run of the workflow did."""
     monkeypatch.setattr(train_ability_tree, "Workflow", Pretended)
     monkeypatch.setattr(AbilityTree, "draw", lambda *_: None)           # no one looks at these pictures
+    monkeypatch.setattr(train_ability_tree, "check_inputs", lambda *_: None)    # there is nothing in these files
     for name in ("teacher", "student", "agent", "dev_1", "dev_2", "paths", "seeds", "seed_paths", "exam", "old"):
         write(tmp_path / name, [{"is": name}])
 
@@ -366,9 +367,26 @@ def test_ctrl_c_in_any_step_ends_the_workflow_and_the_same_command_goes_on(when,
 
 
 def test_a_step_that_fails_ends_the_workflow_and_names_its_log(round_1):
-    path = round_1.flags["dataset_files"]
-    path.write_text(path.read_text() + "{\n")
-    said = run_real(round_1.flags, code=1)
-    log = Path(re.search(r"round 1: inference ended with status 1; its log is (.*?\.log)", said).group(1))
-    assert f"{path}, line 171" in log.read_text() and list(steps_of(said)) == STEPS[:2]
+    said = run_real(round_1.flags, code=1, batch_size=5000)
+    log = Path(re.search(r"round 1: train ended with status 1; its log is (.*?\.log)", said).group(1))
+    assert "fewer than the 5000 of one step" in log.read_text() and list(steps_of(said)) == STEPS[:7]
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("flag", ["dataset_files", "ability_files", "seed_questions", "seed_abilities", "old_data", "exclude"])
+def test_a_mistake_in_a_file_is_told_before_the_first_step(flag, world, tmp_path):
+    flags = world.flags | {"exclude": world.flags["old_data"], "workflow_dir": tmp_path / "w", "models_dir": tmp_path / "m"}
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text(flags[flag].read_text() + "{\n")
+    said = run_real(flags | {flag: wrong}, code=1)
+    assert f"{wrong}, line {len(wrong.read_text().splitlines())}" in said and "==" not in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("wrong, reason", [
+    ({"agent_b": "gone.pth"}, "no weights at gone.pth"), ({"initial_tree": "gone.json"}, "gone.json"),
+    ({"teacher_url": "http://localhost:1/v1"}, "--teacher_url needs the model's name"),
+    ({"agent_a_url": "localhost", "agent_a_model": "big", "agent_a": None}, "must begin with http"),
+])
+def test_a_wrong_flag_too(wrong, reason, world, tmp_path):
+    said = run_real(world.flags | wrong | {"workflow_dir": tmp_path / "w"}, code=1)
+    assert reason in said and "==" not in said and "Traceback" not in said
