@@ -11,9 +11,10 @@ import pytest
 import torch
 from helpers_run import FORKS
 
-from benchmarks import loss as benchmark
+from benchmarks import measure
 from benchmarks.ability import known_answers, right_answer, share_right
-from benchmarks.loss import FORMS, TOLERANCE, Case, deviation, inputs, main, peak, reset_peak, timed
+from benchmarks.loss import FORMS, Case, inputs, main
+from benchmarks.measure import TOLERANCE, deviation, peak, reset_peak, timed
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,7 @@ def left_behind(path, **changed):
 def test_every_form_stands_in_the_table_the_json_and_the_picture(tmp_path, capsys, monkeypatch):
     # A process that imports torch anew takes seconds; a fork of one that has it is as good where nothing is to be learnt
     # from the figures.
-    monkeypatch.setattr(benchmark, "get_context", lambda _: FORKS)
+    monkeypatch.setattr(measure, "get_context", lambda _: FORKS)
     main(["--tokens", "16", "--dim", "8", "--vocab", "50", "--repeats", "1",
           "--json", str(tmp_path / "loss.json"), "--picture", str(tmp_path / "loss.png")])
 
@@ -48,15 +49,16 @@ def test_every_form_stands_in_the_table_the_json_and_the_picture(tmp_path, capsy
 def test_the_deviation_is_the_largest_of_the_loss_and_both_gradients(tmp_path):
     plain = left_behind(tmp_path / "plain.pt")
     # |4.0002 - 4| / 4 = 5e-5; the head is off by 2e-5 in each of its ones.
-    assert deviation(left_behind(tmp_path / "a.pt", loss=2e-4, head=2e-5), plain) == pytest.approx(5e-5, rel=0.01)
+    ours = left_behind(tmp_path / "a.pt", loss=2e-4, head=2e-5)
+    assert deviation("ours", ours, "plain", plain) == pytest.approx(5e-5, rel=0.01)
 
 
 @pytest.mark.parametrize("part", ["loss", "hidden", "head"])
 @pytest.mark.parametrize("change", [1e-3, float("nan")])
 def test_a_form_that_deviates_is_refused(tmp_path, part, change):
     wrong = left_behind(tmp_path / "wrong.pt", **{part: 4 * change})
-    with pytest.raises(ValueError, match=f"{part}: .* away from the plain form's"):
-        deviation(wrong, left_behind(tmp_path / "plain.pt"))
+    with pytest.raises(ValueError, match=f"ours, {part}: .* away from plain"):
+        deviation("ours", wrong, "plain", left_behind(tmp_path / "plain.pt"))
 
 
 def test_every_process_makes_the_same_inputs():
