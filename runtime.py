@@ -40,6 +40,17 @@ def how_called() -> str:
     return " ".join([f"-m {module.name}" if module else sys.argv[0], *sys.argv[1:]])
 
 
+WORKFLOW = "MINIDISTILL_WORKFLOW"       # environment variable: the command that this process is a step of
+
+
+def to_go_on(n_processes: int, more: str = "") -> str:
+    """What to type so that a run which was stopped goes on: its own command and `more`; in a step of a workflow, that one's."""
+    if WORKFLOW in os.environ:
+        return os.environ[WORKFLOW]
+    launcher = f"torchrun --nproc_per_node {n_processes}" if n_processes > 1 else "python"
+    return f"{launcher} {how_called().replace(more, '')}{more}"
+
+
 def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -644,10 +655,8 @@ class Run:
         if dist.is_initialized():
             dist.barrier()
         if self.steps_done < self.total_steps:
-            launcher = f"torchrun --nproc_per_node {self.world.size}" if self.args.ddp else "python"
-            again = how_called().replace(" --resume", "")
             Logger(f"stopped after step {self.steps_done} of {self.total_steps}; everything is saved. "
-                   f"Go on with: {launcher} {again} --resume")
+                   f"Go on with: {to_go_on(self.world.size, ' --resume')}")
             sys.exit(130)
 
 

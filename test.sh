@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")"
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-exec .venv/bin/python -m pytest tests "$@"
+exec .venv/bin/python -m pytest tests -n auto --dist loadfile "$@"

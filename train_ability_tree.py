@@ -50,7 +50,11 @@ MANIFEST = "manifest.json"
 
 
 class Workflow:
-    """Runs commands, each into a folder of its own, unless it is done.
+    """Runs commands, each into a folder of its own, unless it is done. What is in the folder tells:
+
+    manifest.json, of this command, these inputs, these files       it is done, and skipped
+    begun.json, of this command and these inputs                    it was stopped, and goes on
+    anything else                                                   another command's: kept as FOLDER.previous, done anew
 
     gpus        their numbers: a process each, under torchrun if there are several
     """
@@ -63,14 +67,17 @@ class Workflow:
         goes to `log` too, by default MODULE.log beside `out`. One that was stopped is called again with the flag
         `resumable`."""
         command = [f"ability_tree.{module}", *flags_of(**flags)]
-        begun = {"command": command, "inputs": {str(path): sha256_of(Path(path)) for path in inputs}}
+        # What only tells how fast it may go makes no other result; how many processes train a student does.
+        told = {name: value for name, value in flags.items() if not name.endswith(("_budget", "_rpm", "_replies", "_key_env"))}
+        begun = {"command": [command[0], *flags_of(**told)], "processes": len(self.gpus) if resumable else "any",
+                 "inputs": {str(path): sha256_of(Path(path)) for path in inputs}}
         manifest, started = out / MANIFEST, out / "begun.json"
         if recorded(manifest) == begun | {"outputs": outputs_of(out)}:
             Logger(f"== {title}: is there, {out}")
             return
-        # What another command, or other inputs, left there is not to be gone on with. It is kept as OUT.previous.
         again = started.exists() and not manifest.exists() and recorded(started) == begun
-        if not again:
+        if out.exists() and not again:
+            Logger(f"{out} was made by another command, or from other inputs: it is kept as {out}.previous")
             runtime.keep_previous(out)
         if again and not resumable:         # killed after its last file: it would take that for another's. Its parts stay
             for path in out.iterdir():
@@ -83,7 +90,12 @@ class Workflow:
         runtime.write_whole(manifest, lambda file: file.write(text.encode()))
         started.unlink()
         if asked:
-            sys.exit(130)
+            self.leave(title)
+
+    @staticmethod
+    def leave(title: str):
+        Logger(f"stopped at {title}; what is done stays. Go on with: {runtime.to_go_on(1)}")
+        sys.exit(130)
 
     def run(self, title: str, command: list[str], log: Path) -> bool:
         """Returns whether Ctrl-C was heard, though the step came to its end."""
@@ -91,7 +103,8 @@ class Workflow:
         if len(self.gpus) > 1:
             launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(len(self.gpus)), "-m"]
             command = [*command, "--ddp"]
-        Logger(f"\n== {title}\npython {shlex.join([*launcher[1:], *command])}")
+        typed = f"python {shlex.join([*launcher[1:], *command])}"
+        Logger(f"\n== {title}\n{typed}")
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))} if torch.cuda.is_available() else {}
         # Ctrl-C comes here alone, and is handed on: the step saves, says how to go on, and ends.
         asked, children = [], []
@@ -102,20 +115,24 @@ class Workflow:
                 child.send_signal(number)
 
         before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        child = subprocess.Popen([*launcher, *command], cwd=ROOT, env=os.environ | visible,
+        child = subprocess.Popen([*launcher, *command], cwd=ROOT,
+                                 env=os.environ | visible | {runtime.WORKFLOW: runtime.to_go_on(1)},
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         children.append(child)
         if asked:
             child.send_signal(asked[0])
         with open(log, "a", encoding="utf-8") as file:
+            file.write(f"{typed}\n")
             for line in child.stdout:
                 file.write(line)
                 Logger(line.rstrip("\n"))
         code = child.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+        if code and asked:
+            self.leave(title)
         if code:
-            sys.exit(130 if asked else f"{title} ended with status {code}; its log is {log}. The same command goes on there")
+            sys.exit(f"{title} ended with status {code}; its log is {log}. What is done stays: mend it, and the command goes on there")
         return bool(asked)
 
 
@@ -209,19 +226,33 @@ def read_args() -> argparse.Namespace:
         idle = [f"--{key}" for key, value in vars(args).items() if key.startswith(f"{role}_") and value]
         if idle and not vars(args)[role] and not vars(args)[f"{role}_url"]:
             parser.error(f"{', '.join(idle)}: of no effect without --{role}_url")
-    if not 0 <= args.replay_share < 1:
-        parser.error(f"--replay_share {args.replay_share:g} must lie in [0, 1)")
-    if args.rounds < 1:
-        parser.error(f"--rounds {args.rounds} must be 1 or more")
+    for name in ("rounds", "n_samples", "max_new_tokens", "batch_size", "accumulation_steps", "epochs"):
+        if vars(args)[name] < 1:
+            parser.error(f"--{name} {vars(args)[name]} must be 1 or more")
+    for name in ("write_temperature", "temperature", "learning_rate"):
+        if vars(args)[name] <= 0:
+            parser.error(f"--{name} {vars(args)[name]:g} must be above 0")
+    for name in ("replay_share", "floor", "alpha_ce"):
+        if not 0 <= vars(args)[name] <= 1:
+            parser.error(f"--{name} {vars(args)[name]:g} must lie in [0, 1]")
+    if args.replay_share == 1:
+        parser.error("--replay_share 1: nothing new would be learned; it must be below 1")
+    if args.power < 0:
+        parser.error(f"--power {args.power:g} must be 0 or more")
+    if args.write and args.prompts != "miniworld":
+        parser.error(f"--write is of --prompts miniworld; under {args.prompts} the agents are shown the options, and name a letter")
     return args
 
 
 def check_inputs(args, folder: Path):
     """Reads each of the user's files once, so that a mistake in the last is told before the first step. Raises what their
     readers raise."""
-    for weights in filter(None, (args.student, args.teacher, args.agent_a, args.agent_b)):
-        if not Path(weights).exists():
-            raise ValueError(f"no weights at {weights}")
+    for name in ("student", "teacher", "agent_a", "agent_b", "dataset_files", "ability_files", "seed_questions",
+                 "seed_abilities", "exclude", "old_data", "initial_tree"):
+        paths = vars(args)[name] or []
+        for path in paths if isinstance(paths, list) else [paths]:
+            if not Path(path).exists():
+                raise ValueError(f"--{name} {path}: there is no such file")
     for file in args.dataset_files:
         read_choices([file])
     for file in args.ability_files:
@@ -245,14 +276,29 @@ def main():
     args = read_args()
     folder, models = Path(args.workflow_dir), Path(args.models_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with runtime.checking_input():
-        check_inputs(args, folder)
-        before, after = rounds(args, folder, models)
-    text = f"# Before, and after round {args.rounds}\n\n{compare(before, after)}\n"
-    Logger(f"\n{text}\n{after.text()}")
+    try:
+        with runtime.checking_input():
+            check_inputs(args, folder)
+            before, after = rounds(args, folder, models)
+    except KeyboardInterrupt:           # between two steps
+        Workflow.leave("once")
+    text = report(before, after, args.rounds, folder)
+    Logger(f"\n{text}")
     runtime.write_whole(folder / "report.md", lambda file: file.write(text.encode()))
     after.draw(folder / "report.png", before)
-    Logger(f"\n{folder}/report.md, {folder}/report.png; the student: {models}/iteration_{args.rounds}_student_model")
+    Logger(f"{folder}/report.md, {folder}/report.png; the student: {models}/iteration_{args.rounds}_student_model")
+
+
+def report(before: AbilityTree, after: AbilityTree, n_rounds: int, folder: Path) -> str:
+    """Markdown: a row per leaf, and what became of the questions of each round."""
+    lines = [f"# Before, and after round {n_rounds}", "", compare(before, after), "",
+             "Behind each change its 95 % interval; bold where that leaves out 0. ![the tree](report.png)", "",
+             "| round | questions written | kept |", "|---|---:|---:|"]
+    for number in range(1, n_rounds + 1):
+        written, kept = (len((folder / f"iteration_{number}" / path).read_bytes().splitlines())
+                         for path in ("C_distill_data/distill.jsonl", "D_validated_data/valid.jsonl"))
+        lines.append(f"| {number} | {written:,} | {kept:,} |")
+    return "\n".join(lines) + "\n"
 
 
 def agent_flags(args, role: str, folder: Path) -> dict:
@@ -260,10 +306,16 @@ def agent_flags(args, role: str, folder: Path) -> dict:
     who = role if vars(args).get(role) or vars(args).get(f"{role}_url") else "teacher"
     flags = {key.replace(who, role, 1): value for key, value in vars(args).items() if key == who or key.startswith(f"{who}_")}
     if flags[f"{role}_url"]:
-        flags[f"{role}_replies"] = flags[f"{role}_replies"] or folder / f"{role}_replies.jsonl"
+        flags[f"{role}_replies"] = flags[f"{role}_replies"] or folder / f"{who}_replies.jsonl"
         if who == "teacher":
             flags[role] = None          # its weights are there for the distillation
     return flags
+
+
+def all_placed(questions: list, abilities: list) -> bool:
+    """Whether each question has a path, so that no agent need be asked for its leaf."""
+    paths = read_abilities(abilities)
+    return all(str(row["id"]) in paths for row in read_choices(questions))
 
 
 def weights_of(agents: dict) -> list[str]:
@@ -303,12 +355,14 @@ def rounds(args, folder: Path, models: Path) -> tuple[AbilityTree, AbilityTree]:
                       {"weights": student, "questions": questions, "hide_options": hide, "out": replies})
 
         before, tree = tree, here / "B_student_tree" / "tree.json"
-        agent = agent_flags(args, "agent", folder)
+        agent = {}
+        if not all_placed(questions, abilities):
+            agent = {**agent_flags(args, "agent", folder), "prompts": args.prompts, "hide_options": hide,
+                     "max_new_tokens": args.max_new_tokens, "seed": args.seed}
         workflow.step(f"round {number}: analyze", "analyze", tree.parent,
                       [replies, *questions, *abilities, before, *weights_of(agent)],
                       {"replies": [replies], "questions": questions, "abilities": abilities, "tree": before, "round": number,
-                       **agent, "prompts": args.prompts, "hide_options": hide, "max_new_tokens": args.max_new_tokens,
-                       "seed": args.seed, "out": tree, "png": tree.with_suffix(".png")})
+                       **agent, "out": tree, "png": tree.with_suffix(".png")})
         trees.append(AbilityTree.load(tree))
         if number > args.rounds:
             return trees[0], trees[-1]

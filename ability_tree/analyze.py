@@ -4,7 +4,7 @@ Analysis: what a student got right and wrong goes to the leaves of the ability t
 that has no path.
 
     python -m ability_tree.analyze --replies out/ability/replies.jsonl --questions dataset/ability_dev.jsonl \\
-        --abilities dataset/ability_paths.jsonl --tree out/ability/tree.json --round 0 --out out/ability/tree_0.json
+        --abilities dataset/ability_paths.jsonl --tree out/ability/tree.json --round 1 --out out/ability/tree_1.json
 
 two processes  torchrun --nproc_per_node 2 -m ability_tree.analyze --ddp ...
 

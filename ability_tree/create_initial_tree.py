@@ -4,7 +4,7 @@ The first ability tree: from the name of a domain, which an agent divides level 
 
     python -m ability_tree.create_initial_tree --domain "clinical medicine" --depth 3 --breadth 8 --agent_url https://... \\
         --agent_model NAME --agent_key_env MY_KEY --out out/workflow/tree.json
-    python -m ability_tree.create_initial_tree --ability_files dataset/mcq_ability.jsonl --out out/workflow/tree.json
+    python -m ability_tree.create_initial_tree --ability_files dataset/ability_paths.jsonl --out out/ability/tree.json
 
 two processes  torchrun --nproc_per_node 2 -m ability_tree.create_initial_tree --ddp ...
 

@@ -4,7 +4,7 @@ New questions for weak leaves: each leaf has a share of them by how weak it is, 
 
     share of a leaf = floor / n_leaves + (1 - floor) * weakness / sum(weakness)     ability_tree/tree.py, AbilityTree.weights
 
-    python -m ability_tree.generate_distill_data --tree out/ability/tree.json --questions dataset/ability_seeds.jsonl \\
+    python -m ability_tree.generate_distill_data --tree out/ability/tree_1.json --questions dataset/ability_seeds.jsonl \\
         --abilities dataset/ability_paths.jsonl --teacher out/ability/teacher/full_sft_128.pth --prompts miniworld \\
         --n_samples 1000 --out out/ability/distill.jsonl
 

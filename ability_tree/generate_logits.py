@@ -3,8 +3,8 @@
 The teacher's distributions: questions become the conversations that the student will learn, and go to
 scripts/cache_teacher.py.
 
-    python -m ability_tree.generate_logits --teacher out/full_sft_128.pth --data out/ability/validated.jsonl --hide_options \\
-        --out out/ability/logits
+    python -m ability_tree.generate_logits --teacher out/ability/teacher/full_sft_128.pth --hide_options \\
+        --data out/ability/valid.jsonl dataset/ability_sft.jsonl --out out/ability/logits
 
 two processes  torchrun --nproc_per_node 2 -m ability_tree.generate_logits --ddp ...
 

@@ -2,8 +2,8 @@
 考模型：给每个选项的文字打分，最可能的那一个就是它的回答。
 A model sits an exam: the likeliest option, by the probability of its text, is its answer.
 
-    python -m ability_tree.inference --weights out/full_sft_64.pth --questions dataset/ability_dev.jsonl --hide_options \\
-        --out out/ability/replies.jsonl
+    python -m ability_tree.inference --weights out/ability/student/full_sft_64.pth --questions dataset/ability_dev.jsonl \\
+        --hide_options --out out/ability/replies.jsonl
 
     {"id": "ability_dev-00007", "answer_idx": "B", "correct": true, "log_p": {"A": -9.21, "B": -0.04, "C": -7.9, "D": -8.3}}
 

@@ -154,10 +154,9 @@ class Parts:
         if self.together:
             dist.barrier(self.together)         # the folder is not removed before all have looked into it
         if left:
-            launcher = f"torchrun --nproc_per_node {self.world.size}" if self.together else "python"
             because = "".join(f"; {reason}" for reason in dict.fromkeys(reasons) if reason)
             Logger(f"stopped{because}. {self.n_parts - len(left)} of {self.n_parts} parts are done and stay. "
-                   f"Go on with the same command: {launcher} {runtime.how_called()}")
+                   f"Go on with: {runtime.to_go_on(self.world.size)}")
             sys.exit(130 if because == "" else 1)
         if self.world.rank == 0:
             return [json.loads(self.path(part).read_bytes()) for part in range(self.n_parts)]

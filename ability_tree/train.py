@@ -3,9 +3,9 @@
 A round's distillation: the student learns the new questions, from the teacher's distributions and from the answers. The
 training is that of train_distillation.py.
 
-    python -m ability_tree.train --student out/full_sft_64.pth --data out/ability/validated.jsonl dataset/ability_sft.jsonl \\
-        --hide_options --logits out/ability/logits --temperature 1 --max_steps 300 --batch_size 48 --accumulation_steps 1 \\
-        --learning_rate 1e-3 --warmup_iters 30 --out_dir out/ability
+    python -m ability_tree.train --student out/ability/student/full_sft_64.pth --logits out/ability/logits --hide_options \\
+        --data out/ability/valid.jsonl dataset/ability_sft.jsonl --temperature 1 --max_steps 300 --batch_size 48 \\
+        --accumulation_steps 1 --learning_rate 1e-3 --warmup_iters 30 --out_dir out/ability
 
     loss = alpha_ce * CE(student, answer) + (1 - alpha_ce) * T^2 * KL(teacher_T || student_T)
 

@@ -3,7 +3,8 @@
 Cross-validation: two agents answer a question, neither knows of the other; it is kept when both give the answer it has.
 
     python -m ability_tree.validate --questions out/ability/distill.jsonl --abilities out/ability/distill_ability.jsonl \\
-        --agent_a out/full_sft_128.pth --agent_b out/full_sft_64.pth --prompts miniworld --out out/ability/valid.jsonl
+        --agent_a out/ability/teacher/full_sft_128.pth --agent_b out/full_sft_128.pth --prompts miniworld --write \\
+        --out out/ability/valid.jsonl
 
 two processes  torchrun --nproc_per_node 2 -m ability_tree.validate --ddp ...
 
@@ -60,6 +61,13 @@ def solve(agent: Agent, rows: list[dict], args, seed: int) -> list[tuple[str | N
     return solved
 
 
+def answers(agents: list[Agent], rows: list[dict], args, part: int) -> list[list]:
+    """What `solve` says, of both. One agent in both roles would say the same again, unless its words are drawn."""
+    if agents[0] is agents[1] and args.temperature == 0:
+        return [solve(agents[0], rows, args, 0)] * 2
+    return [solve(agent, rows, args, seed_of(args.seed, number, part)) for number, agent in enumerate(agents)]
+
+
 def why_not(right: str, a: tuple, b: tuple) -> str | None:
     """Why a question is rejected that has the answer `right`; None: it is not."""
     for role, (letter, problem) in zip(ROLES, (a, b)):
@@ -114,12 +122,16 @@ def main():
         leaves = [spell(abilities[str(row["id"])]) for row in rows]
 
         # 4. Agents, and what is answered already
-        agents = [make_agent(args, role, world.device) for role in ROLES]
         about = {"--questions": sha256_of(args.questions), "--abilities": sha256_of(args.abilities),
                  **{f"--{role}": about_agent(args, role) for role in ROLES},
                  **{f"--{flag}": vars(args)[flag] for flag in SAME}}
+        agents = [make_agent(args, "agent_a", world.device)]
         if about["--agent_a"] == about["--agent_b"]:
-            Logger("--agent_a and --agent_b are the same model: the second answer says nothing new")
+            Logger("--agent_a and --agent_b are the same model" + (
+                ", which is asked once: what is told is whether it comes to its answer again" if args.temperature == 0 else ""))
+            agents *= 2
+        else:
+            agents.append(make_agent(args, "agent_b", world.device))
         slices = slices_of(len(rows))
         parts = Parts(args.out, about, len(slices), world)
         with runtime.main_process_first(world):
@@ -131,8 +143,7 @@ def main():
         why = None
         try:
             for part in parts.mine(missing):
-                parts.write(part, [solve(agent, rows[slices[part]], args, seed_of(args.seed, number, part))
-                                   for number, agent in enumerate(agents)])
+                parts.write(part, answers(agents, rows[slices[part]], args, part))
         except OutOfBudget as error:
             why = str(error)
     results = parts.join(why)
@@ -141,8 +152,8 @@ def main():
     if world.rank != 0:
         return
     kept, rejected, counts = [], [], {leaf: [0, 0] for leaf in sorted(leaves)}
-    answers = [pair for of_part in results for pair in zip(*of_part)]
-    for row, leaf, (a, b) in zip(rows, leaves, answers, strict=True):
+    pairs = [pair for of_part in results for pair in zip(*of_part)]
+    for row, leaf, (a, b) in zip(rows, leaves, pairs, strict=True):
         reason = why_not(row["answer_idx"], a, b)
         counts[leaf][0] += 1
         counts[leaf][1] += reason is None

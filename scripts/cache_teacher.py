@@ -197,9 +197,8 @@ def main():
     done = runtime.sum_over_processes(torch.tensor(float(progress.done), device=world.device)).item()  # all are here now
     left = writer.missing()
     if left:
-        launcher = f"torchrun --nproc_per_node {world.size}" if world.size > 1 else "python"
         Logger(f"stopped; {len(layout.cuts) - 1 - len(left)} of {len(layout.cuts) - 1} parts are written and stay. "
-               f"Go on with: {launcher} {runtime.how_called()}")
+               f"Go on with: {runtime.to_go_on(world.size)}")
         sys.exit(130)
     if world.rank == 0:
         writer.finish()

@@ -363,9 +363,8 @@ def main():
         return
     seconds, left = time.perf_counter() - progress.start, parts.missing()
     if left:
-        launcher = f"torchrun --nproc_per_node {world.size}" if world.size > 1 else "python"
         Logger(f"stopped; {len(parts.slices) - len(left)} of {len(parts.slices)} parts are answered and stay. "
-               f"Go on with: {launcher} {runtime.how_called()}")
+               f"Go on with: {runtime.to_go_on(world.size)}")
         sys.exit(130)
     counts, tokens = parts.counts(range(len(parts.slices))), parts.counts(missing)["tokens"]
     parts.join()

@@ -18,7 +18,7 @@ import train_ability_tree
 from ability_tree.generate_logits import flags_of
 from ability_tree.prompts import ARROW
 from ability_tree.tree import AbilityTree
-from helpers_run import TINY, load, same, start, succeed, wait_until
+from helpers_run import TINY, complaint, load, same, start, succeed, wait_until
 from train_ability_tree import Workflow, sha256_of
 
 STEPS = ["initial tree", "round 1: inference", "round 1: analyze", "round 1: generate", "round 1: validate",
@@ -76,6 +76,7 @@ def pretend(tmp_path, monkeypatch):
     monkeypatch.setattr(train_ability_tree, "Workflow", Pretended)
     monkeypatch.setattr(AbilityTree, "draw", lambda *_: None)           # no one looks at these pictures
     monkeypatch.setattr(train_ability_tree, "check_inputs", lambda *_: None)    # there is nothing in these files
+    monkeypatch.setattr(train_ability_tree, "all_placed", lambda _, abilities: bool(abilities))
     for name in ("teacher", "student", "agent", "dev_1", "dev_2", "paths", "seeds", "seed_paths", "exam", "old"):
         write(tmp_path / name, [{"is": name}])
 
@@ -110,7 +111,7 @@ def titles(*rounds: list[str]) -> list[str]:
     ("seeds", titles(ALL[2:], ALL, ALL[:2])),
     ("seed_paths", titles(ALL[2:], ALL, ALL[:2])),
     ("exam", titles(ALL[2:], ALL, ALL[:2])),
-    ("teacher", titles(ALL[1:], ALL, ALL[:2])),                         # it may be asked for a question's leaf
+    ("teacher", titles(ALL[2:], ALL, ALL[:2])),
     ("agent", titles(ALL[3:], ALL, ALL[:2])),
     ("old", titles(ALL[4:], ALL, ALL[:2])),
 ])
@@ -121,8 +122,8 @@ def test_a_changed_file_redoes_what_depends_on_it_and_nothing_else(changed, redo
     assert list(pretend()) == []
 
 
-@pytest.mark.parametrize("flag, value, first", [("n_samples", 5, "generate"), ("prompts", "miniworld", "analyze"),
-                                                ("write", True, "validate"), ("learning_rate", 1e-4, "train")])
+@pytest.mark.parametrize("flag, value, first", [("n_samples", 5, "generate"), ("prompts", "miniworld", "generate"),
+                                                ("alpha_ce", 0.3, "train"), ("learning_rate", 1e-4, "train")])
 def test_a_changed_flag_redoes_the_step_that_has_it_and_what_follows(flag, value, first, pretend):
     pretend()
     assert list(pretend(**{flag: value})) == titles(ALL[ALL.index(first):], ALL, ALL[:2])
@@ -222,6 +223,17 @@ def test_who_writes_also_checks_where_no_agent_is_named_and_the_teachers_weights
     assert f"--teacher_replies {tmp_path}/workflow/teacher_replies.jsonl --teacher_budget 1000" in generate
     assert "--agent_a_url http://localhost:1/v1 --agent_a_model big" in validate
     assert f"--agent_b {tmp_path}/agent" in validate and "--agent_b_url" not in validate
+
+
+def test_pace_and_budget_of_an_endpoint_redo_nothing(pretend):
+    endpoint = {"teacher_url": "http://localhost:1/v1", "teacher_model": "big"}
+    pretend(**endpoint, teacher_budget=1000)
+    assert list(pretend(**endpoint, teacher_budget=9000, teacher_rpm=60, teacher_replies="there.jsonl")) == []
+
+
+def test_another_number_of_processes_trains_another_student_and_writes_the_same_questions(pretend):
+    pretend()
+    assert list(pretend(gpus=[0, 1])) == titles(["train"], ["train"])       # of these pretended ones both write the same
 
 
 def test_without_ability_files_the_teacher_finds_the_leaves_of_a_given_tree(pretend, tmp_path, capsys):
@@ -331,16 +343,16 @@ def test_a_second_run_does_nothing(round_1):
 
 
 def test_two_processes_write_the_bytes_of_one(round_1):
-    """Of replies, questions, and those that are kept, so that nothing else need be done again."""
+    """Of replies, questions, and those that are kept, so that the teacher need not be asked again."""
     workflow = round_1.folder / "workflow"
     before = {name: content for name, (_, content) in files_in(workflow).items()}
     for step in (A, C, D):
         (workflow / step / "manifest.json").unlink()
-    said = run_real(round_1.flags, gpus=["0", "1"])
-    assert [title for title, done in steps_of(said).items() if done] == [STEPS[1], STEPS[3], STEPS[4]]
-    assert said.count("--nproc_per_node 2") == 3 and "parts of this process" in said
+    said = run_real(round_1.flags, gpus=["0", "1"], code=130, stop_at=f"== {STEPS[6]}\n")
+    assert [title for title, done in steps_of(said).items() if done] == [STEPS[1], STEPS[3], STEPS[4], STEPS[6]]
+    assert said.count("--nproc_per_node 2") == 4 and "parts of this process" in said
     after = {name: content for name, (_, content) in files_in(workflow).items() if ".previous/" not in name}
-    assert all(before[name] == after[name] for name in before if not name.endswith((".log", "report.png")))
+    assert all(before[name] == after[name] for name in before if not name.endswith(".log"))
     assert before.keys() == after.keys()
 
 
@@ -383,10 +395,13 @@ def test_a_mistake_in_a_file_is_told_before_the_first_step(flag, world, tmp_path
 
 
 @pytest.mark.parametrize("wrong, reason", [
-    ({"agent_b": "gone.pth"}, "no weights at gone.pth"), ({"initial_tree": "gone.json"}, "gone.json"),
+    ({"agent_b": "gone.pth"}, "--agent_b gone.pth: there is no such file"), ({"initial_tree": "gone.json"}, "--initial_tree gone.json"),
     ({"teacher_url": "http://localhost:1/v1"}, "--teacher_url needs the model's name"),
     ({"agent_a_url": "localhost", "agent_a_model": "big", "agent_a": None}, "must begin with http"),
+    ({"power": -1}, "--power -1 must be 0 or more"), ({"temperature": 0}, "--temperature 0 must be above 0"),
+    ({"replay_share": 1}, "must be below 1"), ({"alpha_ce": 2}, "--alpha_ce 2 must lie in [0, 1]"),
+    ({"prompts": "json", "write": True}, "--write is of --prompts miniworld"), ({"n_samples": 0}, "--n_samples 0 must be 1"),
 ])
 def test_a_wrong_flag_too(wrong, reason, world, tmp_path):
-    said = run_real(world.flags | wrong | {"workflow_dir": tmp_path / "w"}, code=1)
+    said = complaint("train_ability_tree.py", **world.flags | wrong | {"workflow_dir": tmp_path / "w"})
     assert reason in said and "==" not in said and "Traceback" not in said
