@@ -1,0 +1,191 @@
+"""
+一步蒸馏的对比：教科书写法与本仓库的写法，损失和梯度处处相同；被比的确实是 train_distillation.py 走的那一步。
+The benchmark of a whole step: the textbook's form and ours have one loss and the same gradients, padding changes nothing,
+and what is measured as ours is what train_distillation.py does.
+"""
+
+import json
+import re
+from argparse import Namespace
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers_run import FORKS
+
+import train_distillation
+from benchmarks import measure, plain, step
+from benchmarks.step import BF16, FORMS, ON_DISK, SHAPES, TOLERANCES, Case, chats, model_of, our_form, plain_form
+from distill.teacher_logits import TeacherCache
+from model.teachers import Teacher
+
+LIMIT = "plain, padded to the limit"
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> Case:
+    """Three samples in 50 words, and what their teacher says of them on disk."""
+    folder = str(tmp_path_factory.mktemp("cache"))
+    case = Case(SHAPES["test"], vocabulary=50, pad=340, steps=1, device="cpu", threads=1, cache=folder)
+    step.write_cache(case, folder, None)
+    return case
+
+
+def gradients(form) -> dict[str, torch.Tensor]:
+    """Those of the first step, and its loss."""
+    loss = form.loss(form.batches[0])
+    loss.backward()
+    return {"loss": loss.detach()} | {name: weight.grad for name, weight in form.student.named_parameters()}
+
+
+def distance(ours, theirs) -> float:
+    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def truth(case):
+    return gradients(FORMS[LIMIT](case))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != LIMIT])
+def test_every_form_has_the_loss_and_all_gradients_of_the_plain_one(case, truth, form):
+    found = gradients(FORMS[form](case))
+    assert found.keys() == truth.keys() and all(value.norm() > 0 for value in found.values())
+    exact = 1e-5 if TOLERANCES[form] == measure.TOLERANCE else TOLERANCES[form]
+    assert distance(found, truth) < exact
+
+
+def test_another_teacher_would_be_seen(case, truth, monkeypatch):
+    # The least that is noticed in bf16: a teacher that is less sure, by a tenth.
+    monkeypatch.setattr(step, "OPINION", 0.9 * step.OPINION)
+    assert distance(gradients(our_form(case)), truth) > max(TOLERANCES.values())
+
+
+def test_the_plain_logits_are_those_of_the_model(tiny):
+    model, tokens = tiny(), torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])            # the second has 3, and padding
+    logits = plain.logits_of(model, tokens)                                             # (2, 5, V)
+    assert torch.allclose(logits[0], model(tokens[0], [5]).logits, atol=1e-5)
+    assert torch.allclose(logits[1, :3], model(tokens[1, :3], [3]).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"use_moe": True}, {"architecture": "gpt2", "n_kv_heads": None}])
+def test_a_model_that_the_plain_form_does_not_know_is_refused(tiny, sizes):
+    with pytest.raises(AssertionError, match="a dense Llama"):
+        plain.logits_of(tiny(**sizes), torch.tensor([[1]]))
+
+
+def test_a_sample_is_padded_to_the_limit_or_to_the_longest(case):
+    samples = chats(case, 0)
+    longest = max(len(ids) for ids, _ in samples) - 1
+    for limit, length in ((None, longest), (400, 400)):
+        padded = plain.pad(samples, limit, "cpu")
+        assert padded.tokens.shape == padded.targets.shape == padded.mask.shape == (3, length)
+        for (ids, is_target), tokens, targets, mask in zip(samples, *padded):
+            n = len(ids) - 1
+            assert tokens[:n].tolist() == ids[:-1].tolist() and targets[:n].tolist() == ids[1:].tolist()
+            assert mask[:n].tolist() == is_target[1:].tolist() and not mask[n:].any()
+
+
+def test_the_chats_are_of_the_lengths_that_are_told(case):
+    samples = [sample for number in range(400) for sample in chats(case, number)]
+    lengths = [len(ids) - 1 for ids, _ in samples]
+    assert sum(lengths) / len(lengths) == pytest.approx(step.MEAN, rel=0.05)
+    assert step.SHORTEST <= min(lengths) and max(lengths) == step.LONGEST
+    assert sum(is_target.sum() for _, is_target in samples) / sum(lengths) == pytest.approx(step.ANSWERS, abs=0.01)
+    assert not any(is_target[0] for _, is_target in samples)            # nothing is read before the first token
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_trains_the_student_and_never_the_teacher(case, form, monkeypatch):
+    made = {}
+
+    def kept(case, role, make=model_of):
+        made[role] = make(case, role)
+        return made[role]
+
+    monkeypatch.setattr(step, "model_of", kept)
+    ready = FORMS[form](case)
+    before = {role: [weight.clone() for weight in model.parameters()] for role, model in made.items()}
+    step.settle(ready.optimizer)
+    assert all(map(torch.equal, before["student"], made["student"].parameters()))       # a rate of 0
+    ready.optimizer.zero_grad()
+    step.run(ready, 0)
+    assert not any(map(torch.equal, before["student"], made["student"].parameters()))
+    assert set(made) == ({"student"} if form == ON_DISK else {"student", "teacher"})
+    for was, weight in zip(before.get("teacher", []), made["teacher"].parameters() if "teacher" in made else []):
+        assert torch.equal(was, weight) and weight.grad is None and not weight.requires_grad
+
+
+class OneStep:
+    """What train_epoch asks of runtime.Run: one step of one micro-batch, no log, no save."""
+
+    def __init__(self, form, args):
+        self.args, self.total_steps, self.dtype = args, 1, torch.float32
+        self.parallel, self.form, self.world = {"model": form.student}, form, Namespace(device=torch.device("cpu"))
+        self.log = Namespace(add=lambda *_, **losses: setattr(self, "loss", losses["loss"].detach()))
+
+    def steps_of(self, epoch):
+        return [0]
+
+    def micro_batches(self, number):
+        yield self.form.batches[number], True
+
+    def forward(self, last):
+        return nullcontext()
+
+    def is_due(self, interval, ahead=0):
+        return False
+
+    def backward(self, loss):
+        loss.backward()
+
+    def gradient_norms(self, sums):
+        return {}
+
+    update = gradient_norms
+
+    def must_stop(self):
+        return False
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_ours_is_bit_by_bit_the_step_of_train_distillation(case, on_disk):
+    defaults = Namespace(divergence="forward_kl", beta=0.5, skew=0.1, jsd_normalised=False, feature_weight=0.0,
+                         attention_weight=0.0, contrastive_weight=0.0, final_temperature=None, log_interval=100,
+                         grad_norm_interval=100, pad_vocab=False, plain_loss=False, save_interval=100)
+    form = our_form(case, on_disk=on_disk)
+    source = TeacherCache(case.cache) if on_disk else model_of(case, "teacher")
+    run = OneStep(form, defaults)
+    train_distillation.train_epoch(0, None, step.ALPHA, step.TEMPERATURE, run, [Teacher(source, 1.0, None)], form.student,
+                                   None, None)
+    lesson = {"loss": run.loss} | {name: weight.grad for name, weight in form.student.named_parameters()}
+    measured = gradients(our_form(case, on_disk=on_disk))
+    assert all(torch.equal(measured[name], lesson[name]) for name in lesson)
+
+
+def test_every_form_stands_in_the_table_the_json_and_the_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "get_context", lambda _: FORKS)
+    monkeypatch.setattr(step.runtime, "pick_dtype", lambda name, device: torch.float32)         # no bf16 here
+    step.main(["--shapes", "test", "--vocab", "50", "--steps", "1",
+               "--json", str(tmp_path / "step.json"), "--picture", str(tmp_path / "step.png")])
+
+    rows, printed = json.loads((tmp_path / "step.json").read_text())["rows"], capsys.readouterr().out
+    assert [row["form"] for row in rows] == [form for form in FORMS if form != BF16]
+    assert f"the form '{BF16}' is left out" in printed
+    assert all(row["seconds"] > 0 and row["peak_mb"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert rows[0]["speed"] == rows[0]["peak_ratio"] == 1.0 and rows[0]["deviation"] == 0.0
+    assert rows[0]["positions"] > rows[1]["positions"] > rows[2]["positions"] == rows[3]["positions"] == 1.0
+    assert all(row["deviation"] < TOLERANCES[row["form"]] for row in rows)
+    for row in rows:
+        assert f"| {row['form']} | {row['positions']:.2f} | {row['seconds']:.2f} |" in printed
+    assert re.search(r"on disk was written in \d+\.\d\d s, for 2 steps", printed) and rows[3]["write_seconds"] > 0
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("wrong, reason", [
+    (["--pad", "339"], "would cut samples"), (["--steps", "0"], "1 or more"), (["--shapes", "C"], "invalid choice"),
+    (["--json", "nowhere/step.json"], "mkdir -p nowhere")])
+def test_a_wrong_flag_is_refused_before_anything_is_measured(wrong, reason, capsys):
+    with pytest.raises(SystemExit):
+        step.main(wrong)
+    assert reason in capsys.readouterr().err
