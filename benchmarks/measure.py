@@ -112,7 +112,7 @@ def deviation(form, saved: Path, truth_form, truth: Path, tolerance: float = TOL
 def add_result_args(parser):
     add = parser.add_argument_group("how, and where to").add_argument
     add("--repeats", type=int, default=3, help="processes for each form; the median counts")
-    add("--threads", type=int, default=1, help="threads of the CPU; their times are added up")
+    add("--threads", type=int, default=1, help="threads of the CPU")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     add("--json", default=None, help="file for all figures")
     add("--picture", default=None, help="PNG file for the ratios as bars")
