@@ -6,6 +6,7 @@ the lessons call; nothing here knows what is being learned.
 
 import argparse
 import atexit
+import datetime
 import difflib
 import functools
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -37,7 +39,7 @@ from model.transformer import Block
 def how_called() -> str:
     """The command line behind `python` or torchrun: "train_sft.py --ddp", "-m ability_tree.validate --out kept.jsonl"."""
     module = sys.modules["__main__"].__spec__
-    return " ".join([f"-m {module.name}" if module else sys.argv[0], *sys.argv[1:]])
+    return shlex.join([*(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]])
 
 
 WORKFLOW = "MINIDISTILL_WORKFLOW"       # environment variable: the command that this process is a step of
@@ -228,6 +230,12 @@ def init_distributed_mode(args) -> World:
     atexit.register(dist.destroy_process_group)
     dist.barrier()          # one that finds a mistake at once and leaves would otherwise tear the others' connections
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def patient_group(world: World):
+    """The processes, to wait for each other in however long it takes, where NCCL gives up after ten minutes; None if there is
+    only one. Called by all at the same place."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30)) if world.size > 1 else None
 
 
 @contextmanager
@@ -703,6 +711,51 @@ def save_resume(path, **state):
     path.parent.mkdir(parents=True, exist_ok=True)
     keep_previous(path)
     write_whole(path, lambda file: torch.save(state, file))
+
+
+class Parts:
+    """A file that is made in parts, by any number of processes, in a folder beside it until all are there:
+
+    OUT.parts/about.json        what the parts are made from
+    OUT.parts/part-00000.*      what one part came to
+
+    Which work is in which part is a matter of the work alone, and so are its random numbers: any number of processes writes
+    the same, and the same command goes on.
+    """
+
+    suffix, others = ".json", "another file"
+
+    def __init__(self, out, about: dict, n_parts: int):
+        self.out, self.folder, self.about, self.n_parts = Path(out), Path(f"{out}.parts"), about, n_parts
+
+    def prepare(self) -> list[int]:
+        """Returns the parts that are missing. Raises ValueError if the file is there already, or parts of another."""
+        if self.out.exists():
+            raise ValueError(f"{self.out} is there already. Give another --out, or remove it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        about = self.folder / "about.json"
+        if about.exists():
+            was = json.loads(about.read_text())
+            changed = [f"{name} was {was.get(name)}, is {value}" for name, value in self.about.items()
+                       if was.get(name) != value]
+            if changed:
+                raise ValueError(f"{self.folder} holds parts of {self.others}: {'; '.join(changed)}. Go on as it was, give "
+                                 "another --out, or remove that folder")
+        elif any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is there already, and is not from here. Give another --out, or remove it")
+        else:
+            write_whole(about, lambda file: file.write(json.dumps(self.about, indent=2).encode()))
+        return self.missing()
+
+    def path(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}{self.suffix}"
+
+    def missing(self) -> list[int]:
+        return [part for part in range(self.n_parts) if not self.path(part).exists()]
+
+    def remove(self):
+        """The folder, when the file is written."""
+        shutil.rmtree(self.folder)
 
 
 def keep_previous(path: Path):

@@ -22,7 +22,7 @@ import runtime
 from ability_tree.agents import Agent, OutOfBudget, add_agent_args, make_agent
 from ability_tree.inference import write_rows
 from ability_tree.prompts import PROMPTS
-from ability_tree.steps import add_step_args, beside, group_of, kind_of, read_abilities, seed_of
+from ability_tree.steps import add_step_args, beside, kind_of, read_abilities, seed_of
 from ability_tree.tree import AbilityTree, key_of, spell
 from runtime import Logger
 
@@ -35,7 +35,7 @@ def grow(tree: AbilityTree, agent: Agent, args, world) -> list[dict]:
     Of a list of names the first --breadth count, without those that stand above them in their own path: what is a part of
     itself would be divided without end.
     """
-    together, rejected = group_of(world), []
+    together, rejected = runtime.patient_group(world), []
     for level in range(1, args.depth + 1):
         paths = [path for path in tree.leaves() if len(path) == level]      # a shorter one could not be divided before
         n_found = 0

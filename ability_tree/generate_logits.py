@@ -66,6 +66,9 @@ def flags_of(**values) -> list[str]:
     for name, value in values.items():
         if value is None or value is False or value in ("", []):
             continue
+        if str(value).startswith("-"):          # --more=--use_moe: apart, it would be taken for a flag itself
+            flags.append(f"--{name}={value}")
+            continue
         given = [] if value is True else value if isinstance(value, list) else [value]
         flags += [f"--{name}", *map(str, given)]
     return flags

@@ -2,16 +2,11 @@
 各步共用：读能力文件，把工作分给多个进程，并交代每片叶子的结果。
 What the steps have in common: files of abilities, work shared among processes, and what became of each leaf.
 
-Until a step is done, what is done of it lies in a folder beside its file; the same command goes on, on any number of
-processes, to the same bytes:
-
-    OUT.parts/about.json            what the parts are made from
-    OUT.parts/part-00000.json       what one part came to
+Until a step is done, what is done of it lies in a folder beside its file (runtime.Parts); the same command goes on, on any
+number of processes, to the same bytes.
 """
 
-import datetime
 import json
-import shutil
 import sys
 import time
 from collections import Counter
@@ -86,47 +81,12 @@ def about_agent(args, role: str) -> str:
 
 # ---- 3. Work, shared among processes -------------------------------------------------------------
 
-def group_of(world):
-    """The processes, to wait for each other in; None if there is only one. Called by all at the same place."""
-    # They end at different times, and one waits for the other longer than NCCL's ten minutes.
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30)) if world.size > 1 else None
-
-
-class Parts:
-    """`prepare`, then `write` each part of `mine`, in every process, then `join`, and `remove` when the file is there.
-
-    Which work is in which part is a matter of the work alone, and so are its random numbers: any number of processes
-    writes the same.
-    """
+class Parts(runtime.Parts):
+    """`prepare`, then `write` each part of `mine`, in every process, then `join`, and `remove` when the file is there."""
 
     def __init__(self, out, about: dict, n_parts: int, world):
-        self.out, self.folder, self.about = Path(out), Path(f"{out}.parts"), about
-        self.n_parts, self.world, self.together = n_parts, world, group_of(world)
-
-    def prepare(self) -> list[int]:
-        """Returns the parts that are missing. Raises ValueError if the file is there already, or parts of another."""
-        if self.out.exists():
-            raise ValueError(f"{self.out} is there already. Give another --out, or remove it")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        about = self.folder / "about.json"
-        if about.exists():
-            was = json.loads(about.read_text())
-            changed = [f"{name} was {was.get(name)}, is {value}" for name, value in self.about.items()
-                       if was.get(name) != value]
-            if changed:
-                raise ValueError(f"{self.folder} holds parts of another file: {'; '.join(changed)}. Go on as it was, give "
-                                 "another --out, or remove that folder")
-        elif any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is there already, and is not from here. Give another --out, or remove it")
-        else:
-            runtime.write_whole(about, lambda file: file.write(json.dumps(self.about, indent=2).encode()))
-        return self.missing()
-
-    def path(self, part: int) -> Path:
-        return self.folder / f"part-{part:05d}.json"
-
-    def missing(self) -> list[int]:
-        return [part for part in range(self.n_parts) if not self.path(part).exists()]
+        super().__init__(out, about, n_parts)
+        self.world, self.together = world, runtime.patient_group(world)
 
     def mine(self, missing: list[int]) -> Iterator[int]:
         """This process's share of the missing parts, until Ctrl-C. Write each before the next one is asked for."""
@@ -160,10 +120,6 @@ class Parts:
             sys.exit(130 if because == "" else 1)
         if self.world.rank == 0:
             return [json.loads(self.path(part).read_bytes()) for part in range(self.n_parts)]
-
-    def remove(self):
-        """The folder, when the file is written."""
-        shutil.rmtree(self.folder)
 
 
 # ---- 4. What became of it ------------------------------------------------------------------------

@@ -26,7 +26,6 @@ byte. Until all is answered, the parts lie in a folder beside it:
 """
 
 import argparse
-import datetime
 import json
 import math
 import shlex
@@ -108,44 +107,16 @@ def read_asked(args) -> list[Asked]:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-class Parts:
-    """The folder of the parts: `prepare`, then `write` each part that is missing, in any process, then `join`.
+class Parts(runtime.Parts):
+    """`prepare`, then `write` each part that is missing, in any process, then `join`."""
 
-    Which questions are in which part is a matter of the questions and the batch size alone, and each part draws its random
-    numbers anew. So any number of processes write the same.
-    """
+    suffix, others = ".jsonl", "other answers"
 
     def __init__(self, out: str, about: dict, n_questions: int, batch_size: int, num_samples: int):
-        self.out, self.folder, self.about = Path(out), Path(f"{out}.parts"), about
         size = min(BATCHES_PER_PART * batch_size, max(batch_size, -(-n_questions * num_samples // N_PARTS)))    # answers
         size = max(1, size // num_samples)                                                                      # questions
         self.slices = [slice(start, start + size) for start in range(0, n_questions, size)]
-
-    def prepare(self) -> list[int]:
-        """Returns the numbers of the parts that are still to be written. Raises ValueError if the answers are there
-        already, or parts made from something else."""
-        if self.out.exists():
-            raise ValueError(f"{self.out} is there already. Give another --out, or remove it")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        about = self.folder / "about.json"
-        if about.exists():
-            was = json.loads(about.read_text())
-            changed = [f"{name} was {was.get(name)}, is {value}" for name, value in self.about.items()
-                       if was.get(name) != value]
-            if changed:
-                raise ValueError(f"{self.folder} holds parts of other answers: {'; '.join(changed)}. Go on as it was, give "
-                                 "another --out, or remove that folder")
-        elif any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is there already, and is not from here. Give another --out, or remove it")
-        else:
-            runtime.write_whole(about, lambda file: file.write(json.dumps(self.about, indent=2).encode()))
-        return self.missing()
-
-    def path(self, part: int) -> Path:
-        return self.folder / f"part-{part:05d}.jsonl"
-
-    def missing(self) -> list[int]:
-        return [part for part in range(len(self.slices)) if not self.path(part).exists()]
+        super().__init__(out, about, len(self.slices))
 
     def write(self, part: int, counts: Counter, rows: list[dict]):
         # surrogatepass: an id may hold what UTF-8 cannot, and is to go through as it came.
@@ -171,7 +142,7 @@ class Parts:
 
         if self.counts(range(len(self.slices)))["written"]:
             runtime.write_whole(self.out, write)
-        shutil.rmtree(self.folder)
+        self.remove()
 
 
 class Progress:
@@ -340,9 +311,8 @@ def main():
             missing = parts.prepare()
     Logger(f"questions: {len(asked):,}, answers to each: {args.num_samples}; "
            f"{len(missing)} of {len(parts.slices)} parts are to be answered")
-    if world.size > 1:
-        # The processes end at different times, and one waits for the other longer than NCCL's ten minutes.
-        together = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    together = runtime.patient_group(world)
+    if together:
         dist.barrier(together)          # no part is written before all have seen which ones are missing
 
     # 5. Answer
@@ -357,7 +327,7 @@ def main():
     progress.bar.close()
 
     # 6. Finish
-    if world.size > 1:
+    if together:
         dist.barrier(together)
     if world.rank != 0:
         return

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import runtime
 import train_ability_tree
 from ability_tree.generate_logits import flags_of
 from ability_tree.prompts import ARROW
@@ -222,7 +223,15 @@ def test_who_writes_also_checks_where_no_agent_is_named_and_the_teachers_weights
     assert "--teacher_url http://localhost:1/v1 --teacher_model big" in generate and "--teacher " not in generate
     assert f"--teacher_replies {tmp_path}/workflow/teacher_replies.jsonl --teacher_budget 1000" in generate
     assert "--agent_a_url http://localhost:1/v1 --agent_a_model big" in validate
+    assert f"--agent_a_replies {tmp_path}/workflow/teacher_replies.jsonl" in validate      # one file, and so one budget
     assert f"--agent_b {tmp_path}/agent" in validate and "--agent_b_url" not in validate
+
+
+def test_flags_that_are_handed_on_stay_one_text_and_can_be_pasted(pretend):
+    assert "--more=--use_moe" in pretend(more="--use_moe")["round 1: train"]
+    assert runtime.to_go_on(1).endswith("--more=--use_moe")
+    pretend(more="--lora_rank 8")
+    assert runtime.to_go_on(1).endswith("'--more=--lora_rank 8'")
 
 
 def test_pace_and_budget_of_an_endpoint_redo_nothing(pretend):
