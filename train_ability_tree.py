@@ -292,7 +292,7 @@ def main():
 def report(before: AbilityTree, after: AbilityTree, n_rounds: int, folder: Path) -> str:
     """Markdown: a row per leaf, and what became of the questions of each round."""
     lines = [f"# Before, and after round {n_rounds}", "", compare(before, after), "",
-             "Behind each change its 95 % interval; bold where that leaves out 0. ![the tree](report.png)", "",
+             "Behind each change its 95 % interval; bold where that leaves out 0.", "", "![the tree](report.png)", "",
              "| round | questions written | kept |", "|---|---:|---:|"]
     for number in range(1, n_rounds + 1):
         written, kept = (len((folder / f"iteration_{number}" / path).read_bytes().splitlines())
