@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import runtime
 from model.checkpoint import load_model
-from model.generate import generate
+from model.generate import by_columns, generate
 from runtime import Logger
 
 BACK_OFF = 1.0              # seconds before the second attempt; twice as long before each further one
@@ -87,6 +87,7 @@ class LocalAgent(Agent):
     def __init__(self, path, device, rows: int = 64, dtype: torch.dtype = torch.float32):
         self.name, self.device, self.rows = str(path), device, rows
         self.model, self.tokenizer = load_model(path, device, dtype)
+        by_columns(self.model)
 
     def ask(self, conversations, max_new_tokens, temperature=0.0, seed=0):
         """As Agent.ask. A conversation that leaves no room for a reply within max_seq_len is replied to by "": it is

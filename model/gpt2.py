@@ -45,5 +45,5 @@ class GPT2(Transformer):
     def embed(self, tokens, stream: Stream):  # (N,) -> (N, D)
         return self.tok_embeddings(tokens) + self.pos_embeddings(stream.positions)
 
-    def rotation(self, longest: int, positions):
+    def rotation(self, positions):
         return None

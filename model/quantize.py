@@ -34,7 +34,8 @@ from model.moe import MoEFeedForward
 
 GROUP = 32              # weights that share a scale in int4
 UNPACKED = 2 ** 20      # weights made floats at once: 4 MB, which stay in the processor's cache until they are used
-FEW_ROWS = 8            # up to here int4 multiplies integers, and scales the few sums in place of the many weights
+FEW_ROWS = 16           # up to here the kernels that read the integers themselves are no slower than products of floats
+KERNEL_SIDE = 16        # what they cut matrices into; of other sizes they would read what lies behind
 
 
 class Quantised(nn.Module):
@@ -53,6 +54,12 @@ class Quantised(nn.Module):
     def unbind(self):  # -> E times (N, K)
         """The experts as floats, each when its turn comes."""
         return (self.unpack(*code) for code in zip(*(self.get_parameter(name) for name in self.code)))
+
+    def suits_kernel(self, x, N: int) -> bool:
+        """Whether PyTorch's kernel for few rows may be asked: it reads a weight as the integer that it is, and multiplies
+        by x in bf16, sums being fp32. SmolLM2's perplexity stays 8.3 with it."""
+        n, K = x.shape
+        return x.device.type == "cpu" and n <= FEW_ROWS and N % KERNEL_SIDE == 0 and K % GROUP == 0
 
     def train(self, mode: bool = True):
         if mode:
@@ -74,10 +81,17 @@ class Int8(Quantised):
         return weight * scale.unsqueeze(-1)
 
     def forward(self, x):  # (n, K) -> (n, N)
+        y = self.few_rows(x) if self.suits_kernel(x, len(self.weight)) else self.many_rows(x)
+        return y if self.bias is None else y + self.bias
+
+    def few_rows(self, x):
+        one = torch.ones_like(self.scale, dtype=torch.bfloat16)         # the scales are not to be rounded
+        return torch._weight_int8pack_mm(x.bfloat16(), self.weight, one).to(x.dtype) * self.scale
+
+    def many_rows(self, x):
         pieces = self.weight.split(max(1, UNPACKED // x.shape[-1]))
         room = torch.empty_like(pieces[0], dtype=x.dtype)       # once: asking for 4 MB takes longer than filling them
-        y = torch.cat([F.linear(x, room[:len(piece)].copy_(piece)) for piece in pieces], dim=-1) * self.scale
-        return y if self.bias is None else y + self.bias
+        return torch.cat([F.linear(x, room[:len(piece)].copy_(piece)) for piece in pieces], dim=-1) * self.scale
 
 
 class Int8Embedding(Int8):
@@ -91,6 +105,9 @@ class Int4(Quantised):
     Outputs lie side by side, so that one scale after the other meets one weight after the other. Byte i of a group
     holds its weight i in the low half and weight i + 16 in the high one.
     """
+
+    packed = None       # the same in the order that the kernel for few rows wants, which differs between processors: made at
+                        # its first use, and never written to a file
 
     def __init__(self, weight, bias=None):  # (..., N, K), (N,)
         groups = weight.float().transpose(-1, -2).contiguous().unflatten(-2, (-1, GROUP))   # (..., G, 32, N)
@@ -106,20 +123,22 @@ class Int4(Quantised):
         return groups.flatten(-3, -2).transpose(-1, -2)
 
     def forward(self, x):  # (n, K) -> (n, N)
-        """x . w = sum over groups g of  scale_g (x_g . q_g) + low_g (sum of x_g)"""
-        G, _, N = self.weight.shape
-        x = x.unflatten(-1, (G, GROUP))                                             # (n, G, 32)
-        at_once = max(1, UNPACKED // (GROUP * N))
-        y = 0.0
-        code = (part.split(at_once) for part in (self.weight, self.scale, self.low))
-        for x, weight, scale, low in zip(x.split(at_once, dim=1), *code):
-            if len(x) > FEW_ROWS:
-                y = y + F.linear(x.flatten(1), self.unpack(weight, scale, low))
-            else:
-                first, second = x.transpose(0, 1).chunk(2, dim=-1)                  # (g, n, 16) each
-                products = first @ (weight & 15).to(x.dtype) + second @ (weight >> 4).to(x.dtype)   # (g, n, N)
-                y = y + (products * scale.unsqueeze(1)).sum(dim=0) + x.sum(dim=-1) @ low
+        y = self.few_rows(x) if self.suits_kernel(x, self.weight.shape[-1]) else self.many_rows(x)
         return y if self.bias is None else y + self.bias
+
+    def few_rows(self, x):
+        if self.packed is None:
+            rows = integers(self.weight).flatten(0, 1).T.int().contiguous()         # (N, K)
+            middle = self.low + 8 * self.scale                                      # which the kernel has in place of the low
+            self.packed = (torch._convert_weight_to_int4pack_for_cpu(rows, 1),
+                           torch.stack([self.scale, middle], dim=-1).bfloat16())    # (N, K/2), (G, N, 2)
+        weight, scales = self.packed
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), weight, GROUP, scales).to(x.dtype)
+
+    def many_rows(self, x):
+        at_once = max(1, UNPACKED // (GROUP * self.weight.shape[-1]))               # groups
+        code = (part.split(at_once) for part in (self.weight, self.scale, self.low))
+        return sum(F.linear(part, self.unpack(*its_code)) for part, *its_code in zip(x.split(GROUP * at_once, dim=1), *code))
 
 
 def integers(packed):  # (..., 16, N) -> (..., 32, N) of 0 .. 15

@@ -13,7 +13,7 @@ Alphabet:  N tokens of the stream · S positions asked for · B samples (rows) �
 
 from copy import copy
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -37,30 +37,27 @@ class KVCache:
     """Room for the keys and values of `capacity` tokens per row, taken once; `lengths` says how many are filled."""
 
     def __init__(self, config: LMConfig, rows: int, capacity: int, device, dtype=torch.float32):
-        shape = (config.n_layers, rows, config.n_kv_heads, capacity, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.kv = torch.zeros(config.n_layers, 2, rows, config.n_kv_heads, capacity, config.head_dim,
+                              device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
 
     def write(self, layer, k, v, rows, positions):  # (N, G, K), (N, G, K), (N,), (N,)
-        self.k[layer][rows, :, positions] = k.to(self.k.dtype)
-        self.v[layer][rows, :, positions] = v.to(self.v.dtype)
+        self.kv[layer][:, rows, :, positions] = torch.stack([k, v], dim=1).to(self.kv.dtype)    # (N, 2, G, K)
 
     def rows(self, first: int, last: int) -> "KVCache":
         """A view of these rows."""
         part = copy(self)
-        part.k, part.v, part.lengths = self.k[:, first:last], self.v[:, first:last], self.lengths[first:last]
+        part.kv, part.lengths = self.kv[:, :, first:last], self.lengths[first:last]
         return part
 
     def drop(self, row: int, n: int):
         """Empty one of the first n rows, and put the last of them in its place."""
-        for each in (self.k, self.v):
-            each[:, row] = each[:, n - 1]
+        self.kv[:, :, row] = self.kv[:, :, n - 1]
         self.lengths[row] = self.lengths[n - 1]
         self.lengths[n - 1] = 0
 
     def read(self, layer, longest: int):  # -> (B, G, longest, K) twice
-        return self.k[layer][:, :, :longest], self.v[layer][:, :, :longest]
+        return self.kv[layer][:, :, :, :longest].unbind()
 
 
 class Stream(NamedTuple):
@@ -72,6 +69,8 @@ class Stream(NamedTuple):
     rotation: torch.Tensor | None       # (N, 1, K/2) complex; None: positions are learned (GPT-2)
     cache: KVCache | None
     past: int                           # longest row in the cache when this pass began; 0 is a fresh start
+    seen: torch.Tensor | None           # (B, 1, 1, past + 1), which of them is there for each row; None: all
+    borders: torch.Tensor               # (B + 1,) int32, where samples begin and end: [0, 3, 6, 10]
 
 
 def rotate(x, rotation):  # (N, H, K), (N, 1, K/2) complex -> (N, H, K)
@@ -98,6 +97,17 @@ def stretched(frequency, factor, low_freq_factor, high_freq_factor, original_max
     return frequency * (kept + (1 - kept) / factor)
 
 
+def has_varlen(device, dtype, head_dim: int) -> bool:
+    """Whether varlen_attn takes these: FlashAttention 2 (Dao 2023, https://arxiv.org/abs/2307.08691), from NVIDIA's Ampere on."""
+    return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+            and torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def without_waiting(numbers: list[int], device, dtype) -> torch.Tensor:
+    """On a GPU. From pinned memory it fetches them itself, while Python goes on and gives it more to do."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 class Attention(nn.Module):
     def __init__(self, config: LMConfig, layer: int):
         super().__init__()
@@ -119,27 +129,33 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), stream.rotation)
         if stream.cache is not None:
             stream.cache.write(self.layer, k, v, stream.sample, stream.positions)
-        mixed = self.with_the_past(q, stream) if stream.past else self.within_samples(q, k, v, stream.spans)
+        mixed = self.with_the_past(q, stream) if stream.past else self.within_samples(q, k, v, stream)
         mixed = mixed.flatten(1)                                            # (N, H * K)
         return self.wo(mixed if at is None else mixed[at]), qkv
 
-    def within_samples(self, q, k, v, spans):  # (N, H, K), (N, G, K), (N, G, K) -> (N, H, K)
-        """Causal attention, neighbours of one length in one call. No token sees another sample."""
-        sizes = [n * T for n, T in spans]
+    def within_samples(self, q, k, v, stream: Stream):  # (N, H, K), (N, G, K), (N, G, K) -> (N, H, K)
+        """Causal attention. No token sees another sample: a kernel that is told their borders takes all of them in one call,
+        or else neighbours of one length share one."""
+        dropout = self.dropout if self.training else 0.0
+        if has_varlen(v.device, v.dtype, self.K) and not dropout:
+            from torch.nn.attention.varlen import varlen_attn       # two seconds, which only a GPU's run need wait
+
+            longest = max(T for _, T in stream.spans)
+            return varlen_attn(q.to(v.dtype), k.to(v.dtype), v, stream.borders, stream.borders, longest, longest,
+                               window_size=(-1, 0), enable_gqa=True)        # a window of all before, and nothing ahead
+        sizes = [n * T for n, T in stream.spans]
         mixed = []
-        for (n, T), *qkv in zip(spans, q.split(sizes), k.split(sizes), v.split(sizes)):
+        for (n, T), *qkv in zip(stream.spans, q.split(sizes), k.split(sizes), v.split(sizes)):
             q, k, v = (part.view(n, T, -1, self.K).transpose(1, 2) for part in qkv)     # (n, H or G, T, K)
-            y = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True, dropout_p=self.dropout if self.training else 0.0)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, dropout_p=dropout)
             mixed.append(y.transpose(1, 2).reshape(n * T, self.H, self.K))
         return torch.cat(mixed)
 
     def with_the_past(self, q, stream: Stream):  # (B, H, K) -> (B, H, K), one new token a row
+        """Heads that share keys and values stand in for the tokens of a sample: these are read once for all of them."""
         k, v = stream.cache.read(self.layer, stream.past + 1)
-        seen = torch.arange(k.shape[2], device=q.device) <= stream.positions[:, None]   # (B, past + 1)
-        y = F.scaled_dot_product_attention(
-            q.unsqueeze(2), k.to(q.dtype), v.to(q.dtype), attn_mask=seen[:, None, None], enable_gqa=True)
-        return y.squeeze(2)
+        q = q.unflatten(1, (self.G, -1))                                                # (B, G, H/G, K)
+        return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=stream.seen).flatten(1, 2)
 
 
 class Block(nn.Module):
@@ -160,7 +176,7 @@ class Block(nn.Module):
         if isinstance(self.ffn, MoEFeedForward):
             y, balance = self.ffn(self.ffn_norm(x), sample, sum(n for n, _ in stream.spans))
         else:
-            y, balance = self.ffn(self.ffn_norm(x)), x.new_zeros(())
+            y, balance = self.ffn(self.ffn_norm(x)), 0.0
         return x + self.dropout(y), balance, qkv
 
 
@@ -213,7 +229,7 @@ class Transformer(nn.Module):
         """
         stream = self.lay_out(tokens, lengths, cache)
         x = self.dropout(self.embed(tokens, stream))                        # (N, D)
-        balance, hidden = x.new_zeros(()), []
+        balance, hidden = 0.0, []
         run = partial(checkpoint, use_reentrant=False) if self.grad_checkpoint and self.training else Block.__call__
         for layer in self.layers:
             # Past the last attention a position speaks for itself alone: the others are dropped there.
@@ -225,37 +241,41 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.lengths += torch.tensor(lengths, device=cache.lengths.device)
         final = self.norm(x)
-        return Output(self.output(final) if with_logits else None, final, balance, hidden, qkv)
+        return Output(self.output(final) if with_logits else None, final, x.new_zeros(()) + balance, hidden, qkv)
 
     def embed(self, tokens, stream: Stream):  # (N,) -> (N, D)
         return self.tok_embeddings(tokens)
 
     def lay_out(self, tokens, lengths: list[int], cache: KVCache | None) -> Stream:
         device = tokens.device
-        spans = [(len(list(group)), T) for T, group in groupby(lengths)]
-        sample = torch.arange(len(lengths), device=device).repeat_interleave(
-            torch.tensor(lengths, device=device), output_size=tokens.shape[0])
-        positions = torch.cat([torch.arange(T, device=device).repeat(n) for n, T in spans])
-        past = 0
-        if cache is not None:
-            past = int(cache.lengths.max())
-            positions = positions + cache.lengths[sample]
-            assert past == 0 or max(lengths) == 1, "a filled cache takes one token a row"
+        filled = [0] if cache is None else cache.lengths.tolist()
+        past, seen = max(filled), None
         longest = past + max(lengths)
         assert longest <= self.config.max_seq_len, (
             f"a sample of {longest} tokens is longer than max_seq_len={self.config.max_seq_len}; "
             "cut it, or train with a larger --max_seq_len")
-        return Stream(spans, sample, positions, self.rotation(longest, positions), cache, past)
+        spans = [(len(list(group)), T) for T, group in groupby(lengths)]
+        if past:
+            assert max(lengths) == 1, "a filled cache takes one token a row"
+            sample, positions = torch.arange(len(lengths), device=device), cache.lengths
+            if min(filled) < past:
+                seen = (torch.arange(past + 1, device=device) <= positions[:, None])[:, None, None]
+        else:
+            sample = torch.arange(len(lengths), device=device).repeat_interleave(
+                torch.tensor(lengths, device=device), output_size=tokens.shape[0])
+            positions = torch.cat([torch.arange(T, device=device).repeat(n) for n, T in spans])
+        borders = without_waiting([0, *accumulate(lengths)], device, torch.int32)
+        return Stream(spans, sample, positions, self.rotation(positions), cache, past, seen, borders)
 
-    def rotation(self, longest: int, positions):  # (N,) -> (N, 1, K/2) complex
+    def rotation(self, positions):  # (N,) -> (N, 1, K/2) complex
         """The turn of each pair at each position. Worked out anew for each pass: as a buffer it would follow
         .to(bfloat16), which cannot tell 200 from 201."""
         config, device = self.config, positions.device
         frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)   # (K/2,)
         if config.rope_scaling:
             frequency = stretched(frequency, **config.rope_scaling)
-        angle = torch.outer(torch.arange(longest, device=device), frequency)                    # (longest, K/2)
-        return torch.polar(torch.ones_like(angle), angle)[positions].unsqueeze(1)
+        angle = torch.outer(positions, frequency)                                               # (N, K/2)
+        return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
 
     @property
     def head(self):  # -> (V, D)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from model.checkpoint import load_model
-from model.generate import generate_steps
+from model.generate import by_columns, generate_steps
 from runtime import parse_args, pick_device
 
 # The newest of these is talked with when --weights does not say.
@@ -79,6 +79,7 @@ def main():
     device = pick_device(args.device)
     try:
         model, tokenizer = load_model(weights, device)
+        by_columns(model)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,

@@ -48,7 +48,7 @@ import runtime
 from dataset.formats import Question, read_questions
 from distill.teacher_logits import file_sha256
 from model.checkpoint import load_model, sha256_of_model
-from model.generate import generate_steps
+from model.generate import by_columns, generate_steps
 from runtime import Logger
 
 SECONDS = 10            # between two lines of a log
@@ -298,6 +298,7 @@ def main():
     with runtime.checking_input():
         # 3. Teacher
         teacher, tokenizer = load_model(args.teacher, world.device, dtype)
+        by_columns(teacher)
         Logger(f"teacher {teacher.config}: {teacher.n_parameters() / 1e6:.2f} M parameters, from {args.teacher}")
 
         # 4. Questions, and what is answered already

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.config import LMConfig
-from model.generate import Guide, choose, generate, generate_steps, sample
+from model.generate import Guide, by_columns, choose, generate, generate_steps, sample
 from model.score import score
 from model.transformer import KVCache, Transformer
 
@@ -47,6 +47,18 @@ def without_cache(model, prompt, n):
 def test_a_batch_of_unequal_prompts_with_cache_writes_what_each_writes_alone_without(tiny, sizes):
     model = tiny(**sizes)
     assert generate(model, PROMPTS, 8) == [without_cache(model, prompt, 8) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_laid_by_columns_the_wide_matrices_lie_otherwise_and_hold_the_same(tiny, tied):
+    model = tiny(tie_embeddings=tied)
+    answers, ffn = generate(model, PROMPTS, 8), model.layers[0].ffn
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    by_columns(model)
+    assert ffn.w1.weight.stride() == (1, ffn.w1.out_features) and ffn.w2.weight.is_contiguous()     # out > in, out < in
+    assert (model.output.weight is model.tok_embeddings.weight) == tied
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    assert generate(model, PROMPTS, 8) == answers
 
 
 def test_the_cache_gives_the_logits_of_the_whole_text(tiny):

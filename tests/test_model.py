@@ -5,15 +5,20 @@ gives what each sample gives alone.
 """
 
 import dataclasses
+import inspect
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from torch.nn.attention import varlen
+
+from model import moe, transformer
 from model.config import LMConfig
-from model.transformer import Transformer, rotate
+from model.transformer import Transformer, has_varlen, rotate
 
 VARIANTS = {
     "plain": {},
@@ -132,6 +137,75 @@ def test_grouped_query_attention_is_full_attention_with_repeated_key_and_value_h
     assert close(grouped(tokens, LENGTHS).logits, full(tokens, LENGTHS).logits)
 
 
+def all_at_once(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    """What torch's varlen_attn says it does, by a mask: (N, H, K), (N, G, K) x 2, and where samples begin and end."""
+    assert window_size == (-1, 0) and enable_gqa and cu_seq_q.dtype == torch.int32
+    assert max_q == max_k == cu_seq_q.diff().max() and q.dtype == k.dtype == v.dtype
+    k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
+    places = torch.arange(len(q))
+    sample = torch.searchsorted(cu_seq_q, places, right=True)
+    seen = (sample[:, None] == torch.searchsorted(cu_seq_k, places, right=True)) & (places[:, None] >= places)
+    scores = torch.einsum("ihk,jhk->hij", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hij,jhk->ihk", scores.masked_fill(~seen, -math.inf).softmax(dim=-1), v)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [15], [1, 1, 13]])
+@pytest.mark.parametrize("sizes", [{}, {"n_kv_heads": 1}, {"qk_norm": True}], ids=["two heads", "one head", "qk_norm"])
+def test_all_samples_in_one_call_of_a_gpu_s_kernel_are_as_one_length_after_the_other(tiny, sizes, lengths, monkeypatch):
+    model, tokens = tiny(**sizes), draw(15)
+    here = model(tokens, lengths).logits
+    one_by_one = gradients(model, here.square().sum())
+    monkeypatch.setattr(transformer, "has_varlen", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(varlen, "varlen_attn", all_at_once)
+    there = model(tokens, lengths).logits
+    assert close(there, here) and not torch.equal(there, here)          # it was another way
+    for a, b in zip(gradients(model, there.square().sum()), one_by_one):
+        assert close(a, b, atol=1e-4 * b.abs().max().item())
+
+
+def test_the_real_kernel_takes_what_is_given_to_it():
+    real, ours = (inspect.signature(each).parameters for each in (varlen.varlen_attn, all_at_once))
+    assert list(real)[3:7] == list(ours)[3:7]                           # by position: borders, longest
+    assert {"window_size", "enable_gqa"} <= {name for name, each in real.items() if each.kind is each.KEYWORD_ONLY}
+
+
+@dense_and_experts
+def test_a_gpu_s_way_never_waits_for_a_number(tiny, sizes, monkeypatch):
+    """On tensors that have shapes and no numbers, the real kernels of attention and of experts among them: whoever asked for
+    a number would get an error."""
+    monkeypatch.setattr(transformer, "has_varlen", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(moe, "has_grouped_products", lambda device, dtype, w1: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    model, tokens, at = tiny(**sizes).bfloat16().to("meta"), draw(15).to("meta"), torch.tensor([0, 4, 14]).to("meta")
+    out = model(tokens, LENGTHS, at=at)
+    (out.logits.sum() + out.balance_loss).backward()
+    assert out.logits.shape == (3, 12) and all(weight.grad.shape == weight.shape for weight in model.parameters())
+
+    monkeypatch.setattr(moe, "has_grouped_products", lambda device, dtype, w1: False)
+    with pytest.raises(RuntimeError) if sizes else nullcontext():       # the loop over experts asks how many tokens each has
+        model(tokens, LENGTHS)
+
+
+@pytest.mark.parametrize("dropout, training, calls", [(0.0, True, 2), (0.1, False, 2), (0.1, True, 0)])
+def test_dropout_in_training_is_what_the_kernel_does_not_do(tiny, dropout, training, calls, monkeypatch):
+    called = []
+    monkeypatch.setattr(transformer, "has_varlen", lambda *_: True)
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *given, **how: called.append(1) or all_at_once(*given, **how))
+    tiny(dropout=dropout).train(training)(draw(6), [4, 2])
+    assert len(called) == calls                                         # once a layer
+
+
+@pytest.mark.parametrize("device, dtype, head_dim, capability, is_taken", [
+    ("cuda", torch.bfloat16, 64, (8, 0), True), ("cuda", torch.float16, 128, (9, 0), True),
+    ("cuda", torch.float16, 64, (7, 5), False),                         # a T4 has FlashAttention not at all
+    ("cuda", torch.float32, 64, (9, 0), False), ("cpu", torch.bfloat16, 64, (9, 0), False),
+    ("cuda", torch.bfloat16, 60, (9, 0), False), ("cuda", torch.bfloat16, 264, (9, 0), False)])
+def test_the_kernel_is_for_half_precision_on_a_gpu_that_has_it(device, dtype, head_dim, capability, is_taken, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_varlen(torch.device(device), dtype, head_dim) == is_taken
+
+
 def rotation_of(model, length):  # -> (length, 1, K/2)
     return model.lay_out(torch.zeros(length, dtype=torch.long), [length], cache=None).rotation
 
@@ -169,6 +243,7 @@ def test_samples_start_at_position_0_each(tiny):
     assert stream.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert stream.sample.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3]
     assert stream.spans == [(1, 3), (2, 5), (1, 2)]
+    assert stream.borders.tolist() == [0, 3, 8, 13, 15]
 
 
 def test_a_bf16_copy_tells_position_300_from_301(tiny):
