@@ -226,9 +226,10 @@ def learn_from(found: dict, run):
     aims = {side: share for side, share in ((GENERAL, 1 - args.share[1]), (DOMAIN, args.share[1]))
             if f"{side}_loss" in found and share > 0}
     run.memory["loss"] = sum(share * found[f"{side}_loss"] for side, share in aims.items()) / (sum(aims.values()) or math.nan)
-    for name, sign in (("accuracy", -1), ("loss", 1)):
+    for name in ("accuracy", "loss"):
         if f"general_{name}" in start:
-            found = found | {f"forgetting_{name}": sign * (found[f"general_{name}"] - start[f"general_{name}"])}
+            then, now = start[f"general_{name}"], found[f"general_{name}"]
+            found = found | {f"forgetting_{name}": then - now if name == "accuracy" else now - then}
     run.log.row(run.steps_done, run.wandb, **{f"val_{name}": value for name, value in found.items()})
     if categories and args.sampling == "evaluation" and run.steps_done < run.total_steps:
         scores = {name: categories.get(name.removeprefix(f"{DOMAIN}/"), found["domain_accuracy"])

@@ -75,7 +75,8 @@ class Case(NamedTuple):
 
 
 def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
-    """Seconds of one call, and bytes at the peak above the inputs. The loss and its gradients are `saved`."""
+    """Seconds of one call, and bytes at the peak above the inputs, with the gradients and without. The loss and its gradients are
+    `saved`."""
     torch.set_num_threads(case.threads)
     device, (divergence, _) = torch.device(case.device), pick_divergence(case.divergence)
 
@@ -96,7 +97,8 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
     if saved:
         hidden, head, *_ = given
         torch.save({"loss": loss, "hidden": hidden.grad, "head": head.grad}, saved)
-    return {"seconds": seconds, "peak": above}
+    gradients = sum(given[i].nbytes for i in range(2))      # which every form has to leave behind
+    return {"seconds": seconds, "peak": above, "beside": max(PAGE, above - gradients)}
 
 
 def inputs(case: Case):
@@ -122,15 +124,16 @@ def rows_of(case: Case, repeats: int) -> list[dict]:
              "vocabulary": case.vocabulary, "form": form, "seconds": each["seconds"],
              "time_ratio": each["seconds"] / plain["seconds"], "speed": plain["seconds"] / each["seconds"],
              "peak_mb": each["peak"] / 2 ** 20, "peak_ratio": plain["peak"] / each["peak"],
+             "beside_mb": each["beside"] / 2 ** 20, "beside_ratio": plain["beside"] / each["beside"],
              "deviation": each["deviation"]} for form, each in figures.items()]
 
 
 def table(rows) -> str:
-    lines = ["| vocabulary | form | seconds | time / plain | speed | peak MB | peak / plain | deviation |",
-             "|---:|---|---:|---:|---:|---:|---:|---:|"]
+    lines = ["| vocabulary | form | seconds | time / plain | speed | peak MB | peak / plain | without gradients | deviation |",
+             "|---:|---|---:|---:|---:|---:|---:|---:|---:|"]
     return "\n".join(lines + [
         f"| {row['vocabulary']:,} | {row['form']} | {row['seconds']:.2f} | {row['time_ratio']:.2f} | {row['speed']:.2f} x "
-        f"| {row['peak_mb']:,.0f} | 1/{row['peak_ratio']:.1f} | {row['deviation']:.1g} |" for row in rows])
+        f"| {row['peak_mb']:,.0f} | 1/{row['peak_ratio']:.1f} | 1/{row['beside_ratio']:.1f} | {row['deviation']:.1g} |" for row in rows])
 
 
 def main(argv=None):
@@ -161,7 +164,7 @@ def main(argv=None):
         print(f"{ALPHA:g} CE + {1 - ALPHA:g} * {TEMPERATURE:g}^2 * {pick_divergence(name)[1]}; {setting}\n")
         print(table([row for row in rows if row["divergence"] == name]), end="\n\n")
     print(f"seconds: {'CPU time' if args.device == 'cpu' else 'of the GPU'}, median of {args.repeats} new processes; "
-          "peak: above the inputs, gradients included;\n"
+          "peak: above the inputs, gradients included; then without their size;\n"
           "deviation: relative, the largest of the loss and both gradients, from the plain form's")
     write_results(args, rows, setting, {"speed": "times as fast as the plain form",
                                         "peak_ratio": "times less memory than the plain form"})
