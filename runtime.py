@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from model.lora import store_frozen
 from model.transformer import Block
 
 
@@ -95,7 +96,7 @@ def add_training_args(parser: argparse.ArgumentParser):
                                                         "wq wk wv wo w1 w2 w3")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
-        help="of the matrix products; weights, optimizer and losses stay fp32. "
+        help="of the matrix products, and of weights beside adapters; what trains, optimizer and losses are fp32. "
              "bfloat16 falls back to float32 where the hardware has none")
     add("--grad_checkpoint", action="store_true", help="keep only what each layer reads, and work the rest out again for the "
                                                        "gradient: much less memory, a third more work")
@@ -444,6 +445,7 @@ class Run:
     def __init__(self, name: str, args, world: World, modules: dict, data):
         self.name, self.args, self.world, self.data = name, args, world, data
         self.dtype = pick_dtype(args.dtype, world.device)
+        store_frozen(modules["model"], self.dtype)
         self.modules = {key: self.place(module) for key, module in modules.items() if module is not None}
         self.modules["model"].grad_checkpoint = args.grad_checkpoint
         self.optimizer = make_optimizer(self.modules.values(), args.weight_decay)

@@ -16,11 +16,17 @@ one, more surely    python -m benchmarks.step --shapes B --steps 5 --repeats 3
 another padding     python -m benchmarks.step --pad 340
 a picture           python -m benchmarks.step --picture step.png --json step.json
 
-How much is gained is first a matter of how much padding there is: the table says it, as positions per real token.
+How much is gained is first a matter of how much padding there is: the table says it, as positions per real token. How
+much could still be gained is told by the column "of the matrix rate": the operations that the loss needs (`operations`)
+over those that this machine does in that time in one large product of matrices, measured in the same process. At 100 %
+nothing would take time but products that nobody can do without. (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311,
+App. B, call it model FLOPs utilisation, and divide by what the data sheet says.)
+
 Both models are dense. They are untrained and ids random, for a product of matrices takes as long with any numbers.
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import tempfile
@@ -42,6 +48,7 @@ from distill.teacher_logits import VERSION, CacheWriter, TeacherCache, lay_out, 
 from model.config import LMConfig
 from model.teachers import Teacher, ask
 from model.transformer import Transformer
+from scripts.plan_memory import SIZES
 
 ALPHA, TEMPERATURE, WEIGHT_DECAY = 0.5, 2.0, 0.1
 OPINION = 3.0               # standard deviation of the teacher's logits
@@ -49,17 +56,23 @@ MEAN, SHORTEST, LONGEST, ANSWERS = 146, 16, 340, 0.61       # tokens of a chat, 
 
 
 class Shape(NamedTuple):
-    student: tuple[int, int]        # dim, layers
-    teacher: tuple[int, int]
+    student: LMConfig
+    teacher: LMConfig
     batch: int                      # samples
 
     def __str__(self):
-        return "student {} x {}, teacher {} x {}, batch {}".format(*self.student, *self.teacher, self.batch)
+        return f"student {self.student}, teacher {self.teacher}, batch {self.batch}"
 
 
-SHAPES = {"A": Shape((512, 8), (768, 8), 8),
-          "B": Shape((256, 4), (512, 8), 16),
-          "test": Shape((32, 2), (48, 2), 3)}
+def small(dim, n_layers) -> LMConfig:
+    return LMConfig(dim=dim, n_layers=n_layers, max_seq_len=LONGEST)
+
+
+SHAPES = {"A": Shape(small(512, 8), small(768, 8), 8),
+          "B": Shape(small(256, 4), small(512, 8), 16),
+          "document": Shape(small(512, 8), small(768, 16), 32),
+          "qwen3": Shape(SIZES["0.6B"], SIZES["8B"], 4),
+          "test": Shape(small(32, 2), small(48, 2), 3)}
 
 
 class Case(NamedTuple):
@@ -78,16 +91,15 @@ class Case(NamedTuple):
 def model_of(case: Case, role: str) -> Transformer:
     """Student or teacher, the same in every process."""
     torch.manual_seed(("student", "teacher").index(role))
-    dim, n_layers = case.shape.student if role == "student" else case.shape.teacher
-    config = LMConfig(dim=dim, n_layers=n_layers, vocab_size=case.vocabulary, max_seq_len=LONGEST,
-                      tie_embeddings=role == "student")
-    model = Transformer(config)
+    config = case.shape.student if role == "student" else case.shape.teacher
+    with torch.device(case.device):
+        model = Transformer(dataclasses.replace(config, vocab_size=case.vocabulary, tie_embeddings=role == "student"))
     if role == "student":
-        return model.train().to(case.device)
+        return model.train()
     # Untrained it would be sure of nothing, or with tied matrices of the word it has just read: one that is wrong would
     # then hardly be seen in the gradients.
-    torch.nn.init.normal_(model.output.weight, std=OPINION / dim ** 0.5)
-    return model.eval().requires_grad_(False).to(case.device)
+    torch.nn.init.normal_(model.output.weight, std=OPINION / config.dim ** 0.5)
+    return model.eval().requires_grad_(False)
 
 
 def chats(case: Case, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -193,14 +205,51 @@ FORMS = {"plain, padded to the limit": partial(plain_form, limit=True),
 TOLERANCES = dict.fromkeys(FORMS, TOLERANCE) | {BF16: 0.05, ON_DISK: 0.005}
 
 
+# --------------------------------------------------------------------------------------------- what would be enough
+
+
+def operations(config: LMConfig, lengths: list[int], n_targets: int) -> int:
+    """Multiplications and additions of a forward pass, those of its matrix products alone: no padding, and of the last
+    layer's output projection, its FFN and the head only what is asked for.
+
+        2 for each weight and each token that meets it
+        4 K H for each layer and each pair of a token and one that it sees: K in q . k, K in the sum of v
+    """
+    D, L, F, V = config.dim, config.n_layers, config.hidden_dim, config.vocab_size
+    H, G, K, N = config.n_heads, config.n_kv_heads, config.head_dim, sum(lengths)
+    into_attention, behind_it = D * (H + 2 * G) * K, H * K * D + 3 * D * F      # weights of wq, wk, wv; wo, w1, w2, w3
+    meetings = N * (L * into_attention + (L - 1) * behind_it) + n_targets * (behind_it + D * V)
+    pairs = sum(T * (T + 1) // 2 for T in lengths)
+    return 2 * meetings + 4 * K * H * L * pairs
+
+
+def operations_of_step(case: Case, number: int, on_disk: bool) -> int:
+    """Of the teacher forward; of the student forward, and twice that backward: the gradients of what is multiplied, and of
+    the weights. Of a teacher on disk there is only the head."""
+    samples = chats(case, number)
+    lengths, n_targets = [len(ids) - 1 for ids, _ in samples], int(sum(mark.sum() for _, mark in samples))
+    student, teacher = (dataclasses.replace(each, vocab_size=case.vocabulary)
+                        for each in (case.shape.student, case.shape.teacher))
+    taught = 2 * teacher.dim * teacher.vocab_size * n_targets if on_disk else operations(teacher, lengths, n_targets)
+    return taught + 3 * operations(student, lengths, n_targets)
+
+
+def matrix_rate(dtype, device) -> float:
+    """Multiplications and additions a second of a product of two large square matrices; the best of four."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = torch.ones(2, n, n, dtype=dtype, device=device).unbind()
+    return 2 * n ** 3 / min(timed(partial(torch.mm, a, b), device)[1] for _ in range(4))
+
+
 # ----------------------------------------------------------------------------------------------------- one measurement
 
 
 def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
-    """Seconds and real tokens a second of an optimizer step, and bytes at the peak above weights, gradients and AdamW's
-    moments. The first step's loss and gradients are `saved`."""
+    """Seconds and real tokens a second of an optimizer step, its useful operations over those of the matrix rate, and bytes
+    at the peak above weights, gradients and AdamW's moments. The first step's loss and gradients are `saved`."""
     torch.set_num_threads(case.threads)
     device = torch.device(case.device)
+    rate = matrix_rate(torch.bfloat16 if form == BF16 else torch.float32, device)
 
     # The first call of all loads the code of every kernel, which counts as memory too: let it be a small one.
     small = case._replace(shape=SHAPES["test"], vocabulary=64, pad=LONGEST, steps=0)
@@ -215,6 +264,9 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
     real = [sum(len(ids) - 1 for ids, _ in chats(case, number)) for number in range(case.steps + 1)]
     seconds = [timed(partial(run, ready, number), device)[1] for number in range(1, case.steps + 1)]
     return {"seconds": statistics.median(seconds),
+            "matrix_rate": rate,
+            "useful": statistics.median(operations_of_step(case, number, form == ON_DISK) / each / rate
+                                        for number, each in enumerate(seconds, start=1)),
             "tokens_per_second": statistics.median(n / each for n, each in zip(real[1:], seconds)),
             "positions": sum(batch.tokens.numel() for batch in ready.batches[1:]) / sum(real[1:]),
             "peak": max(PAGE, peak(device) - before)}
@@ -262,11 +314,13 @@ def rows_of(name: str, case: Case, forms: list[str], repeats: int) -> list[dict]
 
 
 def table(rows) -> str:
-    lines = ["| form | positions / token | seconds | tokens/s | speed | peak MB | peak / first | deviation |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = ["| form | positions / token | seconds | tokens/s | of the matrix rate, % | speed | peak MB | peak / first "
+             "| deviation |",
+             "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
     return "\n".join(lines + [
         f"| {row['form']} | {row['positions']:.2f} | {row['seconds']:.2f} | {row['tokens_per_second']:,.0f} "
-        f"| {row['speed']:.2f} x | {row['peak_mb']:,.0f} | 1/{row['peak_ratio']:.1f} | {row['deviation']:.1g} |"
+        f"| {100 * row['useful']:.0f} | {row['speed']:.2f} x | {row['peak_mb']:,.0f} | 1/{row['peak_ratio']:.1f} "
+        f"| {row['deviation']:.1g} |"
         for row in rows])
 
 
@@ -274,15 +328,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shapes", nargs="+", default=["A", "B"], choices=SHAPES,
-        help="; ".join(f"{name}: {shape}" for name, shape in SHAPES.items()))
-    add("--vocab", type=int, default=6400, help="words of the vocabulary")
+        help="; ".join(f"{name}: {shape}" for name, shape in SHAPES.items()) + ". document is what train_distillation.py "
+             "takes by default, minutes a step on one core; qwen3, sizes of 0.6B and 8B, is for a GPU of 80 GB")
+    add("--vocab", type=int, default=None, help="words of the vocabulary; default: 6,400, and of qwen3 its own 151,936")
     add("--pad", type=int, default=512, help=f"length of rows that are padded to a limit, {LONGEST} or more: the model's "
                                              "max_seq_len")
     add("--steps", type=int, default=3, help="that are timed in each process, behind one that is not; the median counts")
     add_result_args(parser)
     parser.set_defaults(repeats=1)
     args = parser.parse_args(argv)
-    if min(args.vocab, args.steps) < 1:
+    if args.steps < 1 or args.vocab is not None and args.vocab < 1:
         parser.error("--vocab and --steps are counts: 1 or more")
     if args.pad < LONGEST:
         parser.error(f"--pad {args.pad} would cut samples, which have up to {LONGEST} tokens, and change the loss")
@@ -293,20 +348,22 @@ def main(argv=None):
         forms.remove(BF16)
         print(f"the form {BF16!r} is left out\n")
 
-    rows = []
+    words, rows = {name: args.vocab or SHAPES[name].student.vocab_size for name in args.shapes}, []
     try:
         for name in args.shapes:
-            case = Case(SHAPES[name], args.vocab, args.pad, args.steps, args.device, args.threads, cache="")
+            case = Case(SHAPES[name], words[name], args.pad, args.steps, args.device, args.threads, cache="")
             rows += rows_of(name, case, forms, args.repeats)
     except (ValueError, MemoryError) as error:
         sys.exit(str(error))
 
-    setting = (f"{args.vocab:,} words, limit {args.pad}, {args.device}"
+    setting = (f"limit {args.pad}, {args.device}"
                + (f", threads: {args.threads}" if args.device == "cpu" else ""))
     for name in args.shapes:
         own = [row for row in rows if row["shape"] == name]
-        print(f"{name}: {SHAPES[name]}; {setting}\n\n{table(own)}\n\nnot in these seconds: what is on disk was written in "
-              f"{own[-1]['write_seconds']:.2f} s, for {args.steps + 1} steps\n")
+        rates = {"bf16" if row["form"] == BF16 else "fp32": f"{row['matrix_rate'] / 1e9:,.0f}" for row in own}
+        print(f"{name}: {SHAPES[name]}; {words[name]:,} words, {setting}\n\n{table(own)}\n\n"
+              f"not in these seconds: what is on disk was written in {own[-1]['write_seconds']:.2f} s, for {args.steps + 1} steps\n"
+              "matrix rate: " + ", ".join(f"{rate} G operations/s in {dtype}" for dtype, rate in rates.items()) + "\n")
     print(f"samples: {MEAN} tokens in the mean, at most {LONGEST}, {ANSWERS:.0%} of them to be learned; tokens: real ones;\n"
           f"seconds: {'CPU time' if args.device == 'cpu' else 'of the GPU'} of an optimizer step, median of {args.steps} in "
           f"each of {args.repeats} new processes;\npeak: above weights, gradients and optimizer state; deviation: relative, the "

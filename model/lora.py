@@ -15,6 +15,7 @@ one that does not. SmolLM2-135M, 30 layers of seven matrices, at rank 8, without
                     weights that train                                                      MB
     all of it       134,515,008                                                             2,152
     adapters        8 * 30 * (2 (576 + 576) + 2 (576 + 192) + 3 (576 + 1536)) = 2,442,240   577
+    the same, frozen matrices of the layers in bf16 (--dtype bfloat16, the default)                         365
 
 Time, less so: the gradient still travels through every W to the adapters below, but W's own is not worked out. Four
 such layers and 512 tokens take 0.42 s forward and back in place of 0.59 (one core, without the head).
@@ -167,6 +168,15 @@ def merge_lora(model):
     for path, adapter in adapters(model).items():
         model.set_submodule(path, adapter.merged())
     return model.requires_grad_(True)
+
+
+@torch.no_grad()
+def store_frozen(model, dtype):
+    """Keep the matrices of the layers that do not train in the type of the products, to which autocast rounds them at each:
+    the same to the last bit, in half the memory, and without the copies. What is summed or looked up stays fp32."""
+    for weight in model.layers.parameters():
+        if weight.dim() >= 2 and not weight.requires_grad:
+            weight.data = weight.to(dtype)
 
 
 @contextmanager

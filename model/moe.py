@@ -19,6 +19,38 @@ def swiglu(x, w1, w2, w3):  # (n, D), (F, D), (D, F), (F, D) -> (n, D)
     return F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
 
 
+def experts(x, ends, w1, w2, w3):  # (n, D), (E,), (E, F, D), (E, D, F), (E, F, D) -> (n, D)
+    """Expert e's rows of x lie together and end at ends[e]: one SwiGLU an expert or, on a GPU in bf16, one for all."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if has_grouped_products(x.device, dtype, w1):
+        return grouped_experts(x.to(dtype), ends, w1.to(dtype), w2.to(dtype), w3.to(dtype))
+    pieces = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+    # unbind, not w[e]: indexing would make the backward pass write a whole stack of zeros per expert.
+    return torch.cat([swiglu(*each) for each in zip(pieces, w1.unbind(), w2.unbind(), w3.unbind())])
+
+
+def grouped_experts(x, ends, w1, w2, w3):  # as `experts`
+    """A GPU is told of all experts at once, and never asked how many tokens each has: to hear the answer, Python would wait
+    until all that came before is done."""
+    n, E = len(x), len(ends)
+    # Each expert gets a row of zeros too. For one without any row, some GPUs take as its gradient what lay in memory
+    # (https://github.com/pytorch/pytorch/issues/172439) or never come back (.../issues/152668).
+    rows = torch.arange(n, device=x.device)
+    place = rows + torch.searchsorted(ends, rows, right=True)                   # (n,), behind the zeros of those before
+    x = x.new_zeros(n + E, x.shape[1]).index_copy(0, place, x)                  # (n + E, D)
+    ends = ends + torch.arange(1, E + 1, device=x.device, dtype=ends.dtype)
+    w1, w2, w3 = (w.transpose(1, 2) for w in (w1, w2, w3))
+    inner = F.silu(F.grouped_mm(x, w1, offs=ends)) * F.grouped_mm(x, w3, offs=ends)     # (n + E, F)
+    return F.grouped_mm(inner, w2, offs=ends)[place]
+
+
+def has_grouped_products(device, dtype, w1) -> bool:
+    """Its rows must be multiples of 16 bytes. Quantised experts are made floats one by one."""
+    return (device.type == "cuda" and dtype == torch.bfloat16 and isinstance(w1, torch.Tensor)
+            and w1.shape[1] % 8 == w1.shape[2] % 8 == 0)
+
+
 class FeedForward(nn.Module):
     """One SwiGLU network, the dense layer's FFN and the shared expert."""
 
@@ -55,12 +87,9 @@ class MoEFeedForward(nn.Module):
             gate = gate / gate.sum(dim=-1, keepdim=True)
 
         # Sorted by expert, each expert's tokens lie together: one matrix product an expert, on its tokens alone.
-        order = chosen.flatten().argsort(stable=True)                       # (N * A,)
-        counts = chosen.flatten().bincount(minlength=E).tolist()
-        pieces = x[order // A].split(counts)
-        # unbind, not w[e]: indexing would make the backward pass write a whole stack of zeros per expert.
-        experts = zip(pieces, self.w1.unbind(), self.w2.unbind(), self.w3.unbind())
-        y = torch.cat([swiglu(piece, w1, w2, w3) for piece, w1, w2, w3 in experts])
+        expert, order = chosen.flatten().sort(stable=True)                  # (N * A,) twice
+        ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True, out_int32=True)     # (E,)
+        y = experts(x[order // A], ends, self.w1, self.w2, self.w3)
         y = y[order.argsort()].view(N, A, D)                                # back in the tokens' order
         y = (y * gate.to(y.dtype).unsqueeze(-1)).sum(dim=1)                 # (N, D)
         if self.shared is not None:
@@ -78,9 +107,9 @@ def balance_loss(scores, chosen, sample, n_samples: int):  # (N, E), (N, A), (N,
     changes nothing. (The batch-wise form of Switch, https://arxiv.org/abs/2101.03961, Eq. 4, would.)
     """
     E, A = scores.shape[-1], chosen.shape[-1]
-    sizes = sample.bincount(minlength=n_samples).clamp(min=1).unsqueeze(-1)     # tokens of each; 0 / 0 would be NaN
     picks = torch.zeros_like(scores).scatter(1, chosen, 1.0)
     zeros = scores.new_zeros(n_samples, E)
+    sizes = zeros.index_add(0, sample, torch.ones_like(scores)).clamp(min=1)    # tokens of each; 0 / 0 would be NaN
     f = zeros.index_add(0, sample, picks) / sizes * (E / A)                 # (samples, E)
     P = zeros.index_add(0, sample, scores) / sizes
     return (f * P).sum()

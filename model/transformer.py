@@ -239,7 +239,7 @@ class Transformer(nn.Module):
             if return_hidden:
                 hidden.append(x if is_last or at is None else x[at])
         if cache is not None:
-            cache.lengths += torch.tensor(lengths, device=cache.lengths.device)
+            cache.lengths += without_waiting(lengths, tokens.device, torch.long)
         final = self.norm(x)
         return Output(self.output(final) if with_logits else None, final, x.new_zeros(()) + balance, hidden, qkv)
 
@@ -262,7 +262,7 @@ class Transformer(nn.Module):
                 seen = (torch.arange(past + 1, device=device) <= positions[:, None])[:, None, None]
         else:
             sample = torch.arange(len(lengths), device=device).repeat_interleave(
-                torch.tensor(lengths, device=device), output_size=tokens.shape[0])
+                without_waiting(lengths, device, torch.long), output_size=tokens.shape[0])
             positions = torch.cat([torch.arange(T, device=device).repeat(n) for n, T in spans])
         borders = without_waiting([0, *accumulate(lengths)], device, torch.int32)
         return Stream(spans, sample, positions, self.rotation(positions), cache, past, seen, borders)

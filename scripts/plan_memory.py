@@ -11,7 +11,7 @@ Of each weight that trains a process keeps 16 bytes: itself and its gradient in 
 et al. 2020, ZeRO, https://arxiv.org/abs/1910.02054, Sec. 3.1). zero2 and zero3 divide these 16 by the processes, gradients
 being shared out with every micro-batch. Beside its part a process then holds weights gathered from the others: under zero2
 all of them, under zero3 those of two layers, and under both the words, in fp32 (runtime.shard). The teacher costs 2 a weight
-in bf16. What autograd keeps for the backward pass grows with the tokens, and is counted from model/transformer.py line by
+in bf16, and so do the layers' matrices that adapters stand beside. What autograd keeps for the backward pass grows with the tokens, and is counted from model/transformer.py line by
 line.
 
 GB are 10^9 bytes; of a GPU's memory a tenth is left to CUDA, NCCL and the gaps between tensors. While it loads, each process
@@ -41,7 +41,7 @@ from distill.fused import CHUNK_BYTES, MOST_ROWS, Dense, fused_distillation_loss
 from distill.losses import reverse_kl
 from model.checkpoint import build, empty_model, load_config
 from model.config import LMConfig
-from model.lora import add_lora
+from model.lora import add_lora, store_frozen
 
 
 def qwen3(dim, n_layers, n_heads, hidden_dim, tied=False) -> LMConfig:
@@ -111,6 +111,7 @@ class Count(NamedTuple):
 
     all: int                    # without adapters
     layer: int                  # one layer's
+    matrices: int               # of these, in matrices
     words: int                  # the rest: embeddings, last norm, head
     trained: int                # those with a gradient
 
@@ -119,9 +120,10 @@ def count(config: LMConfig, lora_rank: int = 0) -> Count:
     """Counted on a model of one layer that takes no memory; all layers are alike."""
     model = empty_model(dataclasses.replace(config, n_layers=1), "meta", torch.float32)
     L, layer = config.n_layers, sum(weight.numel() for weight in model.layers[0].parameters())
+    matrices = sum(weight.numel() for weight in model.layers[0].parameters() if weight.dim() >= 2)
     words = model.n_parameters() - layer
     trained = L * add_lora(model, lora_rank).n_trained if lora_rank else words + L * layer
-    return Count(words + L * layer, layer, words, trained)
+    return Count(words + L * layer, layer, matrices, words, trained)
 
 
 def config_of(name: str) -> LMConfig:
@@ -173,8 +175,10 @@ def terms(student: LMConfig, teacher: LMConfig | None, recipe: Recipe, distilled
              Term("gradients", FP32 * n.trained // parts, f"4 B x {n.trained:,}{over}"),
              Term("AdamW", MOMENTS * n.trained // parts, f"8 B x {n.trained:,}{over}")]
     if recipe.lora_rank:
-        adapters = FP32 * n.trained // parts
-        found.insert(1, Term("adapters", adapters, f"4 B x {n.trained:,}{over}"))
+        frozen = student.n_layers * n.matrices                  # model/lora.py, store_frozen
+        found[0] = Term("weights", (width * frozen + FP32 * (n.all - frozen)) // parts,
+                        f"({width} B x {frozen:,} in the layers' matrices + 4 B x {n.all - frozen:,}){over}")
+        found.insert(1, Term("adapters", FP32 * n.trained // parts, f"4 B x {n.trained:,}{over}"))
     if teacher:
         found += taught_by(count(teacher), recipe)
     found += copies(student, n, recipe)
@@ -205,11 +209,10 @@ def copies(config: LMConfig, n: Count, recipe: Recipe) -> list[Term]:
     if recipe.shard == "none":
         if width == FP32:
             return []
-        # Autocast keeps the copies of what trains until the forward pass ends; of frozen ones a layer that is worked out
-        # again makes its own.
-        layers = 1 if recipe.lora_rank and recipe.grad_checkpoint else L
-        formula = f"{width} B x {layers} layer{'s' * (layers > 1)} x {n.layer:,}"
-        return [Term("copies for autocast", width * layers * n.layer, formula)]
+        # Autocast keeps the copies of what trains until the forward pass ends; what is frozen is stored as such a copy.
+        if recipe.lora_rank:
+            return [Term("copies for autocast", width * n.trained, f"{width} B x {n.trained:,}")]
+        return [Term("copies for autocast", width * L * n.layer, f"{width} B x {L} layers x {n.layer:,}")]
     layers = L if recipe.shard == "zero2" else min(2, L)
     gathered = Term("gathered weights", FP32 * n.words + width * layers * n.layer,
                     f"4 B x {n.words:,} + {width} B x {layers} layers x {n.layer:,}")
@@ -327,6 +330,7 @@ def train(config: LMConfig, recipe: Recipe, device: str):
         student, teacher = build(config), build(config).to(dtype).eval().requires_grad_(False)
     if recipe.lora_rank:
         add_lora(student, recipe.lora_rank)
+        store_frozen(student, dtype)
     student.grad_checkpoint = recipe.grad_checkpoint
     optimizer = runtime.make_optimizer([student], weight_decay=0.1)
     lengths = [recipe.max_seq_len] * recipe.batch_size

@@ -16,7 +16,7 @@ from torch import nn
 from model.checkpoint import adapt, load_model
 from model.generate import generate
 from model.gpt2 import GPT2
-from model.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, without_lora
+from model.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, store_frozen, without_lora
 from model.quantize import quantize
 from model.teachers import Base
 from runtime import make_optimizer
@@ -138,6 +138,37 @@ def test_under_autocast_all_products_run_in_its_type(make):
     assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
     y.float().sum().backward()
     assert adapter.lora_a.grad.dtype == torch.float32
+
+
+@every_kind
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_frozen_matrices_in_bf16_change_nothing_under_autocast_to_the_last_bit(make, kind):
+    found = []
+    for is_stored in (False, True):
+        model = trained(make(kind))
+        if is_stored:
+            store_frozen(model, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            words = logits(model)
+            F.cross_entropy(words.float(), NEXT).backward()
+            with torch.no_grad(), without_lora(model):
+                as_it_was = logits(model)
+        found.append([words, as_it_was] + [model.get_parameter(name).grad for name in lora_state(model)])
+    assert all(map(torch.equal, *found)) and not torch.equal(*found[0][:2])
+
+
+@every_kind
+def test_of_the_frozen_only_the_matrices_of_the_layers_are_stored_in_bf16(make, kind):
+    model = trained(make(kind), targets=["wq"])                             # the others are frozen without an adapter
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    store_frozen(model, torch.bfloat16)
+    for name, weight in model.named_parameters():
+        is_matrix = name.startswith("layers") and weight.dim() >= 2 and "lora_" not in name
+        assert weight.dtype == (torch.bfloat16 if is_matrix else torch.float32)
+        assert torch.equal(weight, before[name].to(weight.dtype)) and weight.requires_grad == ("lora_" in name)
+    model = make(kind)                                                      # all of it trains
+    store_frozen(model, torch.bfloat16)
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
 def test_generation_with_a_cache_is_as_with_the_merged_model(make):

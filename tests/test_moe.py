@@ -7,14 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model import moe
 from model.config import LMConfig
 from model.moe import MoEFeedForward, balance_loss
+from model.quantize import Int8
 from model.transformer import Transformer
 
 
-def experts(E, A, n_shared_experts=0, norm_topk_prob=True, seed=0):
+def experts(E, A, n_shared_experts=0, norm_topk_prob=True, seed=0, hidden_dim=12):
     ffn = MoEFeedForward(LMConfig(
-        dim=8, n_heads=2, hidden_dim=12, use_moe=True, n_routed_experts=E, num_experts_per_tok=A,
+        dim=8, n_heads=2, hidden_dim=hidden_dim, use_moe=True, n_routed_experts=E, num_experts_per_tok=A,
         n_shared_experts=n_shared_experts, norm_topk_prob=norm_topk_prob))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -48,6 +50,54 @@ def test_sorting_by_expert_equals_a_plain_loop_over_tokens(x, E, A, n_shared, no
         if n_shared:
             y[-1] = y[-1] + by_hand(ffn.shared.w1.weight, ffn.shared.w2.weight, ffn.shared.w3.weight, token)
     assert torch.allclose(ffn(x, *one_sample(10))[0], torch.stack(y), atol=1e-5)
+
+
+def test_all_experts_in_one_product_of_a_gpu_are_as_one_after_the_other(x, monkeypatch):
+    """A GPU's way, which torch also goes on a CPU. Of five experts the last gets no token."""
+    ffn = experts(E=5, A=2, n_shared_experts=1)
+    with torch.no_grad():
+        ffn.router.weight[4] = -ffn.router.weight[:4].sum(dim=0) - 100 * x.sum(dim=0)
+    assert (x @ ffn.router.weight[4] < (x @ ffn.router.weight[:4].T).min(dim=1).values).sum() >= 5
+    found = []
+    for grouped in (False, True):
+        monkeypatch.setattr(moe, "has_grouped_products", lambda device, dtype, w1: grouped)
+        y, balance = ffn(x, *one_sample(10))
+        ffn.zero_grad()
+        (y.square().sum() + balance).backward()
+        found.append([y.detach()] + [weight.grad.clone() for weight in ffn.parameters()])
+    for one_by_one, at_once in zip(*found):
+        assert torch.allclose(at_once, one_by_one, rtol=1e-4, atol=1e-4)
+
+
+def test_a_group_of_no_rows_changes_nothing_and_is_never_given_to_the_kernel(monkeypatch):
+    product, given = F.grouped_mm, []
+    monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: given.append((len(x), offs.tolist())) or product(x, w, offs=offs))
+    generator = torch.Generator().manual_seed(0)
+    x, w1, w3 = (torch.randn(*size, generator=generator) for size in ((3, 8), (4, 16, 8), (4, 16, 8)))
+    w2, ends = torch.randn(4, 8, 16, generator=generator), torch.tensor([0, 2, 2, 3], dtype=torch.int32)
+    by_itself = torch.stack([by_hand(w1[e], w2[e], w3[e], token) for e, token in zip((1, 1, 3), x)])
+    assert torch.allclose(moe.grouped_experts(x, ends, w1, w2, w3), by_itself, atol=1e-5)
+    assert torch.allclose(moe.experts(x, ends, w1, w2, w3), by_itself, atol=1e-5)
+    assert given == [(7, [1, 4, 5, 7])] * 3                             # a row of zeros for each of the four
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_under_autocast_all_experts_in_one_product_run_in_its_type(x, monkeypatch):
+    ffn, seen = experts(E=4, A=2, hidden_dim=16), []
+    monkeypatch.setattr(moe, "has_grouped_products", lambda device, dtype, w1: seen.append(dtype) or len(seen) > 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        one_by_one, at_once = (ffn(x, *one_sample(10))[0] for _ in range(2))
+    assert seen == [torch.bfloat16] * 2 and at_once.dtype == one_by_one.dtype == torch.bfloat16
+    assert torch.allclose(at_once, one_by_one, rtol=2 ** -6, atol=2 ** -6 * one_by_one.abs().max().item())
+
+
+@pytest.mark.parametrize("device, dtype, F, D, is_taken", [
+    ("cuda", torch.bfloat16, 16, 8, True), ("cuda", torch.float32, 16, 8, False), ("cpu", torch.bfloat16, 16, 8, False),
+    ("cuda", torch.bfloat16, 12, 8, False), ("cuda", torch.bfloat16, 16, 4, False)])
+def test_one_product_for_all_is_for_bf16_on_a_gpu(device, dtype, F, D, is_taken):
+    stack = torch.empty(2, F, D)
+    assert moe.has_grouped_products(torch.device(device), dtype, stack) == is_taken
+    assert not moe.has_grouped_products(torch.device(device), dtype, Int8(stack))
 
 
 def test_one_expert_is_the_dense_model(tiny):

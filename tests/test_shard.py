@@ -19,6 +19,7 @@ import runtime
 from helpers_run import FORKS, ROOT, TINY, complaint, load, rows, same, start, succeed, wait_until
 from model.checkpoint import load_model, new_model, save_model
 from model.config import LMConfig
+from model.lora import add_lora, lora_state
 from model.transformer import KVCache
 
 CPU = torch.device("cpu")
@@ -243,12 +244,19 @@ def law_of_bf16(world, models, out_dir):
         run = a_run(model, world if shard != "none" else world._replace(size=1), out_dir, shard=shard)
         for last in (False, True):
             learn(run, last)
-        found.append([runtime.whole(weight.grad) for weight in model.parameters()])
+        found.append([runtime.whole(weight.grad) for weight in model.parameters() if weight.requires_grad])
     assert same(found[1], found[0]) and same(found[2], found[0])
 
 
-def test_a_shared_model_in_bf16_has_the_gradients_of_autocast_to_the_bit(tiny, tmp_path):
-    on_two_processes(law_of_bf16, [tiny().train() for _ in range(3)], tmp_path)
+@pytest.mark.parametrize("lora_rank", [0, 3], ids=["all weights", "adapters"])
+def test_a_shared_model_in_bf16_has_the_gradients_of_autocast_to_the_bit(lora_rank, tiny, tmp_path):
+    models = [tiny().train() for _ in range(3)]
+    for model in models if lora_rank else []:
+        torch.manual_seed(0)
+        add_lora(model, lora_rank)
+        for weight in lora_state(model).values():
+            torch.nn.init.normal_(weight, std=0.3)
+    on_two_processes(law_of_bf16, models, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- activations

@@ -4,6 +4,7 @@ The benchmark of a whole step: the textbook's form and ours have one loss and th
 and what is measured as ours is what train_distillation.py does.
 """
 
+import dataclasses
 import json
 import re
 from argparse import Namespace
@@ -12,11 +13,15 @@ from contextlib import nullcontext
 import pytest
 import torch
 from helpers_run import FORKS
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_distillation
 from benchmarks import measure, plain, step
-from benchmarks.step import BF16, FORMS, ON_DISK, SHAPES, TOLERANCES, Case, chats, model_of, our_form, plain_form
+from benchmarks.step import (BF16, FORMS, ON_DISK, SHAPES, TOLERANCES, Case, chats, model_of, operations, operations_of_step,
+                             our_form)
 from distill.teacher_logits import TeacherCache
+from model.config import LMConfig
 from model.teachers import Teacher
 
 LIMIT = "plain, padded to the limit"
@@ -53,6 +58,14 @@ def test_every_form_has_the_loss_and_all_gradients_of_the_plain_one(case, truth,
     assert found.keys() == truth.keys() and all(value.norm() > 0 for value in found.values())
     exact = 1e-5 if TOLERANCES[form] == measure.TOLERANCE else TOLERANCES[form]
     assert distance(found, truth) < exact
+
+
+def test_models_with_the_parts_of_qwen3_have_one_loss_too(case):
+    student, teacher = (dataclasses.replace(each, dim=dim, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=10, hidden_dim=48)
+                        for each, dim in zip(SHAPES["qwen3"], (32, 48)))
+    assert student.qk_norm and student.rope_theta == 1e6 and student.tie_embeddings and not teacher.tie_embeddings
+    case = case._replace(shape=SHAPES["test"]._replace(student=student, teacher=teacher))
+    assert distance(gradients(our_form(case)), gradients(FORMS[LIMIT](case))) < 1e-5
 
 
 def test_another_teacher_would_be_seen(case, truth, monkeypatch):
@@ -163,7 +176,35 @@ def test_ours_is_bit_by_bit_the_step_of_train_distillation(case, on_disk):
     assert all(torch.equal(measured[name], lesson[name]) for name in lesson)
 
 
-def test_every_form_stands_in_the_table_the_json_and_the_picture(tmp_path, capsys, monkeypatch):
+def test_the_operations_that_are_needed_by_hand():
+    """Samples of 1 and 2 tokens, 2 of the 3 to be learned: 1 + 3 pairs of a token and one that it sees."""
+    config = LMConfig(dim=4, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=2, hidden_dim=8, vocab_size=10)
+    into_attention, behind_it = 4 * 4 + 2 * 4 * 2, 4 * 4 + 3 * 4 * 8            # 32 weights and 112 a layer
+    meetings = 3 * 32 + 3 * 112 + 3 * 32 + 2 * 112 + 2 * 40                     # two layers, of the second a part; the head
+    assert (into_attention, behind_it, meetings) == (32, 112, 832)
+    assert operations(config, [1, 2], n_targets=2) == 2 * 832 + 4 * (2 * 2) * 2 * 4 == 1792
+
+
+@pytest.mark.parametrize("sizes", [{}, {"head_dim": 6, "n_kv_heads": 1}])
+def test_the_operations_that_are_needed_are_those_that_torch_counts(tiny, sizes):
+    """In samples of one token: of longer ones torch counts the pairs that no token sees too. Backward is twice forward."""
+    model, needed = tiny(**sizes), operations(tiny(**sizes).config, [1] * 5, n_targets=2)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        logits = model(torch.arange(5), [1] * 5, at=torch.tensor([1, 4])).logits
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    assert (forward.get_total_flops(), backward.get_total_flops()) == (needed, 2 * needed)
+
+
+def test_a_step_is_the_teacher_once_and_the_student_three_times(case):
+    samples = chats(case, 0)
+    lengths, n_targets = [len(ids) - 1 for ids, _ in samples], sum(int(mark.sum()) for _, mark in samples)
+    student, teacher = (operations(model_of(case, role).config, lengths, n_targets) for role in ("student", "teacher"))
+    assert operations_of_step(case, 0, on_disk=False) == teacher + 3 * student
+    assert operations_of_step(case, 0, on_disk=True) == 2 * 48 * 50 * n_targets + 3 * student
+
+
+def test_every_form_stands_in_the_table_the_json_and_the_picture(case, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "get_context", lambda _: FORKS)
     monkeypatch.setattr(step.runtime, "pick_dtype", lambda name, device: torch.float32)         # no bf16 here
     step.main(["--shapes", "test", "--vocab", "50", "--steps", "1",
@@ -172,12 +213,16 @@ def test_every_form_stands_in_the_table_the_json_and_the_picture(tmp_path, capsy
     rows, printed = json.loads((tmp_path / "step.json").read_text())["rows"], capsys.readouterr().out
     assert [row["form"] for row in rows] == [form for form in FORMS if form != BF16]
     assert f"the form '{BF16}' is left out" in printed
+    assert all(row["useful"] == pytest.approx(operations_of_step(case, 1, row["form"] == ON_DISK) / row["seconds"]
+                                              / row["matrix_rate"]) for row in rows)
+    assert re.search(r"matrix rate: [\d,]+ G operations/s in fp32\n", printed)
     assert all(row["seconds"] > 0 and row["peak_mb"] > 0 and row["tokens_per_second"] > 0 for row in rows)
     assert rows[0]["speed"] == rows[0]["peak_ratio"] == 1.0 and rows[0]["deviation"] == 0.0
     assert rows[0]["positions"] > rows[1]["positions"] > rows[2]["positions"] == rows[3]["positions"] == 1.0
     assert all(row["deviation"] < TOLERANCES[row["form"]] for row in rows)
     for row in rows:
         assert f"| {row['form']} | {row['positions']:.2f} | {row['seconds']:.2f} |" in printed
+        assert f" | {100 * row['useful']:.0f} | {row['speed']:.2f} x |" in printed
     assert re.search(r"on disk was written in \d+\.\d\d s, for 2 steps", printed) and rows[3]["write_seconds"] > 0
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 
