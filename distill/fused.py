@@ -64,17 +64,16 @@ def fused_distillation_loss(hidden, head, targets, taught, alpha=0.0, temperatur
     Under autocast the matrix products run in its type; the loss is fp32. The closed form of CE + forward KL,
     softmax - one-hot and T (q - p), is worked out in place; any other divergence asks autograd, a chunk at a time.
     """
-    chunks = Chunks(hidden, head, taught, chunk_bytes)
+    closed_form = divergence is forward_kl and kd_weight is None and ce_weight is None and not isinstance(taught, TopK)
+    chunks = Chunks(hidden, head, taught, chunk_bytes, share=1 if closed_form else 4)
     with torch.autocast(hidden.device.type, enabled=False):             # `chunks` knows the type of the products
-        return Fused(*FusedLoss.apply(hidden, head, targets, chunks, alpha, temperature, divergence, kd_weight,
+        return Fused(*FusedLoss.apply(hidden, head, targets, chunks, closed_form, alpha, temperature, divergence, kd_weight,
                                       ce_weight))
 
 
 class FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, chunks, alpha, temperature, divergence, kd_weight, ce_weight):
-        closed_form = (divergence is forward_kl and kd_weight is None and ce_weight is None
-                       and not isinstance(chunks.taught, TopK))
+    def forward(ctx, hidden, head, targets, chunks, closed_form, alpha, temperature, divergence, kd_weight, ce_weight):
         # Where the products run in fp16, gradients of rare words would underflow: those products run in fp32.
         back = torch.float32 if chunks.dtype == torch.float16 else chunks.dtype
         h, w = hidden.detach().to(back), head.detach().to(back)
@@ -106,19 +105,23 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor, *_):
         (grad_hidden, grad_head), ctx.grads = ctx.grads, None
-        return grad_hidden.mul_(factor), None if grad_head is None else grad_head.mul_(factor), *[None] * 7
+        return grad_hidden.mul_(factor), None if grad_head is None else grad_head.mul_(factor), *[None] * 8
 
 
 class Chunks:
-    """The rows a few at a time, and three buffers (C, V) that all of them share: fresh pages cost ten times a write."""
+    """The rows a few at a time, and three buffers (C, V) that all of them share: fresh pages cost ten times a write.
 
-    def __init__(self, hidden, head, taught, chunk_bytes=CHUNK_BYTES):
+    share       only one of so many rows at once: autograd keeps some twenty buffers of a chunk more, and a quarter of the rows
+                takes no longer
+    """
+
+    def __init__(self, hidden, head, taught, chunk_bytes=CHUNK_BYTES, share=1):
         device = hidden.device.type
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         self.hidden, self.head = hidden.detach().to(self.dtype), head.detach().to(self.dtype)
         self.taught = taught if isinstance(taught, TopK) else [
             one._replace(states=one.states.detach().to(self.dtype), head=one.head.detach().to(self.dtype)) for one in taught]
-        self.size = max(1, min(len(hidden), MOST_ROWS, chunk_bytes // (4 * len(head))))
+        self.size = max(1, min(len(hidden), MOST_ROWS // share, chunk_bytes // (4 * len(head) * share)))
         self.buffers = {}
 
     def __iter__(self):

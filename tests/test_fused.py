@@ -314,8 +314,9 @@ def test_no_tensor_of_tokens_times_vocabulary_ever_exists(name, kind):
               "two teachers": [a_teacher(tokens, vocab, weight=0.5), a_teacher(tokens, vocab, seed=5, weight=0.5)],
               "top k": top_of(a_teacher(tokens, vocab), 8, 2.0)}[kind]
     with Watch() as watch:
-        with_gradients(fused_distillation_loss, student, taught, chunk_bytes=7 * 4 * vocab, **settings)
-    assert watch.most == 7 * vocab
+        with_gradients(fused_distillation_loss, student, taught, chunk_bytes=32 * 4 * vocab, **settings)
+    closed_form = name == "forward_kl" and kind != "top k"
+    assert watch.most == (32 if closed_form else 8) * vocab         # autograd keeps many buffers more, of fewer rows
     if kind == "dense":
         with Watch() as watch:
             with_gradients(plain, student, taught, **settings)
