@@ -29,6 +29,13 @@ def commands(name: str) -> list[str]:
 COMMANDS = commands("README.md")
 TRAINING = ("train_pretrain.py", "train_sft.py", "train_distillation.py", "train_onpolicy.py", "train_curriculum.py")
 LAUNCHERS = ("scripts/run_skd.sh", "scripts/run_seqkd.sh", "scripts/run_onpolicy_kd.sh")
+TINY_BENCHMARKS = {
+    "benchmarks.step": "--shapes test --vocab 64 --steps 1",
+    "benchmarks.generate": "--cases 1 --prompt 4 --new_tokens 4 --dim 32 --n_layers 1 --repeats 1",
+    "benchmarks.data": "--rows 20 --repeats 1",
+    "benchmarks.ddp": "--model 32x1 --tokens 16 --length 8 --steps 1 --repeats 1",
+    "benchmarks.scaling": "--model 32x1 --tokens 16 --length 8 --vocab 64 --steps 1 --repeats 1 --axes tokens=16,32",
+}
 # What makes a command small. argparse takes the last value of a flag, so numbers can be said again.
 SMALL = ["--max_steps", "2", "--batch_size", "4", "--num_workers", "0"]
 
@@ -50,6 +57,10 @@ def small(command: str) -> list[str]:
         return [*words, "--vocab_size", "600"]
     if "benchmarks.loss" in words:
         return [*words, "--tokens", "16", "--dim", "8", "--vocab", "50", "--repeats", "1"]
+    if "-m" in words and words[2] in TINY_BENCHMARKS:
+        return words + shlex.split(TINY_BENCHMARKS[words[2]])
+    if "scripts/compare.py" in words:
+        return [*words, "--updates", "20", "--processes", "1", "--seeds", "1", "--seconds", "2", "--rows", "SFT"]
     if "--measure" in words:
         return [*words, "1"]
     if "benchmarks.experience" in words:
