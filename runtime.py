@@ -34,7 +34,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model.lora import store_frozen
-from model.transformer import Block
+from model.moe import has_grouped_products
+from model.transformer import Block, has_varlen
 
 
 def how_called() -> str:
@@ -100,6 +101,8 @@ def add_training_args(parser: argparse.ArgumentParser):
              "bfloat16 falls back to float32 where the hardware has none")
     add("--grad_checkpoint", action="store_true", help="keep only what each layer reads, and work the rest out again for the "
                                                        "gradient: much less memory, a third more work")
+    add("--compile", action="store_true", help="torch.compile of each layer: some minutes at first, then fewer and larger kernels; "
+                                               "on a GPU in bfloat16 alone")
     add("--ddp", action="store_true", help="several processes, under torchrun")
     add("--shard", default="none", choices=["none", "zero2", "zero3"],
         help="what the processes of --ddp share out among them, where with none each has all of it. zero2: gradients and "
@@ -159,6 +162,13 @@ def check_training_args(parser, args):
     if args.shard != "none" and args.dtype == "float16":
         parser.error(f"--shard {args.shard} works in bfloat16 or float32, not in float16, whose gradients need scaling: "
                      "--dtype bfloat16")
+    if args.compile and args.shard != "none":
+        parser.error(f"--compile takes a layer whole, and --shard {args.shard} gathers its weights in between; leave one of them out")
+    device = pick_device(args.device)
+    # Here of a head that any kernel takes; compile_layers looks at the model's.
+    if args.compile and (args.dtype != "bfloat16" or not has_varlen(device, pick_dtype(args.dtype, device), head_dim=64)):
+        parser.error(f"--compile works on a GPU in bfloat16, from NVIDIA's Ampere on, and this is {device} in {args.dtype}: attention "
+                     "goes from length to length there, and each batch would be compiled anew. Leave it out")
 
 
 def read_config(parser, flags: dict, path: str) -> dict:
@@ -401,7 +411,31 @@ def reshard(module):
 
 def place_frozen(model, args, world: World):
     """A model that is asked and never trained: whole on each device; under zero3 each process has its part of it."""
-    return shard(model, world, dtype=None) if args.shard == "zero3" else model.to(world.device)
+    model = shard(model, world, dtype=None) if args.shard == "zero3" else model.to(world.device)
+    compile_layers(model, args, world)
+    return model
+
+
+def compile_layers(model, args, world: World):
+    """With --compile, each layer in place: the same graphs serve any number of tokens, samples and layers. (Sampling with a
+    cache goes past them, see Transformer.forward.)
+
+    Raises ValueError for a model whose layers ask for numbers on their way, so that each batch would have graphs of its own.
+    """
+    if not args.compile:
+        return
+    config, dtype = model.config, pick_dtype(args.dtype, world.device)
+    if config.dropout and model.training or not has_varlen(world.device, dtype, config.head_dim):
+        raise ValueError(f"--compile needs dropout 0 and a head_dim that 8 divides, of at most 256; the model has {config.dropout:g} "
+                         f"and {config.head_dim}. Leave it out")
+    if config.use_moe and not has_grouped_products(world.device, dtype, model.layers[0].ffn.w1):
+        raise ValueError(f"--compile needs experts of sizes that 8 divides, not quantised; the model has {config.dim} and "
+                         f"{config.hidden_dim}. Leave it out")
+    # DDP need not cut a layer's graph for its gradients to travel early: they do, layer by layer. And the norm of each loss
+    # term's gradient (Run.add_gradients) is taken on graphs that must be there for the next.
+    torch._dynamo.config.optimize_ddp = torch._functorch.config.donated_buffer = False
+    for layer in model.layers:
+        layer.compile(dynamic=True, recompile_limit=64)     # training or not, the last layer or not, student or teacher, ...
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -426,7 +460,7 @@ def make_optimizer(modules, weight_decay: float) -> torch.optim.AdamW:
 
 # Flags that a resumed run may have otherwise than before; what they change in the mathematics is checked by itself.
 FREE_TO_CHANGE = {"out_dir", "data_path", "config", "resume", "max_steps", "epochs", "batch_size", "accumulation_steps",
-                  "device", "ddp", "shard", "grad_checkpoint", "local_rank", "num_workers", "log_interval",
+                  "device", "ddp", "shard", "grad_checkpoint", "compile", "local_rank", "num_workers", "log_interval",
                   "save_interval", "eval_interval", "val_path", "grad_norm_interval", "use_wandb", "wandb_project",
                   "tokenizer", "start_stage", "end_stage", "set"}
 
@@ -448,6 +482,7 @@ class Run:
         store_frozen(modules["model"], self.dtype)
         self.modules = {key: self.place(module) for key, module in modules.items() if module is not None}
         self.modules["model"].grad_checkpoint = args.grad_checkpoint
+        compile_layers(self.modules["model"], args, world)
         self.optimizer = make_optimizer(self.modules.values(), args.weight_decay)
         self.weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         # fp16 gradients underflow unless they are scaled up; with the other types the scaler passes them through.

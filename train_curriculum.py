@@ -10,6 +10,9 @@ A curriculum in three stages: first what is general, then more and more of a dom
 The stages are one table, STAGES, to be edited in class; --set changes a number of it: --set 2.balance=none 3.epochs=4.
 Each stage is a run of its own, with its own learning rate, and begins with the student that the one before left.
 
+When: there is a general student that must not forget. Of what is general 4.6 points go, and 30.7 where it learns the domain
+alone; but a fixed mix of both does as well, and learns more of the domain (54.2 against 59.6 %, README).
+
     stage1_epoch-1.pth, ...   after each epoch
     stage1_best.pth           where the labels' CE on held-out data was lowest, both sides by the shares that the stage ends with
     stage1_final.pth          at its end: from there the next stage goes on
@@ -499,7 +502,7 @@ def main():
         # 3. Models
         dtype = torch.bfloat16 if runtime.pick_dtype(args.dtype, world.device) == torch.bfloat16 else torch.float32
         model, its_tokenizer = load_model(args.teacher, world.device, dtype)
-        teacher = Teacher(model.requires_grad_(False), 1.0, its_tokenizer)
+        teacher = Teacher(runtime.place_frozen(model.requires_grad_(False), args, world), 1.0, its_tokenizer)
         Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {args.teacher}")
         weights = args.checkpoint_path or args.student
         student, tokenizer = load_model(weights) if weights != "none" else new_model(NEW[args.recipe],

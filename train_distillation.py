@@ -8,6 +8,9 @@ Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531, Sec. 2. alpha is 
 fine-tuning, 0 (the default) listens to the teacher alone, which is right when labels are noisy and the teacher is good.
 --divergence puts another distance in the place of KL (distill/losses.py); start with KL (NOTES.md has all their figures).
 
+When: labels are few, wrong or uncertain, and the teacher is good. With 30 % wrong labels 69.2 ± 2.9 % exact match, where the
+labels alone give 31.0 ± 1.6 (README).
+
 one process    python train_distillation.py
 two processes  torchrun --nproc_per_node 2 train_distillation.py --ddp
 """

@@ -6,6 +6,8 @@ Pretraining: given the text so far, predict the next token.
 
 Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", Eq. 1.
 
+When: there is text, and no model yet. 300 steps take the tiny student from 6.93 to 1.57 nats a token (docs/lessons/01).
+
 one process    python train_pretrain.py
 two processes  torchrun --nproc_per_node 2 train_pretrain.py --ddp
 """

@@ -7,6 +7,9 @@ Supervised fine-tuning: the same loop as pretraining, but only the assistant's t
 Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, Sec. 3.5 (its first step). Trained on a teacher's answers instead
 of people's, this is sequence-level distillation: Kim & Rush 2016, https://arxiv.org/abs/1606.07947, Sec. 3.2.
 
+When: answers are there, sure and right. Then a teacher's distribution adds no more than the spread of three seeds: 70.1 ± 3.4 %
+exact match without it, 73.6 ± 4.1 with it (README).
+
 one process    python train_sft.py
 two processes  torchrun --nproc_per_node 2 train_sft.py --ddp
 """

@@ -69,6 +69,7 @@ class Stream(NamedTuple):
     rotation: torch.Tensor | None       # (N, 1, K/2) complex; None: positions are learned (GPT-2)
     cache: KVCache | None
     past: int                           # longest row in the cache when this pass began; 0 is a fresh start
+    longest: int                        # tokens of the longest sample, those in the cache among them
     seen: torch.Tensor | None           # (B, 1, 1, past + 1), which of them is there for each row; None: all
     borders: torch.Tensor               # (B + 1,) int32, where samples begin and end: [0, 3, 6, 10]
 
@@ -140,8 +141,7 @@ class Attention(nn.Module):
         if has_varlen(v.device, v.dtype, self.K) and not dropout:
             from torch.nn.attention.varlen import varlen_attn       # two seconds, which only a GPU's run need wait
 
-            longest = max(T for _, T in stream.spans)
-            return varlen_attn(q.to(v.dtype), k.to(v.dtype), v, stream.borders, stream.borders, longest, longest,
+            return varlen_attn(q.to(v.dtype), k.to(v.dtype), v, stream.borders, stream.borders, stream.longest, stream.longest,
                                window_size=(-1, 0), enable_gqa=True)        # a window of all before, and nothing ahead
         sizes = [n * T for n, T in stream.spans]
         mixed = []
@@ -174,7 +174,7 @@ class Block(nn.Module):
             x, sample = x[at], sample[at]
         x = x + self.dropout(mixed)
         if isinstance(self.ffn, MoEFeedForward):
-            y, balance = self.ffn(self.ffn_norm(x), sample, sum(n for n, _ in stream.spans))
+            y, balance = self.ffn(self.ffn_norm(x), sample, len(stream.borders) - 1)
         else:
             y, balance = self.ffn(self.ffn_norm(x)), 0.0
         return x + self.dropout(y), balance, qkv
@@ -230,7 +230,11 @@ class Transformer(nn.Module):
         stream = self.lay_out(tokens, lengths, cache)
         x = self.dropout(self.embed(tokens, stream))                        # (N, D)
         balance, hidden = 0.0, []
-        run = partial(checkpoint, use_reentrant=False) if self.grad_checkpoint and self.training else Block.__call__
+        # Compiled layers (runtime.compile_layers) are for whole samples. _call_impl is a call of a module, hooks and all, as it is
+        # without them.
+        run = Block.__call__ if cache is None else Block._call_impl
+        if self.grad_checkpoint and self.training:
+            run = partial(checkpoint, use_reentrant=False)
         for layer in self.layers:
             # Past the last attention a position speaks for itself alone: the others are dropped there.
             is_last = layer is self.layers[-1]
@@ -265,7 +269,7 @@ class Transformer(nn.Module):
                 without_waiting(lengths, device, torch.long), output_size=tokens.shape[0])
             positions = torch.cat([torch.arange(T, device=device).repeat(n) for n, T in spans])
         borders = without_waiting([0, *accumulate(lengths)], device, torch.int32)
-        return Stream(spans, sample, positions, self.rotation(positions), cache, past, seen, borders)
+        return Stream(spans, sample, positions, self.rotation(positions), cache, past, longest, seen, borders)
 
     def rotation(self, positions):  # (N,) -> (N, 1, K/2) complex
         """The turn of each pair at each position. Worked out anew for each pass: as a buffer it would follow

@@ -2,8 +2,8 @@
 擂台：所有方法，同样的数据、同样的起点，先比同样的更新步数，再比同样的时间。
 The arena: all methods on the same data, from the same start, first at equal updates, then at equal seconds.
 
-    python scripts/compare.py --quick                   one seed, nothing tuned, equal updates: minutes
-    python scripts/compare.py                           an hour on two cores; broken off, the same command goes on
+    python scripts/compare.py --quick           one seed, nothing tuned, equal updates: six minutes on two idle cores
+    python scripts/compare.py                   an hour of them; broken off, the same command goes on
     python scripts/compare.py --rows SFT "forward KL" --seeds 5
 
 What is compared stands in configs/compare.yaml: a row is a command, and the values that may be tuned in it.
@@ -277,7 +277,7 @@ class Arena:
     def models(self) -> dict[str, str]:
         """{name: weights} of all that the rows learn from and start from."""
         named = {"teacher", "start"}.union(*(placeholders(row.command, self.args.words) for row in self.rows))
-        return {name.replace("_", " "): path for name, path in self.values.items()
+        return {name: path for name, path in self.values.items()
                 if name in named - self.args.words.keys() and str(path).endswith(".pth")}
 
     def prepare(self, row: Row):
@@ -303,9 +303,11 @@ def run(arena: Arena, args):
     """All phases; what table.json holds is written after each of the last two."""
     arena.of_each(arena.prepare)
 
-    told = {"updates": args.updates, "seconds": None, "rows": {
-        name: {"group": THERE, "note": "", "tuned": {}, "updates": arena.scores(
-            f"test, {name}", [path], " ".join(arena.values["test"]))} for name, path in arena.models().items()}}
+    told = {"updates": args.updates, "seconds": None, "rows": {}}
+    for name, path in arena.models().items():
+        score, = arena.scores(f"test, {name}", [path], " ".join(arena.values["test"]))
+        making = {"seconds": arena.making[name]} if name in arena.making else {}
+        told["rows"][name.replace("_", " ")] = {"group": THERE, "note": "", "tuned": {}, "updates": [score | making]}
     at_updates = arena.of_each(lambda row: arena.measure("updates", row, args.updates))
     told["rows"] |= {row.name: {"group": row.group, "note": row.note, "tuned": arena.chosen[row.name],
                                 "updates": at_updates[row.name]} for row in arena.rows}
@@ -372,15 +374,17 @@ def table(told: dict, args) -> str:
             lines.append(f"| **{group}** |" + " |" * len(titles))
         cells = [cell(row["updates"], *column) for column in AT_UPDATES.values()]
         cells += [cell(row.get("seconds", []), *column) for column in more.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(f'{key} {value}' for key, value in row['tuned'].items())} |")
+        cells.append(", ".join(f"{key} {value}" for key, value in row["tuned"].items()))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     notes = [f"- {name}: {row['note']}" for name, row in told["rows"].items() if row["note"]]
     head = (f"{told['updates']:,} updates of {args.samples} samples, {args.seeds} seed{'s' * (args.seeds > 1)}, "
             + ("nothing tuned" if args.quick else f"tuned on {args.val} in {args.n_candidates} tries of "
                f"{in_tens(args.updates * args.tune_part):,} updates each")
             + (f"; then as many updates as fit into {told['seconds']:.0f} seconds of the processor" if told["seconds"] else ""))
     key = ("Mean ± standard deviation over the seeds, which decide the order of the rows and what is drawn; of the test data. "
-           "agreement, KL: with the teacher; habits KL: KL(truth || model); both KL in nats. Seconds: of the updates, the teacher's part among "
-           "them, and of what was made for the row alone. MB: the most that a process held.")
+           "Agreement, KL: with the teacher; habits KL: KL(truth || model); both KL in nats. Seconds, of the processor: of the "
+           "updates, the teacher's part among them, and of what was made for the row alone; they mean something only where "
+           "nothing else kept the machine busy. MB: the most that a process held.")
     left_out = [f"Left out of --quick: {', '.join(args.left_out)}."] if args.left_out else []
     return "\n".join([f"# The arena\n\n{head}.\n", *lines, f"\n{key}", *[f"\n{line}" for line in left_out], "", *notes]) + "\n"
 
@@ -470,7 +474,7 @@ def main(argv=None):
         for name in args.rows or []:
             if name not in (names := [row.name for row in rows]):
                 nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-                parser.error(f"--rows: {args.config} has no {name!r}; did you mean {nearest!r}? It has {', '.join(names)}")
+                parser.error(f"--rows: {args.config} has no {name!r}; did you mean {nearest!r}? It has {'; '.join(names)}")
         rows = [row for row in rows if row.name in (args.rows or [row.name])]
         args.left_out = [row.name for row in rows if args.quick and not row.quick]
         rows = [row for row in rows if row.name not in args.left_out]

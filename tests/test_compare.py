@@ -170,7 +170,8 @@ def test_a_run_that_fails_ends_the_arena_with_what_it_said(config, tmp_path):
     (lambda config: config["words"].update(learn="x.py {sample}"), r"SFT: \{sample\} is not known; did you mean \{samples\}"),
     (lambda config: config["words"].update(learn=config["words"]["learn"].replace("{seed}", "1")), r"SFT: .*not take \{seed\}"),
     (lambda config: config["rows"]["Words"]["SKD"].update(charge=["texts"]), "SKD: charge: 'texts' is nothing that is made"),
-    (lambda config: config["rows"]["Words"]["SKD"].update(command="{learn} --from {answers} out/no.pth"), "SKD: no file at out/no.pth"),
+    (lambda config: config["rows"]["Words"]["SKD"].update(command="{learn} --from {answers} out/no.pth"),
+     "SKD: no file at out/no.pth"),
     (lambda config: config["setting"].update(teacher="out/no.pth"), "no file at out/no.pth; bash quickstart.sh makes it"),
     (lambda config: config["made"]["answers"].update(command="{later}") or config["made"].update(
         later={"command": "a.py", "writes": "b"}), "made: answers needs later; .* must stand above it"),
@@ -237,7 +238,8 @@ def test_seconds_and_memory_are_those_of_the_child_alone(tmp_path):
 
 
 def test_ctrl_c_ends_the_children_and_what_was_cut_short_is_not_done(tmp_path):
-    wait = ("import os, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(open(sys.argv[1] + '.saved', 'w').close()))\n"
+    wait = ("import os, signal, sys, time\n"
+            "signal.signal(signal.SIGTERM, lambda *_: sys.exit(open(sys.argv[1] + '.saved', 'w').close()))\n"
             "open(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(60)")
     begun = tmp_path / "out/trials"
     with pytest.raises(KeyboardInterrupt):

@@ -71,7 +71,8 @@ def values(config) -> dict:
 
 
 def test_every_config_is_used_by_a_command():
-    assert {config for _, configs in uses() for config in configs} == {
+    rows = {"configs/compare.yaml"}             # no flags: scripts/compare.py reads it anyway
+    assert {config for _, configs in uses() for config in configs} | rows == {
         str(path.relative_to(ROOT)) for path in ROOT.glob("configs/*.yaml")}
 
 

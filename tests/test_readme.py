@@ -60,7 +60,7 @@ def small(command: str) -> list[str]:
     if "-m" in words and words[2] in TINY_BENCHMARKS:
         return words + shlex.split(TINY_BENCHMARKS[words[2]])
     if "scripts/compare.py" in words:
-        return [*words, "--updates", "20", "--processes", "1", "--seeds", "1", "--seconds", "2", "--rows", "SFT"]
+        return [*words, "--updates", "20", "--processes", "1", "--seeds", "1", "--seconds", "0", "--rows", "SFT"]
     if "--measure" in words:
         return [*words, "1"]
     if "benchmarks.experience" in words:

@@ -18,7 +18,7 @@ from helpers_run import ROOT, TINY, complaint, load, quickstart, rows, succeed
 TRAINING_SCRIPTS = ["train_pretrain.py", "train_sft.py", "train_distillation.py", "train_onpolicy.py", "train_curriculum.py"]
 SCRIPTS = [*TRAINING_SCRIPTS, "scripts/cache_teacher.py", "scripts/chat.py", "scripts/convert.py", "scripts/evaluate.py",
            "scripts/generate_answers.py", "scripts/pair_experience.py", "scripts/plan_memory.py", "scripts/plot.py",
-           "scripts/train_tokenizer.py", "dataset/miniworld.py", "train_ability_tree.py"]
+           "scripts/train_tokenizer.py", "dataset/miniworld.py", "train_ability_tree.py", "scripts/compare.py"]
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
