@@ -11,7 +11,7 @@ The stages are one table, STAGES, to be edited in class; --set changes a number 
 Each stage is a run of its own, with its own learning rate, and begins with the student that the one before left.
 
 When: there is a general student that must not forget. Of what is general 4.6 points go, and 30.7 where it learns the domain
-alone; but a fixed mix of both does as well, and learns more of the domain (54.2 against 59.6 %, README).
+alone; but a fixed mix of both does as well, and learns more of the domain (59.6 against 54.2 %, README).
 
     stage1_epoch-1.pth, ...   after each epoch
     stage1_best.pth           where the labels' CE on held-out data was lowest, both sides by the shares that the stage ends with

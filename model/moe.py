@@ -2,7 +2,7 @@
 混合专家：路由器为每个词元挑选少数几个专家，计算量不变而参数更多。
 Mixture of experts: a router sends each token to a few of many FFNs; more weights, the same work per token.
 
-    y(x) = shared(x) + sum over the A chosen experts e of g_e(x) * FFN_e(x),     g = softmax(router(x))
+    y(x) = shared(x) + sum over the A chosen experts e of g_e(x) * FFN_e(x),     g = softmax(router(x)), scaled to 1 if asked
 
 Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; shared experts: DeepSeekMoE, https://arxiv.org/abs/2401.06066.
 """

@@ -17,7 +17,7 @@ What is compared stands in configs/compare.yaml: a row is a command, and the val
 Seconds of a row are those of its updates and of what was made for it alone (answers, a student in between), the teacher's part
 in both among them; not those that it takes to begin, such as importing torch, nor those in which the teacher learned.
 
-    out/arena/table.md, table.json, arena.png       with what is there, after each of the last two
+    out/arena/table.md, table.json, arena.png       written after `updates` and again after `seconds`
     out/arena/trials.jsonl                          a line for each run: benchmarks/runs.py
 """
 
