@@ -10,7 +10,7 @@ router, whose choice would jump; norms, biases and positions stay as they are. T
 both kinds: with four bits they alone would take SmolLM2's perplexity from 8.24 to 8.60 (with eight, 8.24).
 
 What is gained is memory. One core (AVX2) saves by reading less what it then spends on unpacking: with one prompt a model of
-512 x 8 answers 1.2 times as fast as in fp32, with sixteen no faster (`python -m benchmarks.generate`).
+512 x 8 answers up to 1.2 times as fast as in fp32, with sixteen no faster (`python -m benchmarks.generate`).
 
             SmolLM2-135M, MB        student of 64 x 2: exact match %   perplexity
     fp32    538                     72.4                               1.446

@@ -503,7 +503,8 @@ def main(argv=None):
     work = (trainings + evaluations) * ELSE + len(made) * each[0] + len(rows) * (
         tries * args.tune_part * each[0] + args.seeds * sum(each))
     jobs = Jobs(folder, args.processes, trainings + evaluations, work)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):          # the first too: a shell lets its jobs in the background ignore it
+        signal.signal(number, signal.default_int_handler)
     try:
         with checking_input(), jobs:
             run(Arena(args, values, made, rows, jobs), args)

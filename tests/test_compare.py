@@ -237,7 +237,15 @@ def test_seconds_and_memory_are_those_of_the_child_alone(tmp_path):
     assert size / 2 ** 20 <= busy["peak_mb"] <= size / 2 ** 20 + 40
 
 
-def test_ctrl_c_ends_the_children_and_what_was_cut_short_is_not_done(tmp_path):
+@pytest.fixture
+def sigint():
+    """As it is on a terminal: a shell lets its jobs in the background, and what they start, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_children_and_what_was_cut_short_is_not_done(tmp_path, sigint):
     wait = ("import os, signal, sys, time\n"
             "signal.signal(signal.SIGTERM, lambda *_: sys.exit(open(sys.argv[1] + '.saved', 'w').close()))\n"
             "open(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(60)")
