@@ -57,13 +57,13 @@ def config(tmp_path, monkeypatch) -> dict:
     learn = (f"{tmp_path}/train.py --teacher {{teacher}} --data {{data}} --steps {{steps}} --samples {{samples}} --seed {{seed}} "
              "--rate {rate} --out {out}/model.pth")
     return {
-        "setting": {**there, "test": [there["data"]], "samples": 24, "updates": 100, "tune_part": 0.5, "seconds": 0.3, "seeds": 2,
+        "setting": {**there, "test": [there["data"]], "samples": 24, "updates": 100, "tune_part": 0.5, "seconds": 0.9, "seeds": 2,
                     "quick": {"updates": 20, "seeds": 1}},
         "words": {"learn": learn},
-        "made": {"answers": {"command": f"{tmp_path}/train.py --slow 10 --steps 10 --rate 1 --out {{out}}/answers.jsonl",
+        "made": {"answers": {"command": f"{tmp_path}/train.py --slow 30 --steps 10 --rate 1 --out {{out}}/answers.jsonl",
                              "writes": "{out}/answers.jsonl"}},
-        "rows": {"Text": {"SFT": {"command": "{learn} --slow 1", "writes": "{out}/model.pth", "tune": {"rate": [1, 2, 3]}}},
-                 "Words": {"SKD": {"command": "{learn} --slow 2 --from {answers}", "writes": "{out}/model.pth",
+        "rows": {"Text": {"SFT": {"command": "{learn} --slow 3", "writes": "{out}/model.pth", "tune": {"rate": [1, 2, 3]}}},
+                 "Words": {"SKD": {"command": "{learn} --slow 6 --from {answers}", "writes": "{out}/model.pth",
                                    "tune": {"rate": [1, 3, 2]}, "charge": ["answers"], "note": "on answers"}}},
     }
 
@@ -130,8 +130,8 @@ def test_all_rows_get_the_same_and_what_is_done_is_not_done_again(config, tmp_pa
         assert sorted(each.split("--seed ")[1].split()[0] for each in runs["updates"]) == ["1337", "1338"]
         assert all("--steps 100 " in each and "--samples 24 " in each for each in runs["updates"])
     assert [seed["steps"] for seed in sft["updates"]] == [100, 100] and sft["updates"][0]["exact_match"] == 50
-    # Half as fast, and with 0.1 of 0.3 s gone for its answers: at most half as many updates.
-    assert skd["seconds"][0]["steps"] <= 0.55 * sft["seconds"][0]["steps"] and skd["updates"][0]["seconds"] > 0.1
+    # Half as fast, and with 0.3 of 0.9 s gone for its answers: a third of the updates, or what a busy machine makes of that.
+    assert skd["seconds"][0]["steps"] < 0.7 * sft["seconds"][0]["steps"] and skd["updates"][0]["seconds"] > 0.3
 
     text = (tmp_path / "out/table.md").read_text()
     assert "| **Words** |" in text and "| SKD | 7 | 50.0 ± 0.0 |" in text and "- SKD: on answers" in text
@@ -232,8 +232,8 @@ def test_seconds_and_memory_are_those_of_the_child_alone(tmp_path):
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (64 << 20)
     burn = "import sys, time\nheld = bytearray(int(sys.argv[2]))\nwhile time.process_time() < 0.3: pass\nopen(sys.argv[1], 'w')"
     with Jobs(tmp_path / "out", 1, 2, 2) as jobs:
-        idle, busy = jobs.run([job(tmp_path, burn.replace("0.3", "0"), 0)])[0], jobs.run([job(tmp_path, burn, size)])[0]
-    assert idle["seconds"] < 0.2 < busy["seconds"] < 1
+        (busy,), (idle,) = jobs.run([job(tmp_path, burn, size)]), jobs.run([job(tmp_path, burn.replace("0.3", "0"), 0)])
+    assert busy["seconds"] >= 0.3 and idle["seconds"] < busy["seconds"]         # not added up, though idle came later
     assert size / 2 ** 20 <= busy["peak_mb"] <= size / 2 ** 20 + 40
 
 
