@@ -23,14 +23,14 @@ from model.transformer import KVCache, Transformer
 
 
 def by_columns(model: Transformer) -> Transformer:
-    """The same model, its matrices with more outputs than inputs laid column by column in memory. Not for training.
+    """The same model, on a CPU its matrices with more outputs than inputs laid column by column in memory. Not for training.
 
     A product with one row then adds up columns, which a CPU reads faster than it sums up rows (AVX2: 512 -> 6,400 in
     0.49 ms instead of 0.95; 512 -> 1,408 in 0.15 instead of 0.21). With many rows it makes no difference, and the other way
     round, 1,408 -> 512, it does not pay.
     """
     for linear in model.modules():
-        if isinstance(linear, nn.Linear) and linear.out_features > linear.in_features:
+        if isinstance(linear, nn.Linear) and linear.out_features > linear.in_features and linear.weight.device.type == "cpu":
             linear.weight.data = linear.weight.data.T.contiguous().T
     return model
 
