@@ -36,7 +36,6 @@ from random import Random
 
 import torch
 
-import runtime
 from ability_tree.agents import add_agent_args, make_agent
 from ability_tree.generate_distill_data import text_of
 from ability_tree.generate_logits import bare, flags_of
@@ -45,8 +44,10 @@ from ability_tree.prompts import PROMPTS
 from ability_tree.steps import read_abilities
 from ability_tree.tree import AbilityTree, compare
 from dataset.formats import files_of, read_each
-from distill.teacher_logits import file_sha256
-from runtime import Logger
+from runtime.files import file_sha256
+from runtime.args import WORKFLOW, checking_input, parse_args, resume_command
+from runtime.files import keep_previous, write_atomic
+from runtime.log import Logger
 
 ROOT = Path(__file__).resolve().parent
 MANIFEST = "manifest.json"
@@ -81,23 +82,23 @@ class Workflow:
         again = started.exists() and not manifest.exists() and recorded(started) == begun
         if out.exists() and not again:
             Logger(f"{out} was made by another command, or from other inputs: it is kept as {out}.previous")
-            runtime.keep_previous(out)
+            keep_previous(out)
         if again and not resumable:         # killed after its last file: it would take that for another's. Its parts stay
             for path in out.iterdir():
                 if path.is_file() and path != started:
                     path.unlink()
         out.mkdir(parents=True, exist_ok=True)
-        runtime.write_whole(started, lambda file: file.write(json.dumps(begun, indent=2).encode()))
+        write_atomic(started, lambda file: file.write(json.dumps(begun, indent=2).encode()))
         asked = self.run(title, command + ([resumable] if again and resumable else []), log or out.parent / f"{module}.log")
         text = json.dumps(begun | {"outputs": outputs_of(out)}, indent=2)
-        runtime.write_whole(manifest, lambda file: file.write(text.encode()))
+        write_atomic(manifest, lambda file: file.write(text.encode()))
         started.unlink()
         if asked:
             self.leave(title)
 
     @staticmethod
     def leave(title: str):
-        Logger(f"stopped at {title}; what is done stays. Go on with: {runtime.to_go_on(1)}")
+        Logger(f"stopped at {title}; what is done stays. Go on with: {resume_command(1)}")
         sys.exit(130)
 
     def run(self, title: str, command: list[str], log: Path) -> bool:
@@ -119,7 +120,7 @@ class Workflow:
 
         before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
         child = subprocess.Popen([*launcher, *command], cwd=ROOT,
-                                 env=os.environ | visible | {runtime.WORKFLOW: runtime.to_go_on(1)},
+                                 env=os.environ | visible | {WORKFLOW: resume_command(1)},
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         children.append(child)
         if asked:
@@ -218,7 +219,7 @@ def read_args() -> argparse.Namespace:
     add("--workflow_dir", default="output/workflow", help="folder of the trees, the questions and the logs")
     add("--models_dir", default="output/models", help="folder of the students")
     add("--seed", type=int, default=1337, help="of all that is drawn")
-    args = runtime.parse_args(parser)
+    args = parse_args(parser)
     if not args.ability_files and not args.initial_tree:
         parser.error("--ability_files or --initial_tree: one of them has to tell what leaves there are")
     for name in ("dataset_files", "ability_files"):
@@ -280,14 +281,14 @@ def main():
     folder, models = Path(args.workflow_dir), Path(args.models_dir)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with runtime.checking_input():
+        with checking_input():
             check_inputs(args, folder)
             before, after = rounds(args, folder, models)
     except KeyboardInterrupt:           # between two steps
         Workflow.leave("once")
     text = report(before, after, args.rounds, folder)
     Logger(f"\n{text}")
-    runtime.write_whole(folder / "report.md", lambda file: file.write(text.encode()))
+    write_atomic(folder / "report.md", lambda file: file.write(text.encode()))
     after.draw(folder / "report.png", before)
     Logger(f"{folder}/report.md, {folder}/report.png; the student: {models}/iteration_{args.rounds}_student_model")
 
@@ -334,7 +335,7 @@ def replayed(old: list, new: Path, args, seed: int, path: Path) -> list[Path]:
         return []
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in Random(seed).sample(rows, n)).encode()
     if not path.exists() or path.read_bytes() != text:
-        runtime.write_whole(path, lambda file: file.write(text))
+        write_atomic(path, lambda file: file.write(text))
     return [path]
 
 

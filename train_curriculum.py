@@ -38,7 +38,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import runtime
 from dataset.formats import files_of, read_categories, read_conversations
 from dataset.lm_dataset import dataset_of, in_order
 from dataset.mixture import GROWTHS, Joined, Mixture, growth
@@ -46,11 +45,16 @@ from distill.balance import BALANCES, GradNorm, equal_norms, plain, without_conf
 from distill.features import bridges_below, losses_below
 from distill.fused import compare, fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
-from model.checkpoint import adapt, load_model, new_model, save_model
+from interop.checkpoint import adapt, load_model, new_model, save_model
 from model.config import LMConfig
-from model.exam import Asked, answer, grade, read_exam
-from model.teachers import Teacher, ask, check_vocabulary, only_words
-from runtime import Logger
+from evaluation.exam import Asked, answer, grade, read_exam
+from distill.teachers import Teacher, ask, check_vocabulary, only_words
+from runtime.args import add_training_args, checking_input, parse_args
+from runtime.files import keep_previous
+from runtime.log import LOG_FILES, Logger
+from runtime.precision import autocast, pick_dtype, seed_everything
+from runtime.processes import init_distributed_mode, main_process_first, sum_over_processes
+from runtime.run import Run, place_frozen
 
 GENERAL, DOMAIN = "general", "domain"
 SAMPLINGS = ("uniform", "evaluation")
@@ -101,7 +105,7 @@ def train_epoch(epoch, run, teacher, student, tokenizer, held_out, balance):
             group = (GENERAL, DOMAIN)[micro // args.accumulation_steps]
             tokens[group] = batch.step_targets
             if batch.lengths:
-                with torch.no_grad(), runtime.autocast(run.dtype, run.world.device):
+                with torch.no_grad(), autocast(run.world.device, run.dtype):
                     taught = ask([teacher], batch, tokenizer, args, return_hidden=args.feature_weight > 0)
                 with run.forward(last and balance is None):
                     out = run.parallel["model"](batch.tokens, batch.lengths, at=batch.at, with_logits=False,
@@ -162,7 +166,7 @@ def give_balanced(run, balance, gradients, shares, means) -> dict:
     if isinstance(balance, GradNorm):
         for group in gradients:
             loss = torch.as_tensor(means[group]["loss"], dtype=torch.float32, device=run.world.device)
-            losses[group] = runtime.sum_over_processes(loss.clone()).item()
+            losses[group] = sum_over_processes(loss.clone()).item()
     balanced = balance(gradients, shares, losses)
     run.give_gradient(balanced.gradient)
     if isinstance(balance, GradNorm):
@@ -193,12 +197,12 @@ def evaluate(student, teacher, tokenizer, held_out, run) -> dict:
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in run.share(in_order(data)):
             batch = batch.to(device)
-            with runtime.autocast(run.dtype, device):
+            with autocast(device, run.dtype):
                 taught = ask([teacher], batch, tokenizer, args)
                 out = student(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
                 scores = compare(out.final, only_words(student.head, tokenizer, args), batch.targets, taught.said)
             sums += torch.stack([scores["ce"], scores["kl"], torch.tensor(len(batch.targets), device=device)])
-        ce, kl, n = runtime.sum_over_processes(sums).tolist()
+        ce, kl, n = sum_over_processes(sums).tolist()
         found |= {f"{side}_loss": ce / n, f"{side}_kl": kl / n}
         if exam:
             grades = grade(answers(student, tokenizer, exam, run), exam)
@@ -212,7 +216,7 @@ def evaluate(student, teacher, tokenizer, held_out, run) -> dict:
 def answers(model, tokenizer, exam: list[Asked], run) -> list[str]:
     """To all questions; each process answers its share of them."""
     rank, size = run.world.rank, run.world.size
-    with runtime.autocast(run.dtype, run.world.device):
+    with autocast(run.world.device, run.dtype):
         own = answer(model, tokenizer, exam[rank::size], run.args.max_new_tokens)
     parts = [own]
     if dist.is_initialized():
@@ -370,12 +374,12 @@ def args_of(stage: Stage, args) -> Namespace:
 def train_stage(number: int, stage: Stage, args, teacher, student, tokenizer, data, sides, held_out, world):
     """One row of the table, from where it stood, if it was interrupted, to its end; whether it was asked to be the last."""
     name, args = f"stage{number}", args_of(stage, args)
-    runtime.seed_everything(args.seed, number)
-    with runtime.checking_input():
+    seed_everything(args.seed, number)
+    with checking_input():
         mixture = mix(args, data, sides, world)
         args.warmup_iters = args.warmup_iters or round(args.warmup_ratio * len(mixture.shares))
         bridges = bridges_below(args, student.config, teacher.source.config)
-        run = runtime.Run(name, args, world, {"model": student, **bridges}, mixture)
+        run = Run(name, args, world, {"model": student, **bridges}, mixture)
     balance = make_balance(args)
     if "gradnorm" in run.memory:
         balance.load_state_dict(run.memory["gradnorm"])
@@ -469,9 +473,9 @@ def main():
     add("--n_samples", type=int, default=3, help="questions of each side that teacher and student answer side by side")
     add("--use_lora", action="store_true", help="adapters of rank 16, alpha 32, dropout 0.05, unless --lora_rank says otherwise")
     add("--fp16", action="store_const", const="float16", dest="dtype", default=argparse.SUPPRESS, help="the same as --dtype float16")
-    runtime.add_training_args(parser)
+    add_training_args(parser)
     parser.set_defaults(val_fraction=0.1, eval_interval=0, weight_decay=0.01)
-    args = runtime.parse_args(parser)
+    args = parse_args(parser)
     if not 1 <= args.start_stage <= args.end_stage <= 3:
         parser.error(f"--start_stage {args.start_stage} and --end_stage {args.end_stage} must be 1, 2 or 3, in this order")
     if args.start_stage > 1 and not args.checkpoint_path:
@@ -487,22 +491,22 @@ def main():
         args.lora_rank, args.lora_alpha, args.lora_dropout = 16, 32.0, 0.05
 
     # 2. Processes, seeds, the log
-    world = runtime.init_distributed_mode(args)
-    runtime.seed_everything(args.seed)
+    world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
+    seed_everything(args.seed)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     if world.rank == 0 and not args.resume and args.start_stage == 1:
         for name in ("distillation.log", "samples.md"):                 # of an earlier run: NAME.previous
-            runtime.keep_previous(out_dir / name)
-    runtime.LOG_FILES.append(out_dir / "distillation.log")
+            keep_previous(out_dir / name)
+    LOG_FILES.append(out_dir / "distillation.log")
 
-    with runtime.checking_input():
+    with checking_input():
         stages = edited(STAGES[args.recipe], args.set)
 
         # 3. Models
-        dtype = torch.bfloat16 if runtime.pick_dtype(args.dtype, world.device) == torch.bfloat16 else torch.float32
+        dtype = torch.bfloat16 if pick_dtype(args.dtype, world.device) == torch.bfloat16 else torch.float32
         model, its_tokenizer = load_model(args.teacher, world.device, dtype)
-        teacher = Teacher(runtime.place_frozen(model.requires_grad_(False), args, world), 1.0, its_tokenizer)
+        teacher = Teacher(place_frozen(model.requires_grad_(False), args, world), 1.0, its_tokenizer)
         Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {args.teacher}")
         weights = args.checkpoint_path or args.student
         student, tokenizer = load_model(weights) if weights != "none" else new_model(NEW[args.recipe],
@@ -514,7 +518,7 @@ def main():
         student.train()
 
         # 4. Data
-        with runtime.main_process_first(world):
+        with main_process_first(world):
             data, sides, held_out = open_both(args, tokenizer, student.config)
         if data.max_seq_len > model.config.max_seq_len:
             raise ValueError(f"the student reads {data.max_seq_len} tokens, the teacher was made for {model.config.max_seq_len}: "
@@ -535,7 +539,7 @@ def main():
                 (out_dir / f"stage{number}.resume{end}").unlink(missing_ok=True)
         # A teacher that fails the exam has nothing to give for it.
         for side, exam in ((side, exam) for side, (_, exam) in held_out.items() if exam):
-            with runtime.autocast(dtype, world.device):
+            with autocast(world.device, dtype):
                 said = answer(model, its_tokenizer, exam, args.max_new_tokens)
             Logger(f"the teacher itself: {grade(said, exam).accuracy:.1%} of {len(exam):,} {side} questions")
 

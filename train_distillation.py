@@ -24,18 +24,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import runtime
 from dataset.lm_dataset import MicroBatches, dataset_of, in_order
 from distill.features import bridges_below, losses_below
 from distill.fused import COMPARED, COMPARED_ACROSS, compare, fused_distillation_loss
 from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
 from distill.schedules import get_temperature
-from distill.teacher_logits import TeacherCache
-from model.checkpoint import adapt, load_config, load_model, new_model, save_model
+from distill.cache import TeacherCache
+from interop.checkpoint import adapt, load_config, load_model, new_model, save_model
 from model.config import LMConfig
-from model.teachers import Base, Teacher, ask, check_cache, check_teachers, check_vocabulary, only_words
+from distill.teachers import Base, Teacher, ask, check_cache, check_teachers, check_vocabulary, only_words
 from model.transformer import Transformer
-from runtime import Logger
+from runtime.args import add_training_args, checking_input, parse_args
+from runtime.log import Logger
+from runtime.precision import autocast, pick_dtype, seed_everything
+from runtime.processes import init_distributed_mode, sum_over_processes
+from runtime.run import Run, open_data, place_frozen
 
 # Teacher, student, and the numbers that suit them. Edit them in class. Weights: out/full_sft_{dim}{_moe}.pth.
 SIZES = {
@@ -62,7 +65,7 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teachers, student, tokeni
         probing = args.grad_norm_interval > 0 and run.is_due(args.grad_norm_interval, ahead=1)
         seen, gradients = {}, {}
         for batch, last in run.micro_batches(step):
-            with torch.no_grad(), runtime.autocast(run.dtype, run.world.device):
+            with torch.no_grad(), autocast(run.world.device, run.dtype):
                 taught = ask(teachers, batch, tokenizer, args, return_hidden=args.feature_weight > 0)
             with run.forward(last):
                 out = run.parallel["model"](batch.tokens, batch.lengths, at=batch.at, with_logits=False,
@@ -95,7 +98,7 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teachers, student, tokeni
                 terms |= {"kd": (1 - alpha) * kd / batch.step_targets} if alpha < 1 else {}
                 run.add_gradients(gradients, terms)
             if looking:
-                with runtime.autocast(run.dtype, run.world.device):
+                with autocast(run.world.device, run.dtype):
                     now = compare(out.final, head, batch.targets, taught.said, taught.matched, temperature_now,
                                   across=args.divergence == "uld")
                 seen = {name: seen.get(name, 0.0) + value / batch.step_targets for name, value in now.items()}
@@ -107,7 +110,7 @@ def train_epoch(epoch, wandb, alpha, temperature, run, teachers, student, tokeni
         # A save also ends a row, so that a run resumed from it writes the rows that the unbroken one wrote. The
         # comparison with the teacher is that of the row's last step; all other losses are means since the row before.
         if run.is_due(args.log_interval) or run.is_due(args.save_interval):
-            seen = {name: runtime.sum_over_processes(value) for name, value in seen.items() if name != "ce"}
+            seen = {name: sum_over_processes(value) for name, value in seen.items() if name != "ce"}
             run.log.row(run.steps_done, wandb, **seen, temperature=temperature_now, **rates)
         if val_data is not None and run.is_due(args.eval_interval):
             scores = evaluate(student, run.share(in_order(val_data)), run.world.device, teachers, tokenizer, run.dtype, args)
@@ -130,7 +133,7 @@ def evaluate(model, val_loader, device, teachers, tokenizer, dtype, args):
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
     for batch in val_loader:
         batch = batch.to(device)
-        with runtime.autocast(dtype, device):
+        with autocast(device, dtype):
             taught = ask(teachers, batch, tokenizer, args)
             out = model(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
             head = only_words(model.head, tokenizer, args)
@@ -138,7 +141,7 @@ def evaluate(model, val_loader, device, teachers, tokenizer, dtype, args):
                              across=args.divergence == "uld")
         sums += torch.stack([*scores.values(), torch.tensor(len(batch.targets), device=device)])
     model.train()
-    *sums, n = runtime.sum_over_processes(sums).tolist()
+    *sums, n = sum_over_processes(sums).tolist()
     return {f"val_{name}": value / n for name, value in zip(names, sums)}
 
 
@@ -151,23 +154,23 @@ def init_student_model(lm_config, weights, vocabulary):
 
 def init_teacher_model(weights, args, world):
     """The teacher, never trained: in eval mode, without gradients, outside DDP, and in bf16 where the hardware has it."""
-    dtype = torch.bfloat16 if runtime.pick_dtype(args.dtype, world.device) == torch.bfloat16 else torch.float32
+    dtype = torch.bfloat16 if pick_dtype(args.dtype, world.device) == torch.bfloat16 else torch.float32
     # What will be shared out need not fit on one device.
     model, tokenizer = load_model(weights, "cpu" if args.shard == "zero3" else world.device, dtype)
     Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {weights}")
-    return runtime.place_frozen(model.requires_grad_(False), args, world), tokenizer
+    return place_frozen(model.requires_grad_(False), args, world), tokenizer
 
 
 def distill(teachers, student, tokenizer, args, world):
     """One student and its teachers: sections 4 to 6 of the run."""
-    with runtime.checking_input():
+    with checking_input():
         # 4. Data. A teacher that cuts text into other tokens reads the same samples in its own; one that is told more than
         # the student (an experience, a document, a hint) reads other prompts to the same answers.
         models = [teacher for teacher in teachers if not isinstance(teacher.source, TeacherCache)]
         other_words = [model for model in models if model.tokenizer.sha256 != tokenizer.sha256]
         kind = dataset_of(args.data_path)
         own_side = models if args.teacher_data_path else other_words
-        train_data, val_data = runtime.open_data(kind, args, tokenizer, student.config, world, *own_side,
+        train_data, val_data = open_data(kind, args, tokenizer, student.config, world, *own_side,
                                                  other_paths=args.teacher_data_path)
         data = MicroBatches(train_data, args.batch_size, args.accumulation_steps, world.rank, world.size, args.seed)
         shortest = min((model.source.config.max_seq_len for model in models), default=train_data.max_seq_len)
@@ -182,7 +185,7 @@ def distill(teachers, student, tokenizer, args, world):
         # 5. Optimizer, precision, and where an interrupted run stood
         name = f"full_dist_{student.config.dim}{student.config.moe_path}{'_lora' if args.lora_rank else ''}"
         bridges = bridges_below(args, student.config, models[0].source.config) if models else {}
-        run = runtime.Run(name, args, world, {"model": student, **bridges}, data)
+        run = Run(name, args, world, {"model": student, **bridges}, data)
         if run.dtype == torch.bfloat16 and not run.sharded:     # a student of the chain that teaches now comes in fp32
             for teacher in models:
                 if isinstance(teacher.source, Transformer):
@@ -350,8 +353,8 @@ def main():
     add("--batch_size", type=int, default=None, help="samples per micro-batch and process; default: --size's")
     add("--learning_rate", type=float, default=None,
         help="of the cosine, which runs from 1.1 to 0.1 times this; default: --size's")
-    runtime.add_training_args(parser)
-    args = runtime.parse_args(parser)
+    add_training_args(parser)
+    args = parse_args(parser)
     if not 0.0 <= args.alpha <= 1.0:
         parser.error(f"--alpha {args.alpha} is the weight of CE and must lie in [0, 1]")
     if args.divergence == "uld" and args.alpha == 0.0:
@@ -365,10 +368,10 @@ def main():
             parser.error(f"--{name} {vars(args)[name]} must be above 0")
 
     # 2. Processes and seeds
-    world = runtime.init_distributed_mode(args)
-    runtime.seed_everything(args.seed)
+    world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
+    seed_everything(args.seed)
 
-    with runtime.checking_input():
+    with checking_input():
         # 3. Models
         students = fill_in(args)
         name_idle_flags(parser, args)

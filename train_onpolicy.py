@@ -33,14 +33,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import runtime
 from dataset.lm_dataset import Batch, MicroBatches, SFTDataset, answered, in_order, turns
 from distill.fused import COMPARED, compare, fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
-from model.checkpoint import adapt, load_model, save_model
+from interop.checkpoint import adapt, load_model, save_model
 from model.generate import Guide, Sampled, sample
-from model.teachers import Base, Teacher, ask, check_vocabulary, only_words
-from runtime import Logger
+from distill.teachers import Base, Teacher, ask, check_vocabulary, only_words
+from runtime.args import add_training_args, checking_input, parse_args
+from runtime.log import Clock, Logger
+from runtime.precision import autocast, pick_dtype, seed_everything
+from runtime.processes import init_distributed_mode, sum_over_processes
+from runtime.run import Run, open_data, place_frozen
 
 
 COIN = 1 << 20          # the coin's own stream of random numbers, beside those of the ranks, which count from 0
@@ -65,7 +68,7 @@ class Graded(NamedTuple):
 def train_epoch(epoch, wandb, run, teacher, student, tokenizer, val_data):
     args, device = run.args, run.world.device
     divergence, _ = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
-    clock, facts = runtime.Clock(device), Counter()
+    clock, facts = Clock(device), Counter()
     for steps in rounds(run.steps_of(epoch), args.sample_every):
         # The student writes, for all steps of a round at once: the more rows, the faster.
         data = {step: [batch for batch, _ in run.micro_batches(step)] for step in steps}
@@ -79,13 +82,13 @@ def train_epoch(epoch, wandb, run, teacher, student, tokenizer, val_data):
                 facts += facts_of(rollouts[step], age=step - steps[0])
                 graded = micro_batches(rollouts[step], args, device)
             n_targets = torch.tensor(sum(len(each.batch.targets) for each in graded), device=device)
-            n_targets = runtime.sum_over_processes(n_targets).item()
+            n_targets = sum_over_processes(n_targets).item()
             n_samples = run.world.size * sum(len(each.batch.lengths) for each in graded)
             looking, seen = run.is_due(args.log_interval, ahead=1), {}
-            runtime.seed_everything(args.seed, step, run.world.rank)
+            seed_everything(args.seed, step, run.world.rank)
             for i, (batch, kd_weight, ce_weight) in enumerate(graded):
                 # The teacher reads the same answers, under its own prompt.
-                with clock("teacher"), torch.no_grad(), runtime.autocast(run.dtype, device):
+                with clock("teacher"), torch.no_grad(), autocast(device, run.dtype):
                     taught = ask([teacher], batch, tokenizer, args)
 
                 # The student learns. Sums over tokens, divided once by the tokens of the whole step.
@@ -104,7 +107,7 @@ def train_epoch(epoch, wandb, run, teacher, student, tokenizer, val_data):
                         parts["balance"] = out.balance_loss / n_samples
                         loss = loss + student.config.aux_loss_alpha * parts["balance"]
                     if looking:
-                        with runtime.autocast(run.dtype, device):
+                        with autocast(device, run.dtype):
                             now = compare(out.final, head, batch.targets, taught.said)
                         seen = {name: seen.get(name, 0.0) + now[name] / n_targets for name in ("kl", "agreement")}
                     run.backward(loss)
@@ -113,7 +116,7 @@ def train_epoch(epoch, wandb, run, teacher, student, tokenizer, val_data):
                 rates = run.update(step)
 
             if run.is_due(args.log_interval) or run.is_due(args.save_interval):
-                seen = {name: runtime.sum_over_processes(value) for name, value in seen.items()}
+                seen = {name: sum_over_processes(value) for name, value in seen.items()}
                 run.log.row(run.steps_done, wandb, **seen, **in_means(facts, device), **clock.shares(), **rates)
                 facts.clear()
                 if step in rollouts:
@@ -163,7 +166,7 @@ def write(data: dict[int, list[Batch]], student, teacher, tokenizer, run) -> dic
     answers = [None] * len(asked)
     student.eval()
     # Drawn from the generator that run.micro_batches has just seeded by the step: a resumed run draws the same.
-    with runtime.autocast(run.dtype, run.world.device):
+    with autocast(run.world.device, run.dtype):
         for i, answer in sample(student, prompts, limits, tokenizer.end_of_turn, rows=args.rows, dtype=run.dtype,
                                 guide=guide, words=tokenizer.vocab_size, any_busy=run.any_busy,
                                 temperature=args.generation_temperature, top_p=args.top_p, top_k=args.top_k):
@@ -233,7 +236,7 @@ def in_means(facts: Counter, device) -> dict[str, float]:
     """Such sums of all processes as means: entropy in nats per token, length in tokens, age in steps, the others as shares.
     Nothing, if nothing was written."""
     names = ("answers", "tokens", "entropy", "repetition", "finished", "age")
-    sums = runtime.sum_over_processes(torch.tensor([facts[name] for name in names], dtype=torch.float64, device=device))
+    sums = sum_over_processes(torch.tensor([facts[name] for name in names], dtype=torch.float64, device=device))
     n, n_tokens, entropy, repeated, finished, age = sums.tolist()
     return {} if n == 0 else {"length": n_tokens / n, "entropy": entropy / n_tokens, "repetition": repeated / n,
                               "finished": finished / n, "age": age / n}
@@ -252,13 +255,13 @@ def evaluate(student, val_data, teacher, tokenizer, run):
     sums = torch.zeros(len(COMPARED) + 1, dtype=torch.float64, device=run.world.device)
     for batch in run.share(in_order(val_data)):
         batch = batch.to(run.world.device)
-        with runtime.autocast(run.dtype, run.world.device):
+        with autocast(run.world.device, run.dtype):
             taught = ask([teacher], batch, tokenizer, run.args)
             out = student(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
             scores = compare(out.final, only_words(student.head, tokenizer, run.args), batch.targets, taught.said)
         sums += torch.stack([*scores.values(), torch.tensor(len(batch.targets), device=run.world.device)])
     student.train()
-    *sums, n = runtime.sum_over_processes(sums).tolist()
+    *sums, n = sum_over_processes(sums).tolist()
     return {f"val_{name}": value / n for name, value in zip(COMPARED, sums)}
 
 
@@ -297,15 +300,15 @@ def main():
     add("--epochs", type=int, default=1, help="passes over the prompts")
     add("--batch_size", type=int, default=16, help="prompts per micro-batch and process")
     add("--learning_rate", type=float, default=2e-5, help="of the cosine, which runs from 1.1 to 0.1 times this")
-    runtime.add_training_args(parser)
-    args = runtime.parse_args(parser)
+    add_training_args(parser)
+    args = parse_args(parser)
     check(parser, args)
 
     # 2. Processes and seeds
-    world = runtime.init_distributed_mode(args)
-    runtime.seed_everything(args.seed)
+    world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
+    seed_everything(args.seed)
 
-    with runtime.checking_input():
+    with checking_input():
         # 3. Models
         student, tokenizer = load_model(args.student)
         student.train()
@@ -316,7 +319,7 @@ def main():
         check_vocabulary([teacher], student, tokenizer, args)
 
         # 4. Data. Of each row the prompts, and the answers for what is not on-policy.
-        train_data, val_data = runtime.open_data(SFTDataset, args, tokenizer, student.config, world,
+        train_data, val_data = open_data(SFTDataset, args, tokenizer, student.config, world,
                                                  teacher if args.teacher_data_path else None, args.teacher_data_path)
         limit = teacher.source.config.max_seq_len
         if train_data.max_seq_len > limit and not args.teacher_data_path:
@@ -327,7 +330,7 @@ def main():
 
         # 5. Optimizer, precision, and where an interrupted run stood
         name = f"full_onpolicy_{student.config.dim}{student.config.moe_path}{'_lora' if args.lora_rank else ''}"
-        run = runtime.Run(name, args, world, {"model": student}, data)
+        run = Run(name, args, world, {"model": student}, data)
 
     # 6. Train
     Logger(f"{teacher.source.config} teaches {student.config}; {loss_in_words(args)}; {run.total_steps} steps of "
@@ -375,11 +378,11 @@ def init_teacher(args, student, tokenizer, world) -> Teacher:
     if args.lora_rank and args.teacher == args.student:
         Logger(f"teacher: {args.teacher} too, without the adapters")
         return Teacher(Base(student), 1.0, tokenizer)
-    dtype = torch.bfloat16 if runtime.pick_dtype(args.dtype, world.device) == torch.bfloat16 else torch.float32
+    dtype = torch.bfloat16 if pick_dtype(args.dtype, world.device) == torch.bfloat16 else torch.float32
     # What will be shared out need not fit on one device.
     model, its_tokenizer = load_model(args.teacher, "cpu" if args.shard == "zero3" else world.device, dtype)
     Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {args.teacher}")
-    return Teacher(runtime.place_frozen(model.requires_grad_(False), args, world), 1.0, its_tokenizer)
+    return Teacher(place_frozen(model.requires_grad_(False), args, world), 1.0, its_tokenizer)
 
 
 def loss_in_words(args) -> str:

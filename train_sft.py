@@ -1,75 +1,87 @@
 """
-监督微调：同一个循环，只有助手说的话计入损失。
-Supervised fine-tuning: the same loop as pretraining, but only the assistant's tokens count.
+监督微调：同一个循环，只有助手的词元计入损失。
+Supervised fine-tuning: the same loop as pretraining, but only the assistant's tokens are targets.
 
     loss = - sum over the assistant's tokens of log q(token | the conversation before it) / number of them
 
 Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, Sec. 3.5 (its first step). Trained on a teacher's answers instead
-of people's, this is sequence-level distillation: Kim & Rush 2016, https://arxiv.org/abs/1606.07947, Sec. 3.2.
+of human ones, this is sequence-level distillation (SeqKD): Kim & Rush 2016, https://arxiv.org/abs/1606.07947, Sec. 3.2.
 
-When: answers are there, sure and right. Then a teacher's distribution adds no more than the spread of three seeds: 70.1 ± 3.4 %
-exact match without it, 73.6 ± 4.1 with it (README).
+When: the labels are clean. Then a teacher's distribution adds no more than the spread of three seeds: 70.1 ± 3.4 %
+exact match without it, 73.6 ± 4.1 with it.
 
 one process    python train_sft.py
 two processes  torchrun --nproc_per_node 2 train_sft.py --ddp
 """
 
 import argparse
+import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-import runtime
-from dataset.lm_dataset import MicroBatches, SFTDataset, in_order
-from model.checkpoint import adapt, load_model, new_model, save_model
+from dataset.lm_dataset import MicroBatches, SFTDataset, in_order, make_loader, open_data
+from evaluation.validation import evaluate
+from interop.checkpoint import load_model, new_model, prepare, save_model
 from model.config import LMConfig
-from runtime import Logger
+from runtime.args import add_training_args, checking_input, lora_options, parse_args
+from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
+from runtime.log import Log, Logger, init_wandb
+from runtime.optim import decay_groups, trained_weights
+from runtime.precision import autocast, seed_everything
+from runtime.processes import (StopSignal, full_tensor, init_distributed_mode, main_process_first, parallelize,
+                               release_gathered, sync_gradients)
+from runtime.schedules import epochs_left, get_lr, is_due, steps_of_epoch
 
 
-def train_epoch(epoch, wandb, run, model, tokenizer, val_data):
-    args = run.args
-    for step in run.steps_of(epoch):
-        for batch, last in run.micro_batches(step):
-            with run.forward(last):
-                out = run.parallel["model"](batch.tokens, batch.lengths, at=batch.at)
-            # Summed over tokens, divided once by the tokens of the whole step: every token weighs the same,
-            # however the step is split over micro-batches and processes.
-            ce = F.cross_entropy(out.logits.float(), batch.targets, reduction="sum") / batch.step_targets
-            balance = out.balance_loss / batch.step_samples
-            run.backward(ce + model.config.aux_loss_alpha * balance)
-            run.log.add(len(batch.tokens), loss=ce, **({"balance": balance} if model.config.use_moe else {}))
-        rates = run.update(step)
+def train_epoch(epoch, wandb, *, args, world, name, student, tokenizer, modules, optimizer, scaler, data, val_data,
+                loader, progress, log, stop):
+    total_steps, weights = progress.total_steps, trained_weights(optimizer)
+    for step in steps_of_epoch(epoch, data.steps_per_epoch, progress.steps_done, total_steps):
+        # 1. Learning rate: linear warm-up, then cosine
+        lr = get_lr(step, total_steps, args.learning_rate, args.warmup_iters)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
-        # A save also ends a row, so that a run resumed from it writes the rows that the unbroken one wrote.
-        if run.is_due(args.log_interval) or run.is_due(args.save_interval):
-            run.log.row(run.steps_done, wandb, **rates)
-        if val_data is not None and run.is_due(args.eval_interval):
-            val_loss = evaluate(model, run.share(in_order(val_data)), run)
-            run.log.row(run.steps_done, wandb, val_loss=val_loss)
-            if run.is_best(val_loss):
-                save_model(model, tokenizer, f"{args.out_dir}/{run.name}_best.pth")
-        stopping = run.must_stop()
-        if stopping or run.is_due(args.save_interval):
-            save_model(model, tokenizer, f"{args.out_dir}/{run.name}.pth")
-            run.save()
+        # 2. Gradients: losses are summed over tokens and divided once by the tokens of the whole optimizer step, so
+        #    that any split into micro-batches and processes gives the same step.
+        seed_everything(args.seed, step, world.rank)        # dropout depends on the step alone: a resumed run repeats it
+        for micro in range(args.accumulation_steps):
+            batch, is_last = next(loader).to(world.device), micro == args.accumulation_steps - 1
+            with autocast(world.device, world.dtype), sync_gradients(modules, is_last):
+                out = modules["model"](batch.tokens, batch.lengths, at=batch.at)
+                ce = F.cross_entropy(out.logits.float(), batch.targets, reduction="sum") / batch.step_targets
+                balance = out.balance_loss / batch.step_samples
+                loss = ce + student.config.aux_loss_alpha * balance
+            scaler.scale(loss * world.size).backward()      # DDP averages over processes; the step needs their sum
+            log.add(len(batch.tokens), loss=ce, **({"balance": balance} if student.config.use_moe else {}))
+
+        # 3. Update
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        release_gathered(modules)
+
+        # 4. Log, validate, save
+        progress.steps_done = step + 1
+        due = partial(is_due, steps_done=step + 1, total_steps=total_steps)
+        log.step()
+        if due(args.log_interval) or due(args.save_interval):   # a resumed run then writes the same rows
+            log.row(step + 1, wandb, lr=lr, grad_norm=full_tensor(grad_norm))
+        if val_data is not None and due(args.eval_interval):
+            scores = evaluate(student, in_order(val_data, world.rank, world.size), world.device, dtype=world.dtype)
+            log.row(step + 1, wandb, **scores)
+            if progress.is_best(scores["val_loss"]):
+                save_model(student, tokenizer, f"{name}_best.pth")
+        stopping = stop.agreed(step + 1, world)
+        if stopping or due(args.save_interval):
+            save_model(student, tokenizer, f"{name}.pth")
+            save_resume(f"{name}.resume", modules, optimizer, scaler, progress)
         if stopping:
             return
-
-
-@torch.no_grad()
-def evaluate(model, batches, run):
-    """Mean loss per token, in nats, over the batches of all processes."""
-    model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
-    for batch in batches:
-        batch = batch.to(run.world.device)
-        with runtime.autocast(run.dtype, run.world.device):
-            logits = model(batch.tokens, batch.lengths, at=batch.at).logits
-        sums[0] += F.cross_entropy(logits.float(), batch.targets, reduction="sum")
-        sums[1] += len(batch.targets)
-    model.train()
-    loss, n = runtime.sum_over_processes(sums).tolist()
-    return loss / n
 
 
 def main():
@@ -78,46 +90,57 @@ def main():
     add = parser.add_argument_group("lesson").add_argument
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
         help="files of conversations, in the formats of dataset/dataset.md")
-    add("--weights", default=None, help="weights to start from; default: OUT_DIR/pretrain_DIM.pth; none: from nothing")
-    add("--dim", type=int, default=512, help="width of the model, where --weights does not say")
-    add("--n_layers", type=int, default=8, help="its depth")
-    add("--n_heads", type=int, default=8, help="its query heads; half as many key/value heads")
+    add("--weights", default=None, help="initial weights; default: OUT_DIR/pretrain_DIM.pth; none: random")
+    add("--dim", type=int, default=512, help="width of a randomly initialised model")
+    add("--n_layers", type=int, default=8, help="number of its layers")
+    add("--n_heads", type=int, default=8, help="number of its query heads; half as many key/value heads")
     add("--use_moe", action="store_true", help="its FFNs are mixtures of experts")
-    add("--dropout", type=float, default=0.0, help="in [0, 1)")
+    add("--dropout", type=float, default=0.0, help="dropout probability, in [0, 1)")
     add("--epochs", type=int, default=1, help="passes over the data")
     add("--batch_size", type=int, default=32, help="samples per micro-batch and process")
-    add("--learning_rate", type=float, default=5e-5, help="of the cosine, which runs from 1.1 to 0.1 times this")
-    runtime.add_training_args(parser)
-    args = runtime.parse_args(parser)
+    add("--learning_rate", type=float, default=5e-5, help="learning rate; cosine decay from 1.1x to 0.1x of it")
+    add_training_args(parser)
+    args = parse_args(parser)
 
     # 2. Processes and seeds
-    world = runtime.init_distributed_mode(args)
-    runtime.seed_everything(args.seed)
+    world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
+    seed_everything(args.seed)
 
-    with runtime.checking_input():
+    with checking_input():
         # 3. Model
         weights = args.weights or f"{args.out_dir}/pretrain_{args.dim}{'_moe' if args.use_moe else ''}.pth"
         config = LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, use_moe=args.use_moe,
                           dropout=args.dropout, max_seq_len=args.max_seq_len or 512)
-        model, tokenizer = new_model(config, args.tokenizer) if weights == "none" else load_model(weights)
-        model.train()
-        Logger(f"model {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {weights}")
-        if args.lora_rank:
-            Logger(adapt(model, weights, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets))
+        student, tokenizer = new_model(config, args.tokenizer) if weights == "none" else load_model(weights)
+        prepare(student, weights, world, lora_options(args), args.grad_checkpoint, args.compile)
 
         # 4. Data
-        train_data, val_data = runtime.open_data(SFTDataset, args, tokenizer, model.config, world)
+        train_data, val_data = open_data(
+            SFTDataset, args.data_path, tokenizer, student.context_length(args.max_seq_len), args.val_path,
+            args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger)
         data = MicroBatches(train_data, args.batch_size, args.accumulation_steps, world.rank, world.size, args.seed)
 
-        # 5. Optimizer, precision, and where an interrupted run stood
-        name = f"full_sft_{model.config.dim}{model.config.moe_path}{'_lora' if args.lora_rank else ''}"
-        run = runtime.Run(name, args, world, {"model": model}, data)
+        # 5. Optimizer, and the step at which an interrupted run stopped
+        name = f"{args.out_dir}/full_sft_{student.config.dim}{student.config.moe_path}{'_lora' if args.lora_rank else ''}"
+        modules = {"model": parallelize(student, world, args.shard, student.shard_units())}
+        optimizer = torch.optim.AdamW(decay_groups(modules, args.weight_decay), lr=args.learning_rate,
+                                      betas=(0.9, 0.95), fused=True)
+        scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+        progress = start_progress(args, data, args.max_steps or args.epochs * data.steps_per_epoch, student.adapted)
+        if args.resume:
+            progress = load_resume(f"{name}.resume", modules, optimizer, scaler, progress)
 
     # 6. Train
-    Logger(f"loss = CE of the assistant's tokens; {run.total_steps} steps of {data.step_samples} samples")
-    for epoch in run.epochs:
-        train_epoch(epoch, run.wandb, run, model, tokenizer, val_data)
-    run.close()
+    Logger(f"loss = CE of the assistant's tokens; {progress.total_steps} steps of {data.step_samples} samples")
+    wandb, log, stop = init_wandb(args, name, progress), Log(f"{name}.jsonl", progress, world), StopSignal()
+    loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers, world.device)
+    for epoch in epochs_left(data.steps_per_epoch, progress.steps_done, progress.total_steps):
+        train_epoch(epoch, wandb, args=args, world=world, name=name, student=student, tokenizer=tokenizer,
+                    modules=modules, optimizer=optimizer, scaler=scaler, data=data, val_data=val_data, loader=loader,
+                    progress=progress, log=log, stop=stop)
+        if stop.stopped:
+            break
+    end_run(log, wandb, progress, world)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import runtime
-from model.checkpoint import load_model
+from interop.checkpoint import load_model
 from model.generate import by_columns, generate
-from runtime import Logger
+from runtime.log import Logger
+from runtime.precision import pick_dtype
 
 BACK_OFF = 1.0              # seconds before the second attempt; twice as long before each further one
 LONGEST_WAIT = 120.0        # seconds. An endpoint that asks for more, say until tomorrow, is not waited for
@@ -380,7 +380,7 @@ def make_agent(args: argparse.Namespace, role: str, device: torch.device) -> Age
         idle = [f"--{role}_{name}" for name, value in given.items() if value]
         if idle:
             raise ValueError(f"{', '.join(idle)}: of no effect without --{role}_url")
-        return LocalAgent(weights, device, parallel or 64, runtime.pick_dtype("bfloat16", device))
+        return LocalAgent(weights, device, parallel or 64, pick_dtype("bfloat16", device))
     if not given["model"]:
         raise ValueError(f"--{role}_url needs the model's name there: --{role}_model NAME")
     rank, n_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -15,14 +15,15 @@ a file for --abilities; questions to which it named no leaf do not count, and ar
 import argparse
 from pathlib import Path
 
-import runtime
 from ability_tree.agents import OutOfBudget, add_agent_args, make_agent
 from ability_tree.inference import read_choices, write_rows
 from ability_tree.prompts import PROMPTS
 from ability_tree.steps import Parts, about_agent, add_step_args, beside, read_abilities, seed_of, sha256_of
 from ability_tree.tree import AbilityTree, compare, spell
 from dataset.formats import files_of, read_each, to_question
-from runtime import Logger
+from runtime.args import checking_input, parse_args
+from runtime.log import Logger
+from runtime.processes import init_distributed_mode, main_process_first
 
 ASKED_AT_ONCE = 64          # questions in one call of the agent; the calls are shared among processes
 
@@ -88,14 +89,14 @@ def classify(agent, rows: list[dict], leaves: list[tuple[str, ...]], seed: int, 
 
 def find_leaves(rows: list[dict], leaves: list[tuple[str, ...]], args, world) -> list[dict] | None:
     """What `classify` says of all rows, on the main process; None on the others. Each has asked for a share of them."""
-    with runtime.checking_input():
+    with checking_input():
         agent = make_agent(args, "agent", world.device)
         slices = [slice(start, start + ASKED_AT_ONCE) for start in range(0, len(rows), ASKED_AT_ONCE)]
         about = {"agent": about_agent(args, "agent"), "questions": sha256_of(args.questions), "leaves": list(map(list, leaves)),
                  "ids": [row["id"] for row in rows], "prompts": args.prompts, "hide_options": args.hide_options,
                  "max_new_tokens": args.max_new_tokens, "seed": args.seed}
         parts = Parts(args.out, about, len(slices), world)
-        with runtime.main_process_first(world):
+        with main_process_first(world):
             missing = parts.prepare()
     Logger(f"{agent.name} finds the leaves of {len(rows):,} questions")
     why = None
@@ -137,17 +138,17 @@ def main():
     add("--max_new_tokens", type=int, default=512, help="longest reply, in tokens")
     add_agent_args(parser, "agent")
     add_step_args(parser)
-    args = runtime.parse_args(parser)
+    args = parse_args(parser)
     if args.round < 0 or args.max_new_tokens < 1:
         parser.error(f"--round {args.round} must be 0 or more, --max_new_tokens {args.max_new_tokens} 1 or more")
     if args.png and Path(args.png).suffix != ".png":
         parser.error(f"--png {args.png}: a picture is written as FILE.png")
 
     # 2. Processes
-    world = runtime.init_distributed_mode(args)
+    world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
 
     # 3. Replies, paths, tree
-    with runtime.checking_input():
+    with checking_input():
         if Path(args.out).exists():
             raise ValueError(f"{args.out} is there already. Give another --out, or remove it")
         before, tree = AbilityTree.load(args.tree), AbilityTree.load(args.tree)
@@ -169,7 +170,7 @@ def main():
         return
 
     # 5. Finish
-    with runtime.checking_input():
+    with checking_input():
         counted = [(paths[name], correct) for name, correct in replies.items() if name in paths]
         tree.update(counted, args.round)
     tree.save(args.out)

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-import runtime
 from ability_tree.agents import Agent, OutOfBudget, add_agent_args, make_agent
 from ability_tree.inference import write_rows
 from ability_tree.prompts import PROMPTS
 from ability_tree.steps import add_step_args, beside, kind_of, read_abilities, seed_of
 from ability_tree.tree import AbilityTree, key_of, spell
-from runtime import Logger
+from runtime.args import checking_input, parse_args
+from runtime.log import Logger
+from runtime.processes import init_distributed_mode, patient_group
 
 ASKED_AT_ONCE = 16          # abilities in one call of the agent; the calls are shared among processes
 
@@ -35,7 +36,7 @@ def grow(tree: AbilityTree, agent: Agent, args, world) -> list[dict]:
     Of a list of names the first --breadth count, without those that stand above them in their own path: what is a part of
     itself would be divided without end.
     """
-    together, rejected = runtime.patient_group(world), []
+    together, rejected = patient_group(world), []
     for level in range(1, args.depth + 1):
         paths = [path for path in tree.leaves() if len(path) == level]      # a shorter one could not be divided before
         n_found = 0
@@ -101,7 +102,7 @@ def main():
     add("--temperature", type=float, default=0.7, help="0: the likeliest words, so that trying again is of little use")
     add_agent_args(parser, "agent")
     add_step_args(parser)
-    args = runtime.parse_args(parser)
+    args = parse_args(parser)
     if (args.domain is None) == (args.ability_files is None):
         parser.error("name a --domain to be divided, or --ability_files that have the paths; one of the two")
     if min(args.depth, args.max_tries, args.max_new_tokens) < 1 or args.breadth < 2 or args.temperature < 0:
@@ -114,10 +115,10 @@ def main():
         parser.error(f"{args.out} is there already. Give another --out, or remove it")
 
     # 2. Processes
-    world = runtime.init_distributed_mode(args)
+    world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
 
     # 3. Tree
-    with runtime.checking_input():
+    with checking_input():
         if args.ability_files:
             tree, rejected = AbilityTree.from_paths(read_abilities(args.ability_files).values()), []
         else:
@@ -125,7 +126,7 @@ def main():
     if args.domain:
         Logger(f"{agent.name} divides {tree.root.name}")
         try:
-            with runtime.checking_input():          # an endpoint that refuses
+            with checking_input():          # an endpoint that refuses
                 rejected = grow(tree, agent, args, world)
         except OutOfBudget as error:
             sys.exit(f"stopped: {error}")

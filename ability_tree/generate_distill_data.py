@@ -27,14 +27,15 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-import runtime
 from ability_tree.agents import Agent, OutOfBudget, add_agent_args, make_agent
 from ability_tree.inference import read_choices, write_rows
 from ability_tree.prompts import LETTERS, PROMPTS, folded, name_of
 from ability_tree.steps import Parts, about_agent, add_step_args, beside, read_abilities, seed_of, sha256_of, table
 from ability_tree.tree import AbilityTree, key_of, spell
 from dataset.formats import files_of, read_each, to_question
-from runtime import Logger
+from runtime.args import checking_input, parse_args
+from runtime.log import Logger
+from runtime.processes import init_distributed_mode, main_process_first
 
 ASKED_AT_ONCE = 64          # questions of a part, at least, if there are as many: of one leaf, or of several
 
@@ -241,7 +242,7 @@ def main():
     add("--temperature", type=float, default=1.0, help="of the teacher, above 0: at 0 it would write the same again")
     add_agent_args(parser, "teacher")
     add_step_args(parser)
-    args = runtime.parse_args(parser)
+    args = parse_args(parser)
     if min(args.n_samples, args.max_tries, args.max_new_tokens) < 1 or args.n_seeds < 0:
         parser.error(f"--n_samples {args.n_samples}, --max_tries {args.max_tries} and --max_new_tokens "
                      f"{args.max_new_tokens} must be 1 or more, --n_seeds {args.n_seeds} 0 or more")
@@ -249,9 +250,9 @@ def main():
         parser.error(f"--n_options {args.n_options} must be 2 to {len(LETTERS)}, --temperature {args.temperature:g} above 0")
 
     # 2. Processes
-    world = runtime.init_distributed_mode(args)
+    world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
 
-    with runtime.checking_input():
+    with checking_input():
         # 3. Leaves and their seed questions
         tree = AbilityTree.load(args.tree)
         questions = read_choices(args.questions, args.skip_bad_lines)
@@ -268,7 +269,7 @@ def main():
                  "--abilities": sha256_of(args.abilities), "--exclude": sha256_of(args.exclude),
                  "--teacher": about_agent(args, "teacher"), **{f"--{flag}": vars(args)[flag] for flag in SAME}}
         parts = Parts(args.out, about, len(wanted), world)
-        with runtime.main_process_first(world):
+        with main_process_first(world):
             missing = parts.prepare()
         Logger(f"{teacher.name} writes; {len(missing)} of {len(wanted)} parts are to be written")
 

@@ -18,10 +18,10 @@ import shlex
 import sys
 from pathlib import Path
 
-import runtime
 from ability_tree.inference import write_rows
 from dataset.formats import CONVERSATION_KEYS, files_of, read_each, to_messages
-from runtime import Logger
+from runtime.args import checking_input, parse_args
+from runtime.log import Logger
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,9 +97,9 @@ def main():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--ddp", action="store_true", help="several processes, under torchrun")
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: as torchrun says")
-    args = runtime.parse_args(parser)
+    args = parse_args(parser)
 
-    with runtime.checking_input():
+    with checking_input():
         data_path = conversations(args, f"{args.out.rstrip('/')}.jsonl")
     go_on_as("scripts/cache_teacher.py", flags_of(
         teacher=args.teacher, data_path=data_path, cache_dir=args.out, max_seq_len=args.max_seq_len,

@@ -17,13 +17,16 @@ import argparse
 import json
 from pathlib import Path
 
-import runtime
 from ability_tree.steps import Parts, sha256_of
 from ability_tree.tree import wilson
 from dataset.formats import files_of, read_each, to_messages, to_question
-from model.checkpoint import load_model, sha256_of_model
-from model.score import score_samples
-from runtime import Logger
+from interop.checkpoint import load_model, sha256_of_model
+from evaluation.scores import score_samples
+from runtime.args import checking_input, parse_args
+from runtime.files import write_atomic
+from runtime.log import Logger
+from runtime.precision import pick_dtype
+from runtime.processes import init_distributed_mode, main_process_first
 
 PART = 128          # questions that are asked together, by whichever process: a kill loses no more
 DECIMALS = 4        # of log_p. Sums in another order, as on other hardware, differ from the sixth on
@@ -59,7 +62,7 @@ def write_rows(path, rows: list[dict]):
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     # surrogatepass: what an agent replied may hold what UTF-8 cannot, and a reject is kept as it came.
-    runtime.write_whole(Path(path), lambda file: file.write(lines.encode(errors="surrogatepass")))
+    write_atomic(Path(path), lambda file: file.write(lines.encode(errors="surrogatepass")))
 
 
 # ---- 2. Replies ----------------------------------------------------------------------------------
@@ -108,13 +111,13 @@ def main():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--ddp", action="store_true", help="several processes, under torchrun")
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: as torchrun says")
-    args = runtime.parse_args(parser)
+    args = parse_args(parser)
 
     # 2. Processes
-    world = runtime.init_distributed_mode(args)
-    dtype = runtime.pick_dtype(args.dtype, world.device)
+    world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
+    dtype = pick_dtype(args.dtype, world.device)
 
-    with runtime.checking_input():
+    with checking_input():
         # 3. Model, questions, and what is answered already
         model, tokenizer = load_model(args.weights, world.device, dtype)
         rows = read_choices(args.questions, args.skip_bad_lines)
@@ -122,7 +125,7 @@ def main():
         about = {"weights": sha256_of_model(args.weights), "questions": sha256_of(args.questions),
                  "hide_options": args.hide_options, "skip_bad_lines": args.skip_bad_lines, "dtype": str(dtype)}
         parts = Parts(args.out, about, len(slices), world)
-        with runtime.main_process_first(world):
+        with main_process_first(world):
             missing = parts.prepare()
     Logger(f"{model.config}, {model.n_parameters() / 1e6:.2f} M parameters, from {args.weights}: {len(rows):,} questions, "
            + ("bare" if args.hide_options else "with their options"))

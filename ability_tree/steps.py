@@ -2,7 +2,7 @@
 各步共用：读能力文件，把工作分给多个进程，并交代每片叶子的结果。
 What the steps have in common: files of abilities, work shared among processes, and what became of each leaf.
 
-Until a step is done, what is done of it lies in a folder beside its file (runtime.Parts); the same command goes on, on any
+Until a step is done, what is done of it lies in a folder beside its file (PartFiles); the same command goes on, on any
 number of processes, to the same bytes.
 """
 
@@ -16,18 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-import runtime
 from ability_tree.tree import width_of
 from dataset.formats import files_of, read_each
-from distill.teacher_logits import file_sha256
-from model.checkpoint import sha256_of_model
-from runtime import Logger
+from runtime.files import file_sha256
+from interop.checkpoint import sha256_of_model
+from runtime.args import resume_command
+from runtime.files import PartFiles, write_atomic
+from runtime.log import Logger
+from runtime.processes import StopSignal, init_distributed_mode, patient_group
 
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
 def add_step_args(parser):
-    """The flags that the steps share; `runtime.init_distributed_mode` reads some of them."""
+    """The flags that the steps share; `init_distributed_mode` reads some of them."""
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=1337, help="of all that is drawn; the same seed, the same file")
     add("--device", default="auto", help="of weights: auto, cpu, cuda, cuda:1, ...")
@@ -81,27 +83,27 @@ def about_agent(args, role: str) -> str:
 
 # ---- 3. Work, shared among processes -------------------------------------------------------------
 
-class Parts(runtime.Parts):
+class Parts(PartFiles):
     """`prepare`, then `write` each part of `mine`, in every process, then `join`, and `remove` when the file is there."""
 
     def __init__(self, out, about: dict, n_parts: int, world):
         super().__init__(out, about, n_parts)
-        self.world, self.together = world, runtime.patient_group(world)
+        self.world, self.together = world, patient_group(world)
 
     def mine(self, missing: list[int]) -> Iterator[int]:
         """This process's share of the missing parts, until Ctrl-C. Write each before the next one is asked for."""
         if self.together:
             dist.barrier(self.together)         # no part is written before all have seen which ones are missing
-        stop, mine, start = runtime.StopSignal(), missing[self.world.rank::self.world.size], time.perf_counter()
+        stop, mine, start = StopSignal(), missing[self.world.rank::self.world.size], time.perf_counter()
         for n_done, part in enumerate(mine, start=1):
-            if stop.asked:
+            if stop.requested:
                 return
             yield part
             left = (time.perf_counter() - start) / n_done * (len(mine) - n_done)
             Logger(f"{n_done}/{len(mine)} parts{' of this process' if self.together else ''}  {left / 60:.1f} min left")
 
     def write(self, part: int, result):
-        runtime.write_whole(self.path(part), lambda file: file.write(json.dumps(result).encode()))
+        write_atomic(self.path(part), lambda file: file.write(json.dumps(result).encode()))
 
     def join(self, why: str | None = None) -> list | None:
         """Waits for the other processes. Returns what all parts came to, in their order, on the main process; None on the
@@ -116,7 +118,7 @@ class Parts(runtime.Parts):
         if left:
             because = "".join(f"; {reason}" for reason in dict.fromkeys(reasons) if reason)
             Logger(f"stopped{because}. {self.n_parts - len(left)} of {self.n_parts} parts are done and stay. "
-                   f"Go on with: {runtime.to_go_on(self.world.size)}")
+                   f"Go on with: {resume_command(self.world.size)}")
             sys.exit(130 if because == "" else 1)
         if self.world.rank == 0:
             return [json.loads(self.path(part).read_bytes()) for part in range(self.n_parts)]

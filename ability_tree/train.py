@@ -19,8 +19,8 @@ OUT_DIR/full_dist_DIM.pth.
 import argparse
 import shlex
 
-import runtime
 from ability_tree.generate_logits import add_data_args, conversations, flags_of, go_on_as
+from runtime.args import checking_input, parse_args
 
 
 def main():
@@ -52,9 +52,9 @@ def main():
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: as torchrun says")
     add("--seed", type=int, default=1337, help="of the shuffling and dropout")
     add("--resume", action="store_true", help="go on from the newest resume file of --out_dir, if there is one")
-    args = runtime.parse_args(parser)
+    args = parse_args(parser)
 
-    with runtime.checking_input():
+    with checking_input():
         data_path = conversations(args, f"{args.out_dir}/conversations.jsonl")
         more = shlex.split(args.more)
     go_on_as("train_distillation.py", flags_of(

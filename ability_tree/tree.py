@@ -32,8 +32,10 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from runtime.args import checking_input, parse_args
+from runtime.files import write_atomic
+from runtime.log import Logger
 
-from runtime import Logger, checking_input, parse_args, write_whole
 
 Z = 1.959964                    # 95 % of a normal distribution lie within so many standard deviations
 BAR = 20                        # characters of a bar: 5 % each
@@ -274,7 +276,7 @@ class AbilityTree:
         """As JSON, a node a paragraph. accuracy and interval are there for people; load does not read them."""
         text = "\n".join(json_lines(self.root)) + "\n"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(path), lambda file: file.write(text.encode()))
+        write_atomic(Path(path), lambda file: file.write(text.encode()))
 
     @classmethod
     def load(cls, path) -> "AbilityTree":
@@ -314,7 +316,7 @@ class AbilityTree:
         Path(png).parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings(record=True) as missing:
             warnings.filterwarnings("always", message="Glyph")
-            write_whole(Path(png), lambda file: figure.savefig(file, format="png", dpi=120))
+            write_atomic(Path(png), lambda file: figure.savefig(file, format="png", dpi=120))
         if missing:
             Logger(f"{png}: no font on this machine has all characters of these names; {FONTS[0]} has them for Chinese")
 

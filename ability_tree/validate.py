@@ -22,13 +22,14 @@ an endpoint always what it writes.
 import argparse
 import sys
 
-import runtime
 from ability_tree.agents import Agent, LocalAgent, OutOfBudget, add_agent_args, make_agent
 from ability_tree.inference import read_choices, reply, write_rows
 from ability_tree.prompts import PROMPTS
 from ability_tree.steps import Parts, about_agent, add_step_args, beside, read_abilities, seed_of, sha256_of, table
 from ability_tree.tree import spell
-from runtime import Logger
+from runtime.args import checking_input, parse_args
+from runtime.log import Logger
+from runtime.processes import init_distributed_mode, main_process_first
 
 PART = 64               # questions, at least, if there are as many
 MOST, N_PARTS = 512, 16     # questions of a part, at most; and how many parts are enough
@@ -101,7 +102,7 @@ def main():
     for role in ROLES:
         add_agent_args(parser, role)
     add_step_args(parser)
-    args = runtime.parse_args(parser)
+    args = parse_args(parser)
     if args.max_new_tokens < 1 or args.temperature < 0:
         parser.error(f"--max_new_tokens {args.max_new_tokens} must be 1 or more, --temperature {args.temperature:g} 0 or "
                      "more")
@@ -109,9 +110,9 @@ def main():
         parser.error("--write is of --prompts miniworld; under json the agents are shown the options, and name a letter")
 
     # 2. Processes
-    world = runtime.init_distributed_mode(args)
+    world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
 
-    with runtime.checking_input():
+    with checking_input():
         # 3. Questions
         rows = read_choices(args.questions, args.skip_bad_lines)
         abilities = read_abilities(args.abilities)
@@ -134,7 +135,7 @@ def main():
             agents.append(make_agent(args, "agent_b", world.device))
         slices = slices_of(len(rows))
         parts = Parts(args.out, about, len(slices), world)
-        with runtime.main_process_first(world):
+        with main_process_first(world):
             missing = parts.prepare()
         Logger(f"{' and '.join(agent.name for agent in agents)} answer {len(rows):,} questions; {len(missing)} of "
                f"{len(slices)} parts are to be answered")

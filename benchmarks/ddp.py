@@ -5,7 +5,7 @@ What it costs that several processes train together: each has the same work, bes
     not speaking    each trains alone, on its own data, at the same time as the others: all share the memory's bandwidth
     alone           one process, and the machine to itself
     plain DDP       gradients travel after each micro-batch, in buckets: copied into them, and back
-    runtime.Run     as all scripts do it: they travel once a step (no_sync), and stay in the buckets (gradient_as_bucket_view)
+    Run     as all scripts do it: they travel once a step (no_sync), and stay in the buckets (gradient_as_bucket_view)
 
 one table           python -m benchmarks.ddp
 more to send        python -m benchmarks.ddp --tokens 256 --accumulation 1
@@ -34,14 +34,16 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-import runtime
 from benchmarks.measure import PAGE, add_result_args, check_result_args, deviation, peak, reset_peak, write_results
 from benchmarks.scaling import RandomSamples, run_args, silent_run, width_and_layers
 from dataset.lm_dataset import MicroBatches
 from model.config import LMConfig
 from model.transformer import Transformer
-from runtime import Clock, Run
 from train_sft import train_epoch
+from runtime.log import Clock
+from runtime.precision import seed_everything
+from runtime.processes import init_distributed_mode
+from runtime.run import Run
 
 START = "spawn"         # each process is a new one
 
@@ -82,7 +84,7 @@ FORMS = {
     "not speaking": Form(True, False, Ours),
     "alone": Form(False, False, Ours),
     "plain DDP": Form(True, True, Plain),
-    "runtime.Run": Form(True, True, Ours),
+    "Run": Form(True, True, Ours),
 }
 TRUTH = Form(False, False, Ours, all_data=True)
 
@@ -129,9 +131,9 @@ def work(rank: int, n: int, port: int, case: Case, form: Form, saved: Path | Non
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(case.threads)
     args = run_args(device=case.device, dtype=case.dtype, ddp=True)
-    group = runtime.init_distributed_mode(args)             # those that do not speak begin each step together
+    group = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)             # those that do not speak begin each step together
     world = group if form.speaking else group._replace(rank=0, size=1)
-    runtime.seed_everything(0)
+    seed_everything(0)
     model = Transformer(LMConfig(*case.model, vocab_size=case.vocab, max_seq_len=case.length)).train()
 
     reset_peak(group.device)

@@ -23,8 +23,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from runtime.files import write_atomic
 
-from runtime import write_whole
 
 TOLERANCE = 1e-4            # relative, of each tensor; fp32 sums in another order differ by 1e-6
 PAGE = 4096                 # bytes; no measurement of memory is finer
@@ -135,7 +135,7 @@ def write_results(args, rows: list[dict], title: str, ratios: dict[str, str]):
     """
     if args.json:
         text = json.dumps({"setting": vars(args), "torch": torch.__version__, "rows": rows}, indent=2)
-        write_whole(Path(args.json), lambda file: file.write(text.encode()))
+        write_atomic(Path(args.json), lambda file: file.write(text.encode()))
     if args.picture:
         draw(rows, title, ratios, Path(args.picture))
 
@@ -160,4 +160,4 @@ def draw(rows, title, ratios, path: Path):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(forms) - 1, frameon=False)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))

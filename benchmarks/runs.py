@@ -24,8 +24,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from distill.teacher_logits import file_sha256
-from runtime import Logger, read_lines, write_whole
+from runtime.files import file_sha256
+from runtime.files import read_lines, write_atomic
+from runtime.log import Logger
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,8 +64,8 @@ def write_table(out: Path, results: dict[str, list[dict]], columns):
     """Print the table, and write it as table.md, with all figures in table.json."""
     text = table(results, columns)
     print(text)
-    write_whole(ROOT / out / "table.md", lambda file: file.write(f"{text}\n".encode()))
-    write_whole(ROOT / out / "table.json", lambda file: file.write(json.dumps(results, indent=2).encode()))
+    write_atomic(ROOT / out / "table.md", lambda file: file.write(f"{text}\n".encode()))
+    write_atomic(ROOT / out / "table.json", lambda file: file.write(json.dumps(results, indent=2).encode()))
 
 
 # ------------------------------------------------------------------------------- many runs, each of them once and for all

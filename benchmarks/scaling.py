@@ -25,15 +25,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import runtime
 from benchmarks.measure import (PAGE, add_result_args, check_result_args, in_a_new_process, peak, reset_peak, timed,
                                 write_results)
 from dataset.lm_dataset import MicroBatches, flat_batch
 from model.config import LMConfig
-from model.teachers import Teacher
+from distill.teachers import Teacher
 from model.transformer import Transformer
-from runtime import Run, World, write_whole
 from train_distillation import train_epoch
+from runtime.args import add_training_args
+from runtime.files import write_atomic
+from runtime.precision import pick_dtype, seed_everything
+from runtime.processes import World
+from runtime.run import Run
 
 AXES = {        # name: (what grows, its values where none are given)
     "tokens": ("tokens of a step", "512,1024,2048,4096,8192"),
@@ -73,7 +76,7 @@ class RandomSamples:
 def run_args(**changed) -> argparse.Namespace:
     """The flags of a training script as nobody gave any, but for these."""
     parser = argparse.ArgumentParser()
-    runtime.add_training_args(parser)
+    add_training_args(parser)
     never = {"max_steps": ENDLESS, "log_interval": 0, "save_interval": 0, "eval_interval": 0, "num_workers": 0}
     return argparse.Namespace(**vars(parser.parse_args([])) | never | {"learning_rate": 1e-4} | changed)
 
@@ -119,9 +122,9 @@ def steps_of(case: Case):
     """(a function that trains one epoch, which is a step, by its number; parameters of both models)."""
     args = run_args(device=case.device, dtype=case.dtype, **LOSS)
     world = World(0, 1, torch.device(case.device))
-    runtime.seed_everything(0)
+    seed_everything(0)
     student, teacher = (Transformer(config) for config in configs(case))
-    teacher = teacher.to(world.device, runtime.pick_dtype(case.dtype, world.device)).eval().requires_grad_(False)
+    teacher = teacher.to(world.device, pick_dtype(case.dtype, world.device)).eval().requires_grad_(False)
     samples = RandomSamples(case.tokens // case.length, case.length, case.vocab)
     run = silent_run(Run, args, world, student.train(), MicroBatches(samples, batch_size=len(samples)))
 
@@ -188,7 +191,7 @@ def draw(rows, title, path: Path):
     figure.supylabel("times the first value's", fontsize=9)
     figure.suptitle(title, fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def width_and_layers(text: str) -> tuple[int, int]:

@@ -38,17 +38,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import runtime
 from benchmarks import plain
 from benchmarks.measure import (PAGE, TOLERANCE, add_result_args, check_result_args, compare, in_a_new_process, peak,
                                 reset_peak, timed, write_results)
 from dataset.lm_dataset import Batch, flat_batch, sample_key
 from distill.fused import fused_distillation_loss
-from distill.teacher_logits import VERSION, CacheWriter, TeacherCache, lay_out, pack, row_type
+from distill.cache import VERSION, CacheWriter, TeacherCache, lay_out, pack, row_type
 from model.config import LMConfig
-from model.teachers import Teacher, ask
+from distill.teachers import Teacher, ask
 from model.transformer import Transformer
 from scripts.plan_memory import SIZES
+from runtime.precision import autocast, pick_dtype
+from runtime.run import make_optimizer
 
 ALPHA, TEMPERATURE, WEIGHT_DECAY = 0.5, 2.0, 0.1
 OPINION = 3.0               # standard deviation of the teacher's logits
@@ -175,13 +176,13 @@ def our_form(case: Case, dtype=torch.float32, on_disk: bool = False) -> Form:
     else:
         source = model_of(case, "teacher").to(dtype)
     teachers, args = [Teacher(source, 1.0, None)], Namespace(pad_vocab=False)
-    optimizer = runtime.make_optimizer([student], WEIGHT_DECAY)
+    optimizer = make_optimizer([student], WEIGHT_DECAY)
     batches = [stream(chats(case, number)).to(device) for number in range(case.steps + 1)]
 
     def loss(batch):
-        with torch.no_grad(), runtime.autocast(dtype, device):
+        with torch.no_grad(), autocast(device, dtype):
             taught = ask(teachers, batch, None, args)
-        with runtime.autocast(dtype, device):
+        with autocast(device, dtype):
             out = student(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
             fused = fused_distillation_loss(out.final, student.head, batch.targets, taught.said, ALPHA, TEMPERATURE,
                                             kd_weight=taught.matched)
@@ -344,7 +345,7 @@ def main(argv=None):
     check_result_args(parser, args)
 
     forms = list(FORMS)
-    if runtime.pick_dtype("bfloat16", torch.device(args.device)) != torch.bfloat16:
+    if pick_dtype("bfloat16", torch.device(args.device)) != torch.bfloat16:
         forms.remove(BF16)
         print(f"the form {BF16!r} is left out\n")
 

@@ -12,15 +12,16 @@ import functools
 import hashlib
 import time
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from dataset.formats import check_exists, holds_texts, read_conversations, read_texts
-from runtime import write_whole
+from runtime.files import write_atomic
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
 CACHE_VERSION = 3           # raise it when the meaning of a cached file changes
@@ -106,8 +107,8 @@ class TokenDataset(ABC):
         n_targets = np.array([np.count_nonzero(row & self.flag) for row in rows])
 
         stream.parent.mkdir(exist_ok=True)
-        write_whole(stream, np.concatenate(rows).tofile)
-        write_whole(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept, n_rows=len(samples)))
+        write_atomic(stream, np.concatenate(rows).tofile)
+        write_atomic(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept, n_rows=len(samples)))
         self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} to predict; "
                  f"{cut:,} cut to {self.max_seq_len} tokens, {len(samples) - len(rows):,} left out as nothing was left "
                  f"to predict; {time.time() - start:.1f} s")
@@ -287,6 +288,55 @@ def dataset_of(paths) -> type[TokenDataset]:
     return PretrainDataset if texts else SFTDataset
 
 
+def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fraction: float = 0.05,
+              skip_bad_lines: bool = False, first=nullcontext(), log=print, teacher=None):
+    """Training and validation data: (kind, kind or None).
+
+    kind        PretrainDataset or SFTDataset
+    val_path    None: the file beside the data that `kind` names, if it exists; else a fraction of the data.
+                "none": no validation
+    first       a context in which the main process tokenises before the others (main_process_first)
+    teacher     (paths, tokenizer, max_seq_len) of a teacher that reads the same samples as other tokens, or other
+                prompts to the same answers
+    """
+    other_prompts = teacher is not None and list(teacher[0]) != list(paths)
+    if other_prompts and val_path not in (None, "none"):
+        raise ValueError(f"--val_path {val_path} has no prompts for the teacher; leave it out, and --val_fraction of "
+                         "the pairs is held out")
+    if not 0.0 <= val_fraction < 1.0:
+        raise ValueError(f"--val_fraction {val_fraction} must lie in [0, 1)")
+    if not val_path and kind.validated_on and not other_prompts:
+        beside = Path(paths[0]).with_name(kind.validated_on)
+        val_path = beside if beside.exists() else None
+
+    def read(files):
+        data = kind(files, tokenizer, max_seq_len, skip_bad_lines, log)
+        if teacher is None:
+            return data
+        its_paths, its_tokenizer, its_length = teacher
+        its_files = its_paths if other_prompts else files
+        return data.paired_with(kind(its_files, its_tokenizer, its_length, skip_bad_lines, log))
+
+    with first:
+        data, val = read(paths), None
+        if val_path and val_path != "none":
+            val = read([val_path])
+    if not val_path:
+        # More than 1,000 samples would make validation slower, and its figure hardly more precise.
+        data, val = data.split(min(val_fraction, 1000 / len(data)), seed=0)
+    val = val if val is not None and len(val) else None
+    log(f"data: {len(data):,} samples of {data}; " + (f"the teacher reads {data.teacher}; " if other_prompts else "")
+        + f"validation: {f'{len(val):,} of {val}' if val else 'none'}")
+    return data, val
+
+
+def make_loader(data, first_step: int, last_step: int, num_workers: int = 0, device: str = "cpu"):
+    """An iterator over this process's micro-batches of steps first_step ... last_step - 1."""
+    wanted = range(first_step * data.per_step, last_step * data.per_step)
+    return iter(DataLoader(data, batch_size=None, sampler=wanted, num_workers=num_workers,
+                           pin_memory=torch.device(device).type == "cuda"))
+
+
 class MicroBatches(Dataset):
     """All micro-batches of one process in order, for a DataLoader with batch_size=None: item j is a Batch.
 
@@ -324,11 +374,21 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def in_order(dataset: TokenDataset, tokens_per_batch: int = 4096, rank: int = 0, world_size: int = 1):
-    """Batches of every sample once, from short to long, for evaluation. Each process gets its share."""
-    order = np.argsort(dataset.lengths, kind="stable")[rank::world_size]
-    start = 0
+def in_order(dataset: TokenDataset, rank: int = 0, world_size: int = 1, tokens_per_batch: int = 4096):
+    """Batches of every sample once, from short to long, for evaluation; process `rank` gets every world_size-th.
+
+    All processes get equally many, because a sharded model's forward pass needs all of them: where one is missing, it
+    is a batch without targets.
+    """
+    order = np.argsort(dataset.lengths, kind="stable")
+    start, parts = 0, []
     for end in range(1, len(order) + 1):
         if end == len(order) or dataset.lengths[order[start:end + 1]].sum() > tokens_per_batch:
-            yield dataset.batch(order[start:end])
+            parts.append(order[start:end])
             start = end
+    for first in range(0, len(parts), world_size):
+        if first + rank < len(parts):
+            yield dataset.batch(parts[first + rank])
+        else:
+            batch = dataset.batch(parts[first])
+            yield batch._replace(at=batch.at[:0], targets=batch.targets[:0])

@@ -75,22 +75,27 @@ FEATURE_DISTANCES = {  # (S, D), (S, D) -> (S,)
 }
 
 
-def feature_distillation_loss(student_features, teacher_features, kind: str = "mse"):
-    """How far the hidden states are apart, averaged over the matched layers, summed over tokens.
+def feature_distillation_loss(student_features, teacher_features, kind: str = "mse", reduction: str = "mean"):
+    """Distance between hidden states, averaged over the matched layers.
 
-    student_features, teacher_features  lists of (S, D), already of one width (FeatureProjections); no gradient reaches
-                                        the teacher's
-    kind  'mse': squared error per number; 'cosine': 1 - cosine similarity, between 0 and 2
+    student_features, teacher_features  lists of (S, D). A student feature of another width is pooled to the teacher's;
+                                        FeatureProjections learns a better map. No gradient reaches the teacher's
+    kind       'mse': squared error per number; 'cosine': 1 - cosine similarity, between 0 and 2
+    reduction  'mean' or 'sum' over the S positions
 
-    Raises ValueError when a pair's shapes differ, and for another kind.
+    Raises ValueError when a pair has different numbers of positions, and for another kind.
     """
     if kind not in FEATURE_DISTANCES:
-        raise ValueError(f"kind={kind!r} is no distance of features; it is one of {', '.join(FEATURE_DISTANCES)}")
+        raise ValueError(f"kind={kind!r} is not a feature distance; choose from {', '.join(FEATURE_DISTANCES)}")
     total = 0.0
     for student, teacher in zip(student_features, teacher_features, strict=True):
+        if student.shape[:-1] != teacher.shape[:-1]:
+            raise ValueError(f"features {tuple(student.shape)} and {tuple(teacher.shape)} differ in their positions")
+        student, teacher = student.float(), teacher.detach().float()
         if student.shape != teacher.shape:
-            raise ValueError(f"features {tuple(student.shape)} and {tuple(teacher.shape)} differ; project them first")
-        total = total + FEATURE_DISTANCES[kind](student.float(), teacher.detach().float()).sum()
+            student = F.adaptive_avg_pool1d(student, teacher.shape[-1])
+        distance = FEATURE_DISTANCES[kind](student, teacher)                                # (S,)
+        total = total + (distance.sum() if reduction == "sum" else distance.mean())
     return total / len(student_features)
 
 
@@ -185,33 +190,40 @@ def contrastive_loss(student_final, teacher_final, lengths, at, temperature=0.1)
         similarity = s @ t.T / temperature                                              # (B, B)
     return F.cross_entropy(similarity, torch.arange(B, device=at.device), reduction="sum")
 
-# -- all three, as a lesson's flags ask for them -----------------------------------------------------------------
-
-def bridges_below(args, student_config, teacher_config) -> dict[str, nn.Module]:
-    """What carries a student's states to the teacher's width, by name: trained with the student, and called by
-    `losses_below`. Nothing for a loss of weight 0. Raises ValueError where layers or relation heads do not fit."""
-    bridges = {}
-    if args.feature_weight > 0:
-        bridges["projections"] = FeatureProjections(student_config, teacher_config, args.layer_map)
-    if args.contrastive_weight > 0:
-        bridges["contrast"] = nn.Linear(student_config.dim, teacher_config.dim, bias=False)
-    if args.attention_weight > 0:
-        widths = [(c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim)
-                  for c in (student_config, teacher_config)]
-        check_relation_heads(*([torch.empty(0, width) for width in each] for each in widths), args.relation_heads)
-    return bridges
+# -- all three ------------------------------------------------------------------------------------------------------
 
 
-def losses_below(args, bridges, batch, out, taught) -> dict[str, torch.Tensor]:
-    """Each loss below the words, per token (or sample) of the optimizer step. What has weight 0 is not there."""
-    terms = {}
-    if args.feature_weight > 0:
-        features = bridges["projections"](out.hidden, taught.hidden)
-        terms["feature"] = feature_distillation_loss(*features, args.feature_loss) / batch.step_targets
-    if args.attention_weight > 0:
-        relations = attention_relation_loss(out.qkv, taught.qkv, batch.lengths, batch.at, args.relation_heads)
-        terms["attention"] = relations / batch.step_targets
-    if args.contrastive_weight > 0:
-        terms["contrastive"] = contrastive_loss(bridges["contrast"](out.final), taught.final, batch.lengths, batch.at,
-                                                args.contrastive_temperature) / batch.step_samples
-    return terms
+class IntermediateLosses(nn.Module):
+    """The intermediate-layer losses of a run with the projections they train. One of weight 0 is off and costs nothing.
+
+    Raises ValueError where layers or relation heads do not fit the two models.
+    """
+
+    def __init__(self, student_config, teacher_config, feature=0.0, attention=0.0, contrastive=0.0,
+                 feature_loss="mse", layer_map="uniform", relation_heads=4, contrastive_temperature=0.1):
+        super().__init__()
+        weights = {"feature": feature, "attention": attention, "contrastive": contrastive}
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.feature_loss, self.relation_heads, self.temperature = feature_loss, relation_heads, contrastive_temperature
+        if feature > 0:
+            self.projections = FeatureProjections(student_config, teacher_config, layer_map)
+        if contrastive > 0:
+            self.contrast = nn.Linear(student_config.dim, teacher_config.dim, bias=False)
+        if attention > 0:
+            widths = [(c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim)
+                      for c in (student_config, teacher_config)]
+            check_relation_heads(*([torch.empty(0, width) for width in each] for each in widths), relation_heads)
+
+    def forward(self, batch, out, teacher_out) -> dict[str, torch.Tensor]:
+        """Each loss in use, unweighted, divided by the tokens (or samples) of the whole optimizer step."""
+        terms = {}
+        if "feature" in self.weights:
+            features = self.projections(out.hidden, teacher_out.hidden)
+            terms["feature"] = feature_distillation_loss(*features, self.feature_loss, "sum") / batch.step_targets
+        if "attention" in self.weights:
+            relations = attention_relation_loss(out.qkv, teacher_out.qkv, batch.lengths, batch.at, self.relation_heads)
+            terms["attention"] = relations / batch.step_targets
+        if "contrastive" in self.weights:
+            terms["contrastive"] = contrastive_loss(self.contrast(out.final), teacher_out.final, batch.lengths,
+                                                    batch.at, self.temperature) / batch.step_samples
+        return terms

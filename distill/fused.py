@@ -21,20 +21,20 @@ import torch.nn.functional as F
 from distill.losses import forward_kl, uld
 
 CHUNK_BYTES = 32 << 20      # of one (rows, V) buffer in fp32; CE + forward KL to one teacher needs three
-MOST_ROWS = 256             # more make the products no faster, and small buffers stay in the processor's cache
-LEAST = -30.0               # log-probability of an empty tail: finite, and 1e-13 is nothing
+MAX_ROWS = 256             # more make the products no faster, and small buffers stay in the processor's cache
+MIN_LOG_P = -30.0           # log-probability of an empty tail: finite, and exp(-30) is negligible
 
 
 class Dense(NamedTuple):
-    """What a teacher says of S positions: its final hidden states, which its head turns into all logits."""
+    """A teacher's output at S positions as final hidden states; logits = states @ head.T."""
 
     states: torch.Tensor            # (S, D of the teacher)
     head: torch.Tensor              # (V, D of the teacher)
-    weight: float = 1.0             # among several teachers, which teach as one: p = sum of weight * p of each
+    weight: float = 1.0             # of several teachers, which act as one: p = sum of weight * p of each
 
 
 class TopK(NamedTuple):
-    """Or the k likeliest words at each position; the mass of all the others goes into one bucket, never unseen."""
+    """Or its top-k tokens at each position; the tail probability forms one more bucket."""
 
     ids: torch.Tensor               # (S, k)
     log_p: torch.Tensor             # (S, k), at the temperature of the run
@@ -48,24 +48,24 @@ class Fused(NamedTuple):
     kd: torch.Tensor                # T^2 * divergence
 
 
-def fused_distillation_loss(hidden, head, targets, taught, alpha=0.0, temperature=1.0, divergence=forward_kl,
+def fused_distillation_loss(hidden, head, targets, teacher, alpha=0.0, temperature=1.0, divergence=forward_kl,
                             kd_weight=None, ce_weight=None, chunk_bytes=CHUNK_BYTES) -> Fused:
     """alpha * CE + (1 - alpha) * T^2 * D(teacher_T, student_T), summed over the S positions.
 
     hidden       (S, D), the student's final hidden states; gradients flow
     head         (V, D), the student's output matrix; gradients flow
     targets      (S,) ids
-    taught       a list of Dense (several are mixed by their weights), or one TopK
+    teacher       a list of Dense (several are mixed by their weights), or one TopK
     divergence   any function of distill/losses.py
     kd_weight    (S,) of the divergence at each position; None: 1. 0, or False: there the teacher has no say
     ce_weight    (S,) of the cross-entropy likewise; a policy gradient's may be negative
-    chunk_bytes  of a (rows, V) buffer, of at most MOST_ROWS: smaller saves memory, larger saves time
+    chunk_bytes  of a (rows, V) buffer, of at most MAX_ROWS: smaller saves memory, larger saves time
 
     Under autocast the matrix products run in its type; the loss is fp32. The closed form of CE + forward KL,
     softmax - one-hot and T (q - p), is worked out in place; any other divergence asks autograd, a chunk at a time.
     """
-    closed_form = divergence is forward_kl and kd_weight is None and ce_weight is None and not isinstance(taught, TopK)
-    chunks = Chunks(hidden, head, taught, chunk_bytes, share=1 if closed_form else 4)
+    closed_form = divergence is forward_kl and kd_weight is None and ce_weight is None and not isinstance(teacher, TopK)
+    chunks = Chunks(hidden, head, teacher, chunk_bytes, share=1 if closed_form else 4)
     with torch.autocast(hidden.device.type, enabled=False):             # `chunks` knows the type of the products
         return Fused(*FusedLoss.apply(hidden, head, targets, chunks, closed_form, alpha, temperature, divergence, kd_weight,
                                       ce_weight))
@@ -74,7 +74,7 @@ def fused_distillation_loss(hidden, head, targets, taught, alpha=0.0, temperatur
 class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, chunks, closed_form, alpha, temperature, divergence, kd_weight, ce_weight):
-        # Where the products run in fp16, gradients of rare words would underflow: those products run in fp32.
+        # In fp16 the gradients of rare tokens would underflow: these products run in fp32.
         back = torch.float32 if chunks.dtype == torch.float16 else chunks.dtype
         h, w = hidden.detach().to(back), head.detach().to(back)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
@@ -84,7 +84,7 @@ class FusedLoss(torch.autograd.Function):
         for rows in chunks:
             logits = chunks.student(rows)                                       # (C, V)
             if closed_form:
-                log_p = chunks.teacher(rows, temperature)
+                log_p = chunks.teacher_log_p(rows, temperature)
                 parts = ce_and_forward_kl(logits, log_p, targets[rows], alpha, temperature, chunks.scratch(rows))
             else:
                 parts = by_autograd(logits, chunks, rows, targets[rows], alpha, temperature, divergence, kd_weight, ce_weight)
@@ -109,19 +109,20 @@ class FusedLoss(torch.autograd.Function):
 
 
 class Chunks:
-    """The rows a few at a time, and three buffers (C, V) that all of them share: fresh pages cost ten times a write.
+    """The rows in chunks, and three (C, V) buffers that all chunks share: fresh pages cost ten times a write.
 
-    share       only one of so many rows at once: autograd keeps some twenty buffers of a chunk more, and a quarter of the rows
-                takes no longer
+    share       divides the number of rows: autograd keeps some twenty more buffers of a chunk, and a quarter of the
+                rows takes no longer
     """
 
-    def __init__(self, hidden, head, taught, chunk_bytes=CHUNK_BYTES, share=1):
+    def __init__(self, hidden, head, teacher, chunk_bytes=CHUNK_BYTES, share=1):
         device = hidden.device.type
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         self.hidden, self.head = hidden.detach().to(self.dtype), head.detach().to(self.dtype)
-        self.taught = taught if isinstance(taught, TopK) else [
-            one._replace(states=one.states.detach().to(self.dtype), head=one.head.detach().to(self.dtype)) for one in taught]
-        self.size = max(1, min(len(hidden), MOST_ROWS // share, chunk_bytes // (4 * len(head) * share)))
+        self.teacher = teacher if isinstance(teacher, TopK) else [
+            one._replace(states=one.states.detach().to(self.dtype), head=one.head.detach().to(self.dtype))
+            for one in teacher]
+        self.size = max(1, min(len(hidden), MAX_ROWS // share, chunk_bytes // (4 * len(head) * share)))
         self.buffers = {}
 
     def __iter__(self):
@@ -139,13 +140,13 @@ class Chunks:
     def student(self, rows):  # -> (C, V) logits
         return product(self.hidden[rows], self.head, self.buffer("student", rows, len(self.head)))
 
-    def teacher(self, rows, temperature):  # -> (C, V) log-probabilities of all teachers as one
+    def teacher_log_p(self, rows, temperature):  # -> (C, V), of all teachers as one
         mixed = None
-        for one in self.taught:
+        for one in self.teacher:
             name = "teacher" if mixed is None else "another teacher"
             log_p = product(one.states[rows], one.head, self.buffer(name, rows, len(one.head)))
             log_softmax_(log_p.div_(temperature) if temperature != 1.0 else log_p)
-            if len(self.taught) > 1:
+            if len(self.teacher) > 1:
                 log_p += math.log(one.weight)
             mixed = log_p if mixed is None else torch.logaddexp(mixed, log_p, out=mixed)
         return mixed
@@ -186,10 +187,10 @@ def by_autograd(logits, chunks, rows, targets, alpha, temperature, divergence, k
         ce = F.cross_entropy(logits, targets, reduction="none")                 # (C,)
         ce = (ce if ce_weight is None else ce * ce_weight[rows]).sum()
         log_q = F.log_softmax(logits / temperature, dim=-1)                     # (C, V)
-        if isinstance(chunks.taught, TopK):
-            each = divergence(*in_buckets(chunks.taught, rows, log_q))
+        if isinstance(chunks.teacher, TopK):
+            each = divergence(*in_buckets(chunks.teacher, rows, log_q))
         else:
-            each = divergence(chunks.teacher(rows, temperature), log_q)         # (C,)
+            each = divergence(chunks.teacher_log_p(rows, temperature), log_q)         # (C,)
         kd = temperature ** 2 * (each if kd_weight is None else each * kd_weight[rows]).sum()
         slope, = torch.autograd.grad(alpha * ce + (1 - alpha) * kd, logits)
     logits.requires_grad_(False)
@@ -199,8 +200,8 @@ def by_autograd(logits, chunks, rows, targets, alpha, temperature, divergence, k
 def in_buckets(top: TopK, rows, log_q):  # (C, V) -> (C, k + 1) twice
     """Teacher and student over the k words of the teacher's top and a last bucket for all others."""
     ids, log_p = top.ids[rows], top.log_p[rows].float()
-    tail_p = (1 - log_p.exp().sum(dim=-1, keepdim=True)).clamp_min(0).log().clamp_min(LEAST)
-    tail_q = log_q.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True).clamp_min(LEAST)
+    tail_p = (1 - log_p.exp().sum(dim=-1, keepdim=True)).clamp_min(0).log().clamp_min(MIN_LOG_P)
+    tail_q = log_q.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True).clamp_min(MIN_LOG_P)
     return torch.cat([log_p, tail_p], dim=-1), torch.cat([log_q.gather(-1, ids), tail_q], dim=-1)
 
 
@@ -209,34 +210,40 @@ COMPARED_ACROSS = ("ce", "uld", "entropy")              # between two vocabulari
 
 
 @torch.no_grad()
-def compare(hidden, head, targets, taught, matched=None, temperature=1.0, across=False) -> dict[str, torch.Tensor]:
-    """What to look at, as sums over the S positions, a chunk at a time. Untempered, but of a TopK: its kl and entropy
-    are those of its k + 1 buckets, at its `temperature`, and compare with no others.
+def compare(hidden, head, targets, teacher=(), matched=None, temperature=1.0,
+            across=False) -> dict[str, torch.Tensor]:
+    """Student against teacher, as sums over the S positions, chunk by chunk; without a teacher only `ce`. At temperature
+    1, except for a TopK: its kl and entropy are over its k + 1 buckets at its own `temperature`, and not comparable
+    with others.
 
     ce         cross-entropy with the labels, nats
     kl         KL(teacher || student), nats
-    entropy    of the teacher, nats: where labels are drawn from it, no student's cross-entropy is lower
-    agreement  positions where both have the same likeliest token
-    uld        in the place of kl and agreement, if the two are of different vocabularies (`across`)
+    entropy    of the teacher, nats: the lowest cross-entropy possible on labels sampled from it
+    agreement  positions where both have the same top-1 token
+    uld        instead of kl and agreement, if the vocabularies differ (`across`)
     """
-    names, chunks = COMPARED_ACROSS if across else COMPARED, Chunks(hidden, head, taught)
+    names = COMPARED[:1] if not teacher else COMPARED_ACROSS if across else COMPARED
+    chunks = Chunks(hidden, head, teacher)
     sums = dict.fromkeys(names, hidden.new_zeros((), dtype=torch.float32))
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in chunks:
             logits = chunks.student(rows)
             best = logits.argmax(dim=-1)
             ce = F.cross_entropy(logits, targets[rows], reduction="sum")
-            if isinstance(taught, TopK):
-                log_p, log_q = in_buckets(taught, rows, F.log_softmax(logits / temperature, dim=-1))
-                likeliest = taught.ids[rows].gather(1, taught.log_p[rows].argmax(dim=-1, keepdim=True)).squeeze(1)
+            if not teacher:
+                sums["ce"] += ce
+                continue
+            if isinstance(teacher, TopK):
+                log_p, log_q = in_buckets(teacher, rows, F.log_softmax(logits / temperature, dim=-1))
+                top_1 = teacher.ids[rows].gather(1, teacher.log_p[rows].argmax(dim=-1, keepdim=True)).squeeze(1)
             else:
-                log_p, log_q = chunks.teacher(rows, 1.0), F.log_softmax(logits, dim=-1)
-                likeliest = log_p.argmax(dim=-1)
+                log_p, log_q = chunks.teacher_log_p(rows, 1.0), F.log_softmax(logits, dim=-1)
+                top_1 = log_p.argmax(dim=-1)
             entropy = -torch.linalg.vecdot(log_p.exp(), log_p)                      # (C,)
             if across:
-                has_a_say = 1.0 if matched is None else matched[rows]
-                values = ce, (uld(log_p, log_q) * has_a_say).sum(), (entropy * has_a_say).sum()
+                used = 1.0 if matched is None else matched[rows]
+                values = ce, (uld(log_p, log_q) * used).sum(), (entropy * used).sum()
             else:
-                values = ce, forward_kl(log_p, log_q).sum(), entropy.sum(), (best == likeliest).sum()
+                values = ce, forward_kl(log_p, log_q).sum(), entropy.sum(), (best == top_1).sum()
             sums = {name: sums[name] + value for name, value in zip(names, values)}
     return sums

@@ -9,6 +9,7 @@ done leaves, and a new prompt takes its place.
     generate_steps   what both are made of, token by token, for who wants to look on
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from itertools import accumulate
@@ -17,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from distill.losses import mixture
 
 from model.transformer import KVCache, Transformer
 
@@ -55,7 +55,7 @@ class Guide(NamedTuple):
     """A second model that has a say in what is drawn, under prompts of its own: share * its distribution + (1 - share) *
     the first one's. Gu et al. 2023 (MiniLLM), https://arxiv.org/abs/2306.08543, Sec. 2.2, teacher-mixed sampling."""
 
-    model: Transformer              # or model.teachers.Base
+    model: Transformer              # or distill.teachers.Base
     prompts: list[list[int]]
     share: float
 
@@ -130,7 +130,7 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
         drawn_from = logits[0]
         if guide is not None:
             log_q, log_p = (one.float().log_softmax(dim=-1) for one in logits)
-            drawn_from = mixture(log_p, log_q, guide.share)
+            drawn_from = torch.logaddexp(log_p + math.log(guide.share), log_q + math.log1p(-guide.share))
         newest[first:] = choose(drawn_from, **sampling).tolist()
 
         moved = active[first:]

@@ -196,3 +196,23 @@ def without_lora(model):
     finally:
         for adapter in switched:
             adapter.active = True
+
+
+class WithoutAdapters:
+    """The model as it was before add_lora, as a teacher of its adapted self: it needs no weights of its own. With
+    privileged context in its prompt it knows more than the student."""
+
+    def __init__(self, student):
+        self.student, self.config = student, student.config
+
+    def __call__(self, *args, **kwargs):
+        training = self.student.training
+        self.student.eval()
+        with torch.no_grad(), without_lora(self.student):
+            out = self.student(*args, **kwargs)
+        self.student.train(training)
+        return out
+
+    @property
+    def head(self):  # -> (V, D)
+        return self.student.head

@@ -12,7 +12,7 @@ until no two have one. With " t" = 272, "he" = 273 and " the" = 274:
     274     " the"
 
 Every byte is a token, so every text has ids and none is unknown. tiktoken (Rust) does the joining: about 10 MB
-of text a second on one core. scripts/train_tokenizer.py learns which unions to have, model/weights/vocabulary.py
+of text a second on one core. scripts/train_tokenizer.py learns which unions to have, interop/vocabulary.py
 reads other people's.
 """
 
@@ -31,8 +31,8 @@ from pathlib import Path
 import numpy as np
 import regex
 import tiktoken
+from runtime.files import write_atomic
 
-from runtime import write_whole
 
 DEFAULT = Path(__file__).with_name("tokenizer.json")
 
@@ -330,7 +330,7 @@ class Tokenizer:
         """Write the vocabulary file; a reader sees the old file or the new one, never a half."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write(self._to_json().encode()))
+        write_atomic(path, lambda file: file.write(self._to_json().encode()))
 
     def _to_json(self) -> str:
         """

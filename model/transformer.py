@@ -189,7 +189,7 @@ class Transformer(nn.Module):
     """
 
     block = Block
-    adapted = None          # what is told of its adapters, if it has any (model/checkpoint.py, adapt)
+    adapted = None          # what is told of its adapters, if it has any (interop/checkpoint.py, adapt)
     grad_checkpoint = False     # in training, keep each layer's inputs alone; the rest is worked out again for the gradient.
                                 # Chen et al. 2016, https://arxiv.org/abs/1604.06174
 
@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         stream = self.lay_out(tokens, lengths, cache)
         x = self.dropout(self.embed(tokens, stream))                        # (N, D)
         balance, hidden = 0.0, []
-        # Compiled layers (runtime.compile_layers) are for whole samples. _call_impl is a call of a module, hooks and all, as it is
+        # Compiled layers (model/compile.py) are for whole samples. _call_impl is a call of a module, hooks and all, as it is
         # without them.
         run = Block.__call__ if cache is None else Block._call_impl
         if self.grad_checkpoint and self.training:
@@ -280,6 +280,17 @@ class Transformer(nn.Module):
             frequency = stretched(frequency, **config.rope_scaling)
         angle = torch.outer(positions, frequency)                                               # (N, K/2)
         return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
+
+    def context_length(self, max_seq_len: int | None) -> int:
+        """max_seq_len, or the model's own; raises ValueError for one beyond it."""
+        limit = self.config.max_seq_len
+        if max_seq_len and max_seq_len > limit:
+            raise ValueError(f"--max_seq_len {max_seq_len} exceeds the model's context length of {limit}")
+        return max_seq_len or limit
+
+    def shard_units(self) -> list[nn.Module]:
+        """What ZeRO gathers at once: the attention and the FFN of each layer."""
+        return [part for layer in self.layers for part in (layer.attention, layer.ffn)]
 
     @property
     def head(self):  # -> (V, D)

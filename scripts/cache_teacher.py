@@ -27,11 +27,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import runtime
 from dataset.lm_dataset import dataset_of, flat_batch, sample_key
-from distill.teacher_logits import VERSION, CacheWriter, file_sha256, lay_out, pack, row_type
-from model.checkpoint import load_model, sha256_of_model
-from runtime import Logger
+from distill.cache import VERSION, CacheWriter, lay_out, pack, row_type
+from runtime.files import file_sha256
+from interop.checkpoint import load_model, sha256_of_model
+from runtime.args import checking_input, parse_args, resume_command
+from runtime.log import Logger
+from runtime.precision import autocast, pick_dtype
+from runtime.processes import StopSignal, init_distributed_mode, main_process_first, sum_over_processes
 
 SECONDS = 10        # between two lines of a log
 
@@ -84,10 +87,10 @@ def say(teacher, samples: Samples, numbers: np.ndarray, about, args, dtype, devi
     head = teacher.head                                            # (V, D)
     rows = []
     for batch in samples.batches(numbers, args.tokens_per_batch):
-        if stop.asked:
+        if stop.requested:
             return None
         batch = batch.to(device)
-        with runtime.autocast(dtype, device):
+        with autocast(device, dtype):
             states = teacher(batch.tokens, batch.lengths, at=batch.at, with_logits=False).final     # (S, D)
         rows.append(pack(about, states, head))
         progress.add(len(batch.tokens))
@@ -135,7 +138,7 @@ def main():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--ddp", action="store_true", help="several processes, under torchrun")
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: as torchrun says")
-    args = runtime.parse_args(parser)
+    args = parse_args(parser)
     if args.top_k < 0 or args.tokens_per_batch < 1:
         parser.error(f"--top_k {args.top_k} must be 0 or more, --tokens_per_batch {args.tokens_per_batch} 1 or more")
     if args.temperature <= 0 or args.temperature != 1.0 and not args.top_k:
@@ -143,10 +146,10 @@ def main():
                      "any temperature as they are")
 
     # 2. Processes
-    world = runtime.init_distributed_mode(args)
-    dtype = runtime.pick_dtype(args.dtype, world.device)
+    world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
+    dtype = pick_dtype(args.dtype, world.device)
 
-    with runtime.checking_input():
+    with checking_input():
         # 3. Teacher
         teacher, tokenizer = load_model(args.teacher)
         config = teacher.config
@@ -166,7 +169,7 @@ def main():
                  "max_seq_len": max_seq_len, "top_k": args.top_k, "temperature": args.temperature,
                  "dtype": str(dtype).removeprefix("torch."), "vocab_size": config.vocab_size, "dim": config.dim,
                  "skip_bad_lines": args.skip_bad_lines}
-        with runtime.main_process_first(world):
+        with main_process_first(world):
             samples = Samples(args.data_path, tokenizer, max_seq_len, args.skip_bad_lines)
             about["files"] = {path: file_sha256(path) for path in args.data_path}
             layout = lay_out(samples.keys, samples.lengths, samples.n_targets, row_type(about).itemsize)
@@ -182,7 +185,7 @@ def main():
         return
 
     # 5. Write
-    stop, mine = runtime.StopSignal(), missing[world.rank::world.size]
+    stop, mine = StopSignal(), missing[world.rank::world.size]
     numbers = {part: layout.samples[layout.part(part)] for part in mine}
     progress = Progress(int(sum((samples.lengths[each] - 1).sum() for each in numbers.values())), world)
     for part in mine:
@@ -194,11 +197,11 @@ def main():
 
     # 6. Finish
     seconds = time.time() - progress.start
-    done = runtime.sum_over_processes(torch.tensor(float(progress.done), device=world.device)).item()  # all are here now
+    done = sum_over_processes(torch.tensor(float(progress.done), device=world.device)).item()  # all are here now
     left = writer.missing()
     if left:
         Logger(f"stopped; {len(layout.cuts) - 1 - len(left)} of {len(layout.cuts) - 1} parts are written and stay. "
-               f"Go on with: {runtime.to_go_on(world.size)}")
+               f"Go on with: {resume_command(world.size)}")
         sys.exit(130)
     if world.rank == 0:
         writer.finish()

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from model.checkpoint import load_model
+from interop.checkpoint import load_model
 from model.generate import by_columns, generate_steps
-from runtime import parse_args, pick_device
+from runtime.args import parse_args
+from runtime.precision import pick_device
 
 # The newest of these is talked with when --weights does not say.
 USUAL = ("full_onpolicy_*.pth", "full_dist_*.pth", "full_sft_*.pth", "pretrain_*.pth")

@@ -41,7 +41,9 @@ import yaml
 
 from benchmarks.runs import OUT, ROOT, Job, Jobs
 from dataset.formats import read_each
-from runtime import Logger, checking_input, to_go_on, write_whole
+from runtime.args import checking_input, resume_command
+from runtime.files import write_atomic
+from runtime.log import Logger
 
 BEGIN = 10              # updates of the run that tells what it takes to begin; and steps come in tens
 FIRST_SEED = 1337       # of those that are reported; the candidates have the one before it
@@ -337,7 +339,7 @@ def split_by_leaf(paths: dict[str, str], folder: Path) -> dict[str, str]:
         for side in ("general", "specialist"):
             written[f"{name}_{side}"] = str(folder / f"{name}_{side}.jsonl")
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["leaf"].startswith(f"{side}/"))
-            write_whole(ROOT / written[f"{name}_{side}"], lambda file: file.write(text.encode()))
+            write_atomic(ROOT / written[f"{name}_{side}"], lambda file: file.write(text.encode()))
     return written
 
 
@@ -429,14 +431,14 @@ def draw(told: dict, path: Path):
     axes[0].set_yticks([*labels, *headings], [*labels.values(), *headings.values()])
     for tick in axes[0].get_yticklabels()[len(labels):]:
         tick.set_fontweight("bold")
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def write(told: dict, args):
     """table.md, table.json and the picture."""
     out, text = ROOT / args.out, table(told, args)
-    write_whole(out / "table.md", lambda file: file.write(text.encode()))
-    write_whole(out / "table.json", lambda file: file.write(json.dumps(told, indent=2).encode()))
+    write_atomic(out / "table.md", lambda file: file.write(text.encode()))
+    write_atomic(out / "table.json", lambda file: file.write(json.dumps(told, indent=2).encode()))
     draw(told, out / "arena.png")
     Logger(f"\n{text}\n{args.out}/table.md, {args.out}/arena.png")
 
@@ -509,7 +511,7 @@ def main(argv=None):
         with checking_input(), jobs:
             run(Arena(args, values, made, rows, jobs), args)
     except KeyboardInterrupt:
-        Logger(f"stopped; {jobs.n_done} of {jobs.n_jobs} runs are done and stay. Go on with: {to_go_on(1)}")
+        Logger(f"stopped; {jobs.n_done} of {jobs.n_jobs} runs are done and stay. Go on with: {resume_command(1)}")
         sys.exit(130)
 
 

@@ -23,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from model.checkpoint import empty_model, load_model, save_model
+from interop.checkpoint import empty_model, load_model, save_model
 from model.quantize import quantize
 from model.transformer import Transformer
-from model.weights import Piece, fill
-from runtime import Logger, checking_input, parse_args
+from interop import Piece, fill
+from runtime.args import checking_input, parse_args
+from runtime.log import Logger
 
 GGUF_TYPES = ("float32", "float16", "q8_0")
 HF_TYPES = ("float32", "float16", "bfloat16")
@@ -107,11 +108,11 @@ def main():
         if args.out.suffix == ".pth":
             save_model(model, tokenizer, args.out)
         elif args.out.suffix == ".gguf":
-            from model.weights import gguf
+            from interop import gguf
 
             gguf.write(model, tokenizer, args.out, args.dtype or "float16")
         else:
-            from model.weights import hf
+            from interop import hf
 
             hf.write(model, tokenizer, args.out, getattr(torch, args.dtype or "float32"))
     files = [args.out] if args.out.is_file() else args.out.glob("*.safetensors")

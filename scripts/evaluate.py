@@ -30,10 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.formats import BadLine, read_rows, to_messages, to_text
 from dataset.lm_dataset import text_samples
-from model.checkpoint import load_model
+from interop.checkpoint import load_model
 from model.generate import by_columns, generate
-from model.score import score, score_answers, score_samples
-from runtime import parse_args, pick_device, write_whole
+from evaluation.scores import score, score_answers, score_samples
+from runtime.args import parse_args
+from runtime.files import write_atomic
+from runtime.precision import pick_device
 
 # Column of the table -> (key of a model's results, how to print it).
 COLUMNS = {
@@ -269,7 +271,7 @@ def draw(all_results: dict[str, list[dict]], reference: str, path: Path) -> bool
                   ncols=len(colors), frameon=False)
     for axis in axes.values():
         axis.spines[["top", "right"]].set_visible(False)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
     return True
 
 
@@ -334,12 +336,12 @@ def main():
     text = f"{tables(all_results, reference_name)}\n\n{key}" + (f"\n\n{side_by_side(tests, answers)}" if answers else "")
     print(text)
     if args.json:
-        write_whole(Path(args.json), lambda file: file.write(json.dumps(all_results, indent=2).encode()))
+        write_atomic(Path(args.json), lambda file: file.write(json.dumps(all_results, indent=2).encode()))
     if args.report:
         report, picture = Path(args.report), Path(args.report).with_suffix(".png")
         drawn = draw(all_results, reference_name, picture)
         text = f"# Results\n\n{text}\n" + (f"\n![the same as a picture]({picture.name})\n" if drawn else "")
-        write_whole(report, lambda file: file.write(text.encode()))
+        write_atomic(report, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -44,12 +44,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import runtime
 from dataset.formats import Question, read_questions
-from distill.teacher_logits import file_sha256
-from model.checkpoint import load_model, sha256_of_model
+from runtime.files import file_sha256
+from interop.checkpoint import load_model, sha256_of_model
 from model.generate import by_columns, generate_steps
-from runtime import Logger
+from runtime.args import checking_input, parse_args, resume_command
+from runtime.files import PartFiles, write_atomic
+from runtime.log import Logger
+from runtime.precision import pick_dtype
+from runtime.processes import StopSignal, init_distributed_mode, main_process_first, patient_group
 
 SECONDS = 10            # between two lines of a log
 BATCHES_PER_PART = 8    # at most: the last answers of a part leave rows of the batch empty, and a kill loses a part
@@ -107,7 +110,7 @@ def read_asked(args) -> list[Asked]:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-class Parts(runtime.Parts):
+class Parts(PartFiles):
     """`prepare`, then `write` each part that is missing, in any process, then `join`."""
 
     suffix, others = ".jsonl", "other answers"
@@ -121,7 +124,7 @@ class Parts(runtime.Parts):
     def write(self, part: int, counts: Counter, rows: list[dict]):
         # surrogatepass: an id may hold what UTF-8 cannot, and is to go through as it came.
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [counts, *rows])
-        runtime.write_whole(self.path(part), lambda file: file.write(lines.encode(errors="surrogatepass")))
+        write_atomic(self.path(part), lambda file: file.write(lines.encode(errors="surrogatepass")))
 
     def counts(self, parts) -> Counter:
         """The sums over these parts."""
@@ -141,7 +144,7 @@ class Parts(runtime.Parts):
                     shutil.copyfileobj(file, out)
 
         if self.counts(range(len(self.slices)))["written"]:
-            runtime.write_whole(self.out, write)
+            write_atomic(self.out, write)
         self.remove()
 
 
@@ -178,7 +181,7 @@ def answer(teacher, prompts: list[list[int]], stop_token: int, generator, args, 
     answers = [[] for _ in prompts]
     for step in generate_steps(teacher, prompts, args.max_new_tokens, stop_token, rows=args.batch_size,
                                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator):
-        if stop.asked:
+        if stop.requested:
             return None
         for i, token in zip(step.indices, step.tokens):
             answers[i].append(token)
@@ -278,7 +281,7 @@ def main():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--ddp", action="store_true", help="several processes, under torchrun")
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: as torchrun says")
-    args = runtime.parse_args(parser)
+    args = parse_args(parser)
     if min(args.max_new_tokens, args.num_samples, args.batch_size) < 1 or args.limit < 0:
         parser.error(f"--max_new_tokens {args.max_new_tokens}, --num_samples {args.num_samples} and --batch_size "
                      f"{args.batch_size} must be 1 or more, --limit {args.limit} 0 or more")
@@ -292,10 +295,10 @@ def main():
                      "they are pairs")
 
     # 2. Processes
-    world = runtime.init_distributed_mode(args)
-    dtype = runtime.pick_dtype(args.dtype, world.device)
+    world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
+    dtype = pick_dtype(args.dtype, world.device)
 
-    with runtime.checking_input():
+    with checking_input():
         # 3. Teacher
         teacher, tokenizer = load_model(args.teacher, world.device, dtype)
         by_columns(teacher)
@@ -308,16 +311,16 @@ def main():
                  "--teacher_data_path": [file_sha256(path) for path in args.teacher_data_path or []],
                  "--dtype": str(dtype).removeprefix("torch."), **{f"--{flag}": vars(args)[flag] for flag in SAME}}
         parts = Parts(args.out, about, len(asked), args.batch_size, args.num_samples)
-        with runtime.main_process_first(world):
+        with main_process_first(world):
             missing = parts.prepare()
     Logger(f"questions: {len(asked):,}, answers to each: {args.num_samples}; "
            f"{len(missing)} of {len(parts.slices)} parts are to be answered")
-    together = runtime.patient_group(world)
+    together = patient_group(world)
     if together:
         dist.barrier(together)          # no part is written before all have seen which ones are missing
 
     # 5. Answer
-    stop, mine = runtime.StopSignal(), missing[world.rank::world.size]
+    stop, mine = StopSignal(), missing[world.rank::world.size]
     progress = Progress(args.num_samples * sum(len(asked[parts.slices[part]]) for part in mine), world)
     for part in mine:
         generator = generator_of(part, args.seed, world.device)
@@ -335,7 +338,7 @@ def main():
     seconds, left = time.perf_counter() - progress.start, parts.missing()
     if left:
         Logger(f"stopped; {len(parts.slices) - len(left)} of {len(parts.slices)} parts are answered and stay. "
-               f"Go on with: {runtime.to_go_on(world.size)}")
+               f"Go on with: {resume_command(world.size)}")
         sys.exit(130)
     counts, tokens = parts.counts(range(len(parts.slices))), parts.counts(missing)["tokens"]
     parts.join()

@@ -31,8 +31,9 @@ from typing import NamedTuple
 # Run as `python scripts/pair_experience.py`, Python looks for modules in scripts/ only; the shelves lie one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import runtime
 from dataset.formats import BadLine, read_rows, to_messages, to_question
+from runtime.args import checking_input, parse_args
+from runtime.files import write_atomic
 
 WITH_EXPERIENCE = "Here is how such a task is done:\n\n{demonstration}\n\nNow it is your turn.\n\n{question}"
 MAX_SHOWN = 20          # values of --same in the table at the end
@@ -178,7 +179,7 @@ def teacher_line(row: Row, demonstration: Row) -> dict:
 def write_lines(path: Path, lines: list[dict]):
     # surrogatepass: an id may hold what UTF-8 cannot, and is to go through as it came.
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    runtime.write_whole(path, lambda file: file.write(text.encode(errors="surrogatepass")))
+    write_atomic(path, lambda file: file.write(text.encode(errors="surrogatepass")))
 
 
 def in_words(part: str, n_rows: int, n_pairs: int, left_out: Counter) -> str:
@@ -217,7 +218,7 @@ def main():
     add("--max_demonstration_chars", type=int, default=None, help="demonstrate with rows whose text is no longer than this, "
                                                                   "in characters; 0: with any; default: --max_chars")
     add("--seed", type=int, default=1337, help="of what is held out, who demonstrates, and the order")
-    args = runtime.parse_args(parser)
+    args = parse_args(parser)
     max_shown_chars = args.max_chars if args.max_demonstration_chars is None else args.max_demonstration_chars
     if min(args.train, args.test, args.max_chars, max_shown_chars) < 0:
         parser.error(f"--train {args.train}, --test {args.test}, --max_chars {args.max_chars} and "
@@ -228,7 +229,7 @@ def main():
     out_dir = Path(args.out_dir)
     paths = {(part, side): out_dir / f"{part}_{side}.jsonl" for part in ("train", "test") for side in ("student", "teacher")}
 
-    with runtime.checking_input():
+    with checking_input():
         there = [str(path) for path in paths.values() if path.exists()]
         if there:
             raise ValueError(f"there already: {', '.join(there)}. Give another --out_dir, or remove them")

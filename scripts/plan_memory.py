@@ -10,7 +10,7 @@ What fits where: the memory of a training run, each term with its arithmetic.
 Of each weight that trains a process keeps 16 bytes: itself and its gradient in fp32, and AdamW's two moments (Rajbhandari
 et al. 2020, ZeRO, https://arxiv.org/abs/1910.02054, Sec. 3.1). zero2 and zero3 divide these 16 by the processes, gradients
 being shared out with every micro-batch. Beside its part a process then holds weights gathered from the others: under zero2
-all of them, under zero3 those of two layers, and under both the words, in fp32 (runtime.shard). The teacher costs 2 a weight
+all of them, under zero3 those of two layers, and under both the words, in fp32 (fully_shard). The teacher costs 2 a weight
 in bf16, and so do the layers' matrices that adapters stand beside. What autograd keeps for the backward pass grows with the tokens, and is counted from model/transformer.py line by
 line.
 
@@ -36,12 +36,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import runtime
 from distill.fused import CHUNK_BYTES, MOST_ROWS, Dense, fused_distillation_loss
 from distill.losses import reverse_kl
-from model.checkpoint import build, empty_model, load_config
+from interop.checkpoint import build, empty_model, load_config
 from model.config import LMConfig
 from model.lora import add_lora, store_frozen
+from runtime.args import checking_input, command_line, parse_args
+from runtime.precision import autocast
+from runtime.processes import fully_shard
+from runtime.run import make_optimizer
 
 
 def qwen3(dim, n_layers, n_heads, hidden_dim, tied=False) -> LMConfig:
@@ -332,11 +335,11 @@ def train(config: LMConfig, recipe: Recipe, device: str):
         add_lora(student, recipe.lora_rank)
         store_frozen(student, dtype)
     student.grad_checkpoint = recipe.grad_checkpoint
-    optimizer = runtime.make_optimizer([student], weight_decay=0.1)
+    optimizer = make_optimizer([student], weight_decay=0.1)
     lengths = [recipe.max_seq_len] * recipe.batch_size
     for micro_batch in range(4):
         tokens = torch.randint(config.vocab_size, (recipe.tokens,), device=device)
-        with runtime.autocast(dtype, device):
+        with autocast(device, dtype):
             with torch.no_grad():
                 said = [Dense(teacher(tokens, lengths, with_logits=False).final, teacher.head)]
             out = student(tokens, lengths, with_logits=False)
@@ -409,7 +412,7 @@ def main():
         f"print planned and measured memory: the first N rows, or all {len(MEASURED)}")
     add("--device", default="cpu", help="of --measure: cpu, cuda, cuda:1, ...")
     defaults = vars(parser.parse_args([]))          # before a --config changes them
-    args = runtime.parse_args(parser)
+    args = parse_args(parser)
     check_all_is_read(parser, args, defaults)
     for name in ("batch_size", "max_seq_len", "processes", "rows", "gpu_gb"):
         if vars(args)[name] <= 0:
@@ -418,7 +421,7 @@ def main():
         parser.error("--teacher self is the student without its adapters: give a --lora_rank, or --teacher copy")
     if args.shard != "none" and args.processes == 1:
         parser.error(f"--shard {args.shard} shares the model out among processes, and there is one. Type:\n"
-                     f"    python {runtime.how_called()} --processes 2")
+                     f"    python {command_line()} --processes 2")
 
     if args.measure:
         planned_and_measured(args.measure, args.device)
@@ -426,7 +429,7 @@ def main():
     if args.student is None:
         print(table(args.gpu_gb))
         return
-    with runtime.checking_input():
+    with checking_input():
         student = config_of(args.student)
         teachers = {"copy": student, "self": None, "none": None}
         teacher = teachers[args.teacher] if args.teacher in teachers else config_of(args.teacher)

@@ -10,11 +10,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from runtime.args import checking_input, parse_args
+from runtime.files import read_lines, write_atomic
 
 # Run as `python scripts/plot.py`, Python looks for modules in scripts/ only; the shelves lie one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime import checking_input, parse_args, read_lines, write_whole
 
 
 def read_curves(path: Path) -> dict[str, dict[int, float]]:
@@ -46,7 +47,7 @@ def draw(runs: dict[str, dict], names: list[str], path: Path):
         axis.set(title=name, xlabel="step")
         axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def main():

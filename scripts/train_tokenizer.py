@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # so that `imp
 
 from dataset.formats import END_OF_TEXT
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, as_text_or_bytes
-from model.weights.vocabulary import to_bytes
-from runtime import parse_args
+from interop.vocabulary import to_bytes
+from runtime.args import parse_args
 
 SMALLEST = len(SPECIAL_TOKENS) + 256
 

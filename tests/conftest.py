@@ -14,7 +14,7 @@ import torch
 from dataset import lm_dataset
 from dataset.miniworld import SMOKE, generate
 from helpers_run import ROOT, quickstart
-from model.checkpoint import new_model, save_model
+from interop.checkpoint import new_model, save_model
 from model.config import LMConfig
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
 from model.transformer import Transformer

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from runtime.log import draw_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))       # the repo is used in place, not installed
@@ -95,7 +96,7 @@ def execute(argv, variables, stdin, output, cache):
     torch.set_num_threads(1)
     lm_dataset.CACHE = cache
     if not os.environ.get("DRAW"):                              # half a second for a picture that no one looks at
-        runtime.draw_curves = lambda rows, path: None
+        draw_curves = lambda rows, path: None
     runpy.run_path(argv[0], run_name="__main__")
 
 

@@ -17,8 +17,8 @@ from ability_tree import analyze, generate_logits, inference, train
 from ability_tree.agents import Agent
 from ability_tree.tree import AbilityTree
 from helpers_run import ROOT, complaint, start, succeed
-from model.checkpoint import load_model
-from model.score import score_answers
+from interop.checkpoint import load_model
+from evaluation.scores import score_answers
 
 SUM, DAY = ("world", "math", "sum"), ("world", "day")
 

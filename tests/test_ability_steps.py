@@ -20,8 +20,8 @@ from ability_tree.steps import kind_of, read_abilities, table
 from ability_tree.tree import AbilityTree
 from ability_tree.validate import solve, why_not
 from helpers_run import complaint, run, start, succeed
-from model.score import score_answers
-from runtime import World
+from evaluation.scores import score_answers
+from runtime.processes import World
 
 JSON, MINIWORLD = PROMPTS["json"], PROMPTS["miniworld"]
 ROW = {"question": "Which organ pumps blood?", "options": {"A": "liver", "B": "heart", "C": "skin", "D": "lung"},

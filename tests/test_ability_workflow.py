@@ -14,13 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 
-import runtime
 import train_ability_tree
 from ability_tree.generate_logits import flags_of
 from ability_tree.prompts import ARROW
 from ability_tree.tree import AbilityTree
 from helpers_run import TINY, complaint, load, same, start, succeed, wait_until
 from train_ability_tree import Workflow, sha256_of
+from runtime.args import resume_command
 
 STEPS = ["initial tree", "round 1: inference", "round 1: analyze", "round 1: generate", "round 1: validate",
          "round 1: logits", "round 1: train", "round 2: inference", "round 2: analyze"]
@@ -229,9 +229,9 @@ def test_who_writes_also_checks_where_no_agent_is_named_and_the_teachers_weights
 
 def test_flags_that_are_handed_on_stay_one_text_and_can_be_pasted(pretend):
     assert "--more=--use_moe" in pretend(more="--use_moe")["round 1: train"]
-    assert runtime.to_go_on(1).endswith("--more=--use_moe")
+    assert resume_command(1).endswith("--more=--use_moe")
     pretend(more="--lora_rank 8")
-    assert runtime.to_go_on(1).endswith("'--more=--lora_rank 8'")
+    assert resume_command(1).endswith("'--more=--lora_rank 8'")
 
 
 def test_pace_and_budget_of_an_endpoint_redo_nothing(pretend):

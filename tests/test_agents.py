@@ -15,11 +15,11 @@ from itertools import count
 import pytest
 import torch
 
-import runtime
 from ability_tree import agents
 from ability_tree.agents import EndpointAgent, LocalAgent, OutOfBudget, add_agent_args, make_agent
-from model.checkpoint import load_model, save_model
-from model.exam import Asked, write_answers
+from interop.checkpoint import load_model, save_model
+from evaluation.exam import Asked, write_answers
+from runtime.args import parse_args
 
 KEY = "sk-0123456789abcdef"
 CPU = torch.device("cpu")
@@ -432,7 +432,7 @@ def made(*argv):
     parser = argparse.ArgumentParser()
     for role in ("writer", "judge"):
         add_agent_args(parser, role)
-    return make_agent(runtime.parse_args(parser, argv), "writer", CPU)
+    return make_agent(parse_args(parser, argv), "writer", CPU)
 
 
 def test_the_flags_make_the_agent_that_they_describe(endpoint, weights, tmp_path, monkeypatch):

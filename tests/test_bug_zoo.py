@@ -20,8 +20,10 @@ from dataset.lm_dataset import flat_batch
 from distill.features import FeatureProjections, feature_distillation_loss
 from distill.fused import TopK, fused_distillation_loss
 from distill.losses import distillation_loss_fn, forward_kl, jsd, reverse_kl
-from model.checkpoint import load_model, save_model
-from runtime import Run, World, autocast, load_resume, save_resume
+from interop.checkpoint import load_model, save_model
+from runtime.precision import autocast
+from runtime.processes import World
+from runtime.run import Run, load_resume, save_resume
 
 CPU = torch.device("cpu")
 

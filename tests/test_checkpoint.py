@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from model.checkpoint import load_config, load_model, new_model, save_model
+from interop.checkpoint import load_config, load_model, new_model, save_model
 from model.config import LMConfig
 
 TOKENS = torch.tensor([1, 17, 113, 5, 2, 99])

@@ -14,11 +14,12 @@ import torch
 from torch._dynamo.utils import counters
 from torch.nn.attention import varlen
 
-import runtime
 from model import transformer
 from model.generate import sample
 from model.transformer import Block
-from runtime import World, compile_layers
+from runtime.args import add_training_args, parse_args
+from runtime.processes import World
+from runtime.run import Run, compile_layers, place_frozen
 
 HERE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -47,8 +48,8 @@ def graphs(monkeypatch):
 
 def flags(*given):
     parser = ArgumentParser()
-    runtime.add_training_args(parser)
-    return runtime.parse_args(parser, ["--dtype", "bfloat16", *given])
+    add_training_args(parser)
+    return parse_args(parser, ["--dtype", "bfloat16", *given])
 
 
 @pytest.fixture
@@ -109,6 +110,6 @@ def test_a_student_and_a_frozen_teacher_are_compiled_and_without_the_flag_neithe
     for args in (flags(), compiling):
         vars(args).update(out_dir=tmp_path, max_steps=9, num_workers=0)
         assert compiled == []
-        assert runtime.place_frozen(teacher, args, HERE) is teacher
-        runtime.Run("tiny", args, HERE, {"model": student}, data)
+        assert place_frozen(teacher, args, HERE) is teacher
+        Run("tiny", args, HERE, {"model": student}, data)
     assert compiled == [*teacher.layers, *student.layers]

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import runtime
 from helpers_run import ROOT, rows, succeed
+from runtime.args import parse_args
 
 LAUNCHERS = {"scripts/run_skd.sh": "train_distillation.py", "scripts/run_seqkd.sh": "train_sft.py",
              "scripts/run_onpolicy_kd.sh": "train_onpolicy.py"}
@@ -40,7 +40,7 @@ class Made(Exception):
 
 
 def parser_of(script) -> argparse.ArgumentParser:
-    """A script's table of flags, as it stands when runtime.parse_args is to read the command line."""
+    """A script's table of flags, as it stands when parse_args is to read the command line."""
     def stop(parser, argv=None):
         raise Made(parser)
 
@@ -56,7 +56,7 @@ def read(script, configs) -> dict:
     """What a script makes of these configs, started as one of several processes."""
     parser = parser_of(script)
     several = ["--ddp"] if "--ddp" in parser.format_help() else []
-    return vars(runtime.parse_args(parser, [*several, "--config", *(str(ROOT / config) for config in configs)]))
+    return vars(parse_args(parser, [*several, "--config", *(str(ROOT / config) for config in configs)]))
 
 
 def values(config) -> dict:
@@ -120,14 +120,14 @@ def write(folder, name, text) -> str:
 def test_a_later_config_overrides_an_earlier_one_and_the_command_line_both(table, tmp_path):
     first = write(tmp_path, "first.yaml", "epochs: 2\nweights: a.pth\ndata_path: [a, b]\n")
     second = write(tmp_path, "second.yaml", "training:\n  weights: b.pth\ndata_path: [c]\n")
-    given = runtime.parse_args(table, ["--config", first, second])
+    given = parse_args(table, ["--config", first, second])
     assert (given.epochs, given.weights, given.data_path) == (2, "b.pth", ["c"])
 
 
 def test_the_order_of_the_configs_is_what_counts(table, tmp_path):
     first = write(tmp_path, "first.yaml", "epochs: 2\nweights: a.pth\n")
     second = write(tmp_path, "second.yaml", "epochs: 3\n")
-    given = runtime.parse_args(table, ["--epochs", "4", "--config", second, first])
+    given = parse_args(table, ["--epochs", "4", "--config", second, first])
     assert given.epochs == 4
     assert given.config == [second, first]
 
@@ -136,7 +136,7 @@ def test_a_config_given_again_takes_the_place_of_the_first(table, tmp_path):
     """So a launch script can name its own before those of the user."""
     own = write(tmp_path, "own.yaml", "epochs: 2\n")
     users = write(tmp_path, "users.yaml", "weights: a.pth\n")
-    given = runtime.parse_args(table, ["--config", own, "--config", users])
+    given = parse_args(table, ["--config", own, "--config", users])
     assert (given.epochs, given.weights, given.config) == (1, "a.pth", [users])
 
 
@@ -151,7 +151,7 @@ def test_an_error_names_the_file_it_is_in(text, reason, wrong_one, table, tmp_pa
     files = [write(tmp_path, "zero.yaml", "weights: a.pth\n"), write(tmp_path, "one.yaml", "weights: a.pth\n")]
     Path(files[wrong_one]).write_text(text)
     with pytest.raises(SystemExit):
-        runtime.parse_args(table, ["--config", *files])
+        parse_args(table, ["--config", *files])
     said = capsys.readouterr().err
     assert files[wrong_one] in said and files[1 - wrong_one] not in said and reason in said
 
@@ -159,7 +159,7 @@ def test_an_error_names_the_file_it_is_in(text, reason, wrong_one, table, tmp_pa
 def test_a_config_that_is_not_there_is_named(table, tmp_path, capsys):
     there = write(tmp_path, "there.yaml", "weights: a.pth\n")
     with pytest.raises(SystemExit):
-        runtime.parse_args(table, ["--config", there, "none.yaml"])
+        parse_args(table, ["--config", there, "none.yaml"])
     assert "no config file at none.yaml" in capsys.readouterr().err
 
 

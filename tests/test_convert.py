@@ -19,12 +19,12 @@ import scripts.convert as convert_script
 import scripts.evaluate as evaluate_script
 from helpers_run import ROOT, TINY, complaint, load, rows, same, succeed
 from model import score as scoring
-from model.checkpoint import build, load_model, load_tokenizer, new_model, save_model
+from interop.checkpoint import build, load_model, load_tokenizer, new_model, save_model
 from model.config import LMConfig
 from model.generate import generate
 from model.quantize import Quantised, quantize
 from model.transformer import Transformer
-from model.weights import hf
+from interop import hf
 
 SIZES = dict(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=272, max_seq_len=128)
 TOKENS, LENGTHS = torch.arange(40) * 7 % 272, [24, 16]
@@ -466,8 +466,8 @@ def test_a_path_that_is_no_model_says_what_it_is_and_what_to_give(files, tmp_pat
 PEAK = """
 import sys
 from pathlib import Path
-from model.checkpoint import load_model
-from model.weights import hf
+from interop.checkpoint import load_model
+from interop import hf
 
 def size(key):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))

@@ -19,10 +19,11 @@ import torch
 from dataset.formats import read_conversations
 from dataset.lm_dataset import turns
 from helpers_run import ROOT, complaint, load, rows, run, same, succeed
-from model.checkpoint import load_model, load_tokenizer, new_model, save_model
+from interop.checkpoint import load_model, load_tokenizer, new_model, save_model
 from model.config import LMConfig
 from train_curriculum import (DOMAIN, GENERAL, STAGES, edited, give_balanced, is_held_out, learn_from, make_balance, mix,
                               open_both, stage_in_words)
+from runtime.run import Run
 
 SCRIPT = "train_curriculum.py"
 SMALL = [f"{number}.{change}" for number in (1, 2, 3) for change in ("batch_size=8", "learning_rate=1e-3")]
@@ -215,9 +216,8 @@ def interrupted(folder, name, step, number):
     the second."""
     return patched(folder, f"""
 import os
-import runtime
 
-update = runtime.Run.update
+update = Run.update
 
 def then_interrupt(run, step):
     rates = update(run, step)
@@ -225,7 +225,7 @@ def then_interrupt(run, step):
         os.kill(os.getpid(), {int(number)})
     return rates
 
-runtime.Run.update = then_interrupt""")
+Run.update = then_interrupt""")
 
 
 @pytest.mark.parametrize("name, step, number", [("stage1", 6, signal.SIGINT), ("stage2", 1, signal.SIGKILL),

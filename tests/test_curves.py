@@ -10,9 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from helpers_run import TINY, complaint, start, succeed, wait_until
-from model.score import Score
-from runtime import draw_curves
+from evaluation.scores import Score
 from scripts.evaluate import draw, kl_by_position, tables
+from runtime.log import draw_curves
 
 
 @pytest.fixture

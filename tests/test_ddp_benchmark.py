@@ -13,6 +13,7 @@ from benchmarks import ddp, measure, scaling
 from benchmarks.measure import TOLERANCE
 from benchmarks.scaling import RandomSamples
 from dataset.lm_dataset import MicroBatches
+from runtime.run import Run
 
 TINY = ["--model", "16x1", "--vocab", "20", "--length", "4", "--steps", "1", "--repeats", "1"]
 
@@ -42,7 +43,7 @@ def test_processes_that_speak_have_the_gradient_of_one_with_all_the_data(tmp_pat
     ddp.main([*TINY, "--tokens", "8", "--json", str(tmp_path / "ddp.json"), "--picture", str(tmp_path / "ddp.png")])
     rows = json.loads((tmp_path / "ddp.json").read_text())["rows"]
     assert {row["form"]: row["processes"] for row in rows} == {
-        "not speaking": 2, "alone": 1, "plain DDP": 2, "runtime.Run": 2}
+        "not speaking": 2, "alone": 1, "plain DDP": 2, "Run": 2}
     assert rows[0]["time_ratio"] == 1.0 and all(row["seconds"] > 0 and row["peak_mb"] > 0 for row in rows)
     assert [row["deviation"] for row in rows[:2]] == [None, None]       # each has its own gradient
     assert all(0.0 < row["deviation"] < TOLERANCE for row in rows[2:])  # summed in another order, and the same

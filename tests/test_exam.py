@@ -11,9 +11,9 @@ import torch
 
 from dataset.formats import BadLine, to_messages
 from model.config import LMConfig
-from model.exam import Asked, answer, grade, is_right, read_exam
+from evaluation.exam import Asked, answer, grade, is_right, read_exam
 from model.generate import generate
-from model.score import score
+from evaluation.scores import score
 from model.transformer import Transformer
 
 

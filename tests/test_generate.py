@@ -11,7 +11,7 @@ import torch
 
 from model.config import LMConfig
 from model.generate import Guide, by_columns, choose, generate, generate_steps, sample
-from model.score import score
+from evaluation.scores import score
 from model.transformer import KVCache, Transformer
 
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [8, 9], [2, 7, 1]]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from helpers_run import ROOT, TINY, complaint, run, start, succeed, wait_until
-from model.checkpoint import load_model, new_model, save_model
+from interop.checkpoint import load_model, new_model, save_model
 from model.config import LMConfig
 from model.generate import generate
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer

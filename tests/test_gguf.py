@@ -1,6 +1,6 @@
 """
 GGUF 的规律：写出去再读回来，fp32 一位不差，fp16 与 q8_0 的误差有界；不认识的东西都按名字拒绝。
-Laws of model/weights/gguf.py: in fp32 what was written comes back bit for bit, in fp16 and q8_0 within bounds that can
+Laws of interop/gguf.py: in fp32 what was written comes back bit for bit, in fp16 and q8_0 within bounds that can
 be worked out, and whatever is not known is refused by its name.
 """
 
@@ -15,7 +15,7 @@ from model.config import LMConfig
 from model.gpt2 import GPT2
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from model.weights import fill, gguf, halves
+from interop import fill, gguf, halves
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 MOE = dict(use_moe=True, n_routed_experts=3, num_experts_per_tok=2)

@@ -11,11 +11,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import build, load_config
+from interop.checkpoint import build, load_config
 from model.config import LMConfig
 from model.generate import generate
-from model.weights import fill, halves, hf, minimind, neighbours
-from model.weights.vocabulary import write_tokenizer
+from interop import fill, halves, hf, minimind, neighbours
+from interop.vocabulary import write_tokenizer
 
 SIZES = {"vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 96, "bos_token_id": None, "eos_token_id": None}

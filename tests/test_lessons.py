@@ -9,7 +9,7 @@ import shlex
 import helpers_run
 import pytest
 from helpers_run import FORKS, ROOT
-from model.checkpoint import new_model, save_model
+from interop.checkpoint import new_model, save_model
 from model.config import LMConfig
 from test_readme import COMMANDS, SMALL, commands, small
 

@@ -1,6 +1,6 @@
 """
 llama2.c 的规律：写下的权重原样读回；分词与 run.c 的做法处处相同；不能做到精确的，拒绝并说明原因。
-Laws of model/weights/llama2c.py: weights come back equal, texts get the ids that run.c gives them, and what cannot be
+Laws of interop/llama2c.py: weights come back equal, texts get the ids that run.c gives them, and what cannot be
 exact is refused with its reason.
 """
 
@@ -13,8 +13,8 @@ import torch
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from model.weights import fill
-from model.weights.llama2c import read_config, read_pieces, read_tokenizer
+from interop import fill
+from interop.llama2c import read_config, read_pieces, read_tokenizer
 
 BASE = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{value:02X}>" for value in range(256))]
 UNIONS = [" t", "he", " the", "in", "ing", " th", " thing", "th", "hi",                     # from 259

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from helpers_run import TINY, complaint, load, same, start, succeed, wait_until
 from torch import nn
 
-from model.checkpoint import adapt, load_model
+from interop.checkpoint import adapt, load_model
 from model.generate import generate
 from model.gpt2 import GPT2
 from model.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, store_frozen, without_lora
 from model.quantize import quantize
-from model.teachers import Base
-from runtime import make_optimizer
+from distill.teachers import Base
+from runtime.run import make_optimizer
 
 TOKENS, LENGTHS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]), [5, 7]
 NEXT = torch.tensor([1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9])

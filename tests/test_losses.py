@@ -15,7 +15,7 @@ from dataset.lm_dataset import flat_batch
 from distill.losses import (DIVERGENCES, akl, distillation_loss_fn, forward_kl, jsd, pick_divergence, reverse_kl,
                             skew_kl, skew_reverse_kl, tvd, uld)
 from distill.schedules import get_temperature
-from runtime import get_lr, lr_at
+from runtime.schedules import get_lr
 
 
 def randn(*shape, seed=0):
@@ -393,11 +393,11 @@ def test_the_learning_rate_is_a_cosine_from_eleven_tenths_to_one_tenth():
 
 
 def test_warm_up_is_a_straight_line_to_where_the_cosine_begins():
-    rates = [lr_at(step, total_steps=14, lr=1.0, warmup_iters=4) for step in range(14)]
+    rates = [get_lr(step, total_steps=14, lr=1.0, warmup_iters=4) for step in range(14)]
     assert rates[:4] == pytest.approx([1.1 * 1 / 4, 1.1 * 2 / 4, 1.1 * 3 / 4, 1.1])
     assert rates[4:] == pytest.approx([get_lr(step, 10, 1.0) for step in range(10)])
-    assert [lr_at(step, 10, 1.0, warmup_iters=0) for step in range(10)] == [get_lr(step, 10, 1.0) for step in range(10)]
+    assert [get_lr(step, 10, 1.0, warmup_iters=0) for step in range(10)] == [get_lr(step, 10, 1.0) for step in range(10)]
 
 
 def test_a_warm_up_longer_than_the_run_is_only_its_line():
-    assert [lr_at(step, 3, 1.0, warmup_iters=10) for step in range(3)] == pytest.approx([0.11, 0.22, 0.33])
+    assert [get_lr(step, 3, 1.0, warmup_iters=10) for step in range(3)] == pytest.approx([0.11, 0.22, 0.33])

@@ -17,7 +17,7 @@ from dataset.lm_dataset import turns
 from distill.fused import Dense, fused_distillation_loss
 from distill.losses import reverse_kl
 from helpers_run import TINY, complaint, load, rows, same, start, succeed, wait_until
-from model.checkpoint import load_model
+from interop.checkpoint import load_model
 from model.generate import Sampled
 from train_onpolicy import Rollout, facts_of, in_means, is_on_policy, micro_batches, policy_gradient, repetition, rounds
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.checkpoint import load_model, save_model
+from interop.checkpoint import load_model, save_model
 from model.gpt2 import GPT2
 from model.moe import MoEFeedForward
 from model.quantize import FEW_ROWS, Int4, Int8, Int8Embedding, Quantised, quantize

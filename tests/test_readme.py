@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from helpers_run import ROOT
-from model.checkpoint import new_model
+from interop.checkpoint import new_model
 from model.config import LMConfig
-from model.weights import gguf, hf
+from interop import gguf, hf
 
 
 def commands(name: str) -> list[str]:

@@ -15,12 +15,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import runtime
 from helpers_run import FORKS, ROOT, TINY, complaint, load, rows, same, start, succeed, wait_until
-from model.checkpoint import load_model, new_model, save_model
+from interop.checkpoint import load_model, new_model, save_model
 from model.config import LMConfig
 from model.lora import add_lora, lora_state
 from model.transformer import KVCache
+from runtime.args import add_training_args
+from runtime.files import keep_previous
+from runtime.precision import pick_dtype
+from runtime.processes import World, full_tensor
+from runtime.run import Run
 
 CPU = torch.device("cpu")
 
@@ -144,7 +148,7 @@ def test_a_resume_file_and_a_folder_of_that_name_put_each_other_aside(tmp_path):
         else:
             resume.mkdir()
             (resume / "part").write_text("weights")
-        runtime.keep_previous(resume)
+        keep_previous(resume)
         assert not resume.exists() and previous.is_dir() == (kind == "folder")
 
 
@@ -185,17 +189,17 @@ def one_of_two(law, rank, port, given):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo")
-    law(runtime.World(rank, 2, CPU), *given)
+    law(World(rank, 2, CPU), *given)
     dist.destroy_process_group()
 
 
-def a_run(model, world, out_dir, **flags) -> runtime.Run:
+def a_run(model, world, out_dir, **flags) -> Run:
     parser = argparse.ArgumentParser()
-    runtime.add_training_args(parser)
+    add_training_args(parser)
     args = parser.parse_args(["--out_dir", str(out_dir), "--dtype", "float32", "--num_workers", "0"])
     vars(args).update(learning_rate=0.1, max_steps=9, **flags)
     data = SimpleNamespace(dataset=SimpleNamespace(key="two samples"), step_samples=2, per_step=1, steps_per_epoch=9)
-    return runtime.Run("tiny", args, world, {"model": model}, data)
+    return Run("tiny", args, world, {"model": model}, data)
 
 
 TOKENS, LENGTHS = torch.tensor([1, 5, 2, 11, 3, 3, 7]), [3, 4]
@@ -224,7 +228,7 @@ def law_of_fresh_weights(world, twin, models, out_dir):
             before = sample(model)                          # gathers weights that the step makes old
             run.update(step)
             after = sample(model)
-            twin.load_state_dict({name: runtime.whole(tensor) for name, tensor in model.state_dict().items()})
+            twin.load_state_dict({name: full_tensor(tensor) for name, tensor in model.state_dict().items()})
             assert not torch.equal(before, after)
             torch.testing.assert_close(after, sample(twin))
             model.train(step == 1)                          # after each step in another mode
@@ -238,13 +242,13 @@ def test_what_is_generated_between_two_steps_is_of_the_newest_weights(kind, tiny
 
 
 def law_of_bf16(world, models, out_dir):
-    runtime.pick_dtype = lambda name, device: torch.bfloat16        # a processor that has none emulates it
+    pick_dtype = lambda name, device: torch.bfloat16        # a processor that has none emulates it
     found = []
     for shard, model in zip(("none", "zero2", "zero3"), models):
         run = a_run(model, world if shard != "none" else world._replace(size=1), out_dir, shard=shard)
         for last in (False, True):
             learn(run, last)
-        found.append([runtime.whole(weight.grad) for weight in model.parameters() if weight.requires_grad])
+        found.append([full_tensor(weight.grad) for weight in model.parameters() if weight.requires_grad])
     assert same(found[1], found[0]) and same(found[2], found[0])
 
 

@@ -20,9 +20,10 @@ import train_distillation
 from benchmarks import measure, plain, step
 from benchmarks.step import (BF16, FORMS, ON_DISK, SHAPES, TOLERANCES, Case, chats, model_of, operations, operations_of_step,
                              our_form)
-from distill.teacher_logits import TeacherCache
+from distill.cache import TeacherCache
 from model.config import LMConfig
-from model.teachers import Teacher
+from distill.teachers import Teacher
+from runtime.run import Run
 
 LIMIT = "plain, padded to the limit"
 
@@ -130,7 +131,7 @@ def test_a_step_trains_the_student_and_never_the_teacher(case, form, monkeypatch
 
 
 class OneStep:
-    """What train_epoch asks of runtime.Run: one step of one micro-batch, no log, no save."""
+    """What train_epoch asks of Run: one step of one micro-batch, no log, no save."""
 
     def __init__(self, form, args):
         self.args, self.total_steps, self.dtype = args, 1, torch.float32

@@ -18,9 +18,10 @@ import torch
 
 from dataset.lm_dataset import SFTDataset
 from distill.fused import Dense, fused_distillation_loss
-from distill.teacher_logits import TeacherCache, file_sha256, lay_out
+from distill.cache import TeacherCache, lay_out
+from runtime.files import file_sha256
 from helpers_run import ROOT, complaint, run, start, succeed, wait_until
-from model.checkpoint import load_model
+from interop.checkpoint import load_model
 
 SCRIPT = "scripts/cache_teacher.py"
 

@@ -14,7 +14,7 @@ import torch
 
 from dataset.lm_dataset import SFTDataset, flat_batch, same_text
 from helpers_run import TINY, complaint, load, rows, succeed
-from model.checkpoint import load_model, save_model
+from interop.checkpoint import load_model, save_model
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer

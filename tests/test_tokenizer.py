@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from model.tokenizer import CHATML, DEFAULT, LLAMA3, PATTERN, PLAIN, SPECIAL_TOKENS, Tokenizer
-from model.weights.vocabulary import BYTES
+from interop.vocabulary import BYTES
 from scripts.train_tokenizer import strings, to_tokenizer, train, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]

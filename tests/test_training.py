@@ -15,9 +15,10 @@ import torch
 
 from dataset.lm_dataset import SFTDataset, in_order
 from helpers_run import ROOT, TINY, complaint, load, rows, same, start, succeed, wait_until
-from model.checkpoint import load_model
-from model.teachers import Teacher
+from interop.checkpoint import load_model
+from distill.teachers import Teacher
 from train_distillation import evaluate
+from runtime.processes import init_distributed_mode
 
 SPLITS = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)]    # batch size, micro-batches, processes: 8 samples
 
@@ -151,12 +152,11 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 sys.path.insert(0, ".")
-import runtime
 
 threads = lambda: [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 say = lambda text: os.write(1, f"{text}\\n".encode())     # a line whole, whatever the other process prints
 atexit.register(lambda: say(f"left behind: {[name for name in threads() if 'gloo' in name]}"))
-runtime.init_distributed_mode(SimpleNamespace(ddp=True, local_rank=-1, device="cpu"))
+init_distributed_mode(SimpleNamespace(ddp=True, local_rank=-1, device="cpu"))
 runtime.DistributedDataParallel(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()
 say(f"at work: {any('gloo' in name for name in threads())}")
 """

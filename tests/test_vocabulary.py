@@ -1,6 +1,6 @@
 """
 别人的词表的规律：编号与 tokenizers 库一个不差，写出去再读回来不变，不能一样的就拒绝并说明理由。
-Laws of model/weights/vocabulary.py: the ids are those of the tokenizers library, out and in again changes nothing, and
+Laws of interop/vocabulary.py: the ids are those of the tokenizers library, out and in again changes nothing, and
 what cannot be the same is refused with the reason.
 """
 
@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
 from model.tokenizer import CHATML, LLAMA3, PATTERN, PLAIN, Chat, Tokenizer
-from model.weights.vocabulary import (GPT2, LLAMA_3, PRE_TOKENIZERS, QWEN2, SMOLLM, from_gguf, merges_of,
+from interop.vocabulary import (GPT2, LLAMA_3, PRE_TOKENIZERS, QWEN2, SMOLLM, from_gguf, merges_of,
                                       read_tokenizer_json, to_gguf, write_tokenizer)
 
 CHATML_NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

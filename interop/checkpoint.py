@@ -2,11 +2,11 @@
 载入与保存模型：路径是什么格式，看内容便知，不必声明。
 Loading and saving models. What a path holds is recognised, not declared:
 
-    out/full_sft_64.pth     our own, with a .json beside it (weights/own.py)
-    SmolLM2-135M-Instruct/  a Hugging Face folder (weights/hf.py)
-    model-Q4_K_M.gguf       llama.cpp's single file (weights/gguf.py)
-    full_sft_768.pth        MiniMind's own, without a .json (weights/minimind.py)
-    stories260K.bin         llama2.c's (weights/llama2c.py)
+    out/full_sft_64.pth     our own, with a .json beside it (interop/native.py)
+    SmolLM2-135M-Instruct/  a Hugging Face folder (interop/hf.py)
+    model-Q4_K_M.gguf       llama.cpp's single file (interop/gguf.py)
+    full_sft_768.pth        MiniMind's own, without a .json (interop/minimind.py)
+    stories260K.bin         llama2.c's (interop/llama2c.py)
 """
 
 import dataclasses
@@ -17,16 +17,19 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from distill.teacher_logits import file_sha256
+from interop import fill, native
+from model.compile import compile_layers
 from model.config import LMConfig
 from model.gpt2 import GPT2
-from model.lora import TARGETS, Adapted, add_lora, load_lora, merge_lora
+from model.lora import TARGETS, Adapted, add_lora, load_lora, merge_lora, store_frozen
 from model.quantize import quantize
 from model.tokenizer import DEFAULT, Tokenizer
 from model.transformer import Transformer
-from model.weights import fill, own
+from runtime.files import file_sha256
+from runtime.log import Logger
+from runtime.processes import World, fully_shard
 
-save_model = own.write
+save_model = native.write
 
 
 def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, Tokenizer]:
@@ -37,12 +40,27 @@ def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, To
     family or a tokenizer that this code cannot reproduce exactly.
     """
     reader = recognise(path)
-    if reader is own and (lora := own.read_about(path)[2]):
+    if reader is native and (lora := native.read_about(path)[2]):
         return load_adapted(Path(path), lora, device, dtype)
     config = reader.read_config(path)
     model = empty_model(config, device, dtype)
     fill(model, reader.read_pieces(path, config), path)
     return model.eval(), reader.read_tokenizer(path)
+
+
+def load_teacher(path, world: World, shard: str = "none", compiled: bool = False) -> Transformer:
+    """A model that is never trained: in eval mode, without gradients, in bf16 where matrix products run in bf16, whole
+    on each device or, under zero3, sharded over the processes."""
+    dtype = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
+    # A model that will be sharded need not fit on one device.
+    model, _ = load_model(path, "cpu" if shard == "zero3" else world.device, dtype)
+    Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {path}")
+    model.requires_grad_(False)
+    if shard == "zero3":
+        fully_shard(model, world._replace(dtype=None), model.shard_units())
+    elif compiled:
+        compile_layers(model, world.device, world.dtype)
+    return model
 
 
 def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, Tokenizer]:
@@ -54,22 +72,36 @@ def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, To
     if sha256_of_model(base) != lora["base_sha256"]:
         raise ValueError(f"{path} holds adapters to other weights than those that are at {base} now; put the old ones there")
     add_lora(model, lora["rank"], lora["alpha"], targets=lora["targets"])
-    load_lora(model, own.read_state(path))
+    load_lora(model, native.read_state(path))
     return merge_lora(model).eval(), tokenizer
 
 
+def prepare(model: Transformer, base, world: World, lora: dict | None = None, grad_checkpoint: bool = False,
+            compiled: bool = False) -> Transformer:
+    """A model loaded from `base` made ready for training, in place. lora: arguments of add_lora; with them save_model
+    writes the adapters alone."""
+    Logger(f"student {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {base}")
+    model.train()
+    model.grad_checkpoint = grad_checkpoint
+    if lora:
+        Logger(adapt(model, base, **lora))
+        store_frozen(model, world.dtype)
+    if compiled:
+        compile_layers(model, world.device, world.dtype)
+    return model
+
+
 def adapt(model: Transformer, base, rank: int, alpha: float | None, dropout: float, targets=None) -> Adapted:
-    """add_lora to a model that was loaded from `base`, so that save_model writes the adapters alone."""
+    """add_lora to a model that was loaded from `base`. Raises ValueError for a new model, and for a base with adapters."""
     if str(base) == "none":
-        raise ValueError("--lora_rank adapts weights that have learned something; name them with --weights or --student, or "
-                         "leave it out")
-    if recognise(base) is own and own.read_about(base)[2]:
-        raise ValueError(f"{base} holds adapters itself. Fold them into their weights, and adapt those: "
+        raise ValueError("--lora_rank adapts pretrained weights; name them with --weights or --student, or leave it out")
+    if recognise(base) is native and native.read_about(base)[2]:
+        raise ValueError(f"{base} holds adapters itself. Merge them into their weights, and adapt those: "
                          f"python scripts/convert.py --weights {base} --out NEW.pth")
     targets = targets or TARGETS
     report = add_lora(model, rank, alpha, dropout, targets)
-    model.adapted = {"rank": rank, "alpha": rank if alpha is None else alpha, "targets": list(targets), "base": str(base),
-                     "base_sha256": sha256_of_model(base)}
+    model.adapted = {"rank": rank, "alpha": rank if alpha is None else alpha, "targets": list(targets),
+                     "base": str(base), "base_sha256": sha256_of_model(base)}
     return report
 
 
@@ -145,14 +177,14 @@ def recognise(path):
             return reader("gguf")
     if path.suffix == ".bin":
         return reader("llama2c")
-    if not path.with_suffix(".json").exists() and reader("minimind").MARK in own.read_state(path):
+    if not path.with_suffix(".json").exists() and reader("minimind").MARK in native.read_state(path):
         return reader("minimind")
-    return own
+    return native
 
 
 def reader(name: str):
     """Imported when it is needed: most runs need none but ours."""
-    return importlib.import_module(f"model.weights.{name}")
+    return importlib.import_module(f"interop.{name}")
 
 
 def how_to_make(path: Path) -> str:

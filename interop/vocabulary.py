@@ -34,7 +34,7 @@ import tokenizers
 
 from model.tokenizer import (CHATML, LLAMA3, PATTERN, PLAIN, ROLES, Chat, Tokenizer, as_text_or_bytes,
                              options_from_json)
-from runtime import write_whole
+from runtime.files import write_atomic
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -487,4 +487,4 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path):
         raise ValueError(f"{folder}: this vocabulary cannot be written as a tokenizer.json: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        write_whole(folder / name, lambda file: file.write(text.encode()))
+        write_atomic(folder / name, lambda file: file.write(text.encode()))

@@ -6,7 +6,7 @@ Weight files, ours and other people's, in and out. Each module here knows one fo
     read_tokenizer(path)        -> Tokenizer
     read_pieces(path, config)   -> the weights as Pieces, one tensor in memory at a time
 
-and own.py, hf.py and gguf.py also write(model, tokenizer, path). model/checkpoint.py recognises which one a path needs.
+and native.py, hf.py and gguf.py also write(model, tokenizer, path). interop/checkpoint.py recognises which one a path needs.
 """
 
 from collections.abc import Iterable

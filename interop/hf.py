@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from model.weights import Piece, halves, neighbours
-from model.weights.own import read_state
-from model.weights.vocabulary import read_tokenizer_json, write_tokenizer
-from runtime import replace_whole, write_whole
+from interop import Piece, halves, neighbours
+from interop.native import read_state
+from interop.vocabulary import read_tokenizer_json, write_tokenizer
+from runtime.files import replace_atomic, write_atomic
 
 SHARD_BYTES = 4 << 30
 
@@ -282,7 +282,7 @@ def write(model: Transformer, tokenizer: Tokenizer, folder, dtype: torch.dtype =
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         shard = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in islice(tensors, len(names))}
-        replace_whole(folder / file, lambda beside: write_shard(shard, beside))
+        replace_atomic(folder / file, lambda beside: write_shard(shard, beside))
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
@@ -297,7 +297,7 @@ def write_shard(tensors: dict[str, torch.Tensor], path: Path):
 
 
 def write_json(path: Path, value: dict):
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=2, ensure_ascii=False).encode()))
+    write_atomic(path, lambda file: file.write(json.dumps(value, indent=2, ensure_ascii=False).encode()))
 
 
 def in_shards(sizes) -> list[list[str]]:

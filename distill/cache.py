@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from distill.fused import CHUNK_BYTES, Dense, TopK
-from runtime import write_whole
+from runtime.files import file_sha256, write_atomic
 
 VERSION = 1                 # raise it when the meaning of a file changes
 PART_BYTES = 64 << 20       # of a part, and at most one sample more: what a killed process has to do again
@@ -36,14 +36,6 @@ IDENTITY = {"version": "format", "teacher_sha256": "teacher", "teacher_sizes": "
             "tokenizer_sha256": "tokenizer", "max_seq_len": "--max_seq_len", "top_k": "--top_k",
             "temperature": "--temperature", "dtype": "--dtype", "files": "data",
             "samples_sha256": "tokens of the samples"}
-
-
-def file_sha256(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def differing(was: dict, now: dict) -> list[str]:
@@ -214,18 +206,18 @@ class CacheWriter:
         if not self.about["top_k"]:
             files["head.pth"] = lambda file: torch.save(self.head, file)
         for name, write in files.items():
-            write_whole(self.path / name, write)
+            write_atomic(self.path / name, write)
         sizes = {name: size_of(self.path / name) for name in files}
         sizes |= {part_name(i): int(size) for i, size in enumerate(self.part_bytes)}
         about = json.dumps(self.about | {"bytes": sizes}, indent=2)
-        write_whole(found, lambda file: file.write(about.encode()))
+        write_atomic(found, lambda file: file.write(about.encode()))
 
     def missing(self) -> list[int]:
         return [i for i, size in enumerate(self.part_bytes) if size_of(self.path / part_name(i)) != size]
 
     def write(self, part: int, rows: np.ndarray):
         assert rows.nbytes == self.part_bytes[part], f"{part_name(part)} is to have {self.part_bytes[part]} bytes"
-        write_whole(self.path / part_name(part), rows.tofile)
+        write_atomic(self.path / part_name(part), rows.tofile)
 
     def finish(self):
         """All parts are there: from now on it counts."""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
-from model.weights import Piece
-from model.weights.hf import to_pieces
-from model.weights.own import read_state
-from model.weights.vocabulary import read_tokenizer_json
+from interop import Piece
+from interop.hf import to_pieces
+from interop.native import read_state
+from interop.vocabulary import read_tokenizer_json
 
 MARK = "model.layers.0.self_attn.q_proj.weight"     # what its files hold, and ours do not
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from dataset.formats import category, files_of, final_answer, read_each, to_question
 from model.generate import generate
-from model.score import score_samples
+from evaluation.scores import score_samples
 
 
 class Asked(NamedTuple):

@@ -23,16 +23,18 @@ from model.config import LMConfig
 from model.lora import lora_state
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from model.weights import Piece
-from runtime import UNREADABLE, is_main_process, whole, write_whole
+from interop import Piece
+from runtime.checkpoint import UNREADABLE
+from runtime.files import write_atomic
+from runtime.processes import full_tensor, is_main_process
 
 
 def write(model: Transformer, tokenizer: Tokenizer, path):
-    """Write the three files, each whole or not at all, the weights last. All processes call this, the main one writes: a
+    """Write the three files, each full_tensor or not at all, the weights last. All processes call this, the main one writes: a
     sharded model is gathered a tensor at a time."""
     state = {}
     for name, weight in (lora_state(model) if model.adapted else model.state_dict()).items():
-        weight = whole(weight)
+        weight = full_tensor(weight)
         if is_main_process():
             state[name] = (weight.float() if weight.is_floating_point() else weight).cpu()      # int8 and int4 stay
     if not is_main_process():
@@ -47,8 +49,8 @@ def write(model: Transformer, tokenizer: Tokenizer, path):
     about = {"config": dataclasses.asdict(model.config), "tokenizer": vocabulary.name}
     if model.adapted:
         about["lora"] = model.adapted | {"base": os.path.relpath(model.adapted["base"], path.parent)}
-    write_whole(path.with_suffix(".json"), lambda file: file.write(json.dumps(about, indent=2).encode()))
-    write_whole(path, lambda file: torch.save(state, file))
+    write_atomic(path.with_suffix(".json"), lambda file: file.write(json.dumps(about, indent=2).encode()))
+    write_atomic(path, lambda file: torch.save(state, file))
 
 
 def read_config(path) -> LMConfig:

@@ -35,9 +35,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileTy
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer, stretched
-from model.weights import Piece, halves, neighbours
-from model.weights.vocabulary import from_gguf, to_gguf
-from runtime import Logger, replace_whole
+from interop import Piece, halves, neighbours
+from interop.vocabulary import from_gguf, to_gguf
+from runtime.files import replace_atomic
+from runtime.log import Logger
 
 BLOCK = 1 << 22         # numbers that are unpacked at once, 16 MB in fp32
 
@@ -465,7 +466,7 @@ def write(model: Transformer, tokenizer: Tokenizer, path, dtype: str = "float16"
                 writer.write_tensor_data(quantize(numbers, kind))
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    replace_whole(Path(path), to_file)
+    replace_atomic(Path(path), to_file)
 
 
 def their_tensors(model: Transformer, architecture: str) -> Iterator[tuple[str, list[torch.Tensor]]]:

@@ -18,7 +18,7 @@ import torch
 
 from model.config import LMConfig
 from model.tokenizer import PLAIN, Tokenizer
-from model.weights import Piece
+from interop import Piece
 
 HEADER = struct.Struct("<7i")       # dim, hidden, layers, heads, kv heads, vocab (negative: an untied head), seq
 MAGIC = 0x616B3432                  # "ak42", the first number of the later versions

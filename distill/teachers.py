@@ -1,0 +1,115 @@
+"""
+教师：内存里的一个或几个模型，或它们事先写在磁盘上的输出。
+Teachers: one or several models in memory, or their cached outputs on disk; and which combinations are possible.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from dataset.lm_dataset import sample_key
+from distill.cache import TeacherCache
+from distill.fused import Dense, TopK
+from runtime.files import file_sha256
+
+
+class Teacher(NamedTuple):
+    source: Any                 # a model (Transformer, WithoutAdapters), or a TeacherCache
+    weight: float = 1.0         # several teachers act as one: p = sum of weight * p of each
+    tokenizer: Any = None       # of a model
+
+    @property
+    def is_cached(self) -> bool:
+        return isinstance(self.source, TeacherCache)
+
+
+class TeacherOutputs(NamedTuple):
+    """The teachers' outputs for one micro-batch, at its S supervised positions."""
+
+    predictions: list[Dense] | TopK     # next-token distributions
+    matched: torch.Tensor | None        # (S,) with another tokenizer: where the teacher is used
+    out: Any                            # the model's whole Output, for intermediate-layer losses
+
+
+def teacher_outputs(teachers: list[Teacher], batch, vocab_size: int | None = None,
+                    return_hidden: bool = False) -> TeacherOutputs:
+    """Run each teacher on the batch, or look it up in its cache. vocab_size: see trim_padded_vocab."""
+    inputs, predictions, out = batch.teacher or batch, [], None
+    for source, weight, _ in teachers:
+        if isinstance(source, TeacherCache):
+            found = source.look_up(batch.keys)
+            if isinstance(found, TopK):                     # the only teacher: check_teachers
+                return TeacherOutputs(found, None, None)
+        else:
+            out = source(inputs.tokens, inputs.lengths, at=inputs.at, with_logits=False, return_hidden=return_hidden)
+            found = Dense(out.final, source.head)
+        head = found.head if batch.match is not None else trim_padded_vocab(found.head, vocab_size)
+        predictions.append(Dense(found.states, head, weight))
+    if batch.match is None:
+        return TeacherOutputs(predictions, None, out)
+    # With another tokenizer: only positions where both have read the same text are used; the others get weight 0.
+    states = predictions[0].states[batch.match.clamp_min(0)]
+    return TeacherOutputs([predictions[0]._replace(states=states)], batch.match >= 0, out)
+
+
+def trim_padded_vocab(head, vocab_size: int | None):  # (V, D) -> (V, D)
+    """The rows of the first vocab_size tokens, without the padding with which a model family rounds its vocabulary up.
+    None: all rows."""
+    return head[:vocab_size] if vocab_size and len(head) > vocab_size else head
+
+
+def check_teachers(teachers, divergence="forward_kl", intermediate=(), plain_loss=False, other_prompts=False,
+                   temperatures=(1.0, None)):
+    """Refuse combinations that do not work.
+
+    intermediate    names of the intermediate-layer losses in use; temperatures: (temperature, final temperature)
+    """
+    single_model = len(teachers) == 1 and not teachers[0].is_cached
+    for needs_model, flag in ((bool(intermediate), f"--{[*intermediate, ''][0]}_weight"),
+                              (plain_loss, "--plain_loss"), (other_prompts, "--teacher_data_path"),
+                              (divergence == "uld", "--divergence uld")):
+        if needs_model and not single_model:
+            raise ValueError(f"{flag} needs exactly one --teacher in memory, and no --teacher_cache")
+    if divergence == "uld" and (intermediate or plain_loss):
+        raise ValueError(f"--divergence uld compares sorted probabilities; "
+                         f"{f'--{intermediate[0]}_weight' if intermediate else '--plain_loss'} compares position by "
+                         "position. Leave one of them out")
+    if other_prompts and "attention" in intermediate:
+        raise ValueError("--attention_weight compares all tokens of a sample, but with --teacher_data_path the prompts "
+                         "differ. Leave one of them out")
+    for cache in [teacher.source for teacher in teachers if teacher.is_cached and teacher.source.top_k]:
+        if len(teachers) > 1:
+            raise ValueError(f"{cache} holds the top {cache.top_k} tokens only, which cannot be mixed with other "
+                             "teachers; write it without --top_k")
+        if temperatures != (cache.temperature, None):
+            raise ValueError(f"{cache} holds the top {cache.top_k} tokens at temperature {cache.temperature:g}, and a "
+                             "tail probability cannot be rescaled: train at this --temperature, or write it for another")
+
+
+def check_vocabulary(teachers, student_config, tokenizer, divergence="forward_kl", pad_vocab=False):
+    """Column v must be the same token in all distributions, except for ULD. (A cache is checked with the data.)"""
+    for source, _, its_tokenizer in teachers:
+        if divergence == "uld" or its_tokenizer is None:
+            continue
+        sizes = (f"the teacher's vocabulary has {source.config.vocab_size} tokens, the student's "
+                 f"{student_config.vocab_size}; ")
+        if its_tokenizer.sha256 != tokenizer.sha256:
+            raise ValueError(f"{sizes}they belong to {its_tokenizer.path} and {tokenizer.path}. Train both with one "
+                             "tokenizer, or compare sorted probabilities: "
+                             "train_distillation.py --divergence uld --alpha 0.5")
+        if source.config.vocab_size != student_config.vocab_size and not pad_vocab:
+            raise ValueError(f"{sizes}the tokenizer has {tokenizer.vocab_size}. If the rest is padding: --pad_vocab")
+
+
+def check_cache(cache: TeacherCache, data, pad_vocab=False):
+    """Refuse a cache that was not written for these samples and this tokenizer."""
+    tokenizer = data.tokenizer
+    if cache.vocab_size != tokenizer.vocab_size and (cache.top_k or not pad_vocab):
+        raise ValueError(f"{cache} has a vocabulary of {cache.vocab_size}, the student's tokenizer has "
+                         f"{tokenizer.vocab_size} tokens. "
+                         + ("Padding cannot be removed from top-k tokens: write it without --top_k" if pad_vocab else
+                            "If the rest is padding: --pad_vocab"))
+    cache.check(tokenizer.sha256, tokenizer.path, data.max_seq_len,
+                {path: file_sha256(path) for path in data.paths},
+                (sample_key(data.sample(i)) for i in range(len(data))),
+                lambda i: f"{data}, sample {data.rows[i] + 1}")

@@ -1,0 +1,1 @@
+"""运行时的管道，与课程内容无关。 The plumbing of a run: functions that scripts call. Nothing here knows what is being learned."""

@@ -1,0 +1,50 @@
+"""
+设备、精度与随机种子。
+Device, dtype of the matrix products, and random seeds.
+"""
+
+import functools
+import random
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+@functools.cache
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The autocast dtype. bfloat16 becomes float32, with one message, where the hardware would emulate it slowly."""
+    dtype = getattr(torch, name)
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = torch.cpu.get_capabilities()
+        has_bf16 = has.get("avx512_bf16", False) or has.get("amx_bf16", False) or has.get("bf16", False)
+    if dtype == torch.bfloat16 and not has_bf16:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"{device} has no bfloat16 arithmetic: matrix products run in float32", flush=True)
+        return torch.float32
+    if dtype == torch.float16 and device.type == "cpu":
+        sys.exit("--dtype float16 needs a GPU (on a CPU it is slower than float32); use --dtype float32")
+    return dtype
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Matrix products in `dtype`; weights, losses and the optimizer stay in fp32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def seed_everything(*seed: int):
+    """Seed Python, NumPy and PyTorch from one or several integers."""
+    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
