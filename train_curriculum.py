@@ -47,7 +47,7 @@ from distill.fused import compare, fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
 from interop.checkpoint import adapt, load_model, new_model, save_model
 from model.config import LMConfig
-from evaluation.exam import Asked, answer, grade, read_exam
+from evaluation.exam import ExamQuestion, answer, grade, read_exam
 from distill.teachers import Teacher, ask, check_vocabulary, only_words
 from runtime.args import add_training_args, checking_input, parse_args
 from runtime.files import keep_previous
@@ -213,7 +213,7 @@ def evaluate(student, teacher, tokenizer, held_out, run) -> dict:
     return found
 
 
-def answers(model, tokenizer, exam: list[Asked], run) -> list[str]:
+def answers(model, tokenizer, exam: list[ExamQuestion], run) -> list[str]:
     """To all questions; each process answers its share of them."""
     rank, size = run.world.rank, run.world.size
     with autocast(run.world.device, run.dtype):

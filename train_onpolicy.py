@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dataset.lm_dataset import Batch, MicroBatches, SFTDataset, answered, in_order, turns
+from dataset.lm_dataset import Batch, MicroBatches, SFTDataset, batch_of_answers, in_order, prompts_and_answers
 from distill.fused import COMPARED, compare, fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
 from interop.checkpoint import adapt, load_model, save_model
@@ -153,7 +153,7 @@ def write(data: dict[int, list[Batch]], student, teacher, tokenizer, run) -> dic
     for step, batches in data.items():
         draw = np.random.default_rng([args.seed, step, run.world.rank])
         for batch in batches:
-            for own, its in zip(turns(batch), turns(batch.teacher or batch)):
+            for own, its in zip(prompts_and_answers(batch), prompts_and_answers(batch.teacher or batch)):
                 # Of a conversation's turns one that leaves room for an answer, drawn anew each time.
                 prompts = [(prompt, other) for (prompt, _), (other, _) in zip(own, its)
                            if len(prompt) < limit and len(other) < its_limit]
@@ -168,7 +168,7 @@ def write(data: dict[int, list[Batch]], student, teacher, tokenizer, run) -> dic
     # Drawn from the generator that run.micro_batches has just seeded by the step: a resumed run draws the same.
     with autocast(run.world.device, run.dtype):
         for i, answer in sample(student, prompts, limits, tokenizer.end_of_turn, rows=args.rows, dtype=run.dtype,
-                                guide=guide, words=tokenizer.vocab_size, any_busy=run.any_busy,
+                                guide=guide, vocab_size=tokenizer.vocab_size, any_busy=run.any_busy,
                                 temperature=args.generation_temperature, top_p=args.top_p, top_k=args.top_k):
             answers[i] = answer
     student.train()
@@ -188,7 +188,7 @@ def micro_batches(rollouts: list[Rollout], args, device) -> list[Graded]:
     for part in np.array_split(np.arange(len(rollouts)), args.accumulation_steps):
         prompts, teacher_prompts, sampled = zip(*(rollouts[i] for i in part))
         answers = [answer.tokens for answer in sampled]
-        batch = answered(prompts, answers)._replace(teacher=answered(teacher_prompts, answers))
+        batch = batch_of_answers(prompts, answers)._replace(teacher=batch_of_answers(teacher_prompts, answers))
         graded.append(Graded(batch.to(device), *(torch.cat(each).to(device) for each in zip(*(weights[i] for i in part)))))
     return graded
 

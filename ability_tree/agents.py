@@ -31,7 +31,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from interop.checkpoint import load_model
-from model.generate import by_columns, generate
+from model.generate import column_major, generate
 from runtime.log import Logger
 from runtime.precision import pick_dtype
 
@@ -87,7 +87,7 @@ class LocalAgent(Agent):
     def __init__(self, path, device, rows: int = 64, dtype: torch.dtype = torch.float32):
         self.name, self.device, self.rows = str(path), device, rows
         self.model, self.tokenizer = load_model(path, device, dtype)
-        by_columns(self.model)
+        column_major(self.model)
 
     def ask(self, conversations, max_new_tokens, temperature=0.0, seed=0):
         """As Agent.ask. A conversation that leaves no room for a reply within max_seq_len is replied to by "": it is
@@ -100,7 +100,7 @@ class LocalAgent(Agent):
                    "they have no reply")
         replies = iter(generate(
             self.model, [prompt for prompt, fit in zip(prompts, fits) if fit], max_new_tokens, self.tokenizer.end_of_turn,
-            rows=self.rows, words=self.tokenizer.vocab_size, temperature=temperature,
+            rows=self.rows, vocab_size=self.tokenizer.vocab_size, temperature=temperature,
             generator=torch.Generator(self.device).manual_seed(seed)))
         return [self.tokenizer.decode(next(replies)).strip() if fit else "" for fit in fits]
 

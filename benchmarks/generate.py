@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from benchmarks.measure import (PAGE, add_result_args, check_result_args, compare, peak, reset_peak, timed, write_results)
 from model.config import LMConfig
-from model.generate import by_columns, generate
+from model.generate import column_major, generate
 from model.quantize import KINDS, quantize
 from model.transformer import Transformer, rotate
 
@@ -160,7 +160,7 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
     device, prompts, sizes = torch.device(case.device), case.prompts(), case.sizes()
     model, call = case.model(QUANTISED.get(form, "fp32")), FORMS.get(form, ours)
     if call is ours:
-        by_columns(model)
+        column_major(model)
 
     call(model, [[1, 2]], [2])                              # loads the code of the kernels, which is memory too
     reset_peak(device)

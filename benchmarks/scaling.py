@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.measure import (PAGE, add_result_args, check_result_args, in_a_new_process, peak, reset_peak, timed,
                                 write_results)
-from dataset.lm_dataset import MicroBatches, flat_batch
+from dataset.lm_dataset import MicroBatches, packed_batch
 from model.config import LMConfig
 from distill.teachers import Teacher
 from model.transformer import Transformer
@@ -69,7 +69,7 @@ class RandomSamples:
         return len(self.ids)
 
     def batch(self, samples, step_targets, step_samples):
-        return flat_batch(self.ids[samples].ravel(), np.tile(self.is_target, len(samples)), self.lengths[samples],
+        return packed_batch(self.ids[samples].ravel(), np.tile(self.is_target, len(samples)), self.lengths[samples],
                           step_targets, step_samples)
 
 

@@ -41,7 +41,7 @@ import torch
 from benchmarks import plain
 from benchmarks.measure import (PAGE, TOLERANCE, add_result_args, check_result_args, compare, in_a_new_process, peak,
                                 reset_peak, timed, write_results)
-from dataset.lm_dataset import Batch, flat_batch, sample_key
+from dataset.lm_dataset import Batch, packed_batch, sample_key
 from distill.fused import fused_distillation_loss
 from distill.cache import VERSION, CacheWriter, TeacherCache, lay_out, pack, row_type
 from model.config import LMConfig
@@ -118,7 +118,7 @@ def stream(samples) -> Batch:
     """They as one flat stream, which is what dataset/lm_dataset.py deals out."""
     ids, is_target = (np.concatenate(each) for each in zip(*samples))
     n_targets = sum(its_targets.sum() for _, its_targets in samples)
-    batch = flat_batch(ids, is_target, np.array([len(its_ids) for its_ids, _ in samples]), int(n_targets), len(samples))
+    batch = packed_batch(ids, is_target, np.array([len(its_ids) for its_ids, _ in samples]), int(n_targets), len(samples))
     return batch._replace(keys=tuple(sample_key(its_ids) for its_ids, _ in samples))
 
 

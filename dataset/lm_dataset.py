@@ -138,7 +138,7 @@ class TokenDataset(ABC):
         """The flat stream of these samples, in the order given."""
         parts = [self.sample(i) for i in samples]
         stream = np.concatenate(parts)
-        batch = flat_batch(stream & ~self.flag, stream & self.flag > 0, self.lengths[samples], step_targets, step_samples)
+        batch = packed_batch(stream & ~self.flag, stream & self.flag > 0, self.lengths[samples], step_targets, step_samples)
         batch = batch._replace(keys=tuple(map(sample_key, parts)))
         if self.teacher is not None:
             taught = self.teacher.batch(np.searchsorted(self.teacher.rows, self.rows[samples]))
@@ -185,7 +185,7 @@ class TokenDataset(ABC):
         return sample[sample & self.flag > 0]
 
 
-def flat_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int = 0) -> Batch:
+def packed_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int = 0) -> Batch:
     """Samples one behind the other, as NumPy arrays (all ids,), (all ids,), (samples,) -> a Batch.
 
     The one place where targets are shifted against what the model reads: it reads all but a sample's last token, and
@@ -200,7 +200,7 @@ def flat_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int =
                  torch.from_numpy(ids[follows][at].astype(np.int64)), step_targets, step_samples)
 
 
-def turns(batch: Batch) -> list[list[tuple[list[int], list[int]]]]:
+def prompts_and_answers(batch: Batch) -> list[list[tuple[list[int], list[int]]]]:
     """Each sample's answers, each with all that is read before it: [[(prompt, answer), ...], ...], as ids.
 
         user 2 + 3 ? assistant 5 <|im_end|>     one turn: the prompt ends in "assistant", the answer is 5 <|im_end|>
@@ -216,11 +216,11 @@ def turns(batch: Batch) -> list[list[tuple[list[int], list[int]]]]:
     return found
 
 
-def answered(prompts, answers) -> Batch:
+def batch_of_answers(prompts, answers) -> Batch:
     """Samples of a prompt and the answer to it each, as ids; all of the answers is to be predicted."""
     ids = np.concatenate([prompt + answer for prompt, answer in zip(prompts, answers)])
     sizes = np.array([(len(prompt), len(answer)) for prompt, answer in zip(prompts, answers)])       # (samples, 2)
-    return flat_batch(ids, np.tile([False, True], len(sizes)).repeat(sizes.flatten()), sizes.sum(axis=1))
+    return packed_batch(ids, np.tile([False, True], len(sizes)).repeat(sizes.flatten()), sizes.sum(axis=1))
 
 
 def sample_key(sample: np.ndarray) -> int:

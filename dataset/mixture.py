@@ -26,7 +26,7 @@ import hashlib
 
 import numpy as np
 
-from dataset.lm_dataset import Batch, MicroBatches, TokenDataset, flat_batch, permutation
+from dataset.lm_dataset import Batch, MicroBatches, TokenDataset, packed_batch, permutation
 
 # What is passed of the way from start to end, after the fraction t of the time.
 GROWTHS = {"linear": lambda t: t,
@@ -213,7 +213,7 @@ class Mixture(MicroBatches):
         hand = samples[(self.rank * self.accumulation_steps + micro - earlier) % self.hands::self.hands]
         n_targets = int(self.dataset.n_targets[samples].sum())
         if not len(hand):
-            return flat_batch(np.empty(0, np.int64), np.empty(0, bool), np.empty(0, np.int64), n_targets, len(samples))
+            return packed_batch(np.empty(0, np.int64), np.empty(0, bool), np.empty(0, np.int64), n_targets, len(samples))
         return self.dataset.batch(hand, n_targets, len(samples))
 
     def samples_of_step(self, k: int) -> np.ndarray:  # -> (step_samples,), from short to long

@@ -17,7 +17,7 @@ from model.generate import generate
 from evaluation.scores import score_samples
 
 
-class Asked(NamedTuple):
+class ExamQuestion(NamedTuple):
     """A question of an exam."""
 
     messages: list[dict]            # as in training; the user's turn is the last
@@ -39,7 +39,7 @@ class Grades(NamedTuple):
 
 # ---- 1. Questions --------------------------------------------------------------------------------
 
-def read_exam(paths, limit: int = 0, seed: int = 0, skip_bad_lines: bool = False, log=print) -> list[Asked]:
+def read_exam(paths, limit: int = 0, seed: int = 0, skip_bad_lines: bool = False, log=print) -> list[ExamQuestion]:
     """The questions of files, or of folders of files, in their order: conversations, of which the last answer is asked
     for, and multiple choice. Rows without an answer are left out. With a limit, that many of all, drawn by the seed.
 
@@ -55,17 +55,17 @@ def read_exam(paths, limit: int = 0, seed: int = 0, skip_bad_lines: bool = False
     return [asked[i] for i in sorted(random.Random(seed).sample(range(len(asked)), limit))]
 
 
-def asked_by(row: dict, stem: str) -> Asked:
+def asked_by(row: dict, stem: str) -> ExamQuestion:
     """The question of a row; without an answer its `gold` is None. Raises ValueError as to_question does."""
     messages, gold, others = to_question(row)
     # A row of turns may carry options of another lesson: to_question reads the turns, and so do we.
     is_choice = "options" in row and "options" not in others
-    return Asked(messages, gold, list(row["options"].values()) if is_choice else None, category(row, stem))
+    return ExamQuestion(messages, gold, list(row["options"].values()) if is_choice else None, category(row, stem))
 
 
 # ---- 2. Answers ----------------------------------------------------------------------------------
 
-def answer(model, tokenizer, asked: list[Asked], max_new_tokens: int) -> list[str]:
+def answer(model, tokenizer, asked: list[ExamQuestion], max_new_tokens: int) -> list[str]:
     """The model's answer to each question: of its options the likeliest, by the log-probability of the whole text and
     its end of turn; without options what greedy decoding writes, without the white space around it.
 
@@ -77,7 +77,7 @@ def answer(model, tokenizer, asked: list[Asked], max_new_tokens: int) -> list[st
     return [next(written if one.options is None else chosen) for one in asked]
 
 
-def choose_options(model, tokenizer, asked: list[Asked]) -> list[str]:
+def choose_options(model, tokenizer, asked: list[ExamQuestion]) -> list[str]:
     samples = [tokenizer.encode_chats([*one.messages, {"role": "assistant", "content": option}] for option in one.options)
                for one in asked]
     longest = [max(len(ids) for ids, _ in of_one) for of_one in samples]
@@ -87,11 +87,11 @@ def choose_options(model, tokenizer, asked: list[Asked]) -> list[str]:
     return ["" if of_one is None else one.options[of_one.index(max(of_one))] for one, of_one in zip(asked, log_p)]
 
 
-def write_answers(model, tokenizer, asked: list[Asked], max_new_tokens: int) -> list[str]:
+def write_answers(model, tokenizer, asked: list[ExamQuestion], max_new_tokens: int) -> list[str]:
     prompts = [ids for ids, _ in tokenizer.encode_chats((one.messages for one in asked), add_generation_prompt=True)]
     fits = [len(prompt) < model.config.max_seq_len for prompt in prompts]
     answers = iter(generate(model, [prompt for prompt, fit in zip(prompts, fits) if fit], max_new_tokens,
-                            tokenizer.end_of_turn, words=tokenizer.vocab_size))
+                            tokenizer.end_of_turn, vocab_size=tokenizer.vocab_size))
     return [tokenizer.decode(next(answers)).strip() if fit else "" for fit in fits]
 
 
@@ -106,7 +106,7 @@ def plain(text: str) -> str:
     return " ".join(final_answer(text).split())
 
 
-def grade(given: list[str], asked: list[Asked]) -> Grades:
+def grade(given: list[str], asked: list[ExamQuestion]) -> Grades:
     """Grades for the answers given, one for each question.
 
     The classes are what the gold answers name: the place of the option (0 is A), or the final answer where there are no
@@ -133,7 +133,7 @@ def grade(given: list[str], asked: list[Asked]) -> Grades:
         n=len(asked))
 
 
-def class_of(text: str, asked: Asked) -> int | str | None:
+def class_of(text: str, asked: ExamQuestion) -> int | str | None:
     """The place of the option that the text is, None if it is none of them; without options its final answer."""
     if asked.options is None:
         return plain(text)

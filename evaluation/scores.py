@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dataset.lm_dataset import flat_batch
+from dataset.lm_dataset import packed_batch
 from distill.losses import forward_kl
 
 
@@ -58,7 +58,7 @@ def score_samples(model, samples, reference=None, tokens_per_batch: int = 4096) 
         if end < len(order) and sizes[order[start:end + 1]].sum() <= tokens_per_batch:
             continue
         chosen, start = order[start:end], end
-        batch = flat_batch(np.concatenate([samples[i][0] for i in chosen]),
+        batch = packed_batch(np.concatenate([samples[i][0] for i in chosen]),
                            np.concatenate([samples[i][1] for i in chosen]), sizes[chosen]).to(device)
         states = model(batch.tokens, batch.lengths, at=batch.at, with_logits=False).final            # (S, D)
         taught = states if reference in (None, model) else reference(batch.tokens, batch.lengths, at=batch.at, with_logits=False).final

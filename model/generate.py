@@ -3,7 +3,7 @@
 Generation: sampling token by token with a key/value cache, for prompts of unequal length, in any number: a row that is
 done leaves, and a new prompt takes its place.
 
-    by_columns       a model made ready for it
+    column_major       a model made ready for it
     generate         prompts -> answers
     sample           the same one by one, as they are done, with what the model thought of each token
     generate_steps   what both are made of, token by token, for who wants to look on
@@ -22,7 +22,7 @@ from torch import nn
 from model.transformer import KVCache, Transformer
 
 
-def by_columns(model: Transformer) -> Transformer:
+def column_major(model: Transformer) -> Transformer:
     """The same model, on a CPU its matrices with more outputs than inputs laid column by column in memory. Not for training.
 
     A product with one row then adds up columns, which a CPU reads faster than it sums up rows (AVX2: 512 -> 6,400 in
@@ -71,7 +71,7 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens: int | list[int], stop: int | None = None,
-                   rows: int = 64, dtype: torch.dtype | None = None, guide: Guide | None = None, words: int | None = None,
+                   rows: int = 64, dtype: torch.dtype | None = None, guide: Guide | None = None, vocab_size: int | None = None,
                    any_busy=bool, **sampling) -> Iterator[Step]:
     """Every pass through the model gives one token: the first of prompts that enter, or one more of all rows under way.
 
@@ -80,7 +80,7 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
     stop            the token that ends an answer
     rows            how many are under way at once, at most
     dtype           of the keys and values, which is that of the matrix products; None: of the weights
-    words           only ids below this are drawn; those beyond are padding of the vocabulary. None: all
+    vocab_size      only ids below this are sampled; those beyond are padding of the vocabulary. None: all
     any_busy        where a model is sharded over processes, all of them must pass through it together: told whether this
                     one has something to do, it says whether any has; one that has not passes through for company
     sampling        temperature, top_k, top_p, generator: see `choose`
@@ -126,7 +126,7 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
             ends = [end - 1 for end in accumulate(lengths)]                         # each text's last token
             at = torch.tensor(ends, device=device) if len(tokens) > len(texts) else None
             out = each(tokens, lengths, at=at, cache=cache.rows(first, len(active)))
-            logits.append(out.logits[:, :words])                                    # (n, V)
+            logits.append(out.logits[:, :vocab_size])                                    # (n, V)
         drawn_from = logits[0]
         if guide is not None:
             log_q, log_p = (one.float().log_softmax(dim=-1) for one in logits)

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from dataset.lm_dataset import dataset_of, flat_batch, sample_key
+from dataset.lm_dataset import dataset_of, packed_batch, sample_key
 from distill.cache import VERSION, CacheWriter, lay_out, pack, row_type
 from runtime.files import file_sha256
 from interop.checkpoint import load_model, sha256_of_model
@@ -58,7 +58,7 @@ class Samples:
                 rows = samples[start:end] - self.firsts[numbers]
                 parts = [self.files[number].sample(row) for number, row in zip(numbers, rows)]
                 stream = np.concatenate(parts)
-                yield flat_batch(stream & ~flag, stream & flag > 0, self.lengths[samples[start:end]])
+                yield packed_batch(stream & ~flag, stream & flag > 0, self.lengths[samples[start:end]])
                 start = end
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from interop.checkpoint import load_model
-from model.generate import by_columns, generate_steps
+from model.generate import column_major, generate_steps
 from runtime.args import parse_args
 from runtime.precision import pick_device
 
@@ -80,7 +80,7 @@ def main():
     device = pick_device(args.device)
     try:
         model, tokenizer = load_model(weights, device)
-        by_columns(model)
+        column_major(model)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,

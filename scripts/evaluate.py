@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.formats import BadLine, read_rows, to_messages, to_text
 from dataset.lm_dataset import text_samples
 from interop.checkpoint import load_model
-from model.generate import by_columns, generate
+from model.generate import column_major, generate
 from evaluation.scores import score, score_answers, score_samples
 from runtime.args import parse_args
 from runtime.files import write_atomic
@@ -317,7 +317,7 @@ def main():
             all_results[label] = []
             for path in paths:
                 model, tokenizer = (reference, vocabulary) if path == reference_path else load_model(path, device)
-                by_columns(model)
+                column_major(model)
                 comparable = (tokenizer.sha256, model.config.vocab_size) == (vocabulary.sha256, reference.config.vocab_size)
                 all_results[label].append(evaluate(model, tokenizer, tests, reference if comparable else None))
                 if not comparable:

@@ -47,7 +47,7 @@ from tqdm import tqdm
 from dataset.formats import Question, read_questions
 from runtime.files import file_sha256
 from interop.checkpoint import load_model, sha256_of_model
-from model.generate import by_columns, generate_steps
+from model.generate import column_major, generate_steps
 from runtime.args import checking_input, parse_args, resume_command
 from runtime.files import PartFiles, write_atomic
 from runtime.log import Logger
@@ -301,7 +301,7 @@ def main():
     with checking_input():
         # 3. Teacher
         teacher, tokenizer = load_model(args.teacher, world.device, dtype)
-        by_columns(teacher)
+        column_major(teacher)
         Logger(f"teacher {teacher.config}: {teacher.n_parameters() / 1e6:.2f} M parameters, from {args.teacher}")
 
         # 4. Questions, and what is answered already

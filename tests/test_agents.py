@@ -18,7 +18,7 @@ import torch
 from ability_tree import agents
 from ability_tree.agents import EndpointAgent, LocalAgent, OutOfBudget, add_agent_args, make_agent
 from interop.checkpoint import load_model, save_model
-from evaluation.exam import Asked, write_answers
+from evaluation.exam import ExamQuestion, write_answers
 from runtime.args import parse_args
 
 KEY = "sk-0123456789abcdef"
@@ -414,7 +414,7 @@ def test_a_local_agent_writes_what_greedy_decoding_writes_and_nothing_where_ther
     texts = ["2 + 3 =", "too long " * 9, "what is 3 plus 4?"]
     local = LocalAgent(weights, CPU)
     replies = local.ask(asks(*texts), 6)
-    assert replies == write_answers(model, tokenizer, [Asked(says(text), "", None, "") for text in texts], 6)
+    assert replies == write_answers(model, tokenizer, [ExamQuestion(says(text), "", None, "") for text in texts], 6)
     assert replies[0] != replies[2] and replies[1] == "" and "1 of 3 conversations are longer than 79 tokens" in told[0]
     local.rows = 1
     assert local.ask(asks(*texts), 6) == replies and local.ask([], 6) == []

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from dataset.lm_dataset import flat_batch
+from dataset.lm_dataset import packed_batch
 from distill.features import FeatureProjections, feature_distillation_loss
 from distill.fused import TopK, fused_distillation_loss
 from distill.losses import distillation_loss_fn, forward_kl, jsd, reverse_kl
@@ -47,7 +47,7 @@ def test_a_mask_that_is_not_shifted_with_the_labels():
     answer = [20, 21]                               # what the assistant said, its end-of-turn last
     labels = ids[1:]
     assert labels[is_target[:-1]].tolist() == [21, 10] != answer
-    assert flat_batch(ids, is_target, np.array([5])).targets.tolist() == answer
+    assert packed_batch(ids, is_target, np.array([5])).targets.tolist() == answer
 
 
 def test_padding_that_is_told_by_its_id_takes_the_end_of_turn_with_it():
@@ -59,7 +59,7 @@ def test_padding_that_is_told_by_its_id_takes_the_end_of_turn_with_it():
     assert END not in learned
 
     ids = np.array(sum(samples, []))                # ours: no padding to be told from anything
-    batch = flat_batch(ids, ids != 10, np.array([len(sample) for sample in samples]))
+    batch = packed_batch(ids, ids != 10, np.array([len(sample) for sample in samples]))
     assert batch.targets.tolist() == [20, END, 20, 21, 22, END]
 
 

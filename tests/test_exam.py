@@ -11,14 +11,14 @@ import torch
 
 from dataset.formats import BadLine, to_messages
 from model.config import LMConfig
-from evaluation.exam import Asked, answer, grade, is_right, read_exam
+from evaluation.exam import ExamQuestion, answer, grade, is_right, read_exam
 from model.generate import generate
 from evaluation.scores import score
 from model.transformer import Transformer
 
 
 def asking(question, gold="ok", options=None, category="all"):
-    return Asked([{"role": "user", "content": question}], gold, options, category)
+    return ExamQuestion([{"role": "user", "content": question}], gold, options, category)
 
 
 def exam_file(folder, *rows, name="exam.jsonl"):
@@ -126,7 +126,7 @@ def test_answers_stand_in_the_order_of_the_questions(tiny, tokenizer):
     assert len(set(alone)) == 5
     assert answer(model, tokenizer, asked, max_new_tokens=6) == alone
     prompts = [tokenizer.encode_chat(asked[i].messages, add_generation_prompt=True)[0] for i in (0, 2, 4)]
-    words = generate(model, prompts, 6, tokenizer.end_of_turn, words=tokenizer.vocab_size)
+    words = generate(model, prompts, 6, tokenizer.end_of_turn, vocab_size=tokenizer.vocab_size)
     assert [alone[i] for i in (0, 2, 4)] == [tokenizer.decode(ids).strip() for ids in words]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.config import LMConfig
-from model.generate import Guide, by_columns, choose, generate, generate_steps, sample
+from model.generate import Guide, column_major, choose, generate, generate_steps, sample
 from evaluation.scores import score
 from model.transformer import KVCache, Transformer
 
@@ -54,7 +54,7 @@ def test_laid_by_columns_the_wide_matrices_lie_otherwise_and_hold_the_same(tiny,
     model = tiny(tie_embeddings=tied)
     answers, ffn = generate(model, PROMPTS, 8), model.layers[0].ffn
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    by_columns(model)
+    column_major(model)
     assert ffn.w1.weight.stride() == (1, ffn.w1.out_features) and ffn.w2.weight.is_contiguous()     # out > in, out < in
     assert (model.output.weight is model.tok_embeddings.weight) == tied
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
@@ -124,7 +124,7 @@ def test_places_that_have_become_free_are_filled_a_quarter_of_the_rows_at_a_time
 
 def test_padding_of_the_vocabulary_is_never_drawn(counter):
     """Of the words 0 to 4 none follows 4 in the counter's order: its 15 others are equally likely, and 0 is the first."""
-    assert generate(counter, [[3]], 3, words=5) == [[4, 0, 1]]
+    assert generate(counter, [[3]], 3, vocab_size=5) == [[4, 0, 1]]
 
 
 def test_a_process_that_has_nothing_left_passes_through_for_company(counter):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataset.lm_dataset import MicroBatches, PretrainDataset, SFTDataset, answered, flat_batch, in_order, turns
+from dataset.lm_dataset import MicroBatches, PretrainDataset, SFTDataset, batch_of_answers, packed_batch, in_order, prompts_and_answers
 
 
 def write(path, rows):
@@ -54,7 +54,7 @@ def test_only_the_assistants_words_and_its_end_of_turn_are_targets(cache, tmp_pa
 
 def test_the_target_of_a_position_is_the_token_after_it():
     # ids 10 .. 14, of which 12 and 14 are to be predicted: from 11 and from 13, at positions 1 and 3.
-    batch = flat_batch(np.arange(10, 15), np.array([False, False, True, False, True]), np.array([5]))
+    batch = packed_batch(np.arange(10, 15), np.array([False, False, True, False, True]), np.array([5]))
     assert batch.tokens.tolist() == [10, 11, 12, 13] and batch.lengths == [4]
     assert batch.at.tolist() == [1, 3] and batch.targets.tolist() == [12, 14]
 
@@ -62,7 +62,7 @@ def test_the_target_of_a_position_is_the_token_after_it():
 def test_a_conversation_has_as_many_turns_as_answers_each_under_all_that_was_said_before(cache, tmp_path, tokenizer):
     rows = [chat("2 + 3 ?", "5", "sure?", "yes."), chat("hi", "ho")]
     data = SFTDataset([write(tmp_path / "sft.jsonl", rows)], tokenizer, log=print)
-    found = [[tuple(map(tokenizer.decode, turn)) for turn in sample] for sample in turns(data.batch(np.array([0, 1])))]
+    found = [[tuple(map(tokenizer.decode, turn)) for turn in sample] for sample in prompts_and_answers(data.batch(np.array([0, 1])))]
     first = "<|im_start|>user\n2 + 3 ?<|im_end|>\n<|im_start|>assistant\n"
     assert found[0] == [(first, "5<|im_end|>"), (f"{first}5<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n"
                                                  "<|im_start|>assistant\n", "yes.<|im_end|>")]
@@ -80,20 +80,20 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_and_counted(cach
 
 def test_turns_end_where_their_sample_ends():
     """Of 10 11 12 and 13 14, read 10 11 and 13, everything but the first is a target, and position 1 borders on position 2."""
-    batch = flat_batch(np.arange(10, 15), np.array([False, True, True, False, True]), np.array([3, 2]))
-    assert turns(batch) == [[([10], [11, 12])], [([13], [14])]]
+    batch = packed_batch(np.arange(10, 15), np.array([False, True, True, False, True]), np.array([3, 2]))
+    assert prompts_and_answers(batch) == [[([10], [11, 12])], [([13], [14])]]
 
 
 def test_prompts_and_their_answers_become_a_batch_and_its_turns_are_they():
     prompts, answers = [[1], [2, 3, 4], [5, 6]], [[7, 8], [9], [1, 2, 3]]
-    batch = answered(prompts, answers)
-    assert turns(batch) == [[pair] for pair in zip(prompts, answers)]
+    batch = batch_of_answers(prompts, answers)
+    assert prompts_and_answers(batch) == [[pair] for pair in zip(prompts, answers)]
     assert batch.lengths == [2, 3, 4] and batch.targets.tolist() == [7, 8, 9, 1, 2, 3]
 
 
 def test_no_target_reaches_over_the_end_of_a_sample():
     # Samples 10 11 12 | 20 21: the stream that is read is 10 11 | 20, and nothing is asked to foretell 20.
-    batch = flat_batch(np.array([10, 11, 12, 20, 21]), np.ones(5, dtype=bool), np.array([3, 2]))
+    batch = packed_batch(np.array([10, 11, 12, 20, 21]), np.ones(5, dtype=bool), np.array([3, 2]))
     assert batch.tokens.tolist() == [10, 11, 20] and batch.lengths == [2, 1]
     assert batch.at.tolist() == [0, 1, 2] and batch.targets.tolist() == [11, 12, 21]
 

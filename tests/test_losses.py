@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.lm_dataset import flat_batch
+from dataset.lm_dataset import packed_batch
 from distill.losses import (DIVERGENCES, akl, distillation_loss_fn, forward_kl, jsd, pick_divergence, reverse_kl,
                             skew_kl, skew_reverse_kl, tvd, uld)
 from distill.schedules import get_temperature
@@ -365,7 +365,7 @@ def test_the_loss_of_bf16_logits_is_fp32():
 def test_positions_that_are_no_target_change_nothing():
     # Two samples; x marks the targets:      a b x x      a x b x
     is_target = np.array([False, False, True, True, False, True, False, True])
-    batch = flat_batch(np.arange(8), is_target, np.array([4, 4]))
+    batch = packed_batch(np.arange(8), is_target, np.array([4, 4]))
     assert batch.at.tolist() == [1, 2, 3, 5]                    # of the stream of 2 x 3 tokens that are read
     student, teacher = randn(6, 5).requires_grad_(), randn(6, 5, seed=1)
     loss = distillation_loss_fn(student[batch.at], teacher[batch.at])

@@ -13,7 +13,7 @@ from itertools import product
 import pytest
 import torch
 
-from dataset.lm_dataset import turns
+from dataset.lm_dataset import prompts_and_answers
 from distill.fused import Dense, fused_distillation_loss
 from distill.losses import reverse_kl
 from helpers_run import TINY, complaint, load, rows, same, start, succeed, wait_until

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.lm_dataset import SFTDataset, flat_batch, same_text
+from dataset.lm_dataset import SFTDataset, packed_batch, same_text
 from helpers_run import TINY, complaint, load, rows, succeed
 from interop.checkpoint import load_model, save_model
 from model.config import LMConfig
@@ -162,7 +162,7 @@ def test_tokens_of_two_vocabularies_are_matched_where_they_begin_at_the_same_byt
     def batch(*answers):
         ids = np.concatenate([[0, *answer, 9] for answer in answers])
         sizes = np.array([len(answer) + 2 for answer in answers])
-        return flat_batch(ids, ids > 0, sizes)
+        return packed_batch(ids, ids > 0, sizes)
 
     student, teacher = batch([2, 3], [1, 1, 1]), batch([3, 2], [2, 1])
     # Sample one: bytes 0 2 5 against 0 3 5; sample two: 0 1 2 3 against 0 2 3.
