@@ -86,7 +86,7 @@ def rotate(x, rotation):  # (N, H, K), (N, 1, K/2) complex -> (N, H, K)
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
 
 
-def stretched(frequency, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+def scale_frequencies(frequency, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
     """Llama 3.1's RoPE for texts longer than it was first trained on: (K/2,) -> (K/2,) frequencies, in radians a token.
 
     A pair that turns often within the original length tells neighbours apart and stays; one that hardly turns tells
@@ -277,7 +277,7 @@ class Transformer(nn.Module):
         config, device = self.config, positions.device
         frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)   # (K/2,)
         if config.rope_scaling:
-            frequency = stretched(frequency, **config.rope_scaling)
+            frequency = scale_frequencies(frequency, **config.rope_scaling)
         angle = torch.outer(positions, frequency)                                               # (N, K/2)
         return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
 

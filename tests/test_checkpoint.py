@@ -133,7 +133,7 @@ def change_sizes(path, **sizes):
 
 def test_sizes_that_are_not_those_of_the_weights_are_refused_and_named(saved):
     change_sizes(saved[2], hidden_dim=32)
-    with pytest.raises(ValueError, match=r"full_sft_16\.pth: tensor layers\.0\.ffn\.w1\.weight has the shape \(24, 16\), where .* has \(32, 16\)"):
+    with pytest.raises(ValueError, match=r"full_sft_16\.pth: tensor layers\.0\.ffn\.w1\.weight has the shape \(24, 16\), but .* has \(32, 16\)"):
         load_model(saved[2])
 
 

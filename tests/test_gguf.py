@@ -15,7 +15,7 @@ from model.config import LMConfig
 from model.gpt2 import GPT2
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from interop import fill, gguf, halves
+from interop import fill, gguf, to_half_split
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 MOE = dict(use_moe=True, n_routed_experts=3, num_experts_per_tok=2)
@@ -163,7 +163,7 @@ def test_the_package_reads_the_same_from_our_file(written):
 def test_llama_keeps_our_order_of_q_and_qwen_has_hugging_faces(written):
     for kind in ("llama", "qwen3"):
         weight = make(**KINDS[kind]).layers[0].attention.wq.weight.detach()
-        expected = weight if kind == "llama" else halves(weight, 16)
+        expected = weight if kind == "llama" else to_half_split(weight, 16)
         data = {t.name: t.data for t in package.GGUFReader(written(**KINDS[kind])).tensors}["blk.0.attn_q.weight"]
         assert np.array_equal(data, expected.numpy())
 
@@ -182,7 +182,7 @@ def test_divisors_that_llama_3_does_not_make_are_refused(written):
     divisors = gguf.rope_divisors(5e5, 64, LLAMA3)
     divisors[10] = 1.5
     file = written(tensors={"rope_freqs.weight": [divisors]}, **KINDS["llama, stretched"])
-    with pytest.raises(ValueError, match=r"model\.gguf: rope_freqs\.weight is not what"):
+    with pytest.raises(ValueError, match=r"model\.gguf: rope_freqs\.weight is not the result"):
         gguf.read_config(file)
 
 
@@ -193,7 +193,7 @@ def test_divisors_that_llama_3_does_not_make_are_refused(written):
     ({"general.architecture": "mamba"}, "architecture 'mamba' is none of llama, qwen2"),
     ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn'"),
     ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear = 4.0"),
-    ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count = 4 where a head has 8"),
+    ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count = 4 is not supported, only 8"),
     ({"llama.attention.head_count_kv": [2, 4]}, "llama.attention.head_count_kv is a list"),
     ({"llama.attention.head_count_kv": 3}, "n_heads=4 is no multiple of n_kv_heads=3"),
     ({"split.count": 3}, "one of 3 parts"),
