@@ -59,7 +59,8 @@ def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, To
     """The base model of an adapter file, with the adapters merged into it."""
     base = path.parent / lora["base"]
     if not base.exists():
-        raise FileNotFoundError(f"{path} holds adapters to the weights at {base}, which are missing")
+        raise FileNotFoundError(f"{path} holds adapters to the weights at {base}, which are "
+                                "missing")
     model, tokenizer = load_model(base, device, dtype)
     if sha256_of_model(base) != lora["base_sha256"]:
         raise ValueError(f"{path} holds adapters to other weights than those now at {base}; put "

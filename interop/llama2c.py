@@ -23,8 +23,8 @@ from model.tokenizer import PLAIN, Tokenizer
 HEADER = struct.Struct("<7i")       # dim, hidden, layers, heads, kv heads, vocab (< 0: untied), seq
 MAGIC = 0x616B3432                  # "ak42", the first number of later versions
 
-# Where a text is split for tiktoken, which looks up a whole piece before it joins bytes. A symbol
-# of several bytes is a piece of its own, because no tokens lead from its bytes to it.
+# Where a text is split for tiktoken, which looks up a whole piece before it joins bytes. Multi-byte
+# characters are pieces of their own, because no tokens lead from their bytes to them.
 WORDS = r" *[\x00-\x1F\x21-\x7F]+| +|[^\x00-\x7F]"
 LINES = r"[\x00-\x7F]+|[^\x00-\x7F]"    # where tokens contain inner spaces; 1.4 times as slow
 

@@ -34,7 +34,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from model.tokenizer import (CHATML, LLAMA3, PATTERN, PLAIN, ROLES, Chat, Tokenizer,
-                             as_text_or_bytes, options_from_json)
+                             as_text_or_bytes)
 from runtime.files import write_atomic
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -132,7 +132,7 @@ def read_template(template: str | None, special_tokens: dict[str, int], eos: str
     files, which may end a turn or a text. Raises ValueError if nothing ends a text."""
     if template and (ours := OURS.match(template)):
         about = json.loads(ours[1])
-        return options_from_json({key: about[key] for key in ("chat", "end_of_text")})
+        return {"chat": Chat(**about["chat"]), "end_of_text": about["end_of_text"]}
     names = "<|endoftext|>", "<|end_of_text|>", eos, "</s>"
     ends = [name for name in names if name in special_tokens]
     if not ends:

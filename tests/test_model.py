@@ -207,7 +207,7 @@ def test_the_kernel_is_for_half_precision_on_a_gpu_that_has_it(device, dtype, he
 
 
 def rotation_of(model, length):  # -> (length, 1, K/2)
-    return model.lay_out(torch.zeros(length, dtype=torch.long), [length], cache=None).rotation
+    return model.make_layout(torch.zeros(length, dtype=torch.long), [length], cache=None).rotation
 
 
 def test_rope_leaves_position_0_and_turns_the_first_pair_by_one_radian_a_position(tiny):
@@ -232,18 +232,18 @@ def test_attention_depends_on_how_far_apart_two_tokens_are_not_on_where_they_sta
 
 def test_moving_a_whole_sample_leaves_its_attention_as_it_is_and_spreading_it_does_not(tiny):
     model, x = tiny(), torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
-    stream, rotation = model.lay_out(draw(6), [6], cache=None), rotation_of(model, 12)
+    stream, rotation = model.make_layout(draw(6), [6], cache=None), rotation_of(model, 12)
     here, moved, spread = (model.layers[0].attention(x, stream._replace(rotation=turns))[0]
                            for turns in (rotation[:6], rotation[6:], rotation[::2]))
     assert close(here, moved) and not close(here, spread, atol=1e-2)
 
 
 def test_samples_start_at_position_0_each(tiny):
-    stream = tiny().lay_out(draw(sum(LENGTHS)), LENGTHS, cache=None)
+    stream = tiny().make_layout(draw(sum(LENGTHS)), LENGTHS, cache=None)
     assert stream.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert stream.sample.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3]
-    assert stream.spans == [(1, 3), (2, 5), (1, 2)]
-    assert stream.borders.tolist() == [0, 3, 8, 13, 15]
+    assert stream.groups == [(1, 3), (2, 5), (1, 2)]
+    assert stream.offsets.tolist() == [0, 3, 8, 13, 15]
 
 
 def test_a_bf16_copy_tells_position_300_from_301(tiny):
@@ -294,7 +294,7 @@ def test_a_new_model_finds_all_words_about_equally_likely():
     (dict(dim=0), "dim=0 must be at least 1"),
     (dict(n_layers=0), "n_layers=0 must be at least 1"),
     (dict(dim=30, n_heads=4), "dim=30 does not split into n_heads=4 equal heads; try n_heads=3, or set head_dim"),
-    (dict(dim=12, n_heads=4), "head_dim=3 is odd; RoPE turns pairs of numbers, choose an even one"),
+    (dict(dim=12, n_heads=4), "head_dim=3 is odd, but RoPE rotates pairs"),
     (dict(n_heads=8, n_kv_heads=3), "n_heads=8 is no multiple of n_kv_heads=3"),
     (dict(n_heads=8, n_kv_heads=0), "n_kv_heads=0"),
     (dict(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\)"),
