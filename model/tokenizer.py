@@ -269,8 +269,8 @@ class Tokenizer:
         (ids, targets) of one conversation. targets is the loss mask: the assistant's contents, and
         the tokens that end the turns, without which the model would never stop. In ChatML:
 
-            ids     <|im_start|> user \\n 2+3= <|im_end|> \\n <|im_start|> assistant \\n 5 <|im_end|>
-            targets      .        .   .   .       .       .       .           .      .  T     T
+            ids    <|im_start|> user \\n 2+3= <|im_end|> \\n <|im_start|> assistant \\n 5 <|im_end|>
+            targets     .        .   .   .       .       .       .           .      .  T     T
 
         add_generation_prompt ends with "<|im_start|>assistant\\n", for the model to continue. The
         ids of a prompt are a prefix of the ids of every conversation that continues it.
