@@ -3,6 +3,7 @@
 Teachers: one or several models in memory, or their cached outputs on disk; and which combinations are possible.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ class Teacher(NamedTuple):
     weight: float = 1.0         # several teachers act as one: p = sum of weight * p of each
     tokenizer: Any = None       # of a model
 
+    def __str__(self):
+        name = self.source.described() if self.is_cached else f"teacher {self.source.config}"
+        return name if self.weight == 1.0 else f"{self.weight:.2g} x ({name})"
+
     @property
     def is_cached(self) -> bool:
         return isinstance(self.source, TeacherCache)
@@ -29,6 +34,23 @@ class TeacherOutputs(NamedTuple):
     predictions: list[Dense] | TopK     # next-token distributions
     matched: torch.Tensor | None        # (S,) with another tokenizer: where the teacher is used
     out: Any                            # the model's whole Output, for intermediate-layer losses
+
+
+def path_and_weight(spec: str) -> tuple[str, float]:
+    """'PATH=WEIGHT', or 'PATH' with weight 1."""
+    path, _, weight = spec.rpartition("=")
+    try:
+        return (spec, 1.0) if not path or Path(spec).exists() else (path, float(weight))
+    except ValueError:
+        raise ValueError(f"{spec}: {weight!r} is not a number; write PATH=WEIGHT, or PATH alone") from None
+
+
+def as_mixture(teachers: list[Teacher]) -> list[Teacher]:
+    """Their weights normalised to sum to 1."""
+    if min(teacher.weight for teacher in teachers) <= 0:
+        raise ValueError("the weight of a teacher must be above 0; leave out a teacher that is not wanted")
+    total = sum(teacher.weight for teacher in teachers)
+    return [teacher._replace(weight=teacher.weight / total) for teacher in teachers]
 
 
 def teacher_outputs(teachers: list[Teacher], batch, vocab_size: int | None = None,

@@ -12,6 +12,7 @@ Loading and saving models. What a path holds is recognised, not declared:
 import dataclasses
 import hashlib
 import importlib
+import re
 from pathlib import Path
 
 import torch
@@ -112,6 +113,24 @@ def sha256_of_model(path) -> str:
         return file_sha256(path)
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
     return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}" for file in files).encode()).hexdigest()
+
+
+def sft_weights(config: LMConfig, out_dir="out") -> str:
+    """Where SFT weights of these sizes are: in OUT_DIR, or else in out/."""
+    file = f"full_sft_{config.dim}{config.moe_path}.pth"
+    return str(next((path for path in (Path(out_dir, file), Path("out", file)) if path.exists()), Path("out", file)))
+
+
+def chain_link(link: str, last: LMConfig, out_dir="out") -> tuple[str, LMConfig]:
+    """(weights, sizes of a new model) of a student in a chain. link: a weight file, or sizes like 96x3, which start
+    from full_sft_96.pth if that has 3 layers, else from random weights."""
+    if not re.fullmatch(r"\d+x\d+", link):
+        return link, last
+    dim, n_layers = map(int, link.split("x"))
+    n_heads = next((n for n in (8, 4, 2) if dim % (2 * n) == 0), 1)
+    config = LMConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, max_seq_len=last.max_seq_len)
+    weights = sft_weights(config, out_dir)
+    return weights if Path(weights).exists() and load_config(weights).n_layers == n_layers else "none", config
 
 
 def new_model(config: LMConfig, vocabulary=None) -> tuple[Transformer, Tokenizer]:
