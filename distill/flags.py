@@ -47,7 +47,8 @@ def check_loss_args(parser, args):
          "be combined with labels, --alpha 0.5: it compares how sure the two are, not of what"))))
 
 
-def make_intermediate(args, student_config, teacher_config) -> IntermediateLosses:
+def make_intermediate(args, student_config, teachers) -> IntermediateLosses:
+    teacher_config = None if teachers[0].is_cached else teachers[0].source.config
     weights = {name: vars(args)[f"{name}_weight"] for name in INTERMEDIATE}
     return IntermediateLosses(student_config, teacher_config, **weights, feature_loss=args.feature_loss,
                               layer_map=args.layer_map, relation_heads=args.relation_heads,
@@ -64,3 +65,28 @@ def describe_loss(args, student_config) -> str:
     moving = f" moving to {args.final_temperature:g}" if args.final_temperature else ""
     kd = f"{1 - args.alpha:.2f} * {args.temperature:g}^2 * {divergence} at T={args.temperature:g}{moving}"
     return " + ".join([f"{args.alpha:.2f} CE", kd, *terms])
+
+
+def check_teachers(teachers, args):
+    """Refuse combinations of teachers and losses that do not work."""
+    single_model = len(teachers) == 1 and not teachers[0].is_cached
+    intermediate = [f"--{name}_weight" for name in INTERMEDIATE if vars(args)[f"{name}_weight"] > 0]
+    uld = ["--divergence uld"] if args.divergence == "uld" else []
+    plain = ["--plain_loss"] if args.plain_loss else []
+    context = ["--teacher_data_path"] if args.teacher_data_path else []
+    for flag in (*intermediate, *uld, *plain, *context):
+        if not single_model:
+            raise ValueError(f"{flag} needs exactly one --teacher in memory, and no --teacher_cache")
+    if uld and (intermediate or plain):
+        raise ValueError(f"--divergence uld compares sorted probabilities, {[*intermediate, *plain][0]} compares "
+                         "position by position. Leave one of them out")
+    if context and args.attention_weight > 0:
+        raise ValueError("--attention_weight compares all tokens of a sample, but with --teacher_data_path the "
+                         "prompts differ. Leave one of them out")
+    for cache in [teacher.source for teacher in teachers if teacher.is_cached and teacher.source.top_k]:
+        if len(teachers) > 1:
+            raise ValueError(f"{cache} holds the top {cache.top_k} tokens only, which cannot be mixed with other "
+                             "teachers; write it without --top_k")
+        if (args.temperature, args.final_temperature) != (cache.temperature, None):
+            raise ValueError(f"{cache} holds the top {cache.top_k} tokens at temperature {cache.temperature:g}, and a "
+                             "tail probability cannot be rescaled: train at this --temperature, or write it for another")

@@ -45,8 +45,17 @@ def path_and_weight(spec: str) -> tuple[str, float]:
         raise ValueError(f"{spec}: {weight!r} is not a number; write PATH=WEIGHT, or PATH alone") from None
 
 
-def as_mixture(teachers: list[Teacher]) -> list[Teacher]:
-    """Their weights normalised to sum to 1."""
+def make_teachers(models, caches, device, load) -> list[Teacher]:
+    """From --teacher and --teacher_cache, each 'PATH=WEIGHT' or 'PATH'; their weights normalised to sum to 1.
+
+    load    path -> (model, tokenizer)
+    """
+    teachers = []
+    for path, weight in map(path_and_weight, models or []):
+        model, tokenizer = load(path)
+        teachers.append(Teacher(model, weight, tokenizer))
+    for path, weight in map(path_and_weight, caches or []):
+        teachers.append(Teacher(TeacherCache(path).to(device), weight))
     if min(teacher.weight for teacher in teachers) <= 0:
         raise ValueError("the weight of a teacher must be above 0; leave out a teacher that is not wanted")
     total = sum(teacher.weight for teacher in teachers)
@@ -80,34 +89,6 @@ def trim_padded_vocab(head, vocab_size: int | None):  # (V, D) -> (V, D)
     return head[:vocab_size] if vocab_size and len(head) > vocab_size else head
 
 
-def check_teachers(teachers, divergence="forward_kl", intermediate=(), plain_loss=False, other_prompts=False,
-                   temperatures=(1.0, None)):
-    """Refuse combinations that do not work.
-
-    intermediate    names of the intermediate-layer losses in use; temperatures: (temperature, final temperature)
-    """
-    single_model = len(teachers) == 1 and not teachers[0].is_cached
-    for needs_model, flag in ((bool(intermediate), f"--{[*intermediate, ''][0]}_weight"),
-                              (plain_loss, "--plain_loss"), (other_prompts, "--teacher_data_path"),
-                              (divergence == "uld", "--divergence uld")):
-        if needs_model and not single_model:
-            raise ValueError(f"{flag} needs exactly one --teacher in memory, and no --teacher_cache")
-    if divergence == "uld" and (intermediate or plain_loss):
-        raise ValueError(f"--divergence uld compares sorted probabilities; "
-                         f"{f'--{intermediate[0]}_weight' if intermediate else '--plain_loss'} compares position by "
-                         "position. Leave one of them out")
-    if other_prompts and "attention" in intermediate:
-        raise ValueError("--attention_weight compares all tokens of a sample, but with --teacher_data_path the prompts "
-                         "differ. Leave one of them out")
-    for cache in [teacher.source for teacher in teachers if teacher.is_cached and teacher.source.top_k]:
-        if len(teachers) > 1:
-            raise ValueError(f"{cache} holds the top {cache.top_k} tokens only, which cannot be mixed with other "
-                             "teachers; write it without --top_k")
-        if temperatures != (cache.temperature, None):
-            raise ValueError(f"{cache} holds the top {cache.top_k} tokens at temperature {cache.temperature:g}, and a "
-                             "tail probability cannot be rescaled: train at this --temperature, or write it for another")
-
-
 def check_vocabulary(teachers, student_config, tokenizer, divergence="forward_kl", pad_vocab=False):
     """Column v must be the same token in all distributions, except for ULD. (A cache is checked with the data.)"""
     for source, _, its_tokenizer in teachers:
@@ -121,6 +102,29 @@ def check_vocabulary(teachers, student_config, tokenizer, divergence="forward_kl
                              "train_distillation.py --divergence uld --alpha 0.5")
         if source.config.vocab_size != student_config.vocab_size and not pad_vocab:
             raise ValueError(f"{sizes}the tokenizer has {tokenizer.vocab_size}. If the rest is padding: --pad_vocab")
+
+
+def teacher_side(teachers, tokenizer, paths, teacher_paths, max_seq_len: int):
+    """(paths, tokenizer, context length) of a teacher that reads its own tokens of the same samples: it has another
+    tokenizer, or privileged context in its prompts. None: all read the same.
+
+    Raises ValueError for samples longer than the context of a teacher that reads them.
+    """
+    models = [teacher for teacher in teachers if not teacher.is_cached]
+    for source, _, its_tokenizer in models:
+        if teacher_paths or its_tokenizer.sha256 != tokenizer.sha256:
+            return teacher_paths or paths, its_tokenizer, source.config.max_seq_len
+        if max_seq_len > source.config.max_seq_len:
+            raise ValueError(f"samples of up to {max_seq_len} tokens exceed the teacher's context length of "
+                             f"{source.config.max_seq_len}: --max_seq_len {source.config.max_seq_len}")
+
+
+def check_caches(teachers, data, pad_vocab=False):
+    """Each cache of the teachers against the training and validation data (or None)."""
+    for teacher in teachers:
+        for part in data:
+            if teacher.is_cached and part is not None:
+                check_cache(teacher.source, part, pad_vocab)
 
 
 def check_cache(cache: TeacherCache, data, pad_vocab=False):

@@ -12,7 +12,6 @@ Loading and saving models. What a path holds is recognised, not declared:
 import dataclasses
 import hashlib
 import importlib
-import re
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from model.tokenizer import DEFAULT, Tokenizer
 from model.transformer import Transformer
 from runtime.files import file_sha256
 from runtime.log import Logger
-from runtime.processes import World, fully_shard
+from runtime.processes import World, fully_shard, is_sharded
 
 save_model = native.write
 
@@ -49,19 +48,24 @@ def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, To
     return model.eval(), reader.read_tokenizer(path)
 
 
-def load_teacher(path, world: World, shard: str = "none", compiled: bool = False) -> Transformer:
-    """A model that is never trained: in eval mode, without gradients, in bf16 where matrix products run in bf16, whole
-    on each device or, under zero3, sharded over the processes."""
-    dtype = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
+def load_teacher(path, world: World, shard="none", compiled=False) -> tuple[Transformer, Tokenizer]:
+    """A model that is never trained: see `freeze`. Under zero3 it is sharded over the processes."""
     # A model that will be sharded need not fit on one device.
-    model, _ = load_model(path, "cpu" if shard == "zero3" else world.device, dtype)
+    model, tokenizer = load_model(path, "cpu" if shard == "zero3" else world.device)
     Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {path}")
-    model.requires_grad_(False)
+    freeze(model, world)
     if shard == "zero3":
         fully_shard(model, world._replace(dtype=None), model.shard_units())
     elif compiled:
         compile_layers(model, world.device, world.dtype)
-    return model
+    return model, tokenizer
+
+
+def freeze(model: Transformer, world: World) -> Transformer:
+    """In eval mode, without gradients, in bf16 where matrix products run in bf16."""
+    if world.dtype == torch.bfloat16 and not is_sharded(model):
+        model.to(torch.bfloat16)
+    return model.eval().requires_grad_(False)
 
 
 def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, Tokenizer]:
@@ -115,22 +119,9 @@ def sha256_of_model(path) -> str:
     return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}" for file in files).encode()).hexdigest()
 
 
-def sft_weights(config: LMConfig, out_dir="out") -> str:
-    """Where SFT weights of these sizes are: in OUT_DIR, or else in out/."""
-    file = f"full_sft_{config.dim}{config.moe_path}.pth"
-    return str(next((path for path in (Path(out_dir, file), Path("out", file)) if path.exists()), Path("out", file)))
-
-
-def chain_link(link: str, last: LMConfig, out_dir="out") -> tuple[str, LMConfig]:
-    """(weights, sizes of a new model) of a student in a chain. link: a weight file, or sizes like 96x3, which start
-    from full_sft_96.pth if that has 3 layers, else from random weights."""
-    if not re.fullmatch(r"\d+x\d+", link):
-        return link, last
-    dim, n_layers = map(int, link.split("x"))
-    n_heads = next((n for n in (8, 4, 2) if dim % (2 * n) == 0), 1)
-    config = LMConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, max_seq_len=last.max_seq_len)
-    weights = sft_weights(config, out_dir)
-    return weights if Path(weights).exists() and load_config(weights).n_layers == n_layers else "none", config
+def run_name(out_dir, prefix: str, model: Transformer) -> str:
+    """OUT_DIR/PREFIX_DIM, with _moe or _lora: what the files of a run begin with."""
+    return f"{out_dir}/{prefix}_{model.config.dim}{model.config.moe_path}{'_lora' if model.adapted else ''}"
 
 
 def new_model(config: LMConfig, vocabulary=None) -> tuple[Transformer, Tokenizer]:
