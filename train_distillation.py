@@ -67,8 +67,9 @@ def plain_distillation_loss(hidden, head, targets, teacher, alpha, temperature, 
     return alpha * ce + (1 - alpha) * kd, ce, kd
 
 
-def train_epoch(epoch, wandb, alpha=0.0, temperature=1.0, *, args, world, name, teachers, student,
-                tokenizer, modules, optimizer, scaler, data, val_data, loader, progress, log, stop):
+def train_epoch(epoch, wandb, alpha=0.0, temperature=1.0, *, teachers,
+                args, world, name, student, tokenizer, modules, optimizer, scaler, data, val_data,
+                loader, progress, log, stop):
     total_steps, weights = progress.total_steps, trained_weights(optimizer)
     divergence, _ = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
     loss_fn = plain_distillation_loss if args.plain_loss else fused_distillation_loss
@@ -242,10 +243,10 @@ def distill(teacher, student, train_loader, epochs, *, args, world):
     loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
                          world.device)
     for epoch in progress.epochs(data.steps_per_epoch):
-        train_epoch(epoch, wandb, args.alpha, args.temperature, args=args, world=world, name=name,
-                    student=student, tokenizer=tokenizer, modules=modules, optimizer=optimizer,
-                    scaler=scaler, data=data, val_data=val_data, loader=loader, progress=progress,
-                    log=log, stop=stop, teachers=teacher)
+        train_epoch(epoch, wandb, args.alpha, args.temperature, teachers=teacher,
+                    args=args, world=world, name=name, student=student, tokenizer=tokenizer,
+                    modules=modules, optimizer=optimizer, scaler=scaler, data=data,
+                    val_data=val_data, loader=loader, progress=progress, log=log, stop=stop)
         if stop.stopped:
             break
     end_run(log, wandb, progress, world)

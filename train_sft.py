@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from dataset.lm_dataset import MicroBatches, SFTDataset, in_order, make_loader, open_data
 from evaluation.validation import evaluate
-from interop.checkpoint import load_model, new_model, prepare, run_name, save_model
+from interop.checkpoint import prepare, run_name, save_model
+from interop.sizes import init_student_model
 from model.config import LMConfig
 from runtime.args import add_training_args, checking_input, lora_options, make_parser, parse_args
 from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
@@ -34,8 +35,9 @@ from runtime.processes import (StopSignal, full_tensor, init_distributed_mode, m
 from runtime.schedules import get_lr
 
 
-def train_epoch(epoch, wandb, *, args, world, name, student, tokenizer, modules, optimizer, scaler,
-                data, val_data, loader, progress, log, stop):
+def train_epoch(epoch, wandb, *,
+                args, world, name, student, tokenizer, modules, optimizer, scaler, data, val_data,
+                loader, progress, log, stop):
     total_steps, weights = progress.total_steps, trained_weights(optimizer)
     for step in progress.steps_of(epoch, data.steps_per_epoch):
         # 1. Learning rate: linear warm-up, then cosine
@@ -116,8 +118,7 @@ def main():
         config = LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads,
                           use_moe=args.use_moe, dropout=args.dropout,
                           max_seq_len=args.max_seq_len or 512)
-        student, tokenizer = (new_model(config, args.tokenizer) if weights == "none"
-                              else load_model(weights))
+        student, tokenizer = init_student_model(config, weights=weights, vocabulary=args.tokenizer)
         prepare(student, weights, world, lora_options(args), args.grad_checkpoint, args.compile)
 
         # 4. Data
@@ -145,10 +146,10 @@ def main():
     loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
                          world.device)
     for epoch in progress.epochs(data.steps_per_epoch):
-        train_epoch(epoch, wandb, args=args, world=world, name=name, student=student,
-                    tokenizer=tokenizer, modules=modules, optimizer=optimizer, scaler=scaler,
-                    data=data, val_data=val_data, loader=loader, progress=progress, log=log,
-                    stop=stop)
+        train_epoch(epoch, wandb,
+                    args=args, world=world, name=name, student=student, tokenizer=tokenizer,
+                    modules=modules, optimizer=optimizer, scaler=scaler, data=data,
+                    val_data=val_data, loader=loader, progress=progress, log=log, stop=stop)
         if stop.stopped:
             break
     end_run(log, wandb, progress, world)
