@@ -30,7 +30,8 @@ from distill.flags import (add_divergence_args, add_intermediate_args, check_los
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
 from distill.teachers import (Teacher, check_caches, check_vocabulary, make_teachers,
-                              teacher_outputs, teacher_side, trim_padded_vocab)
+                              progressive_distillation, teacher_outputs, teacher_side,
+                              trim_padded_vocab)
 from evaluation.validation import evaluate, gradient_norms
 from interop.checkpoint import freeze, load_teacher, prepare, run_name, save_model
 from interop.sizes import fill_in, init_student_model, init_teacher_model   # noqa: F401
@@ -94,8 +95,8 @@ def train_epoch(epoch, wandb, alpha=0.0, temperature=1.0, *, teachers,
                 out = modules["model"](batch.tokens, batch.lengths, at=batch.at,
                                        with_logits=False, return_hidden=features)
                 head = trim_padded_vocab(student.head, vocab_size)
-                loss, ce, kd = loss_fn(out.final, head, batch.targets, teacher.predictions, alpha,
-                                       T, divergence, kd_weight=teacher.matched)
+                loss, ce, kd = loss_fn(out.final, head, batch.targets, teacher.predictions,
+                                       alpha, T, divergence, kd_weight=teacher.matched)
                 loss, ce, kd = (value / batch.step_targets for value in (loss, ce, kd))
                 intermediate, terms = modules["intermediate"](batch, out, teacher.out)
                 balance = out.balance_loss / batch.step_samples
@@ -199,7 +200,7 @@ def main():
         teachers = teachers or [Teacher(WithoutAdapters(student), 1.0, tokenizer)]
         check_teachers(teachers, args)
 
-    # 4. to 6. Distil them, one after the other
+    # 4. to 6. Distil one after the other: large -> medium -> small
     progressive_distillation(teachers, students[:-1], students[-1], args.data_path, args.epochs,
                              distill=partial(distill, args=args, world=world))
 
@@ -250,18 +251,6 @@ def distill(teacher, student, train_loader, epochs, *, args, world):
         if stop.stopped:
             break
     end_run(log, wandb, progress, world)
-
-
-def progressive_distillation(large_model, medium_model, small_model, train_loader, epochs=5, *,
-                             distill=distill):
-    """large -> medium -> small: each student becomes the teacher assistant of the next.
-    medium_model may be a list. Mirzadeh et al. 2019, https://arxiv.org/abs/1902.03393."""
-    assistants = medium_model if isinstance(medium_model, list) else [medium_model]
-    teacher = large_model
-    for student in (*assistants, small_model):
-        distill(teacher=teacher, student=student, train_loader=train_loader, epochs=epochs)
-        teacher = student
-    return small_model
 
 
 if __name__ == "__main__":

@@ -139,3 +139,19 @@ def check_cache(cache: TeacherCache, data, pad_vocab=False):
                 {path: file_sha256(path) for path in data.paths},
                 (sample_key(data.sample(i)) for i in range(len(data))),
                 lambda i: f"{data}, sample {data.rows[i] + 1}")
+
+
+def progressive_distillation(large_model, medium_model, small_model, train_loader, epochs=5, *, distill):
+    """large -> medium -> small: each student becomes the teacher assistant of the next. Returns the small one.
+
+    medium_model    one, or a list from large to small; it may be empty
+    distill         distill(teacher, student, train_loader, epochs) trains one student
+
+    Mirzadeh et al. 2019, https://arxiv.org/abs/1902.03393.
+    """
+    assistants = medium_model if isinstance(medium_model, list) else [medium_model]
+    teacher = large_model
+    for student in (*assistants, small_model):
+        distill(teacher=teacher, student=student, train_loader=train_loader, epochs=epochs)
+        teacher = student
+    return small_model
