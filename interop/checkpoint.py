@@ -27,7 +27,7 @@ from model.tokenizer import DEFAULT, Tokenizer
 from model.transformer import Transformer
 from runtime.files import file_sha256
 from runtime.log import Logger
-from runtime.processes import World, fully_shard
+from runtime.processes import World, fully_shard, is_sharded
 
 save_model = native.write
 
@@ -123,19 +123,26 @@ class SkipInit(TorchFunctionMode):
 # -- teachers and students -------------------------------------------------------------------------
 
 
-def load_teacher(path, world: World, shard: str = "none", compiled: bool = False) -> Transformer:
-    """A frozen model in eval mode, in bf16 where matrix products run in bf16. Under zero3 it is
-    sharded over the processes, otherwise whole on each device."""
-    dtype = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
+def load_teacher(path, world: World, shard: str = "none",
+                 compiled: bool = False) -> tuple[Transformer, Tokenizer]:
+    """A frozen model (see `freeze`) and its tokenizer. Under zero3 it is sharded over the processes,
+    otherwise it is whole on each device."""
     # A model that will be sharded need not fit on one device.
-    model, _ = load_model(path, "cpu" if shard == "zero3" else world.device, dtype)
+    model, tokenizer = load_model(path, "cpu" if shard == "zero3" else world.device)
     Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {path}")
-    model.requires_grad_(False)
+    freeze(model, world)
     if shard == "zero3":
         fully_shard(model, world._replace(dtype=None), model.shard_units())
     elif compiled:
         compile_layers(model, world.device, world.dtype)
-    return model
+    return model, tokenizer
+
+
+def freeze(model: Transformer, world: World) -> Transformer:
+    """Eval mode, no gradients, and bf16 weights where matrix products run in bf16. In place."""
+    if world.dtype == torch.bfloat16 and not is_sharded(model):
+        model.to(torch.bfloat16)
+    return model.eval().requires_grad_(False)
 
 
 def prepare(model: Transformer, base, world: World, lora: dict | None = None,
@@ -171,6 +178,12 @@ def adapt(model: Transformer, base, rank: int, alpha: float | None, dropout: flo
                      "targets": list(targets), "base": str(base),
                      "base_sha256": sha256_of_model(base)}
     return report
+
+
+def run_name(out_dir, prefix: str, model: Transformer) -> str:
+    """OUT_DIR/PREFIX_DIM, with _moe or _lora: the beginning of the names of a run's files."""
+    kind = model.config.moe_path + ("_lora" if model.adapted else "")
+    return f"{out_dir}/{prefix}_{model.config.dim}{kind}"
 
 
 def sha256_of_model(path) -> str:

@@ -49,7 +49,8 @@ QWEN2 = LLAMA_3.replace("{1,3}", "")
 # For the comparison with the tokenizers library: code, digits, blank lines, accents in two forms,
 # scripts, emoji, and every character up to U+024F.
 PROBE = ("def f(x):\n\treturn  x + 12345 # it's, IT'LL\r\n\r\n    \n"
-         "小猫坐着，１２ 个。 e\u0301 é ﬁ ½ Ⅷ нет नमस्ते مرحبا 한국어 👩‍👩‍👧 ❤️ \u2028\u3000\ufeff\U000e0001"
+         "小猫坐着，１２ 个。 e\u0301 é ﬁ ½ Ⅷ нет "
+         "नमस्ते مرحبا 한국어 👩‍👩‍👧 ❤️ \u2028\u3000\ufeff\U000e0001"
          + "".join(map(chr, range(0x250))) + "   ")
 
 
