@@ -125,7 +125,7 @@ class SkipInit(TorchFunctionMode):
 
 def load_teacher(path, world: World, shard: str = "none",
                  compiled: bool = False) -> tuple[Transformer, Tokenizer]:
-    """A frozen model (see `freeze`) and its tokenizer. Under zero3 it is sharded over the processes,
+    """A frozen model (see `freeze`) and its tokenizer. Under zero3 it is sharded over processes,
     otherwise it is whole on each device."""
     # A model that will be sharded need not fit on one device.
     model, tokenizer = load_model(path, "cpu" if shard == "zero3" else world.device)
