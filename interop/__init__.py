@@ -12,6 +12,7 @@ format a path has.
 
 import re
 from collections.abc import Iterable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -38,23 +39,32 @@ def fill(model, pieces: Iterable[Piece], path):
     """
     weights = dict(model.named_parameters()) | dict(model.named_buffers())  # a tied weight once
     left = {name: weight.numel() for name, weight in weights.items()}
-    with torch.no_grad():
+    with named_errors(path), torch.no_grad():
         for name, tensor, where, source in pieces:
             if name not in weights:
-                raise ValueError(f"{path}: tensor {source} ({name} here) has no place in a model of"
-                                 f" {model.config}")
+                raise ValueError(f"tensor {source} ({name} here) has no place in a model of "
+                                 f"{model.config}")
             place = weights[name][where]
             if place.shape != tensor.shape:
-                raise ValueError(f"{path}: tensor {source} has the shape {tuple(tensor.shape)}, but"
-                                 f" {name} of a model of {model.config} has {tuple(place.shape)}")
+                raise ValueError(f"tensor {source} has the shape {tuple(tensor.shape)}, but {name} of "
+                                 f"a model of {model.config} has {tuple(place.shape)}")
             place.copy_(tensor)
             left[name] -= place.numel()
             if left[name] < 0:
-                raise ValueError(f"{path}: {name} comes twice, the second time as {source}")
-    missing = [name for name, count in left.items() if count]
-    if missing:
-        raise ValueError(f"{path}: nothing for {', '.join(missing[:5])}"
-                         + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""))
+                raise ValueError(f"{name} comes twice, the second time as {source}")
+        if missing := [name for name, count in left.items() if count]:
+            raise ValueError(f"nothing for {', '.join(missing[:5])} ({len(missing)} in all)")
+
+
+@contextmanager
+def named_errors(path):
+    """Errors in a file's content become ValueErrors that begin with its path."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}") from error
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 # -- what the formats share ------------------------------------------------------------------------

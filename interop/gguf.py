@@ -32,7 +32,8 @@ import torch
 from gguf import (GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, dequantize,
                   quantize)
 
-from interop import QKV, Piece, family_of, is_rotated, rename, to_half_split, to_interleaved
+from interop import (QKV, Piece, family_of, is_rotated, named_errors, rename, to_half_split,
+                     to_interleaved)
 from interop.vocabulary import SUBSTITUTE, from_gguf, to_gguf
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
@@ -130,14 +131,13 @@ class Header:
                 if max(ends, default=0) > len(self.data):
                     raise ValueError(f"a tensor ends at byte {max(ends)} of {len(self.data)}")
         except (struct.error, ValueError, ArithmeticError, TypeError) as error:
-            raise ValueError(f"{path} is cut short, or no GGUF file that can be read here: {error}"
-                             ) from error
-        if self.fields.get("split.count", 1) > 1:
-            raise ValueError(f"{path} is one of {self.fields['split.count']} parts; join them: "
+            raise ValueError(f"{path} is cut short, or no readable GGUF file: {error}") from error
+        if (n_parts := self.fields.get("split.count", 1)) > 1:
+            raise ValueError(f"{path} is one of {n_parts} parts; join them: "
                              "llama-gguf-split --merge FIRST_PART WHOLE")
         self.architecture = self.fields.get("general.architecture")
         if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"{path}: architecture {self.architecture!r} is none of "
+            raise ValueError(f"architecture {self.architecture!r} is none of "
                              f"{', '.join(ARCHITECTURES)}")
 
     def parse(self):
@@ -195,11 +195,8 @@ class Header:
 
 def read_config(path) -> LMConfig:
     """The sizes. Raises ValueError for a broken file and for a feature that is not supported."""
-    header = Header(path)
-    try:
-        return config_of(header)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with named_errors(path):
+        return config_of(Header(path))
 
 
 def config_of(header: Header) -> LMConfig:
@@ -301,7 +298,6 @@ def names_of(config: LMConfig) -> dict[str, str]:
 
 
 def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
-    """Raises ValueError with the tensor whose type the gguf package cannot unpack."""
     header = Header(path)
     is_half_split = header.architecture in HALF_SPLIT
     with open(path, "rb") as file:          # not mapped: mapped pages would count as memory
@@ -311,15 +307,10 @@ def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
             # Whole heads, because to_interleaved reorders the rows of a head.
             step = max(1, BLOCK // stored.columns // config.head_dim) * config.head_dim
             first = 0
-            for name, expert, n_rows in parts_of(source, stored, config, path):
+            for name, expert, n_rows in parts_of(source, stored, config):
                 for start in range(0, n_rows, step):
                     stop = min(start + step, n_rows)
-                    try:
-                        values = read_rows(file, stored, first + start, first + stop)
-                    except NotImplementedError as error:
-                        raise ValueError(f"{path}: tensor {source} is of type {stored.kind.name}, "
-                                         "which the gguf package cannot unpack") from error
-                    tensor = torch.from_numpy(values)
+                    tensor = torch.from_numpy(read_rows(file, stored, first + start, first + stop))
                     if is_half_split and is_rotated(name):
                         tensor = to_interleaved(tensor, config.head_dim)
                     # An open end, so that a tensor with too few rows has a wrong shape.
@@ -335,7 +326,7 @@ def read_rows(file, stored: Stored, start: int, stop: int):  # -> (stop - start,
     return values if len(stored.shape) > 1 else values.reshape(-1)
 
 
-def parts_of(source: str, stored: Stored, config: LMConfig, path) -> list[tuple[str, tuple, int]]:
+def parts_of(source: str, stored: Stored, config: LMConfig) -> list[tuple[str, tuple, int]]:
     """(our name, index of the expert or (), rows) of each weight that one of their tensors has."""
     name = rename(source, {theirs: ours for ours, theirs in names_of(config).items()})
     kv = config.n_kv_heads * config.head_dim
@@ -347,7 +338,7 @@ def parts_of(source: str, stored: Stored, config: LMConfig, path) -> list[tuple[
         n_rows = config.dim if name.endswith("w2") else config.hidden_dim
         parts = [(name, (e,), n_rows) for e in range(config.n_routed_experts)]
     if sum(n_rows for _, _, n_rows in parts) != stored.rows:
-        raise ValueError(f"{path}: tensor {source} has the shape {stored.shape}, but should have "
+        raise ValueError(f"tensor {source} has the shape {stored.shape}, but should have "
                          f"{' + '.join(str(n_rows) for _, _, n_rows in parts)} rows")
     return parts
 
@@ -357,10 +348,8 @@ def parts_of(source: str, stored: Stored, config: LMConfig, path) -> list[tuple[
 
 def read_tokenizer(path) -> Tokenizer:
     """Raises ValueError for a vocabulary that is not byte-level BPE, or cannot be exact here."""
-    try:
+    with named_errors(path):
         return from_gguf(Header(path).fields, Path(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def vocabulary_fields(tokenizer: Tokenizer, vocab_size: int) -> dict:

@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from interop import QKV, Piece, family_of, is_rotated, rename, to_half_split, to_interleaved
+from interop import (QKV, Piece, family_of, is_rotated, named_errors, rename, to_half_split,
+                     to_interleaved)
 from interop.native import read_state
 from interop.vocabulary import read_tokenizer_json, write_tokenizer
 from model.config import LMConfig
@@ -89,12 +90,8 @@ OURS |= {theirs.replace("shared_expert.", "shared_experts."): ours for theirs, o
 def read_config(folder) -> LMConfig:
     """The sizes in a folder's config.json. Raises ValueError for what is not supported."""
     file = Path(folder) / "config.json"
-    try:
+    with named_errors(file):
         return config_of(json.loads(file.read_text(encoding="utf-8")))
-    except KeyError as error:
-        raise ValueError(f"{file} lacks {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
 
 
 def config_of(theirs: dict) -> LMConfig:

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from interop import Piece
+from interop import Piece, named_errors
 from model.config import LMConfig
 from model.tokenizer import PLAIN, Tokenizer
 
-HEADER = struct.Struct("<7i")       # dim, hidden, layers, heads, kv heads, vocab (< 0: untied), seq
-MAGIC = 0x616B3432                  # "ak42", the first number of later versions
+HEADER_BYTES = 28       # 7 int32: dim, hidden, layers, heads, kv heads, vocab (< 0: untied), seq
+MAGIC = 0x616B3432      # "ak42", the first number of later versions
 
 # Where a text is split for tiktoken, which looks up a whole piece before it joins bytes. Multi-byte
 # characters are pieces of their own, because no tokens lead from their bytes to them.
@@ -36,11 +36,8 @@ FIRST_BYTE, FIRST_TOKEN = 3, 259    # <unk> <s> </s>, the bytes <0x00> ... <0xFF
 
 def read_config(path: str | Path) -> LMConfig:
     """The sizes in the header. Raises ValueError for another version or another file size."""
-    path = Path(path)
-    with path.open("rb") as file:
-        header = file.read(HEADER.size)
-    try:
-        sizes = HEADER.unpack(header)
+    with named_errors(path):
+        sizes = np.fromfile(path, "<i4", 7).tolist()
         dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = sizes
         if dim == MAGIC:
             raise ValueError(f"version {hidden_dim} of llama2.c's format; only version 0 is "
@@ -49,20 +46,18 @@ def read_config(path: str | Path) -> LMConfig:
             dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
             hidden_dim=hidden_dim, vocab_size=abs(vocab_size), max_seq_len=max_seq_len,
             tie_embeddings=vocab_size > 0, rope_theta=1e4, norm_eps=1e-5)
-    except (ValueError, struct.error) as error:
-        raise ValueError(f"{path}: no llama2.c checkpoint: {error}") from error
-    size = path.stat().st_size
-    expected = HEADER.size + 4 * sum(prod(shape) for _, _, shape in layout(config))
-    if size != expected:
-        raise ValueError(f"{path}: {size:,} bytes, but a llama2.c checkpoint of {config}, "
-                         f"{config.vocab_size} tokens and max_seq_len={max_seq_len} has "
-                         f"{expected:,}; it is cut short, or not such a checkpoint")
-    return config
+        size = Path(path).stat().st_size
+        expected = HEADER_BYTES + 4 * sum(prod(shape) for _, _, shape in layout(config))
+        if size != expected:
+            raise ValueError(f"{size:,} bytes, but a llama2.c checkpoint of {config}, {vocab_size} "
+                             f"tokens and max_seq_len={max_seq_len} has {expected:,}; it is cut "
+                             "short, or no such checkpoint")
+        return config
 
 
 def read_pieces(path: str | Path, config: LMConfig) -> Iterator[Piece]:
     """Every weight of the file, one layer's tensor in memory at a time."""
-    values = np.memmap(path, dtype="<f4", mode="r", offset=HEADER.size)
+    values = np.memmap(path, dtype="<f4", mode="r", offset=HEADER_BYTES)
     start = 0
     for source, name, shape in layout(config):
         end = start + prod(shape)
@@ -124,13 +119,11 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     if file is None:
         raise FileNotFoundError(f"no vocabulary for {path}: neither {places[0]} nor {places[1]} "
                                 "exists. Put the one that it was trained with beside it")
-    try:
+    with named_errors(file):
         scores = read_scores(file)
         if len(scores) != vocab_size:
             raise ValueError(f"{len(scores)} tokens, but {path} has {vocab_size}")
         learned = learned_tokens(scores)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
 
     byte_ids = {bytes([value]): FIRST_BYTE + value for value in range(256)}
     ids = {text.encode(): i for text, i in learned.items()}

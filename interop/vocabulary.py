@@ -33,6 +33,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from interop import named_errors
 from model.tokenizer import (CHATML, LLAMA3, PATTERN, PLAIN, ROLES, Chat, Tokenizer,
                              as_text_or_bytes)
 from runtime.files import write_atomic
@@ -305,7 +306,7 @@ def read_tokenizer_json(path: str | Path) -> Tokenizer:
     if not file.is_file():
         raise FileNotFoundError(f"no vocabulary at {file}. transformers writes one: AutoTokenizer."
                                 f"from_pretrained(NAME).save_pretrained({str(file.parent)!r})")
-    try:
+    with named_errors(file):
         library = load_library(file.read_text(encoding="utf-8"))
         config, older = (json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
                          for beside in map(file.with_name, ("tokenizer_config.json",
@@ -318,9 +319,7 @@ def read_tokenizer_json(path: str | Path) -> Tokenizer:
         theirs = json.loads(library.to_str())                   # in the newest form
         tokenizer = to_tokenizer(theirs, config, read_added(theirs, config, older), template, file)
         check_against_library(tokenizer, library)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    return tokenizer
+        return tokenizer
 
 
 def load_library(text: str) -> tokenizers.Tokenizer:
@@ -442,12 +441,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path):
     folder = Path(folder)
     name_of = {i: name for name, i in tokenizer.special_tokens.items()}
     bos, eos = name_of.get(tokenizer.bos), name_of[tokenizer.end_of_turn]
-    try:
-        library = to_library(tokenizer, name_of)
-        check_against_library(tokenizer, library)
-    except ValueError as error:
-        raise ValueError(f"{folder}: this vocabulary cannot be written as a tokenizer.json: {error}"
-                         ) from error
+    library = to_library(tokenizer, name_of)
+    check_against_library(tokenizer, library)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               "bos_token": bos, "eos_token": eos, "pad_token": name_of[tokenizer.end_of_text],
               "chat_template": write_template(tokenizer)}

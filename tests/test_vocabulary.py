@@ -284,7 +284,7 @@ def test_a_pattern_that_the_library_runs_otherwise_is_refused(tmp_path):
 def test_a_pattern_that_the_library_cannot_read_is_not_written(tmp_path):
     shipped = Tokenizer.load()
     tokenizer = Tokenizer(r"(?s:.)", shipped.special_tokens, shipped.ranks)   # Rust's, not Oniguruma's
-    with pytest.raises(ValueError, match="cannot be written as a tokenizer.json: the tokenizers library cannot read"):
+    with pytest.raises(ValueError, match="the tokenizers library cannot read its pattern"):
         write_tokenizer(tokenizer, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
