@@ -46,8 +46,8 @@ def fill(model, pieces: Iterable[Piece], path):
                                  f"{model.config}")
             place = weights[name][where]
             if place.shape != tensor.shape:
-                raise ValueError(f"tensor {source} has the shape {tuple(tensor.shape)}, but {name} of "
-                                 f"a model of {model.config} has {tuple(place.shape)}")
+                raise ValueError(f"tensor {source} has the shape {tuple(tensor.shape)}, but {name} "
+                                 f"of a model of {model.config} has {tuple(place.shape)}")
             place.copy_(tensor)
             left[name] -= place.numel()
             if left[name] < 0:
