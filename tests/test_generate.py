@@ -40,7 +40,7 @@ def without_cache(model, prompt, n):
     return ids[len(prompt):]
 
 
-# -- the cache -------------------------------------------------------------------------------------------------
+# -- the cache -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sizes", [{}, {"n_kv_heads": 1}, {"qk_norm": True, "attention_bias": True}, {"use_moe": True}],
                          ids=["plain", "one key/value head", "qk_norm and bias", "experts"])
@@ -73,7 +73,7 @@ def test_the_cache_gives_the_logits_of_the_whole_text(tiny):
     assert cache.lengths.tolist() == [7, 4, 5]
 
 
-# -- where an answer ends --------------------------------------------------------------------------------------
+# -- where an answer ends --------------------------------------------------------------------------
 
 def test_the_stop_token_ends_its_row_and_the_others_go_on(counter):
     steps = generate_steps(counter, [[3], [10, 4]], max_new_tokens=5, stop=7)
@@ -89,19 +89,16 @@ def test_an_answer_has_at_most_max_new_tokens_and_fits_into_max_seq_len(counter)
     assert generate(counter, [[0], [5]], max_new_tokens=[3, 1]) == [[1, 2, 3], [6]]     # above: 8 + 2 = 1 + 9 = max_seq_len
 
 
-@pytest.mark.parametrize("how", [{"max_new_tokens": 0}, {"max_new_tokens": [3, 0]}, {"max_new_tokens": 3, "rows": 0}], ids=str)
-def test_an_answer_without_tokens_is_refused(counter, how):
-    with pytest.raises(ValueError, match="must be 1 or more"):
-        generate(counter, [[1], [2]], **how)
+def test_an_answer_without_tokens_and_a_prompt_without_room_are_refused(counter):
+    for how in ({"max_new_tokens": 0}, {"max_new_tokens": [3, 0]}, {"max_new_tokens": 3, "rows": 0}):
+        with pytest.raises(ValueError, match="must be 1 or more"):
+            generate(counter, [[1], [2]], **how)
+    for prompts in ([[0] * 10], [[1], [0] * 12], [[1], []]):
+        with pytest.raises(ValueError, match=f"{max(map(len, prompts))} tokens.*max_seq_len=10"):
+            generate(counter, prompts, max_new_tokens=1)
 
 
-@pytest.mark.parametrize("prompts", [[[0] * 10], [[1], [0] * 12], [[1], []]], ids=["full", "too long", "empty"])
-def test_a_prompt_that_leaves_no_room_or_is_empty_is_refused(counter, prompts):
-    with pytest.raises(ValueError, match=f"{max(map(len, prompts))} tokens.*max_seq_len=10"):
-        generate(counter, prompts, max_new_tokens=1)
-
-
-# -- rows that leave and enter ---------------------------------------------------------------------------------
+# -- rows that leave and enter ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("sizes", [{}, {"use_moe": True}], ids=["dense", "experts"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
@@ -136,7 +133,7 @@ def test_a_process_that_has_nothing_left_passes_through_for_company(counter):
     counter._forward_hooks.clear()
 
 
-# -- what was thought of a token -------------------------------------------------------------------------------
+# -- what was thought of a token -------------------------------------------------------------------
 
 def test_a_sample_tells_what_the_model_thought_of_each_of_its_tokens(tiny):
     model = tiny()
@@ -163,7 +160,7 @@ def test_a_guide_is_mixed_into_what_is_drawn_from(counter, tiny):
     assert one.log_q == pytest.approx([sure, sure], abs=1e-3) and one.log_p == pytest.approx([unsure, sure], abs=1e-3)
 
 
-# -- sampling --------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------
 
 P = torch.tensor([0.15, 0.5, 0.05, 0.3])
 
@@ -189,16 +186,13 @@ def test_words_come_as_often_as_the_tempered_distribution_says(temperature, p):
     assert torch.allclose(drawn(20_000, temperature=temperature), torch.tensor(p), atol=0.015)
 
 
-@pytest.mark.parametrize("top_k, kept", [(1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
-def test_top_k_keeps_the_k_likeliest(top_k, kept):
-    assert drawn(temperature=1.0, top_k=top_k).nonzero().flatten().tolist() == kept
-
-
-@pytest.mark.parametrize("top_p, kept", [(0.4, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [0, 1, 3]),
-                                         (0.96, [0, 1, 2, 3])])
-def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p, kept):
-    # In falling order .5, .3, .15, .05 sum to .5, .8, .95, 1.
-    assert drawn(temperature=1.0, top_p=top_p).nonzero().flatten().tolist() == kept
+def test_top_k_and_top_p_keep_the_most_likely_tokens():
+    # In decreasing order .5, .3, .15, .05 sum to .5, .8, .95, 1.
+    for how, kept in (({"top_k": 1}, [1]), ({"top_k": 2}, [1, 3]), ({"top_k": 3}, [0, 1, 3]),
+                      ({"top_k": 4}, [0, 1, 2, 3]), ({"top_k": 9}, [0, 1, 2, 3]),
+                      ({"top_p": 0.4}, [1]), ({"top_p": 0.49}, [1]), ({"top_p": 0.51}, [1, 3]),
+                      ({"top_p": 0.79}, [1, 3]), ({"top_p": 0.81}, [0, 1, 3]), ({"top_p": 0.96}, [0, 1, 2, 3])):
+        assert drawn(temperature=1.0, **how).nonzero().flatten().tolist() == kept
 
 
 def test_the_kept_words_share_the_probability_of_the_dropped_ones():
@@ -214,7 +208,7 @@ def test_the_same_seed_writes_the_same_text_and_another_seed_another(tiny):
     assert text(1) == text(1) != text(2)
 
 
-# -- scoring ---------------------------------------------------------------------------------------------------
+# -- scoring ---------------------------------------------------------------------------------------
 
 class Ready:
     """Stands for a tokenizer: its conversations are (ids, targets) already."""

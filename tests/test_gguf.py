@@ -85,7 +85,7 @@ def written(file, byte_tokenizer, monkeypatch):
     return write
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# -- weights ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,7 +168,7 @@ def test_llama_keeps_our_order_of_q_and_qwen_has_hugging_faces(written):
         assert np.array_equal(data, expected.numpy())
 
 
-# -------------------------------------------------------------------------------------------------- Llama 3's frequencies
+# -- Llama 3's frequencies -------------------------------------------------------------------------
 
 
 def test_fast_frequencies_stay_and_slow_ones_are_divided_by_the_factor():
@@ -186,7 +186,7 @@ def test_divisors_that_llama_3_does_not_make_are_refused(written):
         gguf.read_config(file)
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fields, named", [
@@ -268,7 +268,7 @@ def test_a_write_that_is_interrupted_leaves_the_file_as_it_was(written, byte_tok
     assert file.read_bytes() == before
 
 
-# ---------------------------------------------------------------------------------------------------------- vocabulary
+# -- vocabulary ------------------------------------------------------------------------------------
 
 
 def test_the_vocabulary_comes_back_as_it_was(file):

@@ -81,8 +81,8 @@ def test_a_model_gives_the_logits_and_the_text_that_transformers_gives(family, f
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-4)
 
     prompt = TOKENS[:9]
-    text = theirs.generate(prompt[None], max_new_tokens=24, do_sample=False)[0, 9:].tolist()
-    assert generate(ours, [prompt.tolist()], 24) == [text]
+    text = theirs.generate(prompt[None], max_new_tokens=8, do_sample=False)[0, 9:].tolist()
+    assert generate(ours, [prompt.tolist()], 8) == [text]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,7 +123,7 @@ def test_rope_pairs_that_lie_half_a_head_apart_become_to_interleaved():
     assert torch.equal(to_half_split(to_interleaved(rows, 6), 6), rows)
 
 
-# ------------------------------------------------------------------------------------------------------------- MiniMind
+# -- MiniMind --------------------------------------------------------------------------------------
 
 
 MINIMIND = LMConfig(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, hidden_dim=40, vocab_size=288, max_seq_len=32768,
@@ -169,7 +169,7 @@ def test_minimind_without_its_tokenizer_says_where_it_should_lie(tmp_path):
         minimind.read_tokenizer(tmp_path / "full_sft_64.pth")
 
 
-# ------------------------------------------------------------------------------------------------- what cannot be loaded
+# -- what cannot be loaded -------------------------------------------------------------------------
 
 
 @pytest.fixture

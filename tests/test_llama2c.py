@@ -73,7 +73,7 @@ def tokenizer(weights):
     return read_tokenizer(weights)
 
 
-# -- weights ---------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_written_by_llama2c_come_back_equal(tiny, tmp_path, tied):
@@ -116,7 +116,7 @@ def test_a_file_that_is_no_such_checkpoint_is_refused_by_its_header(tmp_path, co
         read_config(tmp_path / "model.bin")
 
 
-# -- vocabulary ------------------------------------------------------------------------------------------------
+# -- vocabulary ------------------------------------------------------------------------------------
 
 def test_a_text_begins_with_a_space_and_the_best_scores_are_joined_first(tokenizer):
     def parts(text):

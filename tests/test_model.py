@@ -50,7 +50,7 @@ def gradients(model, loss):
     return [weight.grad.clone() for weight in model.parameters()]
 
 
-# -- who sees whom ---------------------------------------------------------------------------------------------
+# -- who sees whom ---------------------------------------------------------------------------------
 
 @every_variant
 def test_a_future_token_never_changes_the_past_and_always_the_present(tiny, sizes):
@@ -104,7 +104,7 @@ def test_the_loss_of_a_sample_gives_no_gradient_to_the_words_of_another(tiny, si
     assert reached.tolist() == [True] * 4 + [False] * 8
 
 
-# -- only where asked ------------------------------------------------------------------------------------------
+# -- only where asked ------------------------------------------------------------------------------
 
 @every_variant
 def test_at_gives_those_rows_of_the_logits_and_of_the_hidden_states(tiny, sizes):
@@ -124,7 +124,7 @@ def test_at_gives_the_gradient_of_indexing_afterwards(tiny, sizes):
         assert close(a, b, atol=1e-4 * b.abs().max().item())
 
 
-# -- attention -------------------------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
 def test_grouped_query_attention_is_full_attention_with_repeated_key_and_value_heads(tiny):
     grouped, full = tiny(n_kv_heads=2), tiny(n_kv_heads=4)
@@ -195,15 +195,15 @@ def test_dropout_in_training_is_what_the_kernel_does_not_do(tiny, dropout, train
     assert len(called) == calls                                         # once a layer
 
 
-@pytest.mark.parametrize("device, dtype, head_dim, capability, is_taken", [
-    ("cuda", torch.bfloat16, 64, (8, 0), True), ("cuda", torch.float16, 128, (9, 0), True),
-    ("cuda", torch.float16, 64, (7, 5), False),                         # a T4 has FlashAttention not at all
-    ("cuda", torch.float32, 64, (9, 0), False), ("cpu", torch.bfloat16, 64, (9, 0), False),
-    ("cuda", torch.bfloat16, 60, (9, 0), False), ("cuda", torch.bfloat16, 264, (9, 0), False)])
-def test_the_kernel_is_for_half_precision_on_a_gpu_that_has_it(device, dtype, head_dim, capability, is_taken, monkeypatch):
+def test_the_kernel_is_for_half_precision_on_a_gpu_that_has_it(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert has_varlen(torch.device(device), dtype, head_dim) == is_taken
+    for device, dtype, head_dim, capability, is_supported in (
+            ("cuda", torch.bfloat16, 64, (8, 0), True), ("cuda", torch.float16, 128, (9, 0), True),
+            ("cuda", torch.float16, 64, (7, 5), False),             # a T4 has no FlashAttention
+            ("cuda", torch.float32, 64, (9, 0), False), ("cpu", torch.bfloat16, 64, (9, 0), False),
+            ("cuda", torch.bfloat16, 60, (9, 0), False), ("cuda", torch.bfloat16, 264, (9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert has_varlen(torch.device(device), dtype, head_dim) == is_supported
 
 
 def rotation_of(model, length):  # -> (length, 1, K/2)
@@ -260,7 +260,7 @@ def test_a_sample_longer_than_max_seq_len_stops_with_both_numbers(tiny):
         tiny()(draw(25), [25])
 
 
-# -- sizes -----------------------------------------------------------------------------------------------------
+# -- sizes -----------------------------------------------------------------------------------------
 
 def test_a_tied_head_is_the_embedding_and_counts_once(tiny):
     tied, untied = tiny(), tiny(tie_embeddings=False)
@@ -290,7 +290,7 @@ def test_a_new_model_finds_all_words_about_equally_likely():
     assert abs(loss - math.log(50)) < 0.05                      # 3.91
 
 
-@pytest.mark.parametrize("sizes, message", [
+REFUSED = (
     (dict(dim=0), "dim=0 must be at least 1"),
     (dict(n_layers=0), "n_layers=0 must be at least 1"),
     (dict(dim=30, n_heads=4), "dim=30 does not split into n_heads=4 equal heads; try n_heads=3, or set head_dim"),
@@ -299,10 +299,13 @@ def test_a_new_model_finds_all_words_about_equally_likely():
     (dict(n_heads=8, n_kv_heads=0), "n_kv_heads=0"),
     (dict(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\)"),
     (dict(use_moe=True, num_experts_per_tok=5), "num_experts_per_tok=5 must lie between 1 and n_routed_experts=4"),
-])
-def test_sizes_that_do_not_fit_are_refused_with_the_value_and_the_way_out(sizes, message):
-    with pytest.raises(ValueError, match=message):
-        LMConfig(**sizes)
+)
+
+
+def test_sizes_that_do_not_fit_are_refused_with_the_value_and_the_way_out():
+    for sizes, message in REFUSED:
+        with pytest.raises(ValueError, match=message):
+            LMConfig(**sizes)
 
 
 def test_a_config_comes_back_from_its_json_and_refuses_a_name_it_does_not_know():

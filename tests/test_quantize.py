@@ -41,7 +41,7 @@ def with_weights(model, weights):
     return model
 
 
-# -- the numbers -----------------------------------------------------------------------------------------------
+# -- the numbers -----------------------------------------------------------------------------------
 
 def test_int8_by_hand():
     code = Int8(torch.tensor([[-2.54, 1.0, 0.031], [0.0, 63.5, 127.0]]))
@@ -120,7 +120,7 @@ def test_the_sizes_in_bytes():
     assert size["int4"] == 64 * 96 * 6 / 8                                  # 4 bits, and 64 a group of 32: 6
 
 
-# -- the model -------------------------------------------------------------------------------------------------
+# -- the model -------------------------------------------------------------------------------------
 
 MODELS = {"dense": {}, "untied": dict(tie_embeddings=False), "biased": dict(attention_bias=True),
           "experts": dict(use_moe=True)}
@@ -205,24 +205,18 @@ def test_experts_are_unpacked_when_their_turn_comes(tiny):
     assert torch.equal(torch.stack(list(experts)), stack.dequantised())
 
 
-# -- what is refused -------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
-def test_a_quantised_model_refuses_to_learn(tiny):
+def test_a_quantised_model_is_neither_trained_nor_quantised_again(tiny):
     model = quantize(tiny(**SIZES), "int8")
     assert not any(weight.requires_grad for weight in model.parameters())
     assert not model.eval().training
     with pytest.raises(ValueError, match="cannot be trained"):
         model.train()
-
-
-def test_an_unknown_kind_is_refused(tiny):
+    with pytest.raises(ValueError, match="int8 already"):
+        quantize(model, "int4")
     with pytest.raises(ValueError, match="'int3' must be one of int8, int4"):
         quantize(tiny(**SIZES), "int3")
-
-
-def test_a_model_is_quantised_once(tiny):
-    with pytest.raises(ValueError, match="int8 already"):
-        quantize(quantize(tiny(**SIZES), "int8"), "int4")
 
 
 def test_columns_that_do_not_split_into_groups_are_refused_before_anything_changes(tiny):

@@ -49,7 +49,7 @@ def any_text(seed, length=300):
     return "".join(map(chr, points))
 
 
-# -- text ------------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------
 
 def test_any_text_comes_back_from_its_ids(tokenizer):
     for text in [TEXT, *VARIED, *map(any_text, range(20))]:
@@ -113,7 +113,7 @@ def test_the_pieces_of_a_stream_joined_are_the_decoded_text(tokenizer):
         assert "".join(tokenizer.stream(iter(ids))) == tokenizer.decode(ids)
 
 
-# -- conversations ---------------------------------------------------------------------------------------------
+# -- conversations ---------------------------------------------------------------------------------
 
 def user(content):
     return {"role": "user", "content": content}
@@ -208,7 +208,7 @@ def test_a_vocabulary_without_chat_tokens_ends_a_turn_as_it_ends_a_text():
     assert learned == "5<|endoftext|>" and tokenizer.end_of_turn == tokenizer.end_of_text == 0
 
 
-# -- other people's vocabularies -------------------------------------------------------------------------------
+# -- other people's vocabularies -------------------------------------------------------------------
 
 def with_bytes(names=tuple(SPECIAL_TOKENS), ranks=(), **options):
     """A special token per name, the bytes from id 16, and then `ranks`."""
@@ -253,7 +253,7 @@ def test_a_byte_without_a_token_is_dropped_and_its_neighbours_join():
     assert tokenizer.encode("\x04") == [] and tokenizer.decode(tokenizer.encode("\x04\ud83d")) == "\ufffd"
 
 
-# -- the vocabulary file ---------------------------------------------------------------------------------------
+# -- the vocabulary file ---------------------------------------------------------------------------
 
 def test_a_saved_vocabulary_loads_as_the_same_tokenizer(tokenizer, tmp_path):
     path = tmp_path / "new" / "tokenizer.json"
@@ -356,7 +356,7 @@ def test_the_shipped_vocabulary_loads_and_any_text_comes_back():
         assert shipped.decode(shipped.encode(text)) == text
 
 
-# -- training --------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 def test_running_cuts_a_text_where_training_did(trained, tokenizer):
     byte_of = BYTES

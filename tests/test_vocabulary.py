@@ -100,7 +100,7 @@ def saved(library, folder, **config):
     return folder
 
 
-# -- ids ---------------------------------------------------------------------------------------------------------------
+# -- ids -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_thousand_texts_have_the_ids_of_the_library_in_and_out(libraries, tmp_path, family):
@@ -175,7 +175,7 @@ def test_merges_may_be_strings_and_the_older_forms_of_added_tokens_are_read(libr
         read_tokenizer_json(tmp_path)
 
 
-# -- chat templates ----------------------------------------------------------------------------------------------------
+# -- chat templates --------------------------------------------------------------------------------
 
 # In the manner of the published ones; the ids of those were compared with transformers' apply_chat_template.
 LOOP = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
@@ -228,7 +228,7 @@ def test_between_chat_tokens_the_ids_of_a_conversation_are_those_of_its_text(lib
         assert library.encode(tokenizer.render(messages), add_special_tokens=False).ids == ids
 
 
-# -- refused -----------------------------------------------------------------------------------------------------------
+# -- refused ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("part, value, said", [
     ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "model is WordLevel; only byte-level BPE"),
