@@ -1,8 +1,8 @@
 """
 --compile 的规律：编译后的层算的是同一回事，长度不同的批次共用同样的图；做不到的事一开始就说明。
-Laws of --compile: compiled layers compute the same, batches of other lengths share their graphs, and
-what cannot be compiled is refused at once. Without a GPU, attention's kernel is replaced, and graphs
-run operation by operation.
+Laws of --compile: compiled layers compute the same, batches of other lengths share their graphs,
+and what cannot be compiled is refused at once. Without a GPU, attention's kernel is replaced, and
+graphs run operation by operation.
 """
 
 import math

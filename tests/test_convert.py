@@ -1,7 +1,7 @@
 """
 转换的规律：换一种文件，模型不变；留层、量化、打分与当教师，都与原来的那一个一致。
-Laws of scripts/convert.py and of other people's files: a model is the same in every file, has the same
-scores, and teaches and learns the same; what cannot be converted is refused before anything is read.
+Laws of scripts/convert.py and of other people's files: a model is the same in every file, has the
+same scores, and teaches and learns the same; what cannot be converted is refused before anything is read.
 """
 
 import dataclasses

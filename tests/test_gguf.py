@@ -1,7 +1,7 @@
 """
 GGUF 的规律：写出去再读回来，fp32 一位不差，fp16 与 q8_0 的误差有界；不认识的东西都按名字拒绝。
-Laws of interop/gguf.py: in fp32 what was written comes back bit for bit, in fp16 and q8_0 within bounds that can
-be worked out, and whatever is not known is refused by its name.
+Laws of interop/gguf.py: in fp32 what was written comes back bit for bit, in fp16 and q8_0 within
+bounds that can be worked out, and whatever is not known is refused by its name.
 """
 
 import dataclasses
@@ -113,8 +113,8 @@ def test_fp16_keeps_eleven_bits_of_a_matrix_and_all_of_a_vector(kind, file, byte
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "bailingmoe2", "gpt2"])
 def test_q8_0_is_wrong_by_half_a_step_of_its_block_of_32(kind, file, byte_tokenizer):
-    # A block's largest number is 127 steps. Half a step is lost in rounding to whole ones, and at the 127th another
-    # 127 times the error of the step itself, which is kept in fp16: 127 / 2^11 = 0.06 steps.
+    # A block's largest number is 127 steps. Half a step is lost in rounding to whole ones, and at
+    # the 127th another 127 times the error of the step itself, which is kept in fp16: 127 / 2^11 = 0.06 steps.
     model = make(**KINDS[kind])
     gguf.write(model, byte_tokenizer(), file, "q8_0")
     for (name, ours), theirs in zip(model.state_dict().items(), read(file).state_dict().values()):

@@ -1,7 +1,7 @@
 """
 真值：transformers 建的小模型读进来，输出相同；写出去，transformers 再读，还是相同。
-The truth: a tiny random model that transformers built gives the same logits and the same text here, and again there after
-it was written out.
+The truth: a tiny random model that transformers built gives the same logits and the same text here,
+and again there after it was written out.
 """
 
 import json

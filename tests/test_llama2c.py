@@ -1,7 +1,7 @@
 """
 llama2.c 的规律：写下的权重原样读回；分词与 run.c 的做法处处相同；不能做到精确的，拒绝并说明原因。
-Laws of interop/llama2c.py: weights come back equal, texts get the ids that run.c gives them, and what cannot be
-exact is refused with its reason.
+Laws of interop/llama2c.py: weights come back equal, texts get the ids that run.c gives them, and
+what cannot be exact is refused with its reason.
 """
 
 import random

@@ -1,7 +1,7 @@
 """
 低秩适配的规律：起初一字不差，合并前后相同，只有适配器在学，去掉它就是原来的模型。
-Laws of model/lora.py: adapters change nothing at first, the merged model is equal, only adapters are
-trained, and without them the model is the base model.
+Laws of model/lora.py: adapters change nothing at first, the merged model is equal, only adapters
+are trained, and without them the model is the base model.
 """
 
 import copy
@@ -17,7 +17,8 @@ from helpers_run import TINY, complaint, load, same, start, succeed, wait_until
 from interop.checkpoint import adapt, load_model
 from model.generate import generate
 from model.gpt2 import GPT2
-from model.lora import LoRALinear, WithoutAdapters, add_lora, load_lora, lora_state, merge_lora, store_frozen, without_lora
+from model.lora import (LoRALinear, WithoutAdapters, add_lora, load_lora, lora_state, merge_lora,
+                        store_frozen, without_lora)
 from model.quantize import quantize
 from runtime.args import add_training_args, parse_args
 from runtime.optim import decay_groups
@@ -31,7 +32,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture
 def make(tiny):
-    """make(kind, ...) -> a model of 16 x 2 in eval mode, its weights drawn wide."""
+    """make(kind, ...) -> a model of 16 x 2 in eval mode, with large random weights."""
 
     def make(kind="dense", **sizes):
         if kind != "gpt2":
@@ -97,7 +98,7 @@ def test_alpha_is_the_rank_unless_it_is_given(make):
     assert torch.equal(logits(plain), logits(same)) and not torch.allclose(logits(plain), logits(double))
 
 
-def test_a_is_drawn_so_that_it_keeps_the_size_of_its_input():
+def test_a_is_initialised_so_that_it_keeps_the_size_of_its_input():
     torch.manual_seed(0)
     adapter = LoRALinear(nn.Linear(400, 200), rank=100, alpha=1)
     x = torch.randn(50, 400)
@@ -150,11 +151,11 @@ def test_frozen_matrices_in_bf16_change_nothing_under_autocast_to_the_last_bit(m
         if is_stored:
             store_frozen(model, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
-            words = logits(model)
-            F.cross_entropy(words.float(), NEXT).backward()
+            out = logits(model)
+            F.cross_entropy(out.float(), NEXT).backward()
             with torch.no_grad(), without_lora(model):
                 as_it_was = logits(model)
-        found.append([words, as_it_was] + [model.get_parameter(name).grad for name in lora_state(model)])
+        found.append([out, as_it_was] + [model.get_parameter(name).grad for name in lora_state(model)])
     assert all(map(torch.equal, *found)) and not torch.equal(*found[0][:2])
 
 
@@ -475,7 +476,7 @@ def test_a_randomly_initialised_model_is_not_adapted(make):
         adapt(make(), "none", 2, None, 0.0)
 
 
-def test_a_model_with_adapters_is_quantised_only_when_they_are_folded_in(models):
+def test_a_model_with_adapters_is_quantised_only_when_they_are_merged(models):
     model, _ = load_model(models / "student.pth")
     adapt(model, models / "student.pth", 4, None, 0.0)
     with pytest.raises(ValueError, match="merge_lora merges them"):

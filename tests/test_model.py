@@ -1,7 +1,7 @@
 """
 模型的规律：看不见未来，样本互不相扰，打包与否结果相同。
-Laws of model/transformer.py and model/config.py: no token sees the future, no sample sees another, and a packed stream
-gives what each sample gives alone.
+Laws of model/transformer.py and model/config.py: no token sees the future, no sample sees another,
+and a packed stream gives what each sample gives alone.
 """
 
 import dataclasses
@@ -97,14 +97,14 @@ def test_a_sample_never_changes_another(tiny, sizes):
 
 
 @dense_and_experts
-def test_the_loss_of_a_sample_gives_no_gradient_to_the_words_of_another(tiny, sizes):
-    model = tiny(tie_embeddings=False, **sizes)                 # tied, the head would give every word a gradient
+def test_the_loss_of_a_sample_gives_no_gradient_to_the_embeddings_of_another(tiny, sizes):
+    model = tiny(tie_embeddings=False, **sizes)                 # a tied head would give every row a gradient
     model(torch.tensor([0, 1, 2, 3, 6, 7, 8, 9]), [4, 4]).logits[:4].square().sum().backward()
     reached = model.tok_embeddings.weight.grad.abs().sum(dim=1) > 0
     assert reached.tolist() == [True] * 4 + [False] * 8
 
 
-# -- only where asked ------------------------------------------------------------------------------
+# -- selected positions ------------------------------------------------------------------------------
 
 @every_variant
 def test_at_gives_those_rows_of_the_logits_and_of_the_hidden_states(tiny, sizes):
@@ -118,9 +118,9 @@ def test_at_gives_those_rows_of_the_logits_and_of_the_hidden_states(tiny, sizes)
 @dense_and_experts
 def test_at_gives_the_gradient_of_indexing_afterwards(tiny, sizes):
     model, tokens, at = tiny(**sizes), draw(sum(LENGTHS)), torch.tensor([0, 2, 4, 7, 8, 14])
-    asked = gradients(model, model(tokens, LENGTHS, at=at).logits.square().sum())
+    selected = gradients(model, model(tokens, LENGTHS, at=at).logits.square().sum())
     indexed = gradients(model, model(tokens, LENGTHS).logits[at].square().sum())
-    for a, b in zip(asked, indexed):
+    for a, b in zip(selected, indexed):
         assert close(a, b, atol=1e-4 * b.abs().max().item())
 
 
@@ -137,7 +137,7 @@ def test_grouped_query_attention_is_full_attention_with_repeated_key_and_value_h
     assert close(grouped(tokens, LENGTHS).logits, full(tokens, LENGTHS).logits)
 
 
-def all_at_once(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+def masked_attention(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
     """What torch's varlen_attn says it does, by a mask: (N, H, K), (N, G, K) x 2, and where samples begin and end."""
     assert window_size == (-1, 0) and enable_gqa and cu_seq_q.dtype == torch.int32
     assert max_q == max_k == cu_seq_q.diff().max() and q.dtype == k.dtype == v.dtype
@@ -151,12 +151,12 @@ def all_at_once(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enabl
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [15], [1, 1, 13]])
 @pytest.mark.parametrize("sizes", [{}, {"n_kv_heads": 1}, {"qk_norm": True}], ids=["two heads", "one head", "qk_norm"])
-def test_all_samples_in_one_call_of_a_gpu_s_kernel_are_as_one_length_after_the_other(tiny, sizes, lengths, monkeypatch):
+def test_one_kernel_call_for_all_samples_gives_the_same(tiny, sizes, lengths, monkeypatch):
     model, tokens = tiny(**sizes), draw(15)
     here = model(tokens, lengths).logits
     one_by_one = gradients(model, here.square().sum())
     monkeypatch.setattr(transformer, "has_varlen", lambda device, dtype, head_dim: True)
-    monkeypatch.setattr(varlen, "varlen_attn", all_at_once)
+    monkeypatch.setattr(varlen, "varlen_attn", masked_attention)
     there = model(tokens, lengths).logits
     assert close(there, here) and not torch.equal(there, here)          # it was another way
     for a, b in zip(gradients(model, there.square().sum()), one_by_one):
@@ -164,15 +164,15 @@ def test_all_samples_in_one_call_of_a_gpu_s_kernel_are_as_one_length_after_the_o
 
 
 def test_the_real_kernel_takes_what_is_given_to_it():
-    real, ours = (inspect.signature(each).parameters for each in (varlen.varlen_attn, all_at_once))
+    real, ours = (inspect.signature(each).parameters for each in (varlen.varlen_attn, masked_attention))
     assert list(real)[3:7] == list(ours)[3:7]                           # by position: borders, longest
     assert {"window_size", "enable_gqa"} <= {name for name, each in real.items() if each.kind is each.KEYWORD_ONLY}
 
 
 @dense_and_experts
-def test_a_gpu_s_way_never_waits_for_a_number(tiny, sizes, monkeypatch):
-    """On tensors that have shapes and no numbers, the real kernels of attention and of experts among them: whoever asked for
-    a number would get an error."""
+def test_on_a_gpu_python_never_waits_for_a_value(tiny, sizes, monkeypatch):
+    """On meta tensors, which have shapes without values: reading a value is an error. The real kernels of
+    attention and experts run, too."""
     monkeypatch.setattr(transformer, "has_varlen", lambda device, dtype, head_dim: True)
     monkeypatch.setattr(moe, "has_grouped_products", lambda device, dtype, w1: True)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
@@ -182,15 +182,15 @@ def test_a_gpu_s_way_never_waits_for_a_number(tiny, sizes, monkeypatch):
     assert out.logits.shape == (3, 12) and all(weight.grad.shape == weight.shape for weight in model.parameters())
 
     monkeypatch.setattr(moe, "has_grouped_products", lambda device, dtype, w1: False)
-    with pytest.raises(RuntimeError) if sizes else nullcontext():       # the loop over experts asks how many tokens each has
+    with pytest.raises(RuntimeError) if sizes else nullcontext():       # the loop over experts reads how many tokens each has
         model(tokens, LENGTHS)
 
 
 @pytest.mark.parametrize("dropout, training, calls", [(0.0, True, 2), (0.1, False, 2), (0.1, True, 0)])
-def test_dropout_in_training_is_what_the_kernel_does_not_do(tiny, dropout, training, calls, monkeypatch):
+def test_the_kernel_is_not_used_with_dropout_in_training(tiny, dropout, training, calls, monkeypatch):
     called = []
     monkeypatch.setattr(transformer, "has_varlen", lambda *_: True)
-    monkeypatch.setattr(varlen, "varlen_attn", lambda *given, **how: called.append(1) or all_at_once(*given, **how))
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *given, **how: called.append(1) or masked_attention(*given, **how))
     tiny(dropout=dropout).train(training)(draw(6), [4, 2])
     assert len(called) == calls                                         # once a layer
 
@@ -283,7 +283,7 @@ def test_the_sizes_of_the_document_have_the_parameters_that_a_hand_counts(dim, n
     assert model.n_parameters() == 6400 * dim + n_layers * layer + dim == parameters
 
 
-def test_a_new_model_finds_all_words_about_equally_likely():
+def test_a_new_model_gives_all_tokens_about_the_same_probability():
     torch.manual_seed(0)
     model = Transformer(LMConfig(dim=32, n_layers=2, n_heads=4, vocab_size=50))
     loss = F.cross_entropy(model(draw(128, 1, 50), [32] * 4).logits, draw(128, 2, 50))

@@ -92,11 +92,11 @@ def test_under_autocast_all_experts_in_one_product_run_in_its_type(x, monkeypatc
 
 
 def test_one_product_for_all_is_for_bf16_on_a_gpu():
-    for device, dtype, F, D, is_supported in (
+    for device, dtype, hidden_dim, dim, is_supported in (
             ("cuda", torch.bfloat16, 16, 8, True), ("cuda", torch.float32, 16, 8, False),
             ("cpu", torch.bfloat16, 16, 8, False), ("cuda", torch.bfloat16, 12, 8, False),
             ("cuda", torch.bfloat16, 16, 4, False)):
-        stack = torch.empty(2, F, D)
+        stack = torch.empty(2, hidden_dim, dim)
         assert moe.has_grouped_products(torch.device(device), dtype, stack) == is_supported
         assert not moe.has_grouped_products(torch.device(device), dtype, Int8(stack))
 
@@ -115,7 +115,7 @@ def test_one_expert_is_the_dense_model(tiny):
     assert torch.allclose(one(tokens, [2, 4]).logits, dense(tokens, [2, 4]).logits, atol=1e-5)
 
 
-def test_the_chosen_experts_weights_sum_to_one_if_asked(x):
+def test_the_chosen_experts_weights_sum_to_one_with_norm_topk_prob(x):
     # All experts are one and the same and the router is undecided: 2 of 4 hold half of the probability.
     for norm, share in ((True, 1.0), (False, 0.5)):
         ffn = experts(E=4, A=2, norm_topk_prob=norm)
@@ -151,7 +151,7 @@ def test_the_balance_loss_of_a_batch_is_the_sum_of_its_samples(tiny):
     assert model(tokens[:7], [3, 4]).balance_loss.item() == pytest.approx((alone[0] + alone[1]).item(), rel=1e-5)
 
 
-def test_a_sample_of_which_nothing_is_asked_adds_nothing_to_the_balance_loss():
+def test_a_sample_without_tokens_adds_nothing_to_the_balance_loss():
     scores, chosen = torch.tensor([[.5, .5]] * 2), torch.tensor([[0], [1]])
     assert balance_loss(scores, chosen, torch.tensor([1, 1]), 2).item() == pytest.approx(1.0)
 

@@ -1,7 +1,7 @@
 """
 分词器的规律：任何文字都能还原，用户写不出特殊标记，只学助手的话。
-Laws of model/tokenizer.py and scripts/train_tokenizer.py: any text comes back, no user can write a special token,
-and only the assistant's words are learned.
+Laws of model/tokenizer.py and scripts/train_tokenizer.py: any text comes back, no user can write a
+special token, and only the assistant's words are learned.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """
 别人的词表的规律：编号与 tokenizers 库一个不差，写出去再读回来不变，不能一样的就拒绝并说明理由。
-Laws of interop/vocabulary.py: the ids are those of the tokenizers library, out and in again changes nothing, and
-what cannot be the same is refused with the reason.
+Laws of interop/vocabulary.py: the ids are those of the tokenizers library, out and in again changes
+nothing, and what cannot be the same is refused with the reason.
 """
 
 import json
