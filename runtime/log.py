@@ -16,6 +16,7 @@ from runtime.files import read_lines, write_atomic
 from runtime.processes import World, is_main_process, sum_over_processes
 
 LOG_FILES = []          # into which Logger writes too
+SECONDS = 10            # between two lines of Progress
 
 
 def Logger(content):
@@ -26,6 +27,37 @@ def Logger(content):
         for path in LOG_FILES:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(f"{content}\n")
+
+
+class Progress:
+    """How far this process's share of some work is: a bar on a terminal, else a line every ten seconds. Only the main
+    process prints; it takes the others to be as fast."""
+
+    def __init__(self, total: int, unit: str, world: World):
+        self.total, self.unit, self.world, self.done, self.tokens = total, unit, world, 0, 0
+        self.start = self.printed = time.perf_counter()
+        self.bar = tqdm(total=total, unit=f" {unit}", unit_scale=True, dynamic_ncols=True,
+                        disable=world.rank != 0 or not sys.stderr.isatty())
+
+    def add(self, done: int, tokens: int = 0):
+        """So many more units are done. tokens: of a unit that is not tokens, for the pace."""
+        self.done += done
+        self.tokens += tokens
+        now = time.perf_counter()
+        seconds = now - self.start
+        pace = f"{self.world.size * self.tokens / seconds:,.0f} tokens/s" if self.tokens else ""
+        if not self.bar.disable:
+            self.bar.set_postfix_str(pace, refresh=False)
+            self.bar.update(done)
+        elif self.done and (now - self.printed > SECONDS or self.done == self.total):
+            self.printed = now
+            left = seconds / self.done * (self.total - self.done)
+            Logger("  ".join(filter(None, [
+                f"{self.done:,}/{self.total:,} {self.unit}{' of this process' if self.world.size > 1 else ''}",
+                f"{self.world.size * self.done / seconds:,.1f} {self.unit}/s", pace, f"{left / 60:.1f} min left"])))
+
+    def close(self):
+        self.bar.close()
 
 
 class Clock:
