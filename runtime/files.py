@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 def replace_atomic(path: Path, write):
-    """Call `write` with a temporary path, flush the file, then rename it to `path`. Several processes may do so at
-    once."""
+    """Call `write` with a temporary path, flush the file, then rename it to `path`. Several
+    processes may do so at once."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

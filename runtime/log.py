@@ -16,7 +16,7 @@ from runtime.files import read_lines, write_atomic
 from runtime.processes import World, is_main_process, sum_over_processes
 
 LOG_FILES = []          # into which Logger writes too
-SECONDS = 10            # between two lines of Progress
+SECONDS = 10            # between two lines of ProgressBar
 
 
 def Logger(content):
@@ -29,9 +29,9 @@ def Logger(content):
                 file.write(f"{content}\n")
 
 
-class Progress:
-    """How far this process's share of some work is: a bar on a terminal, else a line every ten seconds. Only the main
-    process prints; it takes the others to be as fast."""
+class ProgressBar:
+    """The progress of this process's share of some work: a bar on a terminal, else a line every ten
+    seconds. Only the main process prints; it assumes that the others are as fast."""
 
     def __init__(self, total: int, unit: str, world: World):
         self.total, self.unit, self.world, self.done, self.tokens = total, unit, world, 0, 0
@@ -51,10 +51,12 @@ class Progress:
             self.bar.update(done)
         elif self.done and (now - self.printed > SECONDS or self.done == self.total):
             self.printed = now
-            left = seconds / self.done * (self.total - self.done)
-            Logger("  ".join(filter(None, [
-                f"{self.done:,}/{self.total:,} {self.unit}{' of this process' if self.world.size > 1 else ''}",
-                f"{self.world.size * self.done / seconds:,.1f} {self.unit}/s", pace, f"{left / 60:.1f} min left"])))
+            share = " of this process" if self.world.size > 1 else ""
+            rate = self.world.size * self.done / seconds
+            left = (self.total - self.done) * seconds / self.done / 60
+            texts = [f"{self.done:,}/{self.total:,} {self.unit}{share}",
+                     f"{rate:,.1f} {self.unit}/s", pace, f"{left:.1f} min left"]
+            Logger("  ".join(filter(None, texts)))
 
     def close(self):
         self.bar.close()

@@ -1,6 +1,7 @@
 """
 分块完成的大文件：多个进程分担，随时可中断，同一条命令续做，结果逐字节相同。
-Large files that any number of processes make in parts, and that an interrupted run resumes to the same bytes.
+Large files that any number of processes make in parts. An interrupted run resumes, to the same
+bytes.
 """
 
 import json
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from runtime.args import resume_command
 from runtime.files import write_atomic
-from runtime.log import Logger, Progress
+from runtime.log import Logger, ProgressBar
 from runtime.processes import StopSignal, World, patient_group
 
 
@@ -28,33 +29,37 @@ class Parts:
             missing = parts.prepare()
         for part in parts.mine(missing):
             parts.write(part, result)           # anything that JSON can hold
-        results = parts.join()                  # None on all processes but the main one, which makes OUT of them
+        results = parts.join()                  # on the main process, which writes OUT; else None
         parts.remove()
 
-    The result of a part, random numbers included, must depend on its number alone. Then any number of processes makes
-    the same file. All processes construct this object and call `mine` and `join`.
+    The result of a part, random numbers included, must depend on its number alone. Then any number
+    of processes makes the same file. All processes construct this object and call mine and join.
     """
 
     def __init__(self, out, about: dict, n_parts: int, world: World):
-        self.out, self.folder, self.about, self.n_parts = Path(out), Path(f"{out}.parts"), about, n_parts
+        self.out, self.folder = Path(out), Path(f"{out}.parts")
+        self.about, self.n_parts = about, n_parts
         self.world, self.group = world, patient_group(world)
         self.stop = self.progress = None        # of `mine`
 
     def prepare(self) -> list[int]:
-        """Returns the missing parts. Raises ValueError if the file exists, or parts of another file do."""
+        """Returns the missing parts. Raises ValueError if the file or parts of another file
+        exist."""
         if self.out.exists():
             raise ValueError(f"{self.out} exists already. Give another --out, or remove it")
         self.folder.mkdir(parents=True, exist_ok=True)
         about = self.folder / "about.json"
         if about.exists():
             was = json.loads(about.read_text())
-            changed = [f"{name} was {was.get(name)}, is {value}" for name, value in self.about.items()
-                       if was.get(name) != value]
+            changed = [f"{name} was {was.get(name)}, is {value}"
+                       for name, value in self.about.items() if was.get(name) != value]
             if changed:
-                raise ValueError(f"{self.folder} holds parts of another file: {'; '.join(changed)}. Resume with the "
-                                 "same settings, give another --out, or remove that folder")
+                raise ValueError(
+                    f"{self.folder} holds parts of another file: {'; '.join(changed)}. Resume with "
+                    "the same settings, give another --out, or remove that folder")
         elif any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} exists already and holds other files. Give another --out, or remove it")
+            raise ValueError(f"{self.folder} exists already and holds other files. Give another "
+                             "--out, or remove it")
         else:
             write_atomic(about, lambda file: file.write(json.dumps(self.about, indent=2).encode()))
         return self.missing()
@@ -65,17 +70,21 @@ class Parts:
     def missing(self) -> list[int]:
         return [part for part in range(self.n_parts) if not self.path(part).exists()]
 
-    def mine(self, missing: list[int], sizes: list[int] | None = None, unit: str = "parts") -> Iterator[int]:
-        """This process's share of the missing parts, until Ctrl-C. Write each part before you take the next one.
+    def mine(self, missing: list[int], sizes: list[int] | None = None,
+             unit: str = "parts") -> Iterator[int]:
+        """This process's share of the missing parts, until Ctrl-C. The caller writes each part
+        before it takes the next one.
 
-        sizes   units of work in each part of the file. The caller then reports them to `progress` as it does them, and
-                looks at `stop.requested` if a part takes long. None: a part is one unit
+        sizes   units of work in each part of the file; the caller reports them to `progress` as
+                they are done, and looks at `stop.requested` if a part takes long. None: one unit a
+                part
         """
         if self.group:
-            dist.barrier(self.group)            # no part is written before all processes know which ones are missing
+            dist.barrier(self.group)        # all processes must see the same parts missing
         mine = missing[self.world.rank::self.world.size]
         self.stop = StopSignal()
-        self.progress = Progress(sum(sizes[part] for part in mine) if sizes else len(mine), unit, self.world)
+        total = sum(sizes[part] for part in mine) if sizes else len(mine)
+        self.progress = ProgressBar(total, unit, self.world)
         for part in mine:
             if self.stop.requested:
                 break
@@ -91,7 +100,8 @@ class Parts:
         return json.loads(self.path(part).read_bytes())
 
     def wait(self, why: str | None = None):
-        """Wait for the other processes. If parts are missing, end the script with the command that resumes it.
+        """Wait for the other processes. If parts are missing, end the script and print the command
+        that resumes it.
 
         why     why this process stopped, if not because of Ctrl-C
         """
@@ -101,17 +111,18 @@ class Parts:
             dist.all_gather_object(reasons, why, group=self.group)
         n_missing = len(self.missing())
         if self.group:
-            dist.barrier(self.group)            # the folder stays until all processes have looked into it
+            dist.barrier(self.group)        # the folder stays until all processes have looked
         if n_missing:
             because = "".join(f"; {reason}" for reason in dict.fromkeys(reasons) if reason)
-            Logger(f"stopped{because}. {self.n_parts - n_missing} of {self.n_parts} parts are complete and kept. "
-                   f"Resume with: {resume_command(self.world.size)}")
+            Logger(f"stopped{because}. {self.n_parts - n_missing} of {self.n_parts} parts are "
+                   f"complete and kept. Resume with: {resume_command(self.world.size)}")
             sys.exit(1 if because else 130)
 
     def join(self, why: str | None = None) -> list | None:
-        """`wait`, then the results of all parts in their order on the main process; None on the others."""
+        """wait; then the results of all parts in order on the main process, None on the others."""
         self.wait(why)
-        return [self.read(part) for part in range(self.n_parts)] if self.world.rank == 0 else None
+        if self.world.rank == 0:
+            return [self.read(part) for part in range(self.n_parts)]
 
     def remove(self):
         """Remove the folder, once the file is written."""
