@@ -43,8 +43,7 @@ class ProgressBar:
         """So many more units are done. tokens: of a unit that is not tokens, for the pace."""
         self.done += done
         self.tokens += tokens
-        now = time.perf_counter()
-        seconds = now - self.start
+        now, seconds = time.perf_counter(), self.seconds()
         pace = f"{self.world.size * self.tokens / seconds:,.0f} tokens/s" if self.tokens else ""
         if not self.bar.disable:
             self.bar.set_postfix_str(pace, refresh=False)
@@ -57,6 +56,9 @@ class ProgressBar:
             texts = [f"{self.done:,}/{self.total:,} {self.unit}{share}",
                      f"{rate:,.1f} {self.unit}/s", pace, f"{left:.1f} min left"]
             Logger("  ".join(filter(None, texts)))
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
 
     def close(self):
         self.bar.close()

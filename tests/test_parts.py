@@ -120,7 +120,7 @@ def test_a_result_comes_back_as_it_was_even_with_half_a_character(tmp_path):
 
 def test_progress_tells_what_is_done_and_what_is_left(capsys, monkeypatch):
     """Half of 8 answers and 100 tokens in 20 seconds, by each of 2 processes: 0.4 answers/s, and 20 seconds to go."""
-    clock = iter([0.0, 5.0, 20.0])
+    clock = iter([0.0, 5.0, 5.0, 20.0, 20.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     progress = ProgressBar(8, "answers", World(0, 2, ALONE.device))
     progress.add(1, tokens=30)                      # after five seconds: no line yet
