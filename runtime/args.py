@@ -136,7 +136,8 @@ def add_process_args(parser: argparse.ArgumentParser, dtype: bool = True):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     if dtype:
         add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
-            help="dtype of the matrix products; bfloat16 falls back to float32 where the hardware has none")
+            help="dtype of the matrix products; bfloat16 falls back to float32 where the hardware "
+                 "has none")
     add("--ddp", action="store_true", help="several processes, started by torchrun")
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: set by torchrun")
 

@@ -179,8 +179,8 @@ def main():
 
     # 4. Report
     text = (f"{tables(results, name)}\n\nagreement: with {name}; KL: KL({name} || model) in nats "
-            "per token; habits: KL(truth || model) in nats, and how often the most likely answer is "
-            "the true mode; tokens/s: greedy answers, 16 at a time, on this machine")
+            "per token; habits: KL(truth || model) in nats, and how often the most likely answer "
+            "is the true mode; tokens/s: greedy answers, 16 at a time, on this machine")
     if others:
         text += (f". {', '.join(sorted(others))}: another vocabulary than {name}'s, so neither "
                  "agreement nor KL, and figures per token do not compare")

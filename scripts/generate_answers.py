@@ -41,8 +41,7 @@ import torch
 from dataset.formats import Question, read_questions
 from interop.checkpoint import load_model, sha256_of_model
 from model.generate import column_major, generate_steps
-from runtime.args import (add_process_args, check_ranges, checking_input, make_parser,
-                          parse_args)
+from runtime.args import add_process_args, check_ranges, checking_input, make_parser, parse_args
 from runtime.files import file_sha256, write_atomic
 from runtime.log import Logger
 from runtime.parts import Parts

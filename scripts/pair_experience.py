@@ -60,7 +60,8 @@ def to_row(row: dict, same: str, apart: re.Pattern | None) -> Row:
     if not isinstance(row[same], (str, int, float)):
         raise ValueError(f"{same} is {row[same]!r:.60}, neither text nor number")
     text = as_text(turns)
-    return Row(row.get("id"), row[same], group_of(row, apart) if apart else text, messages, text, others)
+    group = group_of(row, apart) if apart else text
+    return Row(row.get("id"), row[same], group, messages, text, others)
 
 
 def group_of(row: dict, apart: re.Pattern) -> str:
@@ -76,7 +77,8 @@ def as_text(messages: list[dict]) -> str:
     """[user "You see a mug.", assistant "take mug"] -> "You see a mug.\\n> take mug"; no system
     turn."""
     marks = {"user": "", "assistant": "> "}
-    return "\n".join(marks[turn["role"]] + turn["content"] for turn in messages if turn["role"] in marks)
+    return "\n".join(marks[turn["role"]] + turn["content"]
+                     for turn in messages if turn["role"] in marks)
 
 
 # ---- 2. Pairs ------------------------------------------------------------------------------------
@@ -85,8 +87,8 @@ def hold_out(rows: list[Row], share: float, rng: random.Random) -> dict[str, lis
     """{"train": rows, "test": rows} of whole groups. Raises ValueError for a single group."""
     groups = list(dict.fromkeys(row.group for row in rows))
     if len(groups) < 2:
-        raise ValueError(f"all {len(rows):,} rows are of one group, {groups[0]!r:.60}: none can be held "
-                         "out. Check --apart")
+        raise ValueError(f"all {len(rows):,} rows are of one group, {groups[0]!r:.60}: none can be "
+                         "held out. Check --apart")
     rng.shuffle(groups)
     held_out = set(groups[:min(max(1, round(share * len(groups))), len(groups) - 1)])
     print(f"{len(rows):,} rows in {len(groups):,} groups, {len(held_out):,} of them held out")
@@ -114,8 +116,8 @@ def pick(row: Row, shown: list[Row], rng: random.Random) -> Row | None:
     return shown[place + n_own if place >= start else place]
 
 
-def pairs_of(rows, demonstrations, n_pairs: int, max_chars: int, rng) -> tuple[list[tuple[Row, Row]], str]:
-    """(shuffled pairs of a row and its demonstration, a sentence on how many). 0: no limit."""
+def pairs_of(rows, demonstrations, n_pairs: int, max_chars: int, rng) -> tuple[list, str]:
+    """([(row, its demonstration)] shuffled, a sentence on how many). 0: no limit."""
     pairs, left_out = [], Counter()
     for row in rows:
         if max_chars and len(row.text) > max_chars:
@@ -128,7 +130,8 @@ def pairs_of(rows, demonstrations, n_pairs: int, max_chars: int, rng) -> tuple[l
     kept = pairs[:n_pairs or None]
     left_out["more than requested"] = len(pairs) - len(kept)
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items() if n)
-    return kept, f"{len(kept):,} pairs of {len(rows):,} rows" + (f"; left out: {reasons}" if reasons else "")
+    reasons = f"; left out: {reasons}" if reasons else ""
+    return kept, f"{len(kept):,} pairs of {len(rows):,} rows{reasons}"
 
 
 def lines_of(row: Row, demonstration: Row) -> dict[str, dict]:
@@ -139,15 +142,16 @@ def lines_of(row: Row, demonstration: Row) -> dict[str, dict]:
     prompt = PROMPT.format(demonstration=demonstration.text, question=messages[first]["content"])
     messages[first] = {"role": "user", "content": prompt}
     return {"student": {**row.others, "conversations": row.messages},
-            "teacher": {**row.others, "demonstration": demonstration.name, "conversations": messages}}
+            "teacher": {**row.others, "demonstration": demonstration.name,
+                        "conversations": messages}}
 
 
 def table(same: str, pairs: dict[str, list], demonstrations: dict[str | float, list[Row]]) -> str:
     """Pairs of each part and available demonstrations, by value of --same."""
     counts = {part: Counter(row.same for row, _ in found) for part, found in pairs.items()}
     values = [value for value, _ in sum(counts.values(), Counter()).most_common()]
-    rows = [[*(f"{of_part[value]:,}" for of_part in counts.values()), f"{len(demonstrations[value]):,}",
-             f"{value!r:.60}"] for value in values[:MAX_SHOWN]]
+    rows = [[*(f"{of_part[value]:,}" for of_part in counts.values()),
+             f"{len(demonstrations[value]):,}", f"{value!r:.60}"] for value in values[:MAX_SHOWN]]
     more = f"\n... and {len(values) - MAX_SHOWN:,} more" if len(values) > MAX_SHOWN else ""
     return aligned([[*counts, "demonstrations", same], *rows], "rrrl") + more
 
@@ -158,8 +162,8 @@ def pattern(regex: str, parser) -> re.Pattern:
     except re.error as error:
         parser.error(f"--apart {regex!r} is no regular expression: {error}")
     if not compiled.groups:
-        parser.error(f"--apart {regex!r} has no group: put what tells rows apart in parentheses, as in "
-                     "'(\\d+)/'")
+        parser.error(f"--apart {regex!r} has no group: put what tells rows apart in parentheses, "
+                     "as in '(\\d+)/'")
     return compiled
 
 
@@ -171,8 +175,8 @@ def main():
     add("--same", required=True, metavar="KEY",
         help="key of the rows; a row's demonstration has the same value there")
     add("--apart", default=None, metavar="REGEX",
-        help="regular expression whose first group, searched in a row's id, is the row's group; default: "
-             "only equal rows are of one group. After a leading dash write --apart='-(\\d+)/'")
+        help="regular expression whose first group, searched in a row's id, is the row's group; "
+             "default: only equal rows are of one group. With a leading dash: --apart='-(\\d+)/'")
     add("--out_dir", required=True, help="folder of the four files")
     add("--skip_bad_lines", action="store_true", help="skip and count lines that cannot be used")
     add = parser.add_argument_group("size").add_argument
@@ -196,10 +200,12 @@ def main():
 
     with checking_input():
         if exist := [str(path) for path in paths.values() if path.exists()]:
-            raise ValueError(f"{', '.join(exist)} exists already. Give another --out_dir, or remove it")
+            raise ValueError(f"{', '.join(exist)} exists already. Give another --out_dir, or "
+                             "remove it")
 
         # 2. Rows, of which whole groups are held out
-        rows = read_each(args.data_path, lambda row: to_row(row, args.same, apart), args.skip_bad_lines)
+        rows = read_each(args.data_path, lambda row: to_row(row, args.same, apart),
+                         args.skip_bad_lines)
         rows = [row._replace(name=number) if row.name is None else row
                 for number, row in enumerate(rows, start=1)]
         parts = hold_out(rows, args.test_share, rng)
@@ -217,7 +223,8 @@ def main():
     out_dir.mkdir(parents=True, exist_ok=True)
     for (part, side), path in paths.items():
         # surrogatepass: an id may hold half a character, which UTF-8 refuses.
-        text = "".join(json.dumps(lines_of(*pair)[side], ensure_ascii=False) + "\n" for pair in pairs[part])
+        text = "".join(json.dumps(lines_of(*pair)[side], ensure_ascii=False) + "\n"
+                       for pair in pairs[part])
         write_atomic(path, lambda file: file.write(text.encode(errors="surrogatepass")))
     print(table(args.same, pairs, demonstrations))
     print(f"Learn from them: python train_distillation.py --data_path {paths['train', 'student']} "

@@ -46,7 +46,7 @@ from runtime.optim import decay_groups
 from runtime.precision import autocast
 
 USABLE = 0.9                    # of a GPU's memory
-BUFFERS = 10                    # (rows, V) in fp32 of a divergence by autograd; forward KL needs three
+BUFFERS = 10                    # (rows, V) in fp32, of a divergence by autograd; forward KL: three
 N_GPUS = (1, 2, 4, 8)
 
 
@@ -141,26 +141,29 @@ def plan(student: LMConfig, teacher: LMConfig | None, recipe: Recipe,
                          "model/transformer.py are counted")
     n, lora, shard = count(student, recipe.lora_rank), recipe.lora_rank > 0, recipe.shard
     L, D, V = student.n_layers, student.dim, student.vocab_size
-    width = 4 if recipe.dtype == "float32" else 2           # bytes of a number in the matrix products
+    width = 4 if recipe.dtype == "float32" else 2       # bytes of a number in the matrix products
     tokens = recipe.batch_size * recipe.max_seq_len
     over = f" / {recipe.processes} processes" if shard != "none" and recipe.processes > 1 else ""
 
     # Weights, gradients, optimizer. Matrices beside adapters are frozen and stored in the products'
     # dtype.
     frozen = L * n.matrices
-    weights = (f"({width} B x {frozen:,} in the layers' matrices + 4 B x {n.all - frozen:,})" if lora
-               else f"4 B x {n.all:,}")
-    terms = [Term("weights", weights + over),
-             *([Term("adapters", f"4 B x {n.trained:,}{over}")] if lora else []),
-             Term("gradients", f"4 B x {n.trained:,}{over}"),
-             Term("AdamW", f"8 B x {n.trained:,}{over}")]
+    if lora:
+        frozen = f"{width} B x {frozen:,} in the layers' matrices + 4 B x {n.all - frozen:,}"
+        terms = [Term("weights", f"({frozen}){over}"),
+                 Term("adapters", f"4 B x {n.trained:,}{over}")]
+    else:
+        terms = [Term("weights", f"4 B x {n.all:,}{over}")]
+    terms += [Term("gradients", f"4 B x {n.trained:,}{over}"),
+              Term("AdamW", f"8 B x {n.trained:,}{over}")]
 
     # The teacher: whole, or under zero3 a shard and the gathered layers.
     if teacher:
         t = count(teacher)
         terms.append(Term("teacher", f"{width} B x {t.all:,}{over if shard == 'zero3' else ''}"))
         if shard == "zero3":
-            terms.append(Term("gathered of it", f"{width} B x ({t.rest:,} + 2 layers x {t.layer:,})"))
+            terms.append(Term("gathered of it",
+                              f"{width} B x ({t.rest:,} + 2 layers x {t.layer:,})"))
 
     # The student's weights once more: gathered from all processes, or copied by autocast, which
     # keeps the copies of trainable weights until the forward pass ends.
@@ -184,8 +187,9 @@ def plan(student: LMConfig, teacher: LMConfig | None, recipe: Recipe,
     if shard != "none" and not lora:
         phases.append([Term("gradients of the rest, to shard", f"2 x 4 B x {n.rest:,}")])
     if recipe.max_new_tokens:
-        phases.append([Term("KV cache", f"2 x {width} B x {L} layers x {student.n_kv_heads} x "
-                            f"{student.head_dim} x {recipe.rows} answers x {recipe.max_seq_len:,} tokens")])
+        phases.append([Term(
+            "KV cache", f"2 x {width} B x {L} layers x {student.n_kv_heads} x {student.head_dim} x "
+            f"{recipe.rows} answers x {recipe.max_seq_len:,} tokens")])
     return terms + max(phases, key=total)
 
 
@@ -208,7 +212,8 @@ def loss_of_sft(V: int, D: int, tokens: int, width: int, frozen_head: bool) -> s
 
 # ---- 2. What fits --------------------------------------------------------------------------------
 
-CHOICES = [("none", 0), ("zero2", 0), ("zero3", 0), ("none", 16), ("zero3", 16)]     # simplest first
+# (--shard, --lora_rank), the simplest first.
+CHOICES = [("none", 0), ("zero2", 0), ("zero3", 0), ("none", 16), ("zero3", 16)]
 
 # What makes a plan smaller, from the most to the least costly: adapters learn less, gathering takes
 # time, and so does a second forward pass.
@@ -231,9 +236,10 @@ def remedy(student: LMConfig, teacher: LMConfig | None, recipe: Recipe, room: fl
            distilled: bool = True) -> tuple[str, int] | None:
     """The least costly flags with which the run fits into `room` bytes, with its bytes; None:
     none."""
-    for chosen in itertools.product((False, True), repeat=len(REMEDIES)):       # the last flag first
-        flags = list(itertools.compress(REMEDIES, chosen))
-        changed = replace(recipe, **{key: value for flag in flags for key, value in REMEDIES[flag].items()})
+    for chosen in itertools.product((False, True), repeat=len(REMEDIES)):   # the last flag first
+        flags, changed = list(itertools.compress(REMEDIES, chosen)), recipe
+        for flag in flags:
+            changed = replace(changed, **REMEDIES[flag])
         if changed.shard == "none" or changed.processes > 1:
             needed = total(plan(student, teacher, changed, distilled))
             if needed <= room:
@@ -318,9 +324,10 @@ def planned_and_measured(n: int, device: str) -> str:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             measured = process.submit(measure, config, recipe, device).result()
         planned = total(plan(config, config, recipe))
-        rows.append([str(config), f"{config.vocab_size:,}", f"{recipe.batch_size * recipe.max_seq_len:,}",
-                     f"{recipe}{', grad_checkpoint' * recipe.grad_checkpoint}",
-                     f"{planned / 1e6:,.0f}", f"{measured / 1e6:,.0f}", f"{planned / measured:.2f}"])
+        tokens, more = recipe.batch_size * recipe.max_seq_len, ", grad_checkpoint"
+        rows.append([str(config), f"{config.vocab_size:,}", f"{tokens:,}",
+                     f"{recipe}{more * recipe.grad_checkpoint}", f"{planned / 1e6:,.0f}",
+                     f"{measured / 1e6:,.0f}", f"{planned / measured:.2f}"])
     return markdown(rows, "lrrlrrr")
 
 
@@ -336,11 +343,11 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument_group("models").add_argument
     add("--student", default=None,
-        help=f"a size, {' '.join(SIZES)}, or the path of a model; default: a table of all sizes with "
-             "the simplest --shard and --lora_rank that fit, and --grad_checkpoint")
+        help=f"a size, {' '.join(SIZES)}, or the path of a model; default: a table of all sizes, "
+             "with --grad_checkpoint and the simplest --shard and --lora_rank that fit")
     add("--teacher", default="copy",
-        help="a size or a path; copy: of the student's size; self: the student without its adapters, "
-             "which takes no memory; none: train_sft.py")
+        help="a size or a path; copy: of the student's size; self: the student without its "
+             "adapters, which takes no memory; none: train_sft.py")
     add = parser.add_argument_group("recipe: flags of the training scripts").add_argument
     add("--batch_size", type=int, default=2, help="samples per micro-batch and process")
     add("--max_seq_len", type=int, default=2048, help="length of a sample, in tokens")
@@ -358,8 +365,8 @@ def main():
     add = parser.add_argument_group("machine").add_argument
     add("--gpu_gb", type=float, default=80.0, help="memory of a GPU, in 10^9 bytes")
     add("--measure", type=int, nargs="?", default=0, const=len(MEASURED), metavar="N",
-        help=f"train the first N of {len(MEASURED)} small pairs (default: all) and print planned and "
-             "measured memory; on a CPU, Linux only")
+        help=f"number of small pairs, of {len(MEASURED)}, that are trained to print planned and "
+             "measured memory; default: all; on a CPU, Linux only")
     add("--device", default="cpu", help="device of --measure: cpu, cuda, cuda:1, ...")
     args = parse_args(parser)
     check_ranges(parser, args, *((name, vars(args)[name] > 0, "be above 0") for name in (
@@ -368,8 +375,8 @@ def main():
         parser.error("--teacher self is the student without its adapters: give a --lora_rank, or "
                      "--teacher copy")
     if args.shard != "none" and args.processes == 1:
-        parser.error(f"--shard {args.shard} shards the model over processes, and there is one. Type:\n"
-                     f"    python {command_line()} --processes 2")
+        parser.error(f"--shard {args.shard} shards the model over processes, and there is one. "
+                     f"Type:\n    python {command_line()} --processes 2")
     recipe = Recipe(args.batch_size, args.max_seq_len, args.processes, args.shard, args.lora_rank,
                     args.grad_checkpoint, args.dtype, args.max_new_tokens, args.rows)
     room = USABLE * args.gpu_gb * 1e9
@@ -392,8 +399,9 @@ def main():
     for term in terms:
         print(f"{term.name:<32}{term.bytes / 1e9:>8.2f} GB   {term.formula}")
     needed = total(terms)
-    print(f"{'in all, on each process':<32}{needed / 1e9:>8.2f} GB   "
-          f"{'fits' if needed <= room else 'does not fit'}: {args.gpu_gb:g} GB leave {room / 1e9:g}")
+    fits = "fits" if needed <= room else "does not fit"
+    print(f"{'in all, on each process':<32}{needed / 1e9:>8.2f} GB   {fits}: {args.gpu_gb:g} GB "
+          f"leave {room / 1e9:g}")
     if needed > room:
         found = remedy(student, teacher, recipe, room, distilled)
         print(f"it fits with {found[0]}: {found[1] / 1e9:.2f} GB" if found else
