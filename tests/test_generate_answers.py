@@ -223,7 +223,7 @@ def test_a_run_that_is_interrupted_within_a_part_resumes_to_the_file_of_an_unbro
     running.send(signal.SIGINT)
     ended, n_done = running.wait(), len(list(parts.glob("part-*.json")))
     assert ended.code == 130 and not out.exists() and 2 <= n_done < 16, ended.output
-    assert f"{n_done} of 16 parts are complete and kept. Resume with: python {SCRIPT}" in ended.output
+    assert f"{n_done} of 16 parts are saved. Resume with: python {SCRIPT}" in ended.output
 
     printed = complaint(SCRIPT, out=out, **flags, **SAMPLED | {"temperature": 0.5})
     assert f"{parts} holds parts of another file: --temperature was 1.0, is 0.5. " in printed

@@ -80,14 +80,14 @@ def test_a_run_that_was_ended_resumes_with_the_missing_parts_and_only_with_the_s
     ended, done = running.wait(), times(folder)
     assert ended.code == code and not out.exists() and 3 <= len(done) < 6, ended.output
     if code == 130:
-        assert f"stopped. {len(done)} of 6 parts are complete and kept. Resume with: python {script}" in ended.output
+        assert f"stopped. {len(done)} of 6 parts are saved. Resume with: python {script}" in ended.output
 
     printed = complaint(script, out=out, tag="new")
     assert f"{folder} holds parts of another file: tag was None, is new. Resume with the same settings" in printed
     assert times(folder) == done
 
     stopped = start(script, out=out, slow_from=0, stop_at=5, processes=2).wait()    # the parts of 0 .. 4, not of 5
-    assert stopped.code == 1 and "stopped; the budget is spent. 5 of 6 parts are complete and kept" in stopped.output
+    assert stopped.code == 1 and "stopped; the budget is spent. 5 of 6 parts are saved" in stopped.output
     assert done.items() <= times(folder).items()                                    # nothing is made twice
     succeed(script, out=out)
     assert out.read_text() == "[0, 1, 4, 9, 16, 25]" and not folder.exists()

@@ -165,7 +165,7 @@ def test_a_run_that_is_ended_goes_on_with_what_is_missing(how, code, processes, 
     done = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.bin")}
     assert ended.code == code and not (folder / "about.json").exists() and 3 <= len(done) < 16, ended.output
     if code == 130:
-        assert f"{len(done)} of 16 parts are complete and kept. Resume with: python {SCRIPT}" in ended.output
+        assert f"{len(done)} of 16 parts are saved. Resume with: python {SCRIPT}" in ended.output
     with pytest.raises(ValueError, match=f"half written, {len(done) + 2} of 18 files"):
         TeacherCache(folder)
 
