@@ -114,8 +114,8 @@ class Parts:
             dist.barrier(self.group)        # the folder stays until all processes have looked
         if n_missing:
             because = "".join(f"; {reason}" for reason in dict.fromkeys(reasons) if reason)
-            Logger(f"stopped{because}. {self.n_parts - n_missing} of {self.n_parts} parts are saved. "
-                   f"Resume with: {resume_command(self.world.size)}")
+            Logger(f"stopped{because}. {self.n_parts - n_missing} of {self.n_parts} parts are "
+                   f"saved. Resume with: {resume_command(self.world.size)}")
             sys.exit(1 if because else 130)
 
     def join(self, why: str | None = None) -> list | None:

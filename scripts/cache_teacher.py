@@ -32,7 +32,7 @@ from runtime.args import add_process_args, checking_input, make_parser, parse_ar
 from runtime.files import file_sha256
 from runtime.log import Logger
 from runtime.parts import Parts
-from runtime.precision import autocast, pick_dtype
+from runtime.precision import autocast
 from runtime.processes import init_distributed_mode, main_process_first
 
 
