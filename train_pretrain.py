@@ -6,54 +6,57 @@ Pretraining: given the text so far, predict the next token.
 
 Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", Eq. 1.
 
-When: you have text, and no model yet. 300 steps take the tiny student from 6.93 to 1.57 nats per token.
+When: you have text, and no model yet. 300 steps take the tiny student from 6.93 to 1.57 nats
+per token.
 
 one process    python train_pretrain.py
 two processes  torchrun --nproc_per_node 2 train_pretrain.py --ddp
 """
 
-import argparse
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from dataset.lm_dataset import MicroBatches, PretrainDataset, in_order, make_loader, open_data
 from evaluation.validation import evaluate
-from interop.checkpoint import load_model, new_model, prepare, save_model
+from interop.checkpoint import prepare, run_name, save_model
+from interop.sizes import init_student_model
 from model.config import LMConfig
-from runtime.args import add_training_args, checking_input, lora_options, parse_args
+from runtime.args import add_training_args, checking_input, lora_options, make_parser, parse_args
 from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
 from runtime.log import Log, Logger, init_wandb
 from runtime.optim import decay_groups, trained_weights
 from runtime.precision import autocast, seed_everything
-from runtime.processes import (StopSignal, full_tensor, init_distributed_mode, main_process_first, parallelize,
-                               release_gathered, sync_gradients)
-from runtime.schedules import epochs_left, get_lr, is_due, steps_of_epoch
+from runtime.processes import (StopSignal, full_tensor, init_distributed_mode, main_process_first,
+                               parallelize, release_gathered, sync_gradients)
+from runtime.schedules import get_lr
 
 
-def train_epoch(epoch, wandb, *, args, world, name, student, tokenizer, modules, optimizer, scaler, data, val_data,
+def train_epoch(epoch, wandb, *,
+                args, world, name, student, tokenizer, modules, optimizer, scaler, data, val_data,
                 loader, progress, log, stop):
     total_steps, weights = progress.total_steps, trained_weights(optimizer)
-    for step in steps_of_epoch(epoch, data.steps_per_epoch, progress.steps_done, total_steps):
+    for step in progress.steps_of(epoch, data.steps_per_epoch):
         # 1. Learning rate: linear warm-up, then cosine
         lr = get_lr(step, total_steps, args.learning_rate, args.warmup_iters)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # 2. Gradients: losses are summed over tokens and divided once by the tokens of the whole optimizer step, so
-        #    that any split into micro-batches and processes gives the same step.
-        seed_everything(args.seed, step, world.rank)        # dropout depends on the step alone: a resumed run repeats it
+        # 2. Gradients: losses are summed over tokens and divided once by the tokens of the whole
+        #    optimizer step, so any split into micro-batches and processes gives the same step.
+        seed_everything(args.seed, step, world.rank)    # resuming repeats this step's dropout
         for micro in range(args.accumulation_steps):
             batch, is_last = next(loader).to(world.device), micro == args.accumulation_steps - 1
             with autocast(world.device, world.dtype), sync_gradients(modules, is_last):
                 out = modules["model"](batch.tokens, batch.lengths, at=batch.at)
-                ce = F.cross_entropy(out.logits.float(), batch.targets, reduction="sum") / batch.step_targets
+                ce = F.cross_entropy(out.logits.float(), batch.targets, reduction="sum")
+                loss = ce / batch.step_targets
                 balance = out.balance_loss / batch.step_samples
-                loss = ce + student.config.aux_loss_alpha * balance
-            scaler.scale(loss * world.size).backward()      # DDP averages over processes; the step needs their sum
-            log.add(len(batch.tokens), loss=ce, **({"balance": balance} if student.config.use_moe else {}))
+                total = loss + student.config.aux_loss_alpha * balance
+            scaler.scale(total * world.size).backward()     # DDP averages, the step needs the sum
+            log.add(len(batch.tokens), loss=loss,
+                    **({"balance": balance} if student.config.use_moe else {}))
 
         # 3. Update
         scaler.unscale_(optimizer)
@@ -62,20 +65,20 @@ def train_epoch(epoch, wandb, *, args, world, name, student, tokenizer, modules,
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         release_gathered(modules)
-
-        # 4. Log, validate, save
         progress.steps_done = step + 1
-        due = partial(is_due, steps_done=step + 1, total_steps=total_steps)
+
+        # 4. Log, validate, save. A save ends a row: a resumed run writes the same rows.
         log.step()
-        if due(args.log_interval) or due(args.save_interval):   # a resumed run then writes the same rows
+        if progress.is_due(args.log_interval) or progress.is_due(args.save_interval):
             log.row(step + 1, wandb, lr=lr, grad_norm=full_tensor(grad_norm))
-        if val_data is not None and due(args.eval_interval):
-            scores = evaluate(student, in_order(val_data, world.rank, world.size), world.device, dtype=world.dtype)
+        if val_data is not None and progress.is_due(args.eval_interval):
+            val_loader = in_order(val_data, world.rank, world.size)
+            scores = evaluate(student, val_loader, world.device, dtype=world.dtype)
             log.row(step + 1, wandb, **scores)
             if progress.is_best(scores["val_loss"]):
                 save_model(student, tokenizer, f"{name}_best.pth")
         stopping = stop.agreed(step + 1, world)
-        if stopping or due(args.save_interval):
+        if stopping or progress.is_due(args.save_interval):
             save_model(student, tokenizer, f"{name}.pth")
             save_resume(f"{name}.resume", modules, optimizer, scaler, progress)
         if stopping:
@@ -84,19 +87,20 @@ def train_epoch(epoch, wandb, *, args, world, name, student, tokenizer, modules,
 
 def main():
     # 1. Arguments
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("lesson").add_argument
     add("--data_path", nargs="+", default=["./dataset/pretrain_data.jsonl"],
         help='JSONL files with rows {"text": ...}, or plain text')
     add("--weights", default="none", help="initial weights; none: random")
     add("--dim", type=int, default=512, help="width of a randomly initialised model")
     add("--n_layers", type=int, default=8, help="number of its layers")
-    add("--n_heads", type=int, default=8, help="number of its query heads; half as many key/value heads")
+    add("--n_heads", type=int, default=8, help="number of its query heads; half as many KV heads")
     add("--use_moe", action="store_true", help="its FFNs are mixtures of experts")
     add("--dropout", type=float, default=0.0, help="dropout probability, in [0, 1)")
     add("--epochs", type=int, default=1, help="passes over the data")
     add("--batch_size", type=int, default=32, help="samples per micro-batch and process")
-    add("--learning_rate", type=float, default=5e-4, help="learning rate; cosine decay from 1.1x to 0.1x of it")
+    add("--learning_rate", type=float, default=5e-4,
+        help="learning rate; cosine decay from 1.1x to 0.1x of it")
     add_training_args(parser)
     args = parse_args(parser)
 
@@ -106,35 +110,41 @@ def main():
 
     with checking_input():
         # 3. Model
-        config = LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, use_moe=args.use_moe,
-                          dropout=args.dropout, max_seq_len=args.max_seq_len or 512)
-        student, tokenizer = new_model(config, args.tokenizer) if args.weights == "none" else load_model(args.weights)
-        prepare(student, args.weights, world, lora_options(args), args.grad_checkpoint, args.compile)
+        config = LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads,
+                          use_moe=args.use_moe, dropout=args.dropout,
+                          max_seq_len=args.max_seq_len or 512)
+        weights = args.weights
+        student, tokenizer = init_student_model(config, weights=weights, vocabulary=args.tokenizer)
+        prepare(student, weights, world, lora_options(args), args.grad_checkpoint, args.compile)
 
         # 4. Data
+        max_seq_len = student.context_length(args.max_seq_len)
         train_data, val_data = open_data(
-            PretrainDataset, args.data_path, tokenizer, student.context_length(args.max_seq_len), args.val_path,
+            PretrainDataset, args.data_path, tokenizer, max_seq_len, args.val_path,
             args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger)
-        data = MicroBatches(train_data, args.batch_size, args.accumulation_steps, world.rank, world.size, args.seed)
+        data = MicroBatches(train_data, args.batch_size, args.accumulation_steps, world.rank,
+                            world.size, args.seed)
 
         # 5. Optimizer, and the step at which an interrupted run stopped
-        name = f"{args.out_dir}/pretrain_{student.config.dim}{student.config.moe_path}{'_lora' if args.lora_rank else ''}"
+        name = run_name(args.out_dir, "pretrain", student)
         modules = {"model": parallelize(student, world, args.shard, student.shard_units())}
-        optimizer = torch.optim.AdamW(decay_groups(modules, args.weight_decay), lr=args.learning_rate,
-                                      betas=(0.9, 0.95), fused=True)
+        optimizer = torch.optim.AdamW(decay_groups(modules, args.weight_decay),
+                                      lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-        progress = start_progress(args, data, args.max_steps or args.epochs * data.steps_per_epoch, student.adapted)
+        progress = start_progress(args, data, args.epochs, student.adapted)
         if args.resume:
             progress = load_resume(f"{name}.resume", modules, optimizer, scaler, progress)
 
     # 6. Train
     Logger(f"loss = CE; {progress.total_steps} steps of {data.step_samples} samples")
-    wandb, log, stop = init_wandb(args, name, progress), Log(f"{name}.jsonl", progress, world), StopSignal()
-    loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers, world.device)
-    for epoch in epochs_left(data.steps_per_epoch, progress.steps_done, progress.total_steps):
-        train_epoch(epoch, wandb, args=args, world=world, name=name, student=student, tokenizer=tokenizer,
-                    modules=modules, optimizer=optimizer, scaler=scaler, data=data, val_data=val_data, loader=loader,
-                    progress=progress, log=log, stop=stop)
+    wandb, log, stop = init_wandb(args, name, progress), Log(name, progress, world), StopSignal()
+    loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
+                         world.device)
+    for epoch in progress.epochs(data.steps_per_epoch):
+        train_epoch(epoch, wandb,
+                    args=args, world=world, name=name, student=student, tokenizer=tokenizer,
+                    modules=modules, optimizer=optimizer, scaler=scaler, data=data,
+                    val_data=val_data, loader=loader, progress=progress, log=log, stop=stop)
         if stop.stopped:
             break
     end_run(log, wandb, progress, world)

@@ -214,8 +214,8 @@ class IntermediateLosses(nn.Module):
                       for c in (student_config, teacher_config)]
             check_relation_heads(*([torch.empty(0, width) for width in each] for each in widths), relation_heads)
 
-    def forward(self, batch, out, teacher_out) -> dict[str, torch.Tensor]:
-        """Each loss in use, unweighted, divided by the tokens (or samples) of the whole optimizer step."""
+    def forward(self, batch, out, teacher_out):  # -> (), {name: ()}
+        """Their weighted sum, and each of them unweighted; divided by the tokens (or samples) of the optimizer step."""
         terms = {}
         if "feature" in self.weights:
             features = self.projections(out.hidden, teacher_out.hidden)
@@ -226,4 +226,4 @@ class IntermediateLosses(nn.Module):
         if "contrastive" in self.weights:
             terms["contrastive"] = contrastive_loss(self.contrast(out.final), teacher_out.final, batch.lengths,
                                                     batch.at, self.temperature) / batch.step_samples
-        return terms
+        return sum(self.weights[name] * term for name, term in terms.items()), terms

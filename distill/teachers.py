@@ -3,6 +3,7 @@
 Teachers: one or several models in memory, or their cached outputs on disk; and which combinations are possible.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ class Teacher(NamedTuple):
     weight: float = 1.0         # several teachers act as one: p = sum of weight * p of each
     tokenizer: Any = None       # of a model
 
+    def __str__(self):
+        name = self.source.described() if self.is_cached else f"teacher {self.source.config}"
+        return name if self.weight == 1.0 else f"{self.weight:.2g} x ({name})"
+
     @property
     def is_cached(self) -> bool:
         return isinstance(self.source, TeacherCache)
@@ -29,6 +34,32 @@ class TeacherOutputs(NamedTuple):
     predictions: list[Dense] | TopK     # next-token distributions
     matched: torch.Tensor | None        # (S,) with another tokenizer: where the teacher is used
     out: Any                            # the model's whole Output, for intermediate-layer losses
+
+
+def path_and_weight(spec: str) -> tuple[str, float]:
+    """'PATH=WEIGHT', or 'PATH' with weight 1."""
+    path, _, weight = spec.rpartition("=")
+    try:
+        return (spec, 1.0) if not path or Path(spec).exists() else (path, float(weight))
+    except ValueError:
+        raise ValueError(f"{spec}: {weight!r} is not a number; write PATH=WEIGHT, or PATH alone") from None
+
+
+def make_teachers(models, caches, device, load) -> list[Teacher]:
+    """From --teacher and --teacher_cache, each 'PATH=WEIGHT' or 'PATH'; their weights normalised to sum to 1.
+
+    load    path -> (model, tokenizer)
+    """
+    teachers = []
+    for path, weight in map(path_and_weight, models or []):
+        model, tokenizer = load(path)
+        teachers.append(Teacher(model, weight, tokenizer))
+    for path, weight in map(path_and_weight, caches or []):
+        teachers.append(Teacher(TeacherCache(path).to(device), weight))
+    if min(teacher.weight for teacher in teachers) <= 0:
+        raise ValueError("the weight of a teacher must be above 0; leave out a teacher that is not wanted")
+    total = sum(teacher.weight for teacher in teachers)
+    return [teacher._replace(weight=teacher.weight / total) for teacher in teachers]
 
 
 def teacher_outputs(teachers: list[Teacher], batch, vocab_size: int | None = None,
@@ -58,34 +89,6 @@ def trim_padded_vocab(head, vocab_size: int | None):  # (V, D) -> (V, D)
     return head[:vocab_size] if vocab_size and len(head) > vocab_size else head
 
 
-def check_teachers(teachers, divergence="forward_kl", intermediate=(), plain_loss=False, other_prompts=False,
-                   temperatures=(1.0, None)):
-    """Refuse combinations that do not work.
-
-    intermediate    names of the intermediate-layer losses in use; temperatures: (temperature, final temperature)
-    """
-    single_model = len(teachers) == 1 and not teachers[0].is_cached
-    for needs_model, flag in ((bool(intermediate), f"--{[*intermediate, ''][0]}_weight"),
-                              (plain_loss, "--plain_loss"), (other_prompts, "--teacher_data_path"),
-                              (divergence == "uld", "--divergence uld")):
-        if needs_model and not single_model:
-            raise ValueError(f"{flag} needs exactly one --teacher in memory, and no --teacher_cache")
-    if divergence == "uld" and (intermediate or plain_loss):
-        raise ValueError(f"--divergence uld compares sorted probabilities; "
-                         f"{f'--{intermediate[0]}_weight' if intermediate else '--plain_loss'} compares position by "
-                         "position. Leave one of them out")
-    if other_prompts and "attention" in intermediate:
-        raise ValueError("--attention_weight compares all tokens of a sample, but with --teacher_data_path the prompts "
-                         "differ. Leave one of them out")
-    for cache in [teacher.source for teacher in teachers if teacher.is_cached and teacher.source.top_k]:
-        if len(teachers) > 1:
-            raise ValueError(f"{cache} holds the top {cache.top_k} tokens only, which cannot be mixed with other "
-                             "teachers; write it without --top_k")
-        if temperatures != (cache.temperature, None):
-            raise ValueError(f"{cache} holds the top {cache.top_k} tokens at temperature {cache.temperature:g}, and a "
-                             "tail probability cannot be rescaled: train at this --temperature, or write it for another")
-
-
 def check_vocabulary(teachers, student_config, tokenizer, divergence="forward_kl", pad_vocab=False):
     """Column v must be the same token in all distributions, except for ULD. (A cache is checked with the data.)"""
     for source, _, its_tokenizer in teachers:
@@ -101,6 +104,29 @@ def check_vocabulary(teachers, student_config, tokenizer, divergence="forward_kl
             raise ValueError(f"{sizes}the tokenizer has {tokenizer.vocab_size}. If the rest is padding: --pad_vocab")
 
 
+def teacher_side(teachers, tokenizer, paths, teacher_paths, max_seq_len: int):
+    """(paths, tokenizer, context length) of a teacher that reads its own tokens of the same samples: it has another
+    tokenizer, or privileged context in its prompts. None: all read the same.
+
+    Raises ValueError for samples longer than the context of a teacher that reads them.
+    """
+    models = [teacher for teacher in teachers if not teacher.is_cached]
+    for source, _, its_tokenizer in models:
+        if teacher_paths or its_tokenizer.sha256 != tokenizer.sha256:
+            return teacher_paths or paths, its_tokenizer, source.config.max_seq_len
+        if max_seq_len > source.config.max_seq_len:
+            raise ValueError(f"samples of up to {max_seq_len} tokens exceed the teacher's context length of "
+                             f"{source.config.max_seq_len}: --max_seq_len {source.config.max_seq_len}")
+
+
+def check_caches(teachers, data, pad_vocab=False):
+    """Each cache of the teachers against the training and validation data (or None)."""
+    for teacher in teachers:
+        for part in data:
+            if teacher.is_cached and part is not None:
+                check_cache(teacher.source, part, pad_vocab)
+
+
 def check_cache(cache: TeacherCache, data, pad_vocab=False):
     """Refuse a cache that was not written for these samples and this tokenizer."""
     tokenizer = data.tokenizer
@@ -113,3 +139,19 @@ def check_cache(cache: TeacherCache, data, pad_vocab=False):
                 {path: file_sha256(path) for path in data.paths},
                 (sample_key(data.sample(i)) for i in range(len(data))),
                 lambda i: f"{data}, sample {data.rows[i] + 1}")
+
+
+def progressive_distillation(large_model, medium_model, small_model, train_loader, epochs=5, *, distill):
+    """large -> medium -> small: each student becomes the teacher assistant of the next. Returns the small one.
+
+    medium_model    one, or a list from large to small; it may be empty
+    distill         distill(teacher, student, train_loader, epochs) trains one student
+
+    Mirzadeh et al. 2019, https://arxiv.org/abs/1902.03393.
+    """
+    assistants = medium_model if isinstance(medium_model, list) else [medium_model]
+    teacher = large_model
+    for student in (*assistants, small_model):
+        distill(teacher=teacher, student=student, train_loader=train_loader, epochs=epochs)
+        teacher = student
+    return small_model

@@ -27,7 +27,7 @@ from model.tokenizer import DEFAULT, Tokenizer
 from model.transformer import Transformer
 from runtime.files import file_sha256
 from runtime.log import Logger
-from runtime.processes import World, fully_shard
+from runtime.processes import World, fully_shard, is_sharded
 
 save_model = native.write
 
@@ -48,19 +48,24 @@ def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, To
     return model.eval(), reader.read_tokenizer(path)
 
 
-def load_teacher(path, world: World, shard: str = "none", compiled: bool = False) -> Transformer:
-    """A model that is never trained: in eval mode, without gradients, in bf16 where matrix products run in bf16, whole
-    on each device or, under zero3, sharded over the processes."""
-    dtype = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
+def load_teacher(path, world: World, shard="none", compiled=False) -> tuple[Transformer, Tokenizer]:
+    """A model that is never trained: see `freeze`. Under zero3 it is sharded over the processes."""
     # A model that will be sharded need not fit on one device.
-    model, _ = load_model(path, "cpu" if shard == "zero3" else world.device, dtype)
+    model, tokenizer = load_model(path, "cpu" if shard == "zero3" else world.device)
     Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {path}")
-    model.requires_grad_(False)
+    freeze(model, world)
     if shard == "zero3":
         fully_shard(model, world._replace(dtype=None), model.shard_units())
     elif compiled:
         compile_layers(model, world.device, world.dtype)
-    return model
+    return model, tokenizer
+
+
+def freeze(model: Transformer, world: World) -> Transformer:
+    """In eval mode, without gradients, in bf16 where matrix products run in bf16."""
+    if world.dtype == torch.bfloat16 and not is_sharded(model):
+        model.to(torch.bfloat16)
+    return model.eval().requires_grad_(False)
 
 
 def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, Tokenizer]:
@@ -112,6 +117,11 @@ def sha256_of_model(path) -> str:
         return file_sha256(path)
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
     return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}" for file in files).encode()).hexdigest()
+
+
+def run_name(out_dir, prefix: str, model: Transformer) -> str:
+    """OUT_DIR/PREFIX_DIM, with _moe or _lora: what the files of a run begin with."""
+    return f"{out_dir}/{prefix}_{model.config.dim}{model.config.moe_path}{'_lora' if model.adapted else ''}"
 
 
 def new_model(config: LMConfig, vocabulary=None) -> tuple[Transformer, Tokenizer]:

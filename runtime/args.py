@@ -50,6 +50,10 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace, *ran
             parser.error(f"--{flag} {vars(args)[flag]} must {needed}")
 
 
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def add_training_args(parser: argparse.ArgumentParser):
     """The flags that all training scripts share; each script adds those of its own lesson."""
     add = parser.add_argument_group("optimization").add_argument

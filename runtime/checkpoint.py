@@ -42,6 +42,19 @@ class Progress:
     wandb_id: str | None = None
     memory: dict = field(default_factory=dict)      # what else a script needs back: numbers and strings
 
+    def epochs(self, steps_per_epoch: int) -> range:
+        """The epochs that have steps still to be done."""
+        return range(self.steps_done // steps_per_epoch, math.ceil(self.total_steps / steps_per_epoch))
+
+    def steps_of(self, epoch: int, steps_per_epoch: int) -> range:
+        """The optimizer steps of an epoch that are still to be done."""
+        return range(max(epoch * steps_per_epoch, self.steps_done),
+                     min((epoch + 1) * steps_per_epoch, self.total_steps))
+
+    def is_due(self, interval: int) -> bool:
+        """Whether what happens every `interval` steps, and after the last, is due. 0: only after the last."""
+        return self.steps_done == self.total_steps or interval > 0 and self.steps_done % interval == 0
+
     def is_best(self, loss: float) -> bool:
         """Whether this is the lowest validation loss so far; it is remembered."""
         better = loss < self.best
@@ -49,8 +62,10 @@ class Progress:
         return better
 
 
-def start_progress(args, data, total_steps: int, adapted: dict | None = None) -> Progress:
-    """At step 0. data: MicroBatches; adapted: of a model with adapters, whose resume file lacks the frozen weights."""
+def start_progress(args, data, epochs: int, adapted: dict | None = None) -> Progress:
+    """At step 0. data: MicroBatches; adapted: of a model with adapters, whose resume file lacks the
+    frozen weights."""
+    total_steps = args.max_steps or epochs * data.steps_per_epoch
     settings = {"data": data.dataset.key, "samples per step": data.step_samples, "total steps": total_steps,
                 **{flag: value for flag, value in vars(args).items() if flag not in FREE_TO_CHANGE}}
     if adapted:

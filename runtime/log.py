@@ -64,8 +64,8 @@ class Log:
     row; nothing is copied from the device in between.
     """
 
-    def __init__(self, path, progress, world: World):
-        self.path, self.total_steps, self.world = Path(path), progress.total_steps, world
+    def __init__(self, name, progress, world: World):
+        self.path, self.total_steps, self.world = Path(f"{name}.jsonl"), progress.total_steps, world
         self.first_step, self.start = progress.steps_done, time.time()
         self.sums, self.steps, self.tokens, self.tokens_before = {}, 0, 0, 0
         self.bar = None

@@ -95,10 +95,10 @@ def parallelize(module, world: World, shard: str = "none", units=()):
            zero3: weights too
     units  sharded: the submodules that are gathered one at a time
     """
-    if shard != "none":
+    if shard != "none" and any(True for _ in module.parameters()):
         return fully_shard(module, world, units, zero2=shard == "zero2")
     module = module.to(world.device)
-    if world.size == 1:
+    if world.size == 1 or not any(weight.requires_grad for weight in module.parameters()):
         return module
     ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
