@@ -3,27 +3,27 @@
 Distillation guided by an ability tree: examine the student, find its weak leaves, have the teacher
 write questions for them, let two agents check these, distil, and begin again.
 
-    round n     A inference    the student answers the round's questions     iteration_n/A_student_reply/
-                B analyze      its answers are counted at the tree's leaves  iteration_n/B_student_tree/
-                C generate     the teacher writes questions for weak leaves  iteration_n/C_distill_data/
-                D validate     kept if two agents give the same answer       iteration_n/D_validated_data/
-                E logits       the teacher's distributions of the answers    iteration_n/E_teacher_logits/
-                F train        the student learns, by train_distillation.py  models/iteration_n_student_model/
-    at the end  A and B once more, the tree before and after, and a table per leaf
+    round n  A inference  the student answers the round's questions   iteration_n/A_student_reply/
+             B analyze    its answers are counted in the tree         iteration_n/B_student_tree/
+             C generate   the teacher writes questions for weak       iteration_n/C_distill_data/
+                          leaves
+             D validate   those that two agents answer alike stay     iteration_n/D_validated_data/
+             E logits     the teacher's distributions of the answers  iteration_n/E_teacher_logits/
+             F train      the student learns, by                      iteration_n_student_model/
+                          train_distillation.py
+    the end  A, B         the tree before and after, and a table per leaf
 
-When: some leaves lack rows, and the teacher can write questions. Weak leaves then reach 64.5 ± 2.7 %;
-58.0 ± 1.3 with questions for all leaves alike, 33.4 without new ones (README, "The ability tree").
+When: some leaves lack rows, and the teacher can write questions. Weak leaves then reach 64.5 ± 2.7 %,
+with questions for all leaves alike 58.0 ± 1.3, without new ones 33.4 (README, "The ability tree").
 
-Each step is a command (`python -m ability_tree.NAME --help`) and is printed when it runs; its output is
-also in iteration_n/NAME.log. A finished step is skipped, by the hashes of its inputs and outputs
+Each step is a command (`python -m ability_tree.NAME --help`) and is printed when it runs; its output
+is also in iteration_n/NAME.log. A finished step is skipped, by the hashes of its inputs and outputs
 (ability_tree/workflow.py). Ctrl-C stops the running step, and the same command resumes.
 
-    python train_ability_tree.py --config configs/ability_tiny.yaml
-    python train_ability_tree.py --config configs/ability_tiny.yaml --gpus 0 1     two processes per step
+one process    python train_ability_tree.py --config configs/ability_tiny.yaml
+two processes  python train_ability_tree.py --config configs/ability_tiny.yaml --gpus 0 1
 """
 
-import argparse
-import json
 from pathlib import Path
 from random import Random
 
@@ -33,72 +33,73 @@ from ability_tree.agents import add_agent_args, make_agent
 from ability_tree.generate_distill_data import question_text
 from ability_tree.generate_logits import bare
 from ability_tree.prompts import PROMPTS
-from ability_tree.steps import new_parser, read_abilities, read_choices, rows_of, write_rows
+from ability_tree.steps import read_abilities, read_choices, rows_of, write_rows
 from ability_tree.train import add_lesson_args
 from ability_tree.tree import AbilityTree, compare
 from ability_tree.workflow import Workflow
-from runtime.args import check_ranges, checking_input, parse_args
+from runtime.args import check_ranges, checking_input, make_parser, parse_args
 from runtime.files import write_atomic
 from runtime.log import Logger
 
+ROLES = ("teacher", "agent_a", "agent_b")
 
-def read_args() -> argparse.Namespace:
-    parser = new_parser(__doc__)
+
+def read_args():
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("models").add_argument
-    add("--student", default="out/full_sft_512.pth", help="initial weights of the first round's student")
+    add("--student", default="out/full_sft_512.pth", help="initial weights of the first round")
     # The student is distilled from the teacher's weights. They also write the questions, unless
-    # --teacher_url names a model behind an endpoint. Agents that are not given are the teacher, too.
-    for role in ("teacher", "agent_a", "agent_b"):
+    # --teacher_url names a model behind an endpoint. An agent that is not given is who writes.
+    for role in ROLES:
         add_agent_args(parser, role)
     parser.set_defaults(teacher="out/full_sft_768.pth")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_files", nargs="+", default=["dataset/ability_dev.jsonl"],
-        help="questions of the exams, which find the weak leaves: a file per round, or one for all")
+        help="questions of the exams: a file per round, or one for all")
     add("--ability_files", nargs="*", default=["dataset/ability_paths.jsonl"],
         help="their ability paths, a file per round or one for all; the teacher finds missing ones")
     add("--seed_questions", nargs="+", default=["dataset/ability_seeds.jsonl"],
         help="real questions, the examples for new ones")
-    add("--seed_abilities", nargs="+", default=["dataset/ability_paths.jsonl"], help="their ability paths")
+    add("--seed_abilities", nargs="+", default=["dataset/ability_paths.jsonl"],
+        help="their ability paths")
     add("--exclude", nargs="*", default=[], help="exams whose questions must not be written")
     add("--old_data", nargs="*", default=[],
-        help="rows of any format that the student knows, mixed with the new ones against forgetting; "
-             "rows of earlier rounds are added to them")
+        help="rows of any format that the student knows, mixed with the new ones against forgetting, "
+             "together with the rows of earlier rounds")
     add("--replay_share", type=float, default=0.5,
         help="share of old rows in the training data, in [0, 1), sampled anew in each round")
-    add("--initial_tree", default=None,
-        help="the tree before the first round; default: that of the ability files")
+    add("--initial_tree", help="the tree before round 1; default: that of the ability files")
     add("--hide_options", action="store_true",
-        help="prompt and train on the bare question, without its options on lettered lines")
+        help="prompt and train on the bare question, without its options")
 
     add = parser.add_argument_group("questions").add_argument
     add("--rounds", type=int, default=2, help="number of rounds")
     add("--n_samples", type=int, default=10000, help="questions to write in each")
     add("--power", type=float, default=1.0,
         help="exponent of (1 - accuracy) in a leaf's share of them; 0: equal shares")
-    add("--floor", type=float, default=0.02, help="share that all leaves get in equal parts, in [0, 1]")
-    add("--prompts", default="json", choices=list(PROMPTS),
-        help="wording of the requests: ability_tree/prompts.py")
+    add("--floor", type=float, default=0.02,
+        help="share, in [0, 1], that all leaves get in equal parts")
+    add("--prompts", default="json", choices=list(PROMPTS), help="wording: ability_tree/prompts.py")
     add("--write_temperature", type=float, default=1.0,
         help="sampling temperature of the teacher when it writes questions, above 0")
     add("--write", action="store_true",
         help="miniworld: agents generate their answer instead of choosing an option")
-    add("--max_new_tokens", type=int, default=512, help="maximum length of an agent's reply, in tokens")
+    add("--max_new_tokens", type=int, default=512, help="maximum length of a reply, in tokens")
 
     add = parser.add_argument_group("training").add_argument
     add_lesson_args(add)
-    add("--max_seq_len", type=int, default=None,
+    add("--max_seq_len", type=int,
         help="maximum length of a sample, in tokens; default: the models' context length")
 
     add = parser.add_argument_group("run").add_argument
     add("--gpus", type=int, nargs="+", default=[0],
-        help="GPU numbers, a process for each; on a CPU only their count matters")
-    add("--workflow_dir", default="output/workflow", help="folder of the trees, questions and logs")
+        help="GPU numbers, a process for each; on a CPU their count matters")
+    add("--workflow_dir", default="output/workflow", help="folder of trees, questions and logs")
     add("--models_dir", default="output/models", help="folder of the students")
     add("--seed", type=int, default=1337, help="random seed")
     args = parse_args(parser)
-    if not args.ability_files and not args.initial_tree:
-        parser.error("give --ability_files or --initial_tree: the tree needs leaves")
+
     n_files = args.rounds, 1
     check_ranges(
         parser, args, *((name, vars(args)[name] >= 1, "be 1 or more") for name in (
@@ -106,11 +107,12 @@ def read_args() -> argparse.Namespace:
         *((name, vars(args)[name] > 0, "be above 0") for name in (
             "write_temperature", "temperature", "learning_rate")),
         *((name, 0 <= vars(args)[name] <= 1, "lie in [0, 1]") for name in ("floor", "alpha_ce")),
-        ("replay_share", 0 <= args.replay_share < 1, "lie in [0, 1): at 1 nothing new is learned"),
+        ("replay_share", 0 <= args.replay_share < 1, "lie in [0, 1): at 1 nothing is learned"),
         ("power", args.power >= 0, "be 0 or more"),
+        ("write", not args.write or args.prompts == "miniworld", "go with --prompts miniworld"),
         ("dataset_files", len(args.dataset_files) in n_files, "be one file, or one per round"),
-        ("ability_files", len(args.ability_files) in (*n_files, 0), "be one file, or one per round"),
-        ("write", not args.write or args.prompts == "miniworld", "go with --prompts miniworld"))
+        ("ability_files", len(args.ability_files) in n_files or not args.ability_files
+         and args.initial_tree, "be one file, or one per round; none with --initial_tree alone"))
     for role in ("agent_a", "agent_b"):
         idle = [f"--{key}" for key, value in vars(args).items() if key.startswith(f"{role}_") and value]
         if idle and not vars(args)[role] and not vars(args)[f"{role}_url"]:
@@ -119,8 +121,8 @@ def read_args() -> argparse.Namespace:
 
 
 def check_inputs(args):
-    """Read each of the user's files once: an error in the last one is reported before the first step."""
-    for name in ("student", "teacher", "agent_a", "agent_b"):
+    """Read each of the user's files once: an error is reported before the first step."""
+    for name in ("student", *ROLES):
         if vars(args)[name] and not Path(vars(args)[name]).exists():
             raise ValueError(f"--{name} {vars(args)[name]}: there is no such file")
     for paths in (*([file] for file in args.dataset_files), args.seed_questions):
@@ -131,7 +133,7 @@ def check_inputs(args):
     rows_of(args.old_data, bare)
     if args.initial_tree:
         AbilityTree.load(args.initial_tree)
-    for role in ("teacher", "agent_a", "agent_b"):
+    for role in ROLES:
         flags = agent_flags(args, role)
         if flags[f"{role}_url"]:
             make_agent(flags, role, torch.device("cpu"))
@@ -139,18 +141,18 @@ def check_inputs(args):
 
 def agent_flags(args, role: str) -> dict:
     """A step's flags of an agent: its own, or the teacher's where it has none."""
-    given = vars(args).get(role) or vars(args).get(f"{role}_url")
-    who = role if given else "teacher"
+    who = role if vars(args).get(role) or vars(args).get(f"{role}_url") else "teacher"
     flags = {key.replace(who, role, 1): value for key, value in vars(args).items()
              if key == who or key.startswith(f"{who}_")}
     if flags[f"{role}_url"]:
-        flags[f"{role}_replies"] = flags[f"{role}_replies"] or Path(args.workflow_dir, f"{who}_replies.jsonl")
-        flags[role] = flags[role] if who != "teacher" else None     # its weights are for distillation
+        flags[f"{role}_replies"] = flags[f"{role}_replies"] or str(
+            Path(args.workflow_dir, f"{who}_replies.jsonl"))
+        flags[role] = flags[role] if who != "teacher" else None     # its weights are distilled
     return flags
 
 
 def replay(old: list, new: Path, share: float, seed: int, path: Path) -> list[Path]:
-    """[a file with a sample of the old rows that makes them `share` of all]; [] if that is none."""
+    """[a file with a sample of old rows, which are then `share` of all]; [] if that is none."""
     rows = rows_of(old, dict)
     n = min(len(rows), round(len(new.read_bytes().splitlines()) * share / (1 - share)))
     if n:
@@ -161,7 +163,7 @@ def replay(old: list, new: Path, share: float, seed: int, path: Path) -> list[Pa
 def report(before: AbilityTree, after: AbilityTree, n_rounds: int, folder: Path) -> str:
     """Markdown: a row per leaf, and the number of questions of each round."""
     lines = [f"# Before, and after round {n_rounds}", "", compare(before, after), "",
-             "In parentheses, the 95 % interval of the change; bold where it excludes 0.", "",
+             "In parentheses: the 95 % interval of the change; bold where it excludes 0.", "",
              "![the tree](report.png)", "", "| round | questions written | kept |", "|---|---:|---:|"]
     for number in range(1, n_rounds + 1):
         files = (folder / f"iteration_{number}" / name for name in (
@@ -171,100 +173,93 @@ def report(before: AbilityTree, after: AbilityTree, n_rounds: int, folder: Path)
     return "\n".join(lines) + "\n"
 
 
+def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], str]:
+    """The student's trees before each round and at the end, and the last student."""
+    hide, student, trees, valid = args.hide_options, args.student, [], []
+    requests = {"prompts": args.prompts, "max_new_tokens": args.max_new_tokens}
+    lesson = {name: vars(args)[name] for name in (
+        "temperature", "alpha_ce", "epochs", "max_steps", "learning_rate", "warmup_iters",
+        "batch_size", "accumulation_steps", "max_seq_len", "more")}
+    teacher, agent_a, agent_b = (agent_flags(args, role) for role in ROLES)
+
+    tree = args.initial_tree
+    if tree is None:
+        tree = folder / "initial_ability_tree/tree.json"
+        workflow.step("initial tree", "create_initial_tree", tree.parent, args.ability_files,
+                      ability_files=args.ability_files, out=tree)
+
+    for number in range(1, args.rounds + 2):
+        here, title, seed = folder / f"iteration_{number}", f"round {number}", args.seed + number
+        questions, abilities = (
+            files[min(number, args.rounds) - 1:][:1] if len(files) > 1 else files
+            for files in (args.dataset_files, args.ability_files))
+
+        # A. The student sits an exam
+        replies = here / "A_student_reply/replies.jsonl"
+        workflow.step(f"{title}: inference", "inference", replies.parent, [student, *questions],
+                      weights=student, questions=questions, hide_options=hide, out=replies)
+
+        # B. Its answers are counted in the tree. An agent finds the leaves of questions without one
+        before, tree, agent = tree, here / "B_student_tree/tree.json", {}
+        if not {str(row["id"]) for row in read_choices(questions)} <= set(read_abilities(abilities)):
+            agent = {**agent_flags(args, "agent"), **requests, "hide_options": hide,
+                     "seed": args.seed}
+        workflow.step(f"{title}: analyze", "analyze", tree.parent,
+                      [replies, *questions, *abilities, before, agent.get("agent")],
+                      replies=[replies], questions=questions, abilities=abilities, tree=before,
+                      round=number, **agent, out=tree, png=tree.with_suffix(".png"))
+        trees.append(AbilityTree.load(tree))
+        if number > args.rounds:
+            return trees, student
+
+        # C. The teacher writes questions, most of them for weak leaves
+        written = here / "C_distill_data/distill.jsonl"
+        workflow.step(f"{title}: generate", "generate_distill_data", written.parent,
+                      [tree, *args.seed_questions, *args.seed_abilities, *args.exclude,
+                       teacher["teacher"]],
+                      tree=tree, questions=args.seed_questions, abilities=args.seed_abilities,
+                      exclude=args.exclude, **teacher, **requests, n_samples=args.n_samples,
+                      power=args.power, floor=args.floor, temperature=args.write_temperature,
+                      seed=seed, id_prefix=f"round{number}", out=written)
+
+        # D. A question is kept if both agents give its answer
+        kept = here / "D_validated_data/valid.jsonl"
+        workflow.step(f"{title}: validate", "validate", kept.parent,
+                      [written, agent_a["agent_a"], agent_b["agent_b"]], questions=[written],
+                      abilities=[written.with_name("distill_ability.jsonl")], **agent_a, **agent_b,
+                      **requests, write=args.write, seed=args.seed, out=kept)
+
+        # E. The teacher's distributions: of the new rows, and of old ones against forgetting
+        data = [kept, *replay([*args.old_data, *valid], kept, args.replay_share, seed,
+                              here / "replay.jsonl")]
+        valid.append(kept)
+        logits = here / "E_teacher_logits/logits"
+        workflow.step(f"{title}: logits", "generate_logits", logits.parent, [args.teacher, *data],
+                      teacher=args.teacher, data=data, hide_options=hide,
+                      max_seq_len=args.max_seq_len, out=logits)
+
+        # F. The student is distilled; the next round examines it
+        trained = Path(args.models_dir, f"iteration_{number}_student_model")
+        workflow.step(f"{title}: train", "train", trained, [student, logits, *data],
+                      log=here / "train.log", resume_flag="--resume", student=student, logits=logits, data=data,
+                      hide_options=hide, out_dir=trained, **lesson, seed=seed)
+        student = next(path for path in sorted(trained.glob("full_dist_*.pth"))
+                       if not path.stem.endswith("_best"))
+
+
 def main():
     args = read_args()
-    folder, models, student = Path(args.workflow_dir), Path(args.models_dir), args.student
-    prompts = {"prompts": args.prompts, "max_new_tokens": args.max_new_tokens}
-    lesson = {name: vars(args)[name] for name in (
-        "temperature", "alpha_ce", "epochs", "max_steps", "learning_rate", "warmup_iters", "batch_size",
-        "accumulation_steps", "max_seq_len", "more")}
-    teacher, agent_a, agent_b = (agent_flags(args, role) for role in ("teacher", "agent_a", "agent_b"))
-    weights = [each[role] for each, role in ((teacher, "teacher"), (agent_a, "agent_a"),
-                                             (agent_b, "agent_b"))]
-    workflow = Workflow(args.gpus)
+    folder = Path(args.workflow_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    workflow = Workflow(args.gpus)
     with checking_input():
         check_inputs(args)
-
-        # The tree before the first round
-        tree = args.initial_tree
-        if tree is None:
-            tree = folder / "initial_ability_tree/tree.json"
-            workflow.step("initial tree", "create_initial_tree", tree.parent, args.ability_files,
-                          ability_files=args.ability_files, out=tree)
-
-        trees, valid = [], []
-        for number in range(1, args.rounds + 2):
-            here, title = folder / f"iteration_{number}", f"round {number}"
-            questions, abilities = (files[min(number, args.rounds) - 1:][:1] if len(files) > 1 else files
-                                    for files in (args.dataset_files, args.ability_files))
-
-            # A. The student sits an exam
-            replies = here / "A_student_reply/replies.jsonl"
-            workflow.step(f"{title}: inference", "inference", replies.parent, [student, *questions],
-                          weights=student, questions=questions, hide_options=args.hide_options, out=replies)
-
-            # B. Its answers are counted in the tree; an agent finds the leaves of questions without one
-            before, tree, agent, reads = tree, here / "B_student_tree/tree.json", {}, []
-            if not all_placed(questions, abilities):
-                agent = {**agent_flags(args, "agent"), **prompts, "hide_options": args.hide_options,
-                         "seed": args.seed}
-                reads = [agent["agent"]] if agent["agent"] else []
-            workflow.step(f"{title}: analyze", "analyze", tree.parent,
-                          [replies, *questions, *abilities, before, *reads], replies=[replies],
-                          questions=questions, abilities=abilities, tree=before, round=number, **agent,
-                          out=tree, png=tree.with_suffix(".png"))
-            trees.append(AbilityTree.load(tree))
-            if number > args.rounds:
-                break
-
-            # C. The teacher writes questions, most of them for weak leaves
-            written = here / "C_distill_data/distill.jsonl"
-            workflow.step(f"{title}: generate", "generate_distill_data", written.parent,
-                          [tree, *args.seed_questions, *args.seed_abilities, *args.exclude,
-                           *filter(None, weights[:1])],
-                          tree=tree, questions=args.seed_questions, abilities=args.seed_abilities,
-                          exclude=args.exclude, **teacher, **prompts, n_samples=args.n_samples,
-                          power=args.power, floor=args.floor, temperature=args.write_temperature,
-                          seed=args.seed + number, id_prefix=f"round{number}", out=written)
-
-            # D. A question is kept if both agents give its answer
-            kept = here / "D_validated_data/valid.jsonl"
-            workflow.step(f"{title}: validate", "validate", kept.parent,
-                          [written, *filter(None, weights[1:])], questions=[written],
-                          abilities=[written.with_name("distill_ability.jsonl")], **agent_a, **agent_b,
-                          **prompts, write=args.write, seed=args.seed, out=kept)
-
-            # E. The teacher's distributions of the new rows and of old ones
-            data = [kept, *replay([*args.old_data, *valid], kept, args.replay_share, args.seed + number,
-                                  here / "replay.jsonl")]
-            valid.append(kept)
-            logits = here / "E_teacher_logits/logits"
-            workflow.step(f"{title}: logits", "generate_logits", logits.parent, [args.teacher, *data],
-                          teacher=args.teacher, data=data, hide_options=args.hide_options,
-                          max_seq_len=args.max_seq_len, out=logits)
-
-            # F. The student is distilled; the next round examines it
-            trained = models / f"iteration_{number}_student_model"
-            workflow.step(f"{title}: train", "train", trained, [student, logits, *data],
-                          here / "train.log", "--resume", student=student, logits=logits, data=data,
-                          hide_options=args.hide_options, out_dir=trained, **lesson,
-                          seed=args.seed + number)
-            student = next(path for path in sorted(trained.glob("full_dist_*.pth"))
-                           if not path.stem.endswith("_best"))
-
-    # The tree before and after
+        trees, student = rounds(args, workflow, folder)
     text = report(trees[0], trees[-1], args.rounds, folder)
     Logger(f"\n{text}")
     write_atomic(folder / "report.md", lambda file: file.write(text.encode()))
     trees[-1].draw(folder / "report.png", trees[0])
     Logger(f"{folder}/report.md, {folder}/report.png; the student: {student}")
-
-
-def all_placed(questions: list, abilities: list) -> bool:
-    """Whether each question has a path."""
-    paths = read_abilities(abilities)
-    return all(str(row["id"]) in paths for row in read_choices(questions))
 
 
 if __name__ == "__main__":

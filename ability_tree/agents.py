@@ -1,17 +1,21 @@
 """
 代理：把一批对话交给一个模型，取回一批答复；模型在本地，或在一个 OpenAI 式的接口后面。
-Agents: a list of conversations goes to a model, and a list of replies comes back. The model runs in
-this process, or behind an endpoint with OpenAI's chat protocol (vLLM, llama.cpp, Ollama, a vendor).
+Agents: a list of conversations goes to a model, and a list of replies comes back. The model runs
+in this process, or behind an endpoint with OpenAI's chat protocol (vLLM, llama.cpp, Ollama, ...).
 
     add_agent_args(parser, "writer")    # --writer WEIGHTS, or --writer_url URL --writer_model NAME
-    writer = make_agent(vars(parser.parse_args()), "writer", device)
-    writer.generate([[{"role": "user", "content": "2 + 3 ="}], ...], max_new_tokens=32)  # ["5", ...]
+    writer = make_agent(vars(args), "writer", device)
+    writer.generate([[{"role": "user", "content": "2 + 3 ="}], ...], max_new_tokens=32)     # ["5", ...]
 
-An endpoint fails now and then, and costs money. The openai package retries a failed request. This
+generate(conversations, max_new_tokens, temperature=0.0, seed=0) returns a reply to each conversation,
+without surrounding white space; "" if there is none. At temperature 0 it is greedy; above 0 a reply
+depends on the seed and on the other conversations of the call, and equal conversations get different
+replies. It raises OutOfBudget.
+
+An endpoint fails now and then, and costs money. The openai package retries a failed request; this
 file adds a pace, a budget, and a record of all replies, so that a rerun sends no request twice.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,7 +26,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from glob import escape
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import urlsplit
 
 import torch
@@ -40,22 +43,7 @@ FATAL = (401, 403, 404)     # wrong key, no permission, wrong model name: every 
 
 
 class OutOfBudget(RuntimeError):
-    """An agent has used its tokens. Replies so far are in the file of its endpoint."""
-
-
-class Agent(Protocol):
-    name: str               # in messages
-
-    def generate(self, conversations: list[list[dict]], max_new_tokens: int,
-                 temperature: float = 0.0, seed: int = 0) -> list[str]:
-        """A reply to each conversation, in order, without surrounding white space; "" for none.
-
-        conversations  lists of {"role", "content"}, the user's turn last
-        temperature    0: greedy, whatever the seed. Above 0, a reply depends on the seed and on the
-                       other conversations of the call; equal conversations get different replies
-
-        Raises OutOfBudget.
-        """
+    """An agent has used its tokens. Its replies so far are in its file."""
 
 
 # ---- 1. In this process --------------------------------------------------------------------------
@@ -69,13 +57,13 @@ class LocalAgent:
         column_major(self.model)
 
     def generate(self, conversations, max_new_tokens, temperature=0.0, seed=0):
-        """As Agent.generate. A conversation that fills the context gets "" and is logged."""
+        """A conversation that fills the context gets "" and is logged."""
         chats = self.tokenizer.encode_chats(conversations, add_generation_prompt=True)
         limit = self.model.config.max_seq_len - 1
         prompts = [ids for ids, _ in chats if len(ids) <= limit]
         if len(prompts) < len(chats):
-            Logger(f"{self.name}: {len(chats) - len(prompts):,} of {len(chats):,} conversations are "
-                   f"longer than {limit:,} tokens and get no reply")
+            Logger(f"{self.name}: {len(chats) - len(prompts):,} of {len(chats):,} conversations "
+                   f"are longer than {limit:,} tokens and get no reply")
         replies = iter(generate(
             self.model, prompts, max_new_tokens, self.tokenizer.end_of_turn, rows=self.rows,
             vocab_size=self.tokenizer.vocab_size, temperature=temperature,
@@ -89,21 +77,20 @@ class LocalAgent:
 class EndpointAgent:
     """A model behind an endpoint of OpenAI's chat protocol.
 
-    url          up to and with /v1
-    model        its name there
-    replies      JSONL file, a line per reply: {"request", "model", "reply", "tokens"}. A failed
-                 request has "reply": null and "error"; the next run sends it again. Process r > 0
-                 writes REPLIES.part{r}; all of these files are read
-    key_env      environment variable with the API key, which is neither logged nor written;
-                 None: no key
-    budget       tokens of prompts and replies, those of earlier runs included; 0: no limit. Running
-                 requests are completed, so that the total can end a little above
-    rpm          requests per minute, retries included, evenly spaced; 0: no limit
-    parallel     concurrent requests
-    retries      attempts after the first, by the openai package: after connection errors, 408, 409,
-                 429 and 5xx, with exponential back-off or as long as Retry-After says
-    timeout      seconds without a byte from the endpoint after which an attempt has failed
-    rank, n_processes   budget, rpm and parallel are divided among the processes
+    url       up to and with /v1; `model` is the model's name there
+    replies   JSONL file, a line per reply: {"request", "model", "reply", "tokens"}. A failed request
+              has "reply": null and "error", and the next run sends it again. Process r > 0 writes
+              REPLIES.part{r}; all of these files are read
+    key_env   environment variable with the API key, which is neither logged nor written
+    budget    tokens of prompts and replies, earlier runs included; 0: no limit. Running requests
+              are completed, so that the total can end a little above
+    rpm       requests per minute, retries included, evenly spaced; 0: no limit
+    parallel  concurrent requests
+    retries   by the openai package: after connection errors, 408, 409, 429 and 5xx, with exponential
+              back-off or as long as Retry-After says
+    timeout   seconds without a byte from the endpoint after which an attempt has failed
+
+    n_processes divide budget, rpm and parallel among them; this one is `rank`.
     """
 
     def __init__(self, url: str, model: str, replies, key_env: str | None = None, budget: int = 0,
@@ -131,8 +118,7 @@ class EndpointAgent:
         self.gate, self.lock = threading.Lock(), threading.Lock()
 
     def generate(self, conversations, max_new_tokens, temperature=0.0, seed=0):
-        """As Agent.generate. Raises ValueError if the endpoint refuses key or model, and after
-        MAX_FAILURES."""
+        """Raises ValueError if the endpoint refuses key or model, and after MAX_FAILURES."""
         seen, requests = Counter(), []
         for messages in conversations:
             request = {"model": self.model, "messages": messages, "max_tokens": max_new_tokens,
@@ -172,8 +158,8 @@ class EndpointAgent:
             return
         if self.budget and self.left <= 0:
             self.stop.set()
-            raise OutOfBudget(f"{self.name}: the budget of {self.budget:,} tokens is used. The replies "
-                              f"are in {self.path}; the same command with a larger budget resumes")
+            raise OutOfBudget(f"{self.name}: the budget of {self.budget:,} tokens is used. The same "
+                              f"command with a larger one resumes; replies are in {self.path}")
         row = {"request": key, "model": self.model, "reply": None, "tokens": 0}
         status = None
         try:
@@ -197,14 +183,11 @@ class EndpointAgent:
                 self.replies[key] = row["reply"]
                 return
         Logger(f"{self.name}: no reply to request {key[:8]}: {problem}")
-        if status in FATAL:
+        if status in FATAL or self.n_failed >= MAX_FAILURES:
             self.stop.set()
-            raise ValueError(f"{self.name} refuses all requests: {problem}. Check the key (in the "
-                             "variable of *_key_env), *_url and *_model")
-        if self.n_failed >= MAX_FAILURES:
-            self.stop.set()
-            raise ValueError(f"{self.name}: {self.n_failed} requests in a row failed, the last with: "
-                             f"{problem}. Is it up? The replies are in {self.path}; the same command "
+            raise ValueError(f"{self.name}: {self.n_failed} failed requests in a row, the last with: "
+                             f"{problem}. Check that it is up, *_url, *_model, and the key in the "
+                             f"variable of *_key_env. Replies are in {self.path}; the same command "
                              "resumes")
 
     def without_key(self, text: str) -> str:
@@ -217,13 +200,13 @@ def read_key(key_env: str | None) -> str:
         return "none"           # without one, the package would send the user's OPENAI_API_KEY
     key = os.environ.get(key_env, "").strip()
     if not key:
-        raise ValueError("*_key_env takes the name of an environment variable that holds the API key; "
-                         "there is none of the given name, or it is empty. Type: export NAME=KEY")
+        raise ValueError("*_key_env takes the name of an environment variable with the API key; there "
+                         "is none of this name, or it is empty. Type: export NAME=KEY")
     return key
 
 
 def read_completion(body: str, messages: list[dict]) -> tuple[str, int]:
-    """(text, tokens of prompt and reply). Raises ValueError for a body that is no chat completion."""
+    """(text, tokens of prompt and reply). Raises ValueError for what is no chat completion."""
     try:
         completion = json.loads(body)
         text = completion["choices"][0]["message"]["content"] or ""     # a refusal has none
@@ -256,44 +239,39 @@ def open_replies(path: Path, rank: int) -> tuple[Path, dict[str, str], int]:
                 if row["reply"] is not None:
                     replies[row["request"]] = row["reply"]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{file}, line {number} is no reply of an endpoint: {line!r:.80}. Remove "
-                                 "the line, or give another file by *_replies") from None
+                raise ValueError(f"{file}, line {number} is no reply of an endpoint: {line!r:.80}. "
+                                 "Remove the line, or give another file by *_replies") from None
     return mine, replies, spent
 
 
 # ---- 3. By their flags ---------------------------------------------------------------------------
 
-def add_agent_args(parser: argparse.ArgumentParser, role: str):
+def add_agent_args(parser, role: str):
     """The flags of an agent, for a role such as "writer": --writer, --writer_url, ..."""
     add = parser.add_argument_group(f"{role}: weights, or a model behind an endpoint").add_argument
-    add(f"--{role}", default=None, help="weights: a checkpoint, a Hugging Face folder, a GGUF file")
-    add(f"--{role}_url", default=None,
-        help="or an endpoint of OpenAI's chat protocol, e.g. http://localhost:8000/v1")
-    add(f"--{role}_model", default=None, help="name of the model at the endpoint")
-    add(f"--{role}_key_env", default=None,
-        help="name of the environment variable with the API key; default: no key")
-    add(f"--{role}_replies", default=None,
-        help=f"JSONL file of the endpoint's replies, for reruns; default: out/replies/{role}.jsonl")
+    add(f"--{role}", help="weights: a checkpoint, a Hugging Face folder, a GGUF file")
+    add(f"--{role}_url", help="or an endpoint of OpenAI's protocol, e.g. http://localhost:8000/v1")
+    add(f"--{role}_model", help="name of the model at the endpoint")
+    add(f"--{role}_key_env", help="name of the environment variable with the API key; default: none")
+    add(f"--{role}_replies", help="JSONL file of the endpoint's replies, which a rerun reads; default: "
+                                  f"out/replies/{role}.jsonl")
     add(f"--{role}_budget", type=int, default=0,
         help="maximum number of tokens, prompts and replies in that file together; 0: no limit")
     add(f"--{role}_rpm", type=float, default=0,
         help="requests per minute, of all processes together; 0: no limit")
-    add(f"--{role}_parallel", type=int, default=None,
-        help="concurrent conversations; default: 64 per process for weights, 8 of all processes "
-             "together at an endpoint")
+    add(f"--{role}_parallel", type=int,
+        help="concurrent conversations; default: 64 per process for weights, 8 at an endpoint")
 
 
-def make_agent(flags: dict, role: str, device) -> Agent:
-    """The agent of add_agent_args' flags. Raises ValueError for flags that exclude each other, and
-    what LocalAgent and EndpointAgent raise."""
+def make_agent(flags: dict, role: str, device) -> LocalAgent | EndpointAgent:
+    """The agent of add_agent_args' flags. Raises ValueError for flags that exclude each other."""
     weights, url, parallel = flags[role], flags[f"{role}_url"], flags[f"{role}_parallel"]
-    options = {name: flags[f"{role}_{name}"] for name in ("model", "key_env", "replies", "budget", "rpm")}
+    options = {name: flags[f"{role}_{name}"]
+               for name in ("model", "key_env", "replies", "budget", "rpm")}
     if (weights is None) == (url is None):
-        raise ValueError(f"give either --{role} WEIGHTS or --{role}_url URL"
-                         + (", not both" if weights else ""))
+        raise ValueError(f"give either --{role} WEIGHTS or --{role}_url URL, and not both")
     if min(options["budget"], options["rpm"]) < 0 or (parallel is not None and parallel < 1):
-        raise ValueError(f"--{role}_budget {options['budget']} and --{role}_rpm {options['rpm']:g} must "
-                         f"be 0 or more, --{role}_parallel 1 or more")
+        raise ValueError(f"--{role}_budget and --{role}_rpm must be 0 or more, --{role}_parallel 1 or more")
     if url is None:
         idle = [f"--{role}_{name}" for name, value in options.items() if value]
         if idle:
@@ -301,14 +279,14 @@ def make_agent(flags: dict, role: str, device) -> Agent:
         return LocalAgent(weights, device, parallel or 64, pick_dtype("bfloat16", device))
     if not options["model"]:
         raise ValueError(f"--{role}_url needs the model's name there: --{role}_model NAME")
-    rank, n_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     options["replies"] = options["replies"] or f"out/replies/{role}.jsonl"
-    return EndpointAgent(url, parallel=parallel or 8, rank=rank, n_processes=n_processes, **options)
+    if dist.is_initialized():
+        options |= {"rank": dist.get_rank(), "n_processes": dist.get_world_size()}
+    return EndpointAgent(url, parallel=parallel or 8, **options)
 
 
 def identity_of(flags: dict, role: str) -> str:
-    """Which agent it is: the hash of its weights, or the URL and name of its model. The samples of
-    weights also depend on the batch size."""
+    """The hash of the weights and their batch size, on which samples depend; or URL and model."""
     if flags[role]:
         return f"{sha256_of_model(flags[role])}, {flags[f'{role}_parallel']} at once"
     return f"{flags[f'{role}_url']} {flags[f'{role}_model']}"

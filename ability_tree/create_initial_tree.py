@@ -3,7 +3,7 @@
 The initial ability tree: an agent divides a domain level by level; or the paths of ability files.
 
     python -m ability_tree.create_initial_tree --domain "clinical medicine" --depth 3 --breadth 8 \\
-        --agent_url https://... --agent_model NAME --agent_key_env MY_KEY --out out/workflow/tree.json
+        --agent_url https://... --agent_model NAME --agent_key_env MY_KEY --out tree.json
     python -m ability_tree.create_initial_tree --ability_files dataset/ability_paths.jsonl \\
         --out out/ability/tree.json
 
@@ -22,10 +22,10 @@ import torch.distributed as dist
 
 from ability_tree.agents import OutOfBudget, add_agent_args, make_agent
 from ability_tree.prompts import PROMPTS
-from ability_tree.steps import (add_request_args, add_run_args, beside, kind_of, new_parser,
-                                read_abilities, seed_of, write_rows)
+from ability_tree.steps import (add_request_args, add_run_args, batches_of, beside, read_abilities,
+                                seed_of, write_rows)
 from ability_tree.tree import AbilityTree, key_of, spell
-from runtime.args import check_ranges, checking_input, parse_args
+from runtime.args import check_ranges, checking_input, make_parser, parse_args
 from runtime.log import Logger
 from runtime.processes import init_distributed_mode, patient_group
 
@@ -34,17 +34,16 @@ PART = 16           # abilities in one call of the agent
 
 def grow(tree: AbilityTree, generate: Callable, prompts, depth: int, breadth: int, max_tries: int,
          seed: int) -> list[dict]:
-    """Divide each leaf, `depth` times, in place, by generate(conversations, seed). Returns the rejected
-    replies, {"leaf", "reply", "reason"}.
+    """Divide each leaf, `depth` times, in place, by generate(conversations, seed). Returns the
+    rejected replies, {"leaf", "reply", "reason"}.
 
     At most `breadth` names of a reply count, and none that stands in its own path: a part of itself
     would be divided without end."""
     rejected = []
     for level in range(1, depth + 1):
-        paths = [path for path in tree.leaves() if len(path) == level]  # shorter ones are indivisible
+        paths = [path for path in tree.leaves() if len(path) == level]  # shorter: indivisible
         for attempt in range(max_tries):
-            requests = [prompts.expand(path, breadth) for path in paths]
-            failed = []
+            requests, failed = [prompts.expand(path, breadth) for path in paths], []
             for path, reply in zip(paths, generate(requests, seed_of(seed, level, attempt))):
                 try:
                     names = prompts.read_names(reply)
@@ -52,46 +51,46 @@ def grow(tree: AbilityTree, generate: Callable, prompts, depth: int, breadth: in
                     rejected.append({"leaf": spell(path), "reply": reply, "reason": str(error)})
                     failed.append(path)
                     continue
-                for name in [name for name in names if key_of([name])[0] not in key_of(path)][:breadth]:
-                    tree.add((*path, name))
-            Logger(f"level {level}, try {attempt + 1}: {len(paths) - len(failed):,} of {len(paths):,} "
-                   f"replies are lists; the tree has {len(tree.leaves()):,} leaves")
+                new = [name for name in names if key_of([name])[0] not in key_of(path)]
+                for name in new[:breadth]:
+                    tree.find((*path, name), grow=True)
+            Logger(f"level {level}, try {attempt + 1}: {len(paths) - len(failed):,} of "
+                   f"{len(paths):,} replies are lists; {len(tree.leaves()):,} leaves")
             paths = failed
             if not paths:
                 break
     return rejected
 
 
-def divided_generate(agent, max_new_tokens: int, temperature: float, world) -> Callable:
-    """generate(conversations, seed) -> the replies, on every process; each requests a share of the
-    groups. Raises OutOfBudget on all processes if one agent's budget is used."""
-    together = patient_group(world)
+def divided(agent, max_new_tokens: int, temperature: float, world) -> Callable:
+    """generate(conversations, seed) -> the replies, on every process; each requests a share of
+    them. Raises OutOfBudget on all processes if the budget of one is used."""
+    group = patient_group(world)
 
     def generate(conversations: list, seed: int) -> list[str]:
-        groups = [conversations[i:i + PART] for i in range(0, len(conversations), PART)]
-        replies, used_up = {}, None
+        batches, replies, problem = batches_of(conversations, PART), {}, None
         try:
-            for n in range(world.rank, len(groups), world.size):
-                replies[n] = agent.generate(groups[n], max_new_tokens, temperature, seed_of(seed, n))
+            for n in range(world.rank, len(batches), world.size):
+                replies[n] = agent.generate(batches[n], max_new_tokens, temperature, seed_of(seed, n))
         except OutOfBudget as error:
-            used_up = str(error)
-        results = [(replies, used_up)] * world.size
-        if together:
-            dist.all_gather_object(results, (replies, used_up), group=together)
-        for _, reason in results:
-            if reason:
-                raise OutOfBudget(reason)
-        return [text for n in range(len(groups)) for text in results[n % world.size][0][n]]
+            problem = str(error)
+        results = [(replies, problem)] * world.size
+        if group:
+            dist.all_gather_object(results, (replies, problem), group=group)
+        for _, problem in results:
+            if problem:
+                raise OutOfBudget(problem)
+        return [text for n in range(len(batches)) for text in results[n % world.size][0][n]]
 
     return generate
 
 
 def main():
     # 1. Arguments
-    parser = new_parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
-    add("--ability_files", nargs="+", default=None, help="make the tree of these files' paths")
-    add("--domain", default=None, help="or the name of a root, which an agent divides")
+    add("--ability_files", nargs="+", help="make the tree of these files' paths")
+    add("--domain", help="or the name of a root, which an agent divides")
     add("--out", required=True, help=".json file of the tree; must not exist yet")
     add = add_request_args(parser, temperature=0.7)
     add("--depth", type=int, default=2, help="levels below the root, 1 or more")
@@ -114,24 +113,24 @@ def main():
         if args.ability_files:
             tree = AbilityTree.from_paths(read_abilities(args.ability_files).values())
         else:
-            agent, tree = make_agent(vars(args), "agent", world.device), AbilityTree.from_paths([[args.domain]])
-            Logger(f"{agent.name} divides {tree.root.name}")
-            generate = divided_generate(agent, args.max_new_tokens, args.temperature, world)
+            tree = AbilityTree.from_paths([[args.domain]])
+            agent = make_agent(vars(args), "agent", world.device)
+            Logger(f"{agent.name} divides {tree.name}")
+            generate = divided(agent, args.max_new_tokens, args.temperature, world)
             try:
                 rejected = grow(tree, generate, PROMPTS[args.prompts], args.depth, args.breadth,
                                 args.max_tries, args.seed)
             except OutOfBudget as error:
                 sys.exit(f"stopped: {error}")
-            if not tree.root.children:
+            if not tree.children:
                 reasons = "; ".join(dict.fromkeys(reject["reason"] for reject in rejected))
-                sys.exit(f"{tree.root.name} was not divided: {reasons or 'the list of parts is empty'}")
+                sys.exit(f"{tree.name} was not divided: {reasons or 'the list of parts is empty'}")
 
     # 3. Files
     if world.rank == 0:
         if rejected:
             write_rows(beside(args.out, "rejected"), rejected)
-            kinds = ", ".join(sorted({kind_of(reject["reason"]) for reject in rejected}))
-            Logger(f"{len(rejected):,} replies rejected ({kinds}): {beside(args.out, 'rejected')}")
+            Logger(f"{len(rejected):,} replies rejected: {beside(args.out, 'rejected')}")
         tree.save(args.out)
         Logger(f"{tree.text()}\nwrote {args.out}: {len(tree.leaves()):,} leaves")
 

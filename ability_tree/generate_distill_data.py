@@ -31,26 +31,22 @@ from random import Random
 from typing import NamedTuple
 
 from ability_tree.agents import add_agent_args, identity_of, make_agent
-from ability_tree.prompts import LETTERS, PROMPTS, folded, name_of
-from ability_tree.steps import (add_request_args, add_run_args, finish_questions, new_parser,
-                                read_abilities, read_choices, rows_of, seed_of, sha256_of, table,
+from ability_tree.prompts import LETTERS, PROMPTS, folded, name_of, nonempty
+from ability_tree.steps import (add_request_args, add_run_args, finish_questions, read_abilities,
+                                read_choices, rows_of, seed_of, settings, sha256_of, table,
                                 work_in_parts)
 from ability_tree.tree import AbilityTree, key_of, spell
 from dataset.formats import to_question
-from runtime.args import check_ranges, checking_input, parse_args
+from runtime.args import check_ranges, checking_input, make_parser, parse_args
 from runtime.log import Logger
 from runtime.processes import init_distributed_mode
 
-PART = 64           # minimum number of questions of a part, which has whole leaves
-
-# A run that resumes needs the same values of these flags: the questions depend on them.
+PART = 64           # questions of a part, at least; it has whole leaves
 SAME = ("n_samples", "n_options", "n_seeds", "smoothing", "floor", "power", "prompts", "max_tries",
         "max_new_tokens", "temperature", "seed")
 
 
 class Wanted(NamedTuple):
-    """A leaf and what a request for its questions needs."""
-
     leaf: tuple[str, ...]
     n: int                      # number of questions
     seeds: list[dict]           # real questions of this leaf
@@ -75,23 +71,19 @@ def largest_remainder(shares: dict, n: int) -> dict:
 
 def seeds_of_leaves(rows: list[dict], abilities: dict[str, tuple],
                     leaves: Iterable[tuple]) -> dict[tuple, list[dict]]:
-    """The seed questions of each leaf. Raises ValueError if no question belongs to any leaf."""
-    seeds = {key_of(leaf): (leaf, []) for leaf in leaves}
-    no_path = no_leaf = 0
+    """The seed questions of each leaf. Raises ValueError if no question belongs to any."""
+    seeds, n_used = {key_of(leaf): (leaf, []) for leaf in leaves}, 0
     for row in rows:
         path = abilities.get(str(row["id"]))
-        if path is None:
-            no_path += 1
-        elif key_of(path) not in seeds:
-            no_leaf += 1
-        else:
+        if path and key_of(path) in seeds:
             seeds[key_of(path)][1].append(row)
-    unused = f"{no_path:,} have no row in --abilities, {no_leaf:,} a path that is no leaf of the tree"
-    if no_path + no_leaf == len(rows):
-        raise ValueError(f"none of the {len(rows):,} seed questions belongs to a leaf: {unused}. Give the "
-                         "abilities of these questions")
-    if no_path or no_leaf:
-        Logger(f"unused seed questions: {unused}")
+            n_used += 1
+    unused = (f"{len(rows) - n_used:,} of {len(rows):,} seed questions belong to no leaf of the tree: "
+              "they have no row in --abilities, or another path")
+    if not n_used:
+        raise ValueError(f"{unused}. Give the abilities of these questions")
+    if n_used < len(rows):
+        Logger(unused)
     return dict(seeds.values())
 
 
@@ -105,35 +97,30 @@ def plan(shares: dict[tuple, float], seeds: dict[tuple, list[dict]], n_samples: 
          writes_wrong_options: bool) -> list[Wanted]:
     """The questions wanted of each leaf, by its share.
 
-    If the teacher writes the correct option only, the wrong ones come from the leaf's seed questions,
-    and a leaf without enough of them gets no share. Raises ValueError if that leaves none."""
+    If the teacher writes the correct option only, the wrong ones come from the leaf's seed
+    questions, and a leaf without enough of them gets no share. ValueError if that leaves none.
+    """
     answers = {}
     for leaf, rows in seeds.items():
         correct = [row["options"][row["answer_idx"]] for row in rows]
-        others = [option for row in rows for option in row["options"].values()]
         answers[leaf] = distinct(correct)
         if len(answers[leaf]) < n_options:
-            answers[leaf] = distinct(correct + others)
-    if not writes_wrong_options:
-        poor = [leaf for leaf in shares if len(answers[leaf]) < n_options]
-        if len(poor) == len(shares):
-            raise ValueError(f"no leaf has seed questions with {n_options} different answers to complete "
-                             "options from: give more --questions, or fewer --n_options")
-        if poor:
-            names = f"{', '.join(map(name_of, poor[:3]))}{', ...' if len(poor) > 3 else ''}"
-            Logger(f"{len(poor):,} of {len(shares):,} leaves get no share: their seed questions have "
-                   f"fewer than {n_options} different answers: {names}")
+            answers[leaf] = distinct(correct + [text for row in rows for text in row["options"].values()])
+    poor = [leaf for leaf in shares if len(answers[leaf]) < n_options]
+    if poor and not writes_wrong_options:
+        Logger(f"{len(poor):,} of {len(shares):,} leaves get no share, since their seed questions have "
+               f"fewer than {n_options} different answers: {', '.join(map(name_of, poor[:3]))} ...")
         shares = {leaf: share for leaf, share in shares.items() if leaf not in poor}
+        if not shares:
+            raise ValueError(f"no leaf has seed questions with {n_options} different answers to "
+                             "complete options from: give more --questions, or fewer --n_options")
     return [Wanted(leaf, n, seeds[leaf], answers[leaf])
             for leaf, n in largest_remainder(shares, n_samples).items() if n]
 
 
 def distinct(texts: list[str]) -> list[str]:
-    """Each text once, in its first spelling."""
-    first = {}
-    for text in texts:
-        first.setdefault(folded(text), text)
-    return list(first.values())
+    """Each text once, in its last spelling."""
+    return list({folded(text): text for text in texts}.values())
 
 
 def in_parts(wanted: list[Wanted]) -> list[list[Wanted]]:
@@ -151,38 +138,39 @@ def in_parts(wanted: list[Wanted]) -> list[list[Wanted]]:
 
 def write_part(generate: Callable, prompts, wanted: list[Wanted], known: set[str], part: int,
                n_options: int, n_seeds: int, max_tries: int, seed: int) -> dict:
-    """{"asked": requests per leaf, "rows": [[of each leaf]], "rejected": [...]}. Each try requests all
-    missing questions of all leaves at once, by generate(conversations, seed=...)."""
+    """{"asked": requests per leaf, "rows": [[of each leaf]], "rejected": [...]}. Each try requests
+    all missing questions of all leaves at once, by generate(conversations, seed=...)."""
     known = set(known)                  # and those of this part; other parts are compared at the end
     asked, rows, rejected = [0] * len(wanted), [[] for _ in wanted], []
     for attempt in range(max_tries):
         todo = [i for i, each in enumerate(wanted) for _ in range(each.n - len(rows[i]))]
         if not todo:
             break
-        randoms = [Random(f"{seed}/{spell(wanted[i].leaf)}/{attempt}/{n}") for n, i in enumerate(todo)]
-        conversations = []
+        randoms = [Random(f"{seed}/{spell(wanted[i].leaf)}/{attempt}/{n}")
+                   for n, i in enumerate(todo)]
+        requests = []
         for i, random in zip(todo, randoms):
-            leaf, _, seeds, _ = wanted[i]
+            seeds = wanted[i].seeds
             examples = random.sample(seeds, min(n_seeds, len(seeds)))
-            conversations.append(prompts.write(leaf, examples, n_options))
-        replies = generate(conversations, seed=seed_of(seed, part, attempt))
+            requests.append(prompts.write(wanted[i].leaf, examples, n_options))
+        replies = generate(requests, seed=seed_of(seed, part, attempt))
         for i, reply, random in zip(todo, replies, randoms):
             asked[i] += 1
             try:
                 row = new_question(reply, wanted[i], known, prompts, n_options, random)
+                known.add(folded(row["question"]))
+                rows[i].append(row)
             except ValueError as error:
-                rejected.append({"leaf": spell(wanted[i].leaf), "reply": reply, "reason": str(error)})
-                continue
-            known.add(folded(row["question"]))
-            rows[i].append(row)
+                leaf = spell(wanted[i].leaf)
+                rejected.append({"leaf": leaf, "reply": reply, "reason": str(error)})
     return {"asked": asked, "rows": rows, "rejected": rejected}
 
 
 def new_question(reply: str, wanted: Wanted, known: set[str], prompts, n_options: int,
                  random: Random) -> dict:
-    """The row of a reply, its options completed and in random order. Raises ValueError with the reason
-    if it has none."""
-    row = prompts.read_question(reply)
+    """The row of a reply, its options completed and in random order. Raises ValueError with the
+    reason if it has none."""
+    row = prompts.read_question(nonempty(reply))
     if folded(row["question"]) in known:
         raise ValueError(f"a repetition: {row['question']}")
     correct = row["options"].pop(row["answer_idx"])
@@ -191,8 +179,8 @@ def new_question(reply: str, wanted: Wanted, known: set[str], prompts, n_options
     others = [text for text in wanted.answers if folded(text) not in used]
     missing = n_options - 1 - len(wrong)
     if missing > len(others):
-        raise ValueError(f"too few options: {1 + len(wrong)} of {n_options}, and the seed questions of "
-                         f"this leaf have only {len(others)} others")
+        raise ValueError(f"too few options: {1 + len(wrong)} of {n_options}, and the seed questions "
+                         f"of this leaf have only {len(others)} others")
     texts = [correct, *wrong, *random.sample(others, missing)]
     random.shuffle(texts)
     return {"question": row["question"], "options": dict(zip(LETTERS, texts)),
@@ -200,93 +188,84 @@ def new_question(reply: str, wanted: Wanted, known: set[str], prompts, n_options
 
 
 def collect(parts: list[list[Wanted]], results: list[dict], prefix: str, random: Random):
-    """(questions, abilities, rejected, lines of the table) of all parts. Of a question that two parts
+    """(rows, their paths, rejected, lines of the table) of all parts. Of a question that two parts
     wrote, the first is kept. The order is random, so that any beginning of the file has all leaves."""
     kept, rejected, lines, known = [], [], [], set()
     for wanted, result in zip(parts, results):
         rejected += result["rejected"]
         for each, asked, rows in zip(wanted, result["asked"], result["rows"]):
-            n_before = len(kept)
-            for row in rows:
-                if folded(row["question"]) in known:
-                    rejected.append({"leaf": spell(each.leaf), "reply": row["question"],
-                                     "reason": "a repetition: another leaf has it"})
-                    continue
-                known.add(folded(row["question"]))
-                kept.append((each.leaf, row))
-            lines.append((spell(each.leaf), each.n, asked, len(kept) - n_before))
+            texts = {folded(row["question"]): row for row in rows}
+            new = [row for text, row in texts.items() if text not in known]
+            rejected += [{"leaf": spell(each.leaf), "reply": row["question"],
+                          "reason": "a repetition: of another leaf"}
+                         for text, row in texts.items() if text in known]
+            known |= set(texts)
+            kept += [(each.leaf, row) for row in new]
+            lines.append((spell(each.leaf), each.n, asked, len(new)))
     random.shuffle(kept)
     rows = [{"id": f"{prefix}-{i:05d}", **row} for i, (_, row) in enumerate(kept)]
-    abilities = [{"id": row["id"], "ability_path": list(leaf)} for row, (leaf, _) in zip(rows, kept)]
-    return rows, abilities, rejected, lines
+    return rows, [leaf for leaf, _ in kept], rejected, lines
 
 
 def main():
     # 1. Arguments
-    parser = new_parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
     add("--tree", required=True, help="the student's ability tree, .json")
     add("--questions", nargs="+", required=True,
         help="seed questions: files of {id, question, options, answer_idx}")
     add("--abilities", nargs="+", required=True, help="files of {id, ability_path}, joined on id")
-    add("--exclude", nargs="+", default=[],
-        help="files of questions that must not be written, in any format: those of exams")
+    add("--exclude", nargs="+", default=[], help="exams, in any format, whose questions are barred")
     add("--out", required=True, help=".jsonl file of the questions; must not exist yet")
-    add("--id_prefix", default=None, help="ids are PREFIX-00000, ...; default: the name of --out")
+    add("--id_prefix", help="ids are PREFIX-00000, ...; default: the name of --out")
     add("--skip_bad_lines", action="store_true", help="skip and count lines that cannot be used")
     add = parser.add_argument_group("share of a leaf").add_argument
     add("--n_samples", type=int, default=1000, help="number of questions, over all leaves")
     add("--smoothing", type=float, default=1.0,
-        help="answers added to the correct and to the wrong ones, above 0; the more, the less a few "
-             "questions decide")
-    add("--floor", type=float, default=0.02,
-        help="share of the questions, in [0, 1], that all leaves get in equal parts")
+        help="added to the correct and the wrong answers of a leaf, above 0")
+    add("--floor", type=float, default=0.02, help="share, in [0, 1], that leaves get in equal parts")
     add("--power", type=float, default=1.0,
         help="exponent of (1 - accuracy); 0: equal shares, above 1: mostly the weakest leaves")
     add = add_request_args(parser, temperature=1.0)
     add("--n_options", type=int, default=4, help="options per question, 2 to 26")
-    add("--n_seeds", type=int, default=3, help="real questions shown per request (json), sampled anew")
+    add("--n_seeds", type=int, default=3, help="real questions shown per request (json)")
     add("--max_tries", type=int, default=4, help="maximum number of requests per question")
     add_agent_args(parser, "teacher")
     add_run_args(parser)
     args = parse_args(parser)
     check_ranges(parser, args, ("n_samples", args.n_samples >= 1, "be 1 or more"),
                  ("n_options", 2 <= args.n_options <= len(LETTERS), f"be 2 to {len(LETTERS)}"),
-                 ("temperature", args.temperature > 0, "be above 0: at 0 a second try would repeat "
-                                                       "the first"))
+                 ("temperature", args.temperature > 0, "be above 0, or a retry gives the same"))
     world = init_distributed_mode(args.ddp, args.device, args.local_rank)
 
-    # 2. Leaves and their seed questions
+    # 2. Leaves, their seed questions, and the teacher
     with checking_input():
-        tree = AbilityTree.load(args.tree)
+        tree, prompts = AbilityTree.load(args.tree), PROMPTS[args.prompts]
         questions = read_choices(args.questions, args.skip_bad_lines)
         excluded = rows_of(args.exclude, question_text, args.skip_bad_lines)
-        prompts = PROMPTS[args.prompts]
+        known = {folded(text) for text in [*map(question_text, questions), *excluded]}
         seeds = seeds_of_leaves(questions, read_abilities(args.abilities), tree.leaves())
         wanted = in_parts(plan(tree.weights(args.smoothing, args.floor, args.power), seeds,
                                args.n_samples, args.n_options, prompts.writes_wrong_options))
-        known = {folded(text) for text in [*map(question_text, questions), *excluded]}
-
-        # 3. The teacher writes
         teacher = make_agent(vars(args), "teacher", world.device)
         about = {"--tree": sha256_of([args.tree]), "--questions": sha256_of(args.questions),
                  "--abilities": sha256_of(args.abilities), "--exclude": sha256_of(args.exclude),
-                 "--teacher": identity_of(vars(args), "teacher"),
-                 **{f"--{flag}": vars(args)[flag] for flag in SAME}}
+                 "--teacher": identity_of(vars(args), "teacher"), **settings(args, SAME)}
+
+    # 3. Questions, files and counts
     Logger(f"{teacher.name} writes {args.n_samples:,} questions for {sum(map(len, wanted)):,} leaves; "
            f"{len(known):,} known questions are excluded")
     generate = partial(teacher.generate, max_new_tokens=args.max_new_tokens,
                        temperature=args.temperature)
-    parts, results = work_in_parts(args.out, about, len(wanted), lambda part: write_part(
-        generate, prompts, wanted[part], known, part, args.n_options, args.n_seeds, args.max_tries,
-        args.seed), world)
-
-    # 4. Files and counts
+    parts, results = work_in_parts(
+        args.out, about, wanted, lambda part, leaves: write_part(
+            generate, prompts, leaves, known, part, args.n_options, args.n_seeds, args.max_tries,
+            args.seed), world)
     if results is not None:
         prefix = args.id_prefix or Path(args.out).stem
-        rows, abilities, rejected, lines = collect(wanted, results, prefix, Random(args.seed))
+        rows, paths, rejected, lines = collect(wanted, results, prefix, Random(args.seed))
         Logger(table(["wanted", "asked", "kept"], lines, rejected))
-        finish_questions(parts, rows, abilities, rejected)
+        finish_questions(parts, rows, paths, rejected)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from ability_tree.steps import add_run_args, new_parser, rows_of, write_rows
+from ability_tree.steps import add_run_args, rows_of, write_rows
 from dataset.formats import CONVERSATION_KEYS, files_of, to_messages
-from runtime.args import checking_input, parse_args
+from runtime.args import checking_input, make_parser, parse_args
 from runtime.log import Logger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +74,7 @@ def become(script: str, flags: list[str]):
 
 
 def main():
-    parser = new_parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
     add("--teacher", required=True, help="weights: a checkpoint, a Hugging Face folder, a GGUF file")
     add_data_args(add)

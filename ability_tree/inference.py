@@ -12,17 +12,16 @@ log-probability.
 two processes  torchrun --nproc_per_node 2 -m ability_tree.inference --ddp ...
 
 log_p is the log-probability, in nats, of the option's text and its end of turn. A question that
-exceeds the model's context length with its longest option has null answer_idx and log_p, and counts
-as wrong.
+exceeds the context length with its longest option has null answer_idx and log_p, and is wrong.
 """
 
-from ability_tree.steps import (add_run_args, new_parser, read_choices, sha256_of, work_in_parts,
-                                write_rows)
+from ability_tree.steps import (add_run_args, batches_of, read_choices, settings, sha256_of,
+                                work_in_parts, write_rows)
 from ability_tree.tree import wilson
 from dataset.formats import to_question
 from evaluation.scores import score_samples
 from interop.checkpoint import load_model, sha256_of_model
-from runtime.args import checking_input, parse_args
+from runtime.args import checking_input, make_parser, parse_args
 from runtime.log import Logger
 from runtime.precision import pick_dtype
 from runtime.processes import init_distributed_mode
@@ -32,8 +31,7 @@ DECIMALS = 4        # of log_p. Another order of sums, as on other hardware, cha
 
 
 def reply(model, tokenizer, rows: list[dict], hide_options: bool) -> list[dict]:
-    """The model's reply to each row, as in the file; the first of equal options. The model must be in
-    eval mode."""
+    """The reply to each row, as in the file; the first of equal options. The model is in eval mode."""
     samples = [tokenizer.encode_chats([*prompt(row, hide_options),
                                        {"role": "assistant", "content": option}]
                                       for option in row["options"].values()) for row in rows]
@@ -54,7 +52,8 @@ def reply(model, tokenizer, rows: list[dict], hide_options: bool) -> list[dict]:
 
 def prompt(row: dict, hide_options: bool) -> list[dict]:
     """The question and its options on lettered lines, or the bare question."""
-    return [{"role": "user", "content": row["question"]}] if hide_options else to_question(row).messages
+    bare = [{"role": "user", "content": row["question"]}]
+    return bare if hide_options else to_question(row).messages
 
 
 def summary(replies: list[dict]) -> str:
@@ -67,9 +66,9 @@ def summary(replies: list[dict]) -> str:
 
 
 def main():
-    parser = new_parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
-    add("--weights", required=True, help="the model: a checkpoint, a Hugging Face folder, a GGUF file")
+    add("--weights", required=True, help="model: a checkpoint, a Hugging Face folder, a GGUF file")
     add("--questions", nargs="+", required=True,
         help="files of multiple choice {id, question, options, answer_idx}")
     add("--out", required=True, help=".jsonl file of the replies; must not exist yet")
@@ -85,15 +84,12 @@ def main():
         model, tokenizer = load_model(args.weights, world.device, dtype)
         rows = read_choices(args.questions, args.skip_bad_lines)
         about = {"weights": sha256_of_model(args.weights), "questions": sha256_of(args.questions),
-                 "hide_options": args.hide_options, "skip_bad_lines": args.skip_bad_lines,
-                 "dtype": str(dtype)}
+                 "dtype": str(dtype), **settings(args, ("hide_options", "skip_bad_lines"))}
     Logger(f"{model.config}, {model.n_parameters() / 1e6:.2f} M parameters, from {args.weights}: "
            f"{len(rows):,} questions, {'bare' if args.hide_options else 'with their options'}")
-
-    batches = [rows[start:start + PART] for start in range(0, len(rows), PART)]
     parts, results = work_in_parts(
-        args.out, about, len(batches),
-        lambda part: reply(model, tokenizer, batches[part], args.hide_options), world)
+        args.out, about, batches_of(rows, PART),
+        lambda _, batch: reply(model, tokenizer, batch, args.hide_options), world)
     if results is not None:
         replies = sum(results, [])
         write_rows(args.out, replies)

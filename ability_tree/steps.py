@@ -2,11 +2,10 @@
 各步共用：参数、文件、分给多个进程的工作，以及每片叶子的统计表。
 Shared by the steps: flags, files, work that is divided among processes, and a table per leaf.
 
-A step that is not finished keeps its parts in a folder beside its file (PartFiles). The same command
-resumes, on any number of processes, and writes the same bytes.
+A step that is not finished keeps its parts in a folder beside its file (PartFiles). The same
+command resumes, on any number of processes, and writes the same bytes.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -29,21 +28,14 @@ from runtime.processes import StopSignal, main_process_first, patient_group
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
-def new_parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=description,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
 def add_request_args(parser, temperature: float | None = None):
-    """The flags of a step that sends requests to an agent; returns its `add` for more of them."""
+    """The flags of requests to an agent. Returns `add`, for more of them."""
     add = parser.add_argument_group("requests").add_argument
-    add("--prompts", default="json", choices=list(PROMPTS),
-        help="wording of the requests: ability_tree/prompts.py")
+    add("--prompts", default="json", choices=list(PROMPTS), help="wording: ability_tree/prompts.py")
     add("--max_new_tokens", type=int, default=512, help="maximum length of a reply, in tokens")
-    add("--seed", type=int, default=1337, help="random seed of sampling; the same seed, the same file")
+    add("--seed", type=int, default=1337, help="random seed of sampling; same seed, same file")
     if temperature is not None:
-        add("--temperature", type=float, default=temperature,
-            help="sampling temperature of the agents; 0: greedy")
+        add("--temperature", type=float, default=temperature, help="of sampling; 0: greedy")
     return add
 
 
@@ -67,8 +59,7 @@ def seed_of(*numbers: int) -> int:
 
 def beside(out, name: str) -> Path:
     """distill.jsonl, "ability" -> distill_ability.jsonl"""
-    out = Path(out)
-    return out.with_name(f"{out.stem}_{name}.jsonl")
+    return Path(out).with_name(f"{Path(out).stem}_{name}.jsonl")
 
 
 def write_rows(path, rows: list[dict]):
@@ -80,14 +71,14 @@ def write_rows(path, rows: list[dict]):
 
 
 def rows_of(paths, convert: Callable, skip_bad_lines: bool = False) -> list:
-    """convert(row) of every row of files and folders. Raises what dataset.formats.read_each does."""
+    """convert(row) of every row of files and folders. Raises what read_each raises."""
     return [row for path in paths for file in files_of(path)
             for row in read_each(file, convert, skip_bad_lines, Logger)]
 
 
 def read_choices(paths, skip_bad_lines: bool = False) -> list[dict]:
-    """Rows {id, question, options, answer_idx, ...} of multiple choice. Raises what read_each raises,
-    also for a row without id and for an id that occurs twice: replies and abilities are joined on it."""
+    """Rows {id, question, options, answer_idx, ...} of multiple choice. Raises what read_each
+    raises, also for an id that occurs twice: replies and abilities are joined on it."""
     seen = set()
 
     def checked(row):
@@ -97,8 +88,7 @@ def read_choices(paths, skip_bad_lines: bool = False) -> list[dict]:
                                  "{id, question, options, answer_idx})")
         to_messages(row)                # checks the rest
         if str(row["id"]) in seen:
-            raise ValueError(f"the id {str(row['id'])!r:.60} belongs to an earlier question: replies "
-                             "and abilities are joined on ids")
+            raise ValueError(f"the id {str(row['id'])!r:.60} belongs to an earlier question")
         seen.add(str(row["id"]))
         return row
 
@@ -106,20 +96,19 @@ def read_choices(paths, skip_bad_lines: bool = False) -> list[dict]:
 
 
 def read_abilities(paths) -> dict[str, tuple[str, ...]]:
-    """{id as text: path from the root} of ability files {"id", "ability_path"}. Raises what read_each
-    raises, also for an id with two paths."""
+    """{id as text: path from the root} of ability files {"id", "ability_path"}. Raises what
+    read_each raises, also for an id with two paths."""
     abilities = {}
 
     def checked(row):
         path = row.get("ability_path")
-        if "id" not in row or not isinstance(path, list) or not path:
-            raise ValueError('not an ability {"id", "ability_path": ["root", ...]} '
-                             f"(keys found: {', '.join(row)})")
-        if not all(isinstance(name, str) and name.strip() for name in path):
-            raise ValueError(f"ability_path {path} must be names")
-        if abilities.setdefault(str(row["id"]), tuple(path)) != tuple(path):
-            raise ValueError(f"the id {row['id']!r} has two paths, {list(abilities[str(row['id'])])} "
-                             f"and {path}")
+        if "id" not in row or not isinstance(path, list) or not path or not all(
+                isinstance(name, str) and name.strip() for name in path):
+            raise ValueError('not an ability {"id", "ability_path": ["root", ...]}: '
+                             f"{json.dumps(row, ensure_ascii=False):.200}")
+        known = abilities.setdefault(str(row["id"]), tuple(path))
+        if known != tuple(path):
+            raise ValueError(f"the id {row['id']!r} has two paths, {list(known)} and {path}")
         return row
 
     rows_of(paths, checked)
@@ -128,6 +117,11 @@ def read_abilities(paths) -> dict[str, tuple[str, ...]]:
 
 def sha256_of(paths) -> list[str]:
     return [file_sha256(file) for path in paths for file in files_of(path)]
+
+
+def settings(args, names) -> dict:
+    """What an interrupted run must have in common with the one that resumes it."""
+    return {f"--{name}": vars(args)[name] for name in names}
 
 
 # ---- 3. Work, divided among processes ------------------------------------------------------------
@@ -141,9 +135,9 @@ class Parts(PartFiles):
         self.world, self.group = world, patient_group(world)
 
     def mine(self, missing: list[int]):
-        """Yields this process's share of the missing parts, until Ctrl-C. Write each before the next."""
+        """Yields this process's share of the missing parts, until Ctrl-C."""
         if self.group:
-            dist.barrier(self.group)        # all know what is missing before the first part is written
+            dist.barrier(self.group)        # all know what is missing before a part is written
         stop, start = StopSignal(), time.perf_counter()
         mine = missing[self.world.rank::self.world.size]
         for n_done, part in enumerate(mine, start=1):
@@ -158,9 +152,9 @@ class Parts(PartFiles):
         write_atomic(self.path(part), lambda file: file.write(json.dumps(result).encode()))
 
     def join(self, why: str | None = None) -> list | None:
-        """Wait for the other processes. Returns the results of all parts on the main process, None on
-        the others. If parts are missing, ends the script with the reasons (why: this process's) and
-        the command that resumes."""
+        """Wait for the other processes. Returns the results of all parts on the main process, None
+        on the others. If parts are missing, ends the script with the reasons (why: this process's)
+        and the command that resumes."""
         reasons = [why]
         if self.group:
             reasons = [None] * self.world.size
@@ -170,41 +164,46 @@ class Parts(PartFiles):
             dist.barrier(self.group)        # all have looked before the folder is removed
         if missing:
             because = "".join(f"; {reason}" for reason in dict.fromkeys(reasons) if reason)
-            Logger(f"stopped{because}. {self.n_parts - len(missing)} of {self.n_parts} parts are saved. "
-                   f"Resume with: {resume_command(self.world.size)}")
+            Logger(f"stopped{because}. {self.n_parts - len(missing)} of {self.n_parts} parts are "
+                   f"saved. Resume with: {resume_command(self.world.size)}")
             sys.exit(130 if because == "" else 1)
         if self.world.rank == 0:
             return [json.loads(self.path(part).read_bytes()) for part in range(self.n_parts)]
 
 
-def work_in_parts(out, about: dict, n_parts: int, work: Callable, world) -> tuple[Parts, list | None]:
-    """(parts, [work(0), work(1), ...] on the main process, None on the others)."""
+def work_in_parts(out, about: dict, items: list, work: Callable, world):
+    """(parts, [work(0, items[0]), work(1, items[1]), ...] on the main process, None on others)."""
     why = None
     with checking_input():
-        parts = Parts(out, about, n_parts, world)
+        parts = Parts(out, about, len(items), world)
         with main_process_first(world):
             missing = parts.prepare()
-        Logger(f"{len(missing)} of {n_parts} parts to do")
+        Logger(f"{len(missing)} of {len(items)} parts to do")
         try:
             for part in parts.mine(missing):
-                parts.write(part, work(part))
+                parts.write(part, work(part, items[part]))
         except OutOfBudget as error:
             why = str(error)
     return parts, parts.join(why)
 
 
-def finish_questions(parts: Parts, rows: list[dict], abilities: list[dict], rejected: list[dict]):
+def batches_of(items: list, size: int) -> list[list]:
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+def finish_questions(parts, rows: list[dict], abilities: list, rejected: list[dict]):
     """Write OUT, OUT_ability and OUT_rejected. Ends the script if no question is left."""
     out, rejects = parts.out, beside(parts.out, "rejected")
     write_rows(rejects, rejected)
     if rows:
-        write_rows(beside(out, "ability"), abilities)
+        paths = [{"id": row["id"], "ability_path": list(path)} for row, path in zip(rows, abilities)]
+        write_rows(beside(out, "ability"), paths)
         write_rows(out, rows)               # last: it marks the step as finished
     parts.remove()
     if not rows:
         sys.exit(f"no question is left, {len(rejected):,} are rejected: {rejects}")
-    Logger(f"wrote {len(rows):,} questions: {out}, {beside(out, 'ability')}; "
-           f"{len(rejected):,} rejected: {rejects}")
+    Logger(f"wrote {len(rows):,} questions: {out}, {beside(out, 'ability')}; {len(rejected):,} "
+           f"rejected: {rejects}")
 
 
 # ---- 4. Counts per leaf --------------------------------------------------------------------------
@@ -228,5 +227,6 @@ def table(columns: list[str], rows: list[tuple], rejected: list[dict]) -> str:
         # By frequency, then by name, so that the order of the processes does not show.
         common = sorted(reasons.get(leaf, {}).items(), key=lambda pair: (-pair[1], pair[0]))
         why = ", ".join(f"{n:,} {reason}" for reason, n in common)
-        lines.append(f"{padded(leaf, width)}{''.join(f'{n:>10,}' for n in numbers)}  {why}".rstrip())
+        numbers = "".join(f"{n:>10,}" for n in numbers)
+        lines.append(f"{padded(leaf, width)}{numbers}  {why}".rstrip())
     return "\n".join(lines)

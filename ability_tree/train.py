@@ -20,8 +20,8 @@ student is OUT_DIR/full_dist_DIM.pth.
 import shlex
 
 from ability_tree.generate_logits import add_data_args, become, conversations, flags_of
-from ability_tree.steps import add_run_args, new_parser
-from runtime.args import checking_input, parse_args
+from ability_tree.steps import add_run_args
+from runtime.args import checking_input, make_parser, parse_args
 
 
 def add_lesson_args(add):
@@ -43,7 +43,7 @@ def add_lesson_args(add):
 
 
 def main():
-    parser = new_parser(__doc__)
+    parser = make_parser(__doc__)
     files = parser.add_argument_group("files")
     add, teacher = files.add_argument, files.add_mutually_exclusive_group(required=True)
     add("--student", required=True,

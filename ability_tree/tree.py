@@ -24,7 +24,6 @@ The interval of a change: Newcombe 1998, Interval estimation for the difference 
 proportions, Statistics in Medicine 17, 873-890, method 10.
 """
 
-import argparse
 import json
 import math
 import re
@@ -34,7 +33,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.args import checking_input, did_you_mean, parse_args
+from runtime.args import checking_input, did_you_mean, make_parser, parse_args
 from runtime.files import write_atomic
 from runtime.log import Logger
 
@@ -154,16 +153,16 @@ class AbilityTree:
         """The node at this path. A missing one is added with `grow`; without, ValueError names the
         nearest. Raises ValueError for another domain."""
         if not same(path[0], self.name):
-            raise ValueError(f"the path {spell(path)} belongs to the domain {path[0]!r}, the tree to "
-                             f"{self.name!r}")
+            raise ValueError(f"the path {spell(path)} belongs to the domain {path[0]!r}, "
+                             f"the tree to {self.name!r}")
         node = self
         for depth, name in enumerate(path[1:], start=1):
             child = next((each for each in node.children if same(each.name, name)), None)
             if child is None and not grow:
                 names = [each.name for each in node.children]
                 hint = f"did you mean {did_you_mean(name, names)}?" if names else "it is a leaf"
-                raise ValueError(f"the ability tree has no {spell(path)}: there is no {name!r} below "
-                                 f"{spell(path[:depth])} ({hint})")
+                raise ValueError(f"the ability tree has no {spell(path)}: there is no {name!r} "
+                                 f"below {spell(path[:depth])} ({hint})")
             if child is None:
                 child = AbilityTree(clean(name))
                 node.children.append(child)
@@ -186,8 +185,9 @@ class AbilityTree:
                                  "question the path of a leaf")
             last = leaf.history[-1]["round"] if leaf.history else round
             if last > round:
-                raise ValueError(f"{spell(path)} has counts of round {last}, after round {round}: take "
-                                 "the tree from before that round, or give this one a higher number")
+                raise ValueError(f"{spell(path)} has counts of round {last}, after round {round}: "
+                                 "take the tree from before that round, or give this one a higher "
+                                 "number")
             asked[key] += 1
             correct[key] += bool(is_correct)
         for key, leaf in leaves.items():
@@ -264,8 +264,8 @@ class AbilityTree:
         for key, counted in (("asked", node.asked), ("correct", node.correct)):
             if row.get(key, counted) != counted:
                 source = "its leaves have" if children else "the last round of its history has"
-                raise ValueError(f"{node.name} has {key} {row[key]}, but {source} {counted}; correct "
-                                 f"one, or leave {key} out")
+                raise ValueError(f"{node.name} has {key} {row[key]}, but {source} {counted}; "
+                                 f"correct one, or leave {key} out")
         return node
 
     def text(self) -> str:
@@ -314,12 +314,12 @@ def compare(before: AbilityTree, after: AbilityTree) -> str:
     interval and is bold where that excludes 0."""
     old, new = ({key_of(path): (path, leaf) for path, leaf in tree.leaves().items()}
                 for tree in (before, after))
-    rows = [("all", before, after)]
-    for key, (path, _) in reversed((new | {key: old[key] for key in old if key not in new}).items()):
+    rows = []
+    for key, (path, _) in (new | {key: old[key] for key in old if key not in new}).items():
         then, now = (leaves[key][1] if key in leaves else AbilityTree("") for leaves in (old, new))
-        rows.insert(0, (spell(path[1:] or path).replace("|", "\\|"), then, now))
+        rows.append((spell(path[1:] or path).replace("|", "\\|"), then, now))
     lines = ["| ability | asked | accuracy | change, points (95 %) |", "|---|---:|---:|---:|"]
-    for name, then, now in rows:
+    for name, then, now in [*rows, ("all", before, after)]:
         points = "–"
         if then.asked and now.asked:
             difference, low, high = (100 * value for value in change(then, now))
@@ -337,6 +337,8 @@ def picture(tree: AbilityTree, before: AbilityTree | None):
     from matplotlib.figure import Figure
 
     nodes = list(tree.walk())
+    names = ["    " * (len(path) - 1) + node.name for path, node in nodes]
+    left = 6.5 * max(map(width_of, names)) + 8      # points that the names take, left of the axis
     old = {key_of(path): node for path, node in before.walk()} if before else {}
     colour = LinearSegmentedColormap.from_list("ability", COLOURS)
     installed = {font.name for font in font_manager.fontManager.ttflist}
@@ -345,16 +347,16 @@ def picture(tree: AbilityTree, before: AbilityTree | None):
         figure = Figure(figsize=(5, 0.26 * len(nodes) + 0.6))
         axis = figure.add_subplot()
         for y, (path, node) in enumerate(nodes):
-            then, weight = old.get(key_of(path)), "bold" if node.children else "normal"
+            then, style = old.get(key_of(path)), {"va": "center"}
+            style["weight"] = "bold" if node.children else "normal"
             axis.plot([100 * bound for bound in node.interval()], [y, y], linewidth=5,
-                      solid_capstyle="butt", color=colour(node.posterior()) if node.asked else UNTESTED)
+                      color=colour(node.posterior()) if node.asked else UNTESTED)
             if then and then.asked:
                 axis.plot(100 * then.accuracy, y, "o", color=INK, markerfacecolor="white")
             if node.asked:
                 axis.plot(100 * node.accuracy, y, "o", color=INK, markersize=5)
-            axis.annotate("    " * (len(path) - 1) + node.name, (-0.75, y), va="center", weight=weight,
-                          xycoords=("axes fraction", "data"))       # left of the axis
-            axis.text(104, y, f"{node.correct}/{node.asked}", va="center", weight=weight)
+            axis.annotate(names[y], (-3, y), (-left, 0), textcoords="offset points", **style)
+            axis.text(104, y, f"{node.correct}/{node.asked}", **style)
         axis.set(xlim=(-3, 103), ylim=(len(nodes) - 0.5, -0.5), yticks=[], xticks=range(0, 101, 25),
                  xlabel="● accuracy, %   " + "○ before   " * bool(before) + "▬ 95 % interval")
         axis.grid(axis="x", color=UNTESTED)
@@ -364,12 +366,11 @@ def picture(tree: AbilityTree, before: AbilityTree | None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("tree", metavar="TREE.json", help="the ability tree to show")
-    add("--compare", metavar="BEFORE.json", help="an earlier tree: adds a table of the changes since")
-    add("--png", metavar="FILE.png", help="file of a picture; with --compare, also of what was before")
+    add("--compare", metavar="BEFORE.json", help="an earlier tree: adds a table of the changes")
+    add("--png", metavar="FILE.png", help="file of a picture; with --compare, of both trees")
     add("--weakest", type=int, default=5, metavar="N",
         help="number of the weakest leaves to list with their shares of new questions; 0: none")
     args = parse_args(parser)

@@ -20,43 +20,44 @@ generate an answer, which must be one of the options. An endpoint always generat
 OUT_ability is OUT's name with _ability before .jsonl. The same command resumes an interrupted run.
 """
 
-from ability_tree.agents import Agent, LocalAgent, add_agent_args, identity_of, make_agent
+from ability_tree.agents import LocalAgent, add_agent_args, identity_of, make_agent
 from ability_tree.inference import reply
-from ability_tree.prompts import PROMPTS
-from ability_tree.steps import (add_request_args, add_run_args, finish_questions, new_parser,
-                                read_abilities, read_choices, seed_of, sha256_of, table, work_in_parts)
+from ability_tree.prompts import PROMPTS, nonempty
+from ability_tree.steps import (add_request_args, add_run_args, batches_of, finish_questions,
+                                read_abilities, read_choices, seed_of, settings, sha256_of, table,
+                                work_in_parts)
 from ability_tree.tree import spell
-from runtime.args import checking_input, parse_args
+from runtime.args import checking_input, make_parser, parse_args
 from runtime.log import Logger
 from runtime.processes import init_distributed_mode
 
 MIN_PART, MAX_PART, N_PARTS = 64, 512, 16       # questions of a part; number of parts to aim at
-SAME = ("prompts", "write", "max_new_tokens", "temperature", "seed")    # needed for resuming
+SAME = ("prompts", "write", "max_new_tokens", "temperature", "seed")
 ROLES = ("agent_a", "agent_b")
 
 
 def choose(agent: LocalAgent, rows: list[dict]) -> list[tuple[str | None, str | None]]:
     """As solve; the option of the highest log-probability after the bare question."""
-    letters = [each["answer_idx"] for each in reply(agent.model, agent.tokenizer, rows, hide_options=True)]
-    return [(letter, None if letter else "no reply: the question is too long") for letter in letters]
+    replies = reply(agent.model, agent.tokenizer, rows, hide_options=True)
+    return [(each["answer_idx"], None if each["answer_idx"] else "no reply: the question is too long")
+            for each in replies]
 
 
-def solve(agent: Agent, prompts, rows: list[dict], max_new_tokens: int, temperature: float,
+def solve(agent, prompts, rows: list[dict], max_new_tokens: int, temperature: float,
           seed: int) -> list[tuple[str | None, str | None]]:
-    """The agent's answer to each row: (letter, None), or (None, the reason why there is none)."""
-    replies = agent.generate([prompts.solve(row) for row in rows], max_new_tokens, temperature, seed)
-    answers = []
-    for row, text in zip(rows, replies):
+    """The answer to each row: (letter, None), or (None, the reason why there is none)."""
+    requests, answers = [prompts.solve(row) for row in rows], []
+    for row, text in zip(rows, agent.generate(requests, max_new_tokens, temperature, seed)):
         try:
-            answers.append((prompts.read_letter(text, row), None))
+            answers.append((prompts.read_letter(nonempty(text), row), None))
         except ValueError as error:
             answers.append((None, str(error)))
     return answers
 
 
 def reason_to_reject(correct: str, answers) -> str | None:
-    """Why a question with this correct letter is rejected; None if it is kept. `answers` are those of
-    agent_a and agent_b, as from solve."""
+    """Why a question with this correct letter is rejected; None if it is kept. `answers` are those
+    of agent_a and agent_b, as from solve."""
     for role, (letter, problem) in zip(ROLES, answers):
         if letter is None:
             return f"{role} {problem}"
@@ -71,23 +72,23 @@ def reason_to_reject(correct: str, answers) -> str | None:
 
 def main():
     # 1. Arguments
-    parser = new_parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
-    add("--questions", nargs="+", required=True, help="files of {id, question, options, answer_idx}")
+    add("--questions", nargs="+", required=True,
+        help="files of {id, question, options, answer_idx}")
     add("--abilities", nargs="+", required=True, help="files of {id, ability_path}, joined on id")
-    add("--out", required=True, help=".jsonl file of the questions that are kept; must not exist yet")
+    add("--out", required=True, help=".jsonl file of the kept questions; must not exist yet")
     add("--skip_bad_lines", action="store_true", help="skip and count lines that cannot be used")
     add = add_request_args(parser, temperature=0.0)
     add("--write", action="store_true",
-        help="miniworld: weights generate their answer instead of choosing an option; stricter, since "
-             "one of the options always has the highest probability")
+        help="miniworld: weights generate their answer instead of choosing an option; stricter, "
+             "since one of the options always has the highest probability")
     for role in ROLES:
         add_agent_args(parser, role)
     add_run_args(parser)
     args = parse_args(parser)
     if args.write and args.prompts != "miniworld":
-        parser.error("--write needs --prompts miniworld; with json the agents see the options and name "
-                     "a letter")
+        parser.error("--write needs --prompts miniworld; with json the agents choose a letter")
     world = init_distributed_mode(args.ddp, args.device, args.local_rank)
 
     # 2. Questions and agents
@@ -96,44 +97,41 @@ def main():
         abilities = read_abilities(args.abilities)
         for row in rows:
             if str(row["id"]) not in abilities:
-                raise ValueError(f"the question {row['id']!r} has no row in {', '.join(args.abilities)}; "
-                                 "give the abilities of these questions, such as the _ability.jsonl "
-                                 "beside their file")
+                raise ValueError(f"the question {row['id']!r} has no row in {args.abilities}; give the "
+                                 "abilities of these questions, such as the _ability.jsonl beside them")
         about = {"--questions": sha256_of(args.questions), "--abilities": sha256_of(args.abilities),
                  **{f"--{role}": identity_of(vars(args), role) for role in ROLES},
-                 **{f"--{flag}": vars(args)[flag] for flag in SAME}}
+                 **settings(args, SAME)}
         agents = [make_agent(vars(args), "agent_a", world.device)]
         same = about["--agent_a"] == about["--agent_b"]
         agents += agents if same else [make_agent(vars(args), "agent_b", world.device)]
     Logger(f"{' and '.join(agent.name for agent in agents)} answer {len(rows):,} questions")
-    if same:
-        Logger("agent_a and agent_b are the same model" + (
-            "; its greedy answer counts for both" if args.temperature == 0 else ""))
+    if same and args.temperature == 0:
+        Logger("agent_a and agent_b are the same model: its greedy answer counts for both")
 
     # 3. Answers
-    def answers_of(agent, rows, seed):
+    def answers(agent, batch, seed):
         if isinstance(agent, LocalAgent) and args.prompts == "miniworld" and not args.write:
-            return choose(agent, rows)
-        return solve(agent, PROMPTS[args.prompts], rows, args.max_new_tokens, args.temperature, seed)
+            return choose(agent, batch)
+        return solve(agent, PROMPTS[args.prompts], batch, args.max_new_tokens, args.temperature, seed)
 
-    def answer_part(part):
+    def pairs(part, batch):
         if same and args.temperature == 0:
-            return [answers_of(agents[0], batches[part], 0)] * 2
-        return [answers_of(agent, batches[part], seed_of(args.seed, number, part))
-                for number, agent in enumerate(agents)]
+            a = b = answers(agents[0], batch, 0)
+        else:
+            a, b = (answers(agent, batch, seed_of(args.seed, number, part))
+                    for number, agent in enumerate(agents))
+        return list(zip(a, b))
 
     size = min(MAX_PART, max(MIN_PART, -(-len(rows) // N_PARTS)))
-    batches = [rows[start:start + size] for start in range(0, len(rows), size)]
-    parts, results = work_in_parts(args.out, about, len(batches), answer_part, world)
+    parts, results = work_in_parts(args.out, about, batches_of(rows, size), pairs, world)
     if results is None:
         return
 
     # 4. Files and counts
     kept, rejected, counts = [], [], {}
-    answers = [pair for part in results for pair in zip(*part)]
-    for row, pair in zip(rows, answers, strict=True):
-        leaf = spell(abilities[str(row["id"])])
-        reason = reason_to_reject(row["answer_idx"], pair)
+    for row, pair in zip(rows, sum(results, []), strict=True):
+        leaf, reason = spell(abilities[str(row["id"])]), reason_to_reject(row["answer_idx"], pair)
         asked, n_kept = counts.get(leaf, (0, 0))
         counts[leaf] = asked + 1, n_kept + (reason is None)
         if reason is None:
@@ -143,8 +141,7 @@ def main():
             rejected.append({**row, "leaf": leaf, **letters, "reason": reason})
     Logger(table(["asked", "kept"], [(leaf, *counts[leaf]) for leaf in sorted(counts)], rejected))
     Logger(f"kept {len(kept):,} of {len(rows):,} questions ({len(kept) / len(rows):.1%})")
-    paths = [{"id": row["id"], "ability_path": list(abilities[str(row["id"])])} for row in kept]
-    finish_questions(parts, kept, paths, rejected)
+    finish_questions(parts, kept, [abilities[str(row["id"])] for row in kept], rejected)
 
 
 if __name__ == "__main__":

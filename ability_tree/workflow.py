@@ -1,11 +1,9 @@
 """
 工作流：逐步运行命令；同样的命令、同样的输入已做完的步骤跳过，中断的接着做。
-The workflow: commands that run one after the other, each into a folder of its own. A step is skipped
-if the same command has finished from the same inputs; an interrupted step resumes.
-
-    manifest.json   of this command, these inputs and these outputs, by their hashes: finished
-    begun.json      of this command and these inputs: interrupted
-    anything else   of another command: renamed to FOLDER.previous, and the step runs anew
+A workflow: commands that run one after the other, each into a folder of its own. manifest.json in
+the folder has the command, the hashes of its inputs and, once it has finished, of its outputs. So a
+step with the same command and inputs is skipped if it has finished and resumed if it has not. The
+folder of another command is renamed to FOLDER.previous, and the step runs anew.
 """
 
 import functools
@@ -25,8 +23,8 @@ from runtime.args import WORKFLOW, resume_command
 from runtime.files import file_sha256, keep_previous, write_atomic
 from runtime.log import Logger
 
-MANIFEST, BEGUN = "manifest.json", "begun.json"
-# A step may take other values of these flags when it resumes: they do not change its result.
+MANIFEST = "manifest.json"
+# A step that resumes may have other values of these flags: its result does not depend on them.
 FREE = ("_budget", "_rpm", "_replies", "_key_env")
 
 
@@ -47,39 +45,38 @@ class Workflow:
     def step(self, title: str, module: str, folder: Path, inputs: list, log: Path | None = None,
              resume_flag: str = "", **flags):
         """python -m ability_tree.MODULE FLAGS, which reads `inputs` (files and folders), writes into
-        `folder`, and prints into `log`, by default MODULE.log beside the folder. An interrupted step
-        is called again with resume_flag; its result may depend on the number of processes."""
+        `folder`, and prints into `log`, by default MODULE.log beside the folder. A training step is
+        resumed by resume_flag, and its result depends on the number of processes."""
         self.exit_if_stopped(title)
         same = {name: value for name, value in flags.items() if not name.endswith(FREE)}
-        begun = {"command": [f"ability_tree.{module}", *flags_of(**same)],
-                 "processes": len(self.gpus) if resume_flag else "any",
-                 "inputs": {str(path): sha256_of(Path(path)) for path in inputs}}
-        if read_json(folder / MANIFEST) == begun | {"outputs": outputs_of(folder)}:
+        manifest = {"command": [f"ability_tree.{module}", *flags_of(**same)],
+                    "processes": len(self.gpus) if resume_flag else "any",
+                    "inputs": {str(path): sha256_of(Path(path)) for path in inputs if path}}
+        last = read_manifest(folder)
+        if last == manifest | {"outputs": outputs_of(folder)}:
             Logger(f"== {title}: finished earlier, {folder}")
             return
-        again = read_json(folder / BEGUN) == begun and not (folder / MANIFEST).exists()
+        again = last == manifest
         if folder.exists() and not again:
-            Logger(f"{folder} is of another command or other inputs: renamed to {folder}.previous")
+            Logger(f"{folder} has other inputs or flags: renamed to {folder}.previous")
             keep_previous(folder)
-        if again and not resume_flag:       # finished files, which the step would not overwrite
+        if again and not resume_flag:       # a step overwrites no file; its parts are in folders
             for path in folder.iterdir():
-                if path.is_file() and path.name != BEGUN:
+                if path.is_file() and path.name != MANIFEST:
                     path.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / BEGUN, begun)
+        write_manifest(folder, manifest)
         command = [f"ability_tree.{module}", *flags_of(**flags)]
         command += [resume_flag] if again and resume_flag else []
         self.run(title, command, log or folder.parent / f"{module}.log")
-        write_json(folder / MANIFEST, begun | {"outputs": outputs_of(folder)})
-        (folder / BEGUN).unlink()
+        write_manifest(folder, manifest | {"outputs": outputs_of(folder)})
         self.exit_if_stopped(title)
 
     def run(self, title: str, command: list[str], log: Path):
         """Run a module, print its lines, and append them to the log."""
         launcher = [sys.executable, "-m"]
         if len(self.gpus) > 1:
-            launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(len(self.gpus)),
-                         "-m"]
+            launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node",
+                         str(len(self.gpus)), "-m"]
             command = [*command, "--ddp"]
         typed = f"python {shlex.join([*launcher[1:], *command])}"
         Logger(f"\n== {title}\n{typed}")
@@ -93,8 +90,7 @@ class Workflow:
         if self.signal:
             self.child.send_signal(self.signal)
         with open(log, "a", encoding="utf-8") as file:
-            for line in [f"{typed}\n", *()]:
-                file.write(line)
+            file.write(f"{typed}\n")
             for line in self.child.stdout:
                 file.write(line)
                 Logger(line.rstrip("\n"))
@@ -110,16 +106,17 @@ class Workflow:
             sys.exit(130)
 
 
-def read_json(path: Path) -> dict | None:
-    """None if there is no such file, or only a part of it."""
+def read_manifest(folder: Path) -> dict | None:
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        return json.loads((folder / MANIFEST).read_text())
+    except (FileNotFoundError, ValueError):     # none, or not JSON
         return None
 
 
-def write_json(path: Path, value: dict):
-    write_atomic(path, lambda file: file.write(json.dumps(value, indent=2).encode()))
+def write_manifest(folder: Path, manifest: dict):
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(manifest, indent=2)
+    write_atomic(folder / MANIFEST, lambda file: file.write(text.encode()))
 
 
 def sha256_of(path: Path) -> str:
@@ -139,4 +136,4 @@ def hashed(path: Path, size: int, mtime: int) -> str:
 
 def outputs_of(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in (MANIFEST, BEGUN)}
+            if path.is_file() and path.name != MANIFEST}

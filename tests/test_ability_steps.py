@@ -1,26 +1,27 @@
 """
 各步的规律：回复读得懂就读对、读不懂就说明原因；弱叶多出题；两个代理都同意才留下；几个进程都写出同样的字节。
-Laws of the steps of the ability tree: a reply is read right or refused with a reason, weak leaves have more questions,
-what two agents agree on is kept, and any number of processes writes the same bytes.
+Laws of the steps of the ability tree: a reply is read correctly or rejected with a reason, weak
+leaves get more questions, a question is kept if two agents agree, and any number of processes writes
+the same bytes.
 """
 
 import json
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from ability_tree import create_initial_tree, generate_distill_data, validate
-from ability_tree.agents import Agent, LocalAgent
-from ability_tree.generate_distill_data import Wanted, largest_remainder, new_question, plan, seeds_of_leaves, write_part
+from ability_tree.agents import LocalAgent
+from ability_tree.create_initial_tree import divided, grow
+from ability_tree.generate_distill_data import (Wanted, largest_remainder, new_question, plan,
+                                                seeds_of_leaves, write_part)
 from ability_tree.prompts import PROMPTS
-from ability_tree.steps import kind_of, read_abilities, table
+from ability_tree.steps import kind_of, read_abilities, table, write_rows
 from ability_tree.tree import AbilityTree
-from ability_tree.validate import solve, why_not
-from helpers_run import complaint, run, start, succeed
+from ability_tree.validate import choose, reason_to_reject, solve
 from evaluation.scores import score_answers
+from helpers_run import complaint, run, start, succeed
 from runtime.processes import World
 
 JSON, MINIWORLD = PROMPTS["json"], PROMPTS["miniworld"]
@@ -30,22 +31,23 @@ ADD, SUB = ("world", "math", "add"), ("world", "math", "sub")
 ALONE = World(0, 1, "cpu")
 
 
-class Told(Agent):
-    """Replies as it is told: to a request that holds a key, the key's replies, one after the other, the last for ever."""
+class Scripted:
+    """An agent whose request that holds a key gets the key's replies in turn, the last for ever."""
 
-    name = "told"
+    name = "scripted"
 
     def __init__(self, replies: dict):
-        self.replies = {key: [text] if isinstance(text, str) else list(text) for key, text in replies.items()}
-        self.heard = []
+        self.replies = {key: [texts] if isinstance(texts, str) else list(texts)
+                        for key, texts in replies.items()}
+        self.requests = []
 
-    def ask(self, conversations, max_new_tokens, temperature=0.0, seed=0):
-        said = []
+    def generate(self, conversations, max_new_tokens=8, temperature=0.0, seed=0):
+        replies = []
         for [message] in conversations:
-            self.heard.append(message["content"])
-            texts = next(texts for key, texts in self.replies.items() if key in message["content"])
-            said.append(texts.pop(0) if len(texts) > 1 else texts[0])
-        return said
+            self.requests.append(message["content"])
+            texts = next(self.replies[key] for key in self.replies if key in message["content"])
+            replies.append(texts.pop(0) if len(texts) > 1 else texts[0])
+        return replies
 
 
 def add_row(number, a, b):
@@ -54,7 +56,7 @@ def add_row(number, a, b):
 
 
 def write(path, rows) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_rows(path, rows)
     return path
 
 
@@ -90,7 +92,7 @@ def test_backslashes_of_formulas_are_kept():
     (json.dumps(ROW)[:-20], "no JSON object with a question"),
     (json.dumps(ROW | {"question": " "}), "no question"),
     (json.dumps(ROW | {"options": {"A": "heart"}}), "no options"),
-    (json.dumps(ROW | {"options": ["heart", "Heart "]}), "an option is there twice"),
+    (json.dumps(ROW | {"options": ["heart", "Heart "]}), "an option occurs twice"),
     (json.dumps(ROW | {"options": ["heart", ["lung"]]}), "an option is no text"),
     (json.dumps(ROW | {"answer_idx": "E"}), "the answer is none of the options"),
     (json.dumps({"question": "Which?", "options": ["x", "y"]}), "the answer is none of the options"),
@@ -176,26 +178,24 @@ def test_the_tiny_teachers_lines_are_those_it_is_trained_on():
 # -------------------------------------------------------------------------------------------------------- first tree
 
 
-def tree_flags(**flags):
-    return Namespace(**{"prompts": "json", "depth": 2, "breadth": 2, "max_tries": 2, "max_new_tokens": 64,
-                        "temperature": 0.7, "seed": 0} | flags)
+def grown(agent) -> tuple[list, list]:
+    """(leaves of "world" after two levels of at most two parts, rejected replies)"""
+    tree = AbilityTree.from_paths([("world",)])
+    rejected = grow(tree, divided(agent, 64, 0.7, ALONE), JSON, depth=2, breadth=2, max_tries=2, seed=0)
+    return list(tree.leaves()), rejected
 
 
 def test_a_domain_is_divided_level_by_level():
-    """A third part is one too many; "World" would be a part of itself; an ability with no parts stays a leaf."""
-    agent = Told({"> math": '["add", "ADD", "World", "sub"]', "> words": "[]",
-                  "Ability: world": '["math", "words", "more"]'})
-    tree = AbilityTree.from_paths([("world",)])
-    assert create_initial_tree.grow(tree, agent, tree_flags(), ALONE) == []
-    assert list(tree.leaves()) == [ADD, SUB, ("world", "words")]
-    assert len(agent.heard) == 3
+    """A third part is one too many; "World" would be a part of itself; "words" has no parts."""
+    agent = Scripted({"> math": '["add", "ADD", "World", "sub"]', "> words": "[]",
+                      "Ability: world": '["math", "words", "more"]'})
+    assert grown(agent) == ([ADD, SUB, ("world", "words")], []) and len(agent.requests) == 3
 
 
-def test_an_ability_whose_replies_cannot_be_read_is_asked_for_again_and_then_stays_a_leaf():
-    agent = Told({"> math": ["sorry", '["add", "sub"]'], "> words": "sorry", "Ability: world": '["math", "words"]'})
-    tree = AbilityTree.from_paths([("world",)])
-    rejected = create_initial_tree.grow(tree, agent, tree_flags(), ALONE)
-    assert list(tree.leaves()) == [ADD, SUB, ("world", "words")]
+def test_an_ability_whose_replies_cannot_be_read_is_requested_again_and_then_stays_a_leaf():
+    leaves, rejected = grown(Scripted({"> math": ["sorry", '["add", "sub"]'], "> words": "sorry",
+                                       "Ability: world": '["math", "words"]'}))
+    assert leaves == [ADD, SUB, ("world", "words")]
     assert [(each["leaf"], each["reply"]) for each in rejected] == [
         ("world / math", "sorry"), ("world / words", "sorry"), ("world / words", "sorry")]
 
@@ -205,7 +205,8 @@ def test_a_tree_of_ability_files_has_their_paths(tmp_path):
     out = tmp_path / "tree.json"
     assert "2 leaves" in succeed("ability_tree/create_initial_tree.py", ability_files=files, out=out)
     assert list(AbilityTree.load(out).leaves()) == [ADD, SUB]
-    assert "is there already" in complaint("ability_tree/create_initial_tree.py", ability_files=files, out=out)
+    assert "exists already" in complaint("ability_tree/create_initial_tree.py", out=out,
+                                         ability_files=files)
 
 
 # ----------------------------------------------------------------------------------------------------- new questions
@@ -218,33 +219,33 @@ def test_what_is_left_of_a_division_goes_to_the_largest_remainders():
         assert sum(largest_remainder({leaf: 1 / (leaf + 1) for leaf in range(7)}, n).values()) == n
 
 
-def plan_flags(**flags):
-    return Namespace(**{"smoothing": 1.0, "floor": 0.0, "power": 1.0, "n_options": 2, "n_seeds": 3, "n_samples": 10,
-                        "prompts": "miniworld", "max_tries": 2, "max_new_tokens": 64, "temperature": 1.0, "seed": 0} | flags)
+def counts(tree, seeds, floor=0.0, n_options=2, writes_wrong_options=False):
+    planned = plan(tree.weights(floor=floor), seeds, 10, n_options, writes_wrong_options)
+    return {each.leaf: each.n for each in planned}
 
 
-def test_a_leaf_has_questions_by_how_weak_it_is():
-    """0 of 8 is (0 + 1) / (8 + 2) = 0.1, so its weakness 0.9; of 8 of 8 it is 0.1: nine to one."""
+def test_a_leaf_gets_questions_by_its_weakness():
+    """0 of 8: posterior (0 + 1) / (8 + 2) = 0.1, weakness 0.9; 8 of 8: weakness 0.1; nine to one."""
     tree = AbilityTree.from_paths([ADD, SUB])
     tree.update([(ADD, False)] * 8 + [(SUB, True)] * 8, round=0)
     seeds = {leaf: [add_row(1, 1, 1), add_row(2, 2, 2)] for leaf in (ADD, SUB)}
-    assert [(each.leaf, each.n) for each in plan(tree, seeds, plan_flags())] == [(ADD, 9), (SUB, 1)]
-    assert [each.n for each in plan(tree, seeds, plan_flags(floor=1.0))] == [5, 5]
+    assert counts(tree, seeds) == {ADD: 9, SUB: 1}
+    assert counts(tree, seeds, floor=1.0) == {ADD: 5, SUB: 5}
 
 
-def test_a_leaf_without_answers_to_complete_options_from_has_no_share_unless_the_teacher_writes_them():
+def test_a_leaf_without_answers_to_complete_options_gets_no_share_unless_the_teacher_writes_them():
     tree, seeds = AbilityTree.from_paths([ADD, SUB]), {ADD: [add_row(1, 1, 1)], SUB: []}
-    assert [(each.leaf, each.n) for each in plan(tree, seeds, plan_flags())] == [(ADD, 10)]
-    assert [(each.leaf, each.n) for each in plan(tree, seeds, plan_flags(prompts="json"))] == [(ADD, 5), (SUB, 5)]
+    assert counts(tree, seeds) == {ADD: 10}
+    assert counts(tree, seeds, writes_wrong_options=True) == {ADD: 5, SUB: 5}
     with pytest.raises(ValueError, match="no leaf has seed questions with 4 different answers"):
-        plan(tree, seeds, plan_flags(n_options=4))
+        counts(tree, seeds, n_options=4)
 
 
 def test_seed_questions_are_joined_to_leaves_on_their_ids():
     rows = [add_row(1, 1, 1), add_row(2, 2, 2), add_row(3, 3, 3)]
     seeds = seeds_of_leaves(rows, {"s1": ADD, "s2": ("World", "math", "ADD"), "s3": ("world", "math")}, [ADD, SUB])
     assert seeds == {ADD: rows[:2], SUB: []}
-    with pytest.raises(ValueError, match="1 have no row in --abilities, 1 a path that is no leaf"):
+    with pytest.raises(ValueError, match="2 of 2 seed questions belong to no leaf"):
         seeds_of_leaves(rows[1:], {"s3": ("world", "math")}, [ADD, SUB])
 
 
@@ -269,97 +270,102 @@ def test_the_teachers_own_options_stay_and_only_missing_ones_are_added():
 
 def test_a_question_that_is_known_is_not_written_again_whatever_its_case_and_spaces():
     reply = "What is  3 plus 4? => 7"
-    with pytest.raises(ValueError, match="^there already: What"):
+    with pytest.raises(ValueError, match="^a repetition: What"):
         new_question(reply, Wanted(ADD, 1, [], ["7", "8"]), {"what is 3 plus 4?"}, MINIWORLD, 2, Random(0))
 
 
-def test_what_is_missing_is_asked_for_again_but_no_more_than_max_tries_each():
-    """Three wanted: "new 1", "new 1" again and nonsense; then two more tries for two of them: "new 2" and nonsense."""
-    agent = Told({"new question": ["new 1 => 2", "new 1 => 2", "?", "new 2 => 4", "?"]})
-    done = write_part(agent, [Wanted(ADD, 3, [], ["2", "4"])], {"old"}, 0, plan_flags())
-    assert done["asked"] == [5] and [row["question"] for row in done["rows"][0]] == ["new 1", "new 2"]
+def test_what_is_missing_is_requested_again_but_no_more_than_max_tries_each():
+    """Three wanted: "new 1", again, and nonsense; the second try gives "new 2" and nonsense."""
+    agent = Scripted({"new question": ["new 1 => 2", "new 1 => 2", "?", "new 2 => 4", ""]})
+    done = write_part(agent.generate, MINIWORLD, [Wanted(ADD, 3, [], ["2", "4"])], {"old"}, 0,
+                      n_options=2, n_seeds=3, max_tries=2, seed=0)
+    assert done["asked"] == [5]
+    assert [row["question"] for row in done["rows"][0]] == ["new 1", "new 2"]
     assert [kind_of(each["reason"]) for each in done["rejected"]] == [
-        "there already", "no question => answer", "no question => answer"]
+        "a repetition", "no question => answer", "no reply"]
 
 
 def test_the_teacher_sees_real_questions_of_the_leaf_and_of_no_other():
-    agent = Told({"Write": "no"})
-    seeds = [add_row(n, n, n) for n in range(1, 6)]
-    wanted = [Wanted(ADD, 2, seeds, []), Wanted(SUB, 1, [add_row(9, 50, 50)], [])]
-    write_part(agent, wanted, set(), 0, plan_flags(prompts="json", max_tries=1))
-    shown = [{row["id"] for row in [*seeds, add_row(9, 50, 50)] if row["question"] in text} for text in agent.heard]
-    assert [len(ids) for ids in shown] == [3, 3, 1]
-    assert shown[2] == {"s9"} and shown[0] | shown[1] <= {f"s{n}" for n in range(6)} and shown[0] != shown[1]
+    agent = Scripted({"Write": "no"})
+    seeds, other = [add_row(n, n, n) for n in range(1, 6)], add_row(9, 50, 50)
+    wanted = [Wanted(ADD, 2, seeds, []), Wanted(SUB, 1, [other], [])]
+    write_part(agent.generate, JSON, wanted, set(), 0, n_options=2, n_seeds=3, max_tries=1, seed=0)
+    shown = [{row["id"] for row in [*seeds, other] if row["question"] in text}
+             for text in agent.requests]
+    assert [len(ids) for ids in shown] == [3, 3, 1] and shown[2] == {"s9"}
+    assert shown[0] | shown[1] <= {f"s{n}" for n in range(6)} and shown[0] != shown[1]
 
 
 # -------------------------------------------------------------------------------------------------------- validation
 
 
 def test_a_question_is_kept_when_both_agents_give_its_answer():
-    assert why_not("B", ("B", None), ("B", None)) is None
+    assert reason_to_reject("B", [("B", None), ("B", None)]) is None
     for a, b, reason in [("B", "C", "agent_b has another answer: C, not B"),
                          ("C", "B", "agent_a has another answer: C, not B"),
                          ("C", "C", "both have another answer: C, not B"),
                          ("C", "D", "all three differ: agent_a C, agent_b D, not B")]:
-        assert why_not("B", (a, None), (b, None)) == reason
-    assert why_not("B", ("B", None), (None, "no reply: gone")) == "agent_b no reply: gone"
+        assert reason_to_reject("B", [(a, None), (b, None)]) == reason
+    assert reason_to_reject("B", [("B", None), (None, "no reply: gone")]) == "agent_b no reply: gone"
 
 
-def test_an_agent_that_says_nothing_or_nonsense_has_no_answer():
-    flags = Namespace(prompts="json", write=False, max_new_tokens=8, temperature=0.0)
+def test_an_empty_reply_and_nonsense_are_no_answer():
+    agent = Scripted({"1?": "", "2?": "perhaps", "3?": '{"answer": "D"}'})
     rows = [ROW | {"question": f"{n}?"} for n in (1, 2, 3)]
-    letters, problems = zip(*solve(Told({"1?": "", "2?": "perhaps", "3?": '{"answer": "D"}'}), rows, flags, seed=0))
+    letters, problems = zip(*solve(agent, JSON, rows, max_new_tokens=8, temperature=0.0, seed=0))
     assert letters == (None, None, "D")
     assert [kind_of(text) for text in problems[:2]] == ["no reply", "the answer is none of the options"]
 
 
-def test_a_local_agent_chooses_the_likeliest_option_under_the_bare_question(models):
+def test_weights_choose_the_likeliest_option_after_the_bare_question(models):
     agent = LocalAgent(models / "teacher.pth", "cpu")
-    flags = Namespace(prompts="miniworld", write=False)
     rows = [{"id": n, "question": f"what is {n} plus 1?", "answer_idx": "A",
              "options": {letter: f"{n * i:02}" for i, letter in enumerate("ABCD", 1)}} for n in range(3, 9)]
-    log_p = score_answers(agent.model, agent.tokenizer, [(row["question"], row["options"].values()) for row in rows])
+    log_p = score_answers(agent.model, agent.tokenizer,
+                          [(row["question"], row["options"].values()) for row in rows])
     expected = [("ABCD"[of_row.index(max(of_row))], None) for of_row in log_p]
-    assert solve(agent, rows, flags, seed=0) == expected and len(set(expected)) > 1
+    assert choose(agent, rows) == expected and len(set(expected)) > 1
     endless = rows[0] | {"question": "m " * 200}
-    assert solve(agent, [endless], flags, seed=0) == [(None, "no reply: the question is too long for it")]
+    assert choose(agent, [endless]) == [(None, "no reply: the question is too long")]
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
 
-# A step whose agents are these. One that divides an ability names four parts, one of five times on two lines. A reply
-# is a matter of the call's seed and of its place, as with weights. A teacher has drawn a sum, one of five times without an
-# arrow; one of ten sums is wrong. SPENT=sub: the budget is spent when it comes to sub.
+# A step with made-up agents, whose replies depend on the call's seed, as with weights. One that divides
+# an ability names four parts, or in one of five cases writes two lines. A teacher writes a sum, in one
+# of five cases without an arrow; one of ten sums is wrong. SPENT=sub: its budget ends at sub.
 STEP = """
 import os
 from random import Random
 from ability_tree import {name} as step
-from ability_tree.agents import Agent, OutOfBudget
+from ability_tree.agents import OutOfBudget
 
-class Fake(Agent):
+class Fake:
     def __init__(self, role):
         self.name, self.role = role, role
 
-    def ask(self, conversations, max_new_tokens, temperature=0.0, seed=0):
+    def generate(self, conversations, max_new_tokens, temperature=0.0, seed=0):
         if os.environ.get("SPENT", "never") in conversations[0][0]["content"]:
             raise OutOfBudget("the budget is used")
-        draw = Random(seed)
-        return [self.reply(message["content"], draw) for [message] in conversations]
+        random = Random(seed)
+        return [self.reply(message["content"], random) for [message] in conversations]
 
-    def reply(self, text, draw):
+    def reply(self, text, random):
         if text.startswith("parts of: "):
-            return ", ".join(f"part {{draw.randint(1, 99)}}" for _ in range(4)) if draw.random() < 0.8 else "part 1\\npart 2"
+            names = ", ".join(f"part {{random.randint(1, 99)}}" for _ in range(4))
+            return names if random.random() < 0.8 else "part 1\\npart 2"
         if text.startswith("new question: "):
             sign = {{"add": 1, "sub": -1}}[text.rpartition("/")[2]]
-            a, b = draw.randint(1, 99), draw.randint(1, 99)
-            right = a + sign * b + (draw.random() < 0.1)
-            return f"{{a}} {{'+' if sign > 0 else '-'}} {{b}} = ?" + (f" => {{right}}" if draw.random() < 0.8 else "")
+            a, b = random.randint(1, 99), random.randint(1, 99)
+            answer = a + sign * b + (random.random() < 0.1)
+            question = f"{{a}} {{'+' if sign > 0 else '-'}} {{b}} = ?"
+            return question + (f" => {{answer}}" if random.random() < 0.8 else "")
         a, sign, b = text.split()[:3]
-        right = int(a) + int(b) if sign == "+" else int(a) - int(b)
-        return str(right + (self.role == "agent_b" and right % 7 == 0))
+        answer = int(a) + int(b) if sign == "+" else int(a) - int(b)
+        return str(answer + (self.role == "agent_b" and answer % 7 == 0))
 
-step.make_agent = lambda args, role, device: Fake(role)
-step.about_agent = lambda args, role: role
+step.make_agent = lambda flags, role, device: Fake(role)
+step.identity_of = lambda flags, role: role
 step.main()
 """
 
@@ -415,7 +421,7 @@ def test_what_became_of_each_leaf_is_told_and_adds_up(written):
         line = next(line for line in told.splitlines() if line.startswith(leaf)).removeprefix(leaf).split()
         assert [int(line[0]), int(line[2])] == [wanted, wanted]
         assert int(line[1]) - wanted == sum(leaf in (each["leaf"], "all") for each in rejected)
-    assert {kind_of(each["reason"]) for each in rejected} <= {"no question => answer", "there already"}
+    assert {kind_of(each["reason"]) for each in rejected} <= {"no question => answer", "a repetition"}
 
 
 def test_two_processes_write_the_bytes_of_one(world, written):
@@ -430,7 +436,7 @@ def test_a_run_whose_budget_was_spent_goes_on_to_the_same_bytes(world, written):
     out = world / "again" / "distill.jsonl"
     out.parent.mkdir()
     stopped = run(str(world / "generate_distill_data.py"), out=out, variables={"SPENT": "math/sub"}, **generate_flags(world))
-    assert stopped.code == 1 and "stopped; the budget is used. 1 of 2 parts are done and stay" in stopped.output
+    assert stopped.code == 1 and "stopped; the budget is used. 1 of 2 parts are saved" in stopped.output
     assert not out.exists()
     other = complaint(str(world / "generate_distill_data.py"), out=out, **generate_flags(world, seed=2))
     assert "--seed was 1, is 2" in other
