@@ -1,24 +1,23 @@
 """
 考试、分析、软标签、训练的规律：最可能的选项就是回答；叶子上的数可以手算；训练只是把该给的参数交给原有脚本。
-Laws of the steps around a student: its answer is the likeliest option, the counts of a leaf can be redone by hand, and the
-distillation of a round is train_distillation.py with the flags that it was given.
+Laws of the steps around a student: its answer is the likeliest option, the counts of a leaf can be
+redone by hand, and the distillation of a round is train_distillation.py with the given flags.
 """
 
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from ability_tree import analyze, generate_logits, inference, train
-from ability_tree.agents import Agent
+from ability_tree.steps import read_choices, write_rows
 from ability_tree.tree import AbilityTree
-from helpers_run import ROOT, complaint, start, succeed
-from interop.checkpoint import load_model
 from evaluation.scores import score_answers
+from helpers_run import ROOT, complaint, run, start, succeed
+from interop.checkpoint import load_model
 
 SUM, DAY = ("world", "math", "sum"), ("world", "day")
 
@@ -28,7 +27,7 @@ def question(name, text: str = "2 + 3 =", right: str = "A") -> dict:
 
 
 def write(path, rows) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_rows(path, rows)
     return path
 
 
@@ -98,7 +97,7 @@ def test_two_processes_write_the_bytes_of_one(exam, data, tmp_path):
         assert start("ability_tree/inference.py", processes=processes, out=out, **exam).wait().code == 0
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.jsonl", "2.jsonl"]
-    assert "2.jsonl is there already" in complaint("ability_tree/inference.py", out=tmp_path / "2.jsonl", **exam)
+    assert "2.jsonl exists already" in complaint("ability_tree/inference.py", out=tmp_path / "2.jsonl", **exam)
 
 
 def test_a_question_that_is_too_long_counts_as_wrong_and_is_told(models):
@@ -106,20 +105,20 @@ def test_a_question_that_is_too_long_counts_as_wrong_and_is_told(models):
     replies = inference.reply(model, tokenizer, [question("long", "2 + 3 = " * 100), question("short")], True)
     assert replies[0] == {"id": "long", "answer_idx": None, "correct": False, "log_p": None}
     assert replies[1] == inference.reply(model, tokenizer, [question("short")], True)[0]
-    assert "1 too long for the model" in inference.in_words(replies)
+    assert "1 too long for the model" in inference.summary(replies)
 
 
 @pytest.mark.parametrize("second, told", [
     ({"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "id": "b"}, "no 'question'"),
     ({"question": "a", "options": {"A": "b"}, "answer_idx": "A"}, "no 'id'"),
     (question("b", right="E"), "answer_idx is 'E'"),
-    (question(7), "the id '7' is that of an earlier question"),
+    (question(7), "the id '7' belongs to an earlier question"),
 ])
 def test_a_row_that_cannot_be_asked_is_named(second, told, tmp_path):
     path = write(tmp_path / "q.jsonl", [question("7"), second])
     with pytest.raises(ValueError, match=f"q.jsonl, line 2: .*{told}"):
-        inference.read_choices([path])
-    assert [row["id"] for row in inference.read_choices([path], skip_bad_lines=True)] == ["7"]
+        read_choices([path])
+    assert [row["id"] for row in read_choices([path], skip_bad_lines=True)] == ["7"]
 
 
 # ------------------------------------------------------------------------------------------------------------ analysis
@@ -160,21 +159,21 @@ def test_a_later_round_replaces_the_counts_keeps_them_as_history_and_draws_both(
     assert later["png"].read_bytes().startswith(b"\x89PNG")
 
 
-class Librarian(Agent):
+class Librarian:
     """Knows where questions 1 and 4 belong, and of 2 nothing."""
 
     name = "librarian"
     leaf = {"question 1": "math/sum", "question 4": "day", "question 2": "poetry"}
 
-    def ask(self, conversations, max_new_tokens, temperature=0.0, seed=0):
+    def generate(self, conversations, max_new_tokens, temperature=0.0, seed=0):
         asked = [message["content"].removeprefix("leaf of: ") for [message] in conversations]
         assert set(asked) <= set(self.leaf), "the bare questions without a path, and no others"
         return [self.leaf[text] for text in asked]
 
 
 def test_an_agent_finds_the_leaf_of_a_question_without_a_path(round_0, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(analyze, "make_agent", lambda args, role, device: Librarian())
-    monkeypatch.setattr(analyze, "about_agent", lambda args, role: "librarian")
+    monkeypatch.setattr(analyze, "make_agent", lambda flags, role, device: Librarian())
+    monkeypatch.setattr(analyze, "identity_of", lambda flags, role: "librarian")
     write(round_0["abilities"], [{"id": 0, "ability_path": SUM}, {"id": 3, "ability_path": DAY}])
     call(analyze.main, monkeypatch, **round_0, agent="librarian", prompts="miniworld", hide_options=True)
     assert counts(round_0["out"]) == {SUM: (2, 0), DAY: (2, 2)}         # 0 and 1; 3 and 4; 2, though right, nowhere
@@ -182,7 +181,7 @@ def test_an_agent_finds_the_leaf_of_a_question_without_a_path(round_0, tmp_path,
                                                            {"id": 4, "ability_path": list(DAY)}]
     (rejected,) = read(tmp_path / "0" / "tree_rejected.jsonl")
     assert rejected["id"] == 2 and rejected["reply"] == "poetry" and rejected["reason"].startswith("no leaf of the tree")
-    assert "1 of them were given no leaf" in capsys.readouterr().out
+    assert "1 questions have no leaf" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "0").iterdir()) == ["tree.json", "tree_ability.jsonl",
                                                                         "tree_rejected.jsonl"]
 
@@ -192,7 +191,7 @@ def test_an_agent_finds_the_leaf_of_a_question_without_a_path(round_0, tmp_path,
     ({"abilities": [{"id": i, "ability_path": ["world", "art"]} for i in range(5)]}, "no world / art.*--grow"),
     ({"replies": [{"id": i, "correct": True} for i in range(4)]}, "1 of 5 questions have no reply, the first is '4'"),
     ({"replies": [{"id": i, "correct": True} for i in range(6)]}, "1 of 6 replies have no question, the first is '5'"),
-    ({"replies": [{"id": 0, "correct": True}] * 2}, "'0' is replied to twice"),
+    ({"replies": [{"id": 0, "correct": True}] * 2}, "'0' has two replies"),
     ({"replies": [{"id": 0, "answer_idx": "B"}]}, "r.jsonl, line 1: not a reply"),
 ])
 def test_files_that_do_not_belong_together_are_named(changed, told, round_0, monkeypatch):
@@ -272,9 +271,11 @@ def test_every_flag_is_handed_on_and_those_not_given_are_the_recipe(commands, da
         "0.0", "4.0", "5", "7", "8"]
 
 
-def test_the_exit_status_and_the_complaint_are_those_of_the_script(tmp_path, data):
-    command = [sys.executable, "-m", "ability_tree.train", "--student", "none.pth", "--teacher", "gone.pth", "--data",
-               str(data / "ability_sft.jsonl"), "--out_dir", str(tmp_path)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 1 and "no weights at gone.pth" in ended.stdout + ended.stderr
-    assert "Traceback" not in ended.stderr
+def test_the_exit_status_and_the_output_are_those_of_the_script(tmp_path):
+    script, step = tmp_path / "script.py", tmp_path / "step.py"
+    script.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(7)\n")
+    step.write_text("from ability_tree.generate_logits import become\n"
+                    f"become({str(script)!r}, ['--lora_rank', '8'])\n")
+    ended = run(step)
+    assert ended.code == 7 and "['--lora_rank', '8']" in ended.output
+    assert f"python {script} --lora_rank 8" in ended.output
