@@ -13,11 +13,11 @@ write questions for them, let two agents check these, distil, and begin again.
                           train_distillation.py
     the end  A, B         the tree before and after, and a table per leaf
 
-When: some leaves lack rows, and the teacher can write questions. Weak leaves then reach 64.5 ± 2.7 %,
-with questions for all leaves alike 58.0 ± 1.3, without new ones 33.4 (README, "The ability tree").
+When: some leaves lack rows, and the teacher can write questions. Weak leaves then reach 64.5 ± 2.7
+% correct; with questions for all leaves alike 58.0 ± 1.3, without new ones 33.4 (README).
 
-Each step is a command (`python -m ability_tree.NAME --help`) and is printed when it runs; its output
-is also in iteration_n/NAME.log. A finished step is skipped, by the hashes of its inputs and outputs
+Each step is a command (`python -m ability_tree.NAME --help`) and is printed when it runs; its log
+is iteration_n/NAME.log. A finished step is skipped, by the hashes of its inputs and outputs
 (ability_tree/workflow.py). Ctrl-C stops the running step, and the same command resumes.
 
 one process    python train_ability_tree.py --config configs/ability_tiny.yaml
@@ -65,8 +65,8 @@ def read_args():
         help="their ability paths")
     add("--exclude", nargs="*", default=[], help="exams whose questions must not be written")
     add("--old_data", nargs="*", default=[],
-        help="rows of any format that the student knows, mixed with the new ones against forgetting, "
-             "together with the rows of earlier rounds")
+        help="rows of any format that the student knows, mixed with the new ones against "
+             "forgetting, together with the rows of earlier rounds")
     add("--replay_share", type=float, default=0.5,
         help="share of old rows in the training data, in [0, 1), sampled anew in each round")
     add("--initial_tree", help="the tree before round 1; default: that of the ability files")
@@ -113,8 +113,9 @@ def read_args():
         ("dataset_files", len(args.dataset_files) in n_files, "be one file, or one per round"),
         ("ability_files", len(args.ability_files) in n_files or not args.ability_files
          and args.initial_tree, "be one file, or one per round; none with --initial_tree alone"))
-    for role in ("agent_a", "agent_b"):
-        idle = [f"--{key}" for key, value in vars(args).items() if key.startswith(f"{role}_") and value]
+    for role in ROLES[1:]:
+        idle = [f"--{key}" for key, value in vars(args).items()
+                if key.startswith(f"{role}_") and value]
         if idle and not vars(args)[role] and not vars(args)[f"{role}_url"]:
             parser.error(f"{', '.join(idle)}: no effect without --{role}_url")
     return args
@@ -164,7 +165,7 @@ def report(before: AbilityTree, after: AbilityTree, n_rounds: int, folder: Path)
     """Markdown: a row per leaf, and the number of questions of each round."""
     lines = [f"# Before, and after round {n_rounds}", "", compare(before, after), "",
              "In parentheses: the 95 % interval of the change; bold where it excludes 0.", "",
-             "![the tree](report.png)", "", "| round | questions written | kept |", "|---|---:|---:|"]
+             "![the tree](report.png)", "", "| round | written | kept |", "|---|---:|---:|"]
     for number in range(1, n_rounds + 1):
         files = (folder / f"iteration_{number}" / name for name in (
             "C_distill_data/distill.jsonl", "D_validated_data/valid.jsonl"))
@@ -201,7 +202,8 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
 
         # B. Its answers are counted in the tree. An agent finds the leaves of questions without one
         before, tree, agent = tree, here / "B_student_tree/tree.json", {}
-        if not {str(row["id"]) for row in read_choices(questions)} <= set(read_abilities(abilities)):
+        ids = {str(row["id"]) for row in read_choices(questions)}
+        if not ids <= set(read_abilities(abilities)):
             agent = {**agent_flags(args, "agent"), **requests, "hide_options": hide,
                      "seed": args.seed}
         workflow.step(f"{title}: analyze", "analyze", tree.parent,
@@ -241,8 +243,9 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
         # F. The student is distilled; the next round examines it
         trained = Path(args.models_dir, f"iteration_{number}_student_model")
         workflow.step(f"{title}: train", "train", trained, [student, logits, *data],
-                      log=here / "train.log", resume_flag="--resume", student=student, logits=logits, data=data,
-                      hide_options=hide, out_dir=trained, **lesson, seed=seed)
+                      log=here / "train.log", resume_flag="--resume", student=student,
+                      logits=logits, data=data, hide_options=hide, out_dir=trained, **lesson,
+                      seed=seed)
         student = next(path for path in sorted(trained.glob("full_dist_*.pth"))
                        if not path.stem.endswith("_best"))
 

@@ -5,12 +5,11 @@ in this process, or behind an endpoint with OpenAI's chat protocol (vLLM, llama.
 
     add_agent_args(parser, "writer")    # --writer WEIGHTS, or --writer_url URL --writer_model NAME
     writer = make_agent(vars(args), "writer", device)
-    writer.generate([[{"role": "user", "content": "2 + 3 ="}], ...], max_new_tokens=32)     # ["5", ...]
+    writer.generate([[{"role": "user", "content": "2 + 3 ="}], ...], max_new_tokens=32)     # ["5"]
 
-generate(conversations, max_new_tokens, temperature=0.0, seed=0) returns a reply to each conversation,
-without surrounding white space; "" if there is none. At temperature 0 it is greedy; above 0 a reply
-depends on the seed and on the other conversations of the call, and equal conversations get different
-replies. It raises OutOfBudget.
+generate(conversations, max_new_tokens, temperature=0.0, seed=0) returns a reply to each of them,
+without surrounding white space; "" for none. At temperature 0 it is greedy. Above 0 a reply depends
+on the seed and on the other conversations of the call; equal conversations get different replies.
 
 An endpoint fails now and then, and costs money. The openai package retries a failed request; this
 file adds a pace, a budget, and a record of all replies, so that a rerun sends no request twice.
@@ -78,16 +77,16 @@ class EndpointAgent:
     """A model behind an endpoint of OpenAI's chat protocol.
 
     url       up to and with /v1; `model` is the model's name there
-    replies   JSONL file, a line per reply: {"request", "model", "reply", "tokens"}. A failed request
-              has "reply": null and "error", and the next run sends it again. Process r > 0 writes
-              REPLIES.part{r}; all of these files are read
+    replies   JSONL file, a line per reply: {"request", "model", "reply", "tokens"}. A failed
+              request has "reply": null and "error", and the next run sends it again. Process r > 0
+              writes REPLIES.part{r}; all of these files are read
     key_env   environment variable with the API key, which is neither logged nor written
     budget    tokens of prompts and replies, earlier runs included; 0: no limit. Running requests
               are completed, so that the total can end a little above
     rpm       requests per minute, retries included, evenly spaced; 0: no limit
     parallel  concurrent requests
-    retries   by the openai package: after connection errors, 408, 409, 429 and 5xx, with exponential
-              back-off or as long as Retry-After says
+    retries   by the openai package: after connection errors, 408, 409, 429 and 5xx, with
+              exponential back-off or as long as Retry-After says
     timeout   seconds without a byte from the endpoint after which an attempt has failed
 
     n_processes divide budget, rpm and parallel among them; this one is `rank`.
@@ -158,8 +157,8 @@ class EndpointAgent:
             return
         if self.budget and self.left <= 0:
             self.stop.set()
-            raise OutOfBudget(f"{self.name}: the budget of {self.budget:,} tokens is used. The same "
-                              f"command with a larger one resumes; replies are in {self.path}")
+            raise OutOfBudget(f"{self.name}: the budget of {self.budget:,} tokens is used. The "
+                              f"replies are in {self.path}; a larger budget resumes")
         row = {"request": key, "model": self.model, "reply": None, "tokens": 0}
         status = None
         try:
@@ -185,10 +184,9 @@ class EndpointAgent:
         Logger(f"{self.name}: no reply to request {key[:8]}: {problem}")
         if status in FATAL or self.n_failed >= MAX_FAILURES:
             self.stop.set()
-            raise ValueError(f"{self.name}: {self.n_failed} failed requests in a row, the last with: "
+            raise ValueError(f"{self.name}: {self.n_failed} failed requests in a row, the last: "
                              f"{problem}. Check that it is up, *_url, *_model, and the key in the "
-                             f"variable of *_key_env. Replies are in {self.path}; the same command "
-                             "resumes")
+                             f"variable of *_key_env. Replies are kept in {self.path}")
 
     def without_key(self, text: str) -> str:
         return text.replace(self.key, "***") if len(self.key) >= MIN_KEY else text
@@ -200,8 +198,8 @@ def read_key(key_env: str | None) -> str:
         return "none"           # without one, the package would send the user's OPENAI_API_KEY
     key = os.environ.get(key_env, "").strip()
     if not key:
-        raise ValueError("*_key_env takes the name of an environment variable with the API key; there "
-                         "is none of this name, or it is empty. Type: export NAME=KEY")
+        raise ValueError("*_key_env takes the name of an environment variable with the API key; "
+                         "there is none of this name, or it is empty. Type: export NAME=KEY")
     return key
 
 
@@ -252,13 +250,12 @@ def add_agent_args(parser, role: str):
     add(f"--{role}", help="weights: a checkpoint, a Hugging Face folder, a GGUF file")
     add(f"--{role}_url", help="or an endpoint of OpenAI's protocol, e.g. http://localhost:8000/v1")
     add(f"--{role}_model", help="name of the model at the endpoint")
-    add(f"--{role}_key_env", help="name of the environment variable with the API key; default: none")
-    add(f"--{role}_replies", help="JSONL file of the endpoint's replies, which a rerun reads; default: "
-                                  f"out/replies/{role}.jsonl")
+    add(f"--{role}_key_env", help="environment variable with the API key; default: no key")
+    add(f"--{role}_replies", help="JSONL file of the endpoint's replies, which a rerun reads; "
+                                  f"default: out/replies/{role}.jsonl")
     add(f"--{role}_budget", type=int, default=0,
         help="maximum number of tokens, prompts and replies in that file together; 0: no limit")
-    add(f"--{role}_rpm", type=float, default=0,
-        help="requests per minute, of all processes together; 0: no limit")
+    add(f"--{role}_rpm", type=float, default=0, help="requests per minute; 0: no limit")
     add(f"--{role}_parallel", type=int,
         help="concurrent conversations; default: 64 per process for weights, 8 at an endpoint")
 
@@ -271,7 +268,8 @@ def make_agent(flags: dict, role: str, device) -> LocalAgent | EndpointAgent:
     if (weights is None) == (url is None):
         raise ValueError(f"give either --{role} WEIGHTS or --{role}_url URL, and not both")
     if min(options["budget"], options["rpm"]) < 0 or (parallel is not None and parallel < 1):
-        raise ValueError(f"--{role}_budget and --{role}_rpm must be 0 or more, --{role}_parallel 1 or more")
+        raise ValueError(f"--{role}_budget and --{role}_rpm must be 0 or more, --{role}_parallel "
+                         "1 or more")
     if url is None:
         idle = [f"--{role}_{name}" for name, value in options.items() if value]
         if idle:

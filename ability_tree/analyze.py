@@ -10,7 +10,7 @@ agent classifies the questions that have no path.
 two processes  torchrun --nproc_per_node 2 -m ability_tree.analyze --ddp ...
 
 OUT is the tree after this round; --tree stays as it is. OUT_ability.jsonl has the agent's paths, a
-file for --abilities. Questions for which it names no leaf do not count; OUT_rejected.jsonl has them.
+file for --abilities; OUT_rejected.jsonl the questions without a leaf, which do not count.
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ def read_replies(paths) -> dict[str, bool]:
             raise ValueError(f"not a reply {{id, correct: true or false}} (keys found: "
                              f"{', '.join(row)}); python -m ability_tree.inference writes them")
         if str(row["id"]) in replies:
-            raise ValueError(f"{str(row['id'])!r} has two replies; give those of one student and round")
+            raise ValueError(f"{str(row['id'])!r} has two replies; give those of one round")
         replies[str(row["id"])] = row["correct"]
         return row
 
@@ -53,8 +53,8 @@ def check_same(replies: dict, questions: dict):
                                   (replies, questions, "replies have no question")):
         alone = [name for name in some if name not in others]
         if alone:
-            raise ValueError(f"{len(alone):,} of {len(some):,} {problem}, the first is {alone[0]!r}. "
-                             "--replies and --questions must belong to the same exam")
+            raise ValueError(f"{len(alone):,} of {len(some):,} {problem}, the first is "
+                             f"{alone[0]!r}. --replies and --questions must be of one exam")
 
 
 def classify(agent, prompts, rows: list[dict], leaves: list[tuple[str, ...]], hide_options: bool,
@@ -81,7 +81,7 @@ def main():
         help="files of paths {id, ability_path}; the agent classifies questions without one")
     add("--tree", required=True, help="the ability tree before this round")
     add("--grow", action="store_true", help="add paths that the tree lacks; without it, an error")
-    add("--round", type=int, required=True, help="number of the round, not below the tree's last one")
+    add("--round", type=int, required=True, help="its number, not below the tree's last round")
     add("--out", required=True, help=".json file of the tree after this round; must not exist yet")
     add("--png", metavar="FILE.png", help="file of a picture of the tree before and after")
     add = add_request_args(parser)

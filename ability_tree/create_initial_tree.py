@@ -9,8 +9,8 @@ The initial ability tree: an agent divides a domain level by level; or the paths
 
 two processes  torchrun --nproc_per_node 2 -m ability_tree.create_initial_tree --ddp ...
 
-The root is level 0, so that --depth 3 gives paths of four names. A reply that is no list of names is
-requested again with another seed, up to --max_tries times in all; then that ability stays a leaf.
+The root is level 0, so that --depth 3 gives paths of four names. A reply that is no list of names
+is requested again with another seed, up to --max_tries times in all; then it stays a leaf.
 OUT_rejected.jsonl has the rejected replies.
 """
 
@@ -71,7 +71,8 @@ def divided(agent, max_new_tokens: int, temperature: float, world) -> Callable:
         batches, replies, problem = batches_of(conversations, PART), {}, None
         try:
             for n in range(world.rank, len(batches), world.size):
-                replies[n] = agent.generate(batches[n], max_new_tokens, temperature, seed_of(seed, n))
+                replies[n] = agent.generate(batches[n], max_new_tokens, temperature,
+                                            seed_of(seed, n))
         except OutOfBudget as error:
             problem = str(error)
         results = [(replies, problem)] * world.size

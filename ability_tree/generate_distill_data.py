@@ -1,7 +1,7 @@
 """
 出题：哪片叶子弱，就多给哪片叶子出题，由教师参照真题来写；重复的、读不懂的都退回并记下原因。
-New questions for weak leaves: the weaker a leaf, the larger its share. The teacher writes them after
-the example of real ones.
+New questions for weak leaves: the weaker a leaf, the larger its share. The teacher writes them
+after the example of real ones.
 
     share of a leaf = floor / n_leaves + (1 - floor) * weakness / sum(weakness)
                       ability_tree/tree.py, AbilityTree.weights
@@ -13,9 +13,9 @@ the example of real ones.
 
 two processes  torchrun --nproc_per_node 2 -m ability_tree.generate_distill_data --ddp ...
 
-A question that repeats a seed question, one of --exclude or an earlier one is rejected, as is a reply
-that cannot be read. Each is requested again, up to --max_tries times in all. Missing wrong options
-are sampled from the answers to the leaf's seed questions.
+A question that repeats a seed question, one of --exclude or an earlier one is rejected, as is a
+reply that cannot be read. Each is requested again, up to --max_tries times in all. Missing wrong
+options are sampled from the answers to the leaf's seed questions.
 
     OUT             {"id", "question", "options", "answer_idx", "meta_info"}
     OUT_ability     {"id", "ability_path"} of each of them
@@ -78,8 +78,8 @@ def seeds_of_leaves(rows: list[dict], abilities: dict[str, tuple],
         if path and key_of(path) in seeds:
             seeds[key_of(path)][1].append(row)
             n_used += 1
-    unused = (f"{len(rows) - n_used:,} of {len(rows):,} seed questions belong to no leaf of the tree: "
-              "they have no row in --abilities, or another path")
+    unused = (f"{len(rows) - n_used:,} of {len(rows):,} seed questions belong to no leaf: they "
+              "have no row in --abilities, or another path")
     if not n_used:
         raise ValueError(f"{unused}. Give the abilities of these questions")
     if n_used < len(rows):
@@ -105,10 +105,11 @@ def plan(shares: dict[tuple, float], seeds: dict[tuple, list[dict]], n_samples: 
         correct = [row["options"][row["answer_idx"]] for row in rows]
         answers[leaf] = distinct(correct)
         if len(answers[leaf]) < n_options:
-            answers[leaf] = distinct(correct + [text for row in rows for text in row["options"].values()])
+            others = [text for row in rows for text in row["options"].values()]
+            answers[leaf] = distinct(correct + others)
     poor = [leaf for leaf in shares if len(answers[leaf]) < n_options]
     if poor and not writes_wrong_options:
-        Logger(f"{len(poor):,} of {len(shares):,} leaves get no share, since their seed questions have "
+        Logger(f"{len(poor):,} of {len(shares):,} leaves get no share: their seed questions have "
                f"fewer than {n_options} different answers: {', '.join(map(name_of, poor[:3]))} ...")
         shares = {leaf: share for leaf, share in shares.items() if leaf not in poor}
         if not shares:
@@ -140,7 +141,7 @@ def write_part(generate: Callable, prompts, wanted: list[Wanted], known: set[str
                n_options: int, n_seeds: int, max_tries: int, seed: int) -> dict:
     """{"asked": requests per leaf, "rows": [[of each leaf]], "rejected": [...]}. Each try requests
     all missing questions of all leaves at once, by generate(conversations, seed=...)."""
-    known = set(known)                  # and those of this part; other parts are compared at the end
+    known = set(known)              # and those of this part; other parts are compared at the end
     asked, rows, rejected = [0] * len(wanted), [[] for _ in wanted], []
     for attempt in range(max_tries):
         todo = [i for i, each in enumerate(wanted) for _ in range(each.n - len(rows[i]))]
@@ -179,8 +180,8 @@ def new_question(reply: str, wanted: Wanted, known: set[str], prompts, n_options
     others = [text for text in wanted.answers if folded(text) not in used]
     missing = n_options - 1 - len(wrong)
     if missing > len(others):
-        raise ValueError(f"too few options: {1 + len(wrong)} of {n_options}, and the seed questions "
-                         f"of this leaf have only {len(others)} others")
+        raise ValueError(f"too few options: {1 + len(wrong)} of {n_options}, and the leaf's seed "
+                         f"questions have only {len(others)} others")
     texts = [correct, *wrong, *random.sample(others, missing)]
     random.shuffle(texts)
     return {"question": row["question"], "options": dict(zip(LETTERS, texts)),
@@ -189,7 +190,7 @@ def new_question(reply: str, wanted: Wanted, known: set[str], prompts, n_options
 
 def collect(parts: list[list[Wanted]], results: list[dict], prefix: str, random: Random):
     """(rows, their paths, rejected, lines of the table) of all parts. Of a question that two parts
-    wrote, the first is kept. The order is random, so that any beginning of the file has all leaves."""
+    wrote, the first is kept. The order is random: any beginning of the file has all leaves."""
     kept, rejected, lines, known = [], [], [], set()
     for wanted, result in zip(parts, results):
         rejected += result["rejected"]
@@ -223,7 +224,7 @@ def main():
     add("--n_samples", type=int, default=1000, help="number of questions, over all leaves")
     add("--smoothing", type=float, default=1.0,
         help="added to the correct and the wrong answers of a leaf, above 0")
-    add("--floor", type=float, default=0.02, help="share, in [0, 1], that leaves get in equal parts")
+    add("--floor", type=float, default=0.02, help="share, in [0, 1], in equal parts for all leaves")
     add("--power", type=float, default=1.0,
         help="exponent of (1 - accuracy); 0: equal shares, above 1: mostly the weakest leaves")
     add = add_request_args(parser, temperature=1.0)
@@ -253,8 +254,8 @@ def main():
                  "--teacher": identity_of(vars(args), "teacher"), **settings(args, SAME)}
 
     # 3. Questions, files and counts
-    Logger(f"{teacher.name} writes {args.n_samples:,} questions for {sum(map(len, wanted)):,} leaves; "
-           f"{len(known):,} known questions are excluded")
+    Logger(f"{teacher.name} writes {args.n_samples:,} questions for {sum(map(len, wanted)):,} "
+           f"leaves; {len(known):,} known questions are excluded")
     generate = partial(teacher.generate, max_new_tokens=args.max_new_tokens,
                        temperature=args.temperature)
     parts, results = work_in_parts(

@@ -1,10 +1,11 @@
 """
 教师的软标签：把题目变成学生要学的对话，交给 scripts/cache_teacher.py。
-The teacher's distributions: questions become the conversations that the student will learn, and go to
-scripts/cache_teacher.py.
+The teacher's distributions: questions become the conversations that the student will learn, and go
+to scripts/cache_teacher.py.
 
     python -m ability_tree.generate_logits --teacher out/ability/teacher/full_sft_128.pth \\
-        --hide_options --data out/ability/valid.jsonl dataset/ability_sft.jsonl --out out/ability/logits
+        --data out/ability/valid.jsonl dataset/ability_sft.jsonl --hide_options \\
+        --out out/ability/logits
 
 two processes  torchrun --nproc_per_node 2 -m ability_tree.generate_logits --ddp ...
 
@@ -27,18 +28,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def add_data_args(add):
     """The flags of the training data, the same in generate_logits and train."""
-    add("--data", nargs="+", required=True, help="files of multiple choice or conversations, trained on "
-                                                 "together")
+    add("--data", nargs="+", required=True, help="files of multiple choice or conversations")
     add("--hide_options", action="store_true",
         help="of multiple choice, train on the answer to the bare question, without its options")
     add("--skip_bad_lines", action="store_true", help="skip and count lines that cannot be used")
     add("--max_seq_len", type=int, default=None,
-        help="maximum length of a sample, in tokens; longer ones are cut; default: the context length of "
-             "the model, the teacher for its outputs, the student for training")
+        help="maximum length of a sample, in tokens; longer ones are cut; default: the context "
+             "length of the model, the teacher for its outputs, the student for training")
 
 
 def bare(row: dict) -> dict:
-    """The row as a conversation; multiple choice becomes its question and the text of its answer."""
+    """The row as a conversation; multiple choice as its question and the text of its answer."""
     messages = to_messages(row)
     if "options" in row and not any(key in row for key in CONVERSATION_KEYS):
         messages[0] = {"role": "user", "content": row["question"]}
@@ -59,7 +59,7 @@ def flags_of(**values) -> list[str]:
     for name, value in values.items():
         if value is True:
             flags.append(f"--{name}")
-        elif str(value).startswith("-"):        # as two words it would be read as a flag: --more=--use_moe
+        elif str(value).startswith("-"):        # --more=--use_moe: apart, it would be a flag itself
             flags.append(f"--{name}={value}")
         elif value is not None and value is not False and value not in ("", []):
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -67,7 +67,7 @@ def flags_of(**values) -> list[str]:
 
 
 def become(script: str, flags: list[str]):
-    """Become `python SCRIPT FLAGS`: a child process would not receive Ctrl-C and torchrun's signals."""
+    """Become `python SCRIPT FLAGS`: a child would not receive Ctrl-C and torchrun's signals."""
     if os.environ.get("RANK", "0") == "0":
         Logger(f"python {script} {shlex.join(flags)}")
     os.execv(sys.executable, [sys.executable, str(ROOT / script), *flags])
@@ -76,7 +76,7 @@ def become(script: str, flags: list[str]):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
-    add("--teacher", required=True, help="weights: a checkpoint, a Hugging Face folder, a GGUF file")
+    add("--teacher", required=True, help="a checkpoint, a Hugging Face folder, a GGUF file")
     add_data_args(add)
     add("--out", required=True, help="folder of the outputs; bare conversations go to OUT.jsonl")
     add("--top_k", type=int, default=0,

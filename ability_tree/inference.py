@@ -31,7 +31,7 @@ DECIMALS = 4        # of log_p. Another order of sums, as on other hardware, cha
 
 
 def reply(model, tokenizer, rows: list[dict], hide_options: bool) -> list[dict]:
-    """The reply to each row, as in the file; the first of equal options. The model is in eval mode."""
+    """The reply to each row, as in the file; the first of equal options. For eval mode."""
     samples = [tokenizer.encode_chats([*prompt(row, hide_options),
                                        {"role": "assistant", "content": option}]
                                       for option in row["options"].values()) for row in rows]

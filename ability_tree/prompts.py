@@ -1,11 +1,11 @@
 """
 提示与回复：每个请求怎样措辞，每条回复怎样读懂；读不懂就说明原因，绝不猜。
-Prompts and replies: the wording of each request and the parsing of each reply. A reply that cannot be
-read is rejected with a reason.
+Prompts and replies: the wording of each request and the parsing of each reply. A reply that cannot
+be read is rejected with a reason.
 
     prompts = PROMPTS["json"]
     [reply] = agent.generate([prompts.write(("medicine", "cardiology"), seeds)], max_new_tokens=512)
-    prompts.read_question(reply)    # {"question": ..., "options": {"A": ..., ...}, "answer_idx": "B"}
+    prompts.read_question(reply)    # {"question": ..., "options": {"A": ...}, "answer_idx": "B"}
 
 Two wordings with the same methods:
 
@@ -18,8 +18,8 @@ Two wordings with the same methods:
                 new question: general/math/add       -> what is 3 plus 4? => 7
                 what is 3 plus 4?                    -> 7
 
-A path is a tuple of names from the root, which is the domain. The read_... methods raise ValueError:
-the kind of problem in a few words, a colon, the case. Rejects are counted by the words.
+A path is a tuple of names from the root, which is the domain. The read_... methods raise
+ValueError: the kind of problem, by which rejects are counted, a colon, the case.
 """
 
 import json
@@ -38,7 +38,7 @@ ARROW = " => "                          # miniworld: between a question and its 
 THOUGHT = "</think>"                                                        # the reply follows it
 BARE_BACKSLASH = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/bfnrt])|\\')          # \alpha is not JSON
 EXTRA_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOTALL)   # or a string, unchanged
-OWN_LETTER = re.compile(r"\(?([A-Z])[.):：、]\s*(?=\S)")                     # "B. heart", "(B) heart"
+OWN_LETTER = re.compile(r"\(?([A-Z])[.):：、]\s*(?=\S)")                     # "B. heart", "(B) ..."
 NAMED_LETTER = re.compile(                                                  # "The answer is B"
     r"(?:(?i:answer(?:_idx)?)|答案)(?:\W|(?i:is\b|option\b)|应|选|是|为)*([A-Z])(?![A-Za-z])")
 
@@ -60,7 +60,7 @@ def short(value) -> str:
 
 def nonempty(reply: str) -> str:
     if not reply.strip():
-        raise ValueError("no reply: the prompt may be too long for the agent, or the endpoint failed")
+        raise ValueError("no reply: the prompt may be too long, or the endpoint failed")
     return reply
 
 
@@ -97,7 +97,8 @@ def checked_names(names) -> list[str]:
     """Names of abilities, each once."""
     if isinstance(names, list):
         names = [name.get("name") if isinstance(name, dict) else name for name in names]
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+    if not isinstance(names, list) or not all(
+            isinstance(name, str) and name.strip() for name in names):
         raise ValueError(f"no list of names: {short(names)}")
     first = {}
     for name in map(clean, names):
@@ -147,14 +148,15 @@ def checked_row(row: dict) -> dict:
 def letter_of(answer: str, options: dict[str, str]) -> str:
     """The option that a few words name: "B", "(B)", "b.", "B. heart", or its text."""
     bare = answer.strip().strip("*_`'\"().:：。").strip()
-    same_text = [letter for letter, text in options.items() if folded(text) in (folded(answer), folded(bare))]
+    same_text = [letter for letter, text in options.items()
+                 if folded(text) in (folded(answer), folded(bare))]
     own = OWN_LETTER.match(answer.strip())
     # A text goes before its upper case: "b" is the option "b", if there is one, and else B.
     for letter in (bare, *same_text, bare.upper(), own and own.group(1)):
         if letter in options:
             return letter
-    raise ValueError(f"the answer is none of the options: {short(answer)}, not {', '.join(options)} or "
-                     "their texts")
+    raise ValueError(f"the answer is none of the options: {short(answer)}, not "
+                     f"{', '.join(options)} or their texts")
 
 
 def leaf_called(name: str, leaves: list[tuple[str, ...]]) -> tuple[str, ...]:
@@ -178,10 +180,10 @@ class Json:
         return user(
             f"We divide a domain into a tree of abilities. Domain: {path[0]}. "
             f"Ability: {' > '.join(path)}.\n"
-            f"Divide this ability into at most {breadth} narrower ones. They must not overlap, cover it "
-            "together, and be testable by multiple-choice questions. Names are short, in the language of "
-            'the domain\'s name.\nReply with a JSON list of names and nothing else, like ["first", '
-            '"second"]. If it cannot be divided: []')
+            f"Divide this ability into at most {breadth} narrower ones. They must not overlap, "
+            "cover it together, and be testable by multiple-choice questions. Names are short, in "
+            "the language of the domain's name.\nReply with a JSON list of names and nothing else, "
+            'like ["first", "second"]. If it cannot be divided: []')
 
     def read_names(self, reply: str) -> list[str]:
         for value in values_in(reply):
@@ -195,7 +197,7 @@ class Json:
         raise ValueError(f"no list of names: {short(reply)}")
 
     def classify(self, question: str, leaves: list[tuple[str, ...]]) -> list[dict]:
-        lines = "\n".join(f"{number}. {' > '.join(leaf)}" for number, leaf in enumerate(leaves, start=1))
+        lines = "\n".join(f"{n}. {' > '.join(leaf)}" for n, leaf in enumerate(leaves, start=1))
         return user(f"Which of these abilities does the question below test most?\n\n{lines}\n\n"
                     f"Question: {question}\n\n"
                     'Reply with its number as JSON and nothing else, like {"leaf": 1}')
@@ -216,11 +218,11 @@ class Json:
         form = dict(zip(keys, ("...", {letter: "..." for letter in LETTERS[:n_options]}, "A")))
         return user(
             f"Write one new multiple-choice question that tests this ability: {' > '.join(leaf)}.\n"
-            + (f"Real questions of this ability:\n{examples}Yours asks for something else than they do, "
-               "and is as hard.\n" if examples else "")
-            + f"Of its {n_options} options exactly one is right; the others are plausible, and wrong "
-            "beyond doubt. It can be understood by itself. Use the language of the ability and its "
-            f"questions.\nReply with one JSON object and nothing else: {json.dumps(form)}")
+            + (f"Real questions of this ability:\n{examples}Yours asks for something else than "
+               "they do, and is as hard.\n" if examples else "")
+            + f"Of its {n_options} options exactly one is right; the others are plausible, and "
+            "wrong beyond doubt. It can be understood by itself. Use the language of the ability "
+            f"and its questions.\nReply with one JSON object and nothing else: {json.dumps(form)}")
 
     def read_question(self, reply: str) -> dict:
         for value in values_in(reply):
@@ -231,8 +233,8 @@ class Json:
 
     def solve(self, row: dict) -> list[dict]:
         options = "\n".join(f"{letter}. {text}" for letter, text in row["options"].items())
-        return user(f"{row['question']}\n{options}\n\nExactly one option is right. Reply with its letter "
-                    'as JSON, like {"answer": "A"}')
+        return user(f"{row['question']}\n{options}\n\nExactly one option is right. Reply with its "
+                    'letter as JSON, like {"answer": "A"}')
 
     def read_letter(self, reply: str, row: dict) -> str:
         reply = reply.rpartition(THOUGHT)[2].strip()

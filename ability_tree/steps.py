@@ -196,8 +196,8 @@ def finish_questions(parts, rows: list[dict], abilities: list, rejected: list[di
     out, rejects = parts.out, beside(parts.out, "rejected")
     write_rows(rejects, rejected)
     if rows:
-        paths = [{"id": row["id"], "ability_path": list(path)} for row, path in zip(rows, abilities)]
-        write_rows(beside(out, "ability"), paths)
+        write_rows(beside(out, "ability"), [{"id": row["id"], "ability_path": list(path)}
+                                            for row, path in zip(rows, abilities)])
         write_rows(out, rows)               # last: it marks the step as finished
     parts.remove()
     if not rows:

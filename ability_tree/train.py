@@ -1,12 +1,12 @@
 """
 蒸馏一轮：学生学新题，教师的软标签与答案各占一份；训练交给 train_distillation.py。
-The distillation of a round: the student learns the new questions from the teacher's distributions and
-from the answers, by train_distillation.py.
+The distillation of a round: the student learns the new questions from the teacher's distributions
+and from the answers, by train_distillation.py.
 
     python -m ability_tree.train --student out/ability/student/full_sft_64.pth --hide_options \\
         --logits out/ability/logits --data out/ability/valid.jsonl dataset/ability_sft.jsonl \\
-        --temperature 1 --max_steps 300 --batch_size 48 --accumulation_steps 1 --learning_rate 1e-3 \\
-        --warmup_iters 30 --out_dir out/ability
+        --temperature 1 --max_steps 300 --batch_size 48 --accumulation_steps 1 \\
+        --learning_rate 1e-3 --warmup_iters 30 --out_dir out/ability
 
     loss = alpha_ce * CE(student, answer) + (1 - alpha_ce) * T^2 * KL(teacher_T || student_T)
 
@@ -48,9 +48,8 @@ def main():
     add, teacher = files.add_argument, files.add_mutually_exclusive_group(required=True)
     add("--student", required=True,
         help="initial weights: a checkpoint, a Hugging Face folder, a GGUF file")
-    teacher.add_argument("--logits", default=None,
-                         help="folder of the teacher's outputs, from ability_tree.generate_logits")
-    teacher.add_argument("--teacher", default=None, help="or the teacher's weights, without a cache")
+    teacher.add_argument("--logits", help="outputs of the teacher, from generate_logits")
+    teacher.add_argument("--teacher", help="or the teacher's weights, without a cache")
     add_data_args(add)
     add("--out_dir", "--output_dir", required=True,
         help="folder of weights, metrics, resume files and the bare conversations")
@@ -70,8 +69,8 @@ def main():
         more = shlex.split(args.more)
     given = {name: value for name, value in vars(args).items()
              if name not in ("config", "data", "hide_options", "logits", "alpha_ce", "more")}
-    become("train_distillation.py", flags_of(**given, teacher_cache=args.logits, alpha=args.alpha_ce,
-                                             data_path=data_path) + more)
+    flags = flags_of(**given, teacher_cache=args.logits, alpha=args.alpha_ce, data_path=data_path)
+    become("train_distillation.py", flags + more)
 
 
 if __name__ == "__main__":

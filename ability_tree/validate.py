@@ -39,7 +39,7 @@ ROLES = ("agent_a", "agent_b")
 def choose(agent: LocalAgent, rows: list[dict]) -> list[tuple[str | None, str | None]]:
     """As solve; the option of the highest log-probability after the bare question."""
     replies = reply(agent.model, agent.tokenizer, rows, hide_options=True)
-    return [(each["answer_idx"], None if each["answer_idx"] else "no reply: the question is too long")
+    return [(each["answer_idx"], None if each["log_p"] else "no reply: the question is too long")
             for each in replies]
 
 
@@ -97,8 +97,8 @@ def main():
         abilities = read_abilities(args.abilities)
         for row in rows:
             if str(row["id"]) not in abilities:
-                raise ValueError(f"the question {row['id']!r} has no row in {args.abilities}; give the "
-                                 "abilities of these questions, such as the _ability.jsonl beside them")
+                raise ValueError(f"the question {row['id']!r} has no row in {args.abilities}; give "
+                                 "their abilities, such as the _ability.jsonl beside their file")
         about = {"--questions": sha256_of(args.questions), "--abilities": sha256_of(args.abilities),
                  **{f"--{role}": identity_of(vars(args), role) for role in ROLES},
                  **settings(args, SAME)}
@@ -113,7 +113,8 @@ def main():
     def answers(agent, batch, seed):
         if isinstance(agent, LocalAgent) and args.prompts == "miniworld" and not args.write:
             return choose(agent, batch)
-        return solve(agent, PROMPTS[args.prompts], batch, args.max_new_tokens, args.temperature, seed)
+        return solve(agent, PROMPTS[args.prompts], batch, args.max_new_tokens, args.temperature,
+                     seed)
 
     def pairs(part, batch):
         if same and args.temperature == 0:

@@ -44,9 +44,9 @@ class Workflow:
 
     def step(self, title: str, module: str, folder: Path, inputs: list, log: Path | None = None,
              resume_flag: str = "", **flags):
-        """python -m ability_tree.MODULE FLAGS, which reads `inputs` (files and folders), writes into
-        `folder`, and prints into `log`, by default MODULE.log beside the folder. A training step is
-        resumed by resume_flag, and its result depends on the number of processes."""
+        """python -m ability_tree.MODULE FLAGS, which reads `inputs` (files and folders), writes
+        into `folder`, and prints into `log`, by default MODULE.log beside the folder. A training
+        step resumes by resume_flag, and its result depends on the number of processes."""
         self.exit_if_stopped(title)
         same = {name: value for name, value in flags.items() if not name.endswith(FREE)}
         manifest = {"command": [f"ability_tree.{module}", *flags_of(**same)],
@@ -97,8 +97,8 @@ class Workflow:
         code, self.child = self.child.wait(), None
         if code:
             self.exit_if_stopped(title)
-            sys.exit(f"{title} ended with status {code}; its log is {log}. Finished steps are kept: "
-                     "correct the error, and the same command resumes")
+            sys.exit(f"{title} ended with status {code}; its log is {log}. Correct the error, and "
+                     "the same command resumes")
 
     def exit_if_stopped(self, title: str):
         if self.signal:
