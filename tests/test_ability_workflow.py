@@ -1,7 +1,7 @@
 """
 能力树流程的规律：做完的不再做；输入变了，只重做用到它的；写了一半的不算做完；中断后接着做，结果相同。
 Laws of the workflow of the ability tree: what has finished is skipped, a changed input redoes what
-depends on it, what is half written has not finished, and an interrupted run ends as an unbroken one.
+depends on it, half-written files are not finished, and an interrupted run ends as an unbroken one.
 """
 
 import importlib
@@ -29,7 +29,8 @@ from runtime.args import resume_command
 STEPS = ["initial tree", "round 1: inference", "round 1: analyze", "round 1: generate",
          "round 1: validate", "round 1: logits", "round 1: train", "round 2: inference",
          "round 2: analyze"]
-A, C, D = (f"iteration_1/{name}" for name in ("A_student_reply", "C_distill_data", "D_validated_data"))
+A, C, D = (f"iteration_1/{name}" for name in ("A_student_reply", "C_distill_data",
+                                              "D_validated_data"))
 STUDENT = "models/iteration_1_student_model"
 
 
@@ -54,11 +55,10 @@ def files_in(folder) -> dict[str, tuple]:
             for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-# ----------------------------------------------------------------------------------- which steps are done: none is real
-
+# ---- which steps run: none is real ---------------------------------------------------------------
 
 class Pretended(Workflow):
-    """Steps whose outputs depend on their command and on the bytes of its files alone. Like the real
+    """Steps whose outputs depend on their command and on the bytes of its files alone. Like real
     ones, they overwrite no file."""
 
     done = None                                                         # {title: command} of a run
@@ -68,10 +68,12 @@ class Pretended(Workflow):
 
     def run(self, title, command, log):
         self.done[title] = command
-        flags = {name: values.split() for name, values in re.findall(r"--(\w+)((?: [^- ]\S*)*)", " ".join(command))}
-        made_of = [sha256_of(Path(word))[:8] if Path(word).exists() else word
-                   for name in flags if name not in ("out", "out_dir", "png") for word in [name, *flags[name]]]
-        out = Path(*flags["out_dir"], "full_dist_32.pth") if "out_dir" in flags else Path(*flags["out"])
+        flags = re.findall(r"--(\w+)((?: [^- ]\S*)*)", " ".join(command))
+        flags = {name: values.split() for name, values in flags}
+        read = [word for name in flags if name not in ("out", "out_dir", "png")
+                for word in [name, *flags[name]]]
+        made_of = [sha256_of(Path(word))[:8] if Path(word).exists() else word for word in read]
+        out = Path(*flags["out"]) if "out" in flags else Path(*flags["out_dir"], "full_dist_32.pth")
         assert not out.exists(), f"{out} exists already"
         if out.suffix == ".json":
             AbilityTree.from_paths([("world", " ".join(made_of))]).save(out)
@@ -82,24 +84,26 @@ class Pretended(Workflow):
 @pytest.fixture
 def pretend(tmp_path, monkeypatch):
     """pretend(rounds=2) -> {title: command} of the steps that this run of the workflow did."""
-    monkeypatch.setattr(train_ability_tree, "Workflow", Pretended)
-    monkeypatch.setattr(AbilityTree, "draw", lambda *_: None)           # no one looks at these pictures
-    monkeypatch.setattr(train_ability_tree, "check_inputs", lambda *_: None)    # these files are empty
-    monkeypatch.setattr(train_ability_tree, "read_choices", lambda _: [{"id": 1}])
-    monkeypatch.setattr(train_ability_tree, "read_abilities", lambda files: {"1": "x"} if files else {})
-    for name in ("teacher", "student", "agent", "dev_1", "dev_2", "paths", "seeds", "seed_paths", "exam", "old"):
-        write(tmp_path / name, [{"is": name}])
+    files = {"teacher": "teacher", "student": "student", "agent_b": "agent",
+             "dataset_files": ["dev_1", "dev_2"], "ability_files": ["paths"],
+             "seed_questions": ["seeds"], "seed_abilities": ["seed_paths"], "exclude": ["exam"],
+             "old_data": ["old"]}
+    for flag, names in files.items():
+        names = names if isinstance(names, list) else [names]
+        files[flag] = [write(tmp_path / name, [{"is": name}]) for name in names]
+    where = {"workflow_dir": tmp_path / "workflow", "models_dir": tmp_path / "models"}
+    monkeypatch.setattr(AbilityTree, "draw", lambda *_: None)
+    for name, stand_in in (
+            ("Workflow", Pretended), ("check_inputs", lambda *_: None),     # these files are empty
+            ("read_choices", lambda _: [{"id": 1}]),
+            ("read_abilities", lambda files: {"1": "x"} if files else {})):
+        monkeypatch.setattr(train_ability_tree, name, stand_in)
 
     def pretend(**changed) -> dict[str, list[str]]:
         Pretended.done = {}
-        flags = {"teacher": "teacher", "student": "student", "agent_b": "agent", "dataset_files": ["dev_1", "dev_2"],
-                 "ability_files": ["paths"], "seed_questions": ["seeds"], "seed_abilities": ["seed_paths"],
-                 "exclude": ["exam"], "old_data": ["old"]}
-        of_files = {key: [tmp_path / name for name in value] if isinstance(value, list) else tmp_path / value
-                    for key, value in flags.items()}
-        where = {"workflow_dir": tmp_path / "workflow", "models_dir": tmp_path / "models"}
         none = [f"--{name}" for name, value in changed.items() if value == []]
-        monkeypatch.setattr(sys, "argv", ["train_ability_tree.py", *flags_of(**of_files | where | changed), *none])
+        argv = ["train_ability_tree.py", *flags_of(**files | where | changed), *none]
+        monkeypatch.setattr(sys, "argv", argv)
         train_ability_tree.main()
         return Pretended.done
 
@@ -111,11 +115,12 @@ ALL = ["inference", "analyze", "generate", "validate", "logits", "train"]
 
 def titles(*rounds: list[str]) -> list[str]:
     """titles(ALL, ALL[:2]) -> those of a whole round 1, and of the exam at the end."""
-    return [f"round {number}: {name}" for number, names in enumerate(rounds, start=1) for name in names]
+    return [f"round {number}: {name}" for number, names in enumerate(rounds, start=1)
+            for name in names]
 
 
 @pytest.mark.parametrize("changed, redone", [
-    ("paths", ["initial tree", *titles(ALL[1:], ALL, ALL[:2])]),        # the student's replies stay as they are
+    ("paths", ["initial tree", *titles(ALL[1:], ALL, ALL[:2])]),        # the replies stay
     ("dev_1", titles(ALL, ALL, ALL[:2])),
     ("dev_2", titles([], ALL, ALL[:2])),                                # round 1 does not read it
     ("seeds", titles(ALL[2:], ALL, ALL[:2])),
@@ -125,58 +130,69 @@ def titles(*rounds: list[str]) -> list[str]:
     ("agent", titles(ALL[3:], ALL, ALL[:2])),
     ("old", titles(ALL[4:], ALL, ALL[:2])),
 ])
-def test_a_changed_file_redoes_what_depends_on_it_and_nothing_else(changed, redone, pretend, tmp_path):
+def test_a_changed_file_redoes_what_depends_on_it_and_nothing_else(
+        changed, redone, pretend, tmp_path):
     assert list(pretend()) == ["initial tree", *titles(ALL, ALL, ALL[:2])]
     write(tmp_path / changed, [{"is": "another"}])
     assert list(pretend()) == redone
     assert list(pretend()) == []
 
 
-@pytest.mark.parametrize("flag, value, first", [("n_samples", 5, "generate"), ("prompts", "miniworld", "generate"),
-                                                ("alpha_ce", 0.3, "train"), ("learning_rate", 1e-4, "train")])
-def test_a_changed_flag_redoes_the_step_that_has_it_and_what_follows(flag, value, first, pretend):
+@pytest.mark.parametrize("flag, value, first", [
+    ("n_samples", 5, "generate"), ("prompts", "miniworld", "generate"), ("alpha_ce", 0.3, "train"),
+    ("learning_rate", 1e-4, "train")])
+def test_a_changed_flag_redoes_its_step_and_what_follows_and_keeps_the_old_as_previous(
+        flag, value, first, pretend, tmp_path):
+    student, previous = (tmp_path / folder / "full_dist_32.pth"
+                         for folder in (STUDENT, f"{STUDENT}.previous"))
     pretend()
+    old = student.read_bytes()
     assert list(pretend(**{flag: value})) == titles(ALL[ALL.index(first):], ALL, ALL[:2])
+    assert previous.read_bytes() == old != student.read_bytes()
 
 
-def test_what_a_changed_flag_made_another_of_is_kept_as_previous(pretend, tmp_path):
-    pretend()
-    was = (tmp_path / STUDENT / "full_dist_32.pth").read_bytes()
-    pretend(learning_rate=1e-4)
-    student, previous = (tmp_path / folder / "full_dist_32.pth" for folder in (STUDENT, f"{STUDENT}.previous"))
-    assert previous.read_bytes() == was != student.read_bytes()
-
-
-def test_more_rounds_go_on_where_fewer_ended(pretend, tmp_path):
+def test_more_rounds_continue_where_fewer_ended(pretend, tmp_path):
     once = {"dataset_files": tmp_path / "dev_1"}
     pretend(**once, rounds=1)
     assert list(pretend(**once, rounds=2)) == titles([], ALL[2:], ALL[:2])
 
 
-def test_the_student_of_a_round_is_examined_and_taught_in_the_next(pretend, tmp_path):
+def flag(command: list[str], name: str) -> str:
+    return command[command.index(f"--{name}") + 1]
+
+
+def test_the_student_of_a_round_is_examined_and_trained_in_the_next(pretend, tmp_path):
     done = pretend()
-    weights = [tmp_path / "student", *(tmp_path / f"models/iteration_{n}_student_model/full_dist_32.pth" for n in (1, 2))]
-    examined = [done[f"round {number}: inference"] for number in (1, 2, 3)]
-    taught = [done[f"round {number}: train"] for number in (1, 2)]
-    assert [command[command.index("--weights") + 1] for command in examined] == list(map(str, weights))
-    assert [command[command.index("--student") + 1] for command in taught] == list(map(str, weights[:2]))
-    asked = [Path(command[command.index("--questions") + 1]).name for command in examined]
-    assert asked == ["dev_1", "dev_2", "dev_2"]
+    weights = [tmp_path / "student", *(
+        tmp_path / f"models/iteration_{n}_student_model/full_dist_32.pth" for n in (1, 2))]
+    exams = [done[f"round {number}: inference"] for number in (1, 2, 3)]
+    assert [flag(exam, "weights") for exam in exams] == list(map(str, weights))
+    assert [Path(flag(exam, "questions")).name for exam in exams] == ["dev_1", "dev_2", "dev_2"]
+    students = [flag(done[f"round {number}: train"], "student") for number in (1, 2)]
+    assert students == list(map(str, weights[:2]))
 
 
-def test_the_next_round_learns_old_rows_of_earlier_rounds_too(pretend, tmp_path):
-    pretend(replay_share=0.9)           # all there are: the old row, then it and the one that round 1 kept
-    old, kept = read(tmp_path / "old"), read(tmp_path / "workflow" / D / "valid.jsonl")
-    replays = [read(tmp_path / f"workflow/iteration_{number}/replay.jsonl") for number in (1, 2)]
-    assert replays[0] == old and sorted(replays[1], key=str) == sorted(old + kept, key=str)
+def test_the_next_round_trains_on_old_rows_of_earlier_rounds_too(pretend, tmp_path):
+    kept = tmp_path / "workflow" / D / "valid.jsonl"
+    pretend(replay_share=0.9)           # all there are: the old row, then also that of round 1
+    replays = [read(tmp_path / f"workflow/iteration_{n}/replay.jsonl") for n in (1, 2)]
+    old = read(tmp_path / "old")
+    assert replays[0] == old and sorted(replays[1], key=str) == sorted(old + read(kept), key=str)
     done = pretend(old_data=[], replay_share=0.9)
-    assert [word for word in done["round 1: train"] if word.endswith("jsonl")] == [str(tmp_path / "workflow" / D / "valid.jsonl")]
+    assert [word for word in done["round 1: train"] if word.endswith("jsonl")] == [str(kept)]
 
 
-def test_a_given_tree_is_where_the_first_round_begins(pretend, tmp_path):
-    AbilityTree.from_paths([("world", "day")]).save(tmp_path / "mine.json")
-    done = pretend(initial_tree=tmp_path / "mine.json")
-    assert "initial tree" not in done and str(tmp_path / "mine.json") in done["round 1: analyze"]
+def test_a_given_tree_is_where_the_first_round_begins(pretend, tmp_path, capsys):
+    mine = tmp_path / "mine.json"
+    AbilityTree.from_paths([("world", "day")]).save(mine)
+    done = pretend(initial_tree=mine)
+    assert "initial tree" not in done and flag(done["round 1: analyze"], "tree") == str(mine)
+    # Without ability files, the teacher finds the leaves.
+    analyze = pretend(initial_tree=mine, ability_files=[])["round 1: analyze"]
+    assert "--abilities" not in analyze and flag(analyze, "agent") == str(tmp_path / "teacher")
+    with pytest.raises(SystemExit):
+        pretend(ability_files=[])
+    assert "--ability_files [] must" in capsys.readouterr().err
 
 
 def altered(path: Path):
@@ -200,38 +216,39 @@ def killed_at_its_end(path: Path):
 
 @pytest.mark.parametrize("damage", [altered, cut_short, Path.unlink, without_a_whole_manifest,
                                     killed_at_its_end])
-@pytest.mark.parametrize("file", [f"workflow/{A}/replies.jsonl", f"workflow/{C}/distill.jsonl"])
-def test_what_is_not_as_its_step_left_it_is_done_again(file, damage, pretend, tmp_path):
-    """And what follows is not, as the same bytes come of it."""
+@pytest.mark.parametrize("file, title", [(f"workflow/{A}/replies.jsonl", "round 1: inference"),
+                                         (f"workflow/{C}/distill.jsonl", "round 1: generate")])
+def test_what_is_not_as_its_step_left_it_is_done_again(file, title, damage, pretend, tmp_path):
+    """And what follows is not, since the bytes are the same."""
     pretend()
     before = (tmp_path / file).read_bytes()
     damage(tmp_path / file)
-    (title,) = pretend()
-    assert title == {"A": "round 1: inference", "C": "round 1: generate"}[Path(file).parent.name[0]]
-    assert (tmp_path / file).read_bytes() == before
+    assert list(pretend()) == [title] and (tmp_path / file).read_bytes() == before
     assert list(pretend()) == []
 
 
-@pytest.mark.parametrize("flags, told", [
+@pytest.mark.parametrize("flags, problem", [
     ({"rounds": 3}, "must be one file, or one per round"),
     ({"rounds": 0, "dataset_files": "dev_1"}, "--rounds 0 must be 1 or more"),
     ({"ability_files": ["a", "b", "c"]}, "must be one file, or one per round"),
+    ({"agent_a_rpm": 5}, "--agent_a_rpm: no effect without --agent_a_url"),
 ])
-def test_a_number_of_files_that_fits_no_rounds_is_told(flags, told, pretend, capsys):
+def test_flags_that_do_not_fit_are_named(flags, problem, pretend, capsys):
     with pytest.raises(SystemExit):
         pretend(**flags)
-    assert told in capsys.readouterr().err and not Pretended.done
+    assert problem in capsys.readouterr().err and not Pretended.done
 
 
-def test_who_writes_also_checks_where_no_agent_is_named_and_the_teachers_weights_are_for_its_distributions(pretend, tmp_path):
-    endpoint = {"teacher_url": "http://localhost:1/v1", "teacher_model": "big", "teacher_budget": 1000}
-    done = pretend(**endpoint)
-    generate, validate, logits = (" ".join(done[f"round 1: {step}"]) for step in ("generate", "validate", "logits"))
+def test_who_writes_also_checks_and_the_teachers_weights_are_distilled(pretend, tmp_path):
+    done = pretend(teacher_url="http://localhost:1/v1", teacher_model="big", teacher_budget=1000)
+    generate, validate, logits = (" ".join(done[f"round 1: {step}"])
+                                  for step in ("generate", "validate", "logits"))
+    replies = f"{tmp_path}/workflow/teacher_replies.jsonl"              # one file, and so one budget
     assert f"--teacher {tmp_path}/teacher" in logits and "http" not in logits
-    assert "--teacher_url http://localhost:1/v1 --teacher_model big" in generate and "--teacher " not in generate
-    assert f"--teacher_replies {tmp_path}/workflow/teacher_replies.jsonl --teacher_budget 1000" in generate
+    assert "--teacher_url http://localhost:1/v1 --teacher_model big" in generate
+    assert f"--teacher_replies {replies} --teacher_budget 1000" in generate
     assert "--agent_a_url http://localhost:1/v1 --agent_a_model big" in validate
-    assert f"--agent_a_replies {tmp_path}/workflow/teacher_replies.jsonl" in validate      # one file, and so one budget
+    assert f"--agent_a_replies {replies}" in validate and "--teacher " not in generate
     assert f"--agent_b {tmp_path}/agent" in validate and "--agent_b_url" not in validate
 
 
@@ -239,36 +256,19 @@ def test_flags_that_are_handed_on_stay_one_text_and_can_be_pasted(pretend):
     assert "--more=--use_moe" in pretend(more="--use_moe")["round 1: train"]
     assert resume_command(1).endswith("--more=--use_moe")
     pretend(more="--lora_rank 8")
-    assert resume_command(1).endswith("'--more=--lora_rank 8'")
+    assert resume_command(1).endswith("--more '--lora_rank 8'")
 
 
-def test_pace_and_budget_of_an_endpoint_redo_nothing(pretend):
+def test_pace_and_budget_redo_nothing_and_the_number_of_processes_the_training(pretend):
     endpoint = {"teacher_url": "http://localhost:1/v1", "teacher_model": "big"}
     pretend(**endpoint, teacher_budget=1000)
-    assert list(pretend(**endpoint, teacher_budget=9000, teacher_rpm=60, teacher_replies="there.jsonl")) == []
+    faster = {"teacher_budget": 9000, "teacher_rpm": 60, "teacher_replies": "there.jsonl"}
+    assert list(pretend(**endpoint, **faster)) == []
+    # These pretended students are the same, so that the rest is skipped.
+    assert list(pretend(**endpoint, gpus=[0, 1])) == titles(["train"], ["train"])
 
 
-def test_another_number_of_processes_trains_another_student_and_writes_the_same_questions(pretend):
-    pretend()
-    assert list(pretend(gpus=[0, 1])) == titles(["train"], ["train"])       # of these pretended ones both write the same
-
-
-def test_without_ability_files_the_teacher_finds_the_leaves_of_a_given_tree(pretend, tmp_path, capsys):
-    AbilityTree.from_paths([("world", "day")]).save(tmp_path / "mine.json")
-    analyze = pretend(initial_tree=tmp_path / "mine.json", ability_files=[])["round 1: analyze"]
-    assert "--abilities" not in analyze and analyze[analyze.index("--agent") + 1] == str(tmp_path / "teacher")
-    with pytest.raises(SystemExit):
-        pretend(ability_files=[])
-    assert "--ability_files [] must" in capsys.readouterr().err
-
-
-def test_a_flag_of_an_agent_that_is_not_named_is_refused(pretend, capsys):
-    with pytest.raises(SystemExit):
-        pretend(agent_a_rpm=5)
-    assert "--agent_a_rpm: no effect without --agent_a_url" in capsys.readouterr().err
-
-
-def test_a_missing_student_is_named_before_any_step_is_done_with_it(pretend, tmp_path):
+def test_a_missing_student_is_named_before_any_step_uses_it(pretend, tmp_path):
     with pytest.raises(SystemExit, match="no file at .*gone.pth"):
         pretend(student=tmp_path / "gone.pth")
     assert list(Pretended.done) == ["initial tree"]
@@ -293,19 +293,20 @@ def test_a_step_that_fails_ends_the_workflow_and_names_its_log(workflow, tmp_pat
 
 
 @pytest.mark.parametrize("at_its_end", [False, True])
-def test_ctrl_c_reaches_the_step_and_then_the_workflow_ends(at_its_end, workflow, tmp_path, capsys):
+def test_a_signal_reaches_the_step_and_then_the_workflow_ends(
+        at_its_end, workflow, tmp_path, capsys):
     """Whether the step ends with an error or comes to its own end."""
     log, run = tmp_path / "step.log", workflow.run
     setup, statement = "import time", "time.sleep(60)"
     if at_its_end:
-        setup += ", signal; stop = []; signal.signal(2, lambda *_: stop.append(print('saved')))"
+        setup += ", signal; stop = []; signal.signal(15, lambda *_: stop.append(print('saved')))"
         statement = "while not stop: time.sleep(0.01)"
     timeit = ["timeit", "-n1", "-r1", "-s", f"{setup}; print('up', flush=True)", statement]
     workflow.run = lambda title, command, log: run(title, timeit, log)
 
     def interrupt():
         wait_until(lambda: log.exists() and "up\n" in log.read_text())
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)        # SIGINT may be ignored in a background job
 
     thread = threading.Thread(target=interrupt)
     thread.start()
@@ -335,14 +336,14 @@ class Forked(Pretended):
         print(f"== {title}")
         script, *flags = command
         script = f"{script.replace('.', '/')}.py"
-        if script.endswith(("generate_logits.py", "train.py")):         # which become another script
+        if script.endswith(("generate_logits.py", "train.py")):     # which become another script
             with pytest.MonkeyPatch.context() as patch:
                 became = []
                 patch.setattr(os, "execv", lambda _, argv: became.extend(argv[1:]))
                 patch.setattr(sys, "argv", command)
                 importlib.import_module(command[0]).main()
             script, *flags = became
-        ended = start(Path(script).relative_to(ROOT) if Path(script).is_absolute() else script, *flags)
+        ended = start(str(ROOT / script), *flags)
         if self.stop_at:
             wait_until(lambda: self.stop_at in ended.output or not ended.processes[0].is_alive())
             if self.stop_at in ended.output:
@@ -357,9 +358,9 @@ class Forked(Pretended):
 
 @pytest.fixture(scope="module")
 def world(data, models, tmp_path_factory):
-    """A finished round: .folder, .flags and .output. The teacher has learned each writer row, and its
-    question and answer, for two seconds: it writes questions, though poor ones, and both agents give
-    the same answer to some of them."""
+    """A finished round: .folder, .flags and .output. The teacher has learned each writer row, and
+    its question and answer, for two seconds: it writes questions, though poor ones, and both agents
+    give the same answer to some of them."""
     folder = tmp_path_factory.mktemp("workflow")
     rows = read(data / "writer_data.jsonl")
     pairs = [row["conversations"][1]["content"].split(ARROW) for row in rows]
@@ -367,8 +368,8 @@ def world(data, models, tmp_path_factory):
                                    {"role": "assistant", "content": answer}]}
                 for question, answer in pairs]
     lesson = write(folder / "lesson.jsonl", rows + answered)
-    succeed("train_sft.py", **TINY | {"batch_size": 34}, weights="none", dim=64, n_layers=2, n_heads=2,
-            max_steps=60, data_path=lesson, val_path="none", out_dir=folder / "teacher")
+    succeed("train_sft.py", **TINY | {"batch_size": 34}, weights="none", dim=64, n_layers=2,
+            n_heads=2, max_steps=60, data_path=lesson, val_path="none", out_dir=folder / "teacher")
     exam = read(data / "ability_dev.jsonl") + read(data / "ability_test.jsonl")
     flags = {"teacher": folder / "teacher/full_sft_64.pth", "student": models / "student.pth",
              "prompts": "miniworld", "agent_b": models / "student.pth", "hide_options": True,
@@ -423,11 +424,12 @@ def test_a_round_leaves_trees_questions_a_student_and_a_log_for_each_step(round_
     trees = [AbilityTree.load(workflow / folder / "tree.json") for folder in (
         "initial_ability_tree", "iteration_1/B_student_tree", "iteration_2/B_student_tree")]
     assert [tree.asked for tree in trees] == [0, len(exam), len(exam)]
-    assert all([row["round"] for row in leaf.history] == [1, 2] for leaf in trees[2].leaves().values())
+    for leaf in trees[2].leaves().values():
+        assert [row["round"] for row in leaf.history] == [1, 2]
 
     kept, rejected = (read(workflow / D / name) for name in ("valid.jsonl", "valid_rejected.jsonl"))
     ids = {row["id"] for row in kept}
-    assert kept and rejected and len(wrote) <= 130 and len({row["id"] for row in wrote}) == len(wrote)
+    assert kept and rejected and len({row["id"] for row in wrote}) == len(wrote) <= 130
     assert ids | {row["id"] for row in rejected} == {row["id"] for row in wrote}
     assert [row for row in wrote if row["id"] in ids] == kept
 
@@ -441,8 +443,8 @@ def test_a_round_leaves_trees_questions_a_student_and_a_log_for_each_step(round_
         {"role": "user", "content": kept[0]["question"]},
         {"role": "assistant", "content": kept[0]["options"][kept[0]["answer_idx"]]}]
 
-    start_of, student = load(round_1.flags["student"]), load(round_1.folder / STUDENT / "full_dist_32.pth")
-    assert not same(start_of, student)
+    student = load(round_1.folder / STUDENT / "full_dist_32.pth")
+    assert not same(load(round_1.flags["student"]), student)
     logs = [path.read_text().strip() for path in workflow.rglob("*.log")]
     assert len(logs) == len(STEPS) and all(log and log in round_1.output for log in logs)
     assert "| all |" in (workflow / "report.md").read_text()
@@ -467,11 +469,11 @@ def test_an_interrupted_training_resumes_to_the_same_weights(round_1):
     output = run_real(round_1.flags)
     assert f"after step {done}" in output
     assert same(load(round_1.folder / STUDENT / "full_dist_32.pth"), whole)
-    assert steps_of(output) == dict.fromkeys(STEPS, False) | {STEPS[6]: True}   # the exam is the same
+    assert steps_of(output) == dict.fromkeys(STEPS, False) | {STEPS[6]: True}
 
 
-@pytest.mark.parametrize("flag", ["dataset_files", "ability_files", "seed_questions", "seed_abilities",
-                                  "old_data", "exclude"])
+@pytest.mark.parametrize("flag", ["dataset_files", "ability_files", "seed_questions",
+                                  "seed_abilities", "old_data", "exclude"])
 def test_a_mistake_in_a_file_is_reported_before_the_first_step(flag, world, tmp_path):
     wrong = tmp_path / "wrong.jsonl"
     flags = world.flags | {"exclude": world.flags["old_data"], "workflow_dir": tmp_path / "w"}
@@ -493,5 +495,6 @@ def test_a_mistake_in_a_file_is_reported_before_the_first_step(flag, world, tmp_
     ({"n_samples": 0}, "--n_samples 0 must be 1"),
 ])
 def test_a_wrong_flag_too(wrong, reason, world, tmp_path):
-    output = complaint("train_ability_tree.py", **world.flags | wrong | {"workflow_dir": tmp_path / "w"})
+    flags = world.flags | wrong | {"workflow_dir": tmp_path / "w"}
+    output = complaint("train_ability_tree.py", **flags)
     assert reason in output and "==" not in output

@@ -34,10 +34,11 @@ def asks(*texts):
     return [says(text) for text in texts]
 
 
-# ---- an endpoint that does what a test tells it to -------------------------------------------------------
+# ---- an endpoint that follows a plan -------------------------------------------------------------
 
 def completion(text, tokens=10):
-    return {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": {"total_tokens": tokens}}
+    return {"choices": [{"message": {"role": "assistant", "content": text}}],
+            "usage": {"total_tokens": tokens}}
 
 
 def echo(request):
@@ -46,8 +47,8 @@ def echo(request):
 
 
 class Endpoint(ThreadingHTTPServer):
-    """On loopback. To the n-th request it does plan[n], to those beyond the plan `then`: each is handed the request and
-    gives (status, body, headers), or None to drop the connection without a word."""
+    """On loopback. To the n-th request it does plan[n], to those beyond the plan `then`: a function
+    of the request, or its result, (status, body, headers), or None to drop the connection."""
 
     daemon_threads = True
 
@@ -77,7 +78,8 @@ class Handler(BaseHTTPRequestHandler):
         status, body, headers = (*answer, {})[:3]
         body = body.encode() if isinstance(body, str) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in ({"Content-Type": "application/json", "Content-Length": len(body)} | headers).items():
+        defaults = {"Content-Type": "application/json", "Content-Length": len(body)}
+        for name, value in (defaults | headers).items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
@@ -110,7 +112,8 @@ def endpoint(monkeypatch):
 def agent(tmp_path):
     """agent(server, ...) -> an agent of it; its replies are in replies.jsonl."""
     def make(server, parallel=1, **options):
-        return EndpointAgent(server.url, "m", tmp_path / "replies.jsonl", parallel=parallel, **options)
+        replies = tmp_path / "replies.jsonl"
+        return EndpointAgent(server.url, "m", replies, parallel=parallel, **options)
 
     return make
 
@@ -124,7 +127,8 @@ def log(monkeypatch):
 
 
 def rows_of(folder, name="replies.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").split("\n")[:-1]]
+    lines = (folder / name).read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
 
 
 # ---- replies -------------------------------------------------------------------------------------
@@ -234,7 +238,7 @@ def test_an_endpoint_that_is_down_ends_the_call_after_ten_failures_in_a_row(endp
     with pytest.raises(ValueError, match="10 failed requests in a row.*Check that it is up"):
         agent(server, retries=0).generate(asks(*map(str, range(99))), 8)
     assert len(server.asked) == 10
-    often = [(500, {}) if number % 10 else echo for number in range(99)]        # nine, a reply, nine
+    often = [(500, {}) if number % 10 else echo for number in range(99)]    # nine, a reply, nine
     replies = agent(endpoint(*often), retries=0).generate(asks(*map(str, range(99))), 8)
     assert len(list(filter(None, replies))) == 10
 
@@ -362,7 +366,7 @@ def test_a_missing_key_is_reported_without_the_name_which_may_be_the_key(
         agent, endpoint, monkeypatch, value):
     if value is not None:
         monkeypatch.setenv(KEY, value)
-    with pytest.raises(ValueError, match="_key_env.*there is none of this name, or it is empty") as error:
+    with pytest.raises(ValueError, match="there is none of this name, or it is empty") as error:
         agent(endpoint(), key_env=KEY)
     assert KEY not in str(error.value)
 
