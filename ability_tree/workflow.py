@@ -89,7 +89,7 @@ class Workflow:
                                       start_new_session=True)
         if self.signal:
             self.child.send_signal(self.signal)
-        with open(log, "a", encoding="utf-8") as file:
+        with open(log, "a", buffering=1, encoding="utf-8") as file:
             file.write(f"{typed}\n")
             for line in self.child.stdout:
                 file.write(line)
