@@ -156,8 +156,9 @@ def replay(old: list, new: Path, share: float, seed: int, path: Path) -> list[Pa
     """[a file with a sample of old rows, which are then `share` of all]; [] if that is none."""
     rows = rows_of(old, dict)
     n = min(len(rows), round(len(new.read_bytes().splitlines()) * share / (1 - share)))
-    if n:
-        write_rows(path, Random(seed).sample(rows, n))
+    sample = Random(seed).sample(rows, n)
+    if n and not (path.exists() and rows_of([path], dict) == sample):
+        write_rows(path, sample)
     return [path] if n else []
 
 
@@ -178,9 +179,6 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
     """The student's trees before each round and at the end, and the last student."""
     hide, student, trees, valid = args.hide_options, args.student, [], []
     requests = {"prompts": args.prompts, "max_new_tokens": args.max_new_tokens}
-    lesson = {name: vars(args)[name] for name in (
-        "temperature", "alpha_ce", "epochs", "max_steps", "learning_rate", "warmup_iters",
-        "batch_size", "accumulation_steps", "max_seq_len", "more")}
     teacher, agent_a, agent_b = (agent_flags(args, role) for role in ROLES)
 
     tree = args.initial_tree
@@ -244,8 +242,12 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
         trained = Path(args.models_dir, f"iteration_{number}_student_model")
         workflow.step(f"{title}: train", "train", trained, [student, logits, *data],
                       log=here / "train.log", resume_flag="--resume", student=student,
-                      logits=logits, data=data, hide_options=hide, out_dir=trained, **lesson,
-                      seed=seed)
+                      logits=logits, data=data, hide_options=hide, out_dir=trained,
+                      temperature=args.temperature, alpha_ce=args.alpha_ce, epochs=args.epochs,
+                      max_steps=args.max_steps, learning_rate=args.learning_rate,
+                      warmup_iters=args.warmup_iters, batch_size=args.batch_size,
+                      accumulation_steps=args.accumulation_steps, max_seq_len=args.max_seq_len,
+                      more=args.more, seed=seed)
         student = next(path for path in sorted(trained.glob("full_dist_*.pth"))
                        if not path.stem.endswith("_best"))
 
