@@ -13,8 +13,8 @@ write questions for them, let two agents check these, distil, and begin again.
                           train_distillation.py
     the end  A, B         the tree before and after, and a table per leaf
 
-When: some leaves lack rows, and the teacher can write questions. Weak leaves then reach 64.5 ± 2.7
-% correct; with questions for all leaves alike 58.0 ± 1.3, without new ones 33.4 (README).
+When: some leaves lack rows, and the teacher can write questions. The accuracy on weak leaves is then
+64.5 ± 2.7 %; 58.0 ± 1.3 with questions for all leaves alike, 33.4 without new ones (README).
 
 Each step is a command (`python -m ability_tree.NAME --help`) and is printed when it runs; its log
 is iteration_n/NAME.log. A finished step is skipped, by the hashes of its inputs and outputs

@@ -379,8 +379,9 @@ def world(data, models, tmp_path_factory):
              "ability_files": data / "ability_paths.jsonl",
              "seed_questions": data / "ability_seeds.jsonl",
              "seed_abilities": data / "ability_paths.jsonl", "old_data": data / "ability_sft.jsonl",
-             "rounds": 1, "n_samples": 130, "max_new_tokens": 24, "max_steps": 60,
+             "rounds": 1, "n_samples": 130, "max_new_tokens": 24, "max_steps": 100,
              "learning_rate": 1e-2, "batch_size": 8, "accumulation_steps": 1, "temperature": 1,
+             "more": "--log_interval 5",
              "workflow_dir": folder / "workflow", "models_dir": folder / "models"}
     output = run_real(flags)
     shutil.copytree(folder, folder.with_name("as it was"))
@@ -464,9 +465,9 @@ def test_a_second_run_does_nothing(round_1):
 def test_an_interrupted_training_resumes_to_the_same_weights(round_1):
     whole = load(round_1.folder / STUDENT / "full_dist_32.pth")
     shutil.rmtree(round_1.folder / STUDENT)
-    output = run_real(round_1.flags, code=130, stop_at="loss = ")
-    done = int(re.search(r"stopped after step (\d+) of 60", output).group(1))
-    assert 0 < done < 60 and list(steps_of(output)) == STEPS[:7]
+    output = run_real(round_1.flags, code=130, stop_at="step 5/100")
+    done = int(re.search(r"stopped after step (\d+) of 100", output).group(1))
+    assert 0 < done < 100 and list(steps_of(output)) == STEPS[:7]
 
     output = run_real(round_1.flags)
     assert f"after step {done}" in output
