@@ -13,7 +13,7 @@ write questions for them, let two agents check these, distil, and begin again.
                           train_distillation.py
     the end  A, B         the tree before and after, and a table per leaf
 
-When: some leaves lack rows, and the teacher can write questions. Weak leaves then have an accuracy of
+When: some leaves lack rows, and the teacher can write questions. Weak leaves then score
 64.5 ± 2.7 %; 58.0 ± 1.3 with questions for all leaves alike, 33.4 without new ones (README).
 
 Each step is a command (`python -m ability_tree.NAME --help`) and is printed when it runs; its log
