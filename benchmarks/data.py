@@ -1,16 +1,15 @@
 """
 批次准备得有多快：每次现场分词并填充，与分词一次、内存映射并排，编号与目标相同。
-How fast batches are prepared: tokenised and padded each time, beside tokenised once and memory-mapped.
+How fast batches are prepared: tokenised and padded each time, or tokenised once into a memory map.
 
-    plain                   a Dataset as textbooks write it: render, encode, find the assistant's turns, pad
-    ours, first epoch       dataset/lm_dataset.py with an empty cache: tokenise the file, write the map, read it
-    ours, from the map      any later epoch
+    plain                 a Dataset as textbooks write it: render, encode, find the targets, pad
+    ours, first epoch     lm_dataset.py with an empty cache: tokenise, write the map, read it
+    ours, from the map    any later epoch
 
 One epoch each, through a DataLoader in the same process; only real tokens count, not padding.
 
 one table           python -m benchmarks.data
 quick               python -m benchmarks.data --rows 500 --repeats 1
-a picture           python -m benchmarks.data --picture data.png --json data.json
 
 Ids and targets must be the same, batch by batch.
 """
@@ -24,8 +23,17 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.measure import (add_result_args, check_args, clock, compare, hardware, reporting_errors, table,
-                                timed, with_ratios, write_results)
+from benchmarks.measure import (
+    add_result_args,
+    check_args,
+    compare,
+    reporting_errors,
+    setting,
+    table,
+    timed,
+    with_ratios,
+    write_json,
+)
 from dataset import lm_dataset
 from dataset.lm_dataset import Batch, MicroBatches, SFTDataset, permutation
 from dataset.miniworld import LEAVES, World
@@ -37,7 +45,7 @@ IGNORED = -100                  # the target that F.cross_entropy ignores
 MOST_TURNS = 10                 # of a chat: some 140 tokens on average
 
 
-# -- the forms --------------------------------------------------------------------------------------
+# -- the forms -------------------------------------------------------------------------------------
 
 
 class PlainChats(Dataset):
@@ -52,7 +60,8 @@ class PlainChats(Dataset):
         return len(self.chats)
 
     def __getitem__(self, i):
-        text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in self.chats[i])
+        text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n"
+                       for turn in self.chats[i])
         ids = self.tokenizer.encode(text, allow_special=True)[:self.max_seq_len + 1]
         targets, n, is_target = [IGNORED] * len(ids), len(self.begin), False
         for at, token in enumerate(ids):
@@ -78,10 +87,11 @@ def ours(case, path, tokenizer):
 
 
 # form: (prepares the data and returns a function that makes an epoch, whether preparation is timed)
-FORMS = {"plain": (plain, True), "ours, first epoch": (ours, True), "ours, from the map": (ours, False)}
+FORMS = {"plain": (plain, True), "ours, first epoch": (ours, True),
+         "ours, from the map": (ours, False)}
 
 
-# -- one measurement --------------------------------------------------------------------------------
+# -- one measurement -------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -95,7 +105,8 @@ class Case(NamedTuple):
 def write_chats(path: Path, n: int):
     """n chats of 1 to MOST_TURNS questions of the small world and their answers."""
     rng, world = Random(SEED), World(SEED)
-    known = [pair for leaf in LEAVES.values() for fact in leaf(world) for pair in fact.answers.items()]
+    known = [pair for leaf in LEAVES.values() for fact in leaf(world)
+             for pair in fact.answers.items()]
     with path.open("w") as file:
         for _ in range(n):
             turns = rng.choices(known, k=rng.randint(1, MOST_TURNS))
@@ -106,12 +117,13 @@ def write_chats(path: Path, n: int):
 
 def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
     """Seconds of an epoch, and its tokens. All ids and targets are `saved`."""
-    device, tokenizer, (prepare, is_timed) = torch.device(case.device), Tokenizer.load(), FORMS[form]
+    device, tokenizer = torch.device(case.device), Tokenizer.load()
+    prepare, is_timed = FORMS[form]
     with tempfile.TemporaryDirectory() as folder:
         lm_dataset.CACHE = Path(folder) / "cache"           # empty
         few, path = Path(folder) / "few.jsonl", Path(folder) / "chats.jsonl"
         write_chats(few, case.batch_size)
-        consume(prepare(case, few, tokenizer)(), tokenizer, device)     # imports, and the tokenizer's tables
+        consume(prepare(case, few, tokenizer)(), tokenizer, device)     # imports, tables
         write_chats(path, case.rows)
 
         epoch = None if is_timed else prepare(case, path, tokenizer)
@@ -123,7 +135,8 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
 
 
 def consume(batches, tokenizer, device) -> int:
-    """Move each batch to the device and drop it, as after its step. Returns the number of real tokens."""
+    """Move each batch to the device and drop it, as after its step. Returns the number of real
+    tokens."""
     tokens = 0
     for batch in batches:
         if isinstance(batch, Batch):
@@ -136,12 +149,14 @@ def consume(batches, tokenizer, device) -> int:
 
 
 def all_of(batches, tokenizer) -> dict[str, torch.Tensor]:
-    """Batches of both kinds as (N,) ids and (N,) targets, without padding, from short to long per batch."""
+    """Batches of both kinds as (N,) ids and (N,) targets, without padding, from short to long per
+    batch."""
     ids, targets = [], []
     for batch in batches:
         if isinstance(batch, Batch):
             ids.append(batch.tokens)
-            targets.append(torch.full_like(batch.tokens, IGNORED).index_put((batch.at,), batch.targets))
+            ignored = torch.full_like(batch.tokens, IGNORED)
+            targets.append(ignored.index_put((batch.at,), batch.targets))
         else:
             lengths = (batch[0] != tokenizer.end_of_text).sum(dim=1)
             order = lengths.argsort(stable=True)
@@ -150,7 +165,7 @@ def all_of(batches, tokenizer) -> dict[str, torch.Tensor]:
     return {"ids": torch.cat(ids).double(), "targets": torch.cat(targets).double()}
 
 
-# -- results ----------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 COLUMNS = {"form": "{form}", "seconds": "{seconds:.3f}", "tokens/s": "{tokens_per_s:,.0f}",
            "speed": "{speed:.1f} x"}
@@ -159,14 +174,15 @@ COLUMNS = {"form": "{form}", "seconds": "{seconds:.3f}", "tokens/s": "{tokens_pe
 def main(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--rows", type=int, default=5000, help=f"chats of 1 to {MOST_TURNS} questions and answers each")
+    add("--rows", type=int, default=5000, help=f"chats of 1 to {MOST_TURNS} questions and answers")
     add("--batch_size", type=int, default=16, help="chats per batch")
-    add("--max_seq_len", type=int, default=512, help="maximum length in tokens; the plain form pads to it")
+    add("--max_seq_len", type=int, default=512,
+        help="maximum length in tokens, 64 or more; the plain form pads to it")
     add_result_args(parser)
     args = parser.parse_args(argv)
     check_args(parser, args, "rows", "batch_size")
     if args.max_seq_len < 64:
-        parser.error(f"--max_seq_len {args.max_seq_len} must be 64 or more, so that each chat has an answer")
+        parser.error(f"--max_seq_len {args.max_seq_len} must be 64 or more: chats need an answer")
     if args.rows < args.batch_size:
         parser.error(f"--rows {args.rows} does not fill one batch of {args.batch_size}")
 
@@ -174,12 +190,12 @@ def main(argv=None):
     with reporting_errors():                                # integers: no tolerance
         figures = compare(measure, case, FORMS, args.repeats, tolerance=0.0)
     rows = [row | {"tokens_per_s": row["tokens"] / row["seconds"]}
-            for row in with_ratios(figures, group=f"{args.rows:,} chats")]
-    setting = f"{args.rows:,} chats, batches of {args.batch_size}, {hardware(args)}"
+            for row in with_ratios(figures)]
     places = args.rows // args.batch_size * args.batch_size * args.max_seq_len
-    print(f"{setting}; {int(rows[0]['tokens']):,} tokens to read; the plain form pads them to {places:,}\n\n"
-          f"{table(rows, COLUMNS)}\n\nseconds of one epoch: {clock(args)}, median of {args.repeats} new processes")
-    write_results(args, rows, setting, {"speed": "speed relative to the plain form"})
+    tokens = int(rows[0]["tokens"])
+    print(f"{args.rows:,} chats, batches of {args.batch_size}; {tokens:,} tokens, padded {places:,}")
+    print(f"\n{table(rows, COLUMNS)}\n\nseconds of one epoch, {setting(args)}")
+    write_json(args, rows)
 
 
 if __name__ == "__main__":

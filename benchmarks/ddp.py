@@ -1,23 +1,22 @@
 """
 几个进程一起训练，代价有多大：每个进程的活儿相同，比一比各练各的时候慢多少。
-The cost of data-parallel training: each process has the same work, compared with independent processes.
+The cost of data-parallel training: processes that train one model, beside independent ones.
 
     independent     each trains on its own data, at the same time: all share the memory bandwidth
     alone           one process, with the machine to itself
     plain DDP       gradients are communicated after each micro-batch, copied into buckets and back
-    ours            as all scripts do it (runtime/processes.py): once per step (no_sync), and gradients stay
-                    in the buckets (gradient_as_bucket_view)
+    ours            runtime/processes.py: once per step (no_sync), and gradients stay in the buckets
+                    (gradient_as_bucket_view)
 
 one table           python -m benchmarks.ddp
 more to send        python -m benchmarks.ddp --tokens 256 --accumulation 1
-a picture           python -m benchmarks.ddp --picture ddp.png --json ddp.json
-GPUs                python -m benchmarks.ddp --device cuda --processes 4 --tokens 16384 --dtype bfloat16
+GPUs                python -m benchmarks.ddp --device cuda --processes 4 --tokens 16384
 
-Li et al. 2020, "PyTorch Distributed", https://arxiv.org/abs/2006.15704, Sec. 3.2 (buckets, overlap, no_sync).
+Li et al. 2020, "PyTorch Distributed", https://arxiv.org/abs/2006.15704, Sec. 3.2.
 
-Wall-clock time counts, as a process that waits for others uses no CPU: run it on an idle machine with as
-many cores as processes times threads. Gradients that differ from those of one process with all the data
-stop the run.
+Wall-clock time counts, as a process that waits for others uses no CPU: run it on an idle machine
+with as many cores as processes times threads. Gradients that differ from those of one process with
+all the data stop the run.
 """
 
 import json
@@ -35,8 +34,16 @@ import torch.nn.functional as F
 from torch.multiprocessing import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import (add_result_args, check_args, deviation, hardware, peak_above, reporting_errors,
-                                table, with_ratios, write_results)
+from benchmarks.measure import (
+    add_result_args,
+    check_args,
+    deviation,
+    peak_above,
+    reporting_errors,
+    table,
+    with_ratios,
+    write_json,
+)
 from benchmarks.scaling import random_batch, width_and_layers
 from model.config import LMConfig
 from model.transformer import Transformer
@@ -51,7 +58,7 @@ START = "spawn"         # each process is a new one
 
 def plain_ddp(model, world):
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model.to(world.device), device_ids=ids, gradient_as_bucket_view=False)
+    return DistributedDataParallel(model.to(world.device), device_ids=ids)
 
 
 def sync_always(modules, is_last):
@@ -76,7 +83,7 @@ FORMS = {
 TRUTH = Form(False, False, all_data=True)
 
 
-# -- one measurement --------------------------------------------------------------------------------
+# -- one measurement -------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -93,7 +100,8 @@ class Case(NamedTuple):
 
 
 def measure(case: Case, form: Form, saved: Path | None) -> dict[str, list[float]]:
-    """{"seconds": of each step, "peak": bytes of each process}. Gradients of the first step are `saved`.
+    """{"seconds": of each step, "peak": bytes of each process}. Gradients of the first step are
+    `saved`.
 
     Raises MemoryError where a process was killed.
     """
@@ -105,38 +113,41 @@ def measure(case: Case, form: Form, saved: Path | None) -> dict[str, list[float]
         try:
             start_processes(work, (n, port, case, form, saved, Path(folder)), n, start_method=START)
         except ProcessExitedException as error:
-            raise MemoryError(f"{error}, most likely for lack of memory: {case}. Take a smaller case") from None
+            raise MemoryError(f"{error}, most likely for lack of memory: {case}") from None
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(n)]
     # The mean over processes: how long one waits for another is part of the cost.
-    return {"seconds": [statistics.mean(step) for step in zip(*(each["seconds"] for each in found))],
+    steps = zip(*(each["seconds"] for each in found))
+    return {"seconds": [statistics.mean(step) for step in steps],
             "peak": [each["peak"] for each in found]}
 
 
 def work(rank: int, n: int, port: int, case: Case, form: Form, saved: Path | None, folder: Path):
     """One of n processes, as torchrun would start it."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(case.threads)
-    group = init_distributed_mode(True, case.device, dtype=case.dtype)  # the independent start steps together
+    group = init_distributed_mode(True, case.device, dtype=case.dtype)
     world = group if form.together else group._replace(rank=0, size=1)
     seed_everything(0)
-    model = Transformer(LMConfig(*case.model, vocab_size=case.vocab, max_seq_len=case.length)).train()
-    n_all = case.processes * case.accumulation
-    mine = range(n_all) if form.all_data else range(rank * case.accumulation, (rank + 1) * case.accumulation)
-    batches = [random_batch(case.tokens // case.length, case.length, case.vocab, number,
-                            n_all if form.together or form.all_data else case.accumulation) for number in mine]
+    model = Transformer(LMConfig(*case.model, vocab_size=case.vocab, max_seq_len=case.length))
+    n_all, n_own = case.processes * case.accumulation, case.accumulation
+    per_step = n_all if form.together or form.all_data else n_own
+    numbers = range(n_all) if form.all_data else range(rank * n_own, (rank + 1) * n_own)
+    batches = [random_batch(case.tokens // case.length, case.length, case.vocab, number, per_step)
+               for number in numbers]
     clock, seconds = Clock(group.device), []
     with peak_above(group.device) as above:
         modules = {"model": form.wrap(model, world)}
-        optimizer = torch.optim.AdamW(decay_groups(modules, 0.1), lr=1e-4, betas=(0.9, 0.95), fused=True)
+        optimizer = torch.optim.AdamW(decay_groups(modules, 0.1), lr=1e-4, fused=True)
         for step in range(1 if form.all_data else 1 + case.steps):
-            dist.barrier()
+            dist.barrier()                                  # the independent start steps together
             start = clock.now()
             for batch in batches:
                 batch, is_last = batch.to(world.device), batch is batches[-1]
                 with autocast(world.device, world.dtype), form.sync(modules, is_last):
                     logits = modules["model"](batch.tokens, batch.lengths, at=batch.at).logits
-                    loss = F.cross_entropy(logits.float(), batch.targets, reduction="sum") / batch.step_targets
+                    ce = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+                loss = ce / batch.step_targets
                 (loss * (world.size if form.summed else 1)).backward()
             if saved and step == rank == 0:
                 torch.save({name: weight.grad for name, weight in model.named_parameters()}, saved)
@@ -148,7 +159,7 @@ def work(rank: int, n: int, port: int, case: Case, form: Form, saved: Path | Non
     dist.barrier()          # the first to leave would break the others' connections
 
 
-# -- results ----------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 COLUMNS = {"form": "{form}", "processes": "{processes}", "seconds": "{seconds:.3g}",
            "time / independent": "{time_ratio:.2f}", "tokens/s of all": "{tokens_per_s:,.0f}",
@@ -169,7 +180,7 @@ def rows_of(case: Case, repeats: int) -> list[dict]:
                     deviations[name] = deviation(name, saved, "one process with all data", truth)
     figures = {name: {figure: statistics.median(each for run in runs for each in run[figure])
                       for figure in ("seconds", "peak")} for name, runs in measured.items()}
-    rows = with_ratios(figures, group=f"{case.processes} processes")
+    rows = with_ratios(figures)
     for row in rows:
         row["processes"] = case.processes if FORMS[row["form"]].several else 1
         row["tokens_per_s"] = case.tokens * case.accumulation * row["processes"] / row["seconds"]
@@ -181,7 +192,7 @@ def main(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--processes", type=int, default=2, help="2 or more; on GPUs one each")
-    add("--model", type=width_and_layers, default=(512, 8), metavar="WIDTHxLAYERS", help="model to train")
+    add("--model", type=width_and_layers, default=(512, 8), metavar="WIDTHxLAYERS")
     add("--vocab", type=int, default=6400, help="vocabulary size")
     add("--tokens", type=int, default=512, help="tokens of a micro-batch, a multiple of --length")
     add("--length", type=int, default=256, help="tokens of a sample")
@@ -195,23 +206,23 @@ def main(argv=None):
     if args.processes < 2:
         parser.error(f"--processes {args.processes} must be 2 or more")
     if args.tokens % args.length:
-        parser.error(f"--tokens {args.tokens} are not whole samples of --length {args.length}")
+        parser.error(f"--tokens {args.tokens} is not a multiple of --length {args.length}")
     if args.device not in ("cpu", "cuda"):
         parser.error(f"--device {args.device}: cpu or cuda; each process takes a GPU of its own")
     if args.device == "cuda" and torch.cuda.device_count() < args.processes:
-        parser.error(f"--processes {args.processes} need a GPU each; here are {torch.cuda.device_count()}")
-    case = Case(args.processes, args.model, args.vocab, args.tokens, args.length, args.accumulation, args.steps,
-                args.device, args.dtype, args.threads)
+        parser.error(f"--processes {args.processes}: there are {torch.cuda.device_count()} GPUs")
+    case = Case(*(vars(args)[field] for field in Case._fields))
     with reporting_errors():
         parameters = Transformer(LMConfig(*case.model, vocab_size=case.vocab)).n_parameters()
         rows = rows_of(case, args.repeats)
-    setting = (f"{args.model[0]} x {args.model[1]}, {parameters / 1e6:.1f} M parameters; per step and process "
-               f"{args.accumulation} micro-batches of {args.tokens:,} tokens; {args.dtype}, {hardware(args)}")
-    shown = [row | {"shown": "" if row["deviation"] is None else f"{row['deviation']:.1g}"} for row in rows]
-    print(f"{setting}\n\n{table(shown, COLUMNS)}\n")
-    print(f"seconds: wall-clock time of a step, median of {args.steps} in each of {args.repeats} runs; peak: above "
-          "the weights;\ndeviation: relative, the largest of all gradients of a step, from one process with all data")
-    write_results(args, rows, setting, {"time_ratio": "time of a step relative to independent processes"})
+    shown = [row | {"shown": "" if row["deviation"] is None else f"{row['deviation']:.1g}"}
+             for row in rows]
+    print(f"{args.model[0]} x {args.model[1]}, {parameters / 1e6:.1f} M parameters; per step and "
+          f"process {args.accumulation} micro-batches of {args.tokens:,} tokens; {args.dtype}, "
+          f"{args.device}, threads of each: {args.threads}\n\n{table(shown, COLUMNS)}\n\n"
+          f"seconds: wall-clock time of a step, median of {args.steps} in {args.repeats} runs;\n"
+          "peak: above the weights; deviation: relative, the largest of all gradients of a step")
+    write_json(args, rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """
 生成有多快：缓存一次分配、连续批处理、权重量化，与教科书写法并排，写出的词元相同。
-How fast answers are generated: a preallocated cache, continuous batching, 8-bit and 4-bit weights, beside
-the textbook's way.
+How fast answers are generated: a preallocated cache, continuous batching, 8-bit and 4-bit weights,
+beside the textbook's way.
 
-Greedy decoding, one model of random weights, the same prompts; no token ends an answer, each has a length
-of its own.
+Greedy decoding, one model of random weights, the same prompts; no token ends an answer, each has a
+length of its own.
 
     1           one prompt
     16          sixteen in one batch
@@ -13,7 +13,6 @@ of its own.
 one table           python -m benchmarks.generate
 quick               python -m benchmarks.generate --cases 16 --new_tokens 32 --repeats 1
 a larger model      python -m benchmarks.generate --cases 1 --dim 768 --n_layers 16
-a picture           python -m benchmarks.generate --picture generate.png --json generate.json
 
 The fp32 forms must write the same tokens. int8 and int4 are other weights and may write others.
 """
@@ -25,8 +24,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import (add_result_args, check_args, clock, compare, hardware, peak_above,
-                                reporting_errors, table, timed, with_ratios, write_results)
+from benchmarks.measure import (
+    add_result_args,
+    check_args,
+    compare,
+    peak_above,
+    reporting_errors,
+    setting,
+    table,
+    timed,
+    with_ratios,
+    write_json,
+)
 from model.config import LMConfig
 from model.generate import column_major, generate
 from model.quantize import KINDS, quantize
@@ -40,25 +49,25 @@ MOST_REREAD = 32_768            # tokens up to which "plain, no cache" runs: hal
 CASES = {"1": 1, "16": ROWS, "mixed": 4 * ROWS}         # number of prompts
 
 
-# -- the forms --------------------------------------------------------------------------------------
+# -- the forms -------------------------------------------------------------------------------------
 
 
 def forward(model, tokens, past):
     """(B, T), n_layers x (k, v) of (B, G, T', K), or [] -> (B, V), the cache with T' + T positions.
 
-    The model as textbooks write it: a rectangular batch, and a cache that grows by torch.cat, which copies
-    it for each new token."""
+    The model as textbooks write it: a rectangular batch, and a cache that grows by torch.cat, which
+    copies it for each new token."""
     T, before = tokens.shape[1], past[0][0].shape[2] if past else 0
-    rotation = model.rotation(torch.arange(before, before + T, device=tokens.device))       # (T, 1, K/2)
+    rotation = model.rotation(torch.arange(before, before + T, device=tokens.device))
     x, grown = model.tok_embeddings(tokens), []                                     # (B, T, D)
     for number, layer in enumerate(model.layers):
         this, normed = layer.attention, layer.attention_norm(x)
-        q, k, v = (matrix(normed).unflatten(-1, (-1, this.K)) for matrix in (this.wq, this.wk, this.wv))
+        q, k, v = (w(normed).unflatten(-1, (-1, this.K)) for w in (this.wq, this.wk, this.wv))
         q, k, v = (each.transpose(1, 2) for each in (rotate(q, rotation), rotate(k, rotation), v))
         if past:
             k, v = (torch.cat(pair, dim=2) for pair in zip(past[number], (k, v)))
         grown.append((k, v))
-        k, v = (each.repeat_interleave(this.H // this.G, dim=1) for each in (k, v))     # (B, H, T' + T, K)
+        k, v = (each.repeat_interleave(this.H // this.G, dim=1) for each in (k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=not past)
         x = x + this.wo(mixed.transpose(1, 2).flatten(2))
         x = x + layer.ffn(layer.ffn_norm(x).flatten(0, 1)).view_as(x)
@@ -67,13 +76,15 @@ def forward(model, tokens, past):
 
 @torch.no_grad()
 def plain(model, prompts, sizes, with_cache=True):
-    """One batch after another, each until its longest answer is complete; surplus tokens are dropped."""
+    """One batch after another, each until its longest answer is complete; surplus tokens are
+    dropped."""
     device, answers = model.norm.weight.device, []
     for start in range(0, len(prompts), ROWS):
-        text, wanted = torch.tensor(prompts[start:start + ROWS], device=device), sizes[start:start + ROWS]
+        text = torch.tensor(prompts[start:start + ROWS], device=device)
+        wanted = sizes[start:start + ROWS]
         first, newest, cache = text.shape[1], text, []
         for _ in range(max(wanted)):
-            logits, cache = forward(model, newest if with_cache else text, cache if with_cache else [])
+            logits, cache = forward(model, *((newest, cache) if with_cache else (text, [])))
             newest = logits.argmax(dim=-1, keepdim=True)                            # (B, 1)
             text = torch.cat([text, newest], dim=1)
         answers += [row[first:first + size] for row, size in zip(text.tolist(), wanted)]
@@ -93,7 +104,7 @@ FORMS = {"plain, growing cache": plain, "plain, no cache": plain_without_cache, 
 QUANTISED = {f"ours, {kind}": kind for kind in KINDS}
 
 
-# -- one measurement --------------------------------------------------------------------------------
+# -- one measurement -------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -110,23 +121,25 @@ class Case(NamedTuple):
     def prompts(self) -> list[list[int]]:
         """All of one length, so that the plain forms need no padding."""
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randint(VOCAB_SIZE, (CASES[self.name], self.prompt), generator=generator).tolist()
+        size = CASES[self.name], self.prompt
+        return torch.randint(VOCAB_SIZE, size, generator=generator).tolist()
 
     def sizes(self) -> list[int]:
         if self.name != "mixed":
             return [self.new_tokens] * CASES[self.name]
         generator = torch.Generator().manual_seed(self.seed)
-        low = min(SHORTEST, self.new_tokens)
-        return torch.randint(low, self.new_tokens + 1, (CASES[self.name],), generator=generator).tolist()
+        low, high = min(SHORTEST, self.new_tokens), self.new_tokens + 1
+        return torch.randint(low, high, (CASES[self.name],), generator=generator).tolist()
 
     def n_reread(self) -> int:
         """Tokens that pass through the model without a cache."""
         batches = [self.sizes()[start:start + ROWS] for start in range(0, CASES[self.name], ROWS)]
-        return sum(len(batch) * sum(self.prompt + n for n in range(max(batch))) for batch in batches)
+        return sum(len(batch) * sum(self.prompt + n for n in range(max(batch)))
+                   for batch in batches)
 
     def config(self) -> LMConfig:
-        return LMConfig(self.dim, self.n_layers, n_heads=8, vocab_size=VOCAB_SIZE, tie_embeddings=False,
-                        max_seq_len=self.prompt + self.new_tokens)
+        return LMConfig(self.dim, self.n_layers, n_heads=8, vocab_size=VOCAB_SIZE,
+                        tie_embeddings=False, max_seq_len=self.prompt + self.new_tokens)
 
     def model(self, kind: str = "fp32") -> Transformer:
         with torch.device("meta"):
@@ -138,11 +151,11 @@ class Case(NamedTuple):
 
 
 def write_weights(case: Case):
-    """The same random weights in each kind, as files: a process that initialises or quantises them keeps
-    freed memory, which a measurement would miss.
+    """The same random weights in each kind, as files: a process that initialises or quantises them
+    keeps freed memory, which a measurement would miss.
 
-    With its layers' matrices doubled the model depends on all that it read. As initialised it repeats a few
-    tokens for any prompt, and a wrong cache would go unnoticed.
+    With its layers' matrices doubled the model depends on all that it read. As initialised it
+    repeats a few tokens for any prompt, and a wrong cache would go unnoticed.
     """
     for kind in ("fp32", *KINDS):
         torch.manual_seed(case.seed)
@@ -156,7 +169,8 @@ def write_weights(case: Case):
 
 
 def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
-    """Seconds for all answers, and bytes at the peak above the weights. The answers' tokens are `saved`."""
+    """Seconds for all answers, and bytes at the peak above the weights. The answers' tokens are
+    `saved`."""
     device, prompts, sizes = torch.device(case.device), case.prompts(), case.sizes()
     model, call = case.model(QUANTISED.get(form, "fp32")), FORMS.get(form, ours)
     if call is ours:
@@ -169,15 +183,15 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
                "weights_mb": sum(weight.nbytes for weight in model.parameters()) / 2 ** 20,
                "agreement": agreement(case.model(), prompts, answers) if form in QUANTISED else 1.0}
     if saved:
-        tokens = torch.tensor([token for answer in answers for token in answer], dtype=torch.float64)
-        torch.save({"tokens": tokens}, saved)
+        tokens = torch.tensor([token for answer in answers for token in answer])
+        torch.save({"tokens": tokens.double()}, saved)
     return figures
 
 
 @torch.no_grad()
 def agreement(model, prompts, answers) -> float:
-    """Share of the tokens that this model too would generate after the same text. (Whole answers diverge
-    after the first different token.)"""
+    """Share of the tokens that this model too would generate after the same text. (Whole answers
+    diverge after the first different token.)"""
     same = 0
     for prompt, answer in zip(prompts, answers):
         text = torch.tensor(prompt + answer, device=model.norm.weight.device)
@@ -187,23 +201,25 @@ def agreement(model, prompts, answers) -> float:
     return same / sum(map(len, answers))
 
 
-# -- results ----------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
-COLUMNS = {"case": "{group}", "form": "{form}", "seconds": "{seconds:.2f}",
-           "useful tokens/s": "{tokens_per_s:,.0f}", "speed": "{speed:.2f} x", "peak MB": "{peak_mb:,.0f}",
-           "peak / plain": "1/{peak_ratio:.1f}", "weights MB": "{weights_mb:,.0f}", "as fp32": "{agreement:.1%}"}
+COLUMNS = {"case": "{case}", "form": "{form}", "seconds": "{seconds:.2f}",
+           "useful tokens/s": "{tokens_per_s:,.0f}", "speed": "{speed:.2f} x",
+           "peak MB": "{peak_mb:,.0f}", "peak / plain": "1/{peak_ratio:.1f}",
+           "weights MB": "{weights_mb:,.0f}", "as fp32": "{agreement:.1%}"}
 
 
 def rows_of(case: Case, repeats: int) -> list[dict]:
     """A row for each form."""
     forms = [form for form in FORMS if form != "plain, no cache" or case.n_reread() <= MOST_REREAD]
-    # Tolerance 0: another token is another answer. Where two tokens are equally likely, rounding may decide,
-    # and the run stops though nothing is wrong: take another --seed. With the default one the closest two of
-    # 6,682 choices are 1e-5 apart; the logits of two forms differed by at most 5e-6.
+    # Tolerance 0: another token is another answer. Where two tokens are equally likely, rounding
+    # may decide, and the run stops though nothing is wrong: take another --seed. With the default
+    # one the closest two of 6,682 choices are 1e-5 apart; the logits of two forms differed by at
+    # most 5e-6.
     figures = compare(measure, case, forms, repeats, tolerance=0.0)
     for form in QUANTISED:                                  # each alone: their tokens may differ
         figures |= compare(measure, case, [form], repeats)
-    rows = with_ratios(figures, group=case.name)
+    rows = with_ratios(figures, case=case.name)
     return [row | {"tokens_per_s": sum(case.sizes()) / row["seconds"]} for row in rows]
 
 
@@ -212,7 +228,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--cases", nargs="+", default=list(CASES), choices=CASES, help="prompts at once")
     add("--prompt", type=int, default=64, help="tokens of each prompt")
-    add("--new_tokens", type=int, default=128, help="tokens of each answer; in mixed of the longest")
+    add("--new_tokens", type=int, default=128, help="tokens of the longest answer")
     add("--dim", type=int, default=512, help="width of the model, a multiple of 32; it has 8 heads")
     add("--n_layers", type=int, default=8, help="number of its layers")
     add("--seed", type=int, default=0, help="random seed of weights, prompts and mixed lengths")
@@ -224,23 +240,22 @@ def main(argv=None):
 
     rows, left_out = [], []
     with reporting_errors(), tempfile.TemporaryDirectory() as weights:
-        cases = [Case(name, args.prompt, args.new_tokens, args.dim, args.n_layers, args.seed, args.device,
-                      args.threads, weights) for name in args.cases]
+        cases = [Case(name, args.prompt, args.new_tokens, args.dim, args.n_layers, args.seed,
+                      args.device, args.threads, weights) for name in args.cases]
         write_weights(cases[0])                             # the same for every case
         for case in cases:
             rows += rows_of(case, args.repeats)
             if case.n_reread() > MOST_REREAD:
                 left_out.append(f"{case.name} ({case.n_reread():,})")
 
-    setting = (f"{args.dim} x {args.n_layers}, vocabulary {VOCAB_SIZE:,}, prompts of {args.prompt} tokens, answers "
-               f"of up to {args.new_tokens}, {hardware(args)}")
-    print(f"greedy; {setting}\n\n{table(rows, COLUMNS)}\n\nseconds: {clock(args)}, median of {args.repeats} new "
-          "processes; speed and peak: relative to the growing cache;\npeak: above the weights; as fp32: tokens that "
-          "fp32 would generate after the same text")
+    print(f"greedy; {args.dim} x {args.n_layers}, vocabulary {VOCAB_SIZE:,}, {args.prompt} tokens per "
+          f"prompt, up to {args.new_tokens} new\n\n{table(rows, COLUMNS)}\n\n{setting(args)};\n"
+          "speed and peak: relative to the growing cache, peak above the weights;\n"
+          "as fp32: tokens that fp32 would generate after the same text")
     if left_out:
-        print(f"plain, no cache: left out where it reads more than {MOST_REREAD:,} tokens: {', '.join(left_out)}")
-    write_results(args, rows, setting, {"speed": "speed relative to a growing cache",
-                                        "peak_ratio": "memory of a growing cache relative to this form's"})
+        print(f"plain, no cache: left out where it reads more than {MOST_REREAD:,} tokens: "
+              + ", ".join(left_out))
+    write_json(args, rows)
 
 
 if __name__ == "__main__":

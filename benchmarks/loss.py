@@ -4,15 +4,15 @@ How fast the fused loss is and how little memory it takes, beside the textbook f
 
     loss = alpha * CE + (1 - alpha) * T^2 * KL(teacher_T || student_T)      alpha = 0.5, T = 2
 
-forward and backward: from final hidden states to the gradients of the student's states and of its head.
+forward and backward: from final hidden states to the gradients of the student's states and of its
+head.
 
 one table           python -m benchmarks.loss
 quick               python -m benchmarks.loss --tokens 512 --vocab 6400 --repeats 3
 other divergences   python -m benchmarks.loss --vocab 50257 --divergence reverse_kl jsd
-a picture           python -m benchmarks.loss --picture loss.png --json loss.json
 
-The plain form holds eight tensors of (tokens, vocabulary) at once: 10 GB at 2048 tokens and a vocabulary
-of 151,936.
+The plain form holds eight tensors of (tokens, vocabulary) at once: 10 GB at 2048 tokens and a
+vocabulary of 151,936.
 """
 
 from pathlib import Path
@@ -21,30 +21,48 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import (PAGE, add_result_args, check_args, clock, compare, hardware, peak_above,
-                                reporting_errors, table, timed, with_ratios, write_results)
+from benchmarks.measure import (
+    PAGE,
+    add_result_args,
+    check_args,
+    compare,
+    peak_above,
+    reporting_errors,
+    setting,
+    table,
+    timed,
+    with_ratios,
+    write_json,
+)
 from distill.fused import CHUNK_BYTES, Dense, fused_distillation_loss
-from distill.losses import DIVERGENCES, distillation_loss_fn, forward_kl, pick_divergence
+from distill.losses import (
+    DIVERGENCES,
+    distillation_loss_fn,
+    forward_kl,
+    pick_divergence,
+)
 from runtime.args import make_parser
 
 ALPHA, TEMPERATURE = 0.5, 2.0
 
 
-# -- the forms --------------------------------------------------------------------------------------
+# -- the forms -------------------------------------------------------------------------------------
 
 
 def plain_loss(hidden, head, targets, teacher, divergence):  # (S, D), (V, D), (S,) -> ()
     """The loss as textbooks write it: all logits of both models, and autograd.
 
-    It is correct and short. But logits, tempered logits, softmaxes and the gradient of each are (S, V), and
-    eight of them are alive at once: at V = 50,257 each is a hundred times as large as hidden states of 512.
+    It is correct and short. But logits, tempered logits, softmaxes and the gradient of each are (S,
+    V), and eight of them are alive at once: at V = 50,257 each is a hundred times as large as
+    hidden states of 512.
     """
     student_logits = hidden @ head.T                                                # (S, V)
     teacher_logits = teacher.states @ teacher.head.T                                # (S, V)
     ce = F.cross_entropy(student_logits, targets, reduction="sum")
     if divergence is forward_kl:
-        kd = TEMPERATURE ** 2 * F.kl_div(F.log_softmax(student_logits / TEMPERATURE, dim=-1),
-                                         F.softmax(teacher_logits / TEMPERATURE, dim=-1), reduction="sum")
+        log_q = F.log_softmax(student_logits / TEMPERATURE, dim=-1)
+        p = F.softmax(teacher_logits / TEMPERATURE, dim=-1)
+        kd = TEMPERATURE ** 2 * F.kl_div(log_q, p, reduction="sum")
     else:
         kd = distillation_loss_fn(student_logits, teacher_logits, TEMPERATURE, "sum", divergence)
     return ALPHA * ce + (1 - ALPHA) * kd
@@ -63,7 +81,7 @@ def fused_loss_of_32_rows(hidden, head, targets, teacher, divergence):
 FORMS = {"plain": plain_loss, "fused": fused_loss, "fused, 32 rows": fused_loss_of_32_rows}
 
 
-# -- one measurement --------------------------------------------------------------------------------
+# -- one measurement -------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -77,19 +95,20 @@ class Case(NamedTuple):
 
 def inputs(case: Case):
     """The same for every form. Filled in place: a temporary tensor would raise the peak."""
-    generator = torch.Generator(case.device).manual_seed(0)
+    device, S, V = case.device, case.tokens, case.vocab_size
+    generator = torch.Generator(device).manual_seed(0)
 
-    def normal(rows, size):
-        return torch.empty(rows, case.dim, device=case.device).normal_(std=size, generator=generator)
+    def normal(rows, std):
+        return torch.empty(rows, case.dim, device=device).normal_(std=std, generator=generator)
 
-    hidden, head = normal(case.tokens, 1.0).requires_grad_(), normal(case.vocab_size, 0.05).requires_grad_()
-    targets = torch.randint(case.vocab_size, (case.tokens,), device=case.device, generator=generator)
-    return hidden, head, targets, Dense(normal(case.tokens, 1.0), normal(case.vocab_size, 0.05))
+    hidden, head = normal(S, 1.0).requires_grad_(), normal(V, 0.05).requires_grad_()
+    targets = torch.randint(V, (S,), device=device, generator=generator)
+    return hidden, head, targets, Dense(normal(S, 1.0), normal(V, 0.05))
 
 
 def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
-    """Seconds of one call, and bytes at the peak above the inputs, with the gradients (`peak`) and without
-    (`beside`). The loss and its gradients are `saved`."""
+    """Seconds of one call, and bytes at the peak above the inputs, with the gradients (`peak`) and
+    without (`beside`). The loss and its gradients are `saved`."""
     device, (divergence, _) = torch.device(case.device), pick_divergence(case.divergence)
 
     def call(hidden, head, targets, teacher):
@@ -104,48 +123,47 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
     with peak_above(device) as above:
         call(*given)                                        # the allocator keeps what it got
         loss, seconds = timed(lambda: call(*given), device)
-    peak, gradients = above(), given[0].nbytes + given[1].nbytes    # every form returns the gradients
+    peak, gradients = above(), given[0].nbytes + given[1].nbytes    # which every form returns
     if saved:
         torch.save({"loss": loss, "hidden": given[0].grad, "head": given[1].grad}, saved)
     return {"seconds": seconds, "peak": peak, "beside": max(PAGE, peak - gradients)}
 
 
-# -- results ----------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 COLUMNS = {"vocabulary": "{vocab_size:,}", "form": "{form}", "seconds": "{seconds:.2f}",
-           "time / plain": "{time_ratio:.2f}", "speed": "{speed:.2f} x", "peak MB": "{peak_mb:,.0f}",
-           "peak / plain": "1/{peak_ratio:.1f}", "without gradients": "1/{beside_ratio:.1f}",
-           "deviation": "{deviation:.1g}"}
+           "time / plain": "{time_ratio:.2f}", "speed": "{speed:.2f} x",
+           "peak MB": "{peak_mb:,.0f}", "peak / plain": "1/{peak_ratio:.1f}",
+           "without gradients": "1/{beside_ratio:.1f}", "deviation": "{deviation:.1g}"}
 
 
 def main(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--vocab", nargs="+", type=int, default=[6400, 50257, 151936], help="vocabulary sizes")
-    add("--divergence", nargs="+", default=["forward_kl"], choices=DIVERGENCES, help="a table for each")
+    add("--divergence", nargs="+", default=["forward_kl"], choices=DIVERGENCES)
     add("--tokens", type=int, default=2048, help="rows of the hidden states")
     add("--dim", type=int, default=512, help="their width, in student and teacher")
     add_result_args(parser)
     args = parser.parse_args(argv)
     check_args(parser, args, "vocab", "tokens", "dim")
 
-    rows, setting = [], f"{args.tokens} tokens, dim {args.dim}, fp32, forward and backward, {hardware(args)}"
+    rows = []
     for name in args.divergence:
         own = []
         for vocab_size in args.vocab:
             case = Case(name, vocab_size, args.tokens, args.dim, args.device, args.threads)
             with reporting_errors():
                 figures = compare(measure, case, FORMS, args.repeats)
-            own += with_ratios(figures, group=f"{name}\nV = {vocab_size:,}", vocab_size=vocab_size)
+            own += with_ratios(figures, divergence=name, vocab_size=vocab_size)
             for row in own[-len(FORMS):]:
                 row["beside_ratio"] = own[-len(FORMS)]["beside"] / row["beside"]
-        print(f"{ALPHA:g} CE + {1 - ALPHA:g} * {TEMPERATURE:g}^2 * {pick_divergence(name)[1]}; {setting}\n")
-        print(table(own, COLUMNS), end="\n\n", flush=True)
+        formula = f"{ALPHA:g} CE + {1 - ALPHA:g} * {TEMPERATURE:g}^2 * {pick_divergence(name)[1]}"
+        print(f"{formula}, fp32; {args.tokens} tokens, dim {args.dim}\n\n{table(own, COLUMNS)}\n")
         rows += own
-    print(f"seconds: {clock(args)}, median of {args.repeats} new processes; peak: above the inputs, with the "
-          "gradients, then without them;\ndeviation: relative, the largest of the loss and both gradients")
-    write_results(args, rows, setting, {"speed": "speed relative to the plain form",
-                                        "peak_ratio": "memory of the plain form relative to this form's"})
+    print(f"{setting(args)}; peak: above the inputs, with the gradients, then without them;\n"
+          "deviation: relative, the largest of the loss and both gradients")
+    write_json(args, rows)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """
-怎样测量：每次用一个全新的进程，各种写法轮流，结果不同的不计时；表、JSON、图。
-How things are measured: each time in a new process, the forms in turn; a form with another result is not
-timed. Ratios to the first form as a table, as JSON and as a picture.
+怎样测量：每次用一个全新的进程，各种写法轮流，结果不同的不计时；表与 JSON。
+How things are measured: each time in a new process, the forms in turn, with ratios to the first
+form. A form with another result stops the benchmark.
 
     figures = compare(measure, case, ["plain", "ours"], repeats=3)
                                     # {form: {"seconds": ..., "peak": ..., "deviation": ...}}
 
-`measure(case, form, saved)` is a function at the top of a module, as a new process imports it. It returns
-{figure: number}, and writes the tensors in which the forms must agree to the file `saved`, unless that is None. A
-case is a NamedTuple with `device` and `threads` among its fields.
+`measure(case, form, saved)` is a function at the top of a module, as a new process imports it. It
+returns {figure: number}, and writes the tensors in which the forms must agree to the file `saved`,
+unless that is None. A case is a NamedTuple with `device` and `threads` among its fields.
 """
 
 import json
@@ -32,11 +32,12 @@ TOLERANCE = 1e-4            # relative, per tensor; fp32 sums in another order d
 PAGE = 4096                 # bytes; no measurement of memory is finer
 
 
-# -- in the new process -----------------------------------------------------------------------------
+# -- in the new process ----------------------------------------------------------------------------
 
 
 def timed(call, device):  # -> (its result, seconds)
-    """On the CPU its own time, of all threads: wall-clock time on a shared machine measures others too."""
+    """On the CPU its own time, of all threads: wall-clock time on a shared machine measures others
+    too."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -53,7 +54,8 @@ def reset_peak(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        # Linux only. Elsewhere the old peak stays; nothing large was freed so far, so it is the same.
+        # Linux only. Elsewhere the old peak stays; nothing large was freed so far, so it is the
+        # same.
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
@@ -64,36 +66,39 @@ def peak(device) -> int:  # -> bytes
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @contextmanager
 def peak_above(device):
-    """with peak_above(device) as above: ...; then above() is the peak in bytes above what was in use."""
+    """with peak_above(device) as above: ...; then above() is the peak in bytes above what was in
+    use."""
     reset_peak(device)
     before = peak(device)
     yield lambda: max(PAGE, peak(device) - before)
 
 
-# -- many processes, and a comparison ---------------------------------------------------------------
+# -- many processes, and a comparison --------------------------------------------------------------
 
 
 def compare(measure, case, forms, repeats: int, tolerance=TOLERANCE) -> dict[str, dict[str, float]]:
-    """{form: {figure: median over `repeats` processes}}, and each form's "deviation" from the first one.
+    """{form: {figure: median over `repeats` processes}}, and each form's "deviation" from the first
+    one.
 
-    tolerance: of the deviation, for all forms or as {form: tolerance}. Raises ValueError where a form
-    deviates more, MemoryError where a process was killed.
+    tolerance: of the deviation, for all forms or as {form: tolerance}. Raises ValueError where a
+    form deviates more, MemoryError where a process was killed.
     """
     forms, measured, deviations = list(forms), {form: [] for form in forms}, {}
     limits = tolerance if isinstance(tolerance, dict) else dict.fromkeys(forms, tolerance)
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats):
             for number, form in enumerate(forms):
-                saved = Path(folder) / f"{number}.pt"
+                saved, truth = Path(folder) / f"{number}.pt", Path(folder) / "0.pt"
                 measured[form].append(
                     in_a_new_process(measure, case, form, None if repeat else saved))
                 if repeat == 0:
-                    deviations[form] = deviation(form, saved, forms[0], Path(folder) / "0.pt", limits[form])
+                    deviations[form] = deviation(form, saved, forms[0], truth, limits[form])
     return {form: {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
             | {"deviation": deviations[form]} for form, runs in measured.items()}
 
@@ -104,8 +109,8 @@ def in_a_new_process(measure, case, form, saved=None) -> dict[str, float]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as new:
             return new.submit(with_threads, measure, case, form, saved).result()
     except BrokenProcessPool:
-        raise MemoryError(f"the process of the form {form!r} was killed, most likely for lack of memory: "
-                          f"{case}. Take a smaller case") from None
+        raise MemoryError(f"the process of the form {form!r} was killed, most likely for lack of "
+                          f"memory: {case}. Take a smaller case") from None
 
 
 def with_threads(measure, case, form, saved):
@@ -117,11 +122,12 @@ def deviation(form, saved: Path, truth_form, truth: Path, tolerance: float = TOL
     """The largest of |a - b| / |b| over all that was saved. Raises ValueError where it exceeds the
     tolerance."""
     ours, theirs = (torch.load(path, map_location="cpu") for path in (saved, truth))
-    relative = {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs}
+    relative = {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item()
+                for name in theirs}
     for name, value in relative.items():
         if not value <= tolerance:          # also refuses NaN
-            raise ValueError(f"{form}, {name}: {value:.1e} away from {truth_form}, more than {tolerance:g}; "
-                             "the speed of a wrong result does not matter")
+            raise ValueError(f"{form}, {name}: {value:.1e} away from {truth_form}, more than "
+                             f"{tolerance:g}; the speed of a wrong result does not matter")
     return max(relative.values())
 
 
@@ -138,7 +144,7 @@ def with_ratios(figures: dict[str, dict], **more) -> list[dict]:
     return rows
 
 
-# -- arguments and results --------------------------------------------------------------------------
+# -- arguments and results -------------------------------------------------------------------------
 
 
 def add_result_args(parser, repeats: int = 3):
@@ -147,7 +153,6 @@ def add_result_args(parser, repeats: int = 3):
     add("--threads", type=int, default=1, help="CPU threads")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     add("--json", default=None, help="file for all figures")
-    add("--picture", default=None, help="PNG file of the ratios")
 
 
 def check_args(parser, args, *counts: str):
@@ -156,9 +161,8 @@ def check_args(parser, args, *counts: str):
         value = vars(args)[name]
         if min(value if isinstance(value, (list, tuple)) else [value]) < 1:
             parser.error(f"--{name} {value} must be 1 or more")
-    for path in filter(None, (args.json, args.picture)):
-        if not Path(path).parent.is_dir():
-            parser.error(f"no folder for {path}; make it: mkdir -p {Path(path).parent}")
+    if args.json and not Path(args.json).parent.is_dir():
+        parser.error(f"no folder for {args.json}; make it: mkdir -p {Path(args.json).parent}")
 
 
 @contextmanager
@@ -169,12 +173,10 @@ def reporting_errors():
         sys.exit(str(error))
 
 
-def hardware(args) -> str:
-    return args.device + (f", threads: {args.threads}" if args.device == "cpu" else "")
-
-
-def clock(args) -> str:
-    return "CPU time" if args.device == "cpu" else "GPU time"
+def setting(args) -> str:
+    """'cpu, threads: 1, CPU time, median of 3 new processes'"""
+    clock = f"threads: {args.threads}, CPU time" if args.device == "cpu" else "GPU time"
+    return f"{args.device}, {clock}, median of {args.repeats} new processes"
 
 
 def table(rows: list[dict], columns: dict[str, str]) -> str:
@@ -184,32 +186,8 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
                               for row in rows])
 
 
-def write_results(args, rows: list[dict], title: str, ratios: dict[str, str], draw=None):
-    """The JSON and the picture, where they were asked for. ratios: {figure: what its bars show}; rows of
-    one "group" share bars, and the first form of a group has ratio 1 and no bar."""
+def write_json(args, rows: list[dict]):
     if args.json:
-        text = json.dumps({"setting": vars(args), "torch": torch.__version__, "rows": rows}, indent=2)
-        write_atomic(Path(args.json), lambda file: file.write(text.encode()))
-    if args.picture:
-        figure = (draw or draw_bars)(rows, title, ratios)
-        write_atomic(Path(args.picture), lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-def draw_bars(rows, title, ratios):
-    from matplotlib.figure import Figure
-
-    groups, forms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("group", "form"))
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, len(ratios), squeeze=False)[0]
-    width = 0.8 / max(1, len(forms) - 1)
-    for axis, (key, name) in zip(axes, ratios.items()):
-        for i, form in enumerate(forms[1:]):
-            own = {groups.index(row["group"]): row[key] for row in rows if row["form"] == form}
-            places = [x + width * (i - len(forms) / 2 + 1) for x in own]
-            axis.bar_label(axis.bar(places, own.values(), 0.95 * width, label=form), fmt="%.1f x", padding=2)
-        axis.axhline(1, color="black", linewidth=1, linestyle="--")
-        axis.set_xticks(range(len(groups)), groups)
-        axis.set_title(name)
-    figure.suptitle(title, fontsize=10)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(forms))
-    return figure
+        content = {"setting": vars(args), "torch": torch.__version__, "rows": rows}
+        text = json.dumps(content, indent=2).encode()
+        write_atomic(Path(args.json), lambda file: file.write(text))

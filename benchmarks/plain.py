@@ -2,20 +2,21 @@
 一步蒸馏的教科书写法：补齐成方阵，两个模型各算出全部 logits，再取要学的位置。
 One distillation step as tutorials write it: padded samples, all logits of both models, a loss.
 
-    loss = alpha * CE(student, label) + (1 - alpha) * T^2 * KL(teacher_T || student_T)      per target
+    loss = alpha * CE(student, label) + (1 - alpha) * T^2 * KL(teacher_T || student_T), per target
 
-Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531, Sec. 2. Correct, short, and complete. It uses
-the weights of model/transformer.py; benchmarks/step.py compares it with a step that skips needless work:
+Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531, Sec. 2. Correct, short, and complete.
+It uses the weights of model/transformer.py; benchmarks/step.py compares it with a step that skips
+needless work:
 
-    sample       [ how are you ? | fine . . . . . . . ]     . is padding: embedded, passed through all
-                   not learned     learned                  layers of both models and into logits, and
-                                                            then ignored by the loss
+    sample    [ how are you ? | fine . . . . . . . ]     . is padding: embedded, passed through all
+                not learned     learned                  layers of both models and into logits, and
+                                                         then ignored by the loss
 
-The baseline is not slower than people write it: attention is PyTorch's own, rotary embedding the complex
-product of Llama's code, and the loss sees only the target positions.
+The baseline is not slower than people write it: attention is PyTorch's own, rotary embedding the
+complex product of Llama's code, and the loss sees only the target positions.
 
-B samples · L positions, padding included · S of them targets · D dim · H query heads · G key/value heads
-K head_dim · V vocab
+B samples · L positions, padding included · S of them targets · D dim · H query heads
+G key/value heads · K head_dim · V vocab
 """
 
 from typing import NamedTuple
@@ -33,8 +34,8 @@ class Padded(NamedTuple):
 
 
 def pad(samples, limit: int | None, device) -> Padded:
-    """Samples (ids, is_target), arrays of (n + 1,), as rows as long as the limit, or as the longest sample.
-    Zeros follow a sample; attention is causal, so its own tokens never see them."""
+    """Samples (ids, is_target), arrays of (n + 1,), as rows as long as the limit, or as the longest
+    sample. Zeros follow a sample; attention is causal, so its own tokens never see them."""
     L = limit or max(len(ids) for ids, _ in samples) - 1
     ids = torch.zeros(len(samples), L + 1, dtype=torch.long)
     is_target = torch.zeros(len(samples), L + 1, dtype=torch.bool)
@@ -45,11 +46,12 @@ def pad(samples, limit: int | None, device) -> Padded:
     return Padded(ids[:, :-1], ids[:, 1:], is_target[:, 1:])
 
 
-# -- the model --------------------------------------------------------------------------------------
+# -- the model -------------------------------------------------------------------------------------
 
 
 def logits_of(model, tokens):  # (B, L) -> (B, L, V)
-    """A dense decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, at every position of every row."""
+    """A dense decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, at every position of every
+    row."""
     config = model.config
     assert not config.use_moe and config.architecture == "llama" and not config.rope_scaling, (
         f"{config}: the plain form is a dense Llama without scaled RoPE")
@@ -78,7 +80,7 @@ def rotate(x, rotation):  # (B, L, H, K), (L, 1, K/2) -> (B, L, H, K)
 
 def attention(part, x, rotation):  # (B, L, D) -> (B, L, D)
     B, L, _ = x.shape
-    q, k, v = (linear(x).view(B, L, -1, part.K) for linear in (part.wq, part.wk, part.wv))  # H or G heads
+    q, k, v = (linear(x).view(B, L, -1, part.K) for linear in (part.wq, part.wk, part.wv))
     q, k = rotate(part.q_norm(q), rotation), rotate(part.k_norm(k), rotation)
     k, v = (each.repeat_interleave(part.H // part.G, dim=2) for each in (k, v))             # G -> H
     # softmax(q k^T / sqrt(K)) v, with scores of -inf for later tokens: (B, H, L, L) of them.
@@ -91,7 +93,7 @@ def swiglu(part, x):  # (B, L, D) -> (B, L, D)
     return part.w2(F.silu(part.w1(x)) * part.w3(x))
 
 
-# -- the step ---------------------------------------------------------------------------------------
+# -- the step --------------------------------------------------------------------------------------
 
 
 def distillation_loss(student, teacher, batch: Padded, alpha: float, temperature: float):  # -> ()
@@ -100,7 +102,7 @@ def distillation_loss(student, teacher, batch: Padded, alpha: float, temperature
         teacher_logits = logits_of(teacher, batch.tokens)                       # (B, L, V)
     student_logits = logits_of(student, batch.tokens)                           # (B, L, V)
 
-    teacher_logits, student_logits = teacher_logits[batch.mask], student_logits[batch.mask]     # (S, V)
+    teacher_logits, student_logits = teacher_logits[batch.mask], student_logits[batch.mask] # (S, V)
     ce = F.cross_entropy(student_logits, batch.targets[batch.mask])
     kl = F.kl_div(F.log_softmax(student_logits / temperature, dim=-1),
                   F.softmax(teacher_logits / temperature, dim=-1), reduction="batchmean")

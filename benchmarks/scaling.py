@@ -1,18 +1,19 @@
 """
 一步蒸馏的时间与内存怎样增长：词元、模型、词表、样本长度、专家数，每次只变一个。
-How time and memory of a distillation step grow: with tokens, models, vocabulary, sample length, experts.
+How time and memory of a step grow: with tokens, models, vocabulary, sample length, experts.
 
-all five            python -m benchmarks.scaling                                # five minutes on one core
-some of them        python -m benchmarks.scaling --axes tokens length=64,512,4096 --tokens 4096
+all five            python -m benchmarks.scaling            # five minutes on one core
+some of them        python -m benchmarks.scaling --axes tokens length=64,512 --tokens 4096
 a picture           python -m benchmarks.scaling --picture scaling.png --json scaling.json
 
-A step is that of train_distillation.py with its default loss (benchmarks/step.py). Weights and ids are
-random, all samples have one length, and the second half of each is the target. The teacher is twice as wide
-and twice as deep as the student, and always dense.
+A step is that of train_distillation.py with its default loss (benchmarks/step.py). Weights and ids
+are random, all samples have one length, and the second half of each is the target. The teacher is
+twice as wide and twice as deep as the student, and always dense.
 
-Expected: linear growth with the tokens, nearly linear growth with the parameters. Vocabulary and sample
-length (attention) only add to the rest, so both curves begin flat. Experts add weights and no work, as each
-token uses two of them. Growth above linear means an error, or a cache that is too small.
+Expected: linear growth with the tokens, nearly linear growth with the parameters. Vocabulary and
+sample length (attention) only add to the rest, so both curves begin flat. Experts add weights and
+no work, as each token uses two of them. Growth above linear means an error, or a cache that is too
+small.
 """
 
 import argparse
@@ -24,13 +25,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.measure import (add_result_args, check_args, clock, hardware, in_a_new_process, peak_above,
-                                reporting_errors, table, timed, write_results)
+from benchmarks.measure import (
+    add_result_args,
+    check_args,
+    in_a_new_process,
+    peak_above,
+    reporting_errors,
+    setting,
+    table,
+    timed,
+    write_json,
+)
 from benchmarks.step import distillation_form, run
 from dataset.lm_dataset import packed_batch
 from model.config import LMConfig
 from model.transformer import Transformer
 from runtime.args import make_parser
+from runtime.files import write_atomic
 from runtime.precision import pick_dtype, seed_everything
 
 AXES = {        # name: (what grows, default values)
@@ -56,22 +67,24 @@ class Case(NamedTuple):
 
 def random_batch(n: int, length: int, vocab_size: int, seed: int = 0, batches_per_step: int = 1):
     """n samples of `length` tokens to read, of which the second half predicts."""
-    ids = np.random.default_rng(seed).integers(vocab_size, size=n * (length + 1))   # + 1: never read
+    # A sample has one token more than are read.
+    ids = np.random.default_rng(seed).integers(vocab_size, size=n * (length + 1))
     is_target = np.tile(np.arange(length + 1) > length // 2, n)
     step_targets = int(is_target.sum()) * batches_per_step
     return packed_batch(ids, is_target, np.full(n, length + 1), step_targets, n * batches_per_step)
 
 
 def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
-    """Median seconds of a step, bytes at the peak with models and optimizer, parameters of both models."""
+    """Median seconds of a step, bytes at the peak with models and optimizer, parameters of both
+    models."""
     device = torch.device(case.device)
     # The first step loads the code of every kernel, which counts as memory: let it be a small one.
     run(form_of(case._replace(tokens=2, model=(16, 1), vocab=8, length=1))[0], 0)
     with peak_above(device) as above:
         ready, parameters = form_of(case)
         run(ready, 0)           # makes AdamW's moments; the allocator keeps what it got
-        seconds = statistics.median(timed(partial(run, ready, 0), device)[1] for _ in range(case.steps))
-    return {"seconds": seconds, "peak": above(), "parameters": parameters}
+        seconds = [timed(partial(run, ready, 0), device)[1] for _ in range(case.steps)]
+    return {"seconds": statistics.median(seconds), "peak": above(), "parameters": parameters}
 
 
 def form_of(case: Case):
@@ -81,7 +94,7 @@ def form_of(case: Case):
     dtype = pick_dtype(case.dtype, device)
     student, teacher = (Transformer(config) for config in configs(case))
     parameters = student.n_parameters() + teacher.n_parameters()
-    student, teacher = student.to(device).train(), teacher.to(device, dtype).eval().requires_grad_(False)
+    student, teacher = student.to(device), teacher.to(device, dtype).eval().requires_grad_(False)
     batch = random_batch(case.tokens // case.length, case.length, case.vocab).to(device)
     return distillation_form(student, teacher, [batch], dtype), parameters
 
@@ -94,14 +107,13 @@ def configs(case: Case) -> tuple[LMConfig, LMConfig]:
     return LMConfig(dim, n_layers, **shared, **moe), LMConfig(2 * dim, 2 * n_layers, **shared)
 
 
-# -- results ----------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
 def rows_of(base: Case, axis: str, values: list, repeats: int) -> list[dict]:
     """A row for each value of one axis."""
     cases, rows = [base._replace(**{axis: value}) for value in values], []
-    measured = [[in_a_new_process(measure, case, f"{axis} {value}") for case, value in zip(cases, values)]
-                for _ in range(repeats)]
+    measured = [[in_a_new_process(measure, case, axis) for case in cases] for _ in range(repeats)]
     for case, value, *runs in zip(cases, values, *measured):
         each = {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
         form = "x".join(map(str, value)) if axis == "model" else f"{value:,}"
@@ -110,17 +122,17 @@ def rows_of(base: Case, axis: str, values: list, repeats: int) -> list[dict]:
             "name": f"{form}: {each['parameters'] / 1e6:.2f} M" if axis == "model" else form,
             "seconds": each["seconds"], "tokens_per_s": case.tokens / each["seconds"],
             "peak_mb": each["peak"] / 2 ** 20})
-    return [row | {"ratio": row["seconds"] / rows[0]["seconds"], "linear": row["value"] / rows[0]["value"],
-                   "peak_ratio": row["peak_mb"] / rows[0]["peak_mb"]} for row in rows]
+    ratios = {"ratio": "seconds", "linear": "value", "peak_ratio": "peak_mb"}
+    return [row | {name: row[of] / rows[0][of] for name, of in ratios.items()} for row in rows]
 
 
 def columns(axis: str) -> dict[str, str]:
     return {AXES[axis][0]: "{name}", "seconds": "{seconds:.3g}", "tokens/s": "{tokens_per_s:,.0f}",
-            "time / first": "{ratio:.2f}", "linear growth": "{linear:.2f}", "peak MB": "{peak_mb:,.0f}",
-            "peak / first": "{peak_ratio:.2f}"}
+            "time / first": "{ratio:.2f}", "linear growth": "{linear:.2f}",
+            "peak MB": "{peak_mb:,.0f}", "peak / first": "{peak_ratio:.2f}"}
 
 
-def draw(rows, title, ratios):
+def draw(rows, path: Path):
     """A panel per axis, both scales logarithmic: linear growth follows the dashed line."""
     from matplotlib.figure import Figure
 
@@ -138,9 +150,8 @@ def draw(rows, title, ratios):
         axes.set_yticks([0.5, 1, 2, 4, 8, 16], ["1/2", "1", "2", "4", "8", "16"])
         axes.set_title(AXES[group][0], fontsize=9)
     figure.supylabel("relative to the first value", fontsize=9)
-    figure.suptitle(title, fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def width_and_layers(text: str) -> tuple[int, int]:
@@ -162,42 +173,44 @@ def main(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--axes", nargs="+", type=axis_and_values, default=[axis_and_values(name) for name in AXES],
-        metavar="NAME[=VALUE,VALUE,...]", help=f"what grows: {', '.join(AXES)}; the rest stays as below")
+        metavar="NAME[=VALUE,VALUE,...]", help=f"what grows, of {', '.join(AXES)}")
     add("--tokens", type=int, default=2048, help="tokens of a step, a multiple of --length")
     add("--model", type=width_and_layers, default=(256, 4), metavar="WIDTHxLAYERS",
         help="student; the teacher has twice of both")
     add("--vocab", type=int, default=6400, help="vocabulary size")
     add("--length", type=int, default=256, help="tokens of a sample")
-    add("--steps", type=int, default=2, help="timed steps per process, after one; their median counts")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of the matrix products")
+    add("--steps", type=int, default=2, help="timed steps per process; their median counts")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"],
+        help="dtype of the matrix products")
+    add("--picture", default=None, help="PNG file of the curves")
     add_result_args(parser, repeats=1)
     args = parser.parse_args(argv)
     check_args(parser, args, "tokens", "model", "vocab", "length", "steps")
-    base = Case(args.tokens, args.model, args.vocab, args.length, 0, args.steps, args.device, args.dtype,
-                args.threads)
+    base = Case(*(vars(args).get(field, 0) for field in Case._fields))
     for axis, values in args.axes:
         for case in (base._replace(**{axis: value}) for value in values):
-            if min(case.tokens, *case.model, case.vocab, case.length, case.experts + (axis != "experts")) < 1:
+            if min(*case.model, case.tokens, case.vocab, case.length) < 1:
                 parser.error(f"--axes {axis}: values must be 1 or more")
             if case.tokens % case.length:
-                parser.error(f"--tokens {case.tokens} are not whole samples of --length {case.length}")
+                parser.error(f"--tokens {case.tokens} is not a multiple of --length {case.length}")
             try:
                 configs(case)
             except ValueError as error:
                 parser.error(str(error))
 
-    setting = (f"student {args.model[0]} x {args.model[1]}, teacher {2 * args.model[0]} x {2 * args.model[1]}, "
-               f"{args.tokens:,} tokens in samples of {args.length}, vocabulary {args.vocab:,}, {args.dtype}, "
-               f"{hardware(args)}")
-    print(f"{setting}, except for what grows\n")
+    print("student {} x {}, teacher twice as wide and deep, ".format(*args.model)
+          + f"{args.tokens:,} tokens in samples of {args.length}, vocabulary {args.vocab:,}, "
+            f"{args.dtype}, except for what grows\n")
     rows = []
     for axis, values in args.axes:
         with reporting_errors():
             rows += (own := rows_of(base, axis, values, args.repeats))
         print(table(own, columns(axis)), end="\n\n", flush=True)
-    print(f"seconds: {clock(args)} of a step, median of {args.steps} in each of {args.repeats} new processes; "
-          "peak: with both models and the optimizer")
-    write_results(args, rows, setting, {}, draw)
+    print(f"seconds of a step, median of {args.steps}, {setting(args)}; peak: with both models and "
+          "the optimizer")
+    write_json(args, rows)
+    if args.picture:
+        draw(rows, Path(args.picture))
 
 
 if __name__ == "__main__":

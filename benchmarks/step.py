@@ -1,27 +1,30 @@
 """
 一整步蒸馏有多快、多省内存：教科书写法与本仓库的写法并排，损失和梯度相同才计时。
-Speed and memory of a whole distillation step: the textbook's beside ours, with the same loss and gradients.
+Speed and memory of a whole distillation step: the textbook's beside ours, with the same loss and
+gradients.
 
     forward of teacher and student, loss, backward, clipping, AdamW
 
     plain       benchmarks/plain.py: padded rows, logits of both models at every position
-    ours        the step of train_distillation.py: packed real tokens, the fused loss at the targets only,
+    ours        the step of train_distillation.py: packed real tokens, the fused loss at the targets
+    only,
                 no logits, fused AdamW
-    bf16        matrix products and the frozen teacher's weights in bf16 (where the hardware has bf16)
+    bf16        matrix products and the frozen teacher's weights in bf16 (where the hardware has
+    bf16)
     on disk     the teacher's outputs come from a cache, written once (distill/cache.py)
 
 two tables          python -m benchmarks.step
 one, more exactly   python -m benchmarks.step --shapes B --steps 5 --repeats 3
 another padding     python -m benchmarks.step --pad 340
-a picture           python -m benchmarks.step --picture step.png --json step.json
 
-The gain depends on the amount of padding first: see the column positions / token. What is left to gain: the
-column "of the matrix rate" divides the operations that the loss needs (`operations`) by those that this
-machine does in the same time in one large matrix product. At 100 % only the necessary products would take
-time. (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, App. B: model FLOPs utilisation, with the
-data sheet's rate.)
+The gain depends on the amount of padding first: see the column positions / token. What is left to
+gain: the column "of the matrix rate" divides the operations that the loss needs (`operations`) by
+those that this machine does in the same time in one large matrix product. At 100 % only the
+necessary products would take time. (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, App.
+B: model FLOPs utilisation, with the data sheet's rate.)
 
-Both models are dense and randomly initialised, ids are random: products take equally long for any numbers.
+Both models are dense and randomly initialised, ids are random: products take equally long for any
+numbers.
 """
 
 import dataclasses
@@ -35,9 +38,20 @@ import numpy as np
 import torch
 
 from benchmarks import plain
-from benchmarks.measure import (TOLERANCE, add_result_args, check_args, clock, compare, hardware,
-                                in_a_new_process, peak_above, reporting_errors, table, timed, with_ratios,
-                                write_results)
+from benchmarks.measure import (
+    TOLERANCE,
+    add_result_args,
+    check_args,
+    compare,
+    in_a_new_process,
+    peak_above,
+    reporting_errors,
+    setting,
+    table,
+    timed,
+    with_ratios,
+    write_json,
+)
 from dataset.lm_dataset import Batch, packed_batch, sample_key
 from distill.cache import VERSION, CacheWriter, TeacherCache, lay_out, pack, row_type
 from distill.fused import fused_distillation_loss
@@ -50,7 +64,7 @@ from runtime.precision import autocast, pick_dtype
 
 ALPHA, TEMPERATURE, WEIGHT_DECAY = 0.5, 2.0, 0.1
 LOGIT_STD = 3.0             # standard deviation of the teacher's logits
-MEAN, SHORTEST, LONGEST, ANSWERS = 146, 16, 340, 0.61       # tokens of a chat; the assistant's share
+MEAN, SHORTEST, LONGEST, ANSWERS = 146, 16, 340, 0.61   # tokens of a chat; share of targets
 
 
 class Shape(NamedTuple):
@@ -89,7 +103,7 @@ class Case(NamedTuple):
     cache: str = ""                 # folder of the cached teacher outputs
 
 
-# -- models and chats -------------------------------------------------------------------------------
+# -- models and chats ------------------------------------------------------------------------------
 
 
 def model_of(case: Case, role: str) -> Transformer:
@@ -107,10 +121,11 @@ def model_of(case: Case, role: str) -> Transformer:
 
 
 def chats(case: Case, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The samples (ids, is_target) of one step, from short to long: a question, and an answer to learn.
+    """The samples (ids, is_target) of one step, from short to long: a question, and an answer to
+    learn.
 
-    Their lengths have the mean and the maximum of real chats; the spread, a gamma distribution of shape 4
-    (half a mean to either side), is a guess.
+    Their lengths have the mean and the maximum of real chats; the spread, a gamma distribution of
+    shape 4 (half a mean to either side), is a guess.
     """
     rng = np.random.default_rng([number, 0])
     lengths = rng.gamma(4, MEAN / 4, case.shape.batch).round().clip(SHORTEST, LONGEST).astype(int)
@@ -133,7 +148,8 @@ def packed(samples) -> Batch:
 
 @torch.no_grad()
 def write_cache(case: Case, form=None, saved=None) -> dict[str, float]:
-    """Cache the teacher's outputs for all steps, as scripts/cache_teacher.py does; and the seconds."""
+    """Cache the teacher's outputs for all steps, as scripts/cache_teacher.py does; and the
+    seconds."""
     teacher, device = model_of(case, "teacher"), torch.device(case.device)
     samples = [sample for number in range(case.steps + 1) for sample in chats(case, number)]
     about = {"version": VERSION, "top_k": 0, "temperature": 1.0, "vocab_size": case.vocab_size,
@@ -141,7 +157,8 @@ def write_cache(case: Case, form=None, saved=None) -> dict[str, float]:
 
     def write():
         keys = np.array([sample_key(ids) for ids, _ in samples], np.uint64)
-        lengths, n_targets = (np.array(each) for each in zip(*((len(ids), mark.sum()) for ids, mark in samples)))
+        lengths = np.array([len(ids) for ids, _ in samples])
+        n_targets = np.array([mark.sum() for _, mark in samples])
         layout = lay_out(keys, lengths, n_targets, row_type(about).itemsize)
         writer = CacheWriter(case.cache, about, layout, teacher.head.detach().clone())
         missing = writer.prepare()
@@ -155,7 +172,7 @@ def write_cache(case: Case, form=None, saved=None) -> dict[str, float]:
     return {"write_seconds": timed(write, device)[1]}
 
 
-# -- the forms --------------------------------------------------------------------------------------
+# -- the forms -------------------------------------------------------------------------------------
 
 
 class Form(NamedTuple):
@@ -185,19 +202,20 @@ def our_form(case: Case, dtype=torch.float32, on_disk: bool = False) -> Form:
     return distillation_form(student, source, batches, dtype, ALPHA, TEMPERATURE)
 
 
-def distillation_form(student, source, batches, dtype=torch.float32, alpha=0.0, temperature=1.0) -> Form:
+def distillation_form(student, source, batches, dtype, alpha=0.0, temperature=1.0) -> Form:
     """The step of train_epoch in train_distillation.py. source: a model, or a TeacherCache."""
     device, teachers = batches[0].tokens.device, [Teacher(source)]
-    optimizer = torch.optim.AdamW(decay_groups({"model": student}, WEIGHT_DECAY), lr=plain.LEARNING_RATE,
-                                  betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(decay_groups({"model": student}, WEIGHT_DECAY),
+                                  lr=plain.LEARNING_RATE, betas=(0.9, 0.95), fused=True)
 
     def loss(batch):
         with torch.no_grad(), autocast(device, dtype):
             teacher = teacher_outputs(teachers, batch)
         with autocast(device, dtype):
             out = student(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
-            fused = fused_distillation_loss(out.final, student.head, batch.targets, teacher.predictions,
-                                            alpha, temperature, kd_weight=teacher.matched)
+            fused = fused_distillation_loss(
+                out.final, student.head, batch.targets, teacher.predictions, alpha, temperature,
+                kd_weight=teacher.matched)
         balance = out.balance_loss / batch.step_samples
         return fused.loss / batch.step_targets + student.config.aux_loss_alpha * balance
 
@@ -219,26 +237,27 @@ FORMS = {"plain, padded to the limit": partial(plain_form, limit=True),
 TOLERANCES = dict.fromkeys(FORMS, TOLERANCE) | {BF16: 0.05, ON_DISK: 0.005}
 
 
-# -- the necessary operations -----------------------------------------------------------------------
+# -- the necessary operations ----------------------------------------------------------------------
 
 
 def operations(config: LMConfig, lengths: list[int], n_targets: int) -> int:
-    """Multiplications and additions in the matrix products of a forward pass: no padding, and of the last
-    layer's output projection, its FFN and the head only the target positions.
+    """Multiplications and additions in the matrix products of a forward pass: no padding, and of
+    the last layer's output projection, its FFN and the head only the target positions.
 
         2 per weight and token that meet
         4 K H per layer and pair of a token and one that it sees: K in q . k, K in the sum of v
     """
     D, L, F, V = config.dim, config.n_layers, config.hidden_dim, config.vocab_size
     H, G, K, N = config.n_heads, config.n_kv_heads, config.head_dim, sum(lengths)
-    before, after = D * (H + 2 * G) * K, H * K * D + 3 * D * F      # weights of wq, wk, wv; wo, w1, w2, w3
+    before, after = D * (H + 2 * G) * K, H * K * D + 3 * D * F  # wq, wk, wv; wo, w1, w2, w3
     meetings = N * (L * before + (L - 1) * after) + n_targets * (after + D * V)
     pairs = sum(T * (T + 1) // 2 for T in lengths)
     return 2 * meetings + 4 * K * H * L * pairs
 
 
 def operations_of_step(case: Case, number: int, on_disk: bool) -> int:
-    """Teacher forward; student forward, and twice that backward. Of a teacher on disk only the head."""
+    """Teacher forward; student forward, and twice that backward. Of a teacher on disk only the
+    head."""
     lengths, n_targets = counts(chats(case, number))
     student, teacher = (dataclasses.replace(each, vocab_size=case.vocab_size)
                         for each in (case.shape.student, case.shape.teacher))
@@ -248,19 +267,20 @@ def operations_of_step(case: Case, number: int, on_disk: bool) -> int:
 
 
 def matrix_rate(dtype, device) -> float:
-    """Multiplications and additions per second in a product of two large matrices; the best of four."""
+    """Multiplications and additions per second in a product of two large matrices; the best of
+    four."""
     n = 8192 if device.type == "cuda" else 1536
     a, b = torch.ones(2, n, n, dtype=dtype, device=device).unbind()
     return 2 * n ** 3 / min(timed(partial(torch.mm, a, b), device)[1] for _ in range(4))
 
 
-# -- one measurement --------------------------------------------------------------------------------
+# -- one measurement -------------------------------------------------------------------------------
 
 
 def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
-    """Per optimizer step: seconds, real tokens per second, necessary operations relative to the matrix
-    rate, bytes at the peak above weights, gradients and AdamW's moments. The first step's loss and gradients
-    are `saved`."""
+    """Per optimizer step: seconds, real tokens per second, necessary operations relative to the
+    matrix rate, bytes at the peak above weights, gradients and AdamW's moments. The first step's
+    loss and gradients are `saved`."""
     device, on_disk = torch.device(case.device), form == ON_DISK
     rate = matrix_rate(torch.bfloat16 if form == BF16 else torch.float32, device)
 
@@ -273,9 +293,10 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
     with peak_above(device) as above:
         ready.optimizer.zero_grad(set_to_none=True)
         run(ready, 0, saved)                                # the allocator keeps what it got
-        seconds = [timed(partial(run, ready, number), device)[1] for number in range(1, case.steps + 1)]
-    real = [sum(counts(chats(case, number))[0]) for number in range(1, case.steps + 1)]
-    needed = [operations_of_step(case, number, on_disk) for number in range(1, case.steps + 1)]
+        timed_steps = range(1, case.steps + 1)
+        seconds = [timed(partial(run, ready, number), device)[1] for number in timed_steps]
+    real = [sum(counts(chats(case, number))[0]) for number in timed_steps]
+    needed = [operations_of_step(case, number, on_disk) for number in timed_steps]
     return {"seconds": statistics.median(seconds), "peak": above(), "matrix_rate": rate,
             "useful": statistics.median(n / each / rate for n, each in zip(needed, seconds)),
             "tokens_per_second": statistics.median(n / each for n, each in zip(real, seconds)),
@@ -293,7 +314,8 @@ def run(form: Form, number: int, saved: Path | None = None):
 
 
 def settle(optimizer):
-    """Make the gradients and AdamW's moments, by a step of learning rate 0 that changes no weight."""
+    """Make the gradients and AdamW's moments, by a step of learning rate 0 that changes no
+    weight."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for weight in group["params"]:
@@ -303,28 +325,29 @@ def settle(optimizer):
         group["lr"] = plain.LEARNING_RATE
 
 
-# -- results ----------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 COLUMNS = {"form": "{form}", "positions / token": "{positions:.2f}", "seconds": "{seconds:.2f}",
            "tokens/s": "{tokens_per_second:,.0f}", "of the matrix rate, %": "{percent:.0f}",
-           "speed": "{speed:.2f} x", "peak MB": "{peak_mb:,.0f}", "peak / first": "1/{peak_ratio:.1f}",
-           "deviation": "{deviation:.1g}"}
+           "speed": "{speed:.2f} x", "peak MB": "{peak_mb:,.0f}",
+           "peak / first": "1/{peak_ratio:.1f}", "deviation": "{deviation:.1g}"}
 
 
 def main(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--shapes", nargs="+", default=["A", "B"], choices=SHAPES,
-        help="; ".join(f"{name}: {shape}" for name, shape in SHAPES.items()) + ". document is the default "
-             "of train_distillation.py, minutes per step on one core; qwen3 (0.6B, 8B) needs a GPU of 80 GB")
+        help="; ".join(f"{name}: {shape}" for name, shape in SHAPES.items()) + ". document is the "
+             "default of train_distillation.py, minutes per step on one core; qwen3 (0.6B and 8B) "
+             "needs a GPU of 80 GB")
     add("--vocab", type=int, default=None, help="vocabulary size; default: 6,400, of qwen3 151,936")
-    add("--pad", type=int, default=512, help=f"length of the rows padded to a limit, {LONGEST} or more")
-    add("--steps", type=int, default=3, help="timed steps per process, after one; their median counts")
+    add("--pad", type=int, default=512, help=f"limit that rows are padded to, {LONGEST} or more")
+    add("--steps", type=int, default=3, help="timed steps per process; their median counts")
     add_result_args(parser, repeats=1)
     args = parser.parse_args(argv)
     check_args(parser, args, "steps", *(["vocab"] if args.vocab is not None else []))
     if args.pad < LONGEST:
-        parser.error(f"--pad {args.pad} would cut samples of up to {LONGEST} tokens and change the loss")
+        parser.error(f"--pad {args.pad} would cut samples, which have up to {LONGEST} tokens")
 
     forms, rows = list(FORMS), []
     if pick_dtype("bfloat16", torch.device(args.device)) != torch.bfloat16:
@@ -337,23 +360,22 @@ def main(argv=None):
             written = in_a_new_process(write_cache, case, "cache")
             figures = compare(measure, case, forms, args.repeats, TOLERANCES)
         figures[ON_DISK] |= written
-        own = with_ratios(figures, group=f"{name}: {shape}".replace(", ", "\n", 1), shape=name)
+        own = with_ratios(figures, shape=name)
         for row in own:
             row["percent"] = 100 * row["useful"]
-        rates = {"bf16" if row["form"] == BF16 else "fp32": f"{row['matrix_rate'] / 1e9:,.0f}" for row in own}
-        print(f"{name}: {shape}; vocabulary {vocab_size:,}, limit {args.pad}, {hardware(args)}\n\n"
+        rates = {"bf16" if row["form"] == BF16 else "fp32": f"{row['matrix_rate'] / 1e9:,.0f}"
+                 for row in own}
+        print(f"{name}: {shape}; vocabulary {vocab_size:,}, limit {args.pad}\n\n"
               f"{table(own, COLUMNS)}\n\nnot in these seconds: the cache on disk was written in "
               f"{own[-1]['write_seconds']:.2f} s, for {args.steps + 1} steps\nmatrix rate: "
               + ", ".join(f"{rate} G operations/s in {dtype}" for dtype, rate in rates.items()) + "\n")
         rows += own
-    print(f"samples: {MEAN} tokens on average, at most {LONGEST}, {ANSWERS:.0%} of them targets; tokens: without "
-          f"padding;\nseconds: {clock(args)} of a step, median of {args.steps} in each of {args.repeats} new "
-          "processes;\npeak: above weights, gradients and optimizer state; deviation: relative, the largest of "
-          f"the loss and all gradients,\nat most {TOLERANCE:g}, "
+    print(f"samples: {MEAN} tokens on average, at most {LONGEST}, {ANSWERS:.0%} targets;\n"
+          f"tokens: without padding;\none step, median of {args.steps}, {setting(args)};\n"
+          "peak: above weights, gradients and optimizer state;\n"
+          f"deviation: relative, of the loss and all gradients, at most {TOLERANCE:g}, "
           + ", ".join(f"{form} {TOLERANCES[form]:g}" for form in (BF16, ON_DISK)))
-    write_results(args, rows, hardware(args),
-                  {"speed": "speed relative to the plain form",
-                   "peak_ratio": "memory of the plain form relative to this form's"})
+    write_json(args, rows)
 
 
 if __name__ == "__main__":

@@ -153,8 +153,8 @@ def check(path: str, plan):
         for word in filled(text, values).split():
             is_file = Path(word).suffix in (".py", ".pth", ".json", ".jsonl", ".yaml")
             if is_file and OUT not in word and not (ROOT / word).exists():
-                raise ValueError(f"{path}: {name}: no file at {word}; bash quickstart.sh makes data,"
-                                 " teacher and start, the README has the commands for other files")
+                raise ValueError(f"{path}: {name}: no file at {word}; bash quickstart.sh makes "
+                                 "data, teacher and start, the README has the commands for others")
     for row in plan.rows:
         for word in ("steps", "seed", *plan.values.keys() & {"samples"}, *row.tune):
             if word not in placeholders(row.command, plan):

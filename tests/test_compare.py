@@ -17,13 +17,25 @@ from argparse import Namespace
 
 import pytest
 import yaml
+from helpers_run import ROOT
 from matplotlib.axes import Axes
 
 import runtime.args
 import scripts.compare as compare
-from helpers_run import ROOT
-from scripts.compare import (FIRST_SEED, OUT, Job, Jobs, Number, best, candidates, filled, key_of, pace_of,
-                             placeholders, steps_within)
+from scripts.compare import (
+    FIRST_SEED,
+    OUT,
+    Job,
+    Jobs,
+    Number,
+    best,
+    candidates,
+    filled,
+    key_of,
+    pace_of,
+    placeholders,
+    steps_within,
+)
 from scripts.score_ability_tree import known_answers, right_answer, share_right
 
 TRAIN = """
