@@ -23,17 +23,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.measure import (
-    add_result_args,
-    check_args,
-    compare,
-    reporting_errors,
-    setting,
-    table,
-    timed,
-    with_ratios,
-    write_json,
-)
+from benchmarks.measure import (add_result_args, check_args, compare, reporting_errors, setting,
+                                table, timed, with_ratios, write_json)
 from dataset import lm_dataset
 from dataset.lm_dataset import Batch, MicroBatches, SFTDataset, permutation
 from dataset.miniworld import LEAVES, World
@@ -43,9 +34,6 @@ from runtime.args import make_parser
 SEED = 0
 IGNORED = -100                  # the target that F.cross_entropy ignores
 MOST_TURNS = 10                 # of a chat: some 140 tokens on average
-
-
-# -- the forms -------------------------------------------------------------------------------------
 
 
 class PlainChats(Dataset):
@@ -89,9 +77,6 @@ def ours(case, path, tokenizer):
 # form: (prepares the data and returns a function that makes an epoch, whether preparation is timed)
 FORMS = {"plain": (plain, True), "ours, first epoch": (ours, True),
          "ours, from the map": (ours, False)}
-
-
-# -- one measurement -------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -165,8 +150,6 @@ def all_of(batches, tokenizer) -> dict[str, torch.Tensor]:
     return {"ids": torch.cat(ids).double(), "targets": torch.cat(targets).double()}
 
 
-# -- results ---------------------------------------------------------------------------------------
-
 COLUMNS = {"form": "{form}", "seconds": "{seconds:.3f}", "tokens/s": "{tokens_per_s:,.0f}",
            "speed": "{speed:.1f} x"}
 
@@ -193,7 +176,7 @@ def main(argv=None):
             for row in with_ratios(figures)]
     places = args.rows // args.batch_size * args.batch_size * args.max_seq_len
     tokens = int(rows[0]["tokens"])
-    print(f"{args.rows:,} chats, batches of {args.batch_size}; {tokens:,} tokens, padded {places:,}")
+    print(f"{args.rows:,} chats in batches of {args.batch_size}: {tokens:,} tokens of {places:,}")
     print(f"\n{table(rows, COLUMNS)}\n\nseconds of one epoch, {setting(args)}")
     write_json(args, rows)
 

@@ -34,16 +34,8 @@ import torch.nn.functional as F
 from torch.multiprocessing import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import (
-    add_result_args,
-    check_args,
-    deviation,
-    peak_above,
-    reporting_errors,
-    table,
-    with_ratios,
-    write_json,
-)
+from benchmarks.measure import (add_result_args, check_args, deviation, peak_above,
+                                reporting_errors, table, with_ratios, write_json)
 from benchmarks.scaling import random_batch, width_and_layers
 from model.config import LMConfig
 from model.transformer import Transformer
@@ -81,9 +73,6 @@ FORMS = {
     "ours": Form(True, True),
 }
 TRUTH = Form(False, False, all_data=True)
-
-
-# -- one measurement -------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -158,8 +147,6 @@ def work(rank: int, n: int, port: int, case: Case, form: Form, saved: Path | Non
     (folder / f"{rank}.json").write_text(json.dumps({"seconds": seconds[1:], "peak": above()}))
     dist.barrier()          # the first to leave would break the others' connections
 
-
-# -- results ---------------------------------------------------------------------------------------
 
 COLUMNS = {"form": "{form}", "processes": "{processes}", "seconds": "{seconds:.3g}",
            "time / independent": "{time_ratio:.2f}", "tokens/s of all": "{tokens_per_s:,.0f}",

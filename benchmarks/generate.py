@@ -24,18 +24,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import (
-    add_result_args,
-    check_args,
-    compare,
-    peak_above,
-    reporting_errors,
-    setting,
-    table,
-    timed,
-    with_ratios,
-    write_json,
-)
+from benchmarks.measure import (add_result_args, check_args, compare, peak_above, reporting_errors,
+                                setting, table, timed, with_ratios, write_json)
 from model.config import LMConfig
 from model.generate import column_major, generate
 from model.quantize import KINDS, quantize
@@ -47,9 +37,6 @@ ROWS = 16                       # generation batch size
 SHORTEST = 8                    # tokens of an answer of "mixed"
 MOST_REREAD = 32_768            # tokens up to which "plain, no cache" runs: half a minute
 CASES = {"1": 1, "16": ROWS, "mixed": 4 * ROWS}         # number of prompts
-
-
-# -- the forms -------------------------------------------------------------------------------------
 
 
 def forward(model, tokens, past):
@@ -102,9 +89,6 @@ def ours(model, prompts, sizes):
 
 FORMS = {"plain, growing cache": plain, "plain, no cache": plain_without_cache, "ours": ours}
 QUANTISED = {f"ours, {kind}": kind for kind in KINDS}
-
-
-# -- one measurement -------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -201,8 +185,6 @@ def agreement(model, prompts, answers) -> float:
     return same / sum(map(len, answers))
 
 
-# -- results ---------------------------------------------------------------------------------------
-
 COLUMNS = {"case": "{case}", "form": "{form}", "seconds": "{seconds:.2f}",
            "useful tokens/s": "{tokens_per_s:,.0f}", "speed": "{speed:.2f} x",
            "peak MB": "{peak_mb:,.0f}", "peak / plain": "1/{peak_ratio:.1f}",
@@ -248,9 +230,9 @@ def main(argv=None):
             if case.n_reread() > MOST_REREAD:
                 left_out.append(f"{case.name} ({case.n_reread():,})")
 
-    print(f"greedy; {args.dim} x {args.n_layers}, vocabulary {VOCAB_SIZE:,}, {args.prompt} tokens per "
-          f"prompt, up to {args.new_tokens} new\n\n{table(rows, COLUMNS)}\n\n{setting(args)};\n"
-          "speed and peak: relative to the growing cache, peak above the weights;\n"
+    print(f"greedy; {args.dim} x {args.n_layers}, vocabulary {VOCAB_SIZE:,}, {args.prompt} tokens "
+          f"per prompt, up to {args.new_tokens} new\n\n{table(rows, COLUMNS)}\n\n{setting(args)};\n"
+          "speed, peak: relative to the growing cache; peak above the weights;\n"
           "as fp32: tokens that fp32 would generate after the same text")
     if left_out:
         print(f"plain, no cache: left out where it reads more than {MOST_REREAD:,} tokens: "

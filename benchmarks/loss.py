@@ -21,32 +21,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import (
-    PAGE,
-    add_result_args,
-    check_args,
-    compare,
-    peak_above,
-    reporting_errors,
-    setting,
-    table,
-    timed,
-    with_ratios,
-    write_json,
-)
+from benchmarks.measure import (PAGE, add_result_args, check_args, compare, peak_above,
+                                reporting_errors, setting, table, timed, with_ratios, write_json)
 from distill.fused import CHUNK_BYTES, Dense, fused_distillation_loss
-from distill.losses import (
-    DIVERGENCES,
-    distillation_loss_fn,
-    forward_kl,
-    pick_divergence,
-)
+from distill.losses import (DIVERGENCES, distillation_loss_fn, forward_kl, pick_divergence)
 from runtime.args import make_parser
 
 ALPHA, TEMPERATURE = 0.5, 2.0
-
-
-# -- the forms -------------------------------------------------------------------------------------
 
 
 def plain_loss(hidden, head, targets, teacher, divergence):  # (S, D), (V, D), (S,) -> ()
@@ -79,9 +60,6 @@ def fused_loss_of_32_rows(hidden, head, targets, teacher, divergence):
 
 
 FORMS = {"plain": plain_loss, "fused": fused_loss, "fused, 32 rows": fused_loss_of_32_rows}
-
-
-# -- one measurement -------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -128,8 +106,6 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
         torch.save({"loss": loss, "hidden": given[0].grad, "head": given[1].grad}, saved)
     return {"seconds": seconds, "peak": peak, "beside": max(PAGE, peak - gradients)}
 
-
-# -- results ---------------------------------------------------------------------------------------
 
 COLUMNS = {"vocabulary": "{vocab_size:,}", "form": "{form}", "seconds": "{seconds:.2f}",
            "time / plain": "{time_ratio:.2f}", "speed": "{speed:.2f} x",

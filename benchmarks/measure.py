@@ -32,9 +32,6 @@ TOLERANCE = 1e-4            # relative, per tensor; fp32 sums in another order d
 PAGE = 4096                 # bytes; no measurement of memory is finer
 
 
-# -- in the new process ----------------------------------------------------------------------------
-
-
 def timed(call, device):  # -> (its result, seconds)
     """On the CPU its own time, of all threads: wall-clock time on a shared machine measures others
     too."""
@@ -77,9 +74,6 @@ def peak_above(device):
     reset_peak(device)
     before = peak(device)
     yield lambda: max(PAGE, peak(device) - before)
-
-
-# -- many processes, and a comparison --------------------------------------------------------------
 
 
 def compare(measure, case, forms, repeats: int, tolerance=TOLERANCE) -> dict[str, dict[str, float]]:
@@ -142,9 +136,6 @@ def with_ratios(figures: dict[str, dict], **more) -> list[dict]:
             row |= {"peak_mb": each["peak"] / 2 ** 20, "peak_ratio": first["peak"] / each["peak"]}
         rows.append(row)
     return rows
-
-
-# -- arguments and results -------------------------------------------------------------------------
 
 
 def add_result_args(parser, repeats: int = 3):

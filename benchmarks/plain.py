@@ -46,9 +46,6 @@ def pad(samples, limit: int | None, device) -> Padded:
     return Padded(ids[:, :-1], ids[:, 1:], is_target[:, 1:])
 
 
-# -- the model -------------------------------------------------------------------------------------
-
-
 def logits_of(model, tokens):  # (B, L) -> (B, L, V)
     """A dense decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, at every position of every
     row."""
@@ -91,9 +88,6 @@ def attention(part, x, rotation):  # (B, L, D) -> (B, L, D)
 
 def swiglu(part, x):  # (B, L, D) -> (B, L, D)
     return part.w2(F.silu(part.w1(x)) * part.w3(x))
-
-
-# -- the step --------------------------------------------------------------------------------------
 
 
 def distillation_loss(student, teacher, batch: Padded, alpha: float, temperature: float):  # -> ()

@@ -25,17 +25,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.measure import (
-    add_result_args,
-    check_args,
-    in_a_new_process,
-    peak_above,
-    reporting_errors,
-    setting,
-    table,
-    timed,
-    write_json,
-)
+from benchmarks.measure import (add_result_args, check_args, in_a_new_process, peak_above,
+                                reporting_errors, setting, table, timed, write_json)
 from benchmarks.step import distillation_form, run
 from dataset.lm_dataset import packed_batch
 from model.config import LMConfig
@@ -105,9 +96,6 @@ def configs(case: Case) -> tuple[LMConfig, LMConfig]:
     shared = {"vocab_size": case.vocab, "max_seq_len": case.length}
     moe = {"use_moe": True, "n_routed_experts": case.experts} if case.experts else {}
     return LMConfig(dim, n_layers, **shared, **moe), LMConfig(2 * dim, 2 * n_layers, **shared)
-
-
-# -- results ---------------------------------------------------------------------------------------
 
 
 def rows_of(base: Case, axis: str, values: list, repeats: int) -> list[dict]:

@@ -38,20 +38,9 @@ import numpy as np
 import torch
 
 from benchmarks import plain
-from benchmarks.measure import (
-    TOLERANCE,
-    add_result_args,
-    check_args,
-    compare,
-    in_a_new_process,
-    peak_above,
-    reporting_errors,
-    setting,
-    table,
-    timed,
-    with_ratios,
-    write_json,
-)
+from benchmarks.measure import (TOLERANCE, add_result_args, check_args, compare, in_a_new_process,
+                                peak_above, reporting_errors, setting, table, timed, with_ratios,
+                                write_json)
 from dataset.lm_dataset import Batch, packed_batch, sample_key
 from distill.cache import VERSION, CacheWriter, TeacherCache, lay_out, pack, row_type
 from distill.fused import fused_distillation_loss
@@ -368,7 +357,8 @@ def main(argv=None):
         print(f"{name}: {shape}; vocabulary {vocab_size:,}, limit {args.pad}\n\n"
               f"{table(own, COLUMNS)}\n\nnot in these seconds: the cache on disk was written in "
               f"{own[-1]['write_seconds']:.2f} s, for {args.steps + 1} steps\nmatrix rate: "
-              + ", ".join(f"{rate} G operations/s in {dtype}" for dtype, rate in rates.items()) + "\n")
+              + ", ".join(f"{rate} G operations/s in {dtype}" for dtype, rate in rates.items()))
+        print()
         rows += own
     print(f"samples: {MEAN} tokens on average, at most {LONGEST}, {ANSWERS:.0%} targets;\n"
           f"tokens: without padding;\none step, median of {args.steps}, {setting(args)};\n"

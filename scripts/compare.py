@@ -277,16 +277,12 @@ def checksum(path: Path, mtime: int) -> str:
 # -- 3. The comparison -----------------------------------------------------------------------------
 
 
-def pace_of(took: float, charged: float, updates: int) -> float:
-    """Seconds per update. Raises ValueError where start-up time hides them."""
+def steps_within(budget: float, charged: float, took: float, updates: int) -> int:
+    """Updates that fit into `budget` seconds, in tens, at least ten, where `updates` of them `took`
+    these seconds; the charged seconds are part of both. Raises ValueError."""
     if took <= charged:
         raise ValueError("the updates are too few to be timed: more --updates, or --seconds 0")
-    return (took - charged) / updates
-
-
-def steps_within(budget: float, charged: float, pace: float) -> int:
-    """Updates that fit into so many seconds after the charged ones, in tens, at least ten."""
-    return max(TEN, int((budget - charged) / pace) // TEN * TEN)
+    return max(TEN, int((budget - charged) / (took - charged) * updates) // TEN * TEN)
 
 
 def best(scores: list[dict]) -> int:
@@ -400,7 +396,7 @@ class Comparison:
 
         def as_long(row):
             took, charged = (fastest[row.name][key] for key in ("seconds", "charged"))
-            steps = steps_within(budget, charged, pace_of(took, charged, plan.updates - plan.begin))
+            steps = steps_within(budget, charged, took, plan.updates - plan.begin)
             return self.measure("seconds", row, steps)
 
         for name, seeds in self.of_each(as_long).items():

@@ -4,6 +4,8 @@ What benchmarks share, and that of the loss: it runs on a tiny size, and a wrong
 """
 
 import json
+import os
+import signal
 import time
 
 import pytest
@@ -23,9 +25,25 @@ def left_behind(path, **changed):
     return path
 
 
-def test_every_form_of_the_loss_is_in_the_table_and_the_json(tmp_path, capsys, monkeypatch):
+def number_of_process(case, form, saved) -> int:
+    return os.getpid()
+
+
+def killed(case, form, saved):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_measurement_has_a_process_of_its_own_and_a_killed_one_is_reported(monkeypatch):
     # A new process that imports torch takes seconds; a fork of one that has done so serves here.
     monkeypatch.setattr(measure, "get_context", lambda _: FORKS)
+    case = loss.Case("forward_kl", 7, 5, 3, "cpu", 1)
+    assert measure.in_a_new_process(number_of_process, case, "plain") != os.getpid()
+    with pytest.raises(MemoryError, match="the form 'plain' was killed.*vocab_size=7"):
+        measure.in_a_new_process(killed, case, "plain")
+
+
+def test_every_form_of_the_loss_is_in_the_table_and_the_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "in_a_new_process", lambda measure, case, form, saved: measure(case, form, saved))
     loss.main(["--tokens", "16", "--dim", "8", "--vocab", "50", "--repeats", "1", "--json", str(tmp_path / "a.json")])
 
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]

@@ -22,20 +22,8 @@ from matplotlib.axes import Axes
 
 import runtime.args
 import scripts.compare as compare
-from scripts.compare import (
-    FIRST_SEED,
-    OUT,
-    Job,
-    Jobs,
-    Number,
-    best,
-    candidates,
-    filled,
-    key_of,
-    pace_of,
-    placeholders,
-    steps_within,
-)
+from scripts.compare import (FIRST_SEED, OUT, Job, Jobs, Number, best, candidates, filled, key_of,
+                             placeholders, steps_within)
 from scripts.score_ability_tree import known_answers, right_answer, share_right
 
 TRAIN = """
@@ -107,13 +95,12 @@ def test_adjoining_parts_add_up_to_the_whole():
 
 
 def test_a_row_takes_as_many_updates_as_fit_after_its_made_files():
-    pace = pace_of(took=35.0, charged=5.0, updates=1000)                        # 30 s for 1000 updates
-    assert pace == 0.03
-    assert steps_within(35.0, charged=5.0, pace=pace) == 1000
-    assert steps_within(35.0, charged=0.0, pace=pace) == 1160                   # 1166.7, in tens
-    assert steps_within(35.0, charged=50.0, pace=pace) == 10                    # more than its time is charged
+    # 30 s for 1000 updates
+    assert steps_within(35.0, charged=5.0, took=35.0, updates=1000) == 1000
+    assert steps_within(35.0, charged=0.0, took=30.0, updates=1000) == 1160     # 1166.7, in tens
+    assert steps_within(35.0, charged=50.0, took=80.0, updates=1000) == 10      # more than its time is charged
     with pytest.raises(ValueError, match="more --updates"):
-        pace_of(took=4.9, charged=5.0, updates=20)
+        steps_within(35.0, charged=5.0, took=4.9, updates=20)
 
 
 def test_candidates_are_all_combinations_and_the_best_has_the_most_exact_matches_then_the_lowest_perplexity():

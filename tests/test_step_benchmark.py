@@ -16,19 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_distillation
 from benchmarks import measure, plain, step
-from benchmarks.step import (
-    BF16,
-    FORMS,
-    ON_DISK,
-    SHAPES,
-    TOLERANCES,
-    Case,
-    chats,
-    model_of,
-    operations,
-    operations_of_step,
-    our_form,
-)
+from benchmarks.step import (BF16, FORMS, ON_DISK, SHAPES, TOLERANCES, Case, chats, model_of,
+                             operations, operations_of_step, our_form)
 from distill.cache import TeacherCache
 from distill.teachers import Teacher
 from model.config import LMConfig
