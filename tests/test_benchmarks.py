@@ -1,6 +1,7 @@
 """
 性能对比的公共部分与损失的对比：在极小的尺寸上跑一遍，而且算错的不会被计时。
-What benchmarks share, and that of the loss: it runs on a tiny size, and a wrong result is not timed.
+What benchmarks share, and that of the loss: it runs on a tiny size, and a wrong result is not
+timed.
 """
 
 import json
@@ -43,14 +44,18 @@ def test_a_measurement_has_a_process_of_its_own_and_a_killed_one_is_reported(mon
 
 
 def test_every_form_of_the_loss_is_in_the_table_and_the_json(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(measure, "in_a_new_process", lambda measure, case, form, saved: measure(case, form, saved))
-    loss.main(["--tokens", "16", "--dim", "8", "--vocab", "50", "--repeats", "1", "--json", str(tmp_path / "a.json")])
+    monkeypatch.setattr(measure, "in_a_new_process", lambda measure, case, form,
+                        saved: measure(case, form, saved))
+    loss.main(["--tokens", "16", "--dim", "8", "--vocab", "50", "--repeats", "1", "--json",
+               str(tmp_path / "a.json")])
 
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row["form"] for row in rows] == list(loss.FORMS)
-    assert all(row["vocab_size"] == 50 and row["seconds"] > 0 and row["peak_mb"] > 0 for row in rows)
+    assert all(row["vocab_size"] == 50 and row["seconds"] > 0 and row["peak_mb"] > 0 for row
+               in rows)
     assert rows[0]["time_ratio"] == rows[0]["speed"] == rows[0]["peak_ratio"] == 1.0 and rows[0]["deviation"] == 0.0
-    assert all(0.0 < row["deviation"] < TOLERANCE for row in rows[1:])          # computed differently, and the same
+    # computed differently, and the same
+    assert all(0.0 < row["deviation"] < TOLERANCE for row in rows[1:])
     printed = capsys.readouterr().out
     for row in rows:
         assert f"| 50 | {row['form']} | {row['seconds']:.2f} | {row['time_ratio']:.2f} |" in printed
@@ -70,13 +75,15 @@ def test_the_deviation_is_the_largest_of_the_loss_and_both_gradients(tmp_path):
 
 def test_one_other_token_stops_the_benchmark(tmp_path):
     for name, last in (("truth", 3.0), ("wrong", 4.0)):
-        torch.save({"tokens": torch.tensor([6000.0] * 4000 + [last], dtype=torch.float64)}, tmp_path / name)
+        torch.save({"tokens": torch.tensor([6000.0] * 4000 + [last], dtype=torch.float64)},
+                   tmp_path / name)
     with pytest.raises(ValueError, match="ours, tokens"):
         deviation("ours", tmp_path / "wrong", "plain", tmp_path / "truth", tolerance=0.0)
 
 
 def test_every_process_makes_the_same_inputs():
-    for first, again in zip(*(loss.inputs(loss.Case("forward_kl", 7, 5, 3, "cpu", 1))[:3] for _ in range(2))):
+    for first, again in zip(*(loss.inputs(loss.Case("forward_kl", 7, 5, 3, "cpu", 1))[:3] for _
+                              in range(2))):
         assert torch.equal(first, again)
 
 
@@ -96,17 +103,20 @@ def test_waiting_does_not_count_as_cpu_time():
 
 @pytest.mark.parametrize("main, wrong, reason", [
     (loss.main, "--repeats 0", "1 or more"), (loss.main, "--vocab 50 0", "1 or more"),
-    (loss.main, "--json nowhere/loss.json", "mkdir -p nowhere"), (loss.main, "--divergence kl", "invalid choice"),
+    (loss.main, "--json nowhere/loss.json", "mkdir -p nowhere"), (loss.main, "--divergence kl",
+                                                                  "invalid choice"),
     (step.main, "--pad 339", "would cut samples"), (step.main, "--steps 0", "1 or more"),
     (step.main, "--shapes C", "invalid choice"),
     (generate.main, "--dim 48", "multiple of 32"), (generate.main, "--cases 17", "invalid choice"),
-    (data.main, "--rows 3", "does not fill one batch"), (data.main, "--max_seq_len 8", "64 or more"),
+    (data.main, "--rows 3", "does not fill one batch"), (data.main, "--max_seq_len 8",
+                                                         "64 or more"),
     (ddp.main, "--processes 1", "2 or more"), (ddp.main, "--device cuda:1", "cpu or cuda"),
     (ddp.main, "--tokens 300", "--tokens 300 is not a multiple of --length 256"),
     (ddp.main, "--model 512", "invalid width_and_layers value"),
     (scaling.main, "--axes depth", "'depth' is none of tokens, model, vocab, length, experts"),
     (scaling.main, "--axes length=64,100", "--tokens 2048 is not a multiple of --length 100"),
-    (scaling.main, "--axes tokens=0,256", "1 or more"), (scaling.main, "--axes experts=1,2", "n_routed_experts=1"),
+    (scaling.main, "--axes tokens=0,256", "1 or more"), (scaling.main, "--axes experts=1,2",
+                                                         "n_routed_experts=1"),
     (scaling.main, "--model 30x2", "dim=30 does not split")])
 def test_a_wrong_flag_is_refused_before_anything_is_measured(main, wrong, reason, capsys):
     with pytest.raises(SystemExit):

@@ -1,7 +1,8 @@
 """
 擂台的规律：每行同样多的候选、更新与样本；时间怎么算；做完的不再做；错误先报。
-Laws of the arena: the same number of candidates, updates and samples for each row; how seconds are counted; finished runs
-never run again; mistakes are reported first. Scripts of three lines stand for those that train and evaluate.
+Laws of the arena: the same number of candidates, updates and samples for each row; how seconds are
+counted; finished runs never run again; mistakes are reported first. Scripts of three lines stand
+for those that train and evaluate.
 """
 
 import json
@@ -37,20 +38,23 @@ open(flags["--out"], "w").write(json.dumps(flags))
 EVALUATE = """
 import json, sys
 flags = sys.argv[1:]
-weights = [word.partition("=") for word in flags[flags.index("--weights") + 1:flags.index("--data")]]
+weights, data, path = (flags.index(name) for name in ("--weights", "--data", "--json"))
 def score(path):
     read = json.load(open(path))
     rate, seed = float(read["--rate"]), int(read.get("--seed", 0))
-    return {"exact_match": 50.0 if rate in (2, 3) else 10.0, "perplexity": rate, "leaves": {"a/x": seed, "a/y": seed + 2, "b": 9}}
-scores = {name: [score(path)] for name, _, path in weights}
-open(flags[flags.index("--json") + 1], "w").write(json.dumps(scores))
+    return {"exact_match": 50.0 if rate in (2, 3) else 10.0, "perplexity": rate,
+            "leaves": {"a/x": seed, "a/y": seed + 2, "b": 9}}
+pairs = [word.partition("=") for word in flags[weights + 1:data]]
+json.dump({name: [score(path)] for name, _, path in pairs}, open(flags[path + 1], "w"))
 """
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> dict:
-    """A comparison of two rows, the second of which needs an answer file and is twice as slow; as compare.yaml has it."""
-    for name, text in (("train.py", TRAIN), ("evaluate.py", EVALUATE), ("start.pth", '{"--rate": 1}'),
+    """A comparison of two rows, the second of which needs an answer file and is twice as slow; as
+    compare.yaml has it."""
+    for name, text in (("train.py", TRAIN), ("evaluate.py", EVALUATE),
+                       ("start.pth", '{"--rate": 1}'),
                        ("data.jsonl", '{"leaf": "a/x"}\n{"leaf": "b"}\n{"leaf": "a/y"}\n')):
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(compare, "draw", lambda results, plan, path: None)
@@ -60,15 +64,19 @@ def config(tmp_path, monkeypatch) -> dict:
     return {
         "title": "Two rows", "note": "A note.", "out": str(tmp_path / "out"), "updates": 100, "seeds": 2, "begin": 10,
         "tune_part": 0.5, "seconds": 0.9, "quick": {"updates": 20, "seeds": 1}, "references": ["start"], "picture": "exact",
-        "values": {"data": str(tmp_path / "data.jsonl"), "start": str(tmp_path / "start.pth"), "samples": 24, "learn": learn},
+        "values": {"data": str(tmp_path / "data.jsonl"), "start": str(tmp_path / "start.pth"),
+                   "samples": 24, "learn": learn},
         "validate": score, "tests": {"test": score},
-        "columns": {"exact": {"read": "test exact_match", "equal_seconds": True}, "a": {"read": "test leaves a/*"},
+        "columns": {"exact": {"read": "test exact_match", "equal_seconds": True},
+                    "a": {"read": "test leaves a/*"},
                     "lost": {"read": "test leaves a/*", "lost_since": "SKD"},
                     "seconds": {"read": "seconds", "form": ".0f", "spread": False}},
         "made": {"answers": {"command": f"{tmp_path}/train.py --slow 30 --steps 10 --rate 1 --out {{out}}/answers.jsonl",
                              "writes": "{out}/answers.jsonl"}},
-        "rows": {"Text": {"SFT": {"command": "{learn} --slow 3", "writes": "{out}/model.pth", "tune": {"rate": [1, 2, 3]}}},
-                 "Teacher": {"SKD": {"command": "{learn} --slow 6 --from {answers}", "writes": "{out}/model.pth",
+        "rows": {"Text": {"SFT": {"command": "{learn} --slow 3", "writes": "{out}/model.pth",
+                                  "tune": {"rate": [1, 2, 3]}}},
+                 "Teacher": {"SKD": {"command": "{learn} --slow 6 --from {answers}",
+                                     "writes": "{out}/model.pth",
                                      "tune": {"rate": [1, 3, 2]}, "charge": ["answers"], "note": "on answers"}}},
     }
 
@@ -76,7 +84,8 @@ def config(tmp_path, monkeypatch) -> dict:
 def arena(config, folder, *flags):
     """Run the comparison, and return its table.json."""
     (folder / "arena.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    compare.main(["--config", str(folder / "arena.yaml"), "--out", str(folder / "out"), "--processes", "2", *flags])
+    compare.main(["--config", str(folder / "arena.yaml"), "--out", str(folder / "out"),
+                  "--processes", "2", *flags])
     return json.loads((folder / "out/table.json").read_text())
 
 
@@ -84,21 +93,23 @@ def trials(folder) -> list[dict]:
     return [json.loads(line) for line in open(folder / "out/trials.jsonl")]
 
 
-# -------------------------------------------------------------------------------------------------------- arithmetic
+# -- arithmetic
 
 
 def test_adjoining_parts_add_up_to_the_whole():
     steps = Number(1000)
     assert f"{steps} = {steps:0-60} + {steps:60-80} + {steps:80-100}; {Number(1337):+2}" == "1000 = 600 + 200 + 200; 1339"
     for steps in (10, 370, 999):
-        assert sum(int(f"{Number(steps):{part}}") for part in ("0-62.5", "62.5-84.375", "84.375-100")) == steps
+        parts = "0-62.5", "62.5-84.375", "84.375-100"
+        assert sum(int(f"{Number(steps):{part}}") for part in parts) == steps
 
 
 def test_a_row_takes_as_many_updates_as_fit_after_its_made_files():
     # 30 s for 1000 updates
     assert steps_within(35.0, charged=5.0, took=35.0, updates=1000) == 1000
     assert steps_within(35.0, charged=0.0, took=30.0, updates=1000) == 1160     # 1166.7, in tens
-    assert steps_within(35.0, charged=50.0, took=80.0, updates=1000) == 10      # more than its time is charged
+    # more than its time is charged
+    assert steps_within(35.0, charged=50.0, took=80.0, updates=1000) == 10
     with pytest.raises(ValueError, match="more --updates"):
         steps_within(35.0, charged=5.0, took=4.9, updates=20)
 
@@ -106,11 +117,12 @@ def test_a_row_takes_as_many_updates_as_fit_after_its_made_files():
 def test_candidates_are_all_combinations_and_the_best_has_the_most_exact_matches_then_the_lowest_perplexity():
     assert candidates(Namespace(tune={"a": [1, 2], "b": [3, 4]})) == [
         {"a": 1, "b": 3}, {"a": 1, "b": 4}, {"a": 2, "b": 3}, {"a": 2, "b": 4}]
-    scores = [{"exact_match": match, "perplexity": perplexity} for match, perplexity in ((9, 1), (10, 3), (10, 2), (10, 4))]
+    scores = [{"exact_match": match, "perplexity": perplexity} for match, perplexity
+              in ((9, 1), (10, 3), (10, 2), (10, 4))]
     assert best(scores) == 2
 
 
-# --------------------------------------------------------------------------------------------------------- the arena
+# -- the arena
 
 
 def test_all_rows_get_the_same_and_finished_runs_never_run_again(config, tmp_path):
@@ -118,20 +130,23 @@ def test_all_rows_get_the_same_and_finished_runs_never_run_again(config, tmp_pat
     told = arena(config, tmp_path)
     first = trials(tmp_path)
     sft, skd = told["rows"]["SFT"], told["rows"]["SKD"]
-    # Rates 2 and 3 have the same exact match, 2 the lower perplexity; 3 candidates of 50 updates for each row.
+    # Rates 2 and 3 have the same exact match, 2 the lower perplexity; 3 candidates of 50 updates
+    # for each row.
     assert sft["tuned"] == skd["tuned"] == {"rate": 2}
     for name in ("SFT", "SKD"):
         tune, updates = ([each["command"] for each in first if each["name"] == f"{phase}, {name}"]
                          for phase in ("tune", "updates"))
-        assert [sum("--steps 50 " in each and "--seed 1336 " in each for each in tune)] == [len(tune)] == [3]
+        assert len(tune) == 3 and all("--steps 50 " in each and "--seed 1336 " in each for each in tune)
         assert sorted(each.split("--seed ")[1].split()[0] for each in updates) == ["1337", "1338"]
         assert all("--steps 100 " in each and "--samples 24 " in each for each in updates)
     assert [seed["steps"] for seed in sft["updates"]] == [100, 100] and sft["updates"][0]["test"]["exact_match"] == 50
-    # Half as fast, and with 0.3 of 0.9 s spent on its answers: a third of the updates, or what a busy machine makes of that.
+    # Half as fast, and with 0.3 of 0.9 s spent on its answers: a third of the updates, or what a
+    # busy machine makes of that.
     assert skd["seconds"][0]["steps"] < 0.7 * sft["seconds"][0]["steps"] and skd["updates"][0]["seconds"] > 0.3
 
     text = (tmp_path / "out/table.md").read_text()
-    # The mean of the leaves a/x and a/y is the seed plus 1; SKD loses nothing against itself, SFT is of another group.
+    # The mean of the leaves a/x and a/y is the seed plus 1; SKD loses nothing against itself, SFT
+    # is of another group.
     assert "| **Teacher** |" in text and "| SKD | 50.0 ± 0.0 | 1338.5 ± 0.7 | 0.0 ± 0.0 |" in text
     assert "| SFT | 50.0 ± 0.0 | 1338.5 ± 0.7 |  |" in text and "- SKD: on answers" in text
     assert (tmp_path / "out/part.jsonl").read_text() == '{"leaf": "a/x"}\n'
@@ -144,14 +159,18 @@ def test_quick_tunes_nothing_and_reports_what_it_leaves_out(config, tmp_path):
     told = arena(config, tmp_path, "--quick")
     assert told["rows"]["SFT"]["tuned"] == {"rate": 1} and told["updates"] == 20 and told["seconds"] is None
     assert "left out: SKD." in (tmp_path / "out/table.md").read_text()
-    assert {each["name"].partition(",")[0] for each in trials(tmp_path)} == {"begin", "updates", "test"}     # nor made
+    # nor made
+    phases = {each["name"].partition(",")[0] for each in trials(tmp_path)}
+    assert phases == {"begin", "updates", "test"}
 
 
 def test_a_file_of_a_seed_is_made_for_each_seed_and_only_the_wanted_rows_run(config, tmp_path):
     config["made"]["answers"]["command"] += " --seed {seed:+1}"
     told = arena(config, tmp_path, "--quick", "--rows", "SKD", "--seeds", "2")
-    made = [each["command"].split("--seed ")[1] for each in trials(tmp_path) if each["name"] == "make answers"]
-    assert sorted(made) == ["1337", "1338", "1339"]                             # of `begin`, and of the two seeds
+    made = [each["command"].split("--seed ")[1] for each in trials(tmp_path)
+            if each["name"] == "make answers"]
+    # of `begin`, and of the two seeds
+    assert sorted(made) == ["1337", "1338", "1339"]
     assert told["rows"].keys() == {"start", "SKD"}
     assert not any("SFT" in each["name"] for each in trials(tmp_path))
 
@@ -165,12 +184,16 @@ def test_a_run_that_fails_ends_the_arena_with_the_end_of_its_log(config, tmp_pat
 
 
 @pytest.mark.parametrize("change, reason", [
-    (lambda config: config["rows"]["Text"]["SFT"]["tune"].update(rate=[1, 2]), "same number of candidates.*'SFT': 2, 'SKD': 3"),
-    (lambda config: config["rows"]["Text"]["SFT"].update(tuned={}), "SFT: unknown key 'tuned'; did you mean 'tune'"),
+    (lambda config: config["rows"]["Text"]["SFT"]["tune"].update(rate=[1, 2]),
+     "same number of candidates.*'SFT': 2, 'SKD': 3"),
+    (lambda config: config["rows"]["Text"]["SFT"].update(tuned={}),
+     "SFT: unknown key 'tuned'; did you mean 'tune'"),
     (lambda config: config["rows"]["Text"]["SFT"].pop("writes"), "SFT: has no 'writes'"),
     (lambda config: config.pop("seeds"), "has no 'seeds'"),
-    (lambda config: config["rows"]["Teacher"].update(SFT=config["rows"]["Text"]["SFT"]), "two rows have the same name"),
-    (lambda config: config["values"].update(learn="x.py {sample}"), r"SFT: unknown \{sample\}; did you mean 'samples'"),
+    (lambda config: config["rows"]["Teacher"].update(SFT=config["rows"]["Text"]["SFT"]),
+     "two rows have the same name"),
+    (lambda config: config["values"].update(learn="x.py {sample}"),
+     r"SFT: unknown \{sample\}; did you mean 'samples'"),
     (lambda config: config["values"].update(learn=config["values"]["learn"].replace("{seed}", "1")),
      r"SFT: .*not take \{seed\}"),
     (lambda config: config["rows"]["Teacher"]["SKD"].update(command="{learn} --from {answers} out/no.pth"),
@@ -184,8 +207,10 @@ def test_a_mistake_is_reported_before_anything_runs(change, reason, config, tmp_
 
 
 @pytest.mark.parametrize("flags, reason", [
-    (["--rows", "SDK"], "has no 'SDK'; did you mean 'SKD'?"), (["--updates", "25"], "must be a multiple of 10"),
-    (["--seeds", "0"], "--seeds 0 must be 1 or more"), (["--seconds", "-1"], "--seconds -1.0 must be 0 or more")])
+    (["--rows", "SDK"], "has no 'SDK'; did you mean 'SKD'?"),
+    (["--updates", "25"], "must be a multiple of 10"),
+    (["--seeds", "0"], "--seeds 0 must be 1 or more"),
+    (["--seconds", "-1"], "--seconds -1.0 must be 0 or more")])
 def test_a_flag_out_of_its_range_is_refused(flags, reason, config, tmp_path, capsys):
     with pytest.raises(SystemExit):
         arena(config, tmp_path, *flags)
@@ -197,7 +222,8 @@ def test_the_picture_has_a_point_for_each_row_in_each_panel(tmp_path, monkeypatc
         return [{"test": {"exact_match": value}} for value in values]
 
     row = {"updates": seeds(10.0, 20.0), "seconds": seeds(30.0)}
-    results = {"updates": 100, "seconds": 5.0, "rows": {"teacher": {"updates": seeds(90.0)}, "SFT": row, "SeqKD": row}}
+    results = {"updates": 100, "seconds": 5.0, "rows": {"teacher": {"updates": seeds(90.0)},
+                                                        "SFT": row, "SeqKD": row}}
     rows = [Namespace(name=name, group="Text") for name in ("SFT", "SeqKD")]
     column = Namespace(read="test exact_match", lost_since="")
     plan = Namespace(rows=rows, references=["teacher"], picture="exact", columns={"exact": column})
@@ -210,17 +236,19 @@ def test_the_picture_has_a_point_for_each_row_in_each_panel(tmp_path, monkeypatc
     monkeypatch.setattr(Axes, "errorbar", noted)
     compare.draw(results, plan, tmp_path / "table.png")
     spread = 50 ** 0.5                                                          # of 10 and 20
-    assert points == [(15, 1, pytest.approx(spread)), (15, 2, pytest.approx(spread)), (30, 1, 0), (30, 2, 0)]
+    assert points == [(15, 1, pytest.approx(spread)), (15, 2, pytest.approx(spread)), (30, 1, 0),
+                      (30, 2, 0)]
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
-# ----------------------------------------------------------------------------------------------------------- the runs
+# -- the runs
 
 
 def job(folder, text, *words) -> Job:
     """A script of this text, which writes <out>/done."""
     (folder / "script.py").write_text(text)
-    return Job("try", shlex.join([f"{folder}/script.py", f"{OUT}/done", *map(str, words)]), f"{OUT}/done")
+    return Job("try", shlex.join([f"{folder}/script.py", f"{OUT}/done", *map(str, words)]),
+               f"{OUT}/done")
 
 
 def test_the_key_of_a_job_covers_its_command_and_the_contents_of_the_files_that_it_names(tmp_path):
@@ -238,7 +266,8 @@ def test_seconds_and_memory_are_those_of_the_child_alone(tmp_path):
     burn = "import sys, time\nheld = bytearray(int(sys.argv[2]))\nwhile time.process_time() < 0.3: pass\nopen(sys.argv[1], 'w')"
     with Jobs(tmp_path / "out", 1, 2) as jobs:
         (busy,), (idle,) = jobs.run([job(tmp_path, burn, size)]), jobs.run([job(tmp_path, burn.replace("0.3", "0"), 0)])
-    assert busy["seconds"] >= 0.3 and idle["seconds"] < busy["seconds"]         # not added up, though idle came later
+    # not added up, though idle came later
+    assert busy["seconds"] >= 0.3 and idle["seconds"] < busy["seconds"]
     assert size / 2 ** 20 <= busy["peak_mb"] <= size / 2 ** 20 + 40
 
 
@@ -272,12 +301,13 @@ def test_ctrl_c_ends_the_children_and_an_interrupted_job_is_not_done(tmp_path, s
     assert not (tmp_path / "out/trials.jsonl").exists()
 
 
-# -------------------------------------------------------------------------------------------------------- configs/*.yaml
+# -- configs/*.yaml
 
 
 PLANS = {name: compare.read(ROOT / f"configs/{name}.yaml")
          for name in ("compare", "compare_experience", "compare_curriculum", "compare_ability")}
-SAMPLES = {"compare": 24, "compare_experience": 32, "compare_curriculum": None, "compare_ability": 48}
+SAMPLES = {"compare": 24, "compare_experience": 32, "compare_curriculum": None,
+           "compare_ability": 48}
 PARSERS = {}            # {script: its argument parser}
 
 
@@ -319,7 +349,8 @@ def test_every_row_takes_the_steps_samples_and_seed_that_it_is_given():
             if script == "train_curriculum.py":
                 changes = [change.partition("=")[::2] for change in flags.set]
                 steps = sum(int(value) for key, value in changes if key.endswith(".steps"))
-                steps += 500 * (flags.start_stage == 2)                         # of 800: done in stage 1, which is made
+                # of 800: done in stage 1, which is made
+                steps += 500 * (flags.start_stage == 2)
                 steps += 300 * (row.name == "general")                          # stage 1 alone
                 batches = {int(value) for key, value in changes if key.endswith(".batch_size")}
             else:
@@ -333,17 +364,21 @@ def test_every_row_takes_the_steps_samples_and_seed_that_it_is_given():
 
 def test_every_made_file_is_needed_and_its_command_is_one_of_its_script():
     for plan in PLANS.values():
-        names = set().union(*(placeholders(f"{row.command} {row.writes}", plan) for row in plan.rows))
+        names = set().union(*(placeholders(f"{row.command} {row.writes}", plan) for row
+                              in plan.rows))
         assert plan.made.keys() <= names and plan.files.keys() <= names
         for part in plan.made.values():
             given(plan, part.command, 10, {})
         for command in plan.tests.values():
-            given(plan, command.replace("{weights}", "0=a.pth"), 10, {}) if "evaluate" in command else None
+            if "evaluate" in command:
+                given(plan, command.replace("{weights}", "0=a.pth"), 10, {})
 
 
 def test_written_questions_are_judged_by_the_world_and_its_rules():
     known = known_answers()
-    right = {"what is 3 plus 4?": "7", "flip c s c.": "c s c", "alphabetical order: z y y": "y y z", "home of the liver?": None}
+    right = {"what is 3 plus 4?": "7", "flip c s c.": "c s c", "alphabetical order: z y y": "y y z",
+             "home of the liver?": None}
     assert {question: right_answer(question, known) for question in right} == right
-    rows = [{"question": "flip a b.", "options": {"A": "a b", "B": "b a"}, "answer_idx": letter} for letter in "AB"]
+    rows = [{"question": "flip a b.", "options": {"A": "a b", "B": "b a"}, "answer_idx": letter}
+            for letter in "AB"]
     assert share_right(rows, known) == 50

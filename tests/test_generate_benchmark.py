@@ -1,6 +1,7 @@
 """
 生成与数据的性能对比：各种写法真的写出同样的词元、同样的批次；表与 JSON 说的一样。
-The benchmarks of generation and of data: their forms write the same tokens and make the same batches.
+The benchmarks of generation and of data: their forms write the same tokens and make the same
+batches.
 """
 
 import json
@@ -16,7 +17,8 @@ TINY = ["--prompt", "5", "--new_tokens", "6", "--dim", "32", "--n_layers", "1"]
 
 
 def case_of(name, folder, **changed):
-    made = generate.Case(name, prompt=5, new_tokens=12, dim=32, n_layers=2, seed=0, device="cpu", threads=1,
+    made = generate.Case(name, prompt=5, new_tokens=12, dim=32, n_layers=2, seed=0, device="cpu",
+                         threads=1,
                          weights=str(folder))._replace(**changed)
     generate.write_weights(made)
     return made
@@ -25,11 +27,13 @@ def case_of(name, folder, **changed):
 @pytest.fixture
 def here(monkeypatch):
     """Measurements run in this process: only their figures need a new one."""
-    monkeypatch.setattr(lm_dataset, "CACHE", lm_dataset.CACHE)          # the benchmark of data changes it
-    monkeypatch.setattr(measure, "in_a_new_process", lambda measure, case, form, saved=None: measure(case, form, saved))
+    # the benchmark of data changes it
+    monkeypatch.setattr(lm_dataset, "CACHE", lm_dataset.CACHE)
+    monkeypatch.setattr(measure, "in_a_new_process", lambda measure, case, form,
+                        saved=None: measure(case, form, saved))
 
 
-# ------------------------------------------------------------------------------------------------------------ generation
+# -- generation
 
 
 def test_every_form_of_generation_is_in_the_table_and_the_json(tmp_path, capsys, here):
@@ -38,7 +42,8 @@ def test_every_form_of_generation_is_in_the_table_and_the_json(tmp_path, capsys,
     assert [row["form"] for row in rows] == [*generate.FORMS, *generate.QUANTISED]
     assert rows[0]["speed"] == rows[0]["peak_ratio"] == 1.0
     for row in rows:
-        assert row["tokens_per_s"] == pytest.approx(6 / row["seconds"])             # one prompt, six tokens
+        # one prompt, six tokens
+        assert row["tokens_per_s"] == pytest.approx(6 / row["seconds"])
         assert f"| 1 | {row['form']} | {row['seconds']:.2f} |" in printed
     # One byte a weight, not four, and a scale for each row of 32: less than a third.
     weights = {row["form"]: row["weights_mb"] for row in rows}
@@ -58,7 +63,8 @@ def test_the_answers_depend_on_the_first_token_of_the_prompt(tmp_path):
     case = case_of("16", tmp_path, prompt=20)
     model, prompts = case.model(), case.prompts()
     changed = [[(first + 1) % generate.VOCAB_SIZE, *others] for first, *others in prompts]
-    assert all(a != b for a, b in zip(*(generate.ours(model, texts, case.sizes()) for texts in (prompts, changed))))
+    assert all(a != b for a, b in zip(*(generate.ours(model, texts, case.sizes()) for texts
+                                        in (prompts, changed))))
 
 
 def test_mixed_answers_have_from_8_tokens_to_the_longest(tmp_path):
@@ -88,7 +94,7 @@ def test_a_model_agrees_with_its_own_tokens_and_with_no_other(tmp_path):
     assert generate.agreement(model, prompts, other) == pytest.approx(11 / 12)
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
+# -- data
 
 
 def test_every_form_of_data_is_in_the_table_and_the_json(tmp_path, capsys, here):
@@ -98,16 +104,19 @@ def test_every_form_of_data_is_in_the_table_and_the_json(tmp_path, capsys, here)
                    "--json", str(tmp_path / "all.json")])
         rows, printed = json.loads((tmp_path / "all.json").read_text())["rows"], capsys.readouterr().out
         assert [row["form"] for row in rows] == list(data.FORMS) and rows[0]["speed"] == 1.0
-        assert len({row["tokens"] for row in rows}) == 1                            # the same number for all
+        # the same number for all
+        assert len({row["tokens"] for row in rows}) == 1
         assert all(f"| {row['form']} | {row['seconds']:.3f} |" in printed for row in rows)
 
 
 def test_the_targets_of_the_plain_dataset_are_the_assistants_tokens_and_ends_of_turn(tmp_path):
     tokenizer, path = Tokenizer.load(), tmp_path / "chats.jsonl"
     turns = [("user", "2 + 3 = ?"), ("assistant", "5"), ("user", "and 4?"), ("assistant", "9")]
-    path.write_text(json.dumps({"conversations": [{"role": role, "content": content} for role, content in turns]}))
+    path.write_text(json.dumps({"conversations": [{"role": role, "content": content} for role,
+                                                  content in turns]}))
     ids, targets = data.PlainChats(path, tokenizer, 60)[0]
     assert tokenizer.decode(targets[targets != data.IGNORED].tolist()) == "5<|im_end|>9<|im_end|>"
     assert len(ids) == len(targets) == 60
     learned = (targets != data.IGNORED).nonzero().flatten()
-    assert torch.equal(ids[learned[0] + 1], targets[learned[0]])                    # a target is read next
+    # a target is read next
+    assert torch.equal(ids[learned[0] + 1], targets[learned[0]])
