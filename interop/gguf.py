@@ -1,25 +1,10 @@
 """
 GGUF：llama.cpp 的文件，权重、尺寸与词表都在一个文件里。
-GGUF, llama.cpp's single file of weights, sizes and vocabulary; Ollama and LM Studio run it, too.
+GGUF, llama.cpp's single file of sizes, vocabulary and weights; Ollama and LM Studio run it, too.
 
-    header      "GGUF", version, number of tensors, number of fields
-    fields      llama.embedding_length = 576, tokenizer.ggml.tokens = ["!", ...], ...
-    tensors     name, shape (last dimension first), type, offset of its bytes
-    bytes       plain fp32 or fp16; or blocks of 32 or 256 small integers, each block with its scale
-
-These architectures of llama.cpp compute what model/transformer.py and model/gpt2.py do:
-
-    llama           dense, and experts without a shared one (Mixtral)
-    qwen2           + biases on q, k and v
-    qwen3           + norms on q and k;  qwen3moe: with experts
-    bailingmoe      experts and shared ones (Ling);  bailingmoe2: + norms on q and k
-    gpt2            model/gpt2.py
-
-qwen2moe does not: it never normalises the weights of the chosen experts, and it puts a gate before
-the shared one. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import mmap
 import struct
 from collections.abc import Iterator
 from contextlib import closing
@@ -29,20 +14,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from gguf import (GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, dequantize,
-                  quantize)
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, dequantize, quantize
+from gguf.quants import quant_shape_to_byte_shape
 
 from interop import (QKV, Piece, family_of, is_rotated, named_errors, rename, to_half_split,
                      to_interleaved)
-from interop.vocabulary import SUBSTITUTE, from_gguf, to_gguf
+from interop.vocabulary import from_gguf, to_gguf
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer, scale_frequencies
 from runtime.files import replace_atomic
-from runtime.log import Logger
 
 BLOCK = 1 << 22         # weights that are unpacked at once, 16 MB in fp32
 
+# Not qwen2moe, which never normalises the weights of the chosen experts and gates the shared one.
 FAMILIES = {        # use_moe, with shared experts, qk_norm, attention_bias
     (False, False, False, False): "llama",
     (False, False, False, True): "qwen2",
@@ -90,47 +75,28 @@ FLOAT32, STRING, ARRAY = 6, 8, 9
 
 
 class Stored(NamedTuple):
-    """A tensor in the file."""
+    """A tensor in the file; a vector has one column."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]              # in torch's order
+    rows: int
+    row_bytes: int
     begin: int                          # its first byte
-
-    @property
-    def columns(self) -> int:
-        return self.shape[-1] if len(self.shape) > 1 else 1
-
-    @property
-    def row_bytes(self) -> int:
-        block, size = GGML_QUANT_SIZES[self.kind]
-        if self.columns % block:
-            raise ValueError(f"{self.kind.name} packs {block} weights, a row has {self.columns}")
-        return self.columns // block * size
-
-    @property
-    def rows(self) -> int:
-        return prod(self.shape) // self.columns
 
 
 class Header:
-    """
-    Everything before the weights: architecture ("llama", ...), fields {name: value or list},
-    tensors {name: Stored}.
-
-    The package's GGUFReader makes several numpy arrays of each token: 8 s for the 152,000 of Qwen,
-    where this takes 0.2 s. Raises ValueError for a broken file and for an unknown architecture.
-    """
+    """Everything before the weights: architecture, fields {name: value or list}, tensors {name:
+    Stored}. The package's GGUFReader takes 8 s for the 152,000 tokens of Qwen, this 0.3 s."""
 
     def __init__(self, path):
-        self.path, self.at = path, 0
         try:
-            with open(path, "rb") as file, \
-                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as self.data:
+            with open(path, "rb") as self.file:
                 self.parse()
                 ends = [each.begin + each.rows * each.row_bytes for each in self.tensors.values()]
-                if max(ends, default=0) > len(self.data):
-                    raise ValueError(f"a tensor ends at byte {max(ends)} of {len(self.data)}")
-        except (struct.error, ValueError, ArithmeticError, TypeError) as error:
+                size = self.file.seek(0, 2)
+            if max(ends, default=0) > size:
+                raise ValueError(f"a tensor ends at byte {max(ends)} of {size}")
+        except (struct.error, ValueError) as error:
             raise ValueError(f"{path} is cut short, or no readable GGUF file: {error}") from error
         if (n_parts := self.fields.get("split.count", 1)) > 1:
             raise ValueError(f"{path} is one of {n_parts} parts; join them: "
@@ -146,72 +112,59 @@ class Header:
             raise ValueError(f"it begins with {magic!r}, version {version}, not b'GGUF', 2 or 3")
         self.fields, described, self.tensors = {}, [], {}
         for _ in range(n_fields):
-            (name,), (kind,) = self.strings(1), self.numbers("I")
-            values = self.array(*(self.numbers("IQ") if kind == ARRAY else (kind, 1)))
+            name, (kind,) = self.string(), self.numbers("I")
+            values = self.values(*(self.numbers("IQ") if kind == ARRAY else (kind, 1)))
             self.fields[name] = values if kind == ARRAY else values[0]
         for _ in range(n_tensors):
-            (name,), (n_dims,) = self.strings(1), self.numbers("I")
+            name, (n_dims,) = self.string(), self.numbers("I")
             described.append((name, *self.numbers(f"{n_dims}QIQ")))
         alignment = self.fields.get("general.alignment", 32)
-        begin = -(-self.at // alignment) * alignment
-        for name, *shape, kind, offset in described:
-            kind, shape = GGMLQuantizationType(kind), tuple(reversed(shape))
-            self.tensors[name] = Stored(kind, shape, begin + offset)
+        begin = -(-self.file.tell() // alignment) * alignment
+        for name, columns, *shape, kind, offset in described:
+            shape, kind = (*reversed(shape), columns), GGMLQuantizationType(kind)
+            columns = columns if len(shape) > 1 else 1
+            row_bytes = quant_shape_to_byte_shape((columns,), kind)[0]
+            self.tensors[name] = Stored(kind, shape, prod(shape) // columns, row_bytes,
+                                        begin + offset)
 
     def numbers(self, kinds: str) -> tuple:
-        values = struct.unpack_from(f"<{kinds}", self.data, self.at)
-        self.at += struct.calcsize(f"<{kinds}")
-        return values
+        return struct.unpack(f"<{kinds}", self.file.read(struct.calcsize(f"<{kinds}")))
 
-    def strings(self, count: int) -> list[str]:
-        data, at, size_of, found = self.data, self.at, struct.Struct("<Q").unpack_from, []
-        for _ in range(count):
-            start = at + 8
-            at = start + size_of(data, at)[0]
-            found.append(data[start:at].decode())
-        self.at = at
-        return found
+    def string(self) -> str:
+        return self.file.read(int.from_bytes(self.file.read(8), "little")).decode()
 
-    def array(self, kind: int, count: int) -> list:
+    def values(self, kind: int, count: int) -> list:
         if kind == STRING:
-            return self.strings(count)
-        if kind not in SCALARS:
-            raise ValueError(f"a field is of the unknown type {kind}")
+            return [self.string() for _ in range(count)]
         values = self.numbers(f"{count}{SCALARS[kind]}")
         # 1e-5 in fp32 is 9.99999974e-06 in fp64. The shortest number equal in fp32 was meant.
         return [float(str(np.float32(x))) for x in values] if kind == FLOAT32 else list(values)
 
-    def get(self, name: str, default=None):
-        """The architecture's field of this name. Raises ValueError without one and a default."""
-        value = self.fields.get(f"{self.architecture}.{name}", default)
-        if value is None or isinstance(value, list):
-            reason = "is missing" if value is None else "is a list, one value per layer"
-            raise ValueError(f"{self.architecture}.{name} {reason}")
-        return value
+    def get(self, name: str, *default):
+        """The architecture's field of this name. KeyError without one and without a default."""
+        name = f"{self.architecture}.{name}"
+        return self.fields.get(name, *default) if default else self.fields[name]
 
 
 # -- config ----------------------------------------------------------------------------------------
 
-
 def read_config(path) -> LMConfig:
     """The sizes. Raises ValueError for a broken file and for a feature that is not supported."""
     with named_errors(path):
-        return config_of(Header(path))
+        header = Header(path)
+        return config_of(header, read_rope_scaling(path, header))
 
 
-def config_of(header: Header) -> LMConfig:
+def config_of(header: Header, rope_scaling: dict | None) -> LMConfig:
     get, tensors, is_gpt2 = header.get, header.tensors, header.architecture == "gpt2"
     dim, n_heads, hidden_dim = (get(name) for name in (
         "embedding_length", "attention.head_count", "feed_forward_length"))
     head_dim = get("attention.key_length", dim // n_heads)
-    rope_theta = get("rope.freq_base", 10000.0)
     same = dict.fromkeys(("attention.value_length", "rope.dimension_count"), (head_dim,))
     for name, values in (SUPPORTED | same).items():
         if (value := get(name, values[0])) not in values:
             raise ValueError(f"{header.architecture}.{name} = {value!r} is not supported, only "
                              f"{' or '.join(map(repr, values))}")
-    if "token_embd.weight" not in tensors:
-        raise ValueError("there is no tensor token_embd.weight")
     experts = {}
     if n_experts := get("expert_count", 0):
         hidden_dim = get("expert_feed_forward_length", hidden_dim)
@@ -223,25 +176,25 @@ def config_of(header: Header) -> LMConfig:
         architecture="gpt2" if is_gpt2 else "llama", dim=dim, n_layers=get("block_count"),
         n_heads=n_heads, n_kv_heads=get("attention.head_count_kv", n_heads), head_dim=head_dim,
         hidden_dim=hidden_dim, vocab_size=tensors["token_embd.weight"].shape[0],
-        max_seq_len=get("context_length"), rope_theta=rope_theta,
-        rope_scaling=read_rope_scaling(header, rope_theta, head_dim),
+        max_seq_len=get("context_length"), rope_theta=get("rope.freq_base", 10000.0),
+        rope_scaling=rope_scaling,
         norm_eps=get(f"attention.layer_norm{'' if is_gpt2 else '_rms'}_epsilon"),
         tie_embeddings="output.weight" not in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
         attention_bias="blk.0.attn_q.bias" in tensors, **experts)
 
 
-def read_rope_scaling(header: Header, rope_theta: float, head_dim: int) -> dict | None:
+def read_rope_scaling(path, header: Header) -> dict | None:
     """Of Llama 3's four parameters the file has only the result: a divisor per frequency."""
     if "rope_freqs.weight" not in header.tensors:
         return None
     stored = header.tensors["rope_freqs.weight"]
-    with open(header.path, "rb") as file:
+    with open(path, "rb") as file:
         divisors = torch.from_numpy(read_rows(file, stored, 0, stored.rows))
     scaling = {"factor": divisors.max().item(), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}
-    expected = rope_divisors(rope_theta, head_dim, scaling)
-    if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
+    expected = rope_divisors(header.get("rope.freq_base", 10000.0), 2 * len(divisors), scaling)
+    if not torch.allclose(divisors, expected, rtol=1e-4):
         raise ValueError(f"rope_freqs.weight is not the result of {scaling}: not supported")
     return scaling
 
@@ -255,8 +208,7 @@ def architecture_of(config: LMConfig) -> str:
     """The architecture of llama.cpp that computes the same. Raises ValueError if there is none."""
     architecture = family_of(config, FAMILIES, "llama.cpp")
     if config.use_moe and not config.norm_topk_prob and architecture not in BAILING:
-        raise ValueError(f"llama.cpp's {architecture} makes the weights of the chosen experts sum "
-                         "to 1; this model has norm_topk_prob=False")
+        raise ValueError(f"llama.cpp's {architecture} needs norm_topk_prob=True")
     if config.n_heads * config.head_dim != config.dim and architecture in SQUARE:
         raise ValueError(f"llama.cpp's {architecture} needs n_heads * head_dim = dim, "
                          f"not {config.n_heads} * {config.head_dim} and {config.dim}")
@@ -266,7 +218,6 @@ def architecture_of(config: LMConfig) -> str:
 
 
 def fields_of(config: LMConfig, architecture: str) -> dict:
-    """What read_config reads, under the file's names."""
     is_gpt2 = architecture == "gpt2"
     fields = {
         "vocab_size": config.vocab_size, "context_length": config.max_seq_len,
@@ -290,7 +241,6 @@ def fields_of(config: LMConfig, architecture: str) -> dict:
 
 # -- tensors ---------------------------------------------------------------------------------------
 
-
 def names_of(config: LMConfig) -> dict[str, str]:
     if config.architecture == "gpt2":
         return GPT2_NAMES
@@ -305,7 +255,8 @@ def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
             if source == "rope_freqs.weight":
                 continue
             # Whole heads, because to_interleaved reorders the rows of a head.
-            step = max(1, BLOCK // stored.columns // config.head_dim) * config.head_dim
+            n_heads = BLOCK * stored.rows // prod(stored.shape) // config.head_dim
+            step = max(1, n_heads) * config.head_dim
             first = 0
             for name, expert, n_rows in parts_of(source, stored, config):
                 for start in range(0, n_rows, step):
@@ -343,67 +294,47 @@ def parts_of(source: str, stored: Stored, config: LMConfig) -> list[tuple[str, t
     return parts
 
 
-# -- vocabulary ------------------------------------------------------------------------------------
-
-
 def read_tokenizer(path) -> Tokenizer:
     """Raises ValueError for a vocabulary that is not byte-level BPE, or cannot be exact here."""
     with named_errors(path):
         return from_gguf(Header(path).fields, Path(path))
 
 
-def vocabulary_fields(tokenizer: Tokenizer, vocab_size: int) -> dict:
-    """What read_tokenizer reads."""
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"the vocabulary has ids up to {tokenizer.vocab_size - 1}, the model rows "
-                         f"for {vocab_size}")
-    fields = to_gguf(tokenizer, vocab_size)
-    if fields["tokenizer.ggml.pre"] == SUBSTITUTE:
-        Logger("llama.cpp does not have the pattern of this vocabulary; the one written instead "
-               "gives other ids where more than one space precedes a word, as in code")
-    return fields
-
-
 # -- writing ---------------------------------------------------------------------------------------
 
 FILE_TYPES = {"float32": LlamaFileType.ALL_F32, "float16": LlamaFileType.MOSTLY_F16,
               "q8_0": LlamaFileType.MOSTLY_Q8_0}
+EXACT = ("ffn_gate_inp.weight", "position_embd.weight")         # matrices that stay fp32
 
 
 def write(model: Transformer, tokenizer: Tokenizer, path, dtype: str = "float16"):
-    """Write the file, completely or not at all.
+    """Write the file, completely or not at all. dtype of the matrices: float32, float16, or q8_0
+    (8.5 bits per weight); vectors, routers and positions stay fp32.
 
-    dtype   of the matrices: float32, float16, or q8_0 (8.5 bits per weight: blocks of 32 with a
-            scale); vectors, routers and positions stay fp32
-
-    Raises ValueError for a model or a vocabulary that llama.cpp cannot run.
-    """
+    Raises ValueError for a model or a vocabulary that llama.cpp cannot run."""
     config, architecture = model.config, architecture_of(model.config)
-    fields = fields_of(config, architecture) | vocabulary_fields(tokenizer, config.vocab_size) | {
+    fields = fields_of(config, architecture) | to_gguf(tokenizer, config.vocab_size) | {
         "general.file_type": int(FILE_TYPES[dtype]), "general.quantization_version": 2}
 
     def to_file(temporary):
-        with closing(GGUFWriter(temporary, architecture)) as writer:
+        with closing(GGUFWriter(temporary, architecture, use_temp_file=True)) as writer:
             add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool,
                    str: writer.add_string, list: writer.add_array}
             for name, value in fields.items():
                 add[type(value)](name, value)
-            kinds = []
             for name, parts in their_tensors(model, architecture):
-                shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-                kinds.append(kind_of(name, shape, dtype))
-                block, block_bytes = GGML_QUANT_SIZES[kinds[-1]]
-                n_bytes = prod(shape) // block * block_bytes
-                writer.add_tensor_info(name, shape, np.float32, n_bytes, kinds[-1])
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for (name, parts), kind in zip(their_tensors(model, architecture), kinds):
                 values = torch.cat(parts).detach().float().cpu().numpy()
+                is_exact = values.ndim == 1 or name.endswith(EXACT)
+                packs = dtype == "q8_0" and values.shape[-1] % 32 == 0
+                kind = (GGMLQuantizationType.F32 if dtype == "float32" or is_exact else
+                        GGMLQuantizationType.Q8_0 if packs else GGMLQuantizationType.F16)
                 largest = max(values.max(), -values.min())
                 if kind == GGMLQuantizationType.F16 and largest > 65504:
                     raise ValueError(f"{name} reaches {largest:.3g}; fp16 ends at 65504")
-                writer.write_tensor_data(quantize(values, kind))
+                writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     replace_atomic(Path(path), to_file)
@@ -429,11 +360,3 @@ def their_tensors(model: Transformer, architecture: str) -> Iterator[tuple[str, 
     if config.rope_scaling:
         divisors = rope_divisors(config.rope_theta, config.head_dim, config.rope_scaling)
         yield "rope_freqs.weight", [divisors]
-
-
-def kind_of(name: str, shape: tuple[int, ...], dtype: str) -> GGMLQuantizationType:
-    is_exact = len(shape) == 1 or name.endswith(("ffn_gate_inp.weight", "position_embd.weight"))
-    if dtype == "float32" or is_exact:
-        return GGMLQuantizationType.F32
-    packs = dtype == "q8_0" and shape[-1] % 32 == 0
-    return GGMLQuantizationType.Q8_0 if packs else GGMLQuantizationType.F16

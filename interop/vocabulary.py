@@ -1,26 +1,9 @@
 """
 别人的词表：Hugging Face 的 tokenizer.json 与 GGUF 里的词表，读进来，写出去，一个编号都不变。
-Other people's vocabularies, every id unchanged: Hugging Face's tokenizer.json and GGUF's fields.
+Other people's byte-level BPE vocabularies: Hugging Face's tokenizer.json and GGUF's fields.
 
-Both list tokens and merges, the pairs that may be joined, in order of priority. tiktoken needs no
-merges: it joins any two tokens whose union is a token, the lowest id first. The ids are equal if
-
-    1  the merges are in the order of the ids of the tokens that they make
-    2  each token has the merge of the two parts that the tokens before it leave of it
-
-Both are checked for every token. What cannot be exact is refused, with the file and the reason.
-
-A chat template is a program in Jinja. It is not run, but recognised by its text:
-
-    <|im_start|>            CHATML, with the system message in the template (SmolLM2, Qwen2.5), and
-                            an empty thought before the answer (Qwen3 with enable_thinking=False)
-    <|start_header_id|>     LLAMA3, and for 3.1 to 3.3 the two dates before the system message.
-                            Today is the template's date, so that ids do not change tomorrow
-    anything else           PLAIN, with the end-of-text token
-    no template             as the special tokens above suggest
-
-Hugging Face encodes a conversation as one text, so white space at the start of a content may be
-joined with the header. Here it never is (see model/tokenizer.py). All other ids are equal.
+Every id stays, or the file is refused with the reason. Only white space at the start of a content
+differs: Hugging Face encodes a conversation as one text, which may join it with the header.
 """
 
 import json
@@ -37,6 +20,7 @@ from interop import named_errors
 from model.tokenizer import (CHATML, LLAMA3, PATTERN, PLAIN, ROLES, Chat, Tokenizer,
                              as_text_or_bytes)
 from runtime.files import write_atomic
+from runtime.log import Logger
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -56,7 +40,6 @@ PROBE = ("def f(x):\n\treturn  x + 12345 # it's, IT'LL\r\n\r\n    \n"
 
 
 # -- bytes and merges ------------------------------------------------------------------------------
-
 
 # The letter that stands for each byte: printable ones have their own, the others those from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -78,50 +61,45 @@ def to_bytes(letters: str) -> bytes:
                          "byte-level BPE is supported, not SentencePiece or WordPiece") from error
 
 
-def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What the tokens with lower ids leave of a token: two parts if one merge makes it."""
-    parts, limit = [token[i:i + 1] for i in range(len(token))], ranks[token]
-    while len(parts) > 2:
-        rank, i = min((ranks.get(left + right, limit), i)
-                      for i, (left, right) in enumerate(pairwise(parts)))
-        if rank >= limit:
-            break
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+def merges_of(ranks: dict[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
+    """token -> the two parts that the tokens with lower ids leave of it, in the order of the ids.
+    A token of which they leave more is found only where it is a whole piece of the text."""
+    merges = {}
+    for token in sorted(ranks, key=ranks.get):
+        parts, limit = [token[i:i + 1] for i in range(len(token))], ranks[token]
+        while len(parts) > 2:
+            rank, i = min((ranks.get(left + right, limit), i)
+                          for i, (left, right) in enumerate(pairwise(parts)))
+            if rank >= limit:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges[token] = tuple(parts)
+    return merges
 
 
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that make the tokens, in the order of their ids. A token that no merge makes is
-    found only where it is a whole piece of the text."""
-    parts = (parts_of(token, ranks) for token in sorted(ranks, key=ranks.get))
-    return [tuple(two) for two in parts if len(two) == 2]
+def unmade_tokens(ranks: dict[bytes, int], merges: dict[bytes, tuple]) -> list[bytes]:
+    return [token for token in ranks if len(token) > 1 and token not in merges]
 
 
 def check_merges(ranks: dict[bytes, int], merges: list[tuple], ignore_merges: bool):
-    """Raise ValueError where tiktoken would join other tokens than the merges do.
+    """
+    Raise ValueError where tiktoken would join other tokens than the merges do. tiktoken needs no
+    merges: it joins any two tokens whose union is a token, the lowest id first. The ids are equal
+    if the merges are in the order of the ids, and each token has the one of merges_of.
 
     ignore_merges: a piece of the text that is a token needs no merges, as in tiktoken
     """
-    name = as_text_or_bytes
+    name, expected = as_text_or_bytes, merges_of(ranks)
     for before, after in pairwise(left + right for left, right in merges):
         if ranks[before] > ranks[after]:
-            raise ValueError(f"the merge that makes {name(before)!r}, id {ranks[before]}, precedes "
-                             f"that of {name(after)!r}, id {ranks[after]}; tiktoken joins in the "
-                             "order of the ids")
-    expected = merges_of(ranks)
-    if missing := set(expected) - set(merges):
-        left, right = min(missing, key=lambda pair: ranks[pair[0] + pair[1]])
+            raise ValueError(f"the merge that makes {name(before)!r} precedes that of "
+                             f"{name(after)!r}, whose id is lower: tiktoken would join it first")
+    for left, right in set(expected.values()) - set(merges):
         raise ValueError(f"there is no merge of {name(left)!r} and {name(right)!r}, which tiktoken "
                          f"would join to {name(left + right)!r}")
-    if not ignore_merges and (unmade := unmade_tokens(ranks, expected)):
-        raise ValueError(f"no merge makes token {name(unmade[0])!r}, id {ranks[unmade[0]]}, which "
-                         "tiktoken would find")
-
-
-def unmade_tokens(ranks: dict[bytes, int], merges: list[tuple[bytes, bytes]]) -> list[bytes]:
-    """The tokens of several bytes that no merge makes."""
-    made = {left + right for left, right in merges}
-    return [token for token in ranks if len(token) > 1 and token not in made]
+    for token in [] if ignore_merges else unmade_tokens(ranks, expected):
+        raise ValueError(f"no merge makes token {name(token)!r}, which tiktoken would find")
 
 
 # -- chat templates --------------------------------------------------------------------------------
@@ -130,26 +108,22 @@ OURS = re.compile(r"\{#- MiniDistill (\{.*?\}) -#\}", re.DOTALL)
 
 
 def read_template(template: str | None, special_tokens: dict[str, int], eos: str | None) -> dict:
-    """The Tokenizer's chat and end_of_text for a chat template or None. eos: the eos_token of the
-    files, which may end a turn or a text. Raises ValueError if nothing ends a text."""
+    """The Tokenizer's chat and end_of_text. A template is a Jinja program; it is not run, but
+    recognised by its text, or without one by the names of the special tokens. eos: the files'
+    eos_token, which may end a turn or a text."""
     if template and (ours := OURS.match(template)):
         about = json.loads(ours[1])
         return {"chat": Chat(**about["chat"]), "end_of_text": about["end_of_text"]}
     names = "<|endoftext|>", "<|end_of_text|>", eos, "</s>"
-    ends = [name for name in names if name in special_tokens]
-    if not ends:
-        raise ValueError("nothing ends a text: there is neither an eos_token nor a special token "
-                         "<|endoftext|>, <|end_of_text|> or </s>")
-
+    end = next((name for name in names if name in special_tokens), None)
+    if end is None:
+        raise ValueError(f"nothing ends a text: there is no special token {names}")
     text = "".join(special_tokens) if template is None else template
     text = text.replace("\\n", "\n").replace("\\'", "'")
-    chat = PLAIN(ends[0])
-    if "<|im_start|>" in text and {"<|im_start|>", "<|im_end|>"} <= special_tokens.keys():
-        chat = chatml(text)
-    header = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
-    if "<|start_header_id|>" in text and header <= special_tokens.keys():
-        chat = llama3(text)
-    return {"chat": chat, "end_of_text": ends[0]}
+    if "<|start_header_id|>" in text and "<|eot_id|>" in special_tokens:
+        return {"chat": llama3(text), "end_of_text": end}
+    is_chatml = "<|im_start|>" in text and "<|im_end|>" in special_tokens
+    return {"chat": chatml(text) if is_chatml else PLAIN(end), "end_of_text": end}
 
 
 def chatml(template: str) -> Chat:
@@ -162,6 +136,7 @@ def chatml(template: str) -> Chat:
 
 
 def llama3(template: str) -> Chat:
+    """Today is the template's date, so that ids do not change tomorrow."""
     known = re.search(r"Cutting Knowledge Date: [^\n'\"{}]+", template)
     today = re.search(r"date_string = [\"']([^\"']+)[\"']", template)
     if not (known and today):
@@ -170,54 +145,46 @@ def llama3(template: str) -> Chat:
     return replace(LLAMA3, system=LLAMA3.system.replace("{content}", dates), default_system="")
 
 
+TEMPLATE = """\
+{{- bos }}
+{%- if not messages or messages[0].role != 'system' %}
+{{- default_system }}
+{%- endif %}
+{%- for message in messages %}
+{%- set content = message.content | trim if trims else message.content %}
+{%- set thought = before_answer if loop.last and message.role == 'assistant' else '' %}
+{{- frames[message.role][0] + thought + content + frames[message.role][1] }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- frames['assistant'][0] + before_answer }}
+{%- endif %}"""
+
+
 def write_template(tokenizer: Tokenizer) -> str:
     """A Jinja template that formats a conversation as tokenizer.chat does. It begins with a comment
     from which read_template restores the chat."""
     chat = tokenizer.chat
     name_of = {i: name for name, i in tokenizer.special_tokens.items()}
+    default = "" if chat.default_system is None else chat.system.replace(
+        "{content}", chat.default_system.strip() if chat.trims else chat.default_system)
+    values = {"bos": name_of.get(tokenizer.bos, ""), "default_system": default,
+              "before_answer": chat.before_answer, "trims": chat.trims,
+              "frames": {role: vars(chat)[role].split("{content}") for role in ROLES}}
     quoted = json.JSONEncoder(ensure_ascii=False).encode
-    comment = quoted({"chat": vars(chat), "end_of_text": name_of[tokenizer.end_of_text]})
-    comment = comment.replace("#}", "#\\u007d")                 # which would end the comment
-
-    lines = [f"{{#- MiniDistill {comment} -#}}"]
-    if tokenizer.bos is not None:
-        lines += [f"{{{{- {quoted(name_of[tokenizer.bos])} }}}}"]
-    if chat.default_system is not None:
-        default = chat.default_system.strip() if chat.trims else chat.default_system
-        lines += ["{%- if not messages or messages[0].role != 'system' %}",
-                  f"{{{{- {quoted(chat.system.replace('{content}', default))} }}}}", "{%- endif %}"]
-    lines += ["{%- for message in messages %}",
-              f"{{%- set content = message.content{' | trim' if chat.trims else ''} %}}"]
-    for role in ROLES:
-        header, end = vars(chat)[role].split("{content}")
-        thought = f" + ({quoted(chat.before_answer)} if loop.last else '')"
-        lines += [f"{{%- if message.role == '{role}' %}}",
-                  f"{{{{- {quoted(header)}{thought if role == 'assistant' else ''} + content + "
-                  f"{quoted(end)} }}}}", "{%- endif %}"]
-    prompt = chat.assistant.split("{content}")[0] + chat.before_answer
-    lines += ["{%- endfor %}", "{%- if add_generation_prompt %}", f"{{{{- {quoted(prompt)} }}}}",
-              "{%- endif %}"]
-    return "\n".join(lines)
-
-
-# -- what both formats share -----------------------------------------------------------------------
+    about = quoted({"chat": vars(chat), "end_of_text": name_of[tokenizer.end_of_text]})
+    about = about.replace("#}", "#\\u007d")                   # which would end the comment
+    lines = [f"{{%- set {name} = {quoted(value)} %}}" for name, value in values.items()]
+    return "\n".join([f"{{#- MiniDistill {about} -#}}", *lines, TEMPLATE])
 
 
 def byte_level(vocab: dict[str, int], merges: Iterable[list[str]], pattern: str,
                special_tokens: dict[str, int], *, eos: str | None = None,
                chat_template: str | None = None, ignore_merges: bool = False,
                **options) -> Tokenizer:
-    """
-    A byte-level BPE vocabulary of tokens and merges.
-
-        vocab           token -> id, its bytes as letters; special tokens may be among them
-        ignore_merges   see check_merges
-
-    Other arguments as in Tokenizer and read_template. Raises ValueError for what cannot be exact.
-    """
+    """The Tokenizer of a vocabulary {token, its bytes as letters: id} and its merges."""
     ranks = {to_bytes(token): i for token, i in vocab.items() if token not in special_tokens}
-    pairs = [(to_bytes(left), to_bytes(right)) for left, right in merges]
-    check_merges(ranks, pairs, ignore_merges)
+    check_merges(ranks, [(to_bytes(left), to_bytes(right)) for left, right in merges],
+                 ignore_merges)
     drops_bytes = any(bytes([value]) not in ranks for value in range(256))
     return Tokenizer(pattern, special_tokens, ranks, drops_bytes=drops_bytes, **options,
                      **read_template(chat_template, special_tokens, eos))
@@ -227,10 +194,8 @@ def byte_level(vocab: dict[str, int], merges: Iterable[list[str]], pattern: str,
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5          # token types
 
-# llama.cpp has a set of named patterns, without ours. Two patterns give the same ids where no token
-# crosses a place at which only one of them cuts. "superbpe" cuts off digits only, and so do we. Of
-# 1,100 texts (English, Chinese, code, chat, noise) 1,056 have equal ids with a vocabulary of 6,400;
-# with "qwen2", which looks more like ours, 860, with "gpt-2" 460.
+# llama.cpp has named patterns, without ours. "superbpe" cuts off digits only. With it and a
+# vocabulary of 6,400, 1,056 of 1,100 texts have equal ids; with "qwen2" 860, with "gpt-2" 460.
 SUBSTITUTE = "superbpe"
 OUR_PRE = "minidistill.tokenizer.pre"       # our own field, which others ignore
 PRE_TOKENIZERS = {"gpt-2": GPT2, "smollm": SMOLLM, "llama-bpe": LLAMA_3, "llama3": LLAMA_3,
@@ -241,11 +206,8 @@ def from_gguf(fields: dict, path: Path | None = None) -> Tokenizer:
     """The vocabulary in a GGUF file's fields. Raises ValueError, without the file's name."""
     of = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
     if of.get("model") != "gpt2":
-        about = {"llama": ", SentencePiece", "bert": ", WordPiece"}.get(of.get("model"), "")
-        raise ValueError(f"tokenizer.ggml.model is {of.get('model')!r}{about}; only 'gpt2', "
-                         "byte-level BPE, is supported")
-    if missing := {"tokens", "token_type"} - of.keys():
-        raise ValueError(f"there is no tokenizer.ggml.{min(missing)}")
+        raise ValueError(f"tokenizer.ggml.model is {of.get('model')!r}; only 'gpt2', byte-level "
+                         "BPE, is supported, not SentencePiece ('llama') or WordPiece ('bert')")
     pre, tokens = of.get(OUR_PRE, of.get("pre", "default")), of["tokens"]
     if pre not in PRE_TOKENIZERS:
         raise ValueError(f"tokenizer.ggml.pre is {pre!r}; known are {', '.join(PRE_TOKENIZERS)}")
@@ -265,8 +227,10 @@ def from_gguf(fields: dict, path: Path | None = None) -> Tokenizer:
 
 
 def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict:
-    """The fields of a vocabulary, with as many tokens as the model has. Raises ValueError for one
-    that the format cannot hold."""
+    """The fields of a vocabulary, with as many tokens as the model has."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"the vocabulary has ids up to {tokenizer.vocab_size - 1}, the model rows "
+                         f"for {vocab_size}")
     names = {pattern: name for name, pattern in reversed(PRE_TOKENIZERS.items())}
     if tokenizer.pattern not in names or tokenizer.prefix_space:
         raise ValueError("llama.cpp has no pre-tokenizer for this vocabulary, whose pattern is "
@@ -276,11 +240,11 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict:
         tokens[i], kinds[i] = to_letters(token), NORMAL
     for name, i in tokenizer.special_tokens.items():
         tokens[i], kinds[i] = name, USER_DEFINED if name in tokenizer.matched else CONTROL
-    merges = map(" ".join, (map(to_letters, pair) for pair in merges_of(tokenizer.ranks)))
     pre = names[tokenizer.pattern]
     fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre,
               "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds,
-              "tokenizer.ggml.merges": list(merges),
+              "tokenizer.ggml.merges": [f"{to_letters(left)} {to_letters(right)}"
+                                        for left, right in merges_of(tokenizer.ranks).values()],
               "tokenizer.ggml.eos_token_id": tokenizer.end_of_turn,
               "tokenizer.ggml.add_bos_token": tokenizer.bos is not None,
               "tokenizer.chat_template": write_template(tokenizer)}
@@ -288,26 +252,30 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict:
         fields["tokenizer.ggml.bos_token_id"] = tokenizer.bos
     if pre == "minidistill":
         fields |= {"tokenizer.ggml.pre": SUBSTITUTE, OUR_PRE: pre}
+        Logger("llama.cpp does not have the pattern of this vocabulary; the one written instead "
+               "gives other ids where more than one space precedes a word, as in code")
     return fields
 
 
 # -- Hugging Face ----------------------------------------------------------------------------------
 
-
 def read_tokenizer_json(path: str | Path) -> Tokenizer:
-    """
-    The vocabulary of a folder, or of a tokenizer.json and the files beside it:
+    """The vocabulary of a folder, or of a tokenizer.json and the files beside it:
     tokenizer_config.json, chat_template.jinja, and added_tokens.json in older folders.
 
-    Raises FileNotFoundError, or ValueError with the file, the part and why it cannot be exact.
-    """
+    Raises FileNotFoundError, or ValueError with the file, the part and why it cannot be exact."""
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"no vocabulary at {file}. transformers writes one: AutoTokenizer."
                                 f"from_pretrained(NAME).save_pretrained({str(file.parent)!r})")
     with named_errors(file):
-        library = load_library(file.read_text(encoding="utf-8"))
+        try:
+            library = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:                          # the library raises nothing narrower
+            raise ValueError(f"the tokenizers library cannot read it: {error}") from error
+        library.no_truncation()
+        library.no_padding()
         config, older = (json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
                          for beside in map(file.with_name, ("tokenizer_config.json",
                                                             "added_tokens.json")))
@@ -316,49 +284,43 @@ def read_tokenizer_json(path: str | Path) -> Tokenizer:
             template = jinja.read_text(encoding="utf-8")
         if isinstance(template, list):                          # several, with names
             template = {each["name"]: each["template"] for each in template}.get("default")
-        theirs = json.loads(library.to_str())                   # in the newest form
-        tokenizer = to_tokenizer(theirs, config, read_added(theirs, config, older), template, file)
+        eos = config.get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        add_declared(library, config.get("added_tokens_decoder", {}), older)
+        tokenizer = from_library(library, eos=eos, chat_template=template, path=file)
         check_against_library(tokenizer, library)
         return tokenizer
 
 
-def load_library(text: str) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:                              # the library raises nothing narrower
-        raise ValueError(f"the tokenizers library cannot read it: {error}") from error
+def add_declared(library: tokenizers.Tokenizer, declared: dict, older: dict):
+    """Add the tokens that only the files beside tokenizer.json declare."""
+    tokens = {each["content"]: (int(i), each["special"]) for i, each in declared.items()}
+    tokens = {name: (i, False) for name, i in older.items()} | tokens
+    for name, (i, special) in sorted(tokens.items(), key=lambda item: item[1]):
+        if library.token_to_id(name) is None:
+            library.add_tokens([AddedToken(name, normalized=False, special=special)])
+        if (theirs := library.token_to_id(name)) != i:
+            raise ValueError(f"added token {name!r} is declared with the id {i}, but has {theirs} "
+                             "in the tokenizers library")
 
 
-def read_added(theirs: dict, config: dict, older: dict) -> dict[str, dict]:
-    """name -> {"id", "special", ...} of the tokens that are matched in a text first."""
-    added = {name: {"content": name, "id": i, "special": False} for name, i in older.items()}
-    added |= {each["content"]: {"id": int(i), **each}
-              for i, each in config.get("added_tokens_decoder", {}).items()}
-    added |= {each["content"]: each for each in theirs.get("added_tokens", [])}
-    for name, each in added.items():
-        if flags := [flag for flag in ("lstrip", "rstrip", "single_word") if each.get(flag)]:
-            raise ValueError(f"added token {name!r} has {flags[0]}, which is not supported")
-    return added
-
-
-def to_tokenizer(theirs: dict, config: dict, added: dict[str, dict], chat_template: str | None,
-                 file: Path) -> Tokenizer:
-    model = theirs["model"]
-    if model["type"] != "BPE":
-        raise ValueError(f"model is {model['type']}; only byte-level BPE is supported")
+def from_library(library: tokenizers.Tokenizer, **options) -> Tokenizer:
+    theirs = json.loads(library.to_str())                       # in the newest form
+    model, added = theirs["model"], theirs["added_tokens"]
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(key):
-            raise ValueError(f"model has {key} {model[key]!r}, which tiktoken does not support")
-    eos = config.get("eos_token")
+        if model["type"] != "BPE" or model.get(key):
+            raise ValueError(f"model is {model['type']} with {key} {model.get(key)!r}; only "
+                             "byte-level BPE is supported")
+    for each in added:
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if each[flag]:
+                raise ValueError(f"added token {each['content']!r} has {flag}: not supported")
     tokenizer = byte_level(
-        model["vocab"], model["merges"], read_pre_tokenizer(theirs.get("pre_tokenizer")),
-        {name: each["id"] for name, each in added.items()},
-        matched=[name for name, each in added.items() if not each["special"]],
-        eos=eos["content"] if isinstance(eos, dict) else eos,
-        bos=read_post_processor(theirs.get("post_processor")), chat_template=chat_template,
-        ignore_merges=model.get("ignore_merges", False), path=file,
-        **read_normalizer(theirs.get("normalizer")))
-    if tokenizer.drops_bytes and model.get("unk_token") is not None:
+        model["vocab"], model["merges"], read_pre_tokenizer(theirs["pre_tokenizer"]),
+        {each["content"]: each["id"] for each in added},
+        matched=[each["content"] for each in added if not each["special"]], bos=read_bos(library),
+        ignore_merges=model["ignore_merges"], **read_normalizer(theirs["normalizer"]), **options)
+    if tokenizer.drops_bytes and model["unk_token"] is not None:
         raise ValueError(f"bytes without a token become {model['unk_token']!r}: not supported")
     return tokenizer
 
@@ -382,69 +344,49 @@ def read_pre_tokenizer(part: dict | None) -> str:
                "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
             return pattern
-    raise ValueError(f"pre_tokenizer {json.dumps(part)[:500]} is not supported. Known: ByteLevel; "
-                     "Digits and ByteLevel; Split by a regex and ByteLevel; no add_prefix_space")
+    raise ValueError(f"pre_tokenizer {json.dumps(part)[:500]} is not supported")
 
 
 def read_normalizer(part: dict | None) -> dict:
     """The Tokenizer's options that normalise a text."""
-    match steps_of(part, "normalizers"):
-        case []:
-            return {}
-        case [{"type": "NFC"}]:
-            return {"normalization": "NFC"}
-        case [{"type": "Prepend", "prepend": " "}]:
-            return {"prefix_space": True}
+    known = (([], {}), ([{"type": "NFC"}], {"normalization": "NFC"}),
+             ([{"type": "Prepend", "prepend": " "}], {"prefix_space": True}))
+    for steps, options in known:
+        if steps_of(part, "normalizers") == steps:
+            return options
     raise ValueError(f"normalizer {json.dumps(part)[:500]} is not supported, only NFC and Prepend")
 
 
-def read_post_processor(part: dict | None) -> str | None:
-    """The special token that is put before every text."""
-    bos = None
-    for step in steps_of(part, "processors"):
-        match step:
-            case ({"type": "ByteLevel"} |
-                  {"type": "TemplateProcessing", "single": [{"Sequence": _}]}):
-                pass
-            case {"type": "TemplateProcessing",
-                  "single": [{"SpecialToken": {"id": str(bos)}}, {"Sequence": _}]}:
-                pass
-            case _:
-                raise ValueError(f"post_processor {json.dumps(step)[:500]} is not supported, only "
-                                 "one token before a text")
-    return bos
+def read_bos(library: tokenizers.Tokenizer) -> str | None:
+    """The special token that the post-processor puts before every text."""
+    ids = library.encode("a", add_special_tokens=False).ids
+    whole = library.encode("a").ids
+    if whole[-len(ids):] != ids or len(whole) > len(ids) + 1:
+        raise ValueError(f"post_processor makes {library.encode('a').tokens} of 'a': only one "
+                         "token before a text is supported")
+    return library.id_to_token(whole[0]) if len(whole) > len(ids) else None
 
 
 def check_against_library(tokenizer: Tokenizer, library: tokenizers.Tokenizer):
-    """Raise ValueError if the tokenizers library has other ids for special tokens or for PROBE."""
-    library.no_truncation()
-    library.no_padding()
-    for name, i in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1]):
-        if library.token_to_id(name) is None:                   # declared in a file beside this one
-            library.add_tokens([AddedToken(name, normalized=False)])
-        if (theirs := library.token_to_id(name)) != i:
-            raise ValueError(f"special token {name!r} has the id {i} here, but {theirs} in the "
-                             "tokenizers library")
+    """Raise ValueError if the tokenizers library has other ids for PROBE."""
     probe = PROBE + "x".join(tokenizer.matched)
     theirs, ours = library.encode(probe, add_special_tokens=False).ids, tokenizer.encode(probe)
     if theirs != ours:
-        unequal = (i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b)
-        at = next(unequal, min(len(theirs), len(ours)))
+        at = next((i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b), 0)
         raise ValueError("the tokenizers library splits a text in another way than tiktoken, after "
-                         f"{tokenizer.decode(ours[:at])[-20:]!r}: its ids {theirs[at:at + 5]}, "
-                         f"here {ours[at:at + 5]}")
+                         f"{tokenizer.decode(ours[:at])[-20:]!r}")
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str | Path):
-    """Write tokenizer.json and tokenizer_config.json, from which AutoTokenizer has the same ids for
-    texts and conversations. Raises ValueError, before it writes, if that is not possible."""
+    """Write tokenizer.json and tokenizer_config.json for AutoTokenizer. Raises ValueError, before
+    it writes, if the ids would differ."""
     folder = Path(folder)
     name_of = {i: name for name, i in tokenizer.special_tokens.items()}
-    bos, eos = name_of.get(tokenizer.bos), name_of[tokenizer.end_of_turn]
     library = to_library(tokenizer, name_of)
     check_against_library(tokenizer, library)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-              "bos_token": bos, "eos_token": eos, "pad_token": name_of[tokenizer.end_of_text],
+              "bos_token": name_of.get(tokenizer.bos), "eos_token": name_of[tokenizer.end_of_turn],
+              "pad_token": name_of[tokenizer.end_of_text],
               "chat_template": write_template(tokenizer)}
     config = json.dumps(config, ensure_ascii=False, indent=1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -459,14 +401,11 @@ def to_library(tokenizer: Tokenizer, name_of: dict[int, str]) -> tokenizers.Toke
     # Special tokens too: the library gives those outside the vocabulary the ids after it.
     tokens = {to_letters(token): i for token, i in tokenizer.ranks.items()}
     library = tokenizers.Tokenizer(models.BPE(
-        tokenizer.special_tokens | tokens, [tuple(map(to_letters, pair)) for pair in merges],
+        tokenizer.special_tokens | tokens,
+        [tuple(map(to_letters, pair)) for pair in merges.values()],
         ignore_merges=bool(unmade_tokens(tokenizer.ranks, merges))))
-    try:
-        pattern = tokenizers.Regex(tokenizer.pattern)
-    except Exception as error:
-        raise ValueError(f"the tokenizers library cannot read its pattern: {error}") from error
     library.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(pattern, "isolated"),
+        pre_tokenizers.Split(tokenizers.Regex(tokenizer.pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     library.decoder = decoders.ByteLevel()
     if tokenizer.normalization:

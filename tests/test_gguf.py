@@ -194,7 +194,6 @@ def test_divisors_that_llama_3_does_not_make_are_refused(written):
     ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn'"),
     ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear = 4.0"),
     ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count = 4 is not supported, only 8"),
-    ({"llama.attention.head_count_kv": [2, 4]}, "llama.attention.head_count_kv is a list"),
     ({"llama.attention.head_count_kv": 3}, "n_heads=4 is no multiple of n_kv_heads=3"),
     ({"split.count": 3}, "one of 3 parts"),
 ])
@@ -242,7 +241,7 @@ def test_a_file_that_is_cut_short_is_named_wherever_it_ends(written):
 @pytest.mark.parametrize("sizes, named", [
     (dict(qk_norm=True, attention_bias=True), "no architecture with use_moe=False, qk_norm=True and attention_bias=True"),
     (dict(MOE, attention_bias=True), "no architecture with use_moe=True, n_shared_experts=1"),
-    (dict(MOE, n_shared_experts=0, norm_topk_prob=False), "llama makes the weights of the chosen experts sum to 1"),
+    (dict(MOE, n_shared_experts=0, norm_topk_prob=False), "llama needs norm_topk_prob=True"),
     (dict(attention_bias=True, head_dim=16), r"qwen2 needs n_heads \* head_dim = dim, not 4 \* 16 and 32"),
     (dict(qk_norm=True, rope_scaling=LLAMA3), "qwen3 has no rope_scaling"),
 ])
@@ -292,12 +291,12 @@ def test_a_vocabulary_larger_than_the_model_is_refused(file):
 
 
 @pytest.mark.parametrize("fields, named", [
-    ({"tokenizer.ggml.model": "llama"}, "'llama', SentencePiece"),
+    ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model is 'llama'; .*SentencePiece"),
     ({"minidistill.tokenizer.pre": "falcon"}, "tokenizer.ggml.pre is 'falcon'"),
 ])
 def test_a_vocabulary_of_another_kind_is_named(written, monkeypatch, fields, named):
-    vocabulary_fields = gguf.vocabulary_fields
-    monkeypatch.setattr(gguf, "vocabulary_fields", lambda *given: vocabulary_fields(*given) | fields)
+    to_gguf = gguf.to_gguf
+    monkeypatch.setattr(gguf, "to_gguf", lambda *given: to_gguf(*given) | fields)
     with pytest.raises(ValueError, match=named) as refused:
         gguf.read_tokenizer(written())
     assert "model.gguf" in str(refused.value)

@@ -8,13 +8,14 @@ import json
 import random
 from dataclasses import replace
 
+import jinja2
 import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
 from model.tokenizer import CHATML, LLAMA3, PATTERN, PLAIN, Chat, Tokenizer
 from interop.vocabulary import (GPT2, LLAMA_3, PRE_TOKENIZERS, QWEN2, SMOLLM, from_gguf, merges_of,
-                                      read_tokenizer_json, to_gguf, write_tokenizer)
+                                      read_tokenizer_json, to_gguf, write_template, write_tokenizer)
 
 CHATML_NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA_NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -145,7 +146,7 @@ def test_the_merges_follow_from_the_ids(libraries):
     assert to_gguf(tokenizer, tokenizer.vocab_size)["tokenizer.ggml.merges"] == merges
     # b + c is joined before a + b, so that abc is a + bc; no two tokens make xyz
     ranks = {bytes([value]): value for value in range(256)} | {b"bc": 256, b"ab": 257, b"abc": 258, b"xyz": 259}
-    assert merges_of(ranks) == [(b"b", b"c"), (b"a", b"b"), (b"a", b"bc")]
+    assert merges_of(ranks) == {b"bc": (b"b", b"c"), b"ab": (b"a", b"b"), b"abc": (b"a", b"bc")}
 
 
 def test_no_text_and_no_content_can_forge_a_special_token(libraries, tmp_path):
@@ -171,7 +172,7 @@ def test_merges_may_be_strings_and_the_older_forms_of_added_tokens_are_read(libr
     assert tokenizer.special_tokens["<|fim|>"] == 602 and "<|fim|>" not in tokenizer.matched
     assert tokenizer.encode("<tool><old>") == [603, 604]
     (tmp_path / "added_tokens.json").write_text('{"<old>": 700}')
-    with pytest.raises(ValueError, match="'<old>' has the id 700 here, but 604 in the tokenizers library"):
+    with pytest.raises(ValueError, match="'<old>' is declared with the id 700, but has 604"):
         read_tokenizer_json(tmp_path)
 
 
@@ -218,6 +219,19 @@ def test_a_template_of_ours_brings_back_any_chat(libraries, tmp_path):
     assert read_tokenizer_json(tmp_path).sha256 == tokenizer.sha256
 
 
+def test_the_template_that_is_written_formats_as_the_chat_does():
+    shipped = Tokenizer.load()
+    turns = [{"role": "user", "content": " 2+3=? "}, {"role": "assistant", "content": "5"}]
+    for chat in (CHATML, replace(CHATML, default_system="Be 'kind'.\n", before_answer="<think>\n\n</think>\n\n"),
+                 replace(CHATML, default_system="", trims=True, user="<|im_start|>U{content}\"\\n"), PLAIN("<|endoftext|>")):
+        tokenizer = Tokenizer(PATTERN, shipped.special_tokens, shipped.ranks, chat=chat, bos="<|reserved_2|>")
+        template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(write_template(tokenizer))
+        for messages in ([], turns[:1], turns, [{"role": "system", "content": "Be brief."}, *turns]):
+            assert template.render(messages=messages) == tokenizer.render(messages)
+            ids, _ = tokenizer.encode_chat(messages, add_generation_prompt=True)
+            assert template.render(messages=messages, add_generation_prompt=True) == tokenizer.decode(ids)
+
+
 def test_between_chat_tokens_the_ids_of_a_conversation_are_those_of_its_text(libraries, tmp_path):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "小猫 2+3=?\n"},
                 {"role": "assistant", "content": "don't\n\n"}]
@@ -231,19 +245,19 @@ def test_between_chat_tokens_the_ids_of_a_conversation_are_those_of_its_text(lib
 # -- refused ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("part, value, said", [
-    ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "model is WordLevel; only byte-level BPE"),
-    ("model.byte_fallback", True, "model has byte_fallback True"),
-    ("model.end_of_word_suffix", "</w>", "model has end_of_word_suffix '</w>'"),
+    ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "model is WordLevel with "),
+    ("model.byte_fallback", True, "model is BPE with byte_fallback True; only byte-level BPE"),
+    ("model.end_of_word_suffix", "</w>", "model is BPE with end_of_word_suffix '</w>'"),
     ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer {\"type\": \"Whitespace\"} is not supported"),
     ("pre_tokenizer", None, "pre_tokenizer null is not supported"),
     ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
      "pre_tokenizer {\"type\": \"ByteLevel\", \"add_prefix_space\": true"),
     ("normalizer", {"type": "Lowercase"}, "normalizer {\"type\": \"Lowercase\"} is not supported"),
     ("post_processor", {"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]},
-     "post_processor {\"type\": \"BertProcessing\""),
+     "post_processor makes ['"),
     ("added_tokens.0.lstrip", True, "added token '<|endoftext|>' has lstrip"),
     ("model.vocab.▁the", 900, "token '▁the': '▁' stands for no byte"),
-    ("model.vocab.zzzz", 900, "no merge makes token 'zzzz', id 900, which tiktoken would find"),
+    ("model.vocab.zzzz", 900, "no merge makes token 'zzzz', which tiktoken would find"),
     ("model.merges.0", ["Ħ", "ħ"], "the tokenizers library cannot read it"),
 ])
 def test_what_cannot_be_the_same_is_refused_with_the_reason(libraries, tmp_path, part, value, said):
@@ -269,7 +283,7 @@ def small(merges, tokens):
 
 def test_merges_in_another_order_than_the_ids_or_too_few_of_them_are_refused():
     assert small(["b c", "a b", "a bc"], ["bc", "ab", "abc"]).encode("abc") == [258]
-    with pytest.raises(ValueError, match="makes 'ab', id 257, precedes that of 'bc', id 256"):
+    with pytest.raises(ValueError, match="makes 'ab' precedes that of 'bc'"):
         small(["a b", "b c", "a bc"], ["bc", "ab", "abc"])
     with pytest.raises(ValueError, match="no merge of 'a' and 'bc', which tiktoken would join to 'abc'"):
         small(["b c", "a b", "ab c"], ["bc", "ab", "abc"])
@@ -279,14 +293,6 @@ def test_a_pattern_that_the_library_runs_otherwise_is_refused(tmp_path):
     library = train(split(r"\w+"))                      # the library keeps what is between the words, tiktoken does not
     with pytest.raises(ValueError, match="the tokenizers library splits a text in another way"):
         read_tokenizer_json(saved(library, tmp_path))
-
-
-def test_a_pattern_that_the_library_cannot_read_is_not_written(tmp_path):
-    shipped = Tokenizer.load()
-    tokenizer = Tokenizer(r"(?s:.)", shipped.special_tokens, shipped.ranks)   # Rust's, not Oniguruma's
-    with pytest.raises(ValueError, match="the tokenizers library cannot read its pattern"):
-        write_tokenizer(tokenizer, tmp_path / "new")
-    assert not (tmp_path / "new").exists()
 
 
 def test_a_name_that_gguf_does_not_have_is_refused(libraries, tmp_path):
