@@ -1,13 +1,8 @@
 """
 权重文件：自己的、Hugging Face 文件夹、GGUF、llama2.c 与 MiniMind，读进来，写出去。
-Weight files, ours and other people's. Each module reads one format, with the same three functions:
-
-    read_config(path)           -> LMConfig
-    read_tokenizer(path)        -> Tokenizer
-    read_pieces(path, config)   -> the weights as Pieces, one tensor in memory at a time
-
-native.py, hf.py and gguf.py also have write(model, tokenizer, path). checkpoint.py detects what
-format a path has.
+Weight files, ours and other people's. Each module reads one format: read_config(path),
+read_tokenizer(path), and read_pieces(path, config), the weights one tensor at a time. native.py,
+hf.py and gguf.py also have write(model, tokenizer, path). checkpoint.py detects the format.
 """
 
 import re
@@ -32,11 +27,8 @@ class Piece(NamedTuple):
 
 
 def fill(model, pieces: Iterable[Piece], path):
-    """Copy the pieces into the model's weights, in its dtype. Each weight is filled exactly once.
-
-    Raises ValueError with the file and the tensor: an unknown name, another shape, a second or a
-    missing one.
-    """
+    """Copy the pieces into the model's weights, in its dtype. Raises ValueError with the file and
+    the tensor for an unknown name, another shape, and a second or missing tensor."""
     weights = dict(model.named_parameters()) | dict(model.named_buffers())  # a tied weight once
     left = {name: weight.numel() for name, weight in weights.items()}
     with named_errors(path), torch.no_grad():
@@ -50,10 +42,9 @@ def fill(model, pieces: Iterable[Piece], path):
                                  f"of a model of {model.config} has {tuple(place.shape)}")
             place.copy_(tensor)
             left[name] -= place.numel()
-            if left[name] < 0:
-                raise ValueError(f"{name} comes twice, the second time as {source}")
-        if missing := [name for name, count in left.items() if count]:
-            raise ValueError(f"nothing for {', '.join(missing[:5])} ({len(missing)} in all)")
+        if wrong := [name for name, count in left.items() if count]:
+            raise ValueError(f"nothing, or twice as much as fits, for {', '.join(wrong[:5])} "
+                             f"({len(wrong)} in all)")
 
 
 @contextmanager
@@ -67,9 +58,6 @@ def named_errors(path):
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
-# -- what the formats share ------------------------------------------------------------------------
-
-
 def rename(name: str, table: dict[str, str]) -> str:
     """A tensor's name in another format. The table may leave out .weight; * is the layer's number:
 
@@ -81,9 +69,7 @@ def rename(name: str, table: dict[str, str]) -> str:
     number = re.search(r"\.(\d+)\.", name)
     pattern = re.sub(r"\.\d+\.", ".*.", name, count=1)
     stem, dot, kind = pattern.rpartition(".")
-    if pattern not in table and stem not in table:
-        return name
-    found = table.get(pattern) or table[stem] + dot + kind
+    found = table.get(pattern) or (table[stem] + dot + kind if stem in table else pattern)
     return found.replace("*", number[1]) if number else found
 
 
@@ -119,10 +105,10 @@ def family_of(config: LMConfig, families: dict[tuple, str], library: str) -> str
                          "it was made from")
     if config.architecture == "gpt2":
         return "gpt2"
-    has_shared = config.use_moe and config.n_shared_experts > 0
-    family = families.get((config.use_moe, has_shared, config.qk_norm, config.attention_bias))
-    if family is None:
-        shared = f", n_shared_experts={config.n_shared_experts}" if config.use_moe else ""
-        raise ValueError(f"{library} has no architecture with use_moe={config.use_moe}{shared}, "
-                         f"qk_norm={config.qk_norm} and attention_bias={config.attention_bias}")
-    return family
+    n_shared = config.n_shared_experts if config.use_moe else 0
+    kind = config.use_moe, n_shared > 0, config.qk_norm, config.attention_bias
+    if kind not in families:
+        raise ValueError(f"{library} has no architecture with use_moe={config.use_moe}, "
+                         f"n_shared_experts={n_shared}, qk_norm={config.qk_norm} and "
+                         f"attention_bias={config.attention_bias}")
+    return families[kind]

@@ -1,12 +1,7 @@
 """
 载入与保存模型：路径是什么格式，看内容便知，不必声明。
-Loading and saving models. The format of a path is detected, not declared:
-
-    out/full_sft_64.pth     our own, with a .json beside it (interop/native.py)
-    SmolLM2-135M-Instruct/  a Hugging Face folder (interop/hf.py)
-    model-Q4_K_M.gguf       llama.cpp's single file (interop/gguf.py)
-    full_sft_768.pth        MiniMind's own, without a .json (interop/minimind.py)
-    stories260K.bin         llama2.c's (interop/llama2c.py)
+Loading and saving models. The format of a path is detected, not declared: our own .pth with a .json
+beside it, a Hugging Face folder, a .gguf, MiniMind's .pth without a .json, or llama2.c's .bin.
 """
 
 import dataclasses
@@ -38,14 +33,9 @@ SCRIPTS = {"pretrain": "train_pretrain.py", "full_sft": "train_sft.py",
 
 # -- a model and its tokenizer ---------------------------------------------------------------------
 
-
 def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, Tokenizer]:
-    """The model at PATH in eval mode, with weights of this dtype, and its tokenizer.
-
-    The tensors are copied one at a time from the file to the device. Raises FileNotFoundError with
-    the way to get the weights, and ValueError for a file that is cut short, a missing, extra or
-    misshapen tensor, and an architecture or tokenizer that this code cannot reproduce exactly.
-    """
+    """The model at PATH in eval mode, with weights of this dtype, and its tokenizer. Raises
+    FileNotFoundError, and ValueError for what is cut short or cannot be reproduced exactly."""
     reader = detect_format(path)
     if reader is native and (lora := native.read_about(path)[2]):
         return load_adapted(Path(path), lora, device, dtype)
@@ -86,10 +76,8 @@ def load_tokenizer(path) -> Tokenizer:
 
 
 def new_model(config: LMConfig, vocabulary=None) -> tuple[Transformer, Tokenizer]:
-    """A randomly initialised model of these sizes, with the vocab_size of the vocabulary.
-
-    vocabulary  a Tokenizer, or a path for load_tokenizer; None: model/tokenizer.json
-    """
+    """A randomly initialised model of these sizes, with the vocab_size of the vocabulary: a
+    Tokenizer, or a path for load_tokenizer; None: model/tokenizer.json."""
     tokenizer = vocabulary
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(vocabulary or DEFAULT)
@@ -122,12 +110,10 @@ class SkipInit(TorchFunctionMode):
 
 # -- teachers and students -------------------------------------------------------------------------
 
-
 def load_teacher(path, world: World, shard: str = "none",
                  compiled: bool = False) -> tuple[Transformer, Tokenizer]:
     """A frozen model (see `freeze`) and its tokenizer. Under zero3 it is sharded over processes,
-    otherwise it is whole on each device."""
-    # A model that will be sharded need not fit on one device.
+    and need not fit on one device; otherwise it is whole on each."""
     model, tokenizer = load_model(path, "cpu" if shard == "zero3" else world.device)
     Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {path}")
     freeze(model, world)
@@ -147,10 +133,8 @@ def freeze(model: Transformer, world: World) -> Transformer:
 
 def prepare(model: Transformer, base, world: World, lora: dict | None = None,
             grad_checkpoint: bool = False, compiled: bool = False) -> Transformer:
-    """Prepare a model that was loaded from `base` for training, in place.
-
-    lora    arguments of add_lora; save_model then writes the adapters alone
-    """
+    """Prepare a model that was loaded from `base` for training, in place. lora: arguments of
+    add_lora; save_model then writes the adapters alone."""
     Logger(f"student {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {base}")
     model.train()
     model.grad_checkpoint = grad_checkpoint
@@ -164,8 +148,7 @@ def prepare(model: Transformer, base, world: World, lora: dict | None = None,
 
 def adapt(model: Transformer, base, rank: int, alpha: float | None, dropout: float,
           targets=None) -> Adapted:
-    """add_lora to a model that was loaded from `base`. Raises ValueError for a randomly initialised
-    model, and for a base that is an adapter file itself."""
+    """add_lora to a model that was loaded from `base`."""
     if str(base) == "none":
         raise ValueError("--lora_rank adapts pretrained weights; name them with --weights or "
                          "--student, or leave it out")
@@ -198,7 +181,6 @@ def sha256_of_model(path) -> str:
 
 # -- formats ---------------------------------------------------------------------------------------
 
-
 def detect_format(path):
     """The module of interop/ that reads PATH. Raises FileNotFoundError or ValueError."""
     path = Path(path)
@@ -209,8 +191,7 @@ def detect_format(path):
     if path.suffix in (".json", ".resume"):
         raise ValueError(f"{path} is not a weight file; name {path.with_suffix('.pth')}")
     if path.suffix == ".safetensors":
-        raise ValueError(f"{path} alone has no sizes and no tokenizer; name its folder, "
-                         f"{path.parent}")
+        raise ValueError(f"{path} alone has no sizes and tokenizer; name its folder, {path.parent}")
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ValueError(f"{path} is a folder without a config.json: no model, or its download "

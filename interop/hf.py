@@ -1,13 +1,7 @@
 """
 Hugging Face 文件夹：config.json、safetensors 分片、tokenizer.json。只有这里认识它们的名字。
 Hugging Face folders: config.json, .safetensors files, tokenizer.json; their names are only here.
-
-    Llama, SmolLM2      the plain decoder
-    Qwen2, Qwen2.5      + biases on q, k and v
-    Qwen3               + norms on q and k
-    Qwen3-MoE           + experts;  Qwen2-MoE: experts and a shared one, behind a gate
-    MiniMind            Qwen3 and Qwen3-MoE under another name; minimind.py reads its .pth files
-    GPT-2               model/gpt2.py
+MiniMind's export is Qwen3 under another name; minimind.py reads its .pth files.
 """
 
 import json
@@ -17,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from interop import (QKV, Piece, family_of, is_rotated, named_errors, rename, to_half_split,
                      to_interleaved)
@@ -26,7 +20,7 @@ from interop.vocabulary import read_tokenizer_json, write_tokenizer
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from runtime.files import replace_atomic, write_atomic
+from runtime.files import write_atomic
 
 SHARD_BYTES = 4 << 30
 
@@ -60,7 +54,8 @@ GPT2_SUPPORTED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                   "add_cross_attention": (False,)}
 
 # Our names -> theirs. An expert's number stands behind "experts.".
-LAYER_NAMES = {
+NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+NAMES |= {f"layers.*.{ours}": f"model.layers.*.{theirs}" for ours, theirs in {
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
@@ -68,15 +63,11 @@ LAYER_NAMES = {
     "ffn.w1": "mlp.gate_proj", "ffn.w2": "mlp.down_proj", "ffn.w3": "mlp.up_proj",
     "ffn.router": "mlp.gate", "ffn.shared.w1": "mlp.shared_expert.gate_proj",
     "ffn.shared.w2": "mlp.shared_expert.down_proj", "ffn.shared.w3": "mlp.shared_expert.up_proj",
-}
-GPT2_LAYER_NAMES = {"attention_norm": "ln_1", "attention.wqkv": "attn.c_attn",
-                    "attention.wo": "attn.c_proj", "ffn_norm": "ln_2", "ffn.w1": "mlp.c_fc",
-                    "ffn.w2": "mlp.c_proj"}
-NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"} | {
-    f"layers.*.{ours}": f"model.layers.*.{theirs}" for ours, theirs in LAYER_NAMES.items()}
-GPT2_NAMES = {"tok_embeddings": "wte", "pos_embeddings": "wpe", "norm": "ln_f",
-              "output": "lm_head"} | {
-    f"layers.*.{ours}": f"h.*.{theirs}" for ours, theirs in GPT2_LAYER_NAMES.items()}
+}.items()}
+GPT2_NAMES = {"tok_embeddings": "wte", "pos_embeddings": "wpe", "norm": "ln_f", "output": "lm_head"}
+GPT2_NAMES |= {f"layers.*.{ours}": f"h.*.{theirs}" for ours, theirs in {
+    "attention_norm": "ln_1", "attention.wqkv": "attn.c_attn", "attention.wo": "attn.c_proj",
+    "ffn_norm": "ln_2", "ffn.w1": "mlp.c_fc", "ffn.w2": "mlp.c_proj"}.items()}
 STACKS = {f"layers.*.ffn.{w}": f"model.layers.*.mlp.experts.{theirs}.weight"
           for w, theirs in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))}
 
@@ -85,7 +76,6 @@ OURS |= {theirs.replace("shared_expert.", "shared_experts."): ours for theirs, o
          if "shared_expert." in theirs}     # MiniMind's
 
 # -- config.json -----------------------------------------------------------------------------------
-
 
 def read_config(folder) -> LMConfig:
     """The sizes in a folder's config.json. Raises ValueError for what is not supported."""
@@ -96,17 +86,18 @@ def read_config(folder) -> LMConfig:
 
 def config_of(theirs: dict) -> LMConfig:
     family = theirs["model_type"]
+    if family not in (known := [*dict.fromkeys(FAMILIES.values()), "minimind", "gpt2"]):
+        raise ValueError(f"model_type {family!r} is none of {', '.join(known)}")
+    # Qwen2-MoE may declare the biases of Qwen2; in the others attention_bias adds one to wo, too.
+    supported = (GPT2_SUPPORTED if family == "gpt2" else SUPPORTED if family == "qwen2_moe" else
+                 SUPPORTED | {"attention_bias": (False,)})
+    for name, values in supported.items():
+        if theirs.get(name, values[0]) not in values:
+            raise ValueError(f"{name} {theirs[name]!r} is not supported, only "
+                             f"{' or '.join(map(repr, values))}")
     if family == "gpt2":
-        check_supported(theirs, GPT2_SUPPORTED)
         return LMConfig(architecture="gpt2", tie_embeddings=theirs.get("tie_word_embeddings", True),
                         **read_sizes({"n_inner": None} | theirs, GPT2_SIZES))
-
-    if family not in (*FAMILIES.values(), "minimind"):
-        known = ", ".join([*dict.fromkeys(FAMILIES.values()), "minimind", "gpt2"])
-        raise ValueError(f"model_type {family!r} is none of {known}")
-    # Qwen2-MoE may declare the biases of Qwen2; in the others attention_bias adds one to wo, too.
-    check_supported(theirs, SUPPORTED if family == "qwen2_moe" else
-                    SUPPORTED | {"attention_bias": (False,)})
     sizes = read_sizes(theirs, SIZES) | read_rope(theirs)
     if family.endswith("_moe") or theirs.get("use_moe"):
         sizes |= read_experts(theirs, sizes["hidden_dim"])
@@ -126,13 +117,6 @@ def write_sizes(config: LMConfig, names: dict[str, str]) -> dict:
     return {name: getattr(config, ours) for ours, name in names.items()}
 
 
-def check_supported(theirs: dict, supported: dict[str, tuple]):
-    for name, values in supported.items():
-        if name in theirs and theirs[name] not in values:
-            raise ValueError(f"{name} {theirs[name]!r} is not supported, only "
-                             f"{' or '.join(map(repr, values))}")
-
-
 def read_experts(theirs: dict, hidden_dim: int) -> dict:
     hidden_dim = theirs.get("moe_intermediate_size") or hidden_dim
     # Qwen2-MoE has one shared expert, as wide as several; MiniMind had several before version 3.
@@ -141,12 +125,12 @@ def read_experts(theirs: dict, hidden_dim: int) -> dict:
     if n_shared % 1:
         raise ValueError("shared_expert_intermediate_size is no multiple of moe_intermediate_size")
     # The number of experts has another name in transformers 5, and another in MiniMind.
-    for name in ("num_local_experts", "n_routed_experts"):
-        theirs = {"num_experts": theirs[name]} | theirs if name in theirs else theirs
-    defaults = {"moe_intermediate_size": hidden_dim, "norm_topk_prob": False,
-                "router_aux_loss_coef": LMConfig.aux_loss_alpha}
+    n_experts = next(theirs[name] for name in ("num_experts", "num_local_experts",
+                                               "n_routed_experts") if name in theirs)
+    defaults = {"norm_topk_prob": False, "router_aux_loss_coef": LMConfig.aux_loss_alpha}
+    given = {"num_experts": n_experts, "moe_intermediate_size": hidden_dim}
     return {"use_moe": True, "n_shared_experts": int(n_shared),
-            **read_sizes(defaults | theirs, MOE_SIZES), "hidden_dim": hidden_dim}
+            **read_sizes(defaults | theirs | given, MOE_SIZES)}
 
 
 def read_rope(theirs: dict) -> dict:
@@ -189,9 +173,7 @@ def write_config(config: LMConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> 
 
 # -- reading ---------------------------------------------------------------------------------------
 
-
-def read_tokenizer(folder) -> Tokenizer:
-    return read_tokenizer_json(folder)
+read_tokenizer = read_tokenizer_json
 
 
 def read_pieces(folder, config: LMConfig) -> Iterator[Piece]:
@@ -199,7 +181,6 @@ def read_pieces(folder, config: LMConfig) -> Iterator[Piece]:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors, one at a time. Raises FileNotFoundError if a shard is missing."""
     index = folder / "model.safetensors.index.json"
     shards = [folder / "model.safetensors"]
     if index.exists():
@@ -237,8 +218,7 @@ def to_pieces(tensors, config: LMConfig) -> Iterator[Piece]:
             continue
         if source.endswith("shared_expert_gate.weight"):
             if tensor.count_nonzero():
-                raise ValueError(f"{source} is not zero: a shared expert behind a learned gate is "
-                                 "not supported")
+                raise ValueError(f"{source} is not zero: a learned gate is not supported")
             continue
         if config.architecture == "gpt2" and name.startswith("layers") and tensor.dim() == 2:
             tensor = tensor.T                       # GPT-2's layers compute x W, ours x W^T
@@ -262,31 +242,25 @@ def to_pieces(tensors, config: LMConfig) -> Iterator[Piece]:
 
 # -- writing ---------------------------------------------------------------------------------------
 
-
 def write(model: Transformer, tokenizer: Tokenizer, folder, dtype: torch.dtype = torch.float32):
     """Write the folder that AutoModelForCausalLM and AutoTokenizer read. config.json comes last:
     without it the folder is no model. Raises ValueError for a model that no family can hold."""
     folder, config = Path(folder), write_config(model.config, tokenizer, dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    shards, weight_map = in_shards(their_tensors(model), dtype), {}
-    n_shards = sum(1 for _ in in_shards(their_tensors(model), dtype))
+    shards, weight_map = list(in_shards(their_tensors(model), dtype)), {}
     for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05}-of-{n_shards:05}.safetensors" if n_shards > 1 else "model.safetensors"
-        shard = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in shard.items()}
-        replace_atomic(folder / file, lambda temporary: write_shard(shard, temporary))
-        weight_map |= dict.fromkeys(shard, file)
-    if n_shards > 1:
+        part = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        shard = {name: tensor.to(dtype).contiguous() for name, tensor in shard.items()}
+        data = save(shard, metadata={"format": "pt"})
+        write_atomic(folder / f"model{part}.safetensors", lambda opened: opened.write(data))
+        weight_map |= dict.fromkeys(shard, f"model{part}.safetensors")
+    if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json",
                    {"metadata": {}, "weight_map": weight_map})
     write_tokenizer(tokenizer, folder)
     write_json(folder / "generation_config.json",
                {key: config[key] for key in ("bos_token_id", "eos_token_id")})
     write_json(folder / "config.json", config)
-
-
-def write_shard(tensors: dict[str, torch.Tensor], path: Path):
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)               # the library writes files that only their owner can read
 
 
 def write_json(path: Path, value: dict):

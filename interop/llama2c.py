@@ -1,15 +1,12 @@
 """
 llama2.c 的权重与词表：一个文件头，一串 fp32 张量；词表是旁边的另一个文件。
 llama2.c's checkpoints (version 0) and vocabularies: https://github.com/karpathy/llama2.c, run.c
-
-    stories260K.bin     7 int32, then fp32 tensors, each stacked over the layers
-    tok512.bin          512 tokens with their scores; Llama 2's own vocabulary is tokenizer.bin
-
-The weights need no reordering: RoPE rotates the pairs (x0, x1) there as in model/transformer.py.
+RoPE rotates the pairs (x0, x1) there as in model/transformer.py, so nothing is reordered.
 """
 
 import struct
 from collections.abc import Iterator
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -23,15 +20,11 @@ from model.tokenizer import PLAIN, Tokenizer
 HEADER_BYTES = 28       # 7 int32: dim, hidden, layers, heads, kv heads, vocab (< 0: untied), seq
 MAGIC = 0x616B3432      # "ak42", the first number of later versions
 
-# Where a text is split for tiktoken, which looks up a whole piece before it joins bytes. Multi-byte
-# characters are pieces of their own, because no tokens lead from their bytes to them.
+# Where a text is split. Multi-byte characters are pieces: no tokens lead from bytes to them.
 WORDS = r" *[\x00-\x1F\x21-\x7F]+| +|[^\x00-\x7F]"
 LINES = r"[\x00-\x7F]+|[^\x00-\x7F]"    # where tokens contain inner spaces; 1.4 times as slow
 
 FIRST_BYTE, FIRST_TOKEN = 3, 259    # <unk> <s> </s>, the bytes <0x00> ... <0xFF>, learned tokens
-
-
-# -- weights ---------------------------------------------------------------------------------------
 
 
 def read_config(path: str | Path) -> LMConfig:
@@ -68,23 +61,16 @@ def read_pieces(path: str | Path, config: LMConfig) -> Iterator[Piece]:
 
 
 def layout(config: LMConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(run.c's name, our name, shape) of each tensor in the file's order. RoPE's tables have no
-    name here; the model recomputes them."""
+    """(run.c's name, our name or "", shape) of each tensor in the file's order."""
     D, F, V, T = config.dim, config.hidden_dim, config.vocab_size, config.max_seq_len
     H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
-    stacks = (
-        ("rms_att_weight", "attention_norm", (D,)),
-        ("wq", "attention.wq", (H * K, D)),
-        ("wk", "attention.wk", (G * K, D)),
-        ("wv", "attention.wv", (G * K, D)),
-        ("wo", "attention.wo", (D, H * K)),
-        ("rms_ffn_weight", "ffn_norm", (D,)),
-        ("w1", "ffn.w1", (F, D)),
-        ("w2", "ffn.w2", (D, F)),
-        ("w3", "ffn.w3", (F, D)),
-    )
+    stacks = {
+        "rms_att_weight": ("attention_norm", (D,)), "wq": ("attention.wq", (H * K, D)),
+        "wk": ("attention.wk", (G * K, D)), "wv": ("attention.wv", (G * K, D)),
+        "wo": ("attention.wo", (D, H * K)), "rms_ffn_weight": ("ffn_norm", (D,)),
+        "w1": ("ffn.w1", (F, D)), "w2": ("ffn.w2", (D, F)), "w3": ("ffn.w3", (F, D))}
     yield "token_embedding_table", "tok_embeddings.weight", (V, D)
-    for source, name, shape in stacks:
+    for source, (name, shape) in stacks.items():
         for layer in range(config.n_layers):
             yield f"{source}[{layer}]", f"layers.{layer}.{name}.weight", shape
     yield "rms_final_weight", "norm.weight", (D,)
@@ -95,22 +81,12 @@ def layout(config: LMConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 # -- vocabulary ------------------------------------------------------------------------------------
 
-
 def read_tokenizer(path: str | Path) -> Tokenizer:
-    """The vocabulary beside the weights: tok{vocab_size}.bin, or else tokenizer.bin.
-
-    It is SentencePiece's BPE. A text begins with a space; its characters are the first tokens (an
-    unknown character becomes its bytes); the neighbours whose union has the best score are joined.
+    """
+    The vocabulary beside the weights: tok{vocab_size}.bin, or else tokenizer.bin. It is
+    SentencePiece's BPE on characters: the neighbours whose union has the best score are joined.
     tiktoken does the same on bytes, with ids instead of scores, if each token of several characters
-
-        has a lower score than the one before it    so the lowest id is the best score
-        is ASCII                                    several bytes are joined to nothing else
-        is what joining its characters gives        tiktoken finds it at once, run.c only this way
-
-    This is checked here. An ASCII character that is a token has two ids, its own and its byte's.
-    Texts never get the second one; if a model generates it, it reads as <0x65>.
-
-    Raises FileNotFoundError with both places, or ValueError with the file and the token.
+    has a lower score than the one before it, is ASCII, and is what joining its characters gives.
     """
     path = Path(path)
     vocab_size = read_config(path).vocab_size
@@ -136,32 +112,26 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
 def read_scores(path: Path) -> list[tuple[bytes, float]]:
     """(token, score) in the order of the ids."""
     data, tokens, start = path.read_bytes(), [], 4      # after the length of the longest token
-    try:
-        while start < len(data):
-            score, size = struct.unpack_from("<fi", data, start)
-            token, = struct.unpack_from(f"{size}s", data, start + 8)
-            tokens.append((token, score))
-            start += 8 + size
-    except struct.error as error:
-        raise ValueError(f"token {len(tokens)} at byte {start:,} is cut short, or this is no "
-                         f"vocabulary of llama2.c: {error}") from error
+    while start + 8 <= len(data):
+        score, size = struct.unpack_from("<fI", data, start)
+        start += 8 + size
+        tokens.append((data[start - size:start], score))
+    if start != len(data):
+        raise ValueError(f"token {len(tokens) - 1} is cut short, or this is no vocabulary")
     return tokens
 
 
 def learned_tokens(scores: list[tuple[bytes, float]]) -> dict[str, int]:
     """Text -> id of all but the first 259. Raises ValueError for what cannot be exact."""
-    for i in range(FIRST_BYTE, FIRST_TOKEN):
-        name = f"<0x{i - FIRST_BYTE:02X}>"
-        if scores[i:i + 1] and scores[i][0] != name.encode():
-            raise ValueError(f"token {i} is not {name}; only SentencePiece's vocabularies with "
-                             "byte_fallback are supported")
+    if scores[FIRST_BYTE][0] != b"<0x00>" or scores[FIRST_TOKEN - 1][0] != b"<0xFF>":
+        raise ValueError(f"tokens {FIRST_BYTE} .. {FIRST_TOKEN - 1} are not the bytes; only "
+                         "SentencePiece's vocabularies with byte_fallback are supported")
     learned = {token.decode(): i for i, (token, _) in enumerate(scores) if i >= FIRST_TOKEN}
     last = float("inf")
     for text, i in learned.items():
         if len(text) == 1:
             continue
-        score = scores[i][1]
-        reason = None
+        score, reason = scores[i][1], None
         if score >= last:
             reason = f"has the score {score}, no lower than the one before it, {last}"
         elif not text.isascii():
@@ -177,8 +147,8 @@ def learned_tokens(scores: list[tuple[bytes, float]]) -> dict[str, int]:
 def join(text: str, ids: dict[str, int]) -> list[str]:
     """Byte-pair encoding by the textbook: the neighbours whose union has the lowest id first."""
     parts = list(text)
-    while unions := [(ids[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:]))
-                     if a in ids and b in ids and a + b in ids]:
+    while unions := [(ids[a + b], i) for i, (a, b) in enumerate(pairwise(parts))
+                     if {a, b, a + b} <= ids.keys()]:
         _, i = min(unions)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts

@@ -7,26 +7,11 @@ inference only.
     int4    w ~ scale * q + low        q in 0 .. 15, a scale and a low per 32 weights of a row;
                                        two q in a byte
 
-Rounding changes a weight by at most scale / 2. All matrices of the layers are quantised but the
-router, whose choices would jump. Norms, biases and positions stay floats. Embedding and head are
-int8 in both kinds: in 4 bits they alone would raise SmolLM2's perplexity from 8.24 to 8.60.
-
-Quantisation saves memory, not time: one core (AVX2) spends on unpacking what it saves on reading. A
-model of 512 x 8 answers one prompt 1.07 times as fast in int8 as in fp32, 0.98 in int4; sixteen
-prompts 0.91 and 0.87 (`python -m benchmarks.generate`).
-
-            SmolLM2-135M, MB        student of 64 x 2: exact match %   perplexity
-    fp32    538                     72.4                               1.446
-    int8    135                     72.4                               1.447
-    int4    108                     71.6                               1.458
-
-Activations have outliers, so they are harder to quantise. SmolLM2's perplexity (4,096 tokens of
-TinyStories) is 8.24 in fp32, 8.33 in int8; with 8-bit activations 8.61 with a scale per token, and
-15.6 with one for 512 tokens. Without `low`, int4 would change the student's weights 24 % more (q in
--7 .. 7), or 10 % more (-8 .. 7).
-
-int8: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, without its outliers; groups with a
-low: llama.cpp's Q4_1.
+All matrices of the layers are quantised but the router, whose choices would jump. Norms, biases
+and positions stay floats; embedding and head are int8 in both kinds. SmolLM2's perplexity on
+TinyStories is 8.24 in fp32, 8.33 in int8 (8.61 with 8-bit activations); a 4-bit embedding alone
+would add 0.36.
+int8: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, without its outliers.
 """
 
 import dataclasses
@@ -59,15 +44,15 @@ class Quantised(nn.Module):
 
     def unbind(self):  # -> E times (N, K)
         """The experts as floats, one at a time."""
-        stacks = (self.get_parameter(name) for name in self.code)
-        return (self.unpack(*code) for code in zip(*stacks))
+        return (self.unpack(*code) for code in zip(*(self.get_parameter(n) for n in self.code)))
 
-    def suits_kernel(self, x, N: int) -> bool:
-        """Whether to use PyTorch's kernel for few rows, which multiplies the integers by x in bf16,
-        with fp32 sums. `python -m benchmarks.generate` shows how many tokens it changes."""
+    def forward(self, x):  # (n, K) -> (n, N)
+        """For few rows, PyTorch's kernel multiplies the integers by x in bf16, with fp32 sums."""
         n, K = x.shape
-        is_aligned = N % KERNEL_SIDE == 0 and K % GROUP == 0
-        return x.device.type == "cpu" and n <= FEW_ROWS and is_aligned
+        suits = (x.device.type == "cpu" and n <= FEW_ROWS and K % GROUP == 0
+                 and self.scale.shape[-1] % KERNEL_SIDE == 0)
+        y = self.few_rows(x) if suits else self.many_rows(x)
+        return y if self.bias is None else y + self.bias
 
     def train(self, mode: bool = True):
         if mode:
@@ -88,10 +73,6 @@ class Int8(Quantised):
     def unpack(weight, scale):
         return weight * scale.unsqueeze(-1)
 
-    def forward(self, x):  # (n, K) -> (n, N)
-        y = self.few_rows(x) if self.suits_kernel(x, len(self.weight)) else self.many_rows(x)
-        return y if self.bias is None else y + self.bias
-
     def few_rows(self, x):
         one = torch.ones_like(self.scale, dtype=torch.bfloat16)     # the scales stay fp32
         return torch._weight_int8pack_mm(x.bfloat16(), self.weight, one).to(x.dtype) * self.scale
@@ -109,11 +90,8 @@ class Int8Embedding(Int8):
 
 
 class Int4(Quantised):
-    """weight uint8 (..., G, 16, N) · scale, low (..., G, N), for G = K / 32 groups
-
-    Outputs are consecutive, so that scales and weights are read in the same order. Byte i of a
-    group has weight i in its low half and weight i + 16 in its high half.
-    """
+    """weight uint8 (..., G, 16, N) · scale, low (..., G, N), for G = K / 32 groups. Byte i of a
+    group has weight i in its low half and weight i + 16 in its high half."""
 
     packed = None       # in the kernel's layout, which differs between CPUs; made at first use
 
@@ -132,10 +110,6 @@ class Int4(Quantised):
         q = integers(weight).to(scale.dtype)
         groups = torch.addcmul(low.unsqueeze(-2), q, scale.unsqueeze(-2))
         return groups.flatten(-3, -2).transpose(-1, -2)
-
-    def forward(self, x):  # (n, K) -> (n, N)
-        y = self.few_rows(x) if self.suits_kernel(x, self.weight.shape[-1]) else self.many_rows(x)
-        return y if self.bias is None else y + self.bias
 
     def few_rows(self, x):
         if self.packed is None:
@@ -168,15 +142,8 @@ KINDS = {"int8": Int8, "int4": Int4}
 
 @torch.no_grad()
 def quantize(model, kind: str):
-    """Replace the matrices by quantised ones, in place; on the meta device, to be loaded then.
-
-    kind    "int8" or "int4"; also set in the model's config
-
-    Raises ValueError, before anything is changed, for another kind, a quantised model, adapters,
-    and a matrix whose columns do not split into groups of 32.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"quantization {kind!r} must be one of {', '.join(KINDS)}")
+    """Replace the matrices by quantised ones, "int8" or "int4", in place. Raises ValueError before
+    anything is changed."""
     if model.adapted:
         raise ValueError("the model has adapters; merge_lora merges them, then it can be quantised")
     if isinstance(model.output, Quantised):

@@ -4,16 +4,7 @@ Tokenizer: text to ids and back; a conversation to ids and a loss mask.
 
 Byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; on bytes as in GPT-2): split
 the text into pieces by PATTERN, take each piece as UTF-8 bytes, and join the two neighbours whose
-union has the lowest id, until no union is a token. With " t" = 272, "he" = 273 and " the" = 274:
-
-    bytes   " " "t" "h" "e"
-    272     " t" "h" "e"
-    273     " t" "he"
-    274     " the"
-
-Every byte is a token, so every text can be encoded. tiktoken (Rust) does the joining: about 10 MB
-of text per second on one core. scripts/train_tokenizer.py learns the tokens,
-interop/vocabulary.py reads other vocabularies.
+union has the lowest id, until no union is a token: " " "t" "h" "e" -> " t" "he" -> " the".
 """
 
 import codecs
@@ -22,6 +13,7 @@ import json
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -37,9 +29,8 @@ from runtime.files import write_atomic
 DEFAULT = Path(__file__).with_name("tokenizer.json")
 
 # Where a text is split: no token crosses a split. The first alternative that matches wins; together
-# they match every character. There is no look-ahead (GPT-4 has \s+(?!\S), which leaves an indented
-# word its space). So tiktoken's regex runs in linear time, is a fifth faster, and a million spaces
-# in a row do not overflow its stack. The price: 0.7 % more tokens on Python code, none on prose.
+# they match every character. Without look-ahead (as in GPT-4's \s+(?!\S)) tiktoken's regex runs in
+# linear time, and a million spaces in a row do not overflow its stack.
 PATTERN = "|".join((
     r"\p{Han}+",                            # 汉字, without punctuation and Latin letters
     r"[ '’]?[\p{L}\p{M}&&[^\p{Han}]]+",     # a word and the space before it; the 't of don't
@@ -62,13 +53,11 @@ N_THREADS = min(8, os.cpu_count() or 1)
 @dataclass(frozen=True)
 class Chat:
     """
-    How a conversation is formatted: a template per role, with "{content}" once in each. Special
-    tokens in a template become their ids. The part after the assistant's content begins with the
-    token that ends the turn.
+    How a conversation is formatted: a template per role, with "{content}" once in each. The part
+    after the assistant's content begins with the special token that ends the turn.
 
         default_system  system message of conversations without one; None: they get none
-        before_answer   put before the final answer, and before one that is to be generated. Qwen3
-                        with thinking off has an empty thought there
+        before_answer   put before the final answer, and before one that is to be generated
         trims           whether white space around a content is removed
     """
 
@@ -106,13 +95,12 @@ DEFAULT_OPTIONS = {"chat": asdict(CHATML), "end_of_text": "<|endoftext|>", "bos"
 
 class Tokenizer:
     """
-    A vocabulary, and the functions that use it.
+    A vocabulary, and the functions that use it. Raises ValueError for what cannot work.
 
         pattern         regex that splits a text into pieces (Rust syntax)
         special_tokens  name -> id; no text can produce these ids
         ranks           token bytes -> id; the lower id is joined first. Ids may have gaps
         path            its file; None if it was made in memory
-
         chat            format of conversations
         end_of_text     name of the special token that ends a document. The attribute is its id
         bos             name of the special token that begins every document and conversation.
@@ -122,12 +110,8 @@ class Tokenizer:
         prefix_space    put a space before every non-empty text (SentencePiece); decode keeps it
         drops_bytes     skip bytes without a token, instead of requiring all 256
 
-        end_of_turn     the id that ends an answer
-        vocab_size      the highest id + 1
-        sha256          identifies the vocabulary in caches and checkpoints
-
-    Raises ValueError for a missing byte or special token, an id that is used twice, a pattern that
-    is no regex, and a template that is not as Chat requires.
+    end_of_turn is the id that ends an answer, vocab_size the highest id + 1, and sha256 identifies
+    the vocabulary in caches and checkpoints.
     """
 
     def __init__(self, pattern: str, special_tokens: dict[str, int], ranks: dict[bytes, int],
@@ -135,21 +119,21 @@ class Tokenizer:
                  end_of_text: str = "<|endoftext|>", bos: str | None = None,
                  matched: Iterable[str] = (), normalization: str | None = None,
                  prefix_space: bool = False, drops_bytes: bool = False):
-        check_ids(special_tokens, ranks)
-        names = [end_of_text, *matched] + ([] if bos is None else [bos])
-        check_chat(chat, special_tokens, names)
+        twice, count = Counter([*special_tokens.values(), *ranks.values()]).most_common(1)[0]
+        if count > 1:                                   # tiktoken would panic in Rust
+            raise ValueError(f"id {twice} is used twice")
+        check_chat(chat, special_tokens, [end_of_text, *matched, *([bos] if bos else [])])
         missing = bytes(value for value in range(256) if bytes([value]) not in ranks)
         if missing and not drops_bytes:
-            raise ValueError(f"no token for byte {missing[0]} ({len(missing)} of the 256 bytes are "
-                             "missing), so some texts cannot be encoded")
-        try:
-            self._encoding = tiktoken.Encoding("minidistill", pat_str=pattern,
-                                               mergeable_ranks=ranks, special_tokens=special_tokens)
-        except ValueError as error:
-            raise ValueError(f"pattern {pattern!r} is not a regex that tiktoken can run: {error}"
-                             ) from error
-
+            raise ValueError(f"no token for byte {missing[0]} ({len(missing)} are missing)")
+        self._encoding = tiktoken.Encoding("minidistill", pat_str=pattern, mergeable_ranks=ranks,
+                                           special_tokens=special_tokens)
         self.pattern, self.special_tokens, self.ranks = pattern, special_tokens, ranks
+        options = {"chat": asdict(chat), "end_of_text": end_of_text, "bos": bos,
+                   "matched": list(matched), "normalization": normalization,
+                   "prefix_space": prefix_space, "drops_bytes": drops_bytes}
+        self.options = {key: value for key, value in options.items()
+                        if value != DEFAULT_OPTIONS[key]}
         self.path, self.chat, self.matched = path, chat, tuple(matched)
         self.normalization, self.prefix_space = normalization, prefix_space
         self.drops_bytes, self._missing = drops_bytes, missing
@@ -158,29 +142,15 @@ class Tokenizer:
         self.bos = None if bos is None else special_tokens[bos]
         self._any_special, self._any_matched = any_of(special_tokens), any_of(self.matched)
 
-        # A header is encoded on its own. If "user\n" and the content were one string, the header's
-        # ids would depend on the content, and a prompt would not be a prefix of its conversation.
-        self._frames = {}
-        for role in ROLES:
-            parts = vars(chat)[role].split("{content}")
-            self._frames[role] = [self._encode(part, self._any_special) for part in parts]
+        # Headers are encoded apart from contents, so that a prompt is a prefix of its conversation.
+        self._frames = {role: [self._encode(part, self._any_special)
+                               for part in vars(chat)[role].split("{content}")] for role in ROLES}
         self._before_answer = self._encode(chat.before_answer, self._any_special)
         self.end_of_turn = self._frames["assistant"][1][0]
 
-    @property
-    def options(self) -> dict:
-        """The optional arguments that are not the default."""
-        name_of = {i: name for name, i in self.special_tokens.items()}
-        options = {
-            "chat": asdict(self.chat), "end_of_text": name_of[self.end_of_text],
-            "bos": name_of.get(self.bos), "matched": list(self.matched),
-            "normalization": self.normalization, "prefix_space": self.prefix_space,
-            "drops_bytes": self.drops_bytes}
-        return {key: value for key, value in options.items() if value != DEFAULT_OPTIONS[key]}
-
     @cached_property
     def sha256(self) -> str:
-        """Hash of the file that save writes. It depends on the content only, not on line ends."""
+        """Hash of the file that save writes."""
         return hashlib.sha256(self._to_json().encode()).hexdigest()
 
     @cached_property
@@ -196,19 +166,15 @@ class Tokenizer:
     # -- text ---------------------------------------------------------------------------------
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of a text. "<|im_end|>" in it is ten ordinary characters; otherwise a user could end
-        the turn and write the assistant's. allow_special makes it the token: for trusted texts
-        only. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
+        """Ids of a text. "<|im_end|>" in it is ten ordinary characters, or with allow_special, for
+        trusted texts only, the token. A lone surrogate becomes U+FFFD."""
         if self.prefix_space and text:
             text = " " + text
         return self._encode(text, self._any_special if allow_special else self._any_matched)
 
     def _encode(self, text: str, names: re.Pattern | None) -> list[int]:
-        """Ids of a text in which the special tokens that `names` finds become their ids."""
-        if names is None:
-            return self._encode_ordinary(text)
         ids = []
-        for n, part in enumerate(names.split(text)):            # text, name, text, name, ..., text
+        for n, part in enumerate(names.split(text) if names else [text]):   # text, name, text, ...
             ids += [self.special_tokens[part]] if n % 2 else self._encode_ordinary(part)
         return ids
 
@@ -222,20 +188,18 @@ class Tokenizer:
         return self._encoding.encode_ordinary(text)
 
     def _encode_without_missing(self, text: str) -> list[int]:
-        """Bytes without a token are removed from their piece, whose other bytes may then be joined,
-        as in Hugging Face's library. tiktoken panics on them, so Python splits these few texts."""
+        """Bytes without a token, on which tiktoken panics, are removed from their piece, whose
+        other bytes may then be joined, as in Hugging Face's library."""
         pieces = regex.findall(self.pattern, text, regex.V1)    # V1 has && in a class, as Rust has
         pieces = (piece.encode().translate(None, self._missing) for piece in pieces)
         return [i for piece in pieces if piece for i in self._encoding._encode_single_piece(piece)]
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """Ids of each text, over threads."""
+        """Ids of each text, over threads. Each gets many texts at a time; tiktoken's own batch call
+        gives one and takes 7 times as long for short texts."""
         texts = list(texts)
         if len(texts) < 32:                 # starting threads takes longer
             return [self.encode(text) for text in texts]
-
-        # Each thread gets many texts. tiktoken's own batch call gives one at a time: 2.8 s instead
-        # of 0.4 s for 100,000 texts of 40 characters on 2 cores.
         size = 1 + len(texts) // (4 * N_THREADS)
         shares = [texts[start:start + size] for start in range(0, len(texts), size)]
         with ThreadPoolExecutor(N_THREADS) as pool:
@@ -243,13 +207,11 @@ class Tokenizer:
             return [ids for share in encoded for ids in share]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids. An incomplete character becomes U+FFFD, and so does an id without a token,
-        which a model with a padded vocabulary can generate."""
+        """Text of ids. Incomplete characters and ids without a token become U+FFFD."""
         return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text, piece by piece, while ids arrive. 汉 is three bytes and may be three tokens: it is
-        shown when it is complete. The pieces joined are what decode gives."""
+        """Text, piece by piece, while ids arrive; a character is shown when it is complete."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
             try:
@@ -272,9 +234,7 @@ class Tokenizer:
             ids    <|im_start|> user \\n 2+3= <|im_end|> \\n <|im_start|> assistant \\n 5 <|im_end|>
             targets     .        .   .   .       .       .       .           .      .  T     T
 
-        add_generation_prompt ends with "<|im_start|>assistant\\n", for the model to continue. The
-        ids of a prompt are a prefix of the ids of every conversation that continues it.
-
+        add_generation_prompt ends with "<|im_start|>assistant\\n", for the model to continue.
         Raises ValueError for an unknown role and for a content that is not text.
         """
         return self.encode_chats([messages], add_generation_prompt)[0]
@@ -284,9 +244,11 @@ class Tokenizer:
         """encode_chat of each conversation; all contents are encoded together, over threads."""
         conversations = list(conversations)
         for number, messages in enumerate(conversations):
-            check_messages(messages, where=f"conversation {number}")
+            for i, message in enumerate(messages):
+                if message["role"] not in ROLES or not isinstance(message["content"], str):
+                    raise ValueError(f"conversation {number}, message {i}: {message} does not have "
+                                     f"one of the roles {', '.join(ROLES)} and a text as content")
         conversations = [self.chat.messages(messages) for messages in conversations]
-
         contents = (message["content"] for messages in conversations for message in messages)
         contents = iter(self.encode_batch(contents))
         return [self._frame(messages, contents, add_generation_prompt)
@@ -303,7 +265,6 @@ class Tokenizer:
             n_targets = len(content) + 1 if message["role"] == "assistant" else 0
             if n_targets and left == 0:
                 header = header + self._before_answer
-
             ids += [*header, *content, *end]
             targets += [False] * len(header) + [True] * n_targets
             targets += [False] * (len(content) + len(end) - n_targets)
@@ -316,7 +277,6 @@ class Tokenizer:
 
     def render(self, messages: list[dict]) -> str:
         """The conversation as encode_chat formats it, for people to read."""
-        check_messages(messages, where="conversation")
         return self.decode(self.encode_chat(messages)[0])
 
     # -- the vocabulary file ------------------------------------------------------------------
@@ -329,7 +289,12 @@ class Tokenizer:
             raise FileNotFoundError(f"no vocabulary at {path}. Train one: "
                                     f"python scripts/train_tokenizer.py --data FILE --out {path}")
         try:
-            return cls(**from_json(path.read_text(encoding="utf-8")), path=path)
+            about = json.loads(path.read_text(encoding="utf-8"))
+            about["ranks"] = {token.encode() if isinstance(token, str) else bytes(token): i
+                              for i, token in about.pop("tokens")}
+            if "chat" in about:
+                about["chat"] = Chat(**about["chat"])
+            return cls(**about, path=path)
         except ValueError as error:                     # JSON's and UTF-8's errors are ValueErrors
             raise ValueError(f"{path}: {error}") from error
         except (KeyError, TypeError) as error:
@@ -342,16 +307,8 @@ class Tokenizer:
         write_atomic(path, lambda file: file.write(self._to_json().encode()))
 
     def _to_json(self) -> str:
-        """
-        One token per line, to be read, searched and compared. A token that is text is written as
-        text, an incomplete character, which JSON cannot hold, as its bytes:
-
-            [272, " t"],
-            [416, [228, 189]],
-            [530, "月"],
-
-        The options that are not the default follow.
-        """
+        """One token per line, such as [272, " t"], or [416, [228, 189]] for the bytes of an
+        incomplete character, which JSON cannot hold. Options that are not the default follow."""
         to_json = json.JSONEncoder(ensure_ascii=False).encode
         special_tokens = dict(sorted(self.special_tokens.items(), key=lambda item: item[1]))
         tokens = sorted(self.ranks.items(), key=lambda item: item[1])
@@ -369,34 +326,10 @@ def as_text_or_bytes(token: bytes) -> str | list[int]:
         return list(token)
 
 
-def from_json(text: str) -> dict:
-    """The arguments of Tokenizer in a vocabulary file's text."""
-    about = json.loads(text)
-    entries = about.pop("tokens")
-    ranks = {token.encode() if isinstance(token, str) else bytes(token): i for i, token in entries}
-    if len(ranks) < len(entries):
-        raise ValueError("a token has two ids")
-    if "chat" in about:
-        about["chat"] = Chat(**about["chat"])
-    return about | {"ranks": ranks}
-
-
 def any_of(names: Iterable[str]) -> re.Pattern | None:
     """Regex that finds any of the names, the longest one at each place; None for no names."""
     names = sorted(names, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
-
-
-def check_ids(special_tokens: dict[str, int], ranks: dict[bytes, int]) -> None:
-    """Raise ValueError where tiktoken would panic in Rust, which is no Exception in Python."""
-    owner = {}
-    for token, i in [*special_tokens.items(), *ranks.items()]:
-        name = token if isinstance(token, str) else as_text_or_bytes(token)
-        if not (isinstance(i, int) and 0 <= i < 2**31):
-            raise ValueError(f"id {i!r} of {name!r} is not an integer in 0 .. 2**31 - 1")
-        if i in owner:
-            raise ValueError(f"id {i} is used twice, by {owner[i]!r} and by {name!r}")
-        owner[i] = name
 
 
 def check_chat(chat: Chat, special_tokens: dict[str, int], names: Iterable[str]) -> None:
@@ -405,24 +338,10 @@ def check_chat(chat: Chat, special_tokens: dict[str, int], names: Iterable[str])
     for role, template in templates.items():
         if template.count("{content}") != 1:
             raise ValueError(f"the {role}'s template {template!r} has to have {{content}} once")
-
     marks = re.findall(r"<\|.*?\|>", " ".join([*templates.values(), chat.before_answer]))
     for name in [*names, *marks]:
         if name not in special_tokens:
             raise ValueError(f"special token {name!r} is missing")
-
-    end = templates["assistant"].split("{content}")[1]
-    if not any_of(special_tokens).match(end):
-        raise ValueError(f"the text after the assistant's {{content}}, {end!r}, has to begin with "
-                         "a special token that ends the turn")
-
-
-def check_messages(messages: list[dict], where: str) -> None:
-    """Raise ValueError for an unknown role and for a content that is not text."""
-    for number, message in enumerate(messages):
-        if message["role"] not in ROLES:
-            raise ValueError(f"{where}, message {number}: role {message['role']!r} is not one of "
-                             f"{', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
-            raise ValueError(f"{where}, message {number}: content {message['content']!r} is not "
-                             "text")
+    if not any_of(special_tokens).match(templates["assistant"].split("{content}")[1]):
+        raise ValueError(f"the assistant's template {chat.assistant!r} has to have a special token "
+                         "after its {content}, to end the turn")

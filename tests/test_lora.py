@@ -295,11 +295,12 @@ def test_adapters_of_another_model_are_named_and_nothing_is_changed(make):
     del state["layers.0.attention.wq.lora_a"]
     state["layers.7.attention.wq.lora_a"] = torch.zeros(3, 16)
     state["layers.1.ffn.w2.lora_b"] = torch.zeros(16, 4)
-    with pytest.raises(ValueError, match=r"missing: layers\.0\.attention\.wq\.lora_a; "
-                                         r"no place for: layers\.7\.attention\.wq\.lora_a; "
-                                         r"of another shape: layers\.1\.ffn\.w2\.lora_b \(16, 4\) instead of \(16, 3\)"):
+    with pytest.raises(ValueError, match="not of this model") as refused:
         load_lora(model, state)
-    with pytest.raises(ValueError, match="and 23 more"):
+    for wrong in ("layers.0.attention.wq.lora_a: None instead of (3, 16)", "layers.7.attention.wq.lora_a: (3, 16) instead of None",
+                  "layers.1.ffn.w2.lora_b: (16, 4) instead of (16, 3)"):
+        assert wrong in str(refused.value)
+    with pytest.raises(ValueError, match="28 in all"):
         load_lora(model, {})
     assert torch.equal(logits(model), before)
 
@@ -308,9 +309,9 @@ def test_adapters_of_another_model_are_named_and_nothing_is_changed(make):
 
 REFUSED = (
     ("dense", dict(rank=0), "rank 0 must lie between 1 and 8"),
-    ("dense", dict(rank=9), r"between 1 and 8, the smaller side of layers\.0\.attention\.wk \(8 x 16\)"),
+    ("dense", dict(rank=9), r"between 1 and 8, the smaller side of layers\.0\.attention\.wk"),
     ("dense", dict(rank=2, dropout=1.0), r"dropout 1\.0 must lie in \[0, 1\)"),
-    ("dense", dict(rank=2, alpha=0), "alpha 0 must be more than 0"),
+    ("dense", dict(rank=2, alpha=0), "alpha 0 above 0"),
     ("dense", dict(rank=2, targets=["wq", "wz"]), "no layer has a linear wz; this model has wq, wk, wv, wo, w1, w2, w3"),
     ("dense", dict(rank=2, targets=[]), "no layer has a linear to adapt; this model has wq"),
     ("dense", dict(rank=2, targets=["output"]), "no layer has a linear output"),

@@ -215,8 +215,6 @@ def test_a_quantised_model_is_neither_trained_nor_quantised_again(tiny):
         model.train()
     with pytest.raises(ValueError, match="int8 already"):
         quantize(model, "int4")
-    with pytest.raises(ValueError, match="'int3' must be one of int8, int4"):
-        quantize(tiny(**SIZES), "int3")
 
 
 def test_columns_that_do_not_split_into_groups_are_refused_before_anything_changes(tiny):
