@@ -5,12 +5,6 @@ A decoder by hand: RMSNorm, RoPE, grouped-query attention, SwiGLU, optionally a 
 A batch is packed: samples of different lengths are concatenated to N tokens, without padding. All
 layers but attention work on each token by itself. Attention keeps the samples apart.
 
-    tokens   [ a b c | d e f | g h i j ]        lengths [3, 3, 4]
-
-    tokens -> embedding -> n_layers x Block -> RMSNorm -> output -> logits
-                           Block:  x = x + attention(norm(x))
-                                   x = x + ffn(norm(x))
-
 Shapes:  N tokens of the batch · S selected positions · B samples · T tokens of a sample · D dim
          H query heads · G key/value heads · K head_dim · F hidden_dim · V vocab_size
          E experts · A active experts
@@ -39,10 +33,7 @@ class Output(NamedTuple):
 
 
 class KVCache:
-    """The keys and values of up to `capacity` tokens per row; `lengths` counts the filled ones.
-
-    A token's keys and values do not depend on later tokens, so generation computes them once.
-    """
+    """The keys and values of up to `capacity` tokens per row; `lengths` counts the filled ones."""
 
     def __init__(self, config: LMConfig, rows: int, capacity: int, device, dtype=torch.float32):
         shape = config.n_layers, 2, rows, config.n_kv_heads, capacity, config.head_dim
@@ -85,14 +76,10 @@ class Layout(NamedTuple):
 
 # -- RoPE ------------------------------------------------------------------------------------------
 
-
 def rotate(x, rotation):  # (N, H, K), (N, 1, K/2) complex -> (N, H, K)
     """RoPE: each pair (x0, x1) is a complex number, rotated by the angle position * frequency.
-
-    The product of a query and a key then depends on the distance of their positions only.
     Su et al. 2021, https://arxiv.org/abs/2104.09864, Sec. 3.4.2. Hugging Face pairs x0 with
-    x_{K/2}: the same, up to the order of the rows of wq and wk.
-    """
+    x_{K/2}: the same, up to the order of the rows of wq and wk."""
     if rotation is None:
         return x
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -101,10 +88,8 @@ def rotate(x, rotation):  # (N, H, K), (N, 1, K/2) complex -> (N, H, K)
 
 def scale_frequencies(frequency, factor, low_freq_factor, high_freq_factor,
                       original_max_position_embeddings):  # (K/2,) -> (K/2,), radians per token
-    """Llama 3.1's RoPE for contexts longer than the pretrained one.
-
-    Pairs that make many turns within the original context distinguish neighbours: they stay. Pairs
-    that make few encode long distances: they are slowed down by `factor`. In between: interpolated.
+    """Llama 3.1's RoPE for longer contexts: pairs that make many turns within the original one
+    stay, those that make few are slowed down by `factor`, in between interpolated.
     Grattafiori et al. 2024, https://arxiv.org/abs/2407.21783, Sec. 3.4.2, and its published code.
     """
     turns = original_max_position_embeddings * frequency / (2 * torch.pi)
@@ -113,7 +98,6 @@ def scale_frequencies(frequency, factor, low_freq_factor, high_freq_factor,
 
 
 # -- attention -------------------------------------------------------------------------------------
-
 
 def has_varlen(device, dtype, head_dim: int) -> bool:
     """Whether varlen_attn supports these. It is FlashAttention 2, from NVIDIA's Ampere on:
@@ -126,9 +110,7 @@ def has_varlen(device, dtype, head_dim: int) -> bool:
 
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share G key/value heads, H / G each.
-
-    Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
-    """
+    Ainslie et al. 2023, https://arxiv.org/abs/2305.13245"""
 
     def __init__(self, config: LMConfig, layer: int):
         super().__init__()
@@ -187,7 +169,6 @@ class Attention(nn.Module):
 
 
 # -- the model -------------------------------------------------------------------------------------
-
 
 class Block(nn.Module):
     """A pre-norm layer: attention, then the FFN, each added to the residual stream x."""
@@ -320,8 +301,8 @@ class Transformer(nn.Module):
                       cache, n_cached, mask)
 
     def rotation(self, positions):  # (N,) -> (N, 1, K/2) complex
-        """The rotation of each pair at each position, in fp32. Recomputed in each pass, because a
-        buffer would follow .to(bfloat16), in which positions 300 and 301 are equal."""
+        """The rotation of each pair at each position, in fp32; no buffer, which would follow
+        .to(bfloat16), in which positions 300 and 301 are equal."""
         K, device = self.config.head_dim, positions.device
         frequency = self.config.rope_theta ** -(torch.arange(0, K, 2, device=device) / K)   # (K/2,)
         if self.config.rope_scaling:

@@ -30,11 +30,8 @@ from runtime.args import parse_args
 
 SMALLEST = len(SPECIAL_TOKENS) + 256
 
-# Five Chinese characters. Without a limit, phrases that a data set repeats become tokens.
-MAX_TOKEN_BYTES = 16
-
-# Keys whose strings are not text: 100,000 times "assistant" would take ids from real words.
-LABELS = {"id", "role", "from"}
+MAX_TOKEN_BYTES = 16                # five Chinese characters; repeated phrases are no tokens
+LABELS = {"id", "role", "from"}     # keys whose strings are not text
 
 
 # -- 1. text of any file ---------------------------------------------------------------------------
@@ -43,18 +40,18 @@ def strings(value) -> Iterator[str]:
     """Every string in a JSON value, except keys and the values of LABELS."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, list):
-        for item in value:
+    elif isinstance(value, (list, dict)):
+        items = value if isinstance(value, list) else [
+            item for key, item in value.items() if key not in LABELS]
+        for item in items:
             yield from strings(item)
-    elif isinstance(value, dict):
-        yield from strings([item for key, item in value.items() if key not in LABELS])
 
 
 def all_texts(path: Path) -> Iterator[str]:
     """The texts in a .jsonl, a .json, or a plain text (in blocks of lines of about 64 KB)."""
     number = 0
-    with path.open(encoding="utf-8", newline="") as file:
-        try:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
             if path.suffix == ".jsonl":
                 for number, line in enumerate(file, 1):
                     yield from strings(json.loads(line)) if line.strip() else ()
@@ -63,18 +60,18 @@ def all_texts(path: Path) -> Iterator[str]:
             else:
                 while lines := file.readlines(1 << 16):
                     yield "".join(line for line in lines if line.strip() != END_OF_TEXT)
-        except json.JSONDecodeError as error:
-            raise SystemExit(f"{path}, line {number}: not JSON ({error})") from error
-        except UnicodeDecodeError as error:
-            raise SystemExit(f"{path}: not UTF-8 ({error}); convert it: iconv -f gb18030 -t utf-8"
-                             ) from error
+    except FileNotFoundError as error:
+        raise SystemExit(f"--data {path}: no such file") from error
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"{path}, line {number}: not JSON ({error})") from error
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path}: not UTF-8 ({error}); convert it: iconv -f gb18030 -t utf-8"
+                         ) from error
 
 
 def read_texts(path: Path, max_bytes: float) -> list[str]:
     """The texts of a file until max_bytes are reached. Half of a surrogate pair becomes "?"."""
     texts, n_bytes = [], 0
-    if not path.is_file():
-        raise SystemExit(f"--data {path}: no such file")
     for text in all_texts(path):
         data = text.encode("utf-8", "replace")
         texts.append(data.decode())
@@ -87,8 +84,7 @@ def read_texts(path: Path, max_bytes: float) -> list[str]:
 # -- 2. training -----------------------------------------------------------------------------------
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of 256 bytes and up to vocab_size - 272 merges; 16 ids are special tokens.
-    A pair that occurs once, or is longer than MAX_TOKEN_BYTES, is not merged."""
+    """A byte-level BPE of 256 bytes and up to vocab_size - 272 merges; 16 ids are special."""
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
@@ -125,13 +121,14 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def report(tokenizer: Tokenizer, texts_of: dict[Path, list[str]]) -> None:
     """Bytes per token of each file and of all of them."""
-    sizes = {path.name: (sum(len(text.encode()) for text in texts),
-                         sum(map(len, tokenizer.encode_batch(texts))))
-             for path, texts in texts_of.items()}
-    sizes["all"] = [sum(column) for column in zip(*sizes.values())]
+    rows = [(path.name, sum(len(text.encode()) for text in texts),
+             sum(map(len, tokenizer.encode_batch(texts)))) for path, texts in texts_of.items()]
+    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     print(f"{'file':32} {'MB':>8} {'tokens':>12} {'bytes/token':>12}")
-    for name, (n_bytes, n_tokens) in sizes.items():
+    for name, n_bytes, n_tokens in rows:
         print(f"{name:32} {n_bytes / 1e6:8.2f} {n_tokens:12,} {n_bytes / max(n_tokens, 1):12.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
