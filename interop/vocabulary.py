@@ -38,7 +38,6 @@ PROBE = ("def f(x):\n\treturn  x + 12345 # it's, IT'LL\r\n\r\n    \n"
          "नमस्ते مرحبا 한국어 👩‍👩‍👧 ❤️ \u2028\u3000\ufeff\U000e0001"
          + "".join(map(chr, range(0x250))) + "   ")
 
-
 # -- bytes and merges ------------------------------------------------------------------------------
 
 # The letter that stands for each byte: printable ones have their own, the others those from 256 on.
@@ -277,8 +276,8 @@ def read_tokenizer_json(path: str | Path) -> Tokenizer:
         library.no_truncation()
         library.no_padding()
         config, older = (json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-                         for beside in map(file.with_name, ("tokenizer_config.json",
-                                                            "added_tokens.json")))
+                         for beside in (file.with_name("tokenizer_config.json"),
+                                        file.with_name("added_tokens.json")))
         template, jinja = config.get("chat_template"), file.with_name("chat_template.jinja")
         if jinja.is_file():
             template = jinja.read_text(encoding="utf-8")
@@ -333,28 +332,24 @@ def steps_of(part: dict | None, key: str) -> list[dict]:
 
 
 def read_pre_tokenizer(part: dict | None) -> str:
-    """The pattern that splits a text."""
+    """The pattern that splits a text; check_against_library compares all other settings."""
     match steps_of(part, "pretokenizers"):
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+        case [{"type": "ByteLevel"}]:
             return GPT2
-        case [{"type": "Digits", "individual_digits": True},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+        case [{"type": "Digits"}, {"type": "ByteLevel"}]:
             return SMOLLM
-        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
-               "invert": False},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+        case [{"type": "Split", "pattern": {"Regex": pattern}}, {"type": "ByteLevel"}]:
             return pattern
     raise ValueError(f"pre_tokenizer {json.dumps(part)[:500]} is not supported")
 
 
 def read_normalizer(part: dict | None) -> dict:
     """The Tokenizer's options that normalise a text."""
-    known = (([], {}), ([{"type": "NFC"}], {"normalization": "NFC"}),
-             ([{"type": "Prepend", "prepend": " "}], {"prefix_space": True}))
-    for steps, options in known:
-        if steps_of(part, "normalizers") == steps:
-            return options
-    raise ValueError(f"normalizer {json.dumps(part)[:500]} is not supported, only NFC and Prepend")
+    known = {(): {}, ("NFC",): {"normalization": "NFC"}, ("Prepend",): {"prefix_space": True}}
+    kinds = tuple(step["type"] for step in steps_of(part, "normalizers"))
+    if kinds not in known:
+        raise ValueError(f"normalizer {json.dumps(part)[:500]} is not supported")
+    return known[kinds]
 
 
 def read_bos(library: tokenizers.Tokenizer) -> str | None:
