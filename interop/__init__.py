@@ -34,8 +34,7 @@ def fill(model, pieces: Iterable[Piece], path):
     with named_errors(path), torch.no_grad():
         for name, tensor, where, source in pieces:
             if name not in weights:
-                raise ValueError(f"tensor {source} ({name} here) has no place in a model of "
-                                 f"{model.config}")
+                raise ValueError(f"tensor {source} has no place in a model of {model.config}")
             place = weights[name][where]
             if place.shape != tensor.shape:
                 raise ValueError(f"tensor {source} has the shape {tuple(tensor.shape)}, but {name} "
@@ -43,8 +42,7 @@ def fill(model, pieces: Iterable[Piece], path):
             place.copy_(tensor)
             left[name] -= place.numel()
         if wrong := [name for name, count in left.items() if count]:
-            raise ValueError(f"nothing, or twice as much as fits, for {', '.join(wrong[:5])} "
-                             f"({len(wrong)} in all)")
+            raise ValueError(f"missing or repeated: {', '.join(wrong[:5])} ({len(wrong)} in all)")
 
 
 @contextmanager
@@ -95,14 +93,21 @@ def to_half_split(weight, head_dim: int):  # (H * K, ...) -> (H * K, ...)
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(weight.shape)
 
 
+def check_supported(settings: dict, supported: dict[str, tuple]):
+    """Raise ValueError for a setting with another value than those that this code computes."""
+    for name, values in supported.items():
+        if settings.get(name, values[0]) not in values:
+            raise ValueError(f"{name} = {settings[name]!r} is not supported, only "
+                             f"{' or '.join(map(repr, values))}")
+
+
 def family_of(config: LMConfig, families: dict[tuple, str], library: str) -> str:
     """The library's name for models that compute what this one does. Raises ValueError without one.
 
     families    (use_moe, with shared experts, qk_norm, attention_bias) -> name
     """
     if config.quantization:
-        raise ValueError(f"a model in {config.quantization} is for inference only; convert the one "
-                         "it was made from")
+        raise ValueError(f"the model is {config.quantization}; convert the one it was made from")
     if config.architecture == "gpt2":
         return "gpt2"
     n_shared = config.n_shared_experts if config.use_moe else 0

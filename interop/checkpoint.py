@@ -49,12 +49,10 @@ def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, To
     """The base model of an adapter file, with the adapters merged into it."""
     base = path.parent / lora["base"]
     if not base.exists():
-        raise FileNotFoundError(f"{path} holds adapters to the weights at {base}, which are "
-                                "missing")
+        raise FileNotFoundError(f"{path} holds adapters to the missing weights {base}")
     model, tokenizer = load_model(base, device, dtype)
     if sha256_of_model(base) != lora["base_sha256"]:
-        raise ValueError(f"{path} holds adapters to other weights than those now at {base}; put "
-                         "the old ones there")
+        raise ValueError(f"{path} holds adapters to other weights than those now at {base}")
     add_lora(model, lora["rank"], lora["alpha"], targets=lora["targets"])
     load_lora(model, native.read_state(path))
     return merge_lora(model).eval(), tokenizer
@@ -150,8 +148,7 @@ def adapt(model: Transformer, base, rank: int, alpha: float | None, dropout: flo
           targets=None) -> Adapted:
     """add_lora to a model that was loaded from `base`."""
     if str(base) == "none":
-        raise ValueError("--lora_rank adapts pretrained weights; name them with --weights or "
-                         "--student, or leave it out")
+        raise ValueError("--lora_rank adapts pretrained weights: --weights or --student FILE")
     if detect_format(base) is native and native.read_about(base)[2]:
         raise ValueError(f"{base} holds adapters itself. Merge them into their weights, and adapt "
                          f"those: python scripts/convert.py --weights {base} --out NEW.pth")
@@ -194,8 +191,7 @@ def detect_format(path):
         raise ValueError(f"{path} alone has no sizes and tokenizer; name its folder, {path.parent}")
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ValueError(f"{path} is a folder without a config.json: no model, or its download "
-                             "is not complete")
+            raise ValueError(f"{path} is a folder without a config.json: an incomplete download?")
         return reader_of("hf")
     with open(path, "rb") as file:
         if file.read(4) == b"GGUF":

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from interop import (QKV, Piece, family_of, is_rotated, named_errors, rename, to_half_split,
-                     to_interleaved)
+from interop import (QKV, Piece, check_supported, family_of, is_rotated, named_errors, rename,
+                     to_half_split, to_interleaved)
 from interop.native import read_state
 from interop.vocabulary import read_tokenizer_json, write_tokenizer
 from model.config import LMConfig
@@ -91,10 +91,7 @@ def config_of(theirs: dict) -> LMConfig:
     # Qwen2-MoE may declare the biases of Qwen2; in the others attention_bias adds one to wo, too.
     supported = (GPT2_SUPPORTED if family == "gpt2" else SUPPORTED if family == "qwen2_moe" else
                  SUPPORTED | {"attention_bias": (False,)})
-    for name, values in supported.items():
-        if theirs.get(name, values[0]) not in values:
-            raise ValueError(f"{name} {theirs[name]!r} is not supported, only "
-                             f"{' or '.join(map(repr, values))}")
+    check_supported(theirs, supported)
     if family == "gpt2":
         return LMConfig(architecture="gpt2", tie_embeddings=theirs.get("tie_word_embeddings", True),
                         **read_sizes({"n_inner": None} | theirs, GPT2_SIZES))
@@ -125,8 +122,8 @@ def read_experts(theirs: dict, hidden_dim: int) -> dict:
     if n_shared % 1:
         raise ValueError("shared_expert_intermediate_size is no multiple of moe_intermediate_size")
     # The number of experts has another name in transformers 5, and another in MiniMind.
-    n_experts = next(theirs[name] for name in ("num_experts", "num_local_experts",
-                                               "n_routed_experts") if name in theirs)
+    n_experts = next((theirs[name] for name in ("num_experts", "num_local_experts",
+                                               "n_routed_experts") if name in theirs), 0)
     defaults = {"norm_topk_prob": False, "router_aux_loss_coef": LMConfig.aux_loss_alpha}
     given = {"num_experts": n_experts, "moe_intermediate_size": hidden_dim}
     return {"use_moe": True, "n_shared_experts": int(n_shared),
@@ -157,11 +154,10 @@ def write_config(config: LMConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> 
             "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
     rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {}),
             "rope_type": "llama3" if config.rope_scaling else "default"}
-    theirs |= write_sizes(config, SIZES) | {
+    theirs |= write_sizes(config, SIZES) | {        # transformers 5 reads rope_parameters
         "architectures": [family.title().replace("_", "") + "ForCausalLM"],
         "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim, "hidden_act": "silu",
-        "rope_parameters": rope,                                            # transformers 5
-        "rope_theta": config.rope_theta,                                    # transformers 4
+        "rope_parameters": rope, "rope_theta": config.rope_theta,
         "rope_scaling": rope if config.rope_scaling else None}
     if config.use_moe:
         theirs |= write_sizes(config, MOE_SIZES) | {"decoder_sparse_step": 1, "mlp_only_layers": []}

@@ -42,9 +42,8 @@ def read_config(path: str | Path) -> LMConfig:
         size = Path(path).stat().st_size
         expected = HEADER_BYTES + 4 * sum(prod(shape) for _, _, shape in layout(config))
         if size != expected:
-            raise ValueError(f"{size:,} bytes, but a llama2.c checkpoint of {config}, {vocab_size} "
-                             f"tokens and max_seq_len={max_seq_len} has {expected:,}; it is cut "
-                             "short, or no such checkpoint")
+            raise ValueError(f"{size:,} bytes, but a llama2.c checkpoint of {config} has "
+                             f"{expected:,}; it is cut short, or no such checkpoint")
         return config
 
 
@@ -93,8 +92,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     places = path.with_name(f"tok{vocab_size}.bin"), path.with_name("tokenizer.bin")
     file = next((place for place in places if place.is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"no vocabulary for {path}: neither {places[0]} nor {places[1]} "
-                                "exists. Put the one that it was trained with beside it")
+        raise FileNotFoundError(f"no vocabulary for {path}: neither {places[0]} nor {places[1]}")
     with named_errors(file):
         scores = read_scores(file)
         if len(scores) != vocab_size:
@@ -124,8 +122,7 @@ def read_scores(path: Path) -> list[tuple[bytes, float]]:
 def learned_tokens(scores: list[tuple[bytes, float]]) -> dict[str, int]:
     """Text -> id of all but the first 259. Raises ValueError for what cannot be exact."""
     if scores[FIRST_BYTE][0] != b"<0x00>" or scores[FIRST_TOKEN - 1][0] != b"<0xFF>":
-        raise ValueError(f"tokens {FIRST_BYTE} .. {FIRST_TOKEN - 1} are not the bytes; only "
-                         "SentencePiece's vocabularies with byte_fallback are supported")
+        raise ValueError("tokens 3 .. 258 are not the bytes of SentencePiece's byte_fallback")
     learned = {token.decode(): i for i, (token, _) in enumerate(scores) if i >= FIRST_TOKEN}
     last = float("inf")
     for text, i in learned.items():

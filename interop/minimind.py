@@ -1,9 +1,7 @@
 """
 MiniMind 自己保存的 .pth：只有半精度的张量，尺寸从形状读出，分词器在旁边。
-MiniMind's .pth: fp16 tensors and nothing else. The sizes follow from the shapes.
-
-    minimind/out/full_sft_768.pth
-    minimind/model/tokenizer.json       or a tokenizer.json beside the weights
+MiniMind's .pth: fp16 tensors and nothing else; the sizes follow from the shapes. Its tokenizer.json
+lies beside it, or in the folder model/ of its repo.
 """
 
 from collections.abc import Iterator
@@ -20,9 +18,8 @@ MARK = "model.layers.0.self_attn.q_proj.weight"     # a tensor that only its fil
 
 
 def read_config(path) -> LMConfig:
-    """The sizes that follow from the shapes, and otherwise MiniMind's defaults: RoPE's base 1e6;
-    with q/k norms (since MiniMind-3) eps 1e-6 and one expert per token; before, 8 heads, eps 1e-5
-    and two experts. Models of other sizes should come as MiniMind's transformers export."""
+    """The sizes that follow from the shapes, and otherwise MiniMind's defaults, which changed with
+    its q/k norms. Models of other sizes should come as MiniMind's transformers export."""
     shapes = {name: tensor.shape for name, tensor in read_state(path).items()}
     layer = {name.removeprefix("model.layers.0.").removesuffix(".weight"): shape
              for name, shape in shapes.items() if name.startswith("model.layers.0.")}
@@ -48,8 +45,7 @@ def read_tokenizer(path) -> Tokenizer:
     places = folder / "tokenizer.json", folder.parent / "model" / "tokenizer.json"
     found = next((place for place in places if place.exists()), None)
     if found is None:
-        raise FileNotFoundError(f"{path} holds MiniMind's weights, but neither {places[0]} nor "
-                                f"{places[1]} exists; copy its tokenizer.json beside the weights")
+        raise FileNotFoundError(f"no {places[0]}: copy its tokenizer.json beside the weights")
     return read_tokenizer_json(found)
 
 

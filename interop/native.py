@@ -1,14 +1,7 @@
 """
 我们自己的格式：.pth 是纯 fp32 状态字典，旁边的 .json 记着模型尺寸与分词器。
-Our own format: the .pth is a plain fp32 state dict, the .json beside it has sizes and tokenizer.
-
-    out/full_sft_64.pth      {name: tensor}, read with weights_only=True
-    out/full_sft_64.json     {"config": {"dim": 64, ...}, "tokenizer": "tokenizer-1f0c2a9b.json"}
-    out/tokenizer-....json   the vocabulary, so that a folder of weights can be moved as it is
-
-A model with adapters (model/lora.py) is saved without the weights that they adapt:
-
-    out/full_sft_64_lora.json   {..., "lora": {"rank": 8, ..., "base": "full_sft_64.pth"}}
+Our own format: the .pth is a plain fp32 state dict; the .json beside it has the model's sizes, the
+name of its vocabulary file, and for adapters their settings and the base that they adapt.
 """
 
 import dataclasses
@@ -30,8 +23,8 @@ from runtime.processes import full_tensor, is_main_process
 
 
 def write(model: Transformer, tokenizer: Tokenizer, path):
-    """Write the three files, each completely or not at all, the weights last. All processes call
-    this and the main one writes; a sharded model is gathered one tensor at a time."""
+    """Write the three files, the weights last. All processes call this and the main one writes; a
+    sharded model is gathered one tensor at a time."""
     state = {}
     for name, weight in (lora_state(model) if model.adapted else model.state_dict()).items():
         weight = full_tensor(weight)
@@ -62,26 +55,21 @@ def read_config(path) -> LMConfig:
 def read_tokenizer(path) -> Tokenizer:
     vocabulary = read_about(path)[1]
     if not vocabulary.exists():
-        raise FileNotFoundError(f"no {vocabulary}, the vocabulary of {path}; copy it from where "
-                                "the weights came from")
+        raise FileNotFoundError(f"no {vocabulary}, the vocabulary of {path}: copy it, too")
     return Tokenizer.load(vocabulary)
 
 
 def read_about(path) -> tuple[LMConfig, Path, dict | None]:
-    """The model's sizes, its vocabulary file, and the description of its adapters or None.
-
-    Raises FileNotFoundError or ValueError with the file."""
+    """The model's sizes, its vocabulary file, and the description of its adapters or None."""
     beside = Path(path).with_suffix(".json")
     if not beside.exists():
-        raise FileNotFoundError(f"no {beside} beside the weights; it has the model's sizes and the "
-                                "name of its tokenizer. Copy it from where the weights came from")
+        raise FileNotFoundError(f"no {beside} beside the weights, with their sizes: copy it, too")
     try:
         about = json.loads(beside.read_text())
         config = LMConfig.from_dict(about["config"])
         return config, beside.parent / about["tokenizer"], about.get("lora")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{beside} does not describe a model: {type(error).__name__} {error}"
-                         ) from error
+        raise ValueError(f"{beside} does not describe a model: {error!r}") from error
 
 
 def read_state(path) -> dict[str, torch.Tensor]:
@@ -89,8 +77,7 @@ def read_state(path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
-        raise ValueError(f"{path} is cut short, or no weight file at all ({type(error).__name__})"
-                         ) from error
+        raise ValueError(f"{path} is cut short, or no weight file at all") from error
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ValueError(f"{path} is not a state dict {{name: tensor}}")
     return state

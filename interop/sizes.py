@@ -36,10 +36,7 @@ def init_teacher_model(lm_config, *, weights=None, world=None, shard="none", com
 
 def fill_in(args, sizes: dict) -> list[tuple[str, LMConfig]]:
     """Complete the arguments from a row of SIZES; auto: the first whose weights exist, else the
-    first.
-
-    Returns, for each student from large to small, its weights and the sizes of a new one.
-    """
+    first. Returns, for each student from large to small, its weights and sizes of a new one."""
     roles = ["student"] if args.teacher_cache else ["student", "teacher"]
     found = [name for name, size in sizes.items()
              if all(Path(sft_weights(size[f"lm_config_{role}"], args.out_dir)).exists()

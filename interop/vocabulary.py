@@ -228,12 +228,10 @@ def from_gguf(fields: dict, path: Path | None = None) -> Tokenizer:
 def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict:
     """The fields of a vocabulary, with as many tokens as the model has."""
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"the vocabulary has ids up to {tokenizer.vocab_size - 1}, the model rows "
-                         f"for {vocab_size}")
+        raise ValueError(f"{tokenizer.vocab_size} ids, but the model has rows for {vocab_size}")
     names = {pattern: name for name, pattern in reversed(PRE_TOKENIZERS.items())}
     if tokenizer.pattern not in names or tokenizer.prefix_space:
-        raise ValueError("llama.cpp has no pre-tokenizer for this vocabulary, whose pattern is "
-                         f"{tokenizer.pattern!r}; write a folder or a .pth")
+        raise ValueError(f"llama.cpp has no pre-tokenizer for the pattern {tokenizer.pattern!r}")
     tokens, kinds = [f"[PAD{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size
     for token, i in tokenizer.ranks.items():
         tokens[i], kinds[i] = to_letters(token), NORMAL
@@ -295,12 +293,12 @@ def add_declared(library: tokenizers.Tokenizer, declared: dict, older: dict):
     """Add the tokens that only the files beside tokenizer.json declare."""
     tokens = {each["content"]: (int(i), each["special"]) for i, each in declared.items()}
     tokens = {name: (i, False) for name, i in older.items()} | tokens
+    known = {each.content for each in library.get_added_tokens_decoder().values()}
     for name, (i, special) in sorted(tokens.items(), key=lambda item: item[1]):
-        if library.token_to_id(name) is None:
+        if name not in known:
             library.add_tokens([AddedToken(name, normalized=False, special=special)])
         if (theirs := library.token_to_id(name)) != i:
-            raise ValueError(f"added token {name!r} is declared with the id {i}, but has {theirs} "
-                             "in the tokenizers library")
+            raise ValueError(f"added token {name!r} is declared with the id {i}, but has {theirs}")
 
 
 def from_library(library: tokenizers.Tokenizer, **options) -> Tokenizer:
@@ -308,12 +306,10 @@ def from_library(library: tokenizers.Tokenizer, **options) -> Tokenizer:
     model, added = theirs["model"], theirs["added_tokens"]
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model["type"] != "BPE" or model.get(key):
-            raise ValueError(f"model is {model['type']} with {key} {model.get(key)!r}; only "
-                             "byte-level BPE is supported")
+            raise ValueError(f"model is {model['type']} with {key} {model.get(key)!r}, not BPE")
     for each in added:
-        for flag in ("lstrip", "rstrip", "single_word"):
-            if each[flag]:
-                raise ValueError(f"added token {each['content']!r} has {flag}: not supported")
+        if each["lstrip"] or each["rstrip"] or each["single_word"]:
+            raise ValueError(f"added token {each} strips or needs white space: not supported")
     tokenizer = byte_level(
         model["vocab"], model["merges"], read_pre_tokenizer(theirs["pre_tokenizer"]),
         {each["content"]: each["id"] for each in added},
@@ -357,8 +353,7 @@ def read_bos(library: tokenizers.Tokenizer) -> str | None:
     ids = library.encode("a", add_special_tokens=False).ids
     whole = library.encode("a").ids
     if whole[-len(ids):] != ids or len(whole) > len(ids) + 1:
-        raise ValueError(f"post_processor makes {library.encode('a').tokens} of 'a': only one "
-                         "token before a text is supported")
+        raise ValueError(f"post_processor makes {library.encode('a').tokens} of 'a'")
     return library.id_to_token(whole[0]) if len(whole) > len(ids) else None
 
 

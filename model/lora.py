@@ -82,8 +82,7 @@ def add_lora(model, rank: int, alpha: float | None = None, dropout: float = 0.0,
     Raises ValueError, before anything is changed, for what does not fit the model.
     """
     if model.config.quantization:
-        raise ValueError(f"the model is {model.config.quantization}, and integers cannot take a "
-                         "merged adapter; adapt the weights it was made from, then quantise")
+        raise ValueError(f"the model is {model.config.quantization}: adapt its original")
     linears = {f"layers.{path}": module for path, module in model.layers.named_modules()
                if isinstance(module, nn.Linear)}
     if any(isinstance(linear, LoRALinear) for linear in linears.values()):
@@ -99,8 +98,7 @@ def add_lora(model, rank: int, alpha: float | None = None, dropout: float = 0.0,
     linears = {path: linear for path, linear in linears.items() if last(path) in wanted}
     limit, smallest = min((min(linear.weight.shape), path) for path, linear in linears.items())
     if not 1 <= rank <= limit:
-        raise ValueError(f"rank {rank} must lie between 1 and {limit}, the smaller side of "
-                         f"{smallest}")
+        raise ValueError(f"rank {rank} must lie between 1 and {limit}, the side of {smallest}")
 
     model.requires_grad_(False)
     for path, linear in linears.items():

@@ -56,8 +56,8 @@ class Quantised(nn.Module):
 
     def train(self, mode: bool = True):
         if mode:
-            raise ValueError("quantised weights cannot be trained: integers have no gradient. "
-                             "Train the model they were made from, and quantise it afterwards")
+            raise ValueError("quantised weights cannot be trained. Train the model they were made "
+                             "from, and quantise it afterwards")
         return super().train(mode)
 
 
@@ -147,8 +147,7 @@ def quantize(model, kind: str):
     if model.adapted:
         raise ValueError("the model has adapters; merge_lora merges them, then it can be quantised")
     if isinstance(model.output, Quantised):
-        raise ValueError(f"the model is {model.config.quantization} already; quantise the one it "
-                         "was made from")
+        raise ValueError(f"the model is {model.config.quantization} already")
     places = list(matrices(model.layers))
     for path, *_, weight, _ in places:
         if kind == "int4" and weight.shape[-1] % GROUP:

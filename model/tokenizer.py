@@ -241,7 +241,6 @@ class Tokenizer:
 
     def encode_chats(self, conversations: Iterable[list[dict]],
                      add_generation_prompt: bool = False) -> list[tuple[list[int], list[bool]]]:
-        """encode_chat of each conversation; all contents are encoded together, over threads."""
         conversations = list(conversations)
         for number, messages in enumerate(conversations):
             for i, message in enumerate(messages):
@@ -256,7 +255,6 @@ class Tokenizer:
 
     def _frame(self, messages: list[dict], contents: Iterator[list[int]],
                add_generation_prompt: bool) -> tuple[list[int], list[bool]]:
-        """One conversation; takes the ids of its contents from `contents`."""
         ids = [] if self.bos is None else [self.bos]
         targets = [False] * len(ids)
         for left, message in enumerate(messages, start=1 - len(messages)):
@@ -268,7 +266,6 @@ class Tokenizer:
             ids += [*header, *content, *end]
             targets += [False] * len(header) + [True] * n_targets
             targets += [False] * (len(content) + len(end) - n_targets)
-
         if add_generation_prompt:
             prompt = self._frames["assistant"][0] + self._before_answer
             ids += prompt
@@ -301,7 +298,6 @@ class Tokenizer:
             raise ValueError(f"{path}: not a vocabulary file: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the vocabulary file, completely or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda file: file.write(self._to_json().encode()))
@@ -343,5 +339,4 @@ def check_chat(chat: Chat, special_tokens: dict[str, int], names: Iterable[str])
         if name not in special_tokens:
             raise ValueError(f"special token {name!r} is missing")
     if not any_of(special_tokens).match(templates["assistant"].split("{content}")[1]):
-        raise ValueError(f"the assistant's template {chat.assistant!r} has to have a special token "
-                         "after its {content}, to end the turn")
+        raise ValueError(f"no special token ends the assistant's template {chat.assistant!r}")

@@ -453,7 +453,7 @@ def test_a_path_that_is_no_model_says_what_it_is_and_what_to_give(files, tmp_pat
     shutil.copy(files / "folder/model.safetensors", tmp_path)
     shutil.copy(files / "model.pth", tmp_path / "lone.pth")
     for name, reason in (("none.gguf", f"no weights at {tmp_path}/none.gguf. Is the path right?"),
-                         ("empty", "a folder without a config.json: no model, or its download is not complete"),
+                         ("empty", "is a folder without a config.json: an incomplete download?"),
                          ("model.safetensors", f"alone has no sizes and tokenizer; name its folder, {tmp_path}"),
                          ("lone.pth", f"no {tmp_path}/lone.json beside the weights")):
         with pytest.raises((ValueError, FileNotFoundError), match=re.escape(reason)):

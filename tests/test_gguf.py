@@ -190,7 +190,7 @@ def test_divisors_that_llama_3_does_not_make_are_refused(written):
 
 
 @pytest.mark.parametrize("fields, named", [
-    ({"general.architecture": "mamba"}, "architecture 'mamba' is none of llama, qwen2"),
+    ({"general.architecture": "mamba"}, "architecture 'mamba' is none of .*'llama', 'qwen2'"),
     ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn'"),
     ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear = 4.0"),
     ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count = 4 is not supported, only 8"),
@@ -204,9 +204,9 @@ def test_a_feature_that_is_not_known_is_named(written, fields, named):
 
 
 @pytest.mark.parametrize("tensors, named", [
-    ({"blk.1.ffn_up.weight": None}, r"nothing, .* for layers\.1\.ffn\.w3\.weight"),
-    ({"blk.1.ffn_up.bias": [torch.zeros(64)]}, r"tensor blk\.1\.ffn_up\.bias .* has no place"),
-    ({"blk.0.attn_sinks": [torch.zeros(4)]}, r"tensor blk\.0\.attn_sinks .* has no place"),
+    ({"blk.1.ffn_up.weight": None}, r"missing or repeated: layers\.1\.ffn\.w3\.weight"),
+    ({"blk.1.ffn_up.bias": [torch.zeros(64)]}, r"tensor blk\.1\.ffn_up\.bias has no place"),
+    ({"blk.0.attn_sinks": [torch.zeros(4)]}, r"tensor blk\.0\.attn_sinks has no place"),
     ({"blk.0.ffn_up.weight": [torch.zeros(63, 32)]}, r"tensor blk\.0\.ffn_up\.weight has the shape \(63, 32\)"),
     ({"blk.0.attn_q.weight": [torch.zeros(30, 32)]}, r"tensor blk\.0\.attn_q\.weight has the shape \(30, 32\)"),
     ({"blk.0.attn_v.weight": [torch.zeros(16, 33)]}, r"tensor blk\.0\.attn_v\.weight has the shape \(16, 33\)"),
@@ -242,7 +242,7 @@ def test_a_file_that_is_cut_short_is_named_wherever_it_ends(written):
     (dict(qk_norm=True, attention_bias=True), "no architecture with use_moe=False, n_shared_experts=0, qk_norm=True and attention_bias=True"),
     (dict(MOE, attention_bias=True), "no architecture with use_moe=True, n_shared_experts=1"),
     (dict(MOE, n_shared_experts=0, norm_topk_prob=False), "llama needs norm_topk_prob=True"),
-    (dict(attention_bias=True, head_dim=16), r"qwen2 needs n_heads \* head_dim = dim, not 4 \* 16 and 32"),
+    (dict(attention_bias=True, head_dim=16), r"qwen2 needs n_heads \* head_dim = dim"),
     (dict(qk_norm=True, rope_scaling=LLAMA3), "qwen3 has no rope_scaling"),
 ])
 def test_what_no_architecture_holds_is_refused_before_a_file_is_made(sizes, named, file, byte_tokenizer):
@@ -286,7 +286,7 @@ def test_llama_cpp_is_told_the_name_of_a_pattern_that_it_has(written):
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(file):
-    with pytest.raises(ValueError, match="the model rows for 272"):
+    with pytest.raises(ValueError, match="1024 ids, but the model has rows for 272"):
         gguf.write(make(), Tokenizer.load(), file)
 
 

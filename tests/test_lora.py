@@ -309,7 +309,7 @@ def test_adapters_of_another_model_are_named_and_nothing_is_changed(make):
 
 REFUSED = (
     ("dense", dict(rank=0), "rank 0 must lie between 1 and 8"),
-    ("dense", dict(rank=9), r"between 1 and 8, the smaller side of layers\.0\.attention\.wk"),
+    ("dense", dict(rank=9), r"between 1 and 8, the side of layers\.0\.attention\.wk"),
     ("dense", dict(rank=2, dropout=1.0), r"dropout 1\.0 must lie in \[0, 1\)"),
     ("dense", dict(rank=2, alpha=0), "alpha 0 above 0"),
     ("dense", dict(rank=2, targets=["wq", "wz"]), "no layer has a linear wz; this model has wq, wk, wv, wo, w1, w2, w3"),
@@ -388,7 +388,7 @@ def test_a_file_of_adapters_is_the_model_with_them_merged(run, tmp_path):
 
     for file in folder.glob("*_lora.*"):
         shutil.copy(file, tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds adapters to the weights at .* which are missing"):
+    with pytest.raises(FileNotFoundError, match="holds adapters to the missing weights"):
         load_model(tmp_path / path.name)
 
 

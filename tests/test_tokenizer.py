@@ -312,7 +312,7 @@ SPOILED = (
     (lambda content: content.update(chat=vars(CHATML) | {"user": "a"}),
      "the user's template 'a' has to have {content} once"),
     (lambda content: content.update(chat=vars(CHATML) | {"assistant": "{content}."}),
-     "the assistant's template '{content}.' has to have a special token after its {content}"),
+     "no special token ends the assistant's template '{content}.'"),
 )
 
 
