@@ -29,16 +29,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))       # the repo is used in place, not installed
 
-import runtime  # noqa: E402, F401
-import runtime.log  # noqa: E402
 from dataset import lm_dataset  # noqa: E402
+from runtime import log  # noqa: E402
 
 os.environ["OMP_NUM_THREADS"] = "1"     # sums in one order: runs can be compared bit by bit
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["helpers_run", "torch._dynamo", "torch.distributed",
-                              "torch.distributed.fsdp", "torch.distributed.checkpoint", "runtime",
-                              "tiktoken", "yaml", "tqdm", "matplotlib.figure",
-                              "matplotlib.backends.backend_agg"])
+                              "torch.distributed.fsdp", "torch.distributed.checkpoint",
+                              "evaluation.validation", "interop.sizes", "tiktoken", "yaml", "tqdm",
+                              "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 # What every run of these tests has in common.
 TINY = {"max_seq_len": 128, "num_workers": 0, "dtype": "float32", "batch_size": 8,
@@ -107,7 +106,7 @@ def execute(argv, variables, stdin, output, cache, cwd=None):
         spawned = multiprocessing.get_context
         multiprocessing.get_context = lambda method=None: spawned("fork")
     if not os.environ.get("DRAW"):      # a picture that nobody looks at takes half a second
-        runtime.log.draw_curves = lambda *arguments, **named: None
+        log.draw_curves = lambda *arguments, **named: None
 
     # Modules are found where python would look for them, not in the folder of the tests.
     here = os.getcwd() if argv[0] in ("-m", "-c") else str(Path(argv[0]).resolve().parent)
