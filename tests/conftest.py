@@ -23,6 +23,32 @@ from model.transformer import Transformer
 
 torch.set_num_threads(1)        # on matrices of 16 x 16, handing work to threads takes longer than the work
 
+# `bash test.sh -m core`: in less than two minutes whether an edit broke something important. A file, or
+# a test of a file with the beginning of its parameters.
+CORE = (
+    "test_losses.py", "test_fused.py", "test_model.py", "test_moe.py", "test_lm_dataset.py",
+    "test_formats.py",
+    # A gradient does not depend on how its samples are split; two processes in each of them.
+    "test_training.py::test_eight_samples_give_one_gradient_however_they_are_split[pretrain-more0-]",
+    "test_training.py::test_eight_samples_give_one_gradient_however_they_are_split[sft-more1-]",
+    "test_training.py::test_eight_samples_give_one_gradient_however_they_are_split[distillation",
+    "test_onpolicy.py::test_two_processes_take_the_steps_of_one",
+    # An interrupted run ends as the uninterrupted one.
+    "test_training.py::test_an_interrupted_run_of_two_processes_goes_on_with_one",
+    "test_readme.py::test_both_languages",
+)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "core: the most important tests, less than two minutes")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = f"{item.path.name}::{item.name}"
+        if any(name.startswith(entry + "::" * ("::" not in entry)) for entry in CORE):
+            item.add_marker("core")
+
 
 @pytest.fixture(scope="session")
 def tiny():
