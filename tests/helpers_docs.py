@@ -104,7 +104,9 @@ def small(command: str) -> list[str]:
     if "out/experience" in words and "none" in words:   # enough to write letters
         return words + SMALL + ["--max_steps", "80", "--batch_size", "8"]
     if "out/ability/teacher" in words:                  # enough to write a question that can be read
-        return words + SMALL + ["--max_steps", "250", "--batch_size", "32", "--learning_rate", "5e-3"]
+        one_layer = ["--weights", "none", "--dim", "128", "--n_layers", "1", "--n_heads", "4"]
+        return words + SMALL + one_layer + ["--max_steps", "200", "--batch_size", "16",
+                                            "--learning_rate", "5e-3"]
     if "train_ability_tree.py" in words:
         return [*words, "--n_samples", "80", "--max_steps", "2", "--batch_size", "4"]
     if "train_curriculum.py" in words:                  # the batch sizes stand in its stages

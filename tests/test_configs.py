@@ -23,8 +23,8 @@ LAUNCHERS = {"scripts/run_skd.sh": "train_distillation.py", "scripts/run_seqkd.s
 
 
 def uses() -> set[tuple[str, tuple[str, ...]]]:
-    """(script, configs) of every command in the docs, in a launch script or at the head of a config."""
-    texts = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/*.yaml")]
+    """(script, configs) of every command that stands in a README, in a launch script or at the head of a config."""
+    texts = [ROOT / "README.md", *ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/*.yaml")]
     found = set()
     for path in texts:
         for script, files in re.findall(r"(\S+\.(?:py|sh)) .*?--config ((?:configs/\S+\.yaml ?)+)", path.read_text()):
