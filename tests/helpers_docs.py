@@ -71,6 +71,9 @@ TINY_BENCHMARKS = {
     "benchmarks.scaling": "--model 32x1 --tokens 16 --length 8 --vocab 64 --steps 1 --repeats 1 "
                           "--axes tokens=16,32",
 }
+ROWS = {None: "SFT", "configs/compare_experience.yaml": "on-policy, MiniLLM + replay",
+        "configs/compare_curriculum.yaml": "the curriculum",
+        "configs/compare_ability.yaml": "no new questions"}       # a row of each comparison
 # What makes a command small. argparse takes the last value of a flag, so a flag can be given again.
 SMALL = ["--max_steps", "2", "--batch_size", "4", "--num_workers", "0"]
 
@@ -93,8 +96,9 @@ def small(command: str) -> list[str]:
     if "-m" in words and words[2] in TINY_BENCHMARKS:
         return words + shlex.split(TINY_BENCHMARKS[words[2]])
     if "scripts/compare.py" in words:
+        config = words[words.index("--config") + 1] if "--config" in words else None
         return [*words, "--updates", "20", "--processes", "1", "--seeds", "1", "--seconds", "0",
-                "--rows", "SFT"]
+                "--rows", ROWS[config]]
     if "--measure" in words:
         return [*words, "1"]
     if "scripts/generate_answers.py" in words:
@@ -104,9 +108,9 @@ def small(command: str) -> list[str]:
     if "out/experience" in words and "none" in words:   # enough to write letters
         return words + SMALL + ["--max_steps", "80", "--batch_size", "8"]
     if "out/ability/teacher" in words:                  # enough to write a question that can be read
-        one_layer = ["--weights", "none", "--dim", "128", "--n_layers", "1", "--n_heads", "4"]
-        return words + SMALL + one_layer + ["--max_steps", "200", "--batch_size", "16",
-                                            "--learning_rate", "5e-3"]
+        model = ["--weights", "none", "--dim", "128", "--n_layers", "1", "--n_heads", "4"]
+        return [*words, *SMALL, *model, "--data_path", "dataset/writer_data.jsonl",
+                "--max_steps", "80", "--batch_size", "8", "--learning_rate", "1e-2"]
     if "train_ability_tree.py" in words:
         return [*words, "--n_samples", "80", "--max_steps", "2", "--batch_size", "4"]
     if "train_curriculum.py" in words:                  # the batch sizes stand in its stages
