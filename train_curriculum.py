@@ -104,13 +104,13 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
             losses[side] = Counter()
             for micro in range(args.accumulation_steps):
                 batch = next(loader).to(world.device)
-                is_last = not balanced and micro == args.accumulation_steps - 1
+                communicate = not balanced and micro == args.accumulation_steps - 1
                 n_targets[side] = batch.step_targets
                 if not batch.lengths:       # a small share leaves some processes without samples
                     continue
                 with torch.no_grad(), autocast(world.device, world.dtype):
                     teacher = teacher_outputs(teachers, batch, vocab_size, return_hidden=features)
-                with autocast(world.device, world.dtype), sync_gradients(modules, is_last):
+                with autocast(world.device, world.dtype), sync_gradients(modules, communicate):
                     out = modules["model"](batch.tokens, batch.lengths, at=batch.at,
                                            with_logits=False, return_hidden=features)
                     head = trim_padded_vocab(student.head, vocab_size)
