@@ -2,28 +2,27 @@
 各步共用：参数、文件、分给多个进程的工作，以及每片叶子的统计表。
 Shared by the steps: flags, files, work that is divided among processes, and a table per leaf.
 
-A step that is not finished keeps its parts in a folder beside its file (PartFiles). The same
+A step that is not finished keeps its parts in a folder beside its file (runtime/parts.py). The same
 command resumes, on any number of processes, and writes the same bytes.
 """
 
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 from ability_tree.agents import OutOfBudget
 from ability_tree.prompts import PROMPTS
 from ability_tree.tree import padded, width_of
 from dataset.formats import files_of, read_each, to_messages
-from runtime.args import checking_input, resume_command
-from runtime.files import PartFiles, file_sha256, write_atomic
+from runtime.args import checking_input
+from runtime.files import file_sha256, write_atomic
 from runtime.log import Logger
-from runtime.processes import StopSignal, main_process_first, patient_group
+from runtime.parts import Parts
+from runtime.processes import main_process_first
 
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
@@ -125,51 +124,6 @@ def settings(args, names) -> dict:
 
 
 # ---- 3. Work, divided among processes ------------------------------------------------------------
-
-class Parts(PartFiles):
-    """All processes call `prepare`, `write` each part of `mine`, and `join`; the main process calls
-    `remove` when the file exists."""
-
-    def __init__(self, out, about: dict, n_parts: int, world):
-        super().__init__(out, about, n_parts)
-        self.world, self.group = world, patient_group(world)
-
-    def mine(self, missing: list[int]):
-        """Yields this process's share of the missing parts, until Ctrl-C."""
-        if self.group:
-            dist.barrier(self.group)        # all know what is missing before a part is written
-        stop, start = StopSignal(), time.perf_counter()
-        mine = missing[self.world.rank::self.world.size]
-        for n_done, part in enumerate(mine, start=1):
-            if stop.requested:
-                return
-            yield part
-            left = (time.perf_counter() - start) / n_done * (len(mine) - n_done)
-            Logger(f"{n_done}/{len(mine)} parts{' of this process' if self.group else ''}  "
-                   f"{left / 60:.1f} min left")
-
-    def write(self, part: int, result):
-        write_atomic(self.path(part), lambda file: file.write(json.dumps(result).encode()))
-
-    def join(self, why: str | None = None) -> list | None:
-        """Wait for the other processes. Returns the results of all parts on the main process, None
-        on the others. If parts are missing, ends the script with the reasons (why: this process's)
-        and the command that resumes."""
-        reasons = [why]
-        if self.group:
-            reasons = [None] * self.world.size
-            dist.all_gather_object(reasons, why, group=self.group)
-        missing = self.missing()
-        if self.group:
-            dist.barrier(self.group)        # all have looked before the folder is removed
-        if missing:
-            because = "".join(f"; {reason}" for reason in dict.fromkeys(reasons) if reason)
-            Logger(f"stopped{because}. {self.n_parts - len(missing)} of {self.n_parts} parts are "
-                   f"saved. Resume with: {resume_command(self.world.size)}")
-            sys.exit(130 if because == "" else 1)
-        if self.world.rank == 0:
-            return [json.loads(self.path(part).read_bytes()) for part in range(self.n_parts)]
-
 
 def work_in_parts(out, about: dict, items: list, work: Callable, world):
     """(parts, [work(0, items[0]), work(1, items[1]), ...] on the main process, None on others)."""
