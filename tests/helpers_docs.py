@@ -83,7 +83,7 @@ def sixteenth(match) -> str:
 
 
 def small(command: str) -> list[str]:
-    """The same command for models of a sixteenth of the width (768 -> 48, 256 -> 16), and two steps."""
+    """The same command for models of 1/16 of the width (768 -> 48, 256 -> 16), and two steps."""
     if ("--dim" in command or "out/real" in command) and "out/experience" not in command:
         command = re.sub(r"(?<=--dim )\d+|(?<=full_sft_)\d+", sixteenth, command)
     words = shlex.split(re.sub(r"full_(dist|sft)_(384|576)", r"full_\1_32", command))
@@ -107,10 +107,10 @@ def small(command: str) -> list[str]:
         return ["env", "NPROC=2", *words, *SMALL]
     if "out/experience" in words and "none" in words:   # enough to write letters
         return words + SMALL + ["--max_steps", "60", "--batch_size", "8", "--n_layers", "1"]
-    if "out/ability/teacher" in words:                  # enough to write a question that can be read
-        model = ["--weights", "none", "--dim", "128", "--n_layers", "1", "--n_heads", "4"]
-        return [*words, *SMALL, *model, "--data_path", "dataset/writer_data.jsonl",
-                "--max_steps", "80", "--batch_size", "8", "--learning_rate", "1e-2"]
+    if "out/ability/teacher" in words:                  # enough to write a readable question
+        model = ["--weights", "none", "--dim", "128", "--n_layers", "2", "--n_heads", "2"]
+        return [*words, *SMALL, *model, "--data_path", "lesson.jsonl", "--max_steps", "60",
+                "--batch_size", "34", "--learning_rate", "1e-2", "--max_seq_len", "128"]
     if "train_ability_tree.py" in words:
         return [*words, "--n_samples", "80", "--max_steps", "2", "--batch_size", "4"]
     if "train_curriculum.py" in words:                  # the batch sizes stand in its stages
@@ -144,9 +144,8 @@ class Newcomer(NamedTuple):
 
 
 def stand_ins(folder: Path):
-    """Files of the kind that the docs' commands read: the quickstart's models and data where the real
-    ones would be, and small models and texts in the place of downloads. What a file holds tells its
-    format, not its name."""
+    """Files that the docs' commands read: the quickstart's models and data where the real ones would
+    be, and small models and texts instead of downloads. A file's content tells its format."""
     shutil.copytree(folder / "out/smoke", folder / "out", dirs_exist_ok=True)
     shutil.copytree(folder / "out/smoke/dataset", folder / "dataset", dirs_exist_ok=True)
     data = folder / "dataset"
@@ -159,6 +158,10 @@ def stand_ins(folder: Path):
                        ("sharegpt.jsonl", "sft_data.jsonl"), ("alpaca.json", "alpaca_data.json"),
                        ("alpaca_3k.json", "alpaca_data.json")):
         shutil.copy(data / like, folder / name)
+    with open(folder / "lesson.jsonl", "w") as lesson:      # writing questions, and answering them
+        for line in open(data / "writer_data.jsonl"):
+            question, answer = json.loads(line)["conversations"][1]["content"].split(" => ")
+            lesson.write(line + json.dumps({"question": question, "answer": answer}) + "\n")
     (folder / "exams").mkdir()
     shutil.copy(data / "mcq_train.jsonl", folder / "exams/arc_easy.jsonl")
     with open(folder / "alfworld.jsonl", "w") as tasks:
