@@ -1,305 +1,221 @@
 """
-在策略蒸馏：学生自己写回答，教师（可以读到更多的提示）逐词打分。
-On-policy distillation: the student writes, and the teacher, who may be told more, grades every word of it.
+在策略蒸馏：学生自己生成回答，教师（可以读到更多上下文）逐词元打分。
+On-policy distillation: the student generates answers, and the teacher, which may have privileged
+context E in its prompt, grades every token of them.
 
-    prompt Q      the student draws an answer A, word by word, from its own distribution q( . | Q, A so far)
-    prompt Q+E    the teacher reads the same A and says at each place what it would have put, p( . | Q+E, A so far)
-    loss          the mean of D(p, q) over the words of A
+    prompt Q      the student samples an answer A from its own distribution q( . | Q, A so far)
+    prompt Q+E    the teacher reads the same A and predicts each token, p( . | Q+E, A so far)
+    loss          the mean of D(p, q) over the tokens of A
 
-A student that reads only good answers has never seen where its own mistakes lead; here it learns there.
-Agarwal et al. 2023 (GKD), https://arxiv.org/abs/2306.13649, Alg. 1; --on_policy_fraction is its lambda: the share of
-steps on the student's own answers, the others are on those of the data. (Ours is a mean over tokens, not first over
-each answer's.) No gradient flows through the drawing, so that no word is blamed for what came of it later.
---objective minillm adds this, by policy gradient:
+A student trained only on good answers never sees the states that its own mistakes lead to (exposure
+bias); here it learns in them. Agarwal et al. 2023 (GKD), https://arxiv.org/abs/2306.13649, Alg. 1;
+--on_policy_fraction is its lambda. No gradient flows through the sampling. --objective minillm adds
+this term by policy gradient:
 
-    gradient of KL(q || p) of whole answers  =  sum over t of  grad KL(q || p) at t  -  R[t] grad log q(A[t])
-    R[t]                                     =  sum over u > t of  log p(A[u]) - log q(A[u])
+    grad KL(q || p) of whole answers  =  sum over t of  grad KL(q || p) at t  -  R[t] grad log q(A[t])
+    R[t]                              =  sum over u > t of  log p(A[u]) - log q(A[u])
 
-Gu et al. 2023 (MiniLLM), https://arxiv.org/abs/2306.08543, Sec. 2.2, with its single-step decomposition (the first
-term), its length normalisation (R is a mean, lest short answers pay), and answers that are drawn with the teacher's
-help, for which importance weights make up. A baseline takes the place of its clipping.
+Gu et al. 2023 (MiniLLM), https://arxiv.org/abs/2306.08543, Sec. 2.2: single-step decomposition (the
+first term), length normalisation (R is a mean, or short answers win), teacher-mixed sampling with
+importance weights. A baseline replaces its clipping.
 
-When: answers are long, and a mistake leads to the next. Where they are short it ties with the cheaper ways at equal time: of an
-experience 96 to 97 % is learned by each of them (NOTES.md).
+When: answers are long, and one mistake leads to the next. On short answers it ties with the cheaper
+methods at equal time: each of them learns 96 to 97 % of an experience (NOTES.md).
 
 one process    python train_onpolicy.py --config configs/onpolicy_tiny.yaml
-two processes  torchrun --nproc_per_node 2 train_onpolicy.py --ddp --config configs/onpolicy_tiny.yaml
+two processes  the same after torchrun --nproc_per_node 2, with --ddp
 """
 
-import argparse
+import math
 from collections import Counter
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
 
-from dataset.lm_dataset import Batch, MicroBatches, SFTDataset, batch_of_answers, in_order, prompts_and_answers
-from distill.fused import COMPARED, compare, fused_distillation_loss
+from dataset.lm_dataset import (MicroBatches, SFTDataset, in_order, make_loader, open_data,
+                                prompts_and_answers)
+from distill.flags import add_divergence_args
+from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
-from interop.checkpoint import adapt, load_model, save_model
-from model.generate import Guide, Sampled, sample
-from distill.teachers import Base, Teacher, ask, check_vocabulary, only_words
-from runtime.args import add_training_args, checking_input, parse_args
-from runtime.log import Clock, Logger
-from runtime.precision import autocast, pick_dtype, seed_everything
-from runtime.processes import init_distributed_mode, sum_over_processes
-from runtime.run import Run, open_data, place_frozen
+from distill.rollouts import (Rollout, WeightedBatch, as_line, count_step, is_on_policy, mean_stats,
+                              rollout_batches, rollout_stats, rounds)
+from distill.teachers import (Teacher, check_vocabulary, teacher_outputs, teacher_side,
+                              trim_padded_vocab)
+from evaluation.validation import evaluate
+from interop.checkpoint import load_model, load_teacher, prepare, run_name, save_model
+from model.generate import Guide, sample
+from model.lora import WithoutAdapters
+from runtime.args import (add_training_args, check_ranges, checking_input, lora_options,
+                          make_parser, parse_args)
+from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
+from runtime.log import Clock, Log, Logger, init_wandb
+from runtime.optim import decay_groups, trained_weights
+from runtime.precision import autocast, seed_everything
+from runtime.processes import (StopSignal, any_process, full_tensor, init_distributed_mode,
+                               main_process_first, parallelize, release_gathered, sync_gradients)
+from runtime.schedules import get_lr
 
 
-COIN = 1 << 20          # the coin's own stream of random numbers, beside those of the ranks, which count from 0
-
-
-class Rollout(NamedTuple):
-    """What the student wrote."""
-
-    prompt: list[int]
-    teacher_prompt: list[int]       # what the teacher reads in its place
-    answer: Sampled
-
-
-class Graded(NamedTuple):
-    """A micro-batch, and what each of its tokens weighs in the loss."""
-
-    batch: Batch
-    kd_weight: torch.Tensor | None = None       # (S,) of the divergence; None: 1
-    ce_weight: torch.Tensor | None = None       # (S,) of -log q; None: 0
-
-
-def train_epoch(epoch, wandb, run, teacher, student, tokenizer, val_data):
-    args, device = run.args, run.world.device
+def train_epoch(epoch, wandb, *, teacher,
+                args, world, name, student, tokenizer, modules, optimizer, scaler, data, val_data,
+                loader, progress, log, stop):
+    total_steps, weights = progress.total_steps, trained_weights(optimizer)
     divergence, _ = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
-    clock, facts = Clock(device), Counter()
-    for steps in rounds(run.steps_of(epoch), args.sample_every):
-        # The student writes, for all steps of a round at once: the more rows, the faster.
-        data = {step: [batch for batch, _ in run.micro_batches(step)] for step in steps}
+    minillm = args.objective == "minillm"
+    vocab_size = tokenizer.vocab_size if args.pad_vocab else None
+    clock, stats = Clock(world.device), Counter()
+    for steps in rounds(progress.steps_of(epoch, data.steps_per_epoch), args.sample_every):
+        # 0. Rollouts: the student answers the prompts of all steps of a round at once.
+        batches = {step: [next(loader).to(world.device) for _ in range(args.accumulation_steps)]
+                   for step in steps}
+        seed_everything(args.seed, steps[-1], world.rank)
         with clock("sampling"):
-            asking = {step: data[step] for step in steps if is_on_policy(step, args)}
-            rollouts = write(asking, student, teacher, tokenizer, run)
+            on_policy = {step: batches[step] for step in steps
+                         if is_on_policy(step, args.seed, args.on_policy_fraction)}
+            rollouts = sample_rollouts(on_policy, student, teacher, tokenizer,
+                                       data.dataset.max_seq_len, args, world)
 
         for step in steps:
-            graded = [Graded(batch) for batch in data[step]]
-            if step in rollouts:
-                facts += facts_of(rollouts[step], age=step - steps[0])
-                graded = micro_batches(rollouts[step], args, device)
-            n_targets = torch.tensor(sum(len(each.batch.targets) for each in graded), device=device)
-            n_targets = sum_over_processes(n_targets).item()
-            n_samples = run.world.size * sum(len(each.batch.lengths) for each in graded)
-            looking, seen = run.is_due(args.log_interval, ahead=1), {}
-            seed_everything(args.seed, step, run.world.rank)
-            for i, (batch, kd_weight, ce_weight) in enumerate(graded):
-                # The teacher reads the same answers, under its own prompt.
-                with clock("teacher"), torch.no_grad(), autocast(device, run.dtype):
-                    taught = ask([teacher], batch, tokenizer, args)
+            # 1. Learning rate: linear warm-up, then cosine
+            lr = get_lr(step, total_steps, args.learning_rate, args.warmup_iters)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
-                # The student learns. Sums over tokens, divided once by the tokens of the whole step.
+            # 2. Gradients: losses are summed over tokens and divided once by the tokens of the
+            #    whole optimizer step, so any split into micro-batches gives the same step.
+            micro_batches = [WeightedBatch(batch) for batch in batches[step]]
+            if step in rollouts:
+                stats += rollout_stats(rollouts[step], age=step - steps[0])
+                micro_batches = rollout_batches(rollouts[step], args.accumulation_steps,
+                                                world.device, args.teacher_share if minillm else None)
+            seed_everything(args.seed, step, world.rank)    # resuming repeats this step's dropout
+            for micro, (batch, kd_weight, ce_weight) in enumerate(count_step(micro_batches, world)):
+                is_last = micro == len(micro_batches) - 1
+                with clock("teacher"), torch.no_grad(), autocast(world.device, world.dtype):
+                    predictions = teacher_outputs([teacher], batch, vocab_size).predictions
                 with clock("student"):
-                    with run.forward(last=i == len(graded) - 1):
-                        out = run.parallel["model"](batch.tokens, batch.lengths, at=batch.at, with_logits=False)
-                        head = only_words(student.head, tokenizer, args)
-                        # Of both parts in full, which are mixed as halves, or of the divergence alone.
+                    with autocast(world.device, world.dtype), sync_gradients(modules, is_last):
+                        out = modules["model"](batch.tokens, batch.lengths, at=batch.at,
+                                               with_logits=False)
+                        head = trim_padded_vocab(student.head, vocab_size)
+                        # The policy gradient is a weighted CE. Twice the mean of both is their sum.
                         alpha = 0.5 if ce_weight is not None else 0.0
                         loss, _, kd = fused_distillation_loss(
-                            out.final, head, batch.targets, taught.said, alpha, args.temperature, divergence,
-                            kd_weight=kd_weight, ce_weight=ce_weight)
-                        loss = loss / (1 - alpha)
-                    loss, parts = loss / n_targets, {"kd": kd / n_targets}
-                    if student.config.use_moe:
-                        parts["balance"] = out.balance_loss / n_samples
-                        loss = loss + student.config.aux_loss_alpha * parts["balance"]
-                    if looking:
-                        with autocast(device, run.dtype):
-                            now = compare(out.final, head, batch.targets, taught.said)
-                        seen = {name: seen.get(name, 0.0) + now[name] / n_targets for name in ("kl", "agreement")}
-                    run.backward(loss)
-                    run.log.add(len(batch.tokens), loss=loss, **parts)
-            with clock("student"):
-                rates = run.update(step)
+                            out.final, head, batch.targets, predictions, alpha, args.temperature,
+                            divergence, kd_weight=kd_weight, ce_weight=ce_weight)
+                        loss = loss / (1 - alpha) / batch.step_targets
+                        balance = out.balance_loss / batch.step_samples
+                        total = loss + student.config.aux_loss_alpha * balance
+                    scaler.scale(total * world.size).backward()     # DDP averages, we need the sum
+                log.add(len(batch.tokens), loss=total, kd=kd / batch.step_targets,
+                        **({"balance": balance} if student.config.use_moe else {}))
 
-            if run.is_due(args.log_interval) or run.is_due(args.save_interval):
-                seen = {name: sum_over_processes(value) for name, value in seen.items()}
-                run.log.row(run.steps_done, wandb, **seen, **in_means(facts, device), **clock.shares(), **rates)
-                facts.clear()
+            # 3. Update
+            with clock("student"):
+                scaler.unscale_(optimizer)
+                grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                release_gathered(modules)
+            progress.steps_done = step + 1
+
+            # 4. Log, validate, save. No resume file holds rollouts: stop at the end of a round.
+            log.step()
+            if progress.is_due(args.log_interval) or progress.is_due(args.save_interval):
+                log.row(step + 1, wandb, **mean_stats(stats, world.device), **clock.shares(), lr=lr,
+                        grad_norm=full_tensor(grad_norm))
+                stats.clear()
                 if step in rollouts:
-                    Logger(in_words(rollouts[step][0], tokenizer))
-            if val_data is not None and run.is_due(args.eval_interval):
-                scores = evaluate(student, val_data, teacher, tokenizer, run)
-                run.log.row(run.steps_done, wandb, **scores)
-                if run.is_best(scores["val_kl"]):
-                    save_model(student, tokenizer, f"{args.out_dir}/{run.name}_best.pth")
-            # What is written ahead is in no resume file: saves and stops wait for the end of a round.
-            stopping = step == steps[-1] and run.must_stop(every=1)
-            if stopping or run.is_due(args.save_interval):
-                save_model(student, tokenizer, f"{args.out_dir}/{run.name}.pth")
-                run.save()
+                    Logger(as_line(rollouts[step][0], tokenizer))
+            if val_data is not None and progress.is_due(args.eval_interval):
+                val_loader = in_order(val_data, world.rank, world.size)
+                scores = evaluate(student, val_loader, world.device, dtype=world.dtype,
+                                  teachers=[teacher], vocab_size=vocab_size)
+                log.row(step + 1, wandb, **scores)
+                if progress.is_best(scores["val_kl"]):
+                    save_model(student, tokenizer, f"{name}_best.pth")
+            stopping = step == steps[-1] and stop.agreed(step + 1, world, every=1)
+            if stopping or progress.is_due(args.save_interval):
+                save_model(student, tokenizer, f"{name}.pth")
+                save_resume(f"{name}.resume", modules, optimizer, scaler, progress)
             if stopping:
                 return
 
 
-def rounds(steps: range, sample_every: int) -> list[range]:
-    """The steps in groups that end at multiples of sample_every: (2 ... 8, 4) -> 2 3 | 4 5 6 7 | 8"""
-    firsts = [step for step in steps if step == steps[0] or step % sample_every == 0]
-    return [range(first, end) for first, end in zip(firsts, [*firsts[1:], steps.stop])]
-
-
-def is_on_policy(step: int, args) -> bool:
-    """A coin, which falls the same way on all processes."""
-    return np.random.default_rng([args.seed, step, COIN]).random() < args.on_policy_fraction
-
-
-def write(data: dict[int, list[Batch]], student, teacher, tokenizer, run) -> dict[int, list[Rollout]]:
-    """What the student answers to the prompts of these steps: {step: micro-batches} -> {step: rollouts}."""
-    args, asked = run.args, []                                  # (step, prompt, the teacher's)
-    limit, its_limit = run.data.dataset.max_seq_len, teacher.source.config.max_seq_len
-    for step, batches in data.items():
-        draw = np.random.default_rng([args.seed, step, run.world.rank])
-        for batch in batches:
-            for own, its in zip(prompts_and_answers(batch), prompts_and_answers(batch.teacher or batch)):
-                # Of a conversation's turns one that leaves room for an answer, drawn anew each time.
-                prompts = [(prompt, other) for (prompt, _), (other, _) in zip(own, its)
-                           if len(prompt) < limit and len(other) < its_limit]
+def sample_rollouts(batches, student, teacher, tokenizer, max_seq_len, args, world):
+    """The student's answers to the prompts of batches: {step: [Batch]} -> {step: [Rollout]}."""
+    requests = []                                       # (step, prompt, the teacher's prompt)
+    teacher_limit = teacher.source.config.max_seq_len
+    for step, micro_batches in batches.items():
+        rng = np.random.default_rng([args.seed, step, world.rank])
+        for batch in micro_batches:
+            for turns, teacher_turns in zip(prompts_and_answers(batch),
+                                            prompts_and_answers(batch.teacher or batch)):
+                # A random turn of the conversation, of those that leave room for an answer.
+                prompts = [(prompt, other) for (prompt, _), (other, _) in zip(turns, teacher_turns)
+                           if len(prompt) < max_seq_len and len(other) < teacher_limit]
                 for _ in range(args.num_samples):
-                    asked.append((step, *prompts[draw.integers(len(prompts))]))
-    prompts, teacher_prompts = [prompt for _, prompt, _ in asked], [other for _, _, other in asked]
-    guide = Guide(teacher.source, teacher_prompts, args.teacher_share) if args.objective == "minillm" else None
-    limits = [min(args.max_new_tokens, limit - len(prompt), its_limit - len(other)) for _, prompt, other in asked]
+                    requests.append((step, *prompts[rng.integers(len(prompts))]))
+    prompts = [prompt for _, prompt, _ in requests]
+    limits = [min(args.max_new_tokens, max_seq_len - len(prompt), teacher_limit - len(other))
+              for _, prompt, other in requests]
+    guide = None                                        # MiniLLM: a mixture with the teacher
+    if args.objective == "minillm":
+        guide = Guide(teacher.source, [other for _, _, other in requests], args.teacher_share)
 
-    answers = [None] * len(asked)
+    answers = [None] * len(requests)
     student.eval()
-    # Drawn from the generator that run.micro_batches has just seeded by the step: a resumed run draws the same.
-    with autocast(run.world.device, run.dtype):
-        for i, answer in sample(student, prompts, limits, tokenizer.end_of_turn, rows=args.rows, dtype=run.dtype,
-                                guide=guide, vocab_size=tokenizer.vocab_size, any_busy=run.any_busy,
-                                temperature=args.generation_temperature, top_p=args.top_p, top_k=args.top_k):
+    with autocast(world.device, world.dtype):
+        for i, answer in sample(
+                student, prompts, limits, tokenizer.end_of_turn, rows=args.rows, dtype=world.dtype,
+                guide=guide, vocab_size=tokenizer.vocab_size,
+                any_busy=partial(any_process, sharded=args.shard != "none", device=world.device),
+                temperature=args.generation_temperature, top_p=args.top_p, top_k=args.top_k):
             answers[i] = answer
     student.train()
-    rollouts = {step: [] for step in data}
-    for (step, *both), answer in zip(asked, answers):
-        rollouts[step].append(Rollout(*both, answer))
+    rollouts = {step: [] for step in batches}
+    for (step, prompt, other), answer in zip(requests, answers):
+        rollouts[step].append(Rollout(prompt, other, answer))
     return rollouts
-
-
-def micro_batches(rollouts: list[Rollout], args, device) -> list[Graded]:
-    """A step's rollouts as its micro-batches, those of like length together."""
-    rollouts = sorted(rollouts, key=lambda rollout: len(rollout.prompt) + len(rollout.answer.tokens))
-    weights = [()] * len(rollouts)
-    if args.objective == "minillm":
-        weights = policy_gradient([rollout.answer for rollout in rollouts], args.teacher_share)
-    graded = []
-    for part in np.array_split(np.arange(len(rollouts)), args.accumulation_steps):
-        prompts, teacher_prompts, sampled = zip(*(rollouts[i] for i in part))
-        answers = [answer.tokens for answer in sampled]
-        batch = batch_of_answers(prompts, answers)._replace(teacher=batch_of_answers(teacher_prompts, answers))
-        graded.append(Graded(batch.to(device), *(torch.cat(each).to(device) for each in zip(*(weights[i] for i in part)))))
-    return graded
-
-
-def policy_gradient(sampled: list[Sampled], teacher_share: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """MiniLLM's weights of the divergence and of -log q at each token of each answer, w and w (R - baseline): (T,), (T,).
-
-    w[t] = q / (share p + (1 - share) q) of the token drawn, which makes up for the teacher's share in the drawing. R[t]
-    is the mean of log p - log q over the tokens after t; the last has none, and 0. The baseline is the mean R of the
-    other answers: it changes nothing on average, and spares each word the blame for how far all of them still are from
-    the teacher.
-    """
-    gaps = [torch.tensor(answer.log_p) - torch.tensor(answer.log_q) for answer in sampled]
-    returns = [(gap.flip(0).cumsum(0).flip(0) - gap)[:-1] / torch.arange(len(gap) - 1, 0, -1) for gap in gaps]  # (T - 1,)
-    total, n = sum(R.sum() for R in returns), sum(map(len, returns))
-    weights = []
-    for gap, R in zip(gaps, returns):
-        weight = 1 / (teacher_share * gap.exp() + 1 - teacher_share)
-        baseline = (total - R.sum()) / max(1, n - len(R))
-        weights.append((weight, weight * torch.cat([R - baseline, torch.zeros(1)])))
-    return weights
-
-
-# What tells whether a student that feeds on its own text collapses: it writes ever shorter or without an end, is ever
-# surer of itself, and repeats itself.
-
-
-def facts_of(rollouts: list[Rollout], age: int) -> Counter:
-    """Sums over the answers of one step, on this process."""
-    answers = [rollout.answer for rollout in rollouts]
-    return Counter({"answers": len(answers), "tokens": sum(len(answer.tokens) for answer in answers),
-                    "entropy": sum(sum(answer.entropy) for answer in answers),
-                    "repetition": sum(repetition(answer.tokens) for answer in answers),
-                    "finished": sum(answer.finished for answer in answers), "age": age * len(answers)})
-
-
-def repetition(tokens: list[int], n: int = 4) -> float:
-    """The share of an answer's n-grams that it has written before. Welleck et al. 2019, https://arxiv.org/abs/1908.04319,
-    Sec. 6.1, seq-rep-n."""
-    grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def in_means(facts: Counter, device) -> dict[str, float]:
-    """Such sums of all processes as means: entropy in nats per token, length in tokens, age in steps, the others as shares.
-    Nothing, if nothing was written."""
-    names = ("answers", "tokens", "entropy", "repetition", "finished", "age")
-    sums = sum_over_processes(torch.tensor([facts[name] for name in names], dtype=torch.float64, device=device))
-    n, n_tokens, entropy, repeated, finished, age = sums.tolist()
-    return {} if n == 0 else {"length": n_tokens / n, "entropy": entropy / n_tokens, "repetition": repeated / n,
-                              "finished": finished / n, "age": age / n}
-
-
-def in_words(rollout: Rollout, tokenizer) -> str:
-    """What was asked and answered, as one line."""
-    asked, said = tokenizer.decode(rollout.prompt), tokenizer.decode(rollout.answer.tokens)
-    return f"    {asked[-200:]!r} -> {said[:200]!r}"
-
-
-@torch.no_grad()
-def evaluate(student, val_data, teacher, tokenizer, run):
-    """Means over the answers' tokens of the held-out data, of what distill.fused.compare describes."""
-    student.eval()
-    sums = torch.zeros(len(COMPARED) + 1, dtype=torch.float64, device=run.world.device)
-    for batch in run.share(in_order(val_data)):
-        batch = batch.to(run.world.device)
-        with autocast(run.world.device, run.dtype):
-            taught = ask([teacher], batch, tokenizer, run.args)
-            out = student(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
-            scores = compare(out.final, only_words(student.head, tokenizer, run.args), batch.targets, taught.said)
-        sums += torch.stack([*scores.values(), torch.tensor(len(batch.targets), device=run.world.device)])
-    student.train()
-    *sums, n = sum_over_processes(sums).tolist()
-    return {f"val_{name}": value / n for name, value in zip(COMPARED, sums)}
 
 
 def main():
     # 1. Arguments
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("lesson").add_argument
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
-        help="files of conversations: the student answers their prompts, and validation reads their answers")
-    add("--teacher", default="out/full_sft_768.pth", help="its weights. If they are also the student's, and --lora_rank trains "
-        "adapters, the teacher is the student without them, and no second copy is in memory")
-    add("--teacher_data_path", nargs="+", default=None, help="what the teacher reads in place of --data_path: the same answers, "
-        "row by row, to prompts that tell more, so that the student learns to do without")
-    add("--student", "--weights", default="out/full_sft_512.pth", help="weights to start from")
-    add("--objective", default="gkd", choices=["gkd", "minillm"], help="a divergence at each token, or the policy gradient "
-        "of MiniLLM, the reverse KL of whole answers")
+        help="files of conversations: prompts for the student; validation reads their answers")
+    add("--teacher", default="out/full_sft_768.pth",
+        help="teacher weights; with --lora_rank and equal to --student: the student without adapters")
+    add("--teacher_data_path", nargs="+", default=None,
+        help="context distillation: files with the same answers, row by row, to prompts with "
+             "privileged context, which the teacher reads instead of --data_path")
+    add("--student", "--weights", default="out/full_sft_512.pth", help="initial weights")
+    add("--objective", default="gkd", choices=["gkd", "minillm"],
+        help="a divergence at each token, or MiniLLM's policy gradient of the sequence-level "
+             "reverse KL")
     add("--divergence", default="jsd", choices=[name for name in DIVERGENCES if name != "uld"],
-        help="between teacher and student, see distill/losses.py; minillm: reverse_kl")
-    add("--beta", type=float, default=0.5, help="of jsd, in [0, 1]: 0 is forward KL, 1 reverse KL")
-    add("--jsd_normalised", action="store_true", help="divide jsd by beta (1 - beta), so that it tends to them at its ends")
-    add("--skew", type=float, default=0.1, help="of the skew KLs, in (0, 1): share of the other one that is mixed in")
-    add("--temperature", type=float, default=1.0, help="of the loss: softens both distributions; 1 leaves them")
-    add("--on_policy_fraction", type=float, default=1.0, help="share of steps in [0, 1] on the student's own answers; the others "
-                                                              "are on those of the data")
-    add("--num_samples", type=int, default=1, help="answers to each prompt")
-    add("--generation_temperature", type=float, default=1.0, help="of the drawing, above 0; 1: as the student has it")
-    add("--top_p", type=float, default=1.0, help="draw from the smallest set that has this probability; 1: from all")
-    add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
-    add("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
-    add("--sample_every", type=int, default=1, help="steps whose answers are written at once: faster, but the last of them are "
-                                                    "of a student so many steps younger, less one")
-    add("--rows", type=int, default=64, help="answers under way at once, per process")
-    add("--teacher_share", type=float, default=0.2, help="minillm: of the teacher in the distribution drawn from, in (0, 1)")
-    add("--pad_vocab", action="store_true", help="leave out the columns beyond the tokenizer's words, with which a model "
-                                                 "family rounds its vocabulary up")
+        help="divergence from the teacher (distill/losses.py); minillm: reverse_kl")
+    add("--temperature", type=float, default=1.0, help="softmax temperature in the loss")
+    add("--on_policy_fraction", type=float, default=1.0,
+        help="fraction of steps on rollouts, in [0, 1]; the others are on the answers of the data")
+    add("--num_samples", type=int, default=1, help="rollouts per prompt")
+    add("--generation_temperature", type=float, default=1.0, help="sampling temperature, above 0")
+    add("--top_p", type=float, default=1.0, help="nucleus sampling: probability mass kept; 1: all")
+    add("--top_k", type=int, default=0, help="sample from the k most likely tokens; 0: from all")
+    add("--max_new_tokens", type=int, default=256, help="maximum length of an answer, in tokens")
+    add("--sample_every", type=int, default=1,
+        help="number of steps per rollout phase; samples are up to N - 1 steps stale")
+    add("--rows", type=int, default=64, help="generation batch size, per process")
+    add("--teacher_share", type=float, default=0.2,
+        help="minillm: weight of the teacher in the sampling mixture, in (0, 1)")
     add("--epochs", type=int, default=1, help="passes over the prompts")
     add("--batch_size", type=int, default=16, help="prompts per micro-batch and process")
-    add("--learning_rate", type=float, default=2e-5, help="of the cosine, which runs from 1.1 to 0.1 times this")
+    add("--learning_rate", type=float, default=2e-5,
+        help="learning rate; cosine decay from 1.1x to 0.1x of it")
+    add_divergence_args(parser)
     add_training_args(parser)
     args = parse_args(parser)
     check(parser, args)
@@ -309,87 +225,89 @@ def main():
     seed_everything(args.seed)
 
     with checking_input():
-        # 3. Models
+        # 3. Models. A student with adapters can be its own teacher: the model without them.
         student, tokenizer = load_model(args.student)
-        student.train()
-        Logger(f"student {student.config}: {student.n_parameters() / 1e6:.2f} M parameters, from {args.student}")
-        if args.lora_rank:
-            Logger(adapt(student, args.student, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets))
-        teacher = init_teacher(args, student, tokenizer, world)
-        check_vocabulary([teacher], student, tokenizer, args)
+        prepare(student, args.student, world, lora_options(args), args.grad_checkpoint,
+                args.compile)
+        if args.lora_rank and args.teacher == args.student:
+            teacher = Teacher(WithoutAdapters(student), 1.0, tokenizer)
+        else:
+            model, its_tokenizer = load_teacher(args.teacher, world, args.shard, args.compile)
+            teacher = Teacher(model, 1.0, its_tokenizer)
+        check_vocabulary([teacher], student.config, tokenizer, args.divergence, args.pad_vocab)
 
-        # 4. Data. Of each row the prompts, and the answers for what is not on-policy.
-        train_data, val_data = open_data(SFTDataset, args, tokenizer, student.config, world,
-                                                 teacher if args.teacher_data_path else None, args.teacher_data_path)
-        limit = teacher.source.config.max_seq_len
-        if train_data.max_seq_len > limit and not args.teacher_data_path:
-            raise ValueError(f"the student reads {train_data.max_seq_len} tokens, the teacher was made for {limit}: "
-                             f"--max_seq_len {limit}")
-        train_data = train_data.with_room(Logger)
-        data = MicroBatches(train_data, args.batch_size, args.accumulation_steps, world.rank, world.size, args.seed)
+        # 4. Data: the prompts, and the answers for what is not on-policy
+        max_seq_len = student.context_length(args.max_seq_len)
+        other_side = teacher_side([teacher], tokenizer, args.data_path, args.teacher_data_path,
+                                  max_seq_len)
+        train_data, val_data = open_data(
+            SFTDataset, args.data_path, tokenizer, max_seq_len, args.val_path,
+            args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, other_side)
+        data = MicroBatches(train_data.with_room(Logger), args.batch_size, args.accumulation_steps,
+                            world.rank, world.size, args.seed)
 
-        # 5. Optimizer, precision, and where an interrupted run stood
-        name = f"full_onpolicy_{student.config.dim}{student.config.moe_path}{'_lora' if args.lora_rank else ''}"
-        run = Run(name, args, world, {"model": student}, data)
+        # 5. Optimizer, and the step at which an interrupted run stopped
+        name = run_name(args.out_dir, "full_onpolicy", student)
+        modules = {"model": parallelize(student, world, args.shard, student.shard_units())}
+        optimizer = torch.optim.AdamW(decay_groups(modules, args.weight_decay),
+                                      lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+        scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+        progress = start_progress(args, data, args.epochs, student.adapted)
+        if args.resume:
+            progress = load_resume(f"{name}.resume", modules, optimizer, scaler, progress)
 
     # 6. Train
-    Logger(f"{teacher.source.config} teaches {student.config}; {loss_in_words(args)}; {run.total_steps} steps of "
-           f"{data.step_samples} prompts, {args.num_samples} answers each")
-    for epoch in run.epochs:
-        train_epoch(epoch, run.wandb, run, teacher, student, tokenizer, val_data)
-    run.close()
+    Logger(f"{teacher} -> student {student.config}")
+    Logger(f"loss = {describe(args)}; {progress.total_steps} steps of {data.step_samples} prompts, "
+           f"{args.num_samples} answers each")
+    wandb, log, stop = init_wandb(args, name, progress), Log(name, progress, world), StopSignal()
+    loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
+                         world.device)
+    for epoch in progress.epochs(data.steps_per_epoch):
+        train_epoch(epoch, wandb, teacher=teacher,
+                    args=args, world=world, name=name, student=student, tokenizer=tokenizer,
+                    modules=modules, optimizer=optimizer, scaler=scaler, data=data,
+                    val_data=val_data, loader=loader, progress=progress, log=log, stop=stop)
+        if stop.stopped:
+            break
+    end_run(log, wandb, progress, world)
+
+
+def describe(args) -> str:
+    _, divergence = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
+    whole = " of whole answers, by policy gradient" if args.objective == "minillm" else ""
+    return (f"{args.temperature:g}^2 * {divergence} at T={args.temperature:g}{whole}, "
+            f"on the student's own answers in {args.on_policy_fraction:.0%} of the steps")
 
 
 def check(parser, args):
-    """Numbers out of their range, and what cannot go together."""
+    """Values out of their range, and flags that do not go together."""
     if args.tokenizer:
-        parser.error(f"--tokenizer {args.tokenizer} is for a model that starts from nothing; --student has its own")
+        parser.error(f"--tokenizer {args.tokenizer} is for a randomly initialised model; "
+                     "--student has its own")
     if args.objective == "minillm":
         args.divergence = "reverse_kl"
-        needed = [f"--{name} {right}" for name, right in (("temperature", 1), ("generation_temperature", 1), ("top_p", 1),
-                                                          ("top_k", 0), ("sample_every", 1)) if vars(args)[name] != right]
-        if needed:
-            parser.error("--objective minillm is the gradient for answers drawn now, from the distributions as they are: "
-                         f"{' '.join(needed)}")
+        needed = {"temperature": 1, "generation_temperature": 1, "top_p": 1, "top_k": 0,
+                  "sample_every": 1}
+        wrong = [f"--{flag} {value}" for flag, value in needed.items() if vars(args)[flag] != value]
+        if wrong:
+            parser.error("--objective minillm needs samples of the current step from the "
+                         f"unmodified distributions: {' '.join(wrong)}")
     if args.teacher == args.student and not args.teacher_data_path:
-        Logger(f"{args.teacher} is teacher and student and reads the same prompts: it can teach itself nothing. "
-               "--teacher_data_path names what it is told besides, as the teacher")
-    for name, fits, needed in (
-            ("beta", 0.0 <= args.beta <= 1.0, "lie in [0, 1]"),
-            ("skew", 0.0 < args.skew < 1.0, "lie between 0 and 1; at 0 it is the plain KL"),
-            ("temperature", args.temperature > 0, "be above 0"),
-            ("on_policy_fraction", 0.0 <= args.on_policy_fraction <= 1.0, "lie in [0, 1]"),
-            ("num_samples", args.num_samples >= 1, "be 1 or more"),
-            ("generation_temperature", args.generation_temperature > 0, "be above 0"),
-            ("top_p", 0.0 < args.top_p <= 1.0, "lie in (0, 1]"),
-            ("top_k", args.top_k >= 0, "be 0 or more"),
-            ("max_new_tokens", args.max_new_tokens >= 1, "be 1 or more"),
-            ("sample_every", args.sample_every >= 1, "be 1 or more"),
-            ("sample_every", args.save_interval % max(1, args.sample_every) == 0,
-             f"divide --save_interval {args.save_interval}: what is written ahead is in no resume file"),
-            ("rows", args.rows >= 1, "be 1 or more"),
-            ("teacher_share", 0.0 < args.teacher_share < 1.0, "lie between 0 and 1")):
-        if not fits:
-            parser.error(f"--{name} {vars(args)[name]} must {needed}")
-
-
-def init_teacher(args, student, tokenizer, world) -> Teacher:
-    """Its own weights; or the student's, without the adapters."""
-    if args.lora_rank and args.teacher == args.student:
-        Logger(f"teacher: {args.teacher} too, without the adapters")
-        return Teacher(Base(student), 1.0, tokenizer)
-    dtype = torch.bfloat16 if pick_dtype(args.dtype, world.device) == torch.bfloat16 else torch.float32
-    # What will be shared out need not fit on one device.
-    model, its_tokenizer = load_model(args.teacher, "cpu" if args.shard == "zero3" else world.device, dtype)
-    Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {args.teacher}")
-    return Teacher(place_frozen(model.requires_grad_(False), args, world), 1.0, its_tokenizer)
-
-
-def loss_in_words(args) -> str:
-    _, divergence = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
-    return (f"loss = {args.temperature:g}^2 * {divergence} at T={args.temperature:g}"
-            + (" of whole answers, by policy gradient" if args.objective == "minillm" else "")
-            + f", on the student's own answers in {args.on_policy_fraction:.0%} of the steps")
+        Logger("teacher and student are the same model with the same prompts, so the KD loss is "
+               "zero. --teacher_data_path gives the teacher prompts with privileged context")
+    positive = [(flag, vars(args)[flag] >= 1, "be 1 or more")
+                for flag in ("num_samples", "max_new_tokens", "sample_every", "rows")]
+    check_ranges(
+        parser, args, *positive, ("beta", 0 <= args.beta <= 1, "lie in [0, 1]"),
+        ("skew", 0 < args.skew < 1, "lie between 0 and 1; at 0 it is the plain KL"),
+        ("temperature", args.temperature > 0, "be above 0"),
+        ("on_policy_fraction", 0 <= args.on_policy_fraction <= 1, "lie in [0, 1]"),
+        ("generation_temperature", args.generation_temperature > 0, "be above 0"),
+        ("top_p", 0 < args.top_p <= 1, "lie in (0, 1]"), ("top_k", args.top_k >= 0, "be 0 or more"),
+        ("teacher_share", 0 < args.teacher_share < 1, "lie between 0 and 1"),
+        ("sample_every", args.save_interval % args.sample_every == 0,
+         f"divide --save_interval {args.save_interval}: no resume file holds rollouts"))
 
 
 if __name__ == "__main__":

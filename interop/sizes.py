@@ -8,6 +8,7 @@ from pathlib import Path
 
 from interop.checkpoint import load_config, load_model, load_teacher, new_model
 from model.config import LMConfig
+from runtime.log import Logger
 from runtime.precision import pick_device
 from runtime.processes import World
 
@@ -42,12 +43,16 @@ def fill_in(args, sizes: dict) -> list[tuple[str, LMConfig]]:
     size = sizes[[*found, *sizes][0] if args.size == "auto" else args.size]
     for key in ("epochs", "batch_size", "learning_rate"):
         setattr(args, key, size[key] if vars(args)[key] is None else vars(args)[key])
+    Logger(f"{args.epochs} epochs, batch size {args.batch_size}, learning rate {args.learning_rate:g}")
     if not args.teacher and not args.teacher_cache:
         args.teacher = [sft_weights(size["lm_config_teacher"], args.out_dir)]
     given = size["lm_config_student"]
     last = LMConfig(dim=args.dim or given.dim, n_layers=args.n_layers or given.n_layers,
                     n_heads=args.n_heads or given.n_heads, use_moe=args.use_moe,
                     max_seq_len=args.max_seq_len or given.max_seq_len)
+    if args.teacher == [args.student] and not args.teacher_data_path and args.alpha == 0:
+        Logger("teacher and student are the same model with the same prompts, so the KD loss is "
+               "zero. --teacher_data_path gives the teacher prompts with privileged context")
     chain = [chain_link(link, last, args.out_dir) for link in args.chain]
     chain.append((args.student or sft_weights(last, args.out_dir), last))
     files = [f"{(config if weights == 'none' else load_config(weights)).dim}" for weights, config in chain]
