@@ -1,6 +1,6 @@
 """
 课程页里引用的代码确在文件里，命令都能跑，两种语言说的是同一件事；术语表指向的代码确实存在。
-The lesson pages quote code that exists, every command in them runs, and both languages say the same;
+The lesson pages quote code that exists, their commands run, and both languages say the same;
 the glossary names code that exists and terms that the lessons use.
 """
 
