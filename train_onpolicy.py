@@ -12,8 +12,8 @@ bias); here it learns in them. Agarwal et al. 2023 (GKD), https://arxiv.org/abs/
 --on_policy_fraction is its lambda. No gradient flows through the sampling. --objective minillm adds
 this term by policy gradient:
 
-    grad KL(q || p) of whole answers  =  sum over t of  grad KL(q || p) at t  -  R[t] grad log q(A[t])
-    R[t]                              =  sum over u > t of  log p(A[u]) - log q(A[u])
+    grad KL(q || p) of answers  =  sum over t of  grad KL(q || p) at t  -  R[t] grad log q(A[t])
+    R[t]                        =  sum over u > t of  log p(A[u]) - log q(A[u])
 
 Gu et al. 2023 (MiniLLM), https://arxiv.org/abs/2306.08543, Sec. 2.2: single-step decomposition (the
 first term), length normalisation (R is a mean, or short answers win), teacher-mixed sampling with
@@ -62,7 +62,6 @@ def train_epoch(epoch, wandb, *, teacher,
                 loader, progress, log, stop):
     total_steps, weights = progress.total_steps, trained_weights(optimizer)
     divergence, _ = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
-    minillm = args.objective == "minillm"
     vocab_size = tokenizer.vocab_size if args.pad_vocab else None
     clock, stats = Clock(world.device), Counter()
     for steps in rounds(progress.steps_of(epoch, data.steps_per_epoch), args.sample_every):
@@ -87,8 +86,9 @@ def train_epoch(epoch, wandb, *, teacher,
             micro_batches = [WeightedBatch(batch) for batch in batches[step]]
             if step in rollouts:
                 stats += rollout_stats(rollouts[step], age=step - steps[0])
-                micro_batches = rollout_batches(rollouts[step], args.accumulation_steps,
-                                                world.device, args.teacher_share if minillm else None)
+                micro_batches = rollout_batches(
+                    rollouts[step], args.accumulation_steps, world.device,
+                    args.teacher_share if args.objective == "minillm" else None)
             seed_everything(args.seed, step, world.rank)    # resuming repeats this step's dropout
             for micro, (batch, kd_weight, ce_weight) in enumerate(count_step(micro_batches, world)):
                 is_last = micro == len(micro_batches) - 1
@@ -188,7 +188,7 @@ def main():
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
         help="files of conversations: prompts for the student; validation reads their answers")
     add("--teacher", default="out/full_sft_768.pth",
-        help="teacher weights; with --lora_rank and equal to --student: the student without adapters")
+        help="teacher weights; with --lora_rank and equal to --student: it without adapters")
     add("--teacher_data_path", nargs="+", default=None,
         help="context distillation: files with the same answers, row by row, to prompts with "
              "privileged context, which the teacher reads instead of --data_path")

@@ -12,24 +12,33 @@ INTERMEDIATE = ("feature", "attention", "contrastive")
 
 def add_divergence_args(parser):
     add = parser.add_argument_group("divergence (distill/losses.py)").add_argument
-    add("--beta", type=float, default=0.5, help="interpolation of jsd in [0, 1]: 0 forward KL, 1 reverse KL")
-    add("--jsd_normalised", action="store_true", help="divide jsd by beta (1 - beta), so that its limits are the two KLs")
+    add("--beta", type=float, default=0.5,
+        help="interpolation of jsd in [0, 1]: 0 forward KL, 1 reverse KL")
+    add("--jsd_normalised", action="store_true",
+        help="divide jsd by beta (1 - beta), so that its limits are the two KLs")
     add("--skew", type=float, default=0.1, help="mixing coefficient of the skew KLs, in (0, 1)")
-    add("--pad_vocab", action="store_true", help="ignore logits beyond the tokenizer's vocabulary, with which a model "
-                                                 "family pads it")
+    add("--pad_vocab", action="store_true",
+        help="ignore logits beyond the tokenizer's vocabulary, with which a model family pads it")
 
 
 def add_intermediate_args(parser, weights: bool = True):
     """Without weights: of a lesson that has them elsewhere."""
     add = parser.add_argument_group("intermediate-layer losses (distill/features.py)").add_argument
     if weights:
-        add("--feature_weight", type=float, default=0.0, help="weight of the hidden-state loss; 0 disables it")
-        add("--attention_weight", type=float, default=0.0, help="weight of MiniLM's attention relations; 0 disables them")
-        add("--contrastive_weight", type=float, default=0.0, help="weight of InfoNCE on pooled states; 0 disables it")
-    add("--feature_loss", default="mse", choices=["mse", "cosine"], help="distance between hidden states")
-    add("--layer_map", default="uniform", help="matched layers: uniform, last, or STUDENT:TEACHER pairs like 1:2,2:4")
-    add("--relation_heads", type=int, default=4, help="heads of the relations; must divide all widths of q, k and v")
-    add("--contrastive_temperature", type=float, default=0.1, help="temperature of the InfoNCE similarities, above 0")
+        add("--feature_weight", type=float, default=0.0,
+            help="weight of the hidden-state loss; 0 disables it")
+        add("--attention_weight", type=float, default=0.0,
+            help="weight of MiniLM's attention relations; 0 disables them")
+        add("--contrastive_weight", type=float, default=0.0,
+            help="weight of InfoNCE on pooled states; 0 disables it")
+    add("--feature_loss", default="mse", choices=["mse", "cosine"],
+        help="distance between hidden states")
+    add("--layer_map", default="uniform",
+        help="matched layers: uniform, last, or STUDENT:TEACHER pairs like 1:2,2:4")
+    add("--relation_heads", type=int, default=4,
+        help="heads of the relations; must divide all widths of q, k and v")
+    add("--contrastive_temperature", type=float, default=0.1,
+        help="temperature of the InfoNCE similarities, above 0")
 
 
 def check_loss_args(parser, args):
@@ -41,7 +50,8 @@ def check_loss_args(parser, args):
         ("alpha", lambda x: 0 <= x <= 1, "lie in [0, 1]: it is the weight of CE"),
         ("beta", lambda x: 0 <= x <= 1, "lie in [0, 1]"),
         ("skew", lambda x: 0 < x < 1, "lie between 0 and 1; at 0 it is the plain KL"),
-        ("temperature", lambda x: x > 0, "be above 0"), ("final_temperature", lambda x: x > 0, "be above 0"),
+        ("temperature", lambda x: x > 0, "be above 0"),
+        ("final_temperature", lambda x: x > 0, "be above 0"),
         ("contrastive_temperature", lambda x: x > 0, "be above 0"),
         ("divergence", lambda x: x != "uld" or args.alpha > 0,
          "be combined with labels, --alpha 0.5: it compares how sure the two are, not of what"))))
@@ -50,20 +60,23 @@ def check_loss_args(parser, args):
 def make_intermediate(args, student_config, teachers) -> IntermediateLosses:
     teacher_config = None if teachers[0].is_cached else teachers[0].source.config
     weights = {name: vars(args)[f"{name}_weight"] for name in INTERMEDIATE}
-    return IntermediateLosses(student_config, teacher_config, **weights, feature_loss=args.feature_loss,
-                              layer_map=args.layer_map, relation_heads=args.relation_heads,
-                              contrastive_temperature=args.contrastive_temperature)
+    return IntermediateLosses(
+        student_config, teacher_config, **weights, feature_loss=args.feature_loss,
+        layer_map=args.layer_map, relation_heads=args.relation_heads,
+        contrastive_temperature=args.contrastive_temperature)
 
 
 def describe_loss(args, student_config) -> str:
     """0.50 CE + 0.50 * 4^2 * KL(student || teacher) at T=4"""
     _, divergence = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
-    terms = [f"{vars(args)[f'{name}_weight']:g} * {text}" for name, text in zip(INTERMEDIATE, (
-        f"feature {args.feature_loss.upper()}", "attention relations", "InfoNCE")) if vars(args)[f"{name}_weight"] > 0]
+    weights = [vars(args)[f"{name}_weight"] for name in INTERMEDIATE]
+    names = f"feature {args.feature_loss.upper()}", "attention relations", "InfoNCE"
+    terms = [f"{weight:g} * {name}" for weight, name in zip(weights, names) if weight > 0]
     if student_config.use_moe:
         terms.append(f"{student_config.aux_loss_alpha:g} * balance")
     moving = f" moving to {args.final_temperature:g}" if args.final_temperature else ""
-    kd = f"{1 - args.alpha:.2f} * {args.temperature:g}^2 * {divergence} at T={args.temperature:g}{moving}"
+    T = f"{args.temperature:g}"
+    kd = f"{1 - args.alpha:.2f} * {T}^2 * {divergence} at T={T}{moving}"
     return " + ".join([f"{args.alpha:.2f} CE", kd, *terms])
 
 
@@ -76,17 +89,21 @@ def check_teachers(teachers, args):
     context = ["--teacher_data_path"] if args.teacher_data_path else []
     for flag in (*intermediate, *uld, *plain, *context):
         if not single_model:
-            raise ValueError(f"{flag} needs exactly one --teacher in memory, and no --teacher_cache")
+            raise ValueError(f"{flag} needs exactly one --teacher in memory, and no "
+                             "--teacher_cache")
     if uld and (intermediate or plain):
-        raise ValueError(f"--divergence uld compares sorted probabilities, {[*intermediate, *plain][0]} compares "
-                         "position by position. Leave one of them out")
+        raise ValueError("--divergence uld compares sorted probabilities, "
+                         f"{[*intermediate, *plain][0]} compares position by position. Leave one "
+                         "of them out")
     if context and args.attention_weight > 0:
-        raise ValueError("--attention_weight compares all tokens of a sample, but with --teacher_data_path the "
-                         "prompts differ. Leave one of them out")
-    for cache in [teacher.source for teacher in teachers if teacher.is_cached and teacher.source.top_k]:
+        raise ValueError("--attention_weight compares all tokens of a sample, but with "
+                         "--teacher_data_path the prompts differ. Leave one of them out")
+    caches = [teacher.source for teacher in teachers if teacher.is_cached]
+    for cache in [cache for cache in caches if cache.top_k]:
         if len(teachers) > 1:
-            raise ValueError(f"{cache} holds the top {cache.top_k} tokens only, which cannot be mixed with other "
-                             "teachers; write it without --top_k")
+            raise ValueError(f"{cache} holds the top {cache.top_k} tokens only, which cannot be "
+                             "mixed with other teachers; write it without --top_k")
         if (args.temperature, args.final_temperature) != (cache.temperature, None):
-            raise ValueError(f"{cache} holds the top {cache.top_k} tokens at temperature {cache.temperature:g}, and a "
-                             "tail probability cannot be rescaled: train at this --temperature, or write it for another")
+            raise ValueError(f"{cache} holds the top {cache.top_k} tokens at temperature "
+                             f"{cache.temperature:g}, and a tail probability cannot be rescaled: "
+                             "train at this --temperature, or write it for another")

@@ -1,6 +1,7 @@
 """
 学生自己写的回答：策略梯度的权重，以及学生是否在退化的指标。
-Rollouts, the student's own answers: the weights of the policy gradient, and statistics that show a collapse.
+Rollouts, the student's own answers: the weights of the policy gradient, and statistics that show a
+collapse.
 """
 
 from collections import Counter
@@ -12,7 +13,7 @@ import torch
 from dataset.lm_dataset import Batch, batch_of_answers
 from runtime.processes import World, sum_over_processes
 
-COIN = 1 << 20          # the coin's own random stream, beside those of the ranks, which count from 0
+COIN = 1 << 20          # the coin's random stream, beside those of the ranks 0, 1, ...
 
 
 class Rollout(NamedTuple):
@@ -30,7 +31,8 @@ class WeightedBatch(NamedTuple):
 
 
 def rounds(steps: range, sample_every: int) -> list[range]:
-    """The steps in groups that end at multiples of sample_every: (2 ... 8, 4) -> 2 3 | 4 5 6 7 | 8"""
+    """The steps in groups that end at multiples of sample_every: (2 ... 8, 4) -> 2 3 | 4 5 6 7 |
+    8"""
     firsts = [step for step in steps if step == steps[0] or step % sample_every == 0]
     return [range(first, end) for first, end in zip(firsts, [*firsts[1:], steps.stop])]
 
@@ -40,9 +42,11 @@ def is_on_policy(step: int, seed: int, fraction: float) -> bool:
     return np.random.default_rng([seed, step, COIN]).random() < fraction
 
 
-def rollout_batches(rollouts: list[Rollout], n_batches: int, device, teacher_share: float | None) -> list[WeightedBatch]:
-    """A step's rollouts as micro-batches of similar lengths. teacher_share: with MiniLLM's policy gradient."""
-    rollouts = sorted(rollouts, key=lambda rollout: len(rollout.prompt) + len(rollout.answer.tokens))
+def rollout_batches(rollouts: list[Rollout], n_batches: int, device,
+                    teacher_share: float | None) -> list[WeightedBatch]:
+    """A step's rollouts as micro-batches of similar lengths. teacher_share: with MiniLLM's policy
+    gradient."""
+    rollouts = sorted(rollouts, key=lambda each: len(each.prompt) + len(each.answer.tokens))
     weights = [()] * len(rollouts)
     if teacher_share is not None:
         weights = policy_gradient([rollout.answer for rollout in rollouts], teacher_share)
@@ -58,7 +62,8 @@ def rollout_batches(rollouts: list[Rollout], n_batches: int, device, teacher_sha
 
 
 def count_step(batches: list[WeightedBatch], world: World) -> list[WeightedBatch]:
-    """The batches with the number of targets and samples of the whole optimizer step, over all processes."""
+    """The batches with the number of targets and samples of the whole optimizer step, over all
+    processes."""
     n_targets = torch.tensor(sum(len(each.batch.targets) for each in batches), device=world.device)
     n_targets = sum_over_processes(n_targets).item()
     n_samples = world.size * sum(len(each.batch.lengths) for each in batches)
@@ -67,16 +72,19 @@ def count_step(batches: list[WeightedBatch], world: World) -> list[WeightedBatch
 
 
 def policy_gradient(sampled: list, teacher_share: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """MiniLLM's weights of the divergence and of -log q at each token of each answer, w and w (R - baseline): (T,), (T,).
+    """MiniLLM's weights of the divergence and of -log q at each token of each answer, w and w (R -
+    baseline): (T,), (T,).
 
-    w[t] = q / (share p + (1 - share) q) of the sampled token: the importance weight for the teacher's share in the
-    sampling mixture. R[t] is the mean of log p - log q over the tokens after t, 0 for the last. The baseline is the
-    mean R of the other answers: it leaves the expected gradient unchanged and reduces its variance.
+    w[t] = q / (share p + (1 - share) q) of the sampled token: the importance weight for the
+    teacher's share in the sampling mixture. R[t] is the mean of log p - log q over the tokens after
+    t, 0 for the last. The baseline is the mean R of the other answers: it leaves the expected
+    gradient unchanged and reduces its variance.
 
     Gu et al. 2023 (MiniLLM), https://arxiv.org/abs/2306.08543, Sec. 2.2.
     """
     gaps = [torch.tensor(answer.log_p) - torch.tensor(answer.log_q) for answer in sampled]
-    returns = [(gap.flip(0).cumsum(0).flip(0) - gap)[:-1] / torch.arange(len(gap) - 1, 0, -1) for gap in gaps]  # (T - 1,)
+    returns = [(gap.flip(0).cumsum(0).flip(0) - gap)[:-1] / torch.arange(len(gap) - 1, 0, -1)
+               for gap in gaps]                                                     # (T - 1,)
     total, n = sum(R.sum() for R in returns), sum(map(len, returns))
     weights = []
     for gap, R in zip(gaps, returns):
@@ -86,26 +94,28 @@ def policy_gradient(sampled: list, teacher_share: float) -> list[tuple[torch.Ten
     return weights
 
 
-# A student that learns from its own text may collapse: answers get shorter or never end, entropy falls, text repeats.
+# A student that learns from its own text may collapse: answers get shorter or never end, entropy
+# falls, text repeats.
 
 
 def rollout_stats(rollouts: list[Rollout], age: int) -> Counter:
     """Sums over the answers of one step, on this process. age: by how many steps they are stale."""
     answers = [rollout.answer for rollout in rollouts]
-    return Counter({"answers": len(answers), "tokens": sum(len(answer.tokens) for answer in answers),
+    return Counter({"answers": len(answers), "age": age * len(answers),
+                    "tokens": sum(len(answer.tokens) for answer in answers),
                     "entropy": sum(sum(answer.entropy) for answer in answers),
                     "repetition": sum(repetition(answer.tokens) for answer in answers),
-                    "finished": sum(answer.finished for answer in answers), "age": age * len(answers)})
+                    "finished": sum(answer.finished for answer in answers)})
 
 
 def mean_stats(stats: Counter, device) -> dict[str, float]:
-    """Such sums over all processes as means: entropy in nats per token, length in tokens, age in steps, the others as
-    fractions. Empty without rollouts."""
+    """Such sums over all processes as means: entropy in nats per token, length in tokens, age in
+    steps, the others as fractions. Empty without rollouts."""
     names = ("answers", "tokens", "entropy", "repetition", "finished", "age")
-    sums = sum_over_processes(torch.tensor([stats[name] for name in names], dtype=torch.float64, device=device))
-    n, n_tokens, entropy, repeated, finished, age = sums.tolist()
-    return {} if n == 0 else {"length": n_tokens / n, "entropy": entropy / n_tokens, "repetition": repeated / n,
-                              "finished": finished / n, "age": age / n}
+    sums = torch.tensor([stats[name] for name in names], dtype=torch.float64, device=device)
+    n, n_tokens, entropy, repeated, finished, age = sum_over_processes(sums).tolist()
+    return {} if n == 0 else {"length": n_tokens / n, "entropy": entropy / n_tokens,
+                              "repetition": repeated / n, "finished": finished / n, "age": age / n}
 
 
 def repetition(tokens: list[int], n: int = 4) -> float:

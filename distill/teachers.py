@@ -1,6 +1,7 @@
 """
 教师：内存里的一个或几个模型，或它们事先写在磁盘上的输出。
-Teachers: one or several models in memory, or their cached outputs on disk; and which combinations are possible.
+Teachers: one or several models in memory, or their cached outputs on disk; and which combinations
+are possible.
 """
 
 from pathlib import Path
@@ -42,11 +43,13 @@ def path_and_weight(spec: str) -> tuple[str, float]:
     try:
         return (spec, 1.0) if not path or Path(spec).exists() else (path, float(weight))
     except ValueError:
-        raise ValueError(f"{spec}: {weight!r} is not a number; write PATH=WEIGHT, or PATH alone") from None
+        raise ValueError(f"{spec}: {weight!r} is not a number; write PATH=WEIGHT, or PATH "
+                         "alone") from None
 
 
 def make_teachers(models, caches, device, load) -> list[Teacher]:
-    """From --teacher and --teacher_cache, each 'PATH=WEIGHT' or 'PATH'; their weights normalised to sum to 1.
+    """From --teacher and --teacher_cache, each 'PATH=WEIGHT' or 'PATH'; their weights normalised to
+    sum to 1.
 
     load    path -> (model, tokenizer)
     """
@@ -57,14 +60,16 @@ def make_teachers(models, caches, device, load) -> list[Teacher]:
     for path, weight in map(path_and_weight, caches or []):
         teachers.append(Teacher(TeacherCache(path).to(device), weight))
     if min(teacher.weight for teacher in teachers) <= 0:
-        raise ValueError("the weight of a teacher must be above 0; leave out a teacher that is not wanted")
+        raise ValueError("the weight of a teacher must be above 0; leave out a teacher that is not "
+                         "wanted")
     total = sum(teacher.weight for teacher in teachers)
     return [teacher._replace(weight=teacher.weight / total) for teacher in teachers]
 
 
 def teacher_outputs(teachers: list[Teacher], batch, vocab_size: int | None = None,
                     return_hidden: bool = False) -> TeacherOutputs:
-    """Run each teacher on the batch, or look it up in its cache. vocab_size: see trim_padded_vocab."""
+    """Run each teacher on the batch, or look it up in its cache. vocab_size: see
+    trim_padded_vocab."""
     inputs, predictions, out = batch.teacher or batch, [], None
     for source, weight, _ in teachers:
         if isinstance(source, TeacherCache):
@@ -72,41 +77,46 @@ def teacher_outputs(teachers: list[Teacher], batch, vocab_size: int | None = Non
             if isinstance(found, TopK):                     # the only teacher: check_teachers
                 return TeacherOutputs(found, None, None)
         else:
-            out = source(inputs.tokens, inputs.lengths, at=inputs.at, with_logits=False, return_hidden=return_hidden)
+            out = source(inputs.tokens, inputs.lengths, at=inputs.at, with_logits=False,
+                         return_hidden=return_hidden)
             found = Dense(out.final, source.head)
         head = found.head if batch.match is not None else trim_padded_vocab(found.head, vocab_size)
         predictions.append(Dense(found.states, head, weight))
     if batch.match is None:
         return TeacherOutputs(predictions, None, out)
-    # With another tokenizer: only positions where both have read the same text are used; the others get weight 0.
+    # With another tokenizer: only positions where both have read the same text are used; the others
+    # get weight 0.
     states = predictions[0].states[batch.match.clamp_min(0)]
     return TeacherOutputs([predictions[0]._replace(states=states)], batch.match >= 0, out)
 
 
 def trim_padded_vocab(head, vocab_size: int | None):  # (V, D) -> (V, D)
-    """The rows of the first vocab_size tokens, without the padding with which a model family rounds its vocabulary up.
-    None: all rows."""
+    """The rows of the first vocab_size tokens, without the padding with which a model family rounds
+    its vocabulary up. None: all rows."""
     return head[:vocab_size] if vocab_size and len(head) > vocab_size else head
 
 
 def check_vocabulary(teachers, student_config, tokenizer, divergence="forward_kl", pad_vocab=False):
-    """Column v must be the same token in all distributions, except for ULD. (A cache is checked with the data.)"""
+    """Column v must be the same token in all distributions, except for ULD. (A cache is checked
+    with the data.)"""
     for source, _, its_tokenizer in teachers:
         if divergence == "uld" or its_tokenizer is None:
             continue
         sizes = (f"the teacher's vocabulary has {source.config.vocab_size} tokens, the student's "
                  f"{student_config.vocab_size}; ")
         if its_tokenizer.sha256 != tokenizer.sha256:
-            raise ValueError(f"{sizes}they belong to {its_tokenizer.path} and {tokenizer.path}. Train both with one "
-                             "tokenizer, or compare sorted probabilities: "
+            raise ValueError(f"{sizes}they belong to {its_tokenizer.path} and {tokenizer.path}. "
+                             "Train both with one tokenizer, or compare sorted probabilities: "
                              "train_distillation.py --divergence uld --alpha 0.5")
         if source.config.vocab_size != student_config.vocab_size and not pad_vocab:
-            raise ValueError(f"{sizes}the tokenizer has {tokenizer.vocab_size}. If the rest is padding: --pad_vocab")
+            raise ValueError(f"{sizes}the tokenizer has {tokenizer.vocab_size}. If the rest is "
+                             "padding: --pad_vocab")
 
 
 def teacher_side(teachers, tokenizer, paths, teacher_paths, max_seq_len: int):
-    """(paths, tokenizer, context length) of a teacher that reads its own tokens of the same samples: it has another
-    tokenizer, or privileged context in its prompts. None: all read the same.
+    """(paths, tokenizer, context length) of a teacher that reads its own tokens of the same
+    samples: it has another tokenizer, or privileged context in its prompts. None: all read the
+    same.
 
     Raises ValueError for samples longer than the context of a teacher that reads them.
     """
@@ -115,8 +125,9 @@ def teacher_side(teachers, tokenizer, paths, teacher_paths, max_seq_len: int):
         if teacher_paths or its_tokenizer.sha256 != tokenizer.sha256:
             return teacher_paths or paths, its_tokenizer, source.config.max_seq_len
         if max_seq_len > source.config.max_seq_len:
-            raise ValueError(f"samples of up to {max_seq_len} tokens exceed the teacher's context length of "
-                             f"{source.config.max_seq_len}: --max_seq_len {source.config.max_seq_len}")
+            raise ValueError(f"samples of up to {max_seq_len} tokens exceed the teacher's context "
+                             f"length of {source.config.max_seq_len}: --max_seq_len "
+                             f"{source.config.max_seq_len}")
 
 
 def check_caches(teachers, data, pad_vocab=False):
@@ -131,18 +142,20 @@ def check_cache(cache: TeacherCache, data, pad_vocab=False):
     """Refuse a cache that was not written for these samples and this tokenizer."""
     tokenizer = data.tokenizer
     if cache.vocab_size != tokenizer.vocab_size and (cache.top_k or not pad_vocab):
-        raise ValueError(f"{cache} has a vocabulary of {cache.vocab_size}, the student's tokenizer has "
+        raise ValueError(f"{cache} has a vocabulary of {cache.vocab_size}, the tokenizer has "
                          f"{tokenizer.vocab_size} tokens. "
-                         + ("Padding cannot be removed from top-k tokens: write it without --top_k" if pad_vocab else
-                            "If the rest is padding: --pad_vocab"))
+                         + ("Padding cannot be removed from top-k tokens: write it without --top_k"
+                            if pad_vocab else "If the rest is padding: --pad_vocab"))
     cache.check(tokenizer.sha256, tokenizer.path, data.max_seq_len,
                 {path: file_sha256(path) for path in data.paths},
                 (sample_key(data.sample(i)) for i in range(len(data))),
                 lambda i: f"{data}, sample {data.rows[i] + 1}")
 
 
-def progressive_distillation(large_model, medium_model, small_model, train_loader, epochs=5, *, distill):
-    """large -> medium -> small: each student becomes the teacher assistant of the next. Returns the small one.
+def progressive_distillation(large_model, medium_model, small_model, train_loader, epochs=5, *,
+                             distill):
+    """large -> medium -> small: each student becomes the teacher assistant of the next. Returns the
+    small one.
 
     medium_model    one, or a list from large to small; it may be empty
     distill         distill(teacher, student, train_loader, epochs) trains one student

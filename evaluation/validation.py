@@ -12,13 +12,14 @@ from runtime.processes import is_sharded, sum_over_processes, unwrapped
 
 
 @torch.no_grad()
-def evaluate(model, val_loader, device, *, teachers=(), vocab_size=None, temperature=1.0, across=False,
-             dtype=torch.float32) -> dict[str, float]:
+def evaluate(model, val_loader, device, *, teachers=(), vocab_size=None, temperature=1.0,
+             across=False, dtype=torch.float32) -> dict[str, float]:
     """Means over the supervised tokens of all processes, in nats per token.
 
     val_loader  Batches, see dataset.lm_dataset.in_order
-    teachers    none: only val_loss, the cross-entropy with the labels. Else val_ce, val_kl, val_entropy and
-                val_agreement, or val_uld where vocabularies differ (`across`): see distill.fused.compare
+    teachers    none: only val_loss, the cross-entropy with the labels. Else val_ce, val_kl,
+                val_entropy and val_agreement, or val_uld where vocabularies differ (`across`):
+                see distill.fused.compare
     vocab_size  see distill.teachers.trim_padded_vocab
     """
     names = ("loss",) if not teachers else COMPARED_ACROSS if across else COMPARED
@@ -29,17 +30,21 @@ def evaluate(model, val_loader, device, *, teachers=(), vocab_size=None, tempera
         with autocast(device, dtype):
             out = model(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
             head = trim_padded_vocab(model.head, vocab_size)
-            predictions, matched, _ = teacher_outputs(teachers, batch, vocab_size) if teachers else ((), None, None)
-            scores = compare(out.final, head, batch.targets, predictions, matched, temperature, across)
+            predictions, matched = (), None
+            if teachers:
+                predictions, matched, _ = teacher_outputs(teachers, batch, vocab_size)
+            scores = compare(out.final, head, batch.targets, predictions, matched, temperature,
+                             across)
         sums += torch.stack([*scores.values(), torch.tensor(len(batch.targets), device=device)])
     model.train()
     *sums, n = sum_over_processes(sums).tolist()
     return {f"val_{name}": value / n for name, value in zip(names, sums)}
 
 
-def gradient_norms(student, modules, weights, batch, world, teachers, alpha, temperature, divergence,
-                   vocab_size=None) -> dict[str, float]:
-    """{grad_NAME: L2 norm of the gradient of each weighted loss term} on a batch of each process, over all processes.
+def gradient_norms(student, modules, weights, batch, world, teachers, alpha, temperature,
+                   divergence, vocab_size=None) -> dict[str, float]:
+    """{grad_NAME: L2 norm of the gradient of each weighted loss term} on a batch of each process,
+    over all processes.
 
     weights     what trains: the gradient is taken with respect to these
     modules     "intermediate": the intermediate-layer losses, as the lesson calls them
@@ -56,14 +61,16 @@ def gradient_norms(student, modules, weights, batch, world, teachers, alpha, tem
     with autocast(world.device, world.dtype):
         with torch.no_grad():
             teacher = teacher_outputs(teachers, batch, vocab_size, return_hidden)
-        out = student(batch.tokens, batch.lengths, at=batch.at, with_logits=False, return_hidden=return_hidden)
+        out = student(batch.tokens, batch.lengths, at=batch.at, with_logits=False,
+                      return_hidden=return_hidden)
         head = trim_padded_vocab(student.head, vocab_size)
         _, terms = intermediate(batch, out, teacher.out)
         terms = {name: intermediate.weights[name] * term for name, term in terms.items()}
         for name, only, weight in (("ce", 1.0, alpha), ("kd", 0.0, 1 - alpha)):
             if weight > 0:
-                loss, _, _ = fused_distillation_loss(out.final, head, batch.targets, teacher.predictions, only,
-                                                     temperature, divergence, teacher.matched)
+                loss, _, _ = fused_distillation_loss(
+                    out.final, head, batch.targets, teacher.predictions, only, temperature,
+                    divergence, teacher.matched)
                 terms[name] = weight * loss / n_targets
     norms = {}
     for name, term in terms.items():

@@ -21,29 +21,34 @@ def sft_weights(config: LMConfig, out_dir="out") -> str:
 
 
 def init_student_model(lm_config, *, weights=None, vocabulary=None):
-    """The student and its tokenizer, from a file of any format; None: its SFT weights; 'none': random weights."""
+    """The student and its tokenizer, from a file of any format; None: its SFT weights; 'none':
+    random weights."""
     weights = weights or sft_weights(lm_config)
     return new_model(lm_config, vocabulary) if weights == "none" else load_model(weights)
 
 
 def init_teacher_model(lm_config, *, weights=None, world=None, shard="none", compiled=False):
-    """The teacher: in eval mode, without gradients, outside DDP, in bf16 where the hardware has it."""
+    """The teacher: in eval mode, without gradients, outside DDP, in bf16 where the hardware has
+    it."""
     world = world or World(0, 1, pick_device())
     return load_teacher(weights or sft_weights(lm_config), world, shard, compiled)[0]
 
 
 def fill_in(args, sizes: dict) -> list[tuple[str, LMConfig]]:
-    """Complete the arguments from a row of SIZES; auto: the first whose weights exist, else the first.
+    """Complete the arguments from a row of SIZES; auto: the first whose weights exist, else the
+    first.
 
     Returns, for each student from large to small, its weights and the sizes of a new one.
     """
     roles = ["student"] if args.teacher_cache else ["student", "teacher"]
     found = [name for name, size in sizes.items()
-             if all(Path(sft_weights(size[f"lm_config_{role}"], args.out_dir)).exists() for role in roles)]
+             if all(Path(sft_weights(size[f"lm_config_{role}"], args.out_dir)).exists()
+                    for role in roles)]
     size = sizes[[*found, *sizes][0] if args.size == "auto" else args.size]
     for key in ("epochs", "batch_size", "learning_rate"):
         setattr(args, key, size[key] if vars(args)[key] is None else vars(args)[key])
-    Logger(f"{args.epochs} epochs, batch size {args.batch_size}, learning rate {args.learning_rate:g}")
+    Logger(f"{args.epochs} epochs, batch size {args.batch_size}, learning rate "
+           f"{args.learning_rate:g}")
     if not args.teacher and not args.teacher_cache:
         args.teacher = [sft_weights(size["lm_config_teacher"], args.out_dir)]
     given = size["lm_config_student"]
@@ -55,16 +60,17 @@ def fill_in(args, sizes: dict) -> list[tuple[str, LMConfig]]:
                "zero. --teacher_data_path gives the teacher prompts with privileged context")
     chain = [chain_link(link, last, args.out_dir) for link in args.chain]
     chain.append((args.student or sft_weights(last, args.out_dir), last))
-    files = [f"{(config if weights == 'none' else load_config(weights)).dim}" for weights, config in chain]
+    files = [str((config if weights == "none" else load_config(weights)).dim)
+             for weights, config in chain]
     if len(set(files)) < len(files):
-        raise ValueError(f"students of widths {', '.join(files)}: two of a chain would be saved as the same "
-                         "full_dist_DIM.pth; give them different widths")
+        raise ValueError(f"students of widths {', '.join(files)}: two of a chain would be saved as "
+                         "the same full_dist_DIM.pth; give them different widths")
     return chain
 
 
 def chain_link(link: str, last: LMConfig, out_dir="out") -> tuple[str, LMConfig]:
-    """(weights, sizes of a new model) of a teacher assistant. link: a weight file, or sizes like 96x3, which start from
-    full_sft_96.pth if that has 3 layers, else from random weights."""
+    """(weights, sizes of a new model) of a teacher assistant. link: a weight file, or sizes like
+    96x3, which start from full_sft_96.pth if that has 3 layers, else from random weights."""
     if not re.fullmatch(r"\d+x\d+", link):
         return link, last
     dim, n_layers = map(int, link.split("x"))

@@ -13,17 +13,19 @@ from pathlib import Path
 
 import yaml
 
-WORKFLOW = "MINIDISTILL_WORKFLOW"       # environment variable: the command of which this process is a step
+WORKFLOW = "MINIDISTILL_WORKFLOW"   # environment variable: the command this process is a step of
 
 
 def command_line() -> str:
-    """The command behind `python` or torchrun: "train_sft.py --ddp", "-m ability_tree.validate --out kept.jsonl"."""
+    """The command behind `python` or torchrun: "train_sft.py --ddp", "-m ability_tree.validate
+    --out kept.jsonl"."""
     module = sys.modules["__main__"].__spec__
     return shlex.join([*(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]])
 
 
 def resume_command(n_processes: int, flag: str = "") -> str:
-    """What to type to resume this run: its own command with `flag`, or the workflow's, of which it is a step."""
+    """What to type to resume this run: its own command with `flag`, or the workflow's, of which it
+    is a step."""
     if WORKFLOW in os.environ:
         return os.environ[WORKFLOW]
     launcher = f"torchrun --nproc_per_node {n_processes}" if n_processes > 1 else "python"
@@ -43,66 +45,88 @@ def did_you_mean(name: str, known) -> str:
     return repr(difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0])
 
 
-def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace, *ranges: tuple[str, bool, str]):
-    """ranges: (flag, whether its value is valid, what it must be). Exits with a message at the first that is not."""
+def check_ranges(parser, args, *ranges: tuple[str, bool, str]):
+    """ranges: (flag, whether its value is valid, what it must be). Exits with a message at the
+    first that is not."""
     for flag, valid, needed in ranges:
         if not valid:
             parser.error(f"--{flag} {vars(args)[flag]} must {needed}")
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(description=doc,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_training_args(parser: argparse.ArgumentParser):
     """The flags that all training scripts share; each script adds those of its own lesson."""
     add = parser.add_argument_group("optimization").add_argument
-    add("--max_steps", type=int, default=0, help="total number of optimizer steps; 0: as many as --epochs make")
-    add("--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step and process")
+    add("--max_steps", type=int, default=0,
+        help="total number of optimizer steps; 0: as many as --epochs make")
+    add("--accumulation_steps", type=int, default=1,
+        help="micro-batches per optimizer step and process")
     add("--weight_decay", type=float, default=0.1, help="weight decay of AdamW, on matrices only")
-    add("--grad_clip", type=float, default=1.0, help="maximum L2 norm of the gradient; 0 disables clipping")
+    add("--grad_clip", type=float, default=1.0,
+        help="maximum L2 norm of the gradient; 0 disables clipping")
     add("--warmup_iters", type=int, default=0, help="steps of linear warm-up before the cosine")
-    add("--seed", type=int, default=1337, help="random seed of initial weights, shuffling and dropout")
+    add("--seed", type=int, default=1337,
+        help="random seed of initial weights, shuffling and dropout")
 
     add = parser.add_argument_group("LoRA (model/lora.py)").add_argument
-    add("--lora_rank", type=int, default=0, help="rank of the adapters; 0 trains the weights themselves")
-    add("--lora_alpha", type=float, default=None, help="scale of the adapters times the rank; default: the rank")
-    add("--lora_dropout", type=float, default=0.0, help="dropout on the adapters' inputs, in [0, 1)")
-    add("--lora_targets", nargs="+", default=None, help="adapted matrices; default: all of wq wk wv wo w1 w2 w3")
+    add("--lora_rank", type=int, default=0,
+        help="rank of the adapters; 0 trains the weights themselves")
+    add("--lora_alpha", type=float, default=None,
+        help="scale of the adapters times the rank; default: the rank")
+    add("--lora_dropout", type=float, default=0.0,
+        help="dropout on the adapters' inputs, in [0, 1)")
+    add("--lora_targets", nargs="+", default=None,
+        help="adapted matrices; default: all of wq wk wv wo w1 w2 w3")
 
     add = parser.add_argument_group("data").add_argument
-    add("--tokenizer", default=None, help="tokenizer of a randomly initialised model: its file, or a model that has one; "
-                                          "default: model/tokenizer.json, in distillation the teacher's")
-    add("--max_seq_len", type=int, default=None, help="maximum length of a sample, in tokens; longer ones are cut; "
-                                                      "default: the model's context length")
-    add("--val_path", default=None, help="validation data, or none; default: val.jsonl beside the data if it exists, "
-                                         "else --val_fraction of the data")
-    add("--val_fraction", type=float, default=0.05, help="fraction of the data held out when there is no validation "
-                                                         "file, in [0, 1); at most 1,000 samples")
+    add("--tokenizer", default=None,
+        help="tokenizer of a randomly initialised model: its file, or a model that has one; "
+             "default: model/tokenizer.json, in distillation the teacher's")
+    add("--max_seq_len", type=int, default=None,
+        help="maximum length of a sample, in tokens; longer ones are cut; default: the model's "
+             "context length")
+    add("--val_path", default=None,
+        help="validation data, or none; default: val.jsonl beside the data if it exists, else "
+             "--val_fraction of the data")
+    add("--val_fraction", type=float, default=0.05,
+        help="fraction of the data held out when there is no validation file, in [0, 1); at most "
+             "1,000 samples")
     add("--skip_bad_lines", action="store_true", help="skip and count lines that cannot be used")
-    add("--num_workers", type=int, default=1, help="data loading processes; 0: the training process itself")
+    add("--num_workers", type=int, default=1,
+        help="data loading processes; 0: the training process itself")
 
     add = parser.add_argument_group("hardware").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
-        help="autocast dtype; trainable weights, optimizer state and losses stay in fp32. bfloat16 falls back to "
-             "float32 where the hardware has none")
-    add("--grad_checkpoint", action="store_true", help="activation checkpointing: recompute each layer in the backward "
-                                                       "pass; much less memory, a third more work")
-    add("--compile", action="store_true", help="torch.compile each layer; on a GPU in bfloat16 only")
+        help="autocast dtype; trainable weights, optimizer state and losses stay in fp32. bfloat16 "
+             "falls back to float32 where the hardware has none")
+    add("--grad_checkpoint", action="store_true",
+        help="activation checkpointing: recompute each layer in the backward pass; much less "
+             "memory, a third more work")
+    add("--compile", action="store_true",
+        help="torch.compile each layer; on a GPU in bfloat16 only")
     add("--ddp", action="store_true", help="several processes, started by torchrun")
     add("--shard", default="none", choices=["none", "zero2", "zero3"],
-        help="what --ddp shards over the processes. zero2: gradients and optimizer state; zero3: weights too, also a "
-             "frozen teacher's")
+        help="what --ddp shards over the processes. zero2: gradients and optimizer state; zero3: "
+             "weights too, also a frozen teacher's")
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: set by torchrun")
 
     add = parser.add_argument_group("output").add_argument
-    add("--out_dir", "--output_dir", default="out", help="folder of the weights, metrics and resume files")
+    add("--out_dir", "--output_dir", default="out",
+        help="folder of the weights, metrics and resume files")
     add("--log_interval", type=int, default=100, help="steps between two rows of the log")
-    add("--save_interval", type=int, default=100, help="steps between two saves of weights and resume file")
-    add("--eval_interval", type=int, default=200, help="steps between two validations; 0: only at the end")
-    add("--resume", action="store_true", help="resume from the newest resume file in --out_dir, if there is one")
-    add("--use_wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline logs locally)")
+    add("--save_interval", type=int, default=100,
+        help="steps between two saves of weights and resume file")
+    add("--eval_interval", type=int, default=200,
+        help="steps between two validations; 0: only at the end")
+    add("--resume", action="store_true",
+        help="resume from the newest resume file in --out_dir, if there is one")
+    add("--use_wandb", action="store_true",
+        help="log to Weights & Biases (WANDB_MODE=offline logs locally)")
     add("--wandb_project", default="MiniDistill", help="project in Weights & Biases")
 
 
@@ -123,22 +147,23 @@ def check_training_args(parser, args):
         parser.error(f"--shard {args.shard} shards the model over the processes of --ddp. Type:\n"
                      f"    torchrun --nproc_per_node 2 {command_line()} --ddp")
     if args.shard != "none" and args.dtype == "float16":
-        parser.error(f"--shard {args.shard} works in bfloat16 or float32, not in float16, whose gradients need scaling: "
-                     "--dtype bfloat16")
+        parser.error(f"--shard {args.shard} works in bfloat16 or float32, not in float16, whose "
+                     "gradients need scaling: --dtype bfloat16")
     if args.compile and args.shard != "none":
-        parser.error(f"--compile compiles whole layers, and --shard {args.shard} gathers weights inside them; "
-                     "leave one of them out")
+        parser.error(f"--compile compiles whole layers, and --shard {args.shard} gathers weights "
+                     "inside them; leave one of them out")
 
 
 def parse_args(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
-    """Defaults, then the YAML files of --config, each over those before it, then the command line. Sections of a YAML
-    file only group its keys.
+    """Defaults, then the YAML files of --config, each over those before it, then the command line.
+    Sections of a YAML file only group its keys.
 
-    Adds the flag --config. Exits with a message on a file that is not YAML, a value that its flag does not take, and an
-    unknown key, naming the file and the nearest known key.
+    Adds the flag --config. Exits with a message on a file that is not YAML, a value that its flag
+    does not take, and an unknown key, naming the file and the nearest known key.
     """
-    parser.add_argument("--config", nargs="+", default=[], metavar="YAML", help="YAML files with values for any flag; a "
-                        "later file overrides earlier ones, the command line overrides all")
+    parser.add_argument("--config", nargs="+", default=[], metavar="YAML",
+        help="YAML files with values for any flag; a later file overrides earlier ones, the "
+             "command line overrides all")
     only_config = argparse.ArgumentParser(add_help=False)
     only_config.add_argument("--config", nargs="+", default=[])
     files, _ = only_config.parse_known_args(argv)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 
 def replace_atomic(path: Path, write):
-    """Call `write` with a temporary path, flush the file, then rename it to `path`. Several processes may do so at once."""
+    """Call `write` with a temporary path, flush the file, then rename it to `path`. Several
+    processes may do so at once."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -58,35 +59,40 @@ def file_sha256(path) -> str:
 
 
 class PartFiles:
-    """A file that any number of processes make in parts, in a folder beside it, until all parts exist:
+    """A file that any number of processes make in parts, in a folder beside it, until all parts
+    exist:
 
     OUT.parts/about.json        what the parts are made from
     OUT.parts/part-00000.*      the result of one part
 
-    The work and the random numbers of a part depend on its number alone. So any number of processes writes the same
-    file, and the same command resumes an interrupted one.
+    The work and the random numbers of a part depend on its number alone. So any number of processes
+    writes the same file, and the same command resumes an interrupted one.
     """
 
     suffix, others = ".json", "another file"
 
     def __init__(self, out, about: dict, n_parts: int):
-        self.out, self.folder, self.about, self.n_parts = Path(out), Path(f"{out}.parts"), about, n_parts
+        self.out, self.folder = Path(out), Path(f"{out}.parts")
+        self.about, self.n_parts = about, n_parts
 
     def prepare(self) -> list[int]:
-        """Returns the missing parts. Raises ValueError if the file exists, or parts of another file do."""
+        """Returns the missing parts. Raises ValueError if the file exists, or parts of another file
+        do."""
         if self.out.exists():
             raise ValueError(f"{self.out} exists already. Give another --out, or remove it")
         self.folder.mkdir(parents=True, exist_ok=True)
         about = self.folder / "about.json"
         if about.exists():
             was = json.loads(about.read_text())
-            changed = [f"{name} was {was.get(name)}, is {value}" for name, value in self.about.items()
-                       if was.get(name) != value]
+            changed = [f"{name} was {was.get(name)}, is {value}"
+                       for name, value in self.about.items() if was.get(name) != value]
             if changed:
-                raise ValueError(f"{self.folder} holds parts of {self.others}: {'; '.join(changed)}. Resume with the "
-                                 "same settings, give another --out, or remove that folder")
+                raise ValueError(f"{self.folder} holds parts of {self.others}: "
+                                 f"{'; '.join(changed)}. Resume with the same settings, give "
+                                 "another --out, or remove that folder")
         elif any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} exists already and holds other files. Give another --out, or remove it")
+            raise ValueError(f"{self.folder} exists already and holds other files. Give another "
+                             "--out, or remove it")
         else:
             write_atomic(about, lambda file: file.write(json.dumps(self.about, indent=2).encode()))
         return self.missing()

@@ -1,6 +1,7 @@
 """
 日志：终端上的一行行数字、JSONL 文件、曲线图与 wandb；只由主进程写。
-Logs: rows of numbers on the terminal, in a JSONL file, as curves, and on wandb. Written by the main process.
+Logs: rows of numbers on the terminal, in a JSONL file, as curves, and on wandb. Written by the main
+process.
 """
 
 import json
@@ -58,10 +59,11 @@ class Clock:
 
 
 class Log:
-    """Rows of numbers: a progress bar or plain lines, a JSONL file, and wandb if requested. Main process only.
+    """Rows of numbers: a progress bar or plain lines, a JSONL file, and wandb if requested. Main
+    process only.
 
-    Values are added per step as sums over this process's tokens and reported as means over the steps since the last
-    row; nothing is copied from the device in between.
+    Values are added per step as sums over this process's tokens and reported as means over the
+    steps since the last row; nothing is copied from the device in between.
     """
 
     def __init__(self, name, progress, world: World):
@@ -74,11 +76,12 @@ class Log:
             old = read_lines(self.path) if self.first_step else []
             keep = [line for line in old if json.loads(line)["step"] <= self.first_step]
             write_atomic(self.path, lambda file: file.write("".join(keep).encode()))
-            self.bar = tqdm(total=self.total_steps, initial=self.first_step, unit="step", disable=not sys.stderr.isatty(),
-                            dynamic_ncols=True)
+            self.bar = tqdm(total=self.total_steps, initial=self.first_step, unit="step",
+                            disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def add(self, tokens: int, **values: torch.Tensor):
-        """One micro-batch: tokens that the model read, and values that add up to the step's over processes."""
+        """One micro-batch: tokens that the model read, and values that add up to the step's over
+        processes."""
         self.tokens += tokens
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
@@ -91,8 +94,9 @@ class Log:
     def row(self, step: int, wandb=None, **more):
         """Report the means since the last row together with `more`."""
         if self.steps:
-            sums = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in self.sums.values()]
-                               + [torch.tensor(self.tokens, dtype=torch.float64)]).to(self.world.device)
+            sums = torch.stack([torch.as_tensor(value, dtype=torch.float64)
+                                for value in (*self.sums.values(), self.tokens)])
+            sums = sums.to(self.world.device)
             *means, tokens = (sum_over_processes(sums) / self.steps).tolist()
             more = dict(zip(self.sums, means)) | more
             self.tokens_before += tokens * self.steps
@@ -112,21 +116,24 @@ class Log:
             Logger(f"step {step}/{self.total_steps}  {text}{pace}  {left / 60:.1f} min left")
 
     def close(self):
-        """End the progress bar and draw all rows, those before a resume included, as NAME.png beside NAME.jsonl."""
+        """End the progress bar and draw all rows, those before a resume included, as NAME.png
+        beside NAME.jsonl."""
         if self.bar is not None:
             self.bar.close()
         if self.world.rank == 0:
-            draw_curves([json.loads(line) for line in read_lines(self.path)], self.path.with_suffix(".png"))
+            rows = [json.loads(line) for line in read_lines(self.path)]
+            draw_curves(rows, self.path.with_suffix(".png"))
 
 
 def draw_curves(rows: list[dict], path: Path):
     """One panel per quantity over the steps, with its validation values (val_*) in the same panel.
 
-    Constants are left out, and so is tokens_per_s, a property of the machine. If nothing remains, no file is written.
+    Constants are left out, and so is tokens_per_s, a property of the machine. If nothing remains,
+    no file is written.
     """
     from matplotlib.figure import Figure        # needed once, at the end of a run
 
-    panels = {}                                 # {"loss": {"loss": {step: value}, "val_loss": {step: value}}}
+    panels = {}                     # {"loss": {"loss": {step: value}, "val_loss": {step: value}}}
     for row in rows:
         for name, value in row.items():
             if name not in ("step", "tokens_per_s"):
@@ -155,12 +162,13 @@ def draw_curves(rows: list[dict], path: Path):
 
 
 def init_wandb(args, name: str, progress):
-    """The wandb run, resumed if `progress` knows one; None without --use_wandb and on all but the main process."""
+    """The wandb run, resumed if `progress` knows one; None without --use_wandb and on all but the
+    main process."""
     if not args.use_wandb or not is_main_process():
         return None
     import wandb
 
-    run = wandb.init(project=args.wandb_project, name=Path(name).name, id=progress.wandb_id, resume="allow",
-                     config=vars(args))
+    run = wandb.init(project=args.wandb_project, name=Path(name).name, id=progress.wandb_id,
+                     resume="allow", config=vars(args))
     progress.wandb_id = run.id
     return run

@@ -21,19 +21,22 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @functools.cache
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype. bfloat16 becomes float32, with one message, where the hardware would emulate it slowly."""
+    """The autocast dtype. bfloat16 becomes float32, with one message, where the hardware would
+    emulate it slowly."""
     dtype = getattr(torch, name)
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has = torch.cpu.get_capabilities()
-        has_bf16 = has.get("avx512_bf16", False) or has.get("amx_bf16", False) or has.get("bf16", False)
+        has_bf16 = any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     if dtype == torch.bfloat16 and not has_bf16:
         if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"{device} has no bfloat16 arithmetic: matrix products run in float32", flush=True)
+            print(f"{device} has no bfloat16 arithmetic: matrix products run in "
+                  "float32", flush=True)
         return torch.float32
     if dtype == torch.float16 and device.type == "cpu":
-        sys.exit("--dtype float16 needs a GPU (on a CPU it is slower than float32); use --dtype float32")
+        sys.exit("--dtype float16 needs a GPU (on a CPU it is slower than float32); use --dtype "
+                 "float32")
     return dtype
 
 

@@ -1,6 +1,7 @@
 """
 多进程：DDP 每步只通信一次；ZeRO-2/3 用 PyTorch 的 fully_shard；停止信号由所有进程一起响应。
-Several processes: DDP with one communication per optimizer step, ZeRO-2/3 by PyTorch's fully_shard, a common stop signal.
+Several processes: DDP with one communication per optimizer step, ZeRO-2/3 by PyTorch's fully_shard,
+a common stop signal.
 """
 
 import atexit
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn     # noqa: F401  DDP imports it later otherwise, and then it keeps the process group alive
+import torch.distributed.nn     # noqa: F401  imported later, by DDP, it keeps the group alive
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.args import command_line
@@ -32,13 +33,15 @@ class World(NamedTuple):
 
 def init_distributed_mode(ddp: bool | None = None, device: str = "auto", local_rank: int = -1,
                           dtype: str = "float32") -> World:
-    """One process, or as many as torchrun started: NCCL between GPUs, gloo between CPUs. None: as torchrun says."""
+    """One process, or as many as torchrun started: NCCL between GPUs, gloo between CPUs. None: as
+    torchrun says."""
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
     if ddp is None:
         ddp = "RANK" in os.environ
     if not ddp:
         if n_processes > 1:
-            sys.exit(f"torchrun started {n_processes} processes that would each train alone; add --ddp")
+            sys.exit(f"torchrun started {n_processes} processes that would each train alone; add "
+                     "--ddp")
         device = pick_device(device)
         return World(0, 1, device, pick_dtype(dtype, device))
     if "RANK" not in os.environ:
@@ -51,7 +54,7 @@ def init_distributed_mode(ddp: bool | None = None, device: str = "auto", local_r
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     atexit.register(dist.destroy_process_group)
-    dist.barrier()          # a process that exits at once because of bad input must not break the others' connections
+    dist.barrier()      # a process that exits at once must not break the others' connections
     return World(dist.get_rank(), dist.get_world_size(), device, pick_dtype(dtype, device))
 
 
@@ -60,15 +63,17 @@ def is_main_process() -> bool:
 
 
 def patient_group(world: World):
-    """A process group whose collectives may wait for days, where NCCL gives up after ten minutes; None for one process.
-    All processes call this."""
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30)) if world.size > 1 else None
+    """A process group whose collectives may wait for days, where NCCL gives up after ten minutes;
+    None for one process. All processes call this."""
+    if world.size == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
 
 @contextmanager
 def main_process_first(world: World):
-    """The main process runs the block alone, then the others do: it tokenises, they find the file. If it fails, the
-    others fail with the same error instead of waiting for it."""
+    """The main process runs the block alone, then the others do: it tokenises, they find the file.
+    If it fails, the others fail with the same error instead of waiting for it."""
     if world.rank != 0:
         dist.barrier()
     try:
@@ -85,16 +90,19 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
 
 
 def any_process(busy: bool, sharded: bool, device) -> bool:
-    """Whether any process is busy, if models are sharded, because their forward pass needs all processes; else whether
-    this one is."""
-    return bool(sum_over_processes(torch.tensor(float(busy), device=device)) > 0) if sharded else busy
+    """Whether any process is busy, if models are sharded, because their forward pass needs all
+    processes; else whether this one is."""
+    if not sharded:
+        return busy
+    return bool(sum_over_processes(torch.tensor(float(busy), device=device)) > 0)
 
 
-# -- data parallel and sharded models --------------------------------------------------------------------------------
+# -- data parallel and sharded models -------------------------------------------------------------
 
 
 def parallelize(module, world: World, shard: str = "none", units=()):
-    """The module on its device, as the training loop calls it; under DDP gradients come out as means over processes.
+    """The module on its device, as the training loop calls it; under DDP gradients come out as
+    means over processes.
 
     shard  none:  each process has the whole model (DistributedDataParallel)
            zero2: gradients and optimizer state are sharded
@@ -113,18 +121,20 @@ def parallelize(module, world: World, shard: str = "none", units=()):
 def fully_shard(module, world: World, units, zero2: bool = False):
     """Shard a module's weights over the processes by rows, in place.
 
-    The units are gathered in the dtype of the matrix products when they are called, and again for the gradient; under
-    zero2 they stay gathered in between. The rest (embeddings, norms, head) is gathered in fp32 when the module is
-    called and stays until the backward pass, because a loss may use the head outside the module. Gradients are averaged
-    in fp32; AdamW keeps moments for this process's rows alone. Call the module under autocast.
-    Rajbhandari et al. 2020 (ZeRO), https://arxiv.org/abs/1910.02054, Sec. 5; Zhao et al. 2023 (FSDP),
+    The units are gathered in the dtype of the matrix products when they are called, and again for
+    the gradient; under zero2 they stay gathered in between. The rest (embeddings, norms, head) is
+    gathered in fp32 when the module is called and stays until the backward pass, because a loss may
+    use the head outside the module. Gradients are averaged in fp32; AdamW keeps moments for this
+    process's rows alone. Call the module under autocast. Rajbhandari et al. 2020 (ZeRO),
+    https://arxiv.org/abs/1910.02054, Sec. 5; Zhao et al. 2023 (FSDP),
     https://arxiv.org/abs/2304.11277, Sec. 3.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = device_mesh(world)
     # Inputs are not cast: the residual stream stays fp32, as without sharding.
-    precision = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32,
+                                     cast_forward_inputs=False)
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=not zero2, mp_policy=precision)
     module = fully_shard(module, mesh=mesh, reshard_after_forward=False)
@@ -152,12 +162,13 @@ def is_sharded(module) -> bool:
 
 @contextmanager
 def sync_gradients(modules: dict, last: bool):
-    """Processes communicate gradients once per optimizer step, with its last micro-batch. Around the forward pass."""
+    """Processes communicate gradients once per optimizer step, with its last micro-batch. Around
+    the forward pass."""
     with ExitStack() as stack:
         for module in modules.values():
             if isinstance(module, DistributedDataParallel) and not last:
                 stack.enter_context(module.no_sync())
-            elif is_sharded(module):        # gradients are sharded each time: whole ones would undo the sharding
+            elif is_sharded(module):        # gradients are sharded each time, or they fill memory
                 module.set_reshard_after_backward(last or not module.zero2)
         yield
 
@@ -172,7 +183,8 @@ def release_gathered(modules: dict):
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor gathered from all processes, which must all call this; any other tensor unchanged."""
+    """A sharded tensor gathered from all processes, which must all call this; any other tensor
+    unchanged."""
     if not dist.is_initialized():
         return tensor
     from torch.distributed.tensor import DTensor
@@ -180,11 +192,12 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# -- stopping --------------------------------------------------------------------------------------------------------
+# -- stopping -------------------------------------------------------------------------------------
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM request a stop; the loop finishes its step, saves and exits. A second Ctrl-C exits at once."""
+    """Ctrl-C and SIGTERM request a stop; the loop finishes its step, saves and exits. A second
+    Ctrl-C exits at once."""
 
     def __init__(self):
         self.requested = self.stopped = False
@@ -197,8 +210,9 @@ class StopSignal:
         self.requested = True
 
     def agreed(self, step: int, world: World, every: int = 8) -> bool:
-        """Whether to stop after this step. Processes receive a signal at different steps and must stop at the same one,
-        so they compare notes every eighth step: soon enough for a person, rare enough to cost nothing."""
+        """Whether to stop after this step. Processes receive a signal at different steps and must
+        stop at the same one, so they compare notes every eighth step: soon enough for a person,
+        rare enough to cost nothing."""
         if world.size == 1:
             self.stopped = self.requested
         elif step % every == 0:

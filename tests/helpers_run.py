@@ -21,18 +21,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from runtime.log import draw_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))       # the repo is used in place, not installed
 
-import runtime  # noqa: E402
+from runtime import log  # noqa: E402
 from dataset import lm_dataset  # noqa: E402
 
 os.environ["OMP_NUM_THREADS"] = "1"     # sums in one order: runs can be compared bit by bit
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["helpers_run", "torch._dynamo", "torch.distributed", "torch.distributed.fsdp",
-                              "torch.distributed.checkpoint", "runtime", "tiktoken",
+                              "torch.distributed.checkpoint", "evaluation.validation", "interop.sizes", "tiktoken",
                               "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 # What every run of these tests has in common.
@@ -96,7 +95,7 @@ def execute(argv, variables, stdin, output, cache):
     torch.set_num_threads(1)
     lm_dataset.CACHE = cache
     if not os.environ.get("DRAW"):                              # half a second for a picture that no one looks at
-        draw_curves = lambda rows, path: None
+        log.draw_curves = lambda rows, path: None
     runpy.run_path(argv[0], run_name="__main__")
 
 

@@ -22,8 +22,9 @@ from distill.fused import TopK, fused_distillation_loss
 from distill.losses import distillation_loss_fn, forward_kl, jsd, reverse_kl
 from interop.checkpoint import load_model, save_model
 from runtime.precision import autocast
-from runtime.processes import World
-from runtime.run import Run, load_resume, save_resume
+from runtime.processes import World, parallelize
+from runtime.checkpoint import Progress, save_resume
+from runtime.files import write_atomic
 
 CPU = torch.device("cpu")
 
@@ -85,7 +86,7 @@ def test_a_teacher_in_fp32_beside_a_student_in_bf16(tiny):
     teacher, student, tokens = tiny(), tiny(), torch.arange(6)
     with torch.no_grad():
         exact = teacher(tokens, [6]).logits
-        with autocast(torch.bfloat16, CPU):
+        with autocast(CPU, torch.bfloat16):
             rounded, taught = student(tokens, [6]).logits, teacher(tokens, [6]).logits
     # They are one model: there is nothing to teach.
     assert distillation_loss_fn(rounded, exact).item() > 1e-6
@@ -253,10 +254,10 @@ def test_feature_projections_made_inside_the_loss():
     sizes = SimpleNamespace(dim=4, n_layers=1), SimpleNamespace(dim=6, n_layers=1)
 
     def wrong(made_before):
-        return feature_distillation_loss(*FeatureProjections(*sizes)(student, teacher))
+        return feature_distillation_loss(*FeatureProjections(*sizes)(student, teacher), reduction="sum")
 
     def ours(made_before):
-        return feature_distillation_loss(*made_before(student, teacher))
+        return feature_distillation_loss(*made_before(student, teacher), reduction="sum")
 
     def fitted(loss_of) -> bool:
         """Whether 60 steps bring the loss near the best that a matrix can do."""
@@ -277,10 +278,13 @@ def test_small_steps_kept_in_fp16(tmp_path):
     """Beside 1 fp16 has no number nearer than 1 + 1/1024: each resume takes the small steps back."""
     before = torch.tensor([1.0, 0.5, 3.0])
     after = before + 1e-4 * before                  # what a day of small learning rates did
-    save_resume(tmp_path / "wrong.resume", weight=after.half())
-    save_resume(tmp_path / "ours.resume", weight=after)
-    assert torch.equal(load_resume(tmp_path / "wrong.resume")["weight"].float(), before)
-    assert torch.equal(load_resume(tmp_path / "ours.resume")["weight"], after)
+    write_atomic(tmp_path / "wrong.resume", lambda file: torch.save(after.half(), file))
+    model = nn.Linear(3, 1, bias=False)
+    model.weight.data = after[None]
+    optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    save_resume(tmp_path / "ours.resume", {"model": model}, optimizer, scaler, Progress({}, 1))
+    assert torch.equal(torch.load(tmp_path / "wrong.resume").float(), before)
+    assert torch.equal(torch.load(tmp_path / "ours.resume")["model"]["weight"][0], after)
 
 
 @pytest.fixture
@@ -302,7 +306,7 @@ def test_calling_the_module_behind_ddp(gloo):
         return done
 
     # As a process of two; the other one would send as much.
-    model = Run.wrap(SimpleNamespace(world=World(rank=0, size=2, device=CPU)), nn.Linear(3, 2, bias=False))
+    model = parallelize(nn.Linear(3, 2, bias=False), World(rank=0, size=2, device=CPU))
     model.register_comm_hook(None, send)
     model.module(randn(5, 3)).sum().backward()
     assert travelled == []

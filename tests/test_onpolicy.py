@@ -6,7 +6,6 @@ the mean of the policy gradient is the gradient of the KL of whole answers.
 
 import math
 import shutil
-from argparse import Namespace
 from collections import Counter
 from itertools import product
 
@@ -19,7 +18,8 @@ from distill.losses import reverse_kl
 from helpers_run import TINY, complaint, load, rows, same, start, succeed, wait_until
 from interop.checkpoint import load_model
 from model.generate import Sampled
-from train_onpolicy import Rollout, facts_of, in_means, is_on_policy, micro_batches, policy_gradient, repetition, rounds
+from distill.rollouts import (Rollout, is_on_policy, mean_stats, policy_gradient, repetition, rollout_batches,
+                              rollout_stats, rounds)
 
 ANSWERS = [Sampled([7, 8, 9], True, [0.5] * 3, [-1.0] * 3, [-2.0] * 3), Sampled([5], False, [0.1], [-0.2], [-0.2])]
 
@@ -28,33 +28,32 @@ ANSWERS = [Sampled([7, 8, 9], True, [0.5] * 3, [-1.0] * 3, [-2.0] * 3), Sampled(
 
 def test_teacher_and_student_read_the_same_answer_under_their_own_prompts():
     rollouts = [Rollout([1, 2, 3, 4], [6, 1, 2, 3, 4], ANSWERS[0]), Rollout([1], [6, 1], ANSWERS[1])]
-    (graded,) = micro_batches(rollouts, Namespace(accumulation_steps=1, objective="gkd"), "cpu")
-    assert turns(graded.batch) == [[([1], [5])], [([1, 2, 3, 4], [7, 8, 9])]]                  # from short to long
-    assert turns(graded.batch.teacher) == [[([6, 1], [5])], [([6, 1, 2, 3, 4], [7, 8, 9])]]
+    (graded,) = rollout_batches(rollouts, 1, "cpu", None)
+    assert prompts_and_answers(graded.batch) == [[([1], [5])], [([1, 2, 3, 4], [7, 8, 9])]]                  # from short to long
+    assert prompts_and_answers(graded.batch.teacher) == [[([6, 1], [5])], [([6, 1, 2, 3, 4], [7, 8, 9])]]
     assert graded.kd_weight is None and graded.ce_weight is None
 
 
 def test_a_step_s_answers_are_dealt_to_its_micro_batches():
     rollouts = [Rollout([1] * n, [1] * n, ANSWERS[1]) for n in (5, 1, 4, 2, 3)]
-    graded = micro_batches(rollouts, Namespace(accumulation_steps=2, objective="gkd"), "cpu")
+    graded = rollout_batches(rollouts, 2, "cpu", None)
     assert [each.batch.lengths for each in graded] == [[1, 2, 3], [4, 5]]
 
 
 def test_what_came_of_a_word_does_not_depend_on_the_micro_batch_it_is_in():
     answers = [Sampled([1] * n, True, [], [-1.0] * n, [-float(n)] * n) for n in (2, 3, 4, 5)]
     rollouts = [Rollout([1], [1], answer) for answer in answers]
-    one, two = (micro_batches(rollouts, Namespace(accumulation_steps=n, objective="minillm", teacher_share=0.2), "cpu")
-                for n in (1, 2))
+    one, two = (rollout_batches(rollouts, n, "cpu", teacher_share=0.2) for n in (1, 2))
     for name in ("kd_weight", "ce_weight"):
         assert torch.equal(getattr(one[0], name), torch.cat([getattr(graded, name) for graded in two]))
     assert one[0].ce_weight.abs().max() > 0.1 and len(two) == 2
 
 
 def test_the_coin_falls_with_its_share_and_knows_nothing_of_processes():
-    heads = sum(is_on_policy(step, Namespace(seed=0, on_policy_fraction=0.7)) for step in range(1000))
+    heads = sum(is_on_policy(step, 0, 0.7) for step in range(1000))
     assert heads == pytest.approx(700, abs=45)                  # three standard deviations of sqrt(210)
-    assert all(is_on_policy(step, Namespace(seed=0, on_policy_fraction=1.0)) for step in range(100))
-    assert not any(is_on_policy(step, Namespace(seed=0, on_policy_fraction=0.0)) for step in range(100))
+    assert all(is_on_policy(step, 0, 1.0) for step in range(100))
+    assert not any(is_on_policy(step, 0, 0.0) for step in range(100))
 
 
 def test_rounds_end_at_multiples_so_that_a_resumed_run_has_the_same():
@@ -73,10 +72,10 @@ def test_repetition_is_the_share_of_ngrams_written_before():
 
 def test_facts_are_means_over_tokens_or_answers():
     rollouts = [Rollout([1], [1], answer) for answer in ANSWERS]
-    facts = facts_of(rollouts, age=0) + facts_of(rollouts[:1], age=3)
-    assert in_means(facts, "cpu") == pytest.approx(
+    stats = rollout_stats(rollouts, age=0) + rollout_stats(rollouts[:1], age=3)
+    assert mean_stats(stats, "cpu") == pytest.approx(
         {"length": 7 / 3, "entropy": 3.1 / 7, "repetition": 0, "finished": 2 / 3, "age": 1})
-    assert in_means(Counter(), "cpu") == {}
+    assert mean_stats(Counter(), "cpu") == {}
 
 
 # -- the policy gradient ---------------------------------------------------------------------------------------
@@ -147,17 +146,16 @@ def test_a_run_tells_of_the_answers(kind, more, flags, models, tmp_path):
     for row in found:
         assert 1 <= row["length"] <= 6 and 0 < row["entropy"] < 8 and 0 <= row["finished"] <= 1 and row["age"] == 0
         assert row["share_sampling"] + row["share_teacher"] + row["share_student"] == pytest.approx(1)
-        assert row["kl"] > 0.1 and ("balance" in row) == bool(kind)
+        assert row["kd"] > 0.01 and ("balance" in row) == bool(kind)
     assert rows(tmp_path / f"{NAME}{kind}.jsonl")[-1]["val_kl"] > 0.1
     load_model(tmp_path / f"{NAME}{kind}.pth")
 
 
-@pytest.mark.parametrize("objective, share", [("gkd", 0.8), ("minillm", 0.97)])
-def test_the_student_comes_nearer_to_its_teacher_where_it_goes_itself(objective, share, flags, tmp_path):
-    """From a divergence of about 11 nats, as both know nothing of each other, in 60 steps of 8 answers. A policy gradient is
-    slower."""
-    succeed("train_onpolicy.py", **flags | {"max_steps": 60, "log_interval": 10, "save_interval": 60, "divergence": "forward_kl"},
-            objective=objective, out_dir=tmp_path)
+@pytest.mark.parametrize("objective, share, more", [("gkd", 0.8, {}), ("minillm", 0.6, {"num_samples": 8, "max_new_tokens": 3})])
+def test_the_student_comes_nearer_to_its_teacher_on_its_own_answers(objective, share, more, flags, tmp_path):
+    """From about 11 nats per token, in 60 steps of 8 prompts. A policy gradient is noisier: it gets more and shorter answers."""
+    succeed("train_onpolicy.py", **flags | {"max_steps": 60, "log_interval": 10, "save_interval": 60, "divergence": "forward_kl",
+                                            "val_path": "none"} | more, objective=objective, out_dir=tmp_path)
     found = [row["kd"] for row in rows(tmp_path / f"{NAME}.jsonl") if "kd" in row]
     assert found[-1] < share * found[0]
 
@@ -166,7 +164,7 @@ def test_on_the_answers_of_the_data_it_is_lesson_3_bit_by_bit(flags, tmp_path):
     given = flags | {"out_dir": tmp_path, "divergence": "forward_kl"}
     succeed("train_onpolicy.py", **given | {"max_new_tokens": 6}, on_policy_fraction=0)
     del given["max_new_tokens"]
-    succeed("train_distillation.py", **given, alpha=0, grad_norm_interval=0)
+    succeed("train_distillation.py", **given, alpha=0)
     assert same(load(tmp_path / f"{NAME}.pth"), load(tmp_path / "full_dist_32.pth"))
     assert "length" not in rows(tmp_path / f"{NAME}.jsonl")[0]              # nothing was written
 
@@ -240,7 +238,7 @@ def test_answers_written_ahead_have_an_age_and_a_stop_waits_for_the_last_of_them
     ({"sample_every": 3}, "--sample_every 3 must divide --save_interval 4"),
     ({"on_policy_fraction": 1.5}, "--on_policy_fraction 1.5 must lie in"),
     ({"generation_temperature": 0}, "--generation_temperature 0.0 must be above 0"),
-    ({"objective": "minillm", "top_p": 0.9}, "as they are: --top_p 1"),
+    ({"objective": "minillm", "top_p": 0.9}, "unmodified distributions: --top_p 1"),
     ({"tokenizer": "model/tokenizer.json"}, "--student has its own"),
     ({"max_new_tokens": 0}, "--max_new_tokens 0 must be 1 or more"),
     ({"teacher": "out/nothing.pth"}, "no weights at out/nothing.pth"),

@@ -25,7 +25,7 @@ SCRIPT, FILE = "train_distillation.py", "full_dist_32"
 @pytest.fixture
 def flags(data, models, tmp_path):
     return {**TINY, "size": "tiny", "data_path": data / "sft_data.jsonl", "val_path": "none", "max_steps": 1,
-            "log_interval": 1, "grad_norm_interval": 1, "student": models / "student.pth",
+            "log_interval": 1, "student": models / "student.pth",
             "teacher": models / "teacher.pth", "out_dir": tmp_path / "out"}
 
 
@@ -60,24 +60,29 @@ def test_the_plain_and_the_fused_loss_teach_the_same(more, flags, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_row_shows_each_term_its_gradient_and_how_far_the_teacher_is(processes, flags, tmp_path):
+def test_a_validation_shows_the_gradient_norm_of_each_term(processes, flags, data, tmp_path):
     terms = {"alpha": 0.5, "temperature": 2.0, "feature_weight": 1.0, "attention_weight": 1.0, "relation_heads": 2,
              "contrastive_weight": 1.0, "processes": processes}
-    succeed(SCRIPT, **flags | terms)
-    row = rows(tmp_path / f"out/{FILE}.jsonl")[0]
+    succeed(SCRIPT, **flags | terms | {"val_path": data / "val.jsonl"})
+    row, validation = rows(tmp_path / f"out/{FILE}.jsonl")
     for term in ("ce", "kd", "feature", "attention", "contrastive"):
-        assert row[term] > 0 and row[f"grad_{term}"] > 0
-    assert row["kl"] > 0 and 0 < row["entropy"] < np.log(1024) and 0 <= row["agreement"] <= 1
+        assert row[term] > 0 and validation[f"grad_{term}"] > 0
+    assert validation["val_kl"] > 0 and 0 < validation["val_entropy"] < np.log(1024) and 0 <= validation["val_agreement"] <= 1
     whole = 0.5 * row["ce"] + 0.5 * row["kd"] + row["feature"] + row["attention"] + row["contrastive"]
     assert row["loss"] == pytest.approx(whole, rel=1e-5)
 
 
-def test_the_gradient_norm_of_the_only_term_is_the_gradient_norm(flags, tmp_path):
-    succeed(SCRIPT, **flags, accumulation_steps=2)
-    row = rows(tmp_path / f"out/{FILE}.jsonl")[0]
-    assert row["grad_kd"] == pytest.approx(row["grad_norm"], rel=1e-5)
-    assert row["kl"] == pytest.approx(row["kd"], rel=1e-5)              # at T = 1 the divergence is the true KL
-    assert "grad_ce" not in row                                         # a term of weight 0 has none
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_gradient_norm_of_the_only_term_is_the_gradient_norm(processes, flags, tmp_path):
+    """Training and validation on the same eight rows, at a learning rate of 0."""
+    eight = tmp_path / "eight.jsonl"
+    eight.write_text("".join(flags["data_path"].read_text().splitlines(keepends=True)[:8]))
+    succeed(SCRIPT, **flags | {"data_path": eight, "val_path": eight, "learning_rate": 0.0, "batch_size": 8 // processes},
+            processes=processes)
+    row, validation = rows(tmp_path / f"out/{FILE}.jsonl")
+    assert validation["grad_kd"] == pytest.approx(row["grad_norm"], rel=1e-5)
+    assert validation["val_kl"] == pytest.approx(row["kd"], rel=1e-5)   # at T = 1 the divergence is the true KL
+    assert "grad_ce" not in validation                                  # a term of weight 0 has none
 
 
 # -- several teachers ------------------------------------------------------------------------------------------
@@ -95,7 +100,7 @@ def test_of_two_teachers_the_heavier_one_counts_more(flags, models, tmp_path):
                            ("nearly", [f"{flags['teacher']}=1e-7", f"{moe}=1"])):
         said = succeed(SCRIPT, **flags | {"teacher": teachers, "out_dir": tmp_path / name})
         if name == "both":
-            assert "0.5 x (48 x 4) + 0.5 x (48 x 4, 4 experts) teaches 32 x 2" in said
+            assert "0.5 x (teacher 48 x 4) + 0.5 x (teacher 48 x 4, 4 experts) -> student 32 x 2" in said
     assert close(learned(tmp_path / "nearly"), learned(tmp_path / "one"), 1e-3)
     assert not close(learned(tmp_path / "both"), learned(tmp_path / "one"), 1e-2)
 
@@ -104,7 +109,7 @@ def test_the_command_line_overrides_the_teachers_of_a_config(flags, models, tmp_
     config = tmp_path / "two.yaml"
     config.write_text(f"teacher: [{models}/nowhere.pth, {models}/teacher_moe.pth]\n")
     assert "no weights at" in complaint(SCRIPT, **flags | {"teacher": None}, config=config)
-    assert "\n48 x 4 teaches" in succeed(SCRIPT, **flags, config=config)
+    assert "\nteacher 48 x 4 ->" in succeed(SCRIPT, **flags, config=config)
 
 
 # -- a teacher on disk -----------------------------------------------------------------------------------------
@@ -140,7 +145,7 @@ def test_top_words_are_of_one_temperature_and_teach_alone(flags, tmp_path):
     top = cached(flags, tmp_path / "top", top_k=8, temperature=2.0)
     assert "at temperature 2" in complaint(SCRIPT, **top)
     said = complaint(SCRIPT, **top | {"teacher": flags["teacher"], "temperature": 2.0})
-    assert "top 8 words only, which cannot be mixed" in said
+    assert "top 8 tokens only, which cannot be mixed" in said
 
 
 def test_a_changed_file_and_one_the_teacher_has_not_read_are_refused(flags, data, tmp_path):
@@ -188,14 +193,14 @@ def test_of_real_text_each_match_has_the_same_text_before_and_behind_it(data, ca
 def test_a_teacher_of_other_tokens_teaches_by_uld_and_only_by_it(flags, byte_teacher, tmp_path):
     other = flags | {"teacher": byte_teacher, "val_path": flags["data_path"]}
     said = complaint(SCRIPT, **other)
-    assert "the teacher's vocabulary has 272 words, the student's 1024" in said and "--divergence uld" in said
+    assert "the teacher's vocabulary has 272 tokens, the student's 1024" in said and "--divergence uld" in said
     assert "--alpha 0.5" in complaint(SCRIPT, **other, divergence="uld")        # how sure, not of what: labels stay
 
     for processes in (1, 2):
         succeed(SCRIPT, **other | {"batch_size": 8 // processes, "out_dir": tmp_path / str(processes)}, divergence="uld",
                 alpha=0.5, processes=processes)
         first, last = rows(tmp_path / f"{processes}/{FILE}.jsonl")
-        assert first["kd"] == pytest.approx(first["uld"], rel=1e-5) and last["val_uld"] > 0 and "val_kl" not in last
+        assert first["kd"] > 0 and last["val_uld"] > 0 and "val_kl" not in last
     assert close(learned(tmp_path / "1"), learned(tmp_path / "2"))
 
 
@@ -210,7 +215,7 @@ def test_padded_columns_are_refused_and_with_pad_vocab_left_out(flags, tmp_path)
         padded.load_state_dict(state)
         save_model(padded, tokenizer, tmp_path / f"{name}.pth")
     pair = flags | {name: tmp_path / f"{name}.pth" for name in ("teacher", "student")}
-    assert "1100 words, the student's 1050; the tokenizer knows 1024" in complaint(SCRIPT, **pair)
+    assert "1100 tokens, the student's 1050; the tokenizer has 1024" in complaint(SCRIPT, **pair)
     succeed(SCRIPT, **pair | {"out_dir": tmp_path / "padded"}, pad_vocab=True)
     succeed(SCRIPT, **flags)
     narrow = [weight[:1024] if len(weight) == 1050 else weight for weight in learned(tmp_path / "padded")]
@@ -227,19 +232,19 @@ def test_padded_columns_are_refused_and_with_pad_vocab_left_out(flags, tmp_path)
     ({"attention_weight": 1.0, "relation_heads": 5}, "n_relation_heads=5"),
     ({"divergence": "uld", "alpha": 0.5, "plain_loss": True}, "--plain_loss"),
     ({"teacher_cache": "nowhere"}, "nowhere"),
-    ({"teacher": "tests"}, "tests is a folder, but no model"),
+    ({"teacher": "tests"}, "tests is a folder without a config.json"),
 ], ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
 def test_settings_that_cannot_be_are_refused_with_their_value(more, reason, flags):
     assert reason in complaint(SCRIPT, **flags | more)
 
 
-@pytest.mark.parametrize("spec, reason", [("{}=much", "'much' is no number"), ("{}=0", "must be above 0")])
+@pytest.mark.parametrize("spec, reason", [("{}=much", "'much' is not a number"), ("{}=0", "must be above 0")])
 def test_a_weight_that_is_none_is_refused(spec, reason, flags):
     assert reason in complaint(SCRIPT, **flags | {"teacher": spec.format(flags["teacher"])})
 
 
 def test_two_teachers_cannot_have_their_hidden_states_imitated(flags):
-    assert "--feature_weight looks inside one teacher" in complaint(
+    assert "--feature_weight needs exactly one --teacher" in complaint(
         SCRIPT, **flags | {"teacher": [flags["teacher"]] * 2, "feature_weight": 1.0})
 
 
@@ -255,12 +260,6 @@ def test_the_command_that_a_refusal_prints_makes_the_run_start(flags, data, tmp_
 def test_the_temperature_of_the_last_step_is_the_final_one(flags, tmp_path):
     succeed(SCRIPT, **flags | {"max_steps": 3}, temperature=4.0, final_temperature=1.0)
     assert [row["temperature"] for row in rows(tmp_path / f"out/{FILE}.jsonl")] == [4.0, 2.5, 1.0]
-
-
-def test_a_flag_that_this_loss_does_not_use_is_named(flags):
-    said = succeed(SCRIPT, **flags, beta=0.3, divergence="skew_kl", skew=0.2, layer_map="last")
-    assert "--beta 0.3 has no effect" in said and "--layer_map last has no effect" in said
-    assert "--skew" not in said and "KL(teacher || 0.2 teacher + 0.8 student)" in said
 
 
 # -------------------------------------------------------------------------------------- a teacher that is told more

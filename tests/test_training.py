@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +16,7 @@ from dataset.lm_dataset import SFTDataset, in_order
 from helpers_run import ROOT, TINY, complaint, load, rows, same, start, succeed, wait_until
 from interop.checkpoint import load_model
 from distill.teachers import Teacher
-from train_distillation import evaluate
-from runtime.processes import init_distributed_mode
+from evaluation.validation import evaluate
 
 SPLITS = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)]    # batch size, micro-batches, processes: 8 samples
 
@@ -124,7 +122,7 @@ def test_a_run_asked_to_stop_saves_and_can_go_on(number, processes, data, models
     asked.send(number)
     code, said = asked.wait()
     assert code == 130 and "Traceback" not in said
-    stopped_at = load(tmp_path / "stopped" / f"{file}.resume")["steps_done"]
+    stopped_at = load(tmp_path / "stopped" / f"{file}.resume")["progress"]["steps_done"]
     assert 3 <= stopped_at < 60 and f"stopped after step {stopped_at} of 60" in said
 
     succeed(script, **flags, out_dir=tmp_path / "stopped", resume=True)
@@ -142,22 +140,22 @@ def test_ctrl_c_in_a_terminal_stops_torchrun_and_saves(data, models, tmp_path):
     wait_until(lambda: newest_step(tmp_path / f"{file}.jsonl") >= 3)
     os.killpg(torchrun.pid, signal.SIGINT)      # a terminal sends Ctrl-C to all in the foreground
     torchrun.wait(60)
-    assert f"stopped after step {load(tmp_path / f'{file}.resume')['steps_done']} of 100000" in output.read_text()
+    assert f"stopped after step {load(tmp_path / f'{file}.resume')['progress']['steps_done']} of 100000" in output.read_text()
 
 
 # What each process of a run does, and the names of its threads that are left when all of it is over.
 GROUP_AND_DDP = """
 import atexit, os, sys
 from pathlib import Path
-from types import SimpleNamespace
 import torch
 sys.path.insert(0, ".")
+from runtime.processes import DistributedDataParallel, init_distributed_mode
 
 threads = lambda: [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 say = lambda text: os.write(1, f"{text}\\n".encode())     # a line whole, whatever the other process prints
 atexit.register(lambda: say(f"left behind: {[name for name in threads() if 'gloo' in name]}"))
-init_distributed_mode(SimpleNamespace(ddp=True, local_rank=-1, device="cpu"))
-runtime.DistributedDataParallel(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()
+init_distributed_mode(device="cpu")
+DistributedDataParallel(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()
 say(f"at work: {any('gloo' in name for name in threads())}")
 """
 
@@ -190,7 +188,7 @@ def test_a_resume_file_cut_short_gives_way_to_the_one_before(part, data, models,
 
     cut(tmp_path / f"{file}.resume", part)
     said = succeed(script, **flags, out_dir=tmp_path, resume=True)
-    assert f"{file}.resume cannot be read whole" in said and "after step 6" in said
+    assert f"{file}.resume cannot be read" in said and "after step 6" in said
     assert same(load(tmp_path / f"{file}.pth"), weights)
 
     cut(tmp_path / f"{file}.resume", part)
@@ -270,8 +268,7 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_validation_loss(data, mode
     teacher, tokenizer = load_model(models / "teacher.pth")
     best, _ = load_model(tmp_path / f"{file}_best.pth")
     val = in_order(SFTDataset([data / "val.jsonl"], tokenizer, 128))
-    args = SimpleNamespace(divergence="forward_kl", temperature=1.0, feature_weight=0.0, pad_vocab=False)
-    scores = evaluate(best, val, torch.device("cpu"), [Teacher(teacher, 1.0, tokenizer)], tokenizer, torch.float32, args)
+    scores = evaluate(best, val, torch.device("cpu"), teachers=[Teacher(teacher, 1.0, tokenizer)])
     assert scores["val_kl"] == pytest.approx(min(kl), rel=1e-5)
 
     (tmp_path / f"{file}.resume").unlink()
@@ -289,7 +286,7 @@ def test_distillation_that_listens_to_labels_alone_is_fine_tuning(data, models, 
 def test_a_teacher_equal_to_the_student_teaches_nothing(data, models, tmp_path):
     script, flags, file = lesson("distillation", data, models)
     flags |= {"teacher": models / "student.pth", "temperature": 4.0, "max_steps": 1, "log_interval": 1}
-    assert "it can teach itself nothing" in succeed(script, **flags, eval_interval=0, out_dir=tmp_path)
+    assert "so the KD loss is zero" in succeed(script, **flags, eval_interval=0, out_dir=tmp_path)
     (row,) = [row for row in rows(tmp_path / f"{file}.jsonl") if "kd" in row]
     assert abs(row["kd"]) < 1e-5 and row["grad_norm"] < 1e-5 and row["ce"] > 6
 
@@ -319,16 +316,16 @@ def test_the_feature_projections_are_trained_saved_and_resumed(data, models, tmp
     script, flags, file = lesson("distillation", data, models)
     flags |= {"feature_weight": 0.1, "max_steps": 6, "save_interval": 3, "log_interval": 1, "out_dir": tmp_path}
     succeed(script, **flags)
-    after_3, after_6 = (load(tmp_path / f"{file}.resume{end}")["projections"] for end in (".previous", ""))
+    after_3, after_6 = (load(tmp_path / f"{file}.resume{end}")["intermediate"] for end in (".previous", ""))
     assert {name: tuple(weight.shape) for name, weight in after_3.items()} == {
-        "maps.0.weight": (48, 32), "maps.1.weight": (48, 32)}       # one for each of the student's two layers
+        "projections.maps.0.weight": (48, 32), "projections.maps.1.weight": (48, 32)}       # one for each of the student's two layers
     assert all((after_6[name] - after_3[name]).abs().max() > 1e-3 for name in after_3)
     losses = [row["feature"] for row in rows(tmp_path / f"{file}.jsonl") if "feature" in row]
     assert losses[-1] < losses[0]
 
     (tmp_path / f"{file}.resume").unlink()
     succeed(script, **flags, resume=True)
-    assert same(load(tmp_path / f"{file}.resume")["projections"], after_6)
+    assert same(load(tmp_path / f"{file}.resume")["intermediate"], after_6)
 
 
 def test_dropout_is_off_while_validating_and_on_while_training(data, models, tmp_path):
