@@ -7,8 +7,7 @@ White-box knowledge distillation: the student imitates the teacher's whole next-
 
 Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531, Sec. 2. alpha is the weight of the
 labels: 1 is plain fine-tuning, 0 (the default) uses the soft labels alone, which is best when
-labels are noisy and the teacher is good. --divergence replaces the KL (distill/losses.py); start
-with KL (NOTES.md has the figures of the others).
+labels are noisy and the teacher is good. --divergence replaces the KL (distill/losses.py).
 
 When: labels are few, noisy or uncertain, and the teacher is good. With 30 % noisy labels
 distillation reaches 69.2 ± 2.9 % exact match, SFT on the labels 31.0 ± 1.6.
@@ -59,8 +58,7 @@ SIZES = {
 
 def plain_distillation_loss(hidden, head, targets, teacher, alpha, temperature, divergence,
                             kd_weight=None):
-    """(loss, CE, KD), each summed over the S supervised positions. The default,
-    fused_distillation_loss, computes the same in chunks, without (S, V) logits in memory."""
+    """(loss, CE, KD), summed over S positions; the default is the same, fused (distill/fused.py)."""
     logits = F.linear(hidden, head)                                     # student (S, V)
     teacher_logits = F.linear(teacher[0].states, teacher[0].head)       # teacher (S, V)
     ce = F.cross_entropy(logits.float(), targets, reduction="sum")
@@ -206,8 +204,7 @@ def main():
 
 
 def distill(teacher, student, train_loader, epochs, *, args, world):
-    """teacher: [Teacher, ...], or a student that is one now. student: (model, tokenizer).
-    train_loader: the data files, which each student's tokenizer encodes."""
+    """teacher: [Teacher, ...], or a student of before. student: (model, tokenizer). train_loader: files."""
     student, tokenizer = student
     if isinstance(teacher, tuple):
         teacher = [Teacher(freeze(teacher[0], world), 1.0, teacher[1])]

@@ -4,9 +4,8 @@ Supervised fine-tuning: the same loop as pretraining, but only the assistant's t
 
     loss = - mean over the assistant's tokens of log q(token | the conversation before it)
 
-Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, Sec. 3.5 (its first step). On a teacher's
-answers instead of human ones this is sequence-level distillation (SeqKD): Kim & Rush 2016,
-https://arxiv.org/abs/1606.07947, Sec. 3.2.
+Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, Sec. 3.5. On a teacher's answers this is
+sequence-level distillation (SeqKD): Kim & Rush 2016, https://arxiv.org/abs/1606.07947, Sec. 3.2.
 
 When: the labels are clean. Then a teacher's distribution adds no more than the spread of three
 seeds: 70.1 ± 3.4 % exact match without it, 73.6 ± 4.1 with it.
