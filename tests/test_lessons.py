@@ -142,7 +142,8 @@ def tiny(command: str) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("command", commands(*ENGLISH))
-def test_a_command_of_a_lesson_runs(command, classroom, shell):
-    ended = shell.run(tiny(command), classroom, stdin="3 plus 4?\n")
-    assert ended.code == 0, ended.output
+@pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.stem)
+def test_the_commands_of_a_lesson_run_in_their_order(page, classroom, shell):
+    for command in commands(page):
+        ended = shell.run(tiny(command), classroom, stdin="3 plus 4?\n")
+        assert ended.code == 0, f"{command}\n{ended.output}"
