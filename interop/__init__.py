@@ -1,65 +1,128 @@
 """
 权重文件：自己的、Hugging Face 文件夹、GGUF、llama2.c 与 MiniMind，读进来，写出去。
-Weight files, ours and other people's, in and out. Each module here knows one format and offers the same three functions:
+Weight files, ours and other people's. Each module reads one format, with the same three functions:
 
     read_config(path)           -> LMConfig
     read_tokenizer(path)        -> Tokenizer
     read_pieces(path, config)   -> the weights as Pieces, one tensor in memory at a time
 
-and native.py, hf.py and gguf.py also write(model, tokenizer, path). interop/checkpoint.py recognises which one a path needs.
+native.py, hf.py and gguf.py also have write(model, tokenizer, path). checkpoint.py detects what
+format a path has.
 """
 
+import re
 from collections.abc import Iterable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
+from model.config import LMConfig
+
+QKV = ("wq", "wk", "wv")
+
 
 class Piece(NamedTuple):
-    """A tensor that fills one of our weights, or the part of it at an index, such as one expert of a stack."""
+    """A tensor that fills one of our weights, or a part of it, such as one expert of a stack."""
 
-    name: str                           # ours, as in model.state_dict()
+    name: str                           # our name, as in model.state_dict()
     tensor: torch.Tensor
-    where: tuple | int | slice = ()     # () is all of it
-    source: str = ""                    # its name in the file, for messages
+    where: tuple | int | slice = ()     # index of the part; () is the whole weight
+    source: str = ""                    # its name in the file, for error messages
 
 
 def fill(model, pieces: Iterable[Piece], path):
-    """Copy the pieces into the model's weights, in its own dtype, each weight exactly once.
+    """Copy the pieces into the model's weights, in its dtype. Each weight is filled exactly once.
 
-    Raises ValueError that names the file and the tensor: one that the model has no place for, that has another shape,
-    that comes twice, or that is missing.
+    Raises ValueError with the file and the tensor: an unknown name, another shape, a second or a
+    missing one.
     """
-    weights = dict(model.named_parameters()) | dict(model.named_buffers())      # a tied weight is there once
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())  # a tied weight once
     left = {name: weight.numel() for name, weight in weights.items()}
-    with torch.no_grad():
+    with named_errors(path), torch.no_grad():
         for name, tensor, where, source in pieces:
             if name not in weights:
-                raise ValueError(f"{path}: tensor {source} ({name} here) has no place in a model of {model.config}")
+                raise ValueError(f"tensor {source} ({name} here) has no place in a model of "
+                                 f"{model.config}")
             place = weights[name][where]
             if place.shape != tensor.shape:
-                raise ValueError(f"{path}: tensor {source} has the shape {tuple(tensor.shape)}, where {name} of a model of "
-                                 f"{model.config} has {tuple(place.shape)}")
+                raise ValueError(f"tensor {source} has the shape {tuple(tensor.shape)}, but {name} "
+                                 f"of a model of {model.config} has {tuple(place.shape)}")
             place.copy_(tensor)
             left[name] -= place.numel()
             if left[name] < 0:
-                raise ValueError(f"{path}: {name} comes twice, the second time as {source}")
-    missing = [name for name, numbers in left.items() if numbers]
-    if missing:
-        raise ValueError(f"{path}: nothing for {', '.join(missing[:5])}"
-                         + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""))
+                raise ValueError(f"{name} comes twice, the second time as {source}")
+        if missing := [name for name, count in left.items() if count]:
+            raise ValueError(f"nothing for {', '.join(missing[:5])} ({len(missing)} in all)")
 
 
-def neighbours(weight, head_dim: int):  # (H * K, ...) -> (H * K, ...)
-    """Rows of wq or wk, or gains of a norm, from Hugging Face's order to ours.
+@contextmanager
+def named_errors(path):
+    """Errors in a file's content become ValueErrors that begin with its path."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}") from error
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
-    RoPE turns pairs. Theirs are x_i and x_{i + K/2}, ours (and llama2.c's, and the paper's) x_{2i} and x_{2i + 1}:
+
+# -- what the formats share ------------------------------------------------------------------------
+
+
+def rename(name: str, table: dict[str, str]) -> str:
+    """A tensor's name in another format. The table may leave out .weight; * is the layer's number:
+
+        rename("blk.7.attn_q.bias", {"blk.*.attn_q": "layers.*.attention.wq"})
+        -> "layers.7.attention.wq.bias"
+
+    An unknown name is returned unchanged; `fill` reports it.
+    """
+    number = re.search(r"\.(\d+)\.", name)
+    pattern = re.sub(r"\.\d+\.", ".*.", name, count=1)
+    stem, dot, kind = pattern.rpartition(".")
+    if pattern not in table and stem not in table:
+        return name
+    found = table.get(pattern) or table[stem] + dot + kind
+    return found.replace("*", number[1]) if number else found
+
+
+def is_rotated(name: str) -> bool:
+    """Whether a weight's rows are the components that RoPE rotates in pairs."""
+    return re.search(r"attention\.(wq|wk|q_norm|k_norm)\.", name) is not None
+
+
+def to_interleaved(weight, head_dim: int):  # (H * K, ...) -> (H * K, ...)
+    """Rows of wq or wk, or gains of a q/k norm: from Hugging Face's order to ours and the paper's.
+
+    RoPE rotates pairs of components: there x_i with x_{i + K/2}, here x_{2i} with x_{2i + 1}.
 
         x0 x1 x2 | x3 x4 x5    ->    x0 x3 | x1 x4 | x2 x5
     """
+    if len(weight) % head_dim:
+        return weight                   # a wrong shape, which `fill` reports
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(weight.shape)
 
 
-def halves(weight, head_dim: int):  # (H * K, ...) -> (H * K, ...)
-    """The other way round."""
+def to_half_split(weight, head_dim: int):  # (H * K, ...) -> (H * K, ...)
+    """The inverse of to_interleaved."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(weight.shape)
+
+
+def family_of(config: LMConfig, families: dict[tuple, str], library: str) -> str:
+    """The library's name for models that compute what this one does. Raises ValueError without one.
+
+    families    (use_moe, with shared experts, qk_norm, attention_bias) -> name
+    """
+    if config.quantization:
+        raise ValueError(f"a model in {config.quantization} is for inference only; convert the one "
+                         "it was made from")
+    if config.architecture == "gpt2":
+        return "gpt2"
+    has_shared = config.use_moe and config.n_shared_experts > 0
+    family = families.get((config.use_moe, has_shared, config.qk_norm, config.attention_bias))
+    if family is None:
+        shared = f", n_shared_experts={config.n_shared_experts}" if config.use_moe else ""
+        raise ValueError(f"{library} has no architecture with use_moe={config.use_moe}{shared}, "
+                         f"qk_norm={config.qk_norm} and attention_bias={config.attention_bias}")
+    return family

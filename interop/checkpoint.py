@@ -1,6 +1,6 @@
 """
 载入与保存模型：路径是什么格式，看内容便知，不必声明。
-Loading and saving models. What a path holds is recognised, not declared:
+Loading and saving models. The format of a path is detected, not declared:
 
     out/full_sft_64.pth     our own, with a .json beside it (interop/native.py)
     SmolLM2-135M-Instruct/  a Hugging Face folder (interop/hf.py)
@@ -31,15 +31,22 @@ from runtime.processes import World, fully_shard, is_sharded
 
 save_model = native.write
 
+# Prefix of a weight file's name -> the script that writes it.
+SCRIPTS = {"pretrain": "train_pretrain.py", "full_sft": "train_sft.py",
+           "full_dist": "train_distillation.py", "full_onpolicy": "train_onpolicy.py"}
+
+
+# -- a model and its tokenizer ---------------------------------------------------------------------
+
 
 def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, Tokenizer]:
-    """The model at PATH in eval mode, its weights of this type, and its tokenizer.
+    """The model at PATH in eval mode, with weights of this dtype, and its tokenizer.
 
-    The tensors go one by one from the file to their place on the device. Raises FileNotFoundError with the way to get
-    the weights, and ValueError for a file that is cut short, a tensor too many, too few or of another shape, and for a
-    family or a tokenizer that this code cannot reproduce exactly.
+    The tensors are copied one at a time from the file to the device. Raises FileNotFoundError with
+    the way to get the weights, and ValueError for a file that is cut short, a missing, extra or
+    misshapen tensor, and an architecture or tokenizer that this code cannot reproduce exactly.
     """
-    reader = recognise(path)
+    reader = detect_format(path)
     if reader is native and (lora := native.read_about(path)[2]):
         return load_adapted(Path(path), lora, device, dtype)
     config = reader.read_config(path)
@@ -48,8 +55,78 @@ def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, To
     return model.eval(), reader.read_tokenizer(path)
 
 
-def load_teacher(path, world: World, shard="none", compiled=False) -> tuple[Transformer, Tokenizer]:
-    """A model that is never trained: see `freeze`. Under zero3 it is sharded over the processes."""
+def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, Tokenizer]:
+    """The base model of an adapter file, with the adapters merged into it."""
+    base = path.parent / lora["base"]
+    if not base.exists():
+        raise FileNotFoundError(f"{path} holds adapters to the weights at {base}, which are "
+                                "missing")
+    model, tokenizer = load_model(base, device, dtype)
+    if sha256_of_model(base) != lora["base_sha256"]:
+        raise ValueError(f"{path} holds adapters to other weights than those now at {base}; put "
+                         "the old ones there")
+    add_lora(model, lora["rank"], lora["alpha"], targets=lora["targets"])
+    load_lora(model, native.read_state(path))
+    return merge_lora(model).eval(), tokenizer
+
+
+def load_config(path) -> LMConfig:
+    """The sizes of the model at PATH, without its weights."""
+    return detect_format(path).read_config(path)
+
+
+def load_tokenizer(path) -> Tokenizer:
+    """The tokenizer of the model at PATH, or of a vocabulary file, ours or Hugging Face's."""
+    path = Path(path)
+    if path.suffix != ".json":
+        return detect_format(path).read_tokenizer(path)
+    if path.exists() and '"added_tokens"' in path.read_text(encoding="utf-8")[:1000]:
+        return reader_of("vocabulary").read_tokenizer_json(path)
+    return Tokenizer.load(path)
+
+
+def new_model(config: LMConfig, vocabulary=None) -> tuple[Transformer, Tokenizer]:
+    """A randomly initialised model of these sizes, with the vocab_size of the vocabulary.
+
+    vocabulary  a Tokenizer, or a path for load_tokenizer; None: model/tokenizer.json
+    """
+    tokenizer = vocabulary
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = load_tokenizer(vocabulary or DEFAULT)
+    return build(dataclasses.replace(config, vocab_size=tokenizer.vocab_size)), tokenizer
+
+
+def build(config: LMConfig) -> Transformer:
+    """A randomly initialised model of these sizes."""
+    model = (GPT2 if config.architecture == "gpt2" else Transformer)(config)
+    return quantize(model, config.quantization) if config.quantization else model
+
+
+def empty_model(config: LMConfig, device, dtype) -> Transformer:
+    """A model with uninitialised weights, for `fill`; they take no memory until they are filled."""
+    with torch.device("meta"), SkipInit():
+        model = build(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.tie_weights()                 # to_empty gives each name its own tensor
+    return model
+
+
+class SkipInit(TorchFunctionMode):
+    """Skips normal_, which has no effect on the meta device, but imports 800 modules there: one
+    second and 78 MB."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **kwargs)
+
+
+# -- teachers and students -------------------------------------------------------------------------
+
+
+def load_teacher(path, world: World, shard: str = "none",
+                 compiled: bool = False) -> tuple[Transformer, Tokenizer]:
+    """A frozen model (see `freeze`) and its tokenizer. Under zero3 it is sharded over processes,
+    otherwise it is whole on each device."""
     # A model that will be sharded need not fit on one device.
     model, tokenizer = load_model(path, "cpu" if shard == "zero3" else world.device)
     Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {path}")
@@ -62,29 +139,18 @@ def load_teacher(path, world: World, shard="none", compiled=False) -> tuple[Tran
 
 
 def freeze(model: Transformer, world: World) -> Transformer:
-    """In eval mode, without gradients, in bf16 where matrix products run in bf16."""
+    """Eval mode, no gradients, and bf16 weights where matrix products run in bf16. In place."""
     if world.dtype == torch.bfloat16 and not is_sharded(model):
         model.to(torch.bfloat16)
     return model.eval().requires_grad_(False)
 
 
-def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, Tokenizer]:
-    """The model that adapters stand beside, with them folded in."""
-    base = path.parent / lora["base"]
-    if not base.exists():
-        raise FileNotFoundError(f"{path} holds adapters to the weights at {base}, which are not there")
-    model, tokenizer = load_model(base, device, dtype)
-    if sha256_of_model(base) != lora["base_sha256"]:
-        raise ValueError(f"{path} holds adapters to other weights than those that are at {base} now; put the old ones there")
-    add_lora(model, lora["rank"], lora["alpha"], targets=lora["targets"])
-    load_lora(model, native.read_state(path))
-    return merge_lora(model).eval(), tokenizer
+def prepare(model: Transformer, base, world: World, lora: dict | None = None,
+            grad_checkpoint: bool = False, compiled: bool = False) -> Transformer:
+    """Prepare a model that was loaded from `base` for training, in place.
 
-
-def prepare(model: Transformer, base, world: World, lora: dict | None = None, grad_checkpoint: bool = False,
-            compiled: bool = False) -> Transformer:
-    """A model loaded from `base` made ready for training, in place. lora: arguments of add_lora; with them save_model
-    writes the adapters alone."""
+    lora    arguments of add_lora; save_model then writes the adapters alone
+    """
     Logger(f"student {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {base}")
     model.train()
     model.grad_checkpoint = grad_checkpoint
@@ -96,111 +162,71 @@ def prepare(model: Transformer, base, world: World, lora: dict | None = None, gr
     return model
 
 
-def adapt(model: Transformer, base, rank: int, alpha: float | None, dropout: float, targets=None) -> Adapted:
-    """add_lora to a model that was loaded from `base`. Raises ValueError for a new model, and for a base with adapters."""
+def adapt(model: Transformer, base, rank: int, alpha: float | None, dropout: float,
+          targets=None) -> Adapted:
+    """add_lora to a model that was loaded from `base`. Raises ValueError for a randomly initialised
+    model, and for a base that is an adapter file itself."""
     if str(base) == "none":
-        raise ValueError("--lora_rank adapts pretrained weights; name them with --weights or --student, or leave it out")
-    if recognise(base) is native and native.read_about(base)[2]:
-        raise ValueError(f"{base} holds adapters itself. Merge them into their weights, and adapt those: "
-                         f"python scripts/convert.py --weights {base} --out NEW.pth")
+        raise ValueError("--lora_rank adapts pretrained weights; name them with --weights or "
+                         "--student, or leave it out")
+    if detect_format(base) is native and native.read_about(base)[2]:
+        raise ValueError(f"{base} holds adapters itself. Merge them into their weights, and adapt "
+                         f"those: python scripts/convert.py --weights {base} --out NEW.pth")
     targets = targets or TARGETS
     report = add_lora(model, rank, alpha, dropout, targets)
-    model.adapted = {"rank": rank, "alpha": rank if alpha is None else alpha, "targets": list(targets),
-                     "base": str(base), "base_sha256": sha256_of_model(base)}
+    model.adapted = {"rank": rank, "alpha": rank if alpha is None else alpha,
+                     "targets": list(targets), "base": str(base),
+                     "base_sha256": sha256_of_model(base)}
     return report
 
 
+def run_name(out_dir, prefix: str, model: Transformer) -> str:
+    """OUT_DIR/PREFIX_DIM, with _moe or _lora: the beginning of the names of a run's files."""
+    kind = model.config.moe_path + ("_lora" if model.adapted else "")
+    return f"{out_dir}/{prefix}_{model.config.dim}{kind}"
+
+
 def sha256_of_model(path) -> str:
-    """Of a weight file; of a folder, the hashes of its weights and their names."""
+    """The hash of a weight file; of a folder, the hash of the names and hashes of its weights."""
     path = Path(path)
     if path.is_file():
         return file_sha256(path)
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
-    return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}" for file in files).encode()).hexdigest()
+    lines = "".join(f"{file.name} {file_sha256(file)}" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def run_name(out_dir, prefix: str, model: Transformer) -> str:
-    """OUT_DIR/PREFIX_DIM, with _moe or _lora: what the files of a run begin with."""
-    return f"{out_dir}/{prefix}_{model.config.dim}{model.config.moe_path}{'_lora' if model.adapted else ''}"
+# -- formats ---------------------------------------------------------------------------------------
 
 
-def new_model(config: LMConfig, vocabulary=None) -> tuple[Transformer, Tokenizer]:
-    """A model that knows nothing, of these sizes but for the vocabulary's: a Tokenizer, or a path as load_tokenizer
-    takes it; None: model/tokenizer.json."""
-    tokenizer = vocabulary if isinstance(vocabulary, Tokenizer) else load_tokenizer(vocabulary or DEFAULT)
-    return build(dataclasses.replace(config, vocab_size=tokenizer.vocab_size)), tokenizer
-
-
-def load_config(path) -> LMConfig:
-    """The sizes of the model at PATH, without its weights."""
-    return recognise(path).read_config(path)
-
-
-def load_tokenizer(path) -> Tokenizer:
-    """The tokenizer of the model at PATH; PATH may also be a vocabulary file, ours or Hugging Face's tokenizer.json."""
-    path = Path(path)
-    if path.suffix != ".json":
-        return recognise(path).read_tokenizer(path)
-    theirs = path.exists() and '"added_tokens"' in path.read_text(encoding="utf-8")[:1000]
-    return reader("vocabulary").read_tokenizer_json(path) if theirs else Tokenizer.load(path)
-
-
-def build(config: LMConfig) -> Transformer:
-    """A model of these sizes with random weights."""
-    model = (GPT2 if config.architecture == "gpt2" else Transformer)(config)
-    return quantize(model, config.quantization) if config.quantization else model
-
-
-def empty_model(config: LMConfig, device, dtype) -> Transformer:
-    """The same with weights that are yet to be filled in; until then they take no memory."""
-    with torch.device("meta"), NothingDrawn():
-        model = build(config)
-    model = model.to(dtype).to_empty(device=device)
-    model.tie_weights()                 # to_empty gives each name a tensor of its own
-    return model
-
-
-class NothingDrawn(TorchFunctionMode):
-    """On the meta device there is nothing to draw, and yet normal_ imports 800 modules to find that out: a second, and
-    78 MB."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **kwargs)
-
-
-def recognise(path):
-    """The module of model/weights that reads PATH."""
+def detect_format(path):
+    """The module of interop/ that reads PATH. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}. {how_to_make(path)}")
+        script = next((SCRIPTS[prefix] for prefix in SCRIPTS if path.name.startswith(prefix)), None)
+        advice = f"Train them: python {script} --help" if script else "Is the path right?"
+        raise FileNotFoundError(f"no weights at {path}. {advice}")
     if path.suffix in (".json", ".resume"):
-        raise ValueError(f"{path} holds no weights for use; name {path.with_suffix('.pth')}")
+        raise ValueError(f"{path} is not a weight file; name {path.with_suffix('.pth')}")
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} alone has no sizes and no tokenizer; name its folder, "
+                         f"{path.parent}")
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ValueError(f"{path} is a folder without a config.json: no model, or its download is not complete")
-        return reader("hf")
-    if path.suffix == ".safetensors":
-        raise ValueError(f"{path} alone has no sizes and no tokenizer; name its folder, {path.parent}")
+            raise ValueError(f"{path} is a folder without a config.json: no model, or its download "
+                             "is not complete")
+        return reader_of("hf")
     with open(path, "rb") as file:
         if file.read(4) == b"GGUF":
-            return reader("gguf")
+            return reader_of("gguf")
     if path.suffix == ".bin":
-        return reader("llama2c")
-    if not path.with_suffix(".json").exists() and reader("minimind").MARK in native.read_state(path):
-        return reader("minimind")
+        return reader_of("llama2c")
+    if not path.with_suffix(".json").exists():
+        minimind = reader_of("minimind")
+        return minimind if minimind.MARK in native.read_state(path) else native
     return native
 
 
-def reader(name: str):
-    """Imported when it is needed: most runs need none but ours."""
+def reader_of(name: str):
+    """Imported when it is needed: most runs need only the native format."""
     return importlib.import_module(f"interop.{name}")
-
-
-def how_to_make(path: Path) -> str:
-    """The command that makes a missing weight file, told from its name."""
-    script = next((script for prefix, script in (("pretrain", "train_pretrain.py"), ("full_sft", "train_sft.py"),
-                                                 ("full_dist", "train_distillation.py"),
-                                                 ("full_onpolicy", "train_onpolicy.py"))
-                   if path.name.startswith(prefix)), None)
-    return f"Train them: python {script} --help" if script else "Is the path right?"

@@ -1,14 +1,14 @@
 """
 我们自己的格式：.pth 是纯 fp32 状态字典，旁边的 .json 记着模型尺寸与分词器。
-Our own format: the .pth is a plain fp32 state dict; the .json beside it knows the model's sizes and its tokenizer.
+Our own format: the .pth is a plain fp32 state dict, the .json beside it has sizes and tokenizer.
 
     out/full_sft_64.pth      {name: tensor}, read with weights_only=True
     out/full_sft_64.json     {"config": {"dim": 64, ...}, "tokenizer": "tokenizer-1f0c2a9b.json"}
     out/tokenizer-....json   the vocabulary, so that a folder of weights can be moved as it is
 
-A model with adapters (model/lora.py) is saved without the weights that they stand beside:
+A model with adapters (model/lora.py) is saved without the weights that they adapt:
 
-    out/full_sft_64_lora.json   {..., "lora": {"rank": 8, "alpha": 8, "targets": [...], "base": "full_sft_64.pth"}}
+    out/full_sft_64_lora.json   {..., "lora": {"rank": 8, ..., "base": "full_sft_64.pth"}}
 """
 
 import dataclasses
@@ -19,24 +19,24 @@ from pathlib import Path
 
 import torch
 
+from interop import Piece
 from model.config import LMConfig
 from model.lora import lora_state
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from interop import Piece
 from runtime.checkpoint import UNREADABLE
 from runtime.files import write_atomic
 from runtime.processes import full_tensor, is_main_process
 
 
 def write(model: Transformer, tokenizer: Tokenizer, path):
-    """Write the three files, each full_tensor or not at all, the weights last. All processes call this, the main one writes: a
-    sharded model is gathered a tensor at a time."""
+    """Write the three files, each completely or not at all, the weights last. All processes call
+    this and the main one writes; a sharded model is gathered one tensor at a time."""
     state = {}
     for name, weight in (lora_state(model) if model.adapted else model.state_dict()).items():
         weight = full_tensor(weight)
-        if is_main_process():
-            state[name] = (weight.float() if weight.is_floating_point() else weight).cpu()      # int8 and int4 stay
+        if is_main_process():       # int8 and int4 stay
+            state[name] = (weight.float() if weight.is_floating_point() else weight).cpu()
     if not is_main_process():
         return
     if "output.weight" in state and model.config.tie_embeddings:
@@ -48,8 +48,10 @@ def write(model: Transformer, tokenizer: Tokenizer, path):
         tokenizer.save(vocabulary)
     about = {"config": dataclasses.asdict(model.config), "tokenizer": vocabulary.name}
     if model.adapted:
-        about["lora"] = model.adapted | {"base": os.path.relpath(model.adapted["base"], path.parent)}
-    write_atomic(path.with_suffix(".json"), lambda file: file.write(json.dumps(about, indent=2).encode()))
+        base = os.path.relpath(model.adapted["base"], path.parent)
+        about["lora"] = model.adapted | {"base": base}
+    text = json.dumps(about, indent=2)
+    write_atomic(path.with_suffix(".json"), lambda file: file.write(text.encode()))
     write_atomic(path, lambda file: torch.save(state, file))
 
 
@@ -60,36 +62,41 @@ def read_config(path) -> LMConfig:
 def read_tokenizer(path) -> Tokenizer:
     vocabulary = read_about(path)[1]
     if not vocabulary.exists():
-        raise FileNotFoundError(f"no {vocabulary}, the vocabulary of {path}; copy it from where the weights came from")
+        raise FileNotFoundError(f"no {vocabulary}, the vocabulary of {path}; copy it from where "
+                                "the weights came from")
     return Tokenizer.load(vocabulary)
 
 
 def read_about(path) -> tuple[LMConfig, Path, dict | None]:
-    """The sizes of the model at PATH, its vocabulary file, and what is told of its adapters, if it is those. Raises
-    FileNotFoundError or ValueError, naming the file."""
+    """The model's sizes, its vocabulary file, and the description of its adapters or None.
+
+    Raises FileNotFoundError or ValueError with the file."""
     beside = Path(path).with_suffix(".json")
     if not beside.exists():
-        raise FileNotFoundError(f"no {beside} beside the weights; it holds the model's sizes and its tokenizer's name. Copy "
-                                "it from where the weights came from")
+        raise FileNotFoundError(f"no {beside} beside the weights; it has the model's sizes and the "
+                                "name of its tokenizer. Copy it from where the weights came from")
     try:
         about = json.loads(beside.read_text())
-        return LMConfig.from_dict(about["config"]), beside.parent / about["tokenizer"], about.get("lora")
+        config = LMConfig.from_dict(about["config"])
+        return config, beside.parent / about["tokenizer"], about.get("lora")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{beside} does not describe a model: {type(error).__name__} {error}") from error
+        raise ValueError(f"{beside} does not describe a model: {type(error).__name__} {error}"
+                         ) from error
 
 
 def read_state(path) -> dict[str, torch.Tensor]:
-    """A state dict as torch.save writes it, ours or another's; its tensors are read from the file when they are used."""
+    """A state dict that torch.save wrote; its tensors are read from the file when they are used."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
-        raise ValueError(f"{path} is cut short, or no weight file at all ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} holds no {{name: tensor}}")
+        raise ValueError(f"{path} is cut short, or no weight file at all ({type(error).__name__})"
+                         ) from error
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise ValueError(f"{path} is not a state dict {{name: tensor}}")
     return state
 
 
 def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
     for name, tensor in read_state(path).items():
-        if name != "output.weight" or not config.tie_embeddings:        # tied: it is tok_embeddings again
+        if name != "output.weight" or not config.tie_embeddings:        # tied: tok_embeddings again
             yield Piece(name, tensor, source=name)

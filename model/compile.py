@@ -1,6 +1,6 @@
 """
 逐层编译：同一张图适用于任意数量的词元与样本。
-torch.compile, layer by layer: one graph serves any number of tokens and samples.
+torch.compile, layer by layer: one graph for any number of tokens and samples.
 """
 
 import torch
@@ -10,20 +10,20 @@ from model.transformer import has_varlen
 
 
 def compile_layers(model, device: torch.device, dtype: torch.dtype):
-    """In place. Generation with a cache bypasses the compiled layers, see Transformer.forward.
+    """In place. Generation with a cache bypasses the compiled layers (see Transformer.forward).
 
     Raises ValueError for a model or device whose layers would need a new graph for each batch.
     """
     config = model.config
     if config.dropout and model.training or not has_varlen(device, dtype, config.head_dim):
-        raise ValueError(f"--compile needs a GPU from NVIDIA's Ampere on in bfloat16, dropout 0, and a head_dim that 8 divides, "
-                         f"of at most 256; this is {device} in {dtype}, dropout {config.dropout:g}, head_dim "
-                         f"{config.head_dim}. Leave it out")
+        raise ValueError("--compile needs bfloat16 on a GPU from NVIDIA's Ampere on, dropout 0, "
+                         f"and a head_dim divisible by 8, of at most 256; this is {device} in "
+                         f"{dtype}, dropout {config.dropout:g}, head_dim {config.head_dim}")
     if config.use_moe and not has_grouped_products(device, dtype, model.layers[0].ffn.w1):
-        raise ValueError(f"--compile needs experts of sizes that 8 divides, not quantised; the model has {config.dim} "
-                         f"and {config.hidden_dim}. Leave it out")
-    # DDP does not need to cut a layer's graph to overlap communication: layers overlap with each other. And gradients
-    # of single loss terms are taken on graphs that must remain for the next term.
+        raise ValueError("--compile needs experts of sizes divisible by 8, not quantised; the "
+                         f"model has {config.dim} and {config.hidden_dim}. Leave it out")
+    # DDP need not split a layer's graph to overlap communication, because layers overlap with each
+    # other. And the gradients of single loss terms need a graph that remains for the next term.
     torch._dynamo.config.optimize_ddp = torch._functorch.config.donated_buffer = False
     for layer in model.layers:
-        layer.compile(dynamic=True, recompile_limit=64)     # training or not, the last layer or not, ...
+        layer.compile(dynamic=True, recompile_limit=64)     # in training or not, last layer or not

@@ -1,6 +1,6 @@
 """
 模型的全部尺寸，写在一处。
-Every size of a model in one place; a checkpoint carries it as JSON beside the weights.
+All sizes of a model in one place. A checkpoint has them as JSON beside the weights.
 """
 
 import dataclasses
@@ -11,37 +11,37 @@ from dataclasses import dataclass
 class LMConfig:
     """Sizes of the decoder in model/transformer.py.
 
-        LMConfig(dim=512, n_layers=8)     the student of the document, 26 M parameters at 6,400 words
-        LMConfig(dim=768, n_layers=16)    its teacher, 109 M
-        LMConfig(dim=64, n_layers=2)      a student that learns on a laptop in a minute
+        LMConfig(dim=512, n_layers=8)     the base student: 26 M parameters at vocab_size 6,400
+        LMConfig(dim=768, n_layers=16)    its teacher: 109 M
+        LMConfig(dim=64, n_layers=2)      a student that trains on a laptop in a minute
 
-    A value of None is worked out from the others. Raises ValueError when the sizes do not fit together.
+    None means computed from the others. Raises ValueError when the sizes do not fit together.
     """
 
     dim: int = 512
     n_layers: int = 8
     n_heads: int = 8
-    architecture: str = "llama"         # what Llama, Qwen and MiniMind share; "gpt2": model/gpt2.py
-    n_kv_heads: int | None = None       # None: n_heads / 2. Fewer than n_heads is grouped-query attention
-    head_dim: int | None = None         # None: dim / n_heads. Qwen3 sets it apart from dim
-    hidden_dim: int | None = None       # None: 8/3 dim, as SwiGLU's three matrices then weigh what GPT-2's two of 4 dim do
+    architecture: str = "llama"         # also Qwen's and MiniMind's; "gpt2": model/gpt2.py
+    n_kv_heads: int | None = None       # None: n_heads / 2; below n_heads: grouped-query attention
+    head_dim: int | None = None         # None: dim / n_heads; Qwen3 chooses it independently of dim
+    hidden_dim: int | None = None       # None: 8/3 dim; 3 matrices then equal GPT-2's 2 of 4 dim
     vocab_size: int = 6400
     max_seq_len: int = 512              # tokens; longer samples are cut, longer prompts refused
-    rope_theta: float = 10000.0         # Llama 1 and 2: 1e4, Qwen: 1e6. Larger reaches further
-    rope_scaling: dict | None = None    # Llama 3: numbers of `stretched` in model/transformer.py
+    rope_theta: float = 10000.0         # Llama 1 and 2: 1e4, Qwen: 1e6; larger for longer contexts
+    rope_scaling: dict | None = None    # Llama 3: arguments of scale_frequencies (transformer.py)
     norm_eps: float = 1e-5
-    tie_embeddings: bool = True         # one matrix reads and writes words; large models untie it
+    tie_embeddings: bool = True         # embedding and head share a matrix; large models untie it
     qk_norm: bool = False               # Qwen3
     attention_bias: bool = False        # Qwen2
     dropout: float = 0.0
-    quantization: str | None = None     # "int8" or "int4": weights for inference alone (model/quantize.py)
+    quantization: str | None = None     # "int8" or "int4", for inference only (model/quantize.py)
 
-    # Mixture of experts in place of the FFN, with MiniMind's names.
+    # Mixture of experts instead of the FFN, with MiniMind's names.
     use_moe: bool = False
     n_routed_experts: int = 4
     num_experts_per_tok: int = 2
-    n_shared_experts: int = 1           # experts that every token visits
-    norm_topk_prob: bool = True         # the chosen experts' weights are made to sum to 1
+    n_shared_experts: int = 1           # experts that process every token
+    norm_topk_prob: bool = True         # scale the weights of the chosen experts to sum to 1
     aux_loss_alpha: float = 0.01        # weight of the balance loss
 
     def __post_init__(self):
@@ -52,23 +52,25 @@ class LMConfig:
             raise ValueError(f"architecture={self.architecture!r} is not llama or gpt2")
         if self.architecture == "gpt2":
             if self.use_moe or self.qk_norm or self.n_kv_heads not in (None, self.n_heads):
-                raise ValueError("GPT-2 has no mixture of experts, no q/k norm and as many key/value as query heads")
+                raise ValueError("GPT-2 has no mixture of experts, no q/k norm and as many "
+                                 "key/value as query heads")
             self.n_kv_heads, self.hidden_dim = self.n_heads, self.hidden_dim or 4 * self.dim
             self.attention_bias = True
         if self.head_dim is None:
             if self.dim % self.n_heads:
                 fits = [n for n in range(1, self.dim + 1) if self.dim % n == 0]
                 nearest = min(fits, key=lambda n: abs(n - self.n_heads))
-                raise ValueError(f"dim={self.dim} does not split into n_heads={self.n_heads} equal heads; "
-                                 f"try n_heads={nearest}, or set head_dim")
+                raise ValueError(f"dim={self.dim} does not split into n_heads={self.n_heads} equal "
+                                 f"heads; try n_heads={nearest}, or set head_dim")
             self.head_dim = self.dim // self.n_heads
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd; RoPE turns pairs of numbers, choose an even one")
+            raise ValueError(f"head_dim={self.head_dim} is odd, but RoPE rotates pairs")
         if self.n_kv_heads is None:
             self.n_kv_heads = max(1, self.n_heads // 2)
         if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads={self.n_heads} is no multiple of n_kv_heads={self.n_kv_heads}; "
-                             "each key/value head serves the same number of query heads")
+            raise ValueError(f"n_heads={self.n_heads} is no multiple of "
+                             f"n_kv_heads={self.n_kv_heads}; each key/value head serves the same "
+                             "number of query heads")
         if self.hidden_dim is None:
             self.hidden_dim = -(-8 * self.dim // 3 // 32) * 32      # rounded up to a multiple of 32
         if not 0.0 <= self.dropout < 1.0:
@@ -76,21 +78,22 @@ class LMConfig:
         if self.quantization not in (None, "int8", "int4"):
             raise ValueError(f"quantization={self.quantization!r} is not int8 or int4")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
-            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
-                             f"n_routed_experts={self.n_routed_experts}")
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 "
+                             f"and n_routed_experts={self.n_routed_experts}")
 
     @property
     def moe_path(self) -> str:
-        """The part of a weight file's name that tells the two kinds apart: full_sft_512_moe.pth."""
+        """Marks a mixture of experts in a weight file's name: full_sft_512_moe.pth."""
         return "_moe" if self.use_moe else ""
 
     def __str__(self):
-        kind = f", {self.n_routed_experts} experts" if self.use_moe else ""
-        return f"{self.dim} x {self.n_layers}{kind}{self.quantization and ', ' + self.quantization or ''}"
+        experts = f", {self.n_routed_experts} experts" if self.use_moe else ""
+        quantization = f", {self.quantization}" if self.quantization else ""
+        return f"{self.dim} x {self.n_layers}{experts}{quantization}"
 
     @classmethod
     def from_dict(cls, values: dict) -> "LMConfig":
-        """Raises ValueError on a name this version does not know, for a wrong size would go unseen."""
+        """Raises ValueError for an unknown name."""
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown model sizes {sorted(unknown)}")

@@ -1,16 +1,19 @@
 """
 GPT-2：位置是学来的向量，归一化用 LayerNorm，前馈网络用 GELU；其余与 transformer.py 相同。
-GPT-2: positions are learned vectors, norms are LayerNorms, the FFN has GELU, and every layer but the head has a bias.
-All else is model/transformer.py. Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+GPT-2 differs from model/transformer.py in four places: learned position embeddings, LayerNorm, an
+FFN with GELU, and biases in every layer but the head.
 
-    GPT2(LMConfig(architecture="gpt2", dim=768, n_layers=12, n_heads=12, vocab_size=50257, max_seq_len=1024))
+    GPT2(LMConfig(architecture="gpt2", dim=768, n_layers=12, n_heads=12, vocab_size=50257,
+                  max_seq_len=1024))
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
 import torch.nn.functional as F
 from torch import nn
 
 from model.config import LMConfig
-from model.transformer import Block, Stream, Transformer
+from model.transformer import Block, Layout, Transformer
 
 
 class GELUFeedForward(nn.Module):
@@ -20,7 +23,8 @@ class GELUFeedForward(nn.Module):
         self.w2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x):  # (N, D) -> (N, D)
-        """w2 gelu(w1 x): Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415, in its form with tanh."""
+        """w2 gelu(w1 x), with the tanh form of GELU: Hendrycks & Gimpel 2016,
+        https://arxiv.org/abs/1606.08415."""
         return self.w2(F.gelu(self.w1(x), approximate="tanh"))
 
 
@@ -42,8 +46,8 @@ class GPT2(Transformer):
         nn.init.normal_(self.pos_embeddings.weight, std=0.01)
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
 
-    def embed(self, tokens, stream: Stream):  # (N,) -> (N, D)
-        return self.tok_embeddings(tokens) + self.pos_embeddings(stream.positions)
+    def embed(self, tokens, layout: Layout):  # (N,) -> (N, D)
+        return self.tok_embeddings(tokens) + self.pos_embeddings(layout.positions)
 
     def rotation(self, positions):
-        return None
+        return None                     # no RoPE

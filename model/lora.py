@@ -1,29 +1,31 @@
 """
 低秩适配：冻结原有权重，只在每个线性层旁训练两个瘦矩阵；去掉它们，模型就是原来的模型。
-Low-rank adaptation: the weights stay as they are, and beside each matrix two thin ones are trained. Without them the
-model is the one it was.
+Low-rank adaptation: the weights are frozen, and two thin matrices are trained beside each matrix.
 
-    y = x W^T + b  +  alpha / rank * dropout(x) A^T B^T         A (rank, in), B (out, rank), in fp32
+    y = x W^T + b  +  alpha / rank * dropout(x) A^T B^T     A (rank, in), B (out, rank), in fp32
 
     x ---- W, b ----------------------- + -- y      frozen
       \\                                 /
-       ---- A ---- alpha / rank ---- B --           trained; B begins at zero, so that at the start nothing changes
+       ---- A ---- alpha / rank ---- B --           trained; B starts at zero: no change at first
 
-What is gained is memory. AdamW keeps 16 bytes for each weight that trains (itself, its gradient, two moments) and 4 for
-one that does not. SmolLM2-135M, 30 layers of seven matrices, at rank 8, without the activations:
+LoRA saves memory. AdamW needs 16 bytes per trained weight (weight, gradient, two moments) and 4 per
+frozen one. SmolLM2-135M, 30 layers of seven matrices, at rank 8, without activations:
 
-                    weights that train                                                      MB
-    all of it       134,515,008                                                             2,152
-    adapters        8 * 30 * (2 (576 + 576) + 2 (576 + 192) + 3 (576 + 1536)) = 2,442,240   577
-    the same, frozen matrices of the layers in bf16 (--dtype bfloat16, the default)                         365
+                                            trained weights         MB
+    full fine-tuning                        134,515,008             2,152
+    LoRA                                    2,442,240               577
+    LoRA, frozen layers in bf16             2,442,240               365     --dtype bfloat16
 
-Time, less so: the gradient still travels through every W to the adapters below, but W's own is not worked out. Four
-such layers and 512 tokens take 0.42 s forward and back in place of 0.59 (one core, without the head).
+    2,442,240 = 8 * 30 * (2 (576 + 576) + 2 (576 + 192) + 3 (576 + 1536))
 
-A teacher that is the model as it was before training costs nothing: the same weights, called without_lora.
+It saves less time: the gradient passes through every W, only W's own gradient is not computed. Four
+such layers and 512 tokens take 0.42 s forward and backward instead of 0.59 (one core, no head).
 
-Hu et al. 2021, https://arxiv.org/abs/2106.09685, Sec. 4.1. They adapt wq and wv; that all matrices together reach what
-training everything does is from QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, Sec. 4.
+The same weights without adapters are a teacher that needs no memory of its own: WithoutAdapters.
+
+Hu et al. 2021, https://arxiv.org/abs/2106.09685, Sec. 4.1, adapt wq and wv. That adapting all
+matrices matches full fine-tuning is from QLoRA, Dettmers et al. 2023,
+https://arxiv.org/abs/2305.14314, Sec. 4.
 """
 
 from collections import Counter
@@ -34,19 +36,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")    # not the router, whose choice would jump; not the words
+# Not the router, whose choices would jump, and not the embeddings.
+TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
 class LoRALinear(nn.Linear):
-    """Stands in for an nn.Linear, whose weight and bias it takes over with their names, frozen."""
+    """Replaces an nn.Linear and takes over its weight and bias, frozen and under the same names."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
-        super().__init__(linear.in_features, linear.out_features, device="meta")    # draws nothing, takes no memory
+        super().__init__(linear.in_features, linear.out_features, device="meta")    # no memory
         linear.requires_grad_(False)
         self.weight, self.bias = linear.weight, linear.bias
-        # The paper draws A from a Gaussian without saying how wide. With this A x is as large as x.
+        # The paper leaves A's standard deviation open. With this one A x is as large as x.
         fp32 = dict(dtype=torch.float32, device=linear.weight.device)
-        self.lora_a = nn.Parameter(torch.randn(rank, linear.in_features, **fp32) * linear.in_features ** -0.5)
+        std = linear.in_features ** -0.5
+        self.lora_a = nn.Parameter(torch.randn(rank, linear.in_features, **fp32) * std)
         self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, **fp32))
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
@@ -62,63 +66,68 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain linear on the same weight and bias: W + alpha / rank * B A, summed in fp32, then rounded once."""
+        """A plain linear with W + alpha / rank * B A, summed in fp32, then rounded once."""
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
-        linear.weight.copy_(self.weight.float() + self.scale * (self.lora_b.float() @ self.lora_a.float()))
+        change = self.scale * (self.lora_b.float() @ self.lora_a.float())
+        linear.weight.copy_(self.weight.float() + change)
         return linear.train(self.training)
 
 
 class Adapted(NamedTuple):
-    """What add_lora did, to be printed."""
+    """What add_lora did, for the log."""
 
-    linears: dict[str, int]     # how many by name: {"wq": 2, "wk": 2, ...}
-    n_trained: int              # weights that train, which are the adapters
-    n_weights: int              # of how many, the adapters among them
+    linears: dict[str, int]     # number of linears by name: {"wq": 2, "wk": 2, ...}
+    n_trained: int              # trained weights: those of the adapters
+    n_weights: int              # all weights, those of the adapters included
 
     def __str__(self):
         names = ", ".join(f"{n} {name}" for name, n in self.linears.items())
         return f"adapters beside {names}: {self.n_trained:,} of {self.n_weights:,} weights train"
 
 
-def add_lora(model, rank: int, alpha: float | None = None, dropout: float = 0.0, targets=TARGETS) -> Adapted:
-    """Put adapters beside the linears of these names in every layer, in place, and freeze everything else.
+def add_lora(model, rank: int, alpha: float | None = None, dropout: float = 0.0,
+             targets=TARGETS) -> Adapted:
+    """Add adapters to the linears of these names in every layer, in place, and freeze the rest.
 
-    rank        of each adapter's change to its matrix, from 1 to the smaller side of the smallest one
-    alpha       the change is scaled by alpha / rank. None: alpha = rank. Kept when the rank is varied, it spares the
-                search for another learning rate (Sec. 4.1)
-    dropout     share of an adapter's inputs set to zero in training, in [0, 1)
-    targets     some of TARGETS. All seven, the default, are as many of them as the model has: GPT-2 has no w3. The
-                routed experts of a mixture are no linears and stay frozen; a shared expert is adapted
+    rank        of the adapters, from 1 to the smaller side of the smallest matrix
+    alpha       the change is scaled by alpha / rank; None: alpha = rank. With the same alpha, other
+                ranks need no other learning rate (Sec. 4.1)
+    dropout     on the adapters' inputs in training, in [0, 1)
+    targets     a subset of TARGETS. All seven, the default, mean as many as the model has: GPT-2
+                has no w3. Routed experts are no linears and stay frozen; a shared expert is adapted
 
-    Raises ValueError, before anything is changed, for a number out of its range, a target that no layer has, a model
-    with adapters, and a quantised one.
+    Raises ValueError, before anything is changed, for a value out of range, a target that no layer
+    has, a model with adapters, and a quantised model.
     """
     if model.config.quantization:
-        raise ValueError(f"the model is {model.config.quantization}, whose integers take no merged adapter; "
-                         "adapt the weights it was made from, and quantise what comes out")
-    linears = {f"layers.{path}": module for path, module in model.layers.named_modules() if isinstance(module, nn.Linear)}
+        raise ValueError(f"the model is {model.config.quantization}, and integers cannot take a "
+                         "merged adapter; adapt the weights it was made from, then quantise")
+    linears = {f"layers.{path}": module for path, module in model.layers.named_modules()
+               if isinstance(module, nn.Linear)}
     if any(isinstance(linear, LoRALinear) for linear in linears.values()):
-        raise ValueError("the model has adapters already; merge_lora folds them in, and then it takes new ones")
+        raise ValueError("the model has adapters already; merge_lora merges them first")
     known = [name for name in TARGETS if name in map(last, linears)]
     wanted = known if set(targets) == set(TARGETS) else list(targets)
     unknown = [str(name) for name in wanted if name not in known]
     if unknown or not wanted:
-        raise ValueError(f"no layer has a linear {' or '.join(unknown) or 'to adapt'}; this model has {', '.join(known)}")
+        raise ValueError(f"no layer has a linear {' or '.join(unknown) or 'to adapt'}; this model "
+                         f"has {', '.join(known)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout {dropout} must lie in [0, 1)")
     if alpha is not None and not alpha > 0:
-        raise ValueError(f"alpha {alpha} must be more than 0, or the adapters never have a say")
+        raise ValueError(f"alpha {alpha} must be more than 0, or the adapters have no effect")
     linears = {path: linear for path, linear in linears.items() if last(path) in wanted}
     smallest = min(linears, key=lambda path: min(linears[path].weight.shape))
     out_features, in_features = linears[smallest].weight.shape
     if not 1 <= rank <= min(out_features, in_features):
-        raise ValueError(f"rank {rank} must lie between 1 and {min(out_features, in_features)}, the smaller side of "
-                         f"{smallest} ({out_features} x {in_features})")
+        raise ValueError(f"rank {rank} must lie between 1 and {min(out_features, in_features)}, "
+                         f"the smaller side of {smallest} ({out_features} x {in_features})")
 
     model.requires_grad_(False)
     for path, linear in linears.items():
-        model.set_submodule(path, LoRALinear(linear, rank, rank if alpha is None else alpha, dropout))
+        adapter = LoRALinear(linear, rank, rank if alpha is None else alpha, dropout)
+        model.set_submodule(path, adapter)
     n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return Adapted(dict(Counter(map(last, linears))), n_trained, model.n_parameters())
 
@@ -130,41 +139,45 @@ def last(path: str) -> str:
 
 def adapters(model) -> dict[str, LoRALinear]:
     """{path: adapter}. Raises ValueError for a model without any."""
-    found = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    found = {path: module for path, module in model.named_modules()
+             if isinstance(module, LoRALinear)}
     if not found:
-        raise ValueError("the model has no adapters; add_lora puts them in")
+        raise ValueError("the model has no adapters; add_lora adds them")
     return found
 
 
 def lora_state(model) -> dict[str, torch.Tensor]:
-    """{name: tensor} of the adapters alone, not copied, as in state_dict(). The rank is seen in the shapes; alpha is
-    not, and belongs beside them."""
+    """{name: tensor} of the adapters alone, not copied. The shapes give the rank; alpha must be
+    saved with them."""
     names = [f"{path}.{name}" for path in adapters(model) for name in ("lora_a", "lora_b")]
     state = model.state_dict()
     return {name: state[name] for name in names}
 
 
 def load_lora(model, state: dict[str, torch.Tensor]):
-    """Copy adapters into a model that has the same ones, made by add_lora with the rank, alpha and targets of old.
+    """Copy adapters into a model to which add_lora added those of the same rank, alpha and targets.
 
-    Raises ValueError, before anything is changed, that names what is missing, has no place, or has another shape.
+    Raises ValueError, before anything is changed, for missing, unknown and misshapen tensors.
     """
     places = lora_state(model)
-    missing = [name for name in places if name not in state]
-    extra = [name for name in state if name not in places]
-    other = [f"{name} {tuple(state[name].shape)} in place of {tuple(place.shape)}"
-             for name, place in places.items() if name in state and state[name].shape != place.shape]
-    wrong = [f"{what}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-             for what, names in (("missing", missing), ("no place for", extra), ("of another shape", other)) if names]
-    if wrong:
-        raise ValueError(f"these adapters are not of this model. {'; '.join(wrong)}. "
-                         "Rank and targets must be those they were trained with")
+    problems = {
+        "missing": [name for name in places if name not in state],
+        "no place for": [name for name in state if name not in places],
+        "of another shape": [f"{name} {tuple(state[name].shape)} instead of {tuple(place.shape)}"
+                             for name, place in places.items()
+                             if name in state and state[name].shape != place.shape]}
+    lines = [f"{problem}: {', '.join(names[:5])}"
+             + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+             for problem, names in problems.items() if names]
+    if lines:
+        raise ValueError(f"these adapters are not of this model. {'; '.join(lines)}. Rank and "
+                         "targets must be those they were trained with")
     for name, place in places.items():
         place.copy_(state[name])
 
 
 def merge_lora(model):
-    """The same model, in place, its adapters folded into plain linears; all of its weights can train again."""
+    """Merge the adapters into plain linears, in place. All weights can be trained again."""
     for path, adapter in adapters(model).items():
         model.set_submodule(path, adapter.merged())
     return model.requires_grad_(True)
@@ -172,8 +185,8 @@ def merge_lora(model):
 
 @torch.no_grad()
 def store_frozen(model, dtype):
-    """Keep the matrices of the layers that do not train in the type of the products, to which autocast rounds them at each:
-    the same to the last bit, in half the memory, and without the copies. What is summed or looked up stays fp32."""
+    """Store the frozen matrices of the layers in the dtype to which autocast rounds them for each
+    product: the same result bit by bit, half the memory, no copies. All else stays fp32."""
     for weight in model.layers.parameters():
         if weight.dim() >= 2 and not weight.requires_grad:
             weight.data = weight.to(dtype)
@@ -181,14 +194,13 @@ def store_frozen(model, dtype):
 
 @contextmanager
 def without_lora(model):
-    """Within, the model computes what it did before add_lora, to the last bit: a teacher without weights of its own.
+    """Inside, the model computes what it did before add_lora, bit by bit. In train mode the model's
+    own dropout stays on.
 
         with torch.no_grad(), without_lora(model):
-            taught = model(tokens, lengths)
-
-    In train mode the model's own dropout stays on, as it would in the model before.
+            base_logits = model(tokens, lengths).logits
     """
-    switched = [adapter for adapter in adapters(model).values() if adapter.active]      # none, if within another
+    switched = [adapter for adapter in adapters(model).values() if adapter.active]  # none if nested
     for adapter in switched:
         adapter.active = False
     try:
@@ -199,8 +211,8 @@ def without_lora(model):
 
 
 class WithoutAdapters:
-    """The model as it was before add_lora, as a teacher of its adapted self: it needs no weights of its own. With
-    privileged context in its prompt it knows more than the student."""
+    """The model before add_lora, as a teacher of its adapted self, without weights of its own. Its
+    prompts must contain more than the student's (privileged context), or it teaches nothing."""
 
     def __init__(self, student):
         self.student, self.config = student, student.config

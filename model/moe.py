@@ -1,10 +1,12 @@
 """
 混合专家：路由器为每个词元挑选少数几个专家，计算量不变而参数更多。
-Mixture of experts: a router sends each token to a few of many FFNs; more weights, the same work per token.
+Mixture of experts: a router sends each token to a few of many FFNs. It adds weights, not compute.
 
-    y(x) = shared(x) + sum over the A chosen experts e of g_e(x) * FFN_e(x),     g = softmax(router(x)), scaled to 1 if asked
+    y(x) = shared(x) + sum over the A chosen experts e of g_e(x) * FFN_e(x),  g = softmax(router(x))
 
-Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; shared experts: DeepSeekMoE, https://arxiv.org/abs/2401.06066.
+With norm_topk_prob the g of the chosen experts are scaled to sum to 1.
+Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; shared experts: DeepSeekMoE,
+https://arxiv.org/abs/2401.06066.
 """
 
 import torch
@@ -20,25 +22,27 @@ def swiglu(x, w1, w2, w3):  # (n, D), (F, D), (D, F), (F, D) -> (n, D)
 
 
 def experts(x, ends, w1, w2, w3):  # (n, D), (E,), (E, F, D), (E, D, F), (E, F, D) -> (n, D)
-    """Expert e's rows of x lie together and end at ends[e]: one SwiGLU an expert or, on a GPU in bf16, one for all."""
+    """The rows of x are sorted by expert; those of expert e end at ends[e]. One SwiGLU per expert,
+    or one for all on a GPU in bf16."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if has_grouped_products(x.device, dtype, w1):
         return grouped_experts(x.to(dtype), ends, w1.to(dtype), w2.to(dtype), w3.to(dtype))
-    pieces = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
-    # unbind, not w[e]: indexing would make the backward pass write a whole stack of zeros per expert.
-    return torch.cat([swiglu(*each) for each in zip(pieces, w1.unbind(), w2.unbind(), w3.unbind())])
+    parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+    # unbind, not w[e], whose backward pass would write a whole stack of zeros per expert.
+    return torch.cat([swiglu(*each) for each in zip(parts, w1.unbind(), w2.unbind(), w3.unbind())])
 
 
 def grouped_experts(x, ends, w1, w2, w3):  # as `experts`
-    """A GPU is told of all experts at once, and never asked how many tokens each has: to hear the answer, Python would wait
-    until all that came before is done."""
+    """One grouped product for all experts. The numbers of tokens stay on the GPU: if Python read
+    them, it would wait for all queued work."""
     n, E = len(x), len(ends)
-    # Each expert gets a row of zeros too. For one without any row, some GPUs take as its gradient what lay in memory
-    # (https://github.com/pytorch/pytorch/issues/172439) or never come back (.../issues/152668).
+    # Each expert also gets a row of zeros. For one without rows some GPUs return uninitialised
+    # memory as its gradient (https://github.com/pytorch/pytorch/issues/172439) or hang
+    # (https://github.com/pytorch/pytorch/issues/152668).
     rows = torch.arange(n, device=x.device)
-    place = rows + torch.searchsorted(ends, rows, right=True)                   # (n,), behind the zeros of those before
-    x = x.new_zeros(n + E, x.shape[1]).index_copy(0, place, x)                  # (n + E, D)
+    place = rows + torch.searchsorted(ends, rows, right=True)           # (n,), after earlier zeros
+    x = x.new_zeros(n + E, x.shape[1]).index_copy(0, place, x)              # (n + E, D)
     ends = ends + torch.arange(1, E + 1, device=x.device, dtype=ends.dtype)
     w1, w2, w3 = (w.transpose(1, 2) for w in (w1, w2, w3))
     inner = F.silu(F.grouped_mm(x, w1, offs=ends)) * F.grouped_mm(x, w3, offs=ends)     # (n + E, F)
@@ -46,13 +50,13 @@ def grouped_experts(x, ends, w1, w2, w3):  # as `experts`
 
 
 def has_grouped_products(device, dtype, w1) -> bool:
-    """Its rows must be multiples of 16 bytes. Quantised experts are made floats one by one."""
+    """Needs rows of a multiple of 16 bytes, and experts that are not quantised."""
     return (device.type == "cuda" and dtype == torch.bfloat16 and isinstance(w1, torch.Tensor)
             and w1.shape[1] % 8 == w1.shape[2] % 8 == 0)
 
 
 class FeedForward(nn.Module):
-    """One SwiGLU network, the dense layer's FFN and the shared expert."""
+    """One SwiGLU network: the FFN of a dense layer, and the shared expert."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -61,11 +65,11 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(dim, hidden_dim, bias=False)
 
     def forward(self, x):  # (N, D) -> (N, D)
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))             # as in swiglu, but these may be quantised
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))     # swiglu, but these may be quantised
 
 
 class MoEFeedForward(nn.Module):
-    """Routed experts, their weights stacked in three tensors, and the shared ones as one wide FFN."""
+    """Routed experts, whose weights are stacked in three tensors, and one wide shared FFN."""
 
     def __init__(self, config: LMConfig):
         super().__init__()
@@ -75,10 +79,11 @@ class MoEFeedForward(nn.Module):
         self.w1 = nn.Parameter(torch.empty(E, H, D))
         self.w2 = nn.Parameter(torch.empty(E, D, H))
         self.w3 = nn.Parameter(torch.empty(E, H, D))
-        self.shared = FeedForward(D, H * config.n_shared_experts) if config.n_shared_experts else None
+        has_shared = config.n_shared_experts > 0
+        self.shared = FeedForward(D, H * config.n_shared_experts) if has_shared else None
 
-    def forward(self, x, sample, n_samples: int):  # (N, D), (N,) -> (N, D), ()
-        """`sample` numbers the sample each token belongs to. The second result is the balance loss."""
+    def forward(self, x, sample, n_samples: int):  # (N, D), (N,) -> (N, D), () balance loss
+        """sample: the index of each token's sample."""
         N, D = x.shape
         E, A = self.config.n_routed_experts, self.config.num_experts_per_tok
         scores = self.router(x).float().softmax(dim=-1)                     # (N, E)
@@ -86,11 +91,12 @@ class MoEFeedForward(nn.Module):
         if self.config.norm_topk_prob:
             gate = gate / gate.sum(dim=-1, keepdim=True)
 
-        # Sorted by expert, each expert's tokens lie together: one matrix product an expert, on its tokens alone.
+        # Sorting by expert makes each expert's tokens consecutive: one matrix product per expert.
         expert, order = chosen.flatten().sort(stable=True)                  # (N * A,) twice
-        ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True, out_int32=True)     # (E,)
+        experts_here = torch.arange(E, device=x.device)
+        ends = torch.searchsorted(expert, experts_here, right=True, out_int32=True)         # (E,)
         y = experts(x[order // A], ends, self.w1, self.w2, self.w3)
-        y = y[order.argsort()].view(N, A, D)                                # back in the tokens' order
+        y = y[order.argsort()].view(N, A, D)                            # in the tokens' order again
         y = (y * gate.to(y.dtype).unsqueeze(-1)).sum(dim=1)                 # (N, D)
         if self.shared is not None:
             y = y + self.shared(x)
@@ -100,16 +106,18 @@ class MoEFeedForward(nn.Module):
 def balance_loss(scores, chosen, sample, n_samples: int):  # (N, E), (N, A), (N,) -> ()
     """How unevenly the experts are used within each sample, summed over samples.
 
-        sum over samples of  sum_e f_e * P_e,    f_e = E/A * share of tokens that chose e,  P_e = mean score of e
+        sum over samples of  sum_e f_e * P_e
+        f_e = E/A * fraction of tokens that chose e,  P_e = mean score of e
 
-    It is 1 a sample when use is even, E/A at worst. Sequence-wise as in DeepSeek-V2,
+    It is 1 per sample for even use, and at most E/A. Sequence-wise as in DeepSeek-V2,
     https://arxiv.org/abs/2405.04434, Eq. 23-25: a sum over samples, so that splitting a batch
-    changes nothing. (The batch-wise form of Switch, https://arxiv.org/abs/2101.03961, Eq. 4, would.)
+    changes nothing, unlike Switch's batch-wise form, https://arxiv.org/abs/2101.03961, Eq. 4.
     """
     E, A = scores.shape[-1], chosen.shape[-1]
     picks = torch.zeros_like(scores).scatter(1, chosen, 1.0)
     zeros = scores.new_zeros(n_samples, E)
-    sizes = zeros.index_add(0, sample, torch.ones_like(scores)).clamp(min=1)    # tokens of each; 0 / 0 would be NaN
+    sizes = zeros.index_add(0, sample, torch.ones_like(scores))             # tokens per sample
+    sizes = sizes.clamp(min=1)                                              # 0 / 0 would be NaN
     f = zeros.index_add(0, sample, picks) / sizes * (E / A)                 # (samples, E)
     P = zeros.index_add(0, sample, scores) / sizes
     return (f * P).sum()

@@ -1,14 +1,19 @@
 """
 手写的解码器：RMSNorm、RoPE、分组查询注意力、SwiGLU，可选混合专家。
-The decoder, by hand: RMSNorm, RoPE, grouped-query attention, SwiGLU, and a mixture of experts if asked.
+A decoder by hand: RMSNorm, RoPE, grouped-query attention, SwiGLU, optionally a mixture of experts.
 
-A batch is one flat stream of real tokens: samples lie one behind the other, N tokens in all, and no padding exists.
-Everything but attention works on one token at a time and never sees where a sample ends; attention is cut at the ends.
+A batch is packed: samples of different lengths are concatenated to N tokens, without padding. All
+layers but attention work on each token by itself. Attention keeps the samples apart.
 
-    tokens   [ a b c | d e f | g h i j ]        lengths [3, 3, 4]        attention: two samples of 3 at once, one of 4
+    tokens   [ a b c | d e f | g h i j ]        lengths [3, 3, 4]
 
-Alphabet:  N tokens of the stream · S positions asked for · B samples (rows) · T tokens of a sample · D dim
-           H query heads · G key/value heads · K head_dim · F hidden_dim · V vocab · E experts · A active experts
+    tokens -> embedding -> n_layers x Block -> RMSNorm -> output -> logits
+                           Block:  x = x + attention(norm(x))
+                                   x = x + ffn(norm(x))
+
+Shapes:  N tokens of the batch · S selected positions · B samples · T tokens of a sample · D dim
+         H query heads · G key/value heads · K head_dim · F hidden_dim · V vocab_size
+         E experts · A active experts
 """
 
 from copy import copy
@@ -26,59 +31,67 @@ from model.moe import FeedForward, MoEFeedForward
 
 
 class Output(NamedTuple):
-    logits: torch.Tensor | None         # (S, V), if asked for
-    final: torch.Tensor                 # (S, D), the final hidden states: logits = final @ output.weight.T
-    balance_loss: torch.Tensor          # (), of the experts, summed over samples and averaged over layers; else 0
-    hidden: list[torch.Tensor]          # n_layers x (S, D), after each layer, if asked for
-    qkv: tuple[torch.Tensor, ...]       # (N, H * K), (N, G * K) x 2 of the last layer, before RoPE
+    logits: torch.Tensor | None         # (S, V), or None with with_logits=False
+    final: torch.Tensor                 # (S, D), hidden states: logits = final @ output.weight.T
+    balance_loss: torch.Tensor          # (), of experts: sum over samples, mean over layers; or 0
+    hidden: list[torch.Tensor]          # n_layers x (S, D), after each layer, with return_hidden
+    qkv: tuple[torch.Tensor, ...]       # (N, H * K), (N, G * K) x 2, of the last layer, before RoPE
 
 
 class KVCache:
-    """Room for the keys and values of `capacity` tokens per row, taken once; `lengths` says how many are filled."""
+    """The keys and values of up to `capacity` tokens per row; `lengths` counts the filled ones.
+
+    A token's keys and values do not depend on later tokens, so generation computes them once.
+    """
 
     def __init__(self, config: LMConfig, rows: int, capacity: int, device, dtype=torch.float32):
-        self.kv = torch.zeros(config.n_layers, 2, rows, config.n_kv_heads, capacity, config.head_dim,
-                              device=device, dtype=dtype)
+        shape = config.n_layers, 2, rows, config.n_kv_heads, capacity, config.head_dim
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
 
     def write(self, layer, k, v, rows, positions):  # (N, G, K), (N, G, K), (N,), (N,)
-        self.kv[layer][:, rows, :, positions] = torch.stack([k, v], dim=1).to(self.kv.dtype)    # (N, 2, G, K)
+        kv = torch.stack([k, v], dim=1).to(self.kv.dtype)           # (N, 2, G, K)
+        self.kv[layer][:, rows, :, positions] = kv
+
+    def read(self, layer, length: int):  # -> (B, G, length, K) twice
+        return self.kv[layer][:, :, :, :length].unbind()
 
     def rows(self, first: int, last: int) -> "KVCache":
         """A view of these rows."""
-        part = copy(self)
-        part.kv, part.lengths = self.kv[:, :, first:last], self.lengths[first:last]
-        return part
+        view = copy(self)
+        view.kv, view.lengths = self.kv[:, :, first:last], self.lengths[first:last]
+        return view
 
     def drop(self, row: int, n: int):
-        """Empty one of the first n rows, and put the last of them in its place."""
+        """Replace one of the first n rows by the last of them, which becomes empty."""
         self.kv[:, :, row] = self.kv[:, :, n - 1]
         self.lengths[row] = self.lengths[n - 1]
         self.lengths[n - 1] = 0
 
-    def read(self, layer, longest: int):  # -> (B, G, longest, K) twice
-        return self.kv[layer][:, :, :, :longest].unbind()
 
+class Layout(NamedTuple):
+    """Where the samples of a packed batch lie. Computed once per forward pass, for all layers."""
 
-class Stream(NamedTuple):
-    """What the layers must know of the flat stream: where its samples end, and how each position is turned."""
-
-    spans: list[tuple[int, int]]        # (how many neighbours, their common length)
-    sample: torch.Tensor                # (N,), the number of the sample each token belongs to
-    positions: torch.Tensor             # (N,), place within the sample
-    rotation: torch.Tensor | None       # (N, 1, K/2) complex; None: positions are learned (GPT-2)
+    groups: list[tuple[int, int]]       # (number of consecutive samples, their common length)
+    sample: torch.Tensor                # (N,), index of each token's sample
+    positions: torch.Tensor             # (N,), position of each token in its sample
+    offsets: torch.Tensor               # (B + 1,) int32, where samples begin and end: [0, 3, 6, 10]
+    max_length: int                     # tokens of the longest sample, cached ones included
+    rotation: torch.Tensor | None       # (N, 1, K/2) complex, for RoPE; None: learned positions
     cache: KVCache | None
-    past: int                           # longest row in the cache when this pass began; 0 is a fresh start
-    longest: int                        # tokens of the longest sample, those in the cache among them
-    seen: torch.Tensor | None           # (B, 1, 1, past + 1), which of them is there for each row; None: all
-    borders: torch.Tensor               # (B + 1,) int32, where samples begin and end: [0, 3, 6, 10]
+    n_cached: int                       # tokens in the longest row of the cache before this pass
+    mask: torch.Tensor | None           # (B, 1, 1, n_cached + 1), filled cache positions; None: all
+
+
+# -- RoPE ------------------------------------------------------------------------------------------
 
 
 def rotate(x, rotation):  # (N, H, K), (N, 1, K/2) complex -> (N, H, K)
-    """RoPE: neighbours (x0, x1) as a complex number, turned by position * frequency.
+    """RoPE: each pair (x0, x1) is a complex number, rotated by the angle position * frequency.
 
-    Su et al. 2021, https://arxiv.org/abs/2104.09864, Sec. 3.4.2. Hugging Face pairs x0 with x_{K/2} instead:
-    the same up to a reordering of the rows of wq and wk.
+    The product of a query and a key then depends on the distance of their positions only.
+    Su et al. 2021, https://arxiv.org/abs/2104.09864, Sec. 3.4.2. Hugging Face pairs x0 with
+    x_{K/2}: the same, up to the order of the rows of wq and wk.
     """
     if rotation is None:
         return x
@@ -86,30 +99,37 @@ def rotate(x, rotation):  # (N, H, K), (N, 1, K/2) complex -> (N, H, K)
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
 
 
-def stretched(frequency, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
-    """Llama 3.1's RoPE for texts longer than it was first trained on: (K/2,) -> (K/2,) frequencies, in radians a token.
+def scale_frequencies(frequency, factor, low_freq_factor, high_freq_factor,
+                      original_max_position_embeddings):  # (K/2,) -> (K/2,), radians per token
+    """Llama 3.1's RoPE for contexts longer than the pretrained one.
 
-    A pair that turns often within the original length tells neighbours apart and stays; one that hardly turns tells
-    how far away a token is, and is slowed down by the factor; in between it goes in a straight line.
-    Grattafiori et al. 2024, https://arxiv.org/abs/2407.21783, Sec. 3.4.2, and the code published with it.
+    Pairs that make many turns within the original context distinguish neighbours: they stay. Pairs
+    that make few encode long distances: they are slowed down by `factor`. In between: interpolated.
+    Grattafiori et al. 2024, https://arxiv.org/abs/2407.21783, Sec. 3.4.2, and its published code.
     """
     turns = original_max_position_embeddings * frequency / (2 * torch.pi)
     kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
     return frequency * (kept + (1 - kept) / factor)
 
 
+# -- attention -------------------------------------------------------------------------------------
+
+
 def has_varlen(device, dtype, head_dim: int) -> bool:
-    """Whether varlen_attn takes these: FlashAttention 2 (Dao 2023, https://arxiv.org/abs/2307.08691), from NVIDIA's Ampere on."""
-    return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
-            and torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0))
-
-
-def without_waiting(numbers: list[int], device, dtype) -> torch.Tensor:
-    """On a GPU. From pinned memory it fetches them itself, while Python goes on and gives it more to do."""
-    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    """Whether varlen_attn supports these. It is FlashAttention 2, from NVIDIA's Ampere on:
+    Dao 2023, https://arxiv.org/abs/2307.08691."""
+    return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+            and head_dim % 8 == 0 and head_dim <= 256
+            and torch.backends.cuda.is_flash_attention_available()
+            and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: H query heads share G key/value heads, H / G each.
+
+    Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
+    """
+
     def __init__(self, config: LMConfig, layer: int):
         super().__init__()
         D, H, G, K = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
@@ -122,76 +142,96 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
         self.dropout = config.dropout
 
-    def forward(self, x, stream: Stream, at=None):  # (N, D) -> (N, D), or (S, D) at the positions `at`; and q, k, v
+    def forward(self, x, layout: Layout, at=None):  # (N, D) -> (N, D), or (S, D) at `at`; q, k, v
         N = x.shape[0]
         qkv = self.wq(x), self.wk(x), self.wv(x)
-        q, k, v = (each.view(N, -1, self.K) for each in qkv)                # (N, H, K), (N, G, K) x 2
-        q = rotate(self.q_norm(q), stream.rotation)
-        k = rotate(self.k_norm(k), stream.rotation)
-        if stream.cache is not None:
-            stream.cache.write(self.layer, k, v, stream.sample, stream.positions)
-        mixed = self.with_the_past(q, stream) if stream.past else self.within_samples(q, k, v, stream)
-        mixed = mixed.flatten(1)                                            # (N, H * K)
-        return self.wo(mixed if at is None else mixed[at]), qkv
+        q, k, v = (each.view(N, -1, self.K) for each in qkv)            # (N, H, K), (N, G, K) x 2
+        q = rotate(self.q_norm(q), layout.rotation)
+        k = rotate(self.k_norm(k), layout.rotation)
+        if layout.cache is not None:
+            layout.cache.write(self.layer, k, v, layout.sample, layout.positions)
+        if layout.n_cached:
+            y = self.attend_to_cache(q, layout)
+        else:
+            y = self.attend_within_samples(q, k, v, layout)
+        y = y.flatten(1)                                                    # (N, H * K)
+        return self.wo(y if at is None else y[at]), qkv
 
-    def within_samples(self, q, k, v, stream: Stream):  # (N, H, K), (N, G, K), (N, G, K) -> (N, H, K)
-        """Causal attention. No token sees another sample: a kernel that is told their borders takes all of them in one call,
-        or else neighbours of one length share one."""
+    def attend_within_samples(self, q, k, v, layout: Layout):
+        # (N, H, K), (N, G, K), (N, G, K) -> (N, H, K)
+        """Causal attention within each sample. On a GPU one kernel call handles all samples;
+        elsewhere consecutive samples of the same length share a call."""
         dropout = self.dropout if self.training else 0.0
         if has_varlen(v.device, v.dtype, self.K) and not dropout:
-            from torch.nn.attention.varlen import varlen_attn       # two seconds, which only a GPU's run need wait
+            from torch.nn.attention.varlen import varlen_attn       # takes two seconds
 
-            return varlen_attn(q.to(v.dtype), k.to(v.dtype), v, stream.borders, stream.borders, stream.longest, stream.longest,
-                               window_size=(-1, 0), enable_gqa=True)        # a window of all before, and nothing ahead
-        sizes = [n * T for n, T in stream.spans]
-        mixed = []
-        for (n, T), *qkv in zip(stream.spans, q.split(sizes), k.split(sizes), v.split(sizes)):
-            q, k, v = (part.view(n, T, -1, self.K).transpose(1, 2) for part in qkv)     # (n, H or G, T, K)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, dropout_p=dropout)
-            mixed.append(y.transpose(1, 2).reshape(n * T, self.H, self.K))
-        return torch.cat(mixed)
+            ends, longest = layout.offsets, layout.max_length
+            return varlen_attn(q.to(v.dtype), k.to(v.dtype), v, ends, ends, longest, longest,
+                               window_size=(-1, 0), enable_gqa=True)        # all before, none after
+        sizes = [n * T for n, T in layout.groups]
+        ys = []
+        for (n, T), *qkv in zip(layout.groups, q.split(sizes), k.split(sizes), v.split(sizes)):
+            q, k, v = (each.view(n, T, -1, self.K).transpose(1, 2) for each in qkv)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True,
+                                               dropout_p=dropout)           # (n, H, T, K)
+            ys.append(y.transpose(1, 2).reshape(n * T, self.H, self.K))
+        return torch.cat(ys)
 
-    def with_the_past(self, q, stream: Stream):  # (B, H, K) -> (B, H, K), one new token a row
-        """Heads that share keys and values stand in for the tokens of a sample: these are read once for all of them."""
-        k, v = stream.cache.read(self.layer, stream.past + 1)
-        q = q.unflatten(1, (self.G, -1))                                                # (B, G, H/G, K)
-        return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=stream.seen).flatten(1, 2)
+    def attend_to_cache(self, q, layout: Layout):  # (B, H, K) -> (B, H, K), one new token per row
+        """The H / G query heads that share a key/value head take the place of T, so that its keys
+        and values are read once for all of them."""
+        k, v = layout.cache.read(self.layer, layout.n_cached + 1)       # (B, G, n_cached + 1, K)
+        q = q.unflatten(1, (self.G, -1))                                    # (B, G, H/G, K)
+        y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=layout.mask)
+        return y.flatten(1, 2)
+
+
+# -- the model -------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
+    """A pre-norm layer: attention, then the FFN, each added to the residual stream x."""
+
     def __init__(self, config: LMConfig, layer: int):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config, layer)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.ffn = MoEFeedForward(config) if config.use_moe else FeedForward(config.dim, config.hidden_dim)
+        if config.use_moe:
+            self.ffn = MoEFeedForward(config)
+        else:
+            self.ffn = FeedForward(config.dim, config.hidden_dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, stream: Stream, at=None):  # (N, D) -> (N, D), or (S, D) at `at`; the balance; q, k, v
-        mixed, qkv = self.attention(self.attention_norm(x), stream, at)
-        sample = stream.sample
+    def forward(self, x, layout: Layout, at=None):
+        # (N, D) -> (N, D), or (S, D) at `at`; balance loss; q, k, v
+        y, qkv = self.attention(self.attention_norm(x), layout, at)
+        sample, balance = layout.sample, 0.0
         if at is not None:
             x, sample = x[at], sample[at]
-        x = x + self.dropout(mixed)
+        x = x + self.dropout(y)
+        y = self.ffn_norm(x)
         if isinstance(self.ffn, MoEFeedForward):
-            y, balance = self.ffn(self.ffn_norm(x), sample, len(stream.borders) - 1)
+            y, balance = self.ffn(y, sample, n_samples=len(layout.offsets) - 1)
         else:
-            y, balance = self.ffn(self.ffn_norm(x)), 0.0
+            y = self.ffn(y)
         return x + self.dropout(y), balance, qkv
 
 
 class Transformer(nn.Module):
-    """The language model of every lesson. Llama, SmolLM2, Qwen2.5, Qwen3 and MiniMind are this one with other numbers.
+    """The language model of every lesson. Llama, SmolLM2, Qwen2.5, Qwen3 and MiniMind are this
+    network with other sizes.
 
-        logits = model(tokens, lengths).logits          # (N, V): what follows each token
-        logits = model(tokens, lengths, at=at).logits   # (S, V): only where asked, so that no head runs for nothing
-        states = model(tokens, lengths, at=at, with_logits=False).final     # (S, D): for a loss that runs the head
+        logits = model(tokens, lengths).logits          # (N, V): scores of each next token
+        logits = model(tokens, lengths, at=at).logits   # (S, V): at selected positions only
+        final = model(tokens, lengths, at=at, with_logits=False).final      # (S, D)
     """
 
     block = Block
-    adapted = None          # what is told of its adapters, if it has any (interop/checkpoint.py, adapt)
-    grad_checkpoint = False     # in training, keep each layer's inputs alone; the rest is worked out again for the gradient.
-                                # Chen et al. 2016, https://arxiv.org/abs/1604.06174
+    adapted = None          # description of its adapters, if it has any (interop/checkpoint.py)
+    # Activation checkpointing: in training keep only each layer's input and recompute the rest in
+    # the backward pass. Chen et al. 2016, https://arxiv.org/abs/1604.06174
+    grad_checkpoint = False
 
     def __init__(self, config: LMConfig):
         super().__init__()
@@ -210,94 +250,110 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self):
-        """GPT-2's: normal(0, 0.02), and what writes into the residual stream less, by 1 / sqrt(2 n_layers)."""
+        """GPT-2's: normal(0, 0.02). Matrices that write into the residual stream are scaled by
+        1 / sqrt(2 n_layers), so that its variance does not grow with depth. Norms start at one."""
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
-            elif weight.dim() > 1:                          # the norms stay at one
-                into_residual = name.endswith(("wo.weight", "w2.weight", "w2"))
-                nn.init.normal_(weight, std=0.02 / (2 * self.config.n_layers) ** 0.5 if into_residual else 0.02)
+            elif weight.dim() > 1:
+                is_residual = name.endswith(("wo.weight", "w2.weight", "w2"))
+                scale = (2 * self.config.n_layers) ** -0.5 if is_residual else 1.0
+                nn.init.normal_(weight, std=0.02 * scale)
 
     def forward(self, tokens, lengths: list[int], at=None, cache: KVCache | None = None,
                 return_hidden: bool = False, with_logits: bool = True) -> Output:
         """
-        tokens   (N,) ids, samples one behind the other
-        lengths  tokens of each sample, summing to N; neighbours of one length share an attention call, so sort them
-        at       (S,) positions of the stream whose logits are wanted, in increasing order; None: all
-        with_logits  False: the head does not run; a loss in chunks (distill/fused.py) runs it itself
-        cache    empty: it is filled with these prompts. Filled: `tokens` holds one new token for each of its rows
+        tokens          (N,) token ids of all samples, concatenated
+        lengths         tokens of each sample, N in total. Sort them: consecutive samples of the
+                        same length share an attention call
+        at              (S,) increasing positions, from 0 to N - 1, that need logits; None: all
+        cache           empty: it is filled with these prompts. Filled: `tokens` has one new token
+                        for each of its rows
+        return_hidden   also return the hidden states after each layer
+        with_logits     False skips the head, for a loss that runs it in chunks (distill/fused.py)
         """
-        stream = self.lay_out(tokens, lengths, cache)
-        x = self.dropout(self.embed(tokens, stream))                        # (N, D)
+        layout = self.make_layout(tokens, lengths, cache)
+        x = self.dropout(self.embed(tokens, layout))                        # (N, D)
         balance, hidden = 0.0, []
-        # Compiled layers (model/compile.py) are for whole samples. _call_impl is a call of a module, hooks and all, as it is
-        # without them.
+        # Compiled layers (model/compile.py) are for whole samples. _call_impl bypasses the compiled
+        # version and is otherwise the same call, hooks included.
         run = Block.__call__ if cache is None else Block._call_impl
         if self.grad_checkpoint and self.training:
             run = partial(checkpoint, use_reentrant=False)
         for layer in self.layers:
-            # Past the last attention a position speaks for itself alone: the others are dropped there.
+            # After the last attention, positions no longer interact: only the selected ones remain.
             is_last = layer is self.layers[-1]
-            x, layer_balance, qkv = run(layer, x, stream, at if is_last else None)
+            x, layer_balance, qkv = run(layer, x, layout, at if is_last else None)
             balance = balance + layer_balance / len(self.layers)
             if return_hidden:
                 hidden.append(x if is_last or at is None else x[at])
         if cache is not None:
-            cache.lengths += without_waiting(lengths, tokens.device, torch.long)
+            cache.lengths += to_device(lengths, tokens.device, torch.long)
         final = self.norm(x)
-        return Output(self.output(final) if with_logits else None, final, x.new_zeros(()) + balance, hidden, qkv)
+        logits = self.output(final) if with_logits else None
+        return Output(logits, final, x.new_zeros(()) + balance, hidden, qkv)
 
-    def embed(self, tokens, stream: Stream):  # (N,) -> (N, D)
+    def embed(self, tokens, layout: Layout):  # (N,) -> (N, D)
         return self.tok_embeddings(tokens)
 
-    def lay_out(self, tokens, lengths: list[int], cache: KVCache | None) -> Stream:
+    def make_layout(self, tokens, lengths: list[int], cache: KVCache | None) -> Layout:
         device = tokens.device
         filled = [0] if cache is None else cache.lengths.tolist()
-        past, seen = max(filled), None
-        longest = past + max(lengths)
-        assert longest <= self.config.max_seq_len, (
-            f"a sample of {longest} tokens is longer than max_seq_len={self.config.max_seq_len}; "
-            "cut it, or train with a larger --max_seq_len")
-        spans = [(len(list(group)), T) for T, group in groupby(lengths)]
-        if past:
-            assert max(lengths) == 1, "a filled cache takes one token a row"
+        n_cached, mask = max(filled), None
+        max_length = n_cached + max(lengths)
+        assert max_length <= self.config.max_seq_len, (
+            f"a sample of {max_length} tokens is longer than max_seq_len={self.config.max_seq_len};"
+            " cut it, or train with a larger --max_seq_len")
+        groups = [(len(list(group)), T) for T, group in groupby(lengths)]
+        if n_cached:
+            assert max(lengths) == 1, "a filled cache takes one token per row"
             sample, positions = torch.arange(len(lengths), device=device), cache.lengths
-            if min(filled) < past:
-                seen = (torch.arange(past + 1, device=device) <= positions[:, None])[:, None, None]
+            if min(filled) < n_cached:
+                places = torch.arange(n_cached + 1, device=device)
+                mask = (places <= positions[:, None])[:, None, None]    # (B, 1, 1, n_cached + 1)
         else:
             sample = torch.arange(len(lengths), device=device).repeat_interleave(
-                without_waiting(lengths, device, torch.long), output_size=tokens.shape[0])
-            positions = torch.cat([torch.arange(T, device=device).repeat(n) for n, T in spans])
-        borders = without_waiting([0, *accumulate(lengths)], device, torch.int32)
-        return Stream(spans, sample, positions, self.rotation(positions), cache, past, longest, seen, borders)
+                to_device(lengths, device, torch.long), output_size=tokens.shape[0])
+            positions = torch.cat([torch.arange(T, device=device).repeat(n) for n, T in groups])
+        offsets = to_device([0, *accumulate(lengths)], device, torch.int32)
+        return Layout(groups, sample, positions, offsets, max_length, self.rotation(positions),
+                      cache, n_cached, mask)
 
     def rotation(self, positions):  # (N,) -> (N, 1, K/2) complex
-        """The turn of each pair at each position. Worked out anew for each pass: as a buffer it would follow
-        .to(bfloat16), which cannot tell 200 from 201."""
-        config, device = self.config, positions.device
-        frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)   # (K/2,)
-        if config.rope_scaling:
-            frequency = stretched(frequency, **config.rope_scaling)
-        angle = torch.outer(positions, frequency)                                               # (N, K/2)
+        """The rotation of each pair at each position, in fp32. Recomputed in each pass, because a
+        buffer would follow .to(bfloat16), in which positions 300 and 301 are equal."""
+        K, device = self.config.head_dim, positions.device
+        frequency = self.config.rope_theta ** -(torch.arange(0, K, 2, device=device) / K)   # (K/2,)
+        if self.config.rope_scaling:
+            frequency = scale_frequencies(frequency, **self.config.rope_scaling)
+        angle = torch.outer(positions, frequency)                                   # (N, K/2)
         return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
 
     def context_length(self, max_seq_len: int | None) -> int:
         """max_seq_len, or the model's own; raises ValueError for one beyond it."""
         limit = self.config.max_seq_len
         if max_seq_len and max_seq_len > limit:
-            raise ValueError(f"--max_seq_len {max_seq_len} exceeds the model's context length of {limit}")
+            raise ValueError(f"--max_seq_len {max_seq_len} exceeds the model's context length of "
+                             f"{limit}")
         return max_seq_len or limit
 
     def shard_units(self) -> list[nn.Module]:
-        """What ZeRO gathers at once: the attention and the FFN of each layer."""
+        """What ZeRO gathers at a time: the attention or the FFN of a layer."""
         return [part for layer in self.layers for part in (layer.attention, layer.ffn)]
 
     @property
     def head(self):  # -> (V, D)
-        """The matrix that turns final hidden states into logits, for losses that run it themselves."""
+        """The matrix that turns final hidden states into logits, for losses that run it."""
         return self.output.dequantised() if self.config.quantization else self.output.weight
 
     def n_parameters(self) -> int:
-        """A matrix that is tied to another counts once; of quantised weights two may lie in a byte, and scales are none."""
+        """Tied weights count once, two 4-bit weights in a byte as two, and scales not at all."""
         return sum(weight.numel() * (2 if weight.dtype == torch.uint8 else 1)
-                   for name, weight in self.named_parameters() if not name.endswith((".scale", ".low")))
+                   for name, weight in self.named_parameters()
+                   if not name.endswith((".scale", ".low")))
+
+
+def to_device(values: list[int], device, dtype) -> torch.Tensor:
+    """A GPU copies pinned memory asynchronously, while Python continues to queue work for it."""
+    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)

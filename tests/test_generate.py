@@ -1,7 +1,7 @@
 """
 生成与打分的规律：有无缓存结果相同；贪心解码写出的正是打分认为对的。
-Laws of model/generate.py and model/score.py: the cache changes nothing, and what greedy decoding writes is what scoring
-calls exact.
+Laws of model/generate.py and model/score.py: the cache changes nothing, and what greedy decoding
+writes is what scoring calls exact.
 """
 
 import math
@@ -19,8 +19,8 @@ PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [8, 9], [2, 7, 1]]
 
 @pytest.fixture(scope="module")
 def counter():
-    """A model of 16 words that counts: after 3 comes 4, after 15 comes 0. Attention and FFN are silent, the embedding
-    is the identity and the head looks one word ahead: its logit is 4 for the next word (the norm makes the single 1
+    """A model of 16 tokens that counts: after 3 comes 4, after 15 comes 0. Attention and FFN give 0, the embedding
+    is the identity and the head looks one token ahead: its logit is 4 for the next token (the norm makes the single 1
     among 16 numbers a 4) and 0 for any other."""
     config = LMConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=8, vocab_size=16, max_seq_len=10, norm_eps=0.0,
                       tie_embeddings=False)
@@ -40,7 +40,7 @@ def without_cache(model, prompt, n):
     return ids[len(prompt):]
 
 
-# -- the cache -------------------------------------------------------------------------------------------------
+# -- the cache -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sizes", [{}, {"n_kv_heads": 1}, {"qk_norm": True, "attention_bias": True}, {"use_moe": True}],
                          ids=["plain", "one key/value head", "qk_norm and bias", "experts"])
@@ -50,7 +50,7 @@ def test_a_batch_of_unequal_prompts_with_cache_writes_what_each_writes_alone_wit
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_laid_by_columns_the_wide_matrices_lie_otherwise_and_hold_the_same(tiny, tied):
+def test_column_major_changes_the_layout_of_wide_matrices_and_no_value(tiny, tied):
     model = tiny(tie_embeddings=tied)
     answers, ffn = generate(model, PROMPTS, 8), model.layers[0].ffn
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -73,9 +73,9 @@ def test_the_cache_gives_the_logits_of_the_whole_text(tiny):
     assert cache.lengths.tolist() == [7, 4, 5]
 
 
-# -- where an answer ends --------------------------------------------------------------------------------------
+# -- where an answer ends --------------------------------------------------------------------------
 
-def test_the_stop_token_ends_its_row_and_the_others_go_on(counter):
+def test_the_stop_token_ends_its_row_and_the_others_continue(counter):
     steps = generate_steps(counter, [[3], [10, 4]], max_new_tokens=5, stop=7)
     assert [(step.indices, step.tokens, step.done) for step in steps] == [
         ([0, 1], [4, 5], [False, False]), ([0, 1], [5, 6], [False, False]),
@@ -89,19 +89,16 @@ def test_an_answer_has_at_most_max_new_tokens_and_fits_into_max_seq_len(counter)
     assert generate(counter, [[0], [5]], max_new_tokens=[3, 1]) == [[1, 2, 3], [6]]     # above: 8 + 2 = 1 + 9 = max_seq_len
 
 
-@pytest.mark.parametrize("how", [{"max_new_tokens": 0}, {"max_new_tokens": [3, 0]}, {"max_new_tokens": 3, "rows": 0}], ids=str)
-def test_an_answer_without_tokens_is_refused(counter, how):
-    with pytest.raises(ValueError, match="must be 1 or more"):
-        generate(counter, [[1], [2]], **how)
+def test_an_answer_without_tokens_and_a_prompt_without_room_are_refused(counter):
+    for how in ({"max_new_tokens": 0}, {"max_new_tokens": [3, 0]}, {"max_new_tokens": 3, "rows": 0}):
+        with pytest.raises(ValueError, match="must be 1 or more"):
+            generate(counter, [[1], [2]], **how)
+    for prompts in ([[0] * 10], [[1], [0] * 12], [[1], []]):
+        with pytest.raises(ValueError, match=f"{max(map(len, prompts))} tokens.*max_seq_len=10"):
+            generate(counter, prompts, max_new_tokens=1)
 
 
-@pytest.mark.parametrize("prompts", [[[0] * 10], [[1], [0] * 12], [[1], []]], ids=["full", "too long", "empty"])
-def test_a_prompt_that_leaves_no_room_or_is_empty_is_refused(counter, prompts):
-    with pytest.raises(ValueError, match=f"{max(map(len, prompts))} tokens.*max_seq_len=10"):
-        generate(counter, prompts, max_new_tokens=1)
-
-
-# -- rows that leave and enter ---------------------------------------------------------------------------------
+# -- continuous batching ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("sizes", [{}, {"use_moe": True}], ids=["dense", "experts"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
@@ -122,13 +119,13 @@ def test_places_that_have_become_free_are_filled_a_quarter_of_the_rows_at_a_time
     assert [len(step.indices) for step in steps] == [8, 1, 8, 8]
 
 
-def test_padding_of_the_vocabulary_is_never_drawn(counter):
-    """Of the words 0 to 4 none follows 4 in the counter's order: its 15 others are equally likely, and 0 is the first."""
+def test_padding_of_the_vocabulary_is_never_sampled(counter):
+    """Of the tokens 0 to 4 none follows 4 in the counter's order: its 15 others are equally likely, and 0 is the first."""
     assert generate(counter, [[3]], 3, vocab_size=5) == [[4, 0, 1]]
 
 
-def test_a_process_that_has_nothing_left_passes_through_for_company(counter):
-    """Sharded weights are gathered by all processes or by none: this one answers in 2 passes and is told 3 times more."""
+def test_a_process_without_work_runs_the_forward_passes_of_the_others(counter):
+    """Sharded weights are gathered by all processes or by none: this one generates in 2 passes, the others need 3 more."""
     passes, others = [], iter([False] * 2 + [True] * 3 + [False])
     counter.register_forward_hook(lambda *_: passes.append(1))
     assert generate(counter, [[3]], 2, any_busy=lambda busy: next(others) or busy) == [[4, 5]]
@@ -136,9 +133,9 @@ def test_a_process_that_has_nothing_left_passes_through_for_company(counter):
     counter._forward_hooks.clear()
 
 
-# -- what was thought of a token -------------------------------------------------------------------------------
+# -- statistics of a token -------------------------------------------------------------------
 
-def test_a_sample_tells_what_the_model_thought_of_each_of_its_tokens(tiny):
+def test_a_sample_has_the_log_probability_and_entropy_of_each_token(tiny):
     model = tiny()
     how = {"temperature": 0.7, "top_k": 5, "generator": torch.Generator().manual_seed(0)}
     for i, answer in sample(model, PROMPTS, 6, stop=3, rows=2, **how):
@@ -150,29 +147,29 @@ def test_a_sample_tells_what_the_model_thought_of_each_of_its_tokens(tiny):
         assert 3 not in answer.tokens[:-1] and (n == 6 or answer.finished)
 
 
-def test_a_guide_is_mixed_into_what_is_drawn_from(counter, tiny):
+def test_the_guide_is_mixed_into_the_distribution(counter, tiny):
     """The counter says 5 after 4, its guide, under a prompt that ends in 9, says 10. Of two equal shares both come as often,
-    and each model goes on from what was drawn."""
+    and each model continues from the sampled token."""
     draws = dict(sample(counter, [[4]] * 400, 2, guide=Guide(counter, [[1, 2, 9]] * 400, 0.5), temperature=1.0,
                         generator=torch.Generator().manual_seed(0)))
     first = torch.tensor([draw.tokens[0] for draw in draws.values()]).bincount(minlength=16) / 400
-    likely, other = (54.6 + 1) / 2 / 69.6, 1 / 69.6         # e^4 = 54.6, and 15 words more: the hand's counter, above
+    likely, other = (54.6 + 1) / 2 / 69.6, 1 / 69.6         # e^4 = 54.6, and 15 more tokens: the hand's counter, above
     assert first[5] == pytest.approx(likely, abs=0.07) and first[10] == pytest.approx(likely, abs=0.07)
     one = next(draw for draw in draws.values() if draw.tokens == [5, 6])
     sure, unsure = math.log(54.6 / 69.6), math.log(other)
     assert one.log_q == pytest.approx([sure, sure], abs=1e-3) and one.log_p == pytest.approx([unsure, sure], abs=1e-3)
 
 
-# -- sampling --------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------
 
 P = torch.tensor([0.15, 0.5, 0.05, 0.3])
 
 
-def drawn(n=2000, seed=0, **sampling):
-    """How often each of P's four words comes, in n draws."""
+def frequencies(n=2000, seed=0, **sampling):
+    """How often each of P's four tokens is sampled, of n."""
     generator = torch.Generator().manual_seed(seed)
-    words = choose(P.log().expand(n, 4), generator=generator, **sampling)
-    return words.bincount(minlength=4) / n
+    tokens = choose(P.log().expand(n, 4), generator=generator, **sampling)
+    return tokens.bincount(minlength=4) / n
 
 
 def test_temperature_0_is_greedy_and_so_is_top_k_1():
@@ -184,25 +181,22 @@ def test_temperature_0_is_greedy_and_so_is_top_k_1():
 
 
 @pytest.mark.parametrize("temperature, p", [(1.0, [.15, .5, .05, .3]), (0.5, [.0616, .6849, .0068, .2466])])
-def test_words_come_as_often_as_the_tempered_distribution_says(temperature, p):
+def test_tokens_are_sampled_by_the_tempered_distribution(temperature, p):
     # At temperature 1/2 probabilities are squared: .0225, .25, .0025, .09, over their sum .365.
-    assert torch.allclose(drawn(20_000, temperature=temperature), torch.tensor(p), atol=0.015)
+    assert torch.allclose(frequencies(20_000, temperature=temperature), torch.tensor(p), atol=0.015)
 
 
-@pytest.mark.parametrize("top_k, kept", [(1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
-def test_top_k_keeps_the_k_likeliest(top_k, kept):
-    assert drawn(temperature=1.0, top_k=top_k).nonzero().flatten().tolist() == kept
+def test_top_k_and_top_p_keep_the_most_likely_tokens():
+    # In decreasing order .5, .3, .15, .05 sum to .5, .8, .95, 1.
+    for how, kept in (({"top_k": 1}, [1]), ({"top_k": 2}, [1, 3]), ({"top_k": 3}, [0, 1, 3]),
+                      ({"top_k": 4}, [0, 1, 2, 3]), ({"top_k": 9}, [0, 1, 2, 3]),
+                      ({"top_p": 0.4}, [1]), ({"top_p": 0.49}, [1]), ({"top_p": 0.51}, [1, 3]),
+                      ({"top_p": 0.79}, [1, 3]), ({"top_p": 0.81}, [0, 1, 3]), ({"top_p": 0.96}, [0, 1, 2, 3])):
+        assert frequencies(temperature=1.0, **how).nonzero().flatten().tolist() == kept
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.4, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [0, 1, 3]),
-                                         (0.96, [0, 1, 2, 3])])
-def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p, kept):
-    # In falling order .5, .3, .15, .05 sum to .5, .8, .95, 1.
-    assert drawn(temperature=1.0, top_p=top_p).nonzero().flatten().tolist() == kept
-
-
-def test_the_kept_words_share_the_probability_of_the_dropped_ones():
-    assert torch.allclose(drawn(20_000, temperature=1.0, top_k=2), torch.tensor([0, .625, 0, .375]), atol=0.015)
+def test_the_kept_tokens_share_the_probability_of_the_dropped_ones():
+    assert torch.allclose(frequencies(20_000, temperature=1.0, top_k=2), torch.tensor([0, .625, 0, .375]), atol=0.015)
 
 
 def test_the_same_seed_writes_the_same_text_and_another_seed_another(tiny):
@@ -214,7 +208,7 @@ def test_the_same_seed_writes_the_same_text_and_another_seed_another(tiny):
     assert text(1) == text(1) != text(2)
 
 
-# -- scoring ---------------------------------------------------------------------------------------------------
+# -- scoring ---------------------------------------------------------------------------------------
 
 class Ready:
     """Stands for a tokenizer: its conversations are (ids, targets) already."""
@@ -222,30 +216,30 @@ class Ready:
     encode_chats = staticmethod(list)
 
 
-def asked_and_answered(prompt, answer):
+def conversation(prompt, answer):
     return prompt + answer, [False] * len(prompt) + [True] * len(answer)
 
 
 def test_exact_is_what_greedy_decoding_writes(tiny):
     model = tiny()
     answers = generate(model, PROMPTS, 6)
-    right = [asked_and_answered(prompt, answer) for prompt, answer in zip(PROMPTS, answers)]
-    wrong = [asked_and_answered(prompt, answer[:i] + [(answer[i] + 1) % 12] + answer[i + 1:])
+    right = [conversation(prompt, answer) for prompt, answer in zip(PROMPTS, answers)]
+    wrong = [conversation(prompt, answer[:i] + [(answer[i] + 1) % 12] + answer[i + 1:])
              for i, (prompt, answer) in enumerate(zip(PROMPTS, answers))]
     assert [s.exact for s in score(model, Ready, right + wrong)] == [True] * 4 + [False] * 4
 
 
 def test_log_p_is_the_sum_over_the_answer_that_a_hand_makes(counter):
-    # Of e^4 + 15 = 69.6 parts the next word has e^4 = 54.6, and each of the 15 others one.
+    # Of e^4 + 15 = 69.6 parts the next token has e^4 = 54.6, and each of the 15 others one.
     right, other = 4 - math.log(math.exp(4) + 15), -math.log(math.exp(4) + 15)
-    scores = score(counter, Ready, [asked_and_answered([3], [4, 5, 6]), asked_and_answered([0, 3], [4, 9, 10])])
+    scores = score(counter, Ready, [conversation([3], [4, 5, 6]), conversation([0, 3], [4, 9, 10])])
     assert [s.log_p for s in scores] == pytest.approx([3 * right, 2 * right + other], rel=1e-5)
     assert [(s.n_tokens, s.exact) for s in scores] == [(3, True), (3, False)]
 
 
-def test_scores_come_in_the_order_asked_and_do_not_depend_on_the_batches(tiny):
+def test_scores_come_in_the_order_given_and_do_not_depend_on_the_batches(tiny):
     model = tiny()
-    chats = [asked_and_answered(prompt, [1, 2, 3][:1 + i % 3]) for i, prompt in enumerate(PROMPTS * 2)]
+    chats = [conversation(prompt, [1, 2, 3][:1 + i % 3]) for i, prompt in enumerate(PROMPTS * 2)]
     alone = [score(model, Ready, [chat])[0] for chat in chats]
     for tokens_per_batch in (1, 13, 4096):
         together = score(model, Ready, chats, tokens_per_batch=tokens_per_batch)
@@ -255,7 +249,7 @@ def test_scores_come_in_the_order_asked_and_do_not_depend_on_the_batches(tiny):
 
 def test_a_model_agrees_with_itself_everywhere_and_no_divergence_lies_between(tiny):
     model, other = tiny(), tiny(seed=1)
-    chats = [asked_and_answered(prompt, [1, 2, 3]) for prompt in PROMPTS]
+    chats = [conversation(prompt, [1, 2, 3]) for prompt in PROMPTS]
     assert all(s.agree == s.n_tokens == 3 and max(map(abs, s.kl)) < 1e-5
                for s in score(model, Ready, chats, reference=model))
     assert all(s.agree <= 3 and sum(s.kl) > 0.01 for s in score(model, Ready, chats, reference=other))
@@ -263,18 +257,18 @@ def test_a_model_agrees_with_itself_everywhere_and_no_divergence_lies_between(ti
 
 def test_kl_is_from_the_reference_to_the_model_at_each_token_of_the_answer(tiny):
     model, reference = tiny(), tiny(seed=1)
-    ids, targets = asked_and_answered([1, 2], [3, 4])
+    ids, targets = conversation([1, 2], [3, 4])
     p, q = (m(torch.tensor(ids[:-1]), [3]).logits[1:].double().softmax(dim=-1) for m in (reference, model))
     by_hand = (p * (p.log() - q.log())).sum(dim=-1).tolist()
     assert score(model, Ready, [(ids, targets)], reference)[0].kl == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_positions_count_anew_in_each_turn(tiny):
-    first, second = asked_and_answered([1, 2], [3, 4, 5]), asked_and_answered([6], [7, 8])
+    first, second = conversation([1, 2], [3, 4, 5]), conversation([6], [7, 8])
     (together,) = score(tiny(), Ready, [(first[0] + second[0], first[1] + second[1])])
     assert together.positions == [1, 2, 3, 1, 2]
 
 
 def test_a_conversation_longer_than_the_model_is_named(counter):
     with pytest.raises(ValueError, match="sample 2 has 12 tokens, more than the model's max_seq_len=10"):
-        score(counter, Ready, [asked_and_answered([1], [2]), asked_and_answered([1] * 12, [2])])
+        score(counter, Ready, [conversation([1], [2]), conversation([1] * 12, [2])])

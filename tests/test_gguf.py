@@ -1,7 +1,7 @@
 """
 GGUF 的规律：写出去再读回来，fp32 一位不差，fp16 与 q8_0 的误差有界；不认识的东西都按名字拒绝。
-Laws of interop/gguf.py: in fp32 what was written comes back bit for bit, in fp16 and q8_0 within bounds that can
-be worked out, and whatever is not known is refused by its name.
+Laws of interop/gguf.py: in fp32 what was written comes back bit for bit, in fp16 and q8_0 within
+bounds that can be worked out, and whatever is not known is refused by its name.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from model.config import LMConfig
 from model.gpt2 import GPT2
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from interop import fill, gguf, halves
+from interop import fill, gguf, to_half_split
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 MOE = dict(use_moe=True, n_routed_experts=3, num_experts_per_tok=2)
@@ -85,7 +85,7 @@ def written(file, byte_tokenizer, monkeypatch):
     return write
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# -- weights ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,8 +113,8 @@ def test_fp16_keeps_eleven_bits_of_a_matrix_and_all_of_a_vector(kind, file, byte
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "bailingmoe2", "gpt2"])
 def test_q8_0_is_wrong_by_half_a_step_of_its_block_of_32(kind, file, byte_tokenizer):
-    # A block's largest number is 127 steps. Half a step is lost in rounding to whole ones, and at the 127th another
-    # 127 times the error of the step itself, which is kept in fp16: 127 / 2^11 = 0.06 steps.
+    # A block's largest number is 127 steps. Half a step is lost in rounding to whole ones, and at
+    # the 127th another 127 times the error of the step itself, which is kept in fp16: 127 / 2^11 = 0.06 steps.
     model = make(**KINDS[kind])
     gguf.write(model, byte_tokenizer(), file, "q8_0")
     for (name, ours), theirs in zip(model.state_dict().items(), read(file).state_dict().values()):
@@ -163,12 +163,12 @@ def test_the_package_reads_the_same_from_our_file(written):
 def test_llama_keeps_our_order_of_q_and_qwen_has_hugging_faces(written):
     for kind in ("llama", "qwen3"):
         weight = make(**KINDS[kind]).layers[0].attention.wq.weight.detach()
-        expected = weight if kind == "llama" else halves(weight, 16)
+        expected = weight if kind == "llama" else to_half_split(weight, 16)
         data = {t.name: t.data for t in package.GGUFReader(written(**KINDS[kind])).tensors}["blk.0.attn_q.weight"]
         assert np.array_equal(data, expected.numpy())
 
 
-# -------------------------------------------------------------------------------------------------- Llama 3's frequencies
+# -- Llama 3's frequencies -------------------------------------------------------------------------
 
 
 def test_fast_frequencies_stay_and_slow_ones_are_divided_by_the_factor():
@@ -182,18 +182,18 @@ def test_divisors_that_llama_3_does_not_make_are_refused(written):
     divisors = gguf.rope_divisors(5e5, 64, LLAMA3)
     divisors[10] = 1.5
     file = written(tensors={"rope_freqs.weight": [divisors]}, **KINDS["llama, stretched"])
-    with pytest.raises(ValueError, match=r"model\.gguf: rope_freqs\.weight is not what"):
+    with pytest.raises(ValueError, match=r"model\.gguf: rope_freqs\.weight is not the result"):
         gguf.read_config(file)
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fields, named", [
     ({"general.architecture": "mamba"}, "architecture 'mamba' is none of llama, qwen2"),
     ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn'"),
     ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear = 4.0"),
-    ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count = 4 where a head has 8"),
+    ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count = 4 is not supported, only 8"),
     ({"llama.attention.head_count_kv": [2, 4]}, "llama.attention.head_count_kv is a list"),
     ({"llama.attention.head_count_kv": 3}, "n_heads=4 is no multiple of n_kv_heads=3"),
     ({"split.count": 3}, "one of 3 parts"),
@@ -229,24 +229,13 @@ def test_a_stack_of_another_size_is_named(written, kind, tensors):
         read(written(tensors=tensors, **KINDS[kind]))
 
 
-def test_a_type_that_cannot_be_unpacked_is_named(written, monkeypatch):
-    file = written()
-
-    def refuse(packed, kind):
-        raise NotImplementedError
-
-    monkeypatch.setattr(gguf, "dequantize", refuse)
-    with pytest.raises(ValueError, match=r"model\.gguf: tensor token_embd\.weight is of type F32"):
-        read(file)
-
-
 def test_a_file_that_is_cut_short_is_named_wherever_it_ends(written):
     file = written()
     whole = file.read_bytes()
     begin = gguf.Header(file).tensors["token_embd.weight"].begin
     for size in (0, 3, 10, 24, 100, begin // 2, begin - 40, begin + 1, len(whole) - 100):
         file.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"model\.gguf is cut short, or no GGUF file"):
+        with pytest.raises(ValueError, match=r"model\.gguf is cut short, or no readable GGUF file"):
             gguf.read_config(file)
 
 
@@ -279,7 +268,7 @@ def test_a_write_that_is_interrupted_leaves_the_file_as_it_was(written, byte_tok
     assert file.read_bytes() == before
 
 
-# ---------------------------------------------------------------------------------------------------------- vocabulary
+# -- vocabulary ------------------------------------------------------------------------------------
 
 
 def test_the_vocabulary_comes_back_as_it_was(file):

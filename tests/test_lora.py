@@ -1,25 +1,27 @@
 """
 低秩适配的规律：起初一字不差，合并前后相同，只有适配器在学，去掉它就是原来的模型。
-Laws of model/lora.py: at the start nothing changes, merged is as unmerged, adapters alone learn, and without them the
-model is the one it was.
+Laws of model/lora.py: adapters change nothing at first, the merged model is equal, only adapters
+are trained, and without them the model is the base model.
 """
 
 import copy
 import shutil
+from argparse import ArgumentParser
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_run import TINY, complaint, load, same, start, succeed, wait_until
 from torch import nn
 
+from helpers_run import TINY, complaint, load, same, start, succeed, wait_until
 from interop.checkpoint import adapt, load_model
 from model.generate import generate
 from model.gpt2 import GPT2
-from model.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, store_frozen, without_lora
+from model.lora import (LoRALinear, WithoutAdapters, add_lora, load_lora, lora_state, merge_lora,
+                        store_frozen, without_lora)
 from model.quantize import quantize
-from distill.teachers import Base
-from runtime.run import make_optimizer
+from runtime.args import add_training_args, parse_args
+from runtime.optim import decay_groups
 
 TOKENS, LENGTHS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]), [5, 7]
 NEXT = torch.tensor([1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9])
@@ -30,7 +32,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture
 def make(tiny):
-    """make(kind, ...) -> a model of 16 x 2 in eval mode, its weights drawn wide."""
+    """make(kind, ...) -> a model of 16 x 2 in eval mode, with large random weights."""
 
     def make(kind="dense", **sizes):
         if kind != "gpt2":
@@ -66,7 +68,7 @@ def loss(model):
     return F.cross_entropy(logits(model), NEXT)
 
 
-# -- at the start, and in between --------------------------------------------------------------------------------
+# -- at the start, and in between ------------------------------------------------------------------
 
 @every_kind
 def test_at_the_start_nothing_changes_to_the_last_bit(make, kind):
@@ -96,7 +98,7 @@ def test_alpha_is_the_rank_unless_it_is_given(make):
     assert torch.equal(logits(plain), logits(same)) and not torch.allclose(logits(plain), logits(double))
 
 
-def test_a_is_drawn_so_that_it_keeps_the_size_of_its_input():
+def test_a_is_initialised_so_that_it_keeps_the_size_of_its_input():
     torch.manual_seed(0)
     adapter = LoRALinear(nn.Linear(400, 200), rank=100, alpha=1)
     x = torch.randn(50, 400)
@@ -149,11 +151,11 @@ def test_frozen_matrices_in_bf16_change_nothing_under_autocast_to_the_last_bit(m
         if is_stored:
             store_frozen(model, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
-            words = logits(model)
-            F.cross_entropy(words.float(), NEXT).backward()
+            out = logits(model)
+            F.cross_entropy(out.float(), NEXT).backward()
             with torch.no_grad(), without_lora(model):
                 as_it_was = logits(model)
-        found.append([words, as_it_was] + [model.get_parameter(name).grad for name in lora_state(model)])
+        found.append([out, as_it_was] + [model.get_parameter(name).grad for name in lora_state(model)])
     assert all(map(torch.equal, *found)) and not torch.equal(*found[0][:2])
 
 
@@ -178,15 +180,14 @@ def test_generation_with_a_cache_is_as_with_the_merged_model(make):
     assert answers == generate(merge_lora(model), [[3, 1, 4], [1, 5]], max_new_tokens=8) and answers != base
 
 
-# -- what trains -----------------------------------------------------------------------------------------------
+# -- what trains -----------------------------------------------------------------------------------
 
 @every_kind
 def test_adapters_alone_train_and_all_of_them(make, kind):
     model = trained(make(kind))
     before = copy.deepcopy(model.state_dict())
     start = loss(model)
-    optimizer = make_optimizer([model], weight_decay=0.1)
-    optimizer.param_groups[0]["lr"] = 0.01
+    optimizer = torch.optim.AdamW(decay_groups({"model": model}, weight_decay=0.1), lr=0.01)
     for _ in range(10):
         out = model(TOKENS, LENGTHS, at=torch.arange(12), return_hidden=True)
         (F.cross_entropy(out.logits, NEXT) + 0.01 * out.balance_loss).backward()
@@ -236,7 +237,7 @@ def test_dropout_acts_in_train_mode_only_and_on_adapters_only(make):
     assert set(change.round(decimals=4).unique().tolist()) == {0.0, 2.0}    # half is dropped, the rest counts double
 
 
-# -- the base within -------------------------------------------------------------------------------------------
+# -- the base within -------------------------------------------------------------------------------
 
 @every_kind
 def test_without_lora_the_model_is_the_base_to_the_last_bit(make, kind):
@@ -266,7 +267,7 @@ def test_a_student_learns_from_the_model_it_was(make):
     assert all(module.lora_a.grad.abs().sum() > 0 for module in model.modules() if isinstance(module, LoRALinear))
 
 
-# -- in and out ------------------------------------------------------------------------------------------------
+# -- in and out ------------------------------------------------------------------------------------
 
 @every_kind
 def test_adapters_go_into_a_fresh_model(make, kind):
@@ -296,20 +297,19 @@ def test_adapters_of_another_model_are_named_and_nothing_is_changed(make):
     state["layers.1.ffn.w2.lora_b"] = torch.zeros(16, 4)
     with pytest.raises(ValueError, match=r"missing: layers\.0\.attention\.wq\.lora_a; "
                                          r"no place for: layers\.7\.attention\.wq\.lora_a; "
-                                         r"of another shape: layers\.1\.ffn\.w2\.lora_b \(16, 4\) in place of \(16, 3\)"):
+                                         r"of another shape: layers\.1\.ffn\.w2\.lora_b \(16, 4\) instead of \(16, 3\)"):
         load_lora(model, state)
     with pytest.raises(ValueError, match="and 23 more"):
         load_lora(model, {})
     assert torch.equal(logits(model), before)
 
 
-# -- what is refused -------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind, settings, message", [
+REFUSED = (
     ("dense", dict(rank=0), "rank 0 must lie between 1 and 8"),
     ("dense", dict(rank=9), r"between 1 and 8, the smaller side of layers\.0\.attention\.wk \(8 x 16\)"),
     ("dense", dict(rank=2, dropout=1.0), r"dropout 1\.0 must lie in \[0, 1\)"),
-    ("dense", dict(rank=2, dropout=-0.1), r"dropout -0\.1 must"),
     ("dense", dict(rank=2, alpha=0), "alpha 0 must be more than 0"),
     ("dense", dict(rank=2, targets=["wq", "wz"]), "no layer has a linear wz; this model has wq, wk, wv, wo, w1, w2, w3"),
     ("dense", dict(rank=2, targets=[]), "no layer has a linear to adapt; this model has wq"),
@@ -317,13 +317,16 @@ def test_adapters_of_another_model_are_named_and_nothing_is_changed(make):
     ("gpt2", dict(rank=2, targets=["w1", "w3"]), "no layer has a linear w3; this model has wq, wk, wv, wo, w1, w2$"),
     ("experts", dict(rank=2, targets=["router"]), "no layer has a linear router"),
     ("no shared expert", dict(rank=2, targets=["w1", "w2"]), "no layer has a linear w1 or w2; this model has wq, wk, wv, wo$"),
-])
-def test_what_does_not_fit_is_refused_before_anything_changes(make, kind, settings, message):
-    model = make(kind)
-    with pytest.raises(ValueError, match=message):
-        add_lora(model, **settings)
-    assert all(weight.requires_grad for weight in model.parameters())
-    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+)
+
+
+def test_what_does_not_fit_is_refused_before_anything_changes(make):
+    for kind, settings, message in REFUSED:
+        model = make(kind)
+        with pytest.raises(ValueError, match=message):
+            add_lora(model, **settings)
+        assert all(weight.requires_grad for weight in model.parameters())
+        assert not any(isinstance(module, LoRALinear) for module in model.modules())
 
 
 def test_a_rank_may_fill_the_smaller_side(make):
@@ -345,26 +348,35 @@ def test_a_quantised_model_takes_no_adapters(make):
         add_lora(quantize(make(), "int8"), rank=1)
 
 
-@pytest.mark.parametrize("use", [lora_state, merge_lora, lambda model: load_lora(model, {}),
-                                 lambda model: without_lora(model).__enter__()])
-def test_a_model_without_adapters_is_told_apart(make, use):
-    with pytest.raises(ValueError, match="no adapters; add_lora"):
-        use(make())
+def test_a_model_without_adapters_is_refused(make):
+    for use in (lora_state, merge_lora, lambda model: load_lora(model, {}),
+                lambda model: without_lora(model).__enter__()):
+        with pytest.raises(ValueError, match="no adapters; add_lora"):
+            use(make())
 
 
-# -- whole runs ------------------------------------------------------------------------------------------------
+# -- whole runs ------------------------------------------------------------------------------------
 
 
-def flags(data, models, **more):
-    return {"data_path": data / "sft_data.jsonl", "val_path": data / "val.jsonl", "max_seq_len": 128, "num_workers": 0,
-            "dtype": "float32", "batch_size": 8, "max_steps": 4, "learning_rate": 0.01, "lora_rank": 4} | more
+def flags(data, **more):
+    return TINY | {"data_path": data / "sft_data.jsonl", "val_path": data / "val.jsonl", "max_steps": 4,
+                   "lora_rank": 4} | more
 
 
-def test_a_file_of_adapters_is_the_model_with_them_folded_in(data, models, tmp_path):
-    said = succeed("train_sft.py", weights=models / "student.pth", out_dir=tmp_path / "out", **flags(data, models))
-    assert "adapters beside 2 wq, 2 wk, 2 wv, 2 wo, 2 w1, 2 w2, 2 w3: " in said
-    path = tmp_path / "out/full_sft_32_lora.pth"
-    state, base = load(path), load_model(models / "student.pth")[0]
+@pytest.fixture(scope="module")
+def run(data, models, tmp_path_factory):
+    """A folder with the base student.pth and a finished SFT run: full_sft_32_lora.*, and its output."""
+    folder = shutil.copytree(models, tmp_path_factory.mktemp("run") / "models")
+    printed = succeed("train_sft.py", weights=folder / "student.pth", out_dir=folder,
+                      **flags(data, max_steps=8, save_interval=4, lora_dropout=0.1))
+    return folder, printed
+
+
+def test_a_file_of_adapters_is_the_model_with_them_merged(run, tmp_path):
+    folder, printed = run
+    assert "adapters beside 2 wq, 2 wk, 2 wv, 2 wo, 2 w1, 2 w2, 2 w3: " in printed
+    path = folder / "full_sft_32_lora.pth"
+    state, base = load(path), load_model(folder / "student.pth")[0]
     assert all("lora_" in name for name in state)
     model, _ = load_model(path)
     weight = "layers.1.attention.wv.weight"
@@ -373,102 +385,99 @@ def test_a_file_of_adapters_is_the_model_with_them_folded_in(data, models, tmp_p
     torch.testing.assert_close(model.get_parameter(weight), base.get_parameter(weight) + change)
     assert torch.equal(model.tok_embeddings.weight, base.tok_embeddings.weight)
 
-    shutil.copytree(tmp_path / "out", tmp_path / "elsewhere/out")
-    said = complaint("scripts/chat.py", weights=tmp_path / "elsewhere/out/full_sft_32_lora.pth")
-    assert "holds adapters to the weights at" in said and "which are not there" in said
+    for file in folder.glob("*_lora.*"):
+        shutil.copy(file, tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds adapters to the weights at .* which are missing"):
+        load_model(tmp_path / path.name)
 
 
-@pytest.mark.parametrize("script, more", [
-    ("train_distillation.py", {"teacher": "teacher.pth", "student": "student.pth", "feature_weight": 0.1}),
-    ("train_distillation.py", {"teacher": "teacher.pth", "student": "student_moe.pth", "plain_loss": True}),
+def test_adapters_know_their_base_and_are_no_base(run, data, tmp_path):
+    """On weights that were trained again, or on itself, an adapter would be noise."""
+    folder = shutil.copytree(run[0], tmp_path / "copy")
+    adapters = folder / "full_sft_32_lora.pth"
+    with pytest.raises(ValueError, match=rf"convert\.py --weights {adapters} --out NEW\.pth"):
+        adapt(load_model(adapters)[0], adapters, 4, None, 0.0)
+
+    state = load(folder / "student.pth")
+    torch.save(state | {"norm.weight": state["norm.weight"] * 2}, folder / "student.pth")
+    with pytest.raises(ValueError, match="holds adapters to other weights than those now at"):
+        load_model(adapters)
+    assert "sha256 of the adapted weights was " in complaint(
+        "train_sft.py", weights=folder / "student.pth", out_dir=folder, resume=True,
+        **flags(data, max_steps=8, save_interval=4, lora_dropout=0.1))
+
+
+def test_a_resume_file_holds_the_adapters_without_the_frozen_weights(run):
+    state = load(run[0] / "full_sft_32_lora.resume")
+    assert same(state["model"], load(run[0] / "full_sft_32_lora.pth"))
+    assert len(state["optimizer"]["state"]) == len(state["model"]) == 2 * 7 * 2
+
+
+def test_a_run_with_adapters_resumes_where_it_was_killed(run, data, tmp_path):
+    its = flags(data, max_steps=8, save_interval=4, lora_dropout=0.1, weights=run[0] / "student.pth")
+    stopped = start("train_sft.py", out_dir=tmp_path, **its | {"log_interval": 1})
+    wait_until(lambda: (tmp_path / "full_sft_32_lora.resume").exists())
+    stopped.send()
+    stopped.wait()
+    assert "resumed" in succeed("train_sft.py", out_dir=tmp_path, resume=True, **its)
+    assert same(load(tmp_path / "full_sft_32_lora.pth"), load(run[0] / "full_sft_32_lora.pth"))
+
+
+@pytest.mark.parametrize("script, files", [
+    ("train_distillation.py", {"teacher": "teacher.pth", "student": "student_moe.pth", "feature_weight": 0.1}),
     ("train_pretrain.py", {"weights": "student.pth", "data_path": "pretrain_data.jsonl", "val_path": "none"}),
 ])
-def test_adapters_alone_learn_in_every_lesson_on_two_processes_as_on_one(script, more, data, models, tmp_path):
-    more = {key: models / value if str(value).endswith(".pth") else data / value if key == "data_path" else value
-            for key, value in more.items()}
+def test_two_processes_train_the_adapters_as_one(script, files, data, models, tmp_path):
+    its = flags(data) | {key: models / value if str(value).endswith(".pth") else data / value
+                         if key == "data_path" else value for key, value in files.items()}
     for folder, processes, batch_size in (("one", 1, 8), ("two", 2, 4)):
-        succeed(script, processes=processes, out_dir=tmp_path / folder, **flags(data, models) | more | {"batch_size": batch_size})
+        succeed(script, processes=processes, out_dir=tmp_path / folder, **its | {"batch_size": batch_size})
     one, two = (load(next((tmp_path / folder).glob("*_lora.pth"))) for folder in ("one", "two"))
     assert all("lora_" in name for name in one)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=2e-3, atol=2e-5)
 
 
-def test_a_run_with_adapters_resumes_where_it_stood(data, models, tmp_path):
-    more = flags(data, models, max_steps=8, save_interval=4, lora_dropout=0.1, weights=models / "student.pth")
-    succeed("train_sft.py", out_dir=tmp_path / "unbroken", **more)
-    stopped = start("train_sft.py", out_dir=tmp_path / "broken", **more | {"log_interval": 1})
-    wait_until(lambda: (tmp_path / "broken/full_sft_32_lora.resume").exists())
-    stopped.send()
-    stopped.wait()
-    assert "resumed" in succeed("train_sft.py", out_dir=tmp_path / "broken", resume=True, **more)
-    assert same(load(tmp_path / "broken/full_sft_32_lora.pth"), load(tmp_path / "unbroken/full_sft_32_lora.pth"))
-
-
-def test_a_resume_file_holds_the_adapters_and_not_what_they_stand_beside(data, models, tmp_path):
-    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
-    more = flags(data, models, weights=tmp_path / "student.pth", out_dir=tmp_path)
-    succeed("train_sft.py", **more)
-    state = load(tmp_path / "full_sft_32_lora.resume")
-    assert same(state["model"], load(tmp_path / "full_sft_32_lora.pth"))
-    assert len(state["optimizer"]["state"]) == len(state["model"]) == 2 * 7 * 2
-
-    trained = load(tmp_path / "student.pth")                    # the base, trained anew in between
-    torch.save(trained | {"norm.weight": trained["norm.weight"] * 2}, tmp_path / "student.pth")
-    assert "sha256 of the weights adapted was " in complaint("train_sft.py", resume=True, **more)
-
-
 @pytest.mark.parametrize("training", [True, False])
-def test_what_it_was_is_asked_without_adapters_and_without_dropout(tiny, training):
+def test_the_base_model_runs_without_adapters_and_without_dropout(tiny, training):
     student = tiny(dropout=0.5)
     add_lora(student, rank=2)
     for name, weight in student.named_parameters():
         if name.endswith("lora_b"):
             weight.data.fill_(1.0)
-    base = Base(student.train(training))
+    base = WithoutAdapters(student.train(training))
     tokens = torch.tensor([1, 2, 3])
     assert torch.equal(base(tokens, [3]).logits, tiny()(tokens, [3]).logits) and student.training == training
     assert base.head is student.head and base.config is student.config
 
 
-def test_a_student_with_adapters_may_be_taught_by_what_it_was(data, models, tmp_path):
-    """By itself without them, told more than itself: as by a second copy, bit by bit, features below the words too."""
+def test_a_student_may_learn_from_itself_without_adapters(data, models, tmp_path):
+    """With privileged context in the teacher's prompts: as from a second copy, bit by bit, features too."""
     twin = shutil.copytree(models, tmp_path / "twin") / "student.pth"
-    flags = {**TINY, "student": models / "student.pth", "data_path": data / "experience_student.jsonl", "lora_rank": 2,
-             "teacher_data_path": data / "experience_teacher.jsonl", "max_steps": 3, "feature_weight": 1, "lora_dropout": 0.1}
+    its = TINY | {"student": models / "student.pth", "data_path": data / "experience_student.jsonl", "lora_rank": 2,
+                  "teacher_data_path": data / "experience_teacher.jsonl", "max_steps": 3, "feature_weight": 1,
+                  "lora_dropout": 0.1}
     for name, teacher in (("itself", models / "student.pth"), ("another", twin)):
-        said = succeed("train_distillation.py", **flags, teacher=teacher, out_dir=tmp_path / name)
-        assert ("without the adapters" in said) == (name == "itself")
+        succeed("train_distillation.py", **its, teacher=teacher, out_dir=tmp_path / name)
     assert same(load(tmp_path / "itself/full_dist_32_lora.pth"), load(tmp_path / "another/full_dist_32_lora.pth"))
 
 
-def test_adapters_know_their_base_and_stand_beside_no_adapters(data, models, tmp_path):
-    """Written over its own base, or beside weights that were trained anew, an adapter would be noise."""
-    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
-    succeed("train_sft.py", weights=tmp_path / "student.pth", out_dir=tmp_path, **flags(data, models))
-    adapters = tmp_path / "full_sft_32_lora.pth"
-    said = complaint("train_sft.py", weights=adapters, out_dir=tmp_path, **flags(data, models))
-    assert f"convert.py --weights {adapters} --out NEW.pth" in said
-
-    state = load(tmp_path / "student.pth")
-    torch.save(state | {"norm.weight": state["norm.weight"] * 2}, tmp_path / "student.pth")
-    with pytest.raises(ValueError, match="holds adapters to other weights than those that are at"):
-        load_model(adapters)
+def test_a_flag_of_adapters_without_a_rank_is_refused(capsys):
+    for flag, value in (("lora_alpha", "16"), ("lora_dropout", "0.1"), ("lora_targets", "wq")):
+        parser = ArgumentParser()
+        add_training_args(parser)
+        with pytest.raises(SystemExit):
+            parse_args(parser, [f"--{flag}", value])
+        assert f"--{flag} has no effect without --lora_rank: set a rank, or leave it out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script, flag, value", [
-    ("train_pretrain.py", "lora_alpha", 16), ("train_sft.py", "lora_dropout", 0.1), ("train_distillation.py", "lora_targets", "wq")])
-def test_a_flag_of_adapters_without_a_rank_is_refused(script, flag, value):
-    assert f"--{flag} has no effect without --lora_rank: give a rank, or leave it out" in complaint(script, **{flag: value})
+def test_a_randomly_initialised_model_is_not_adapted(make):
+    with pytest.raises(ValueError, match="--lora_rank adapts pretrained weights"):
+        adapt(make(), "none", 2, None, 0.0)
 
 
-def test_a_model_from_nothing_has_nothing_to_adapt(data, models, tmp_path):
-    said = complaint("train_sft.py", weights="none", dim=32, n_layers=2, n_heads=2, out_dir=tmp_path, **flags(data, models))
-    assert "--lora_rank adapts weights that have learned something" in said
-
-
-def test_a_model_with_adapters_is_quantised_only_when_they_are_folded_in(models):
+def test_a_model_with_adapters_is_quantised_only_when_they_are_merged(models):
     model, _ = load_model(models / "student.pth")
     adapt(model, models / "student.pth", 4, None, 0.0)
-    with pytest.raises(ValueError, match="merge_lora folds them into the weights"):
+    with pytest.raises(ValueError, match="merge_lora merges them"):
         quantize(model, "int8")

@@ -1,7 +1,7 @@
 """
 模型的规律：看不见未来，样本互不相扰，打包与否结果相同。
-Laws of model/transformer.py and model/config.py: no token sees the future, no sample sees another, and a packed stream
-gives what each sample gives alone.
+Laws of model/transformer.py and model/config.py: no token sees the future, no sample sees another,
+and a packed stream gives what each sample gives alone.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def gradients(model, loss):
     return [weight.grad.clone() for weight in model.parameters()]
 
 
-# -- who sees whom ---------------------------------------------------------------------------------------------
+# -- who sees whom ---------------------------------------------------------------------------------
 
 @every_variant
 def test_a_future_token_never_changes_the_past_and_always_the_present(tiny, sizes):
@@ -97,14 +97,14 @@ def test_a_sample_never_changes_another(tiny, sizes):
 
 
 @dense_and_experts
-def test_the_loss_of_a_sample_gives_no_gradient_to_the_words_of_another(tiny, sizes):
-    model = tiny(tie_embeddings=False, **sizes)                 # tied, the head would give every word a gradient
+def test_the_loss_of_a_sample_gives_no_gradient_to_the_embeddings_of_another(tiny, sizes):
+    model = tiny(tie_embeddings=False, **sizes)                 # a tied head would give every row a gradient
     model(torch.tensor([0, 1, 2, 3, 6, 7, 8, 9]), [4, 4]).logits[:4].square().sum().backward()
     reached = model.tok_embeddings.weight.grad.abs().sum(dim=1) > 0
     assert reached.tolist() == [True] * 4 + [False] * 8
 
 
-# -- only where asked ------------------------------------------------------------------------------------------
+# -- selected positions ------------------------------------------------------------------------------
 
 @every_variant
 def test_at_gives_those_rows_of_the_logits_and_of_the_hidden_states(tiny, sizes):
@@ -118,13 +118,13 @@ def test_at_gives_those_rows_of_the_logits_and_of_the_hidden_states(tiny, sizes)
 @dense_and_experts
 def test_at_gives_the_gradient_of_indexing_afterwards(tiny, sizes):
     model, tokens, at = tiny(**sizes), draw(sum(LENGTHS)), torch.tensor([0, 2, 4, 7, 8, 14])
-    asked = gradients(model, model(tokens, LENGTHS, at=at).logits.square().sum())
+    selected = gradients(model, model(tokens, LENGTHS, at=at).logits.square().sum())
     indexed = gradients(model, model(tokens, LENGTHS).logits[at].square().sum())
-    for a, b in zip(asked, indexed):
+    for a, b in zip(selected, indexed):
         assert close(a, b, atol=1e-4 * b.abs().max().item())
 
 
-# -- attention -------------------------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
 def test_grouped_query_attention_is_full_attention_with_repeated_key_and_value_heads(tiny):
     grouped, full = tiny(n_kv_heads=2), tiny(n_kv_heads=4)
@@ -137,7 +137,7 @@ def test_grouped_query_attention_is_full_attention_with_repeated_key_and_value_h
     assert close(grouped(tokens, LENGTHS).logits, full(tokens, LENGTHS).logits)
 
 
-def all_at_once(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+def masked_attention(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
     """What torch's varlen_attn says it does, by a mask: (N, H, K), (N, G, K) x 2, and where samples begin and end."""
     assert window_size == (-1, 0) and enable_gqa and cu_seq_q.dtype == torch.int32
     assert max_q == max_k == cu_seq_q.diff().max() and q.dtype == k.dtype == v.dtype
@@ -151,12 +151,12 @@ def all_at_once(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enabl
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [15], [1, 1, 13]])
 @pytest.mark.parametrize("sizes", [{}, {"n_kv_heads": 1}, {"qk_norm": True}], ids=["two heads", "one head", "qk_norm"])
-def test_all_samples_in_one_call_of_a_gpu_s_kernel_are_as_one_length_after_the_other(tiny, sizes, lengths, monkeypatch):
+def test_one_kernel_call_for_all_samples_gives_the_same(tiny, sizes, lengths, monkeypatch):
     model, tokens = tiny(**sizes), draw(15)
     here = model(tokens, lengths).logits
     one_by_one = gradients(model, here.square().sum())
     monkeypatch.setattr(transformer, "has_varlen", lambda device, dtype, head_dim: True)
-    monkeypatch.setattr(varlen, "varlen_attn", all_at_once)
+    monkeypatch.setattr(varlen, "varlen_attn", masked_attention)
     there = model(tokens, lengths).logits
     assert close(there, here) and not torch.equal(there, here)          # it was another way
     for a, b in zip(gradients(model, there.square().sum()), one_by_one):
@@ -164,15 +164,15 @@ def test_all_samples_in_one_call_of_a_gpu_s_kernel_are_as_one_length_after_the_o
 
 
 def test_the_real_kernel_takes_what_is_given_to_it():
-    real, ours = (inspect.signature(each).parameters for each in (varlen.varlen_attn, all_at_once))
+    real, ours = (inspect.signature(each).parameters for each in (varlen.varlen_attn, masked_attention))
     assert list(real)[3:7] == list(ours)[3:7]                           # by position: borders, longest
     assert {"window_size", "enable_gqa"} <= {name for name, each in real.items() if each.kind is each.KEYWORD_ONLY}
 
 
 @dense_and_experts
-def test_a_gpu_s_way_never_waits_for_a_number(tiny, sizes, monkeypatch):
-    """On tensors that have shapes and no numbers, the real kernels of attention and of experts among them: whoever asked for
-    a number would get an error."""
+def test_on_a_gpu_python_never_waits_for_a_value(tiny, sizes, monkeypatch):
+    """On meta tensors, which have shapes without values: reading a value is an error. The real kernels of
+    attention and experts run, too."""
     monkeypatch.setattr(transformer, "has_varlen", lambda device, dtype, head_dim: True)
     monkeypatch.setattr(moe, "has_grouped_products", lambda device, dtype, w1: True)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
@@ -182,32 +182,32 @@ def test_a_gpu_s_way_never_waits_for_a_number(tiny, sizes, monkeypatch):
     assert out.logits.shape == (3, 12) and all(weight.grad.shape == weight.shape for weight in model.parameters())
 
     monkeypatch.setattr(moe, "has_grouped_products", lambda device, dtype, w1: False)
-    with pytest.raises(RuntimeError) if sizes else nullcontext():       # the loop over experts asks how many tokens each has
+    with pytest.raises(RuntimeError) if sizes else nullcontext():       # the loop over experts reads how many tokens each has
         model(tokens, LENGTHS)
 
 
 @pytest.mark.parametrize("dropout, training, calls", [(0.0, True, 2), (0.1, False, 2), (0.1, True, 0)])
-def test_dropout_in_training_is_what_the_kernel_does_not_do(tiny, dropout, training, calls, monkeypatch):
+def test_the_kernel_is_not_used_with_dropout_in_training(tiny, dropout, training, calls, monkeypatch):
     called = []
     monkeypatch.setattr(transformer, "has_varlen", lambda *_: True)
-    monkeypatch.setattr(varlen, "varlen_attn", lambda *given, **how: called.append(1) or all_at_once(*given, **how))
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *given, **how: called.append(1) or masked_attention(*given, **how))
     tiny(dropout=dropout).train(training)(draw(6), [4, 2])
     assert len(called) == calls                                         # once a layer
 
 
-@pytest.mark.parametrize("device, dtype, head_dim, capability, is_taken", [
-    ("cuda", torch.bfloat16, 64, (8, 0), True), ("cuda", torch.float16, 128, (9, 0), True),
-    ("cuda", torch.float16, 64, (7, 5), False),                         # a T4 has FlashAttention not at all
-    ("cuda", torch.float32, 64, (9, 0), False), ("cpu", torch.bfloat16, 64, (9, 0), False),
-    ("cuda", torch.bfloat16, 60, (9, 0), False), ("cuda", torch.bfloat16, 264, (9, 0), False)])
-def test_the_kernel_is_for_half_precision_on_a_gpu_that_has_it(device, dtype, head_dim, capability, is_taken, monkeypatch):
+def test_the_kernel_is_for_half_precision_on_a_gpu_that_has_it(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert has_varlen(torch.device(device), dtype, head_dim) == is_taken
+    for device, dtype, head_dim, capability, is_supported in (
+            ("cuda", torch.bfloat16, 64, (8, 0), True), ("cuda", torch.float16, 128, (9, 0), True),
+            ("cuda", torch.float16, 64, (7, 5), False),             # a T4 has no FlashAttention
+            ("cuda", torch.float32, 64, (9, 0), False), ("cpu", torch.bfloat16, 64, (9, 0), False),
+            ("cuda", torch.bfloat16, 60, (9, 0), False), ("cuda", torch.bfloat16, 264, (9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert has_varlen(torch.device(device), dtype, head_dim) == is_supported
 
 
 def rotation_of(model, length):  # -> (length, 1, K/2)
-    return model.lay_out(torch.zeros(length, dtype=torch.long), [length], cache=None).rotation
+    return model.make_layout(torch.zeros(length, dtype=torch.long), [length], cache=None).rotation
 
 
 def test_rope_leaves_position_0_and_turns_the_first_pair_by_one_radian_a_position(tiny):
@@ -232,18 +232,18 @@ def test_attention_depends_on_how_far_apart_two_tokens_are_not_on_where_they_sta
 
 def test_moving_a_whole_sample_leaves_its_attention_as_it_is_and_spreading_it_does_not(tiny):
     model, x = tiny(), torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
-    stream, rotation = model.lay_out(draw(6), [6], cache=None), rotation_of(model, 12)
+    stream, rotation = model.make_layout(draw(6), [6], cache=None), rotation_of(model, 12)
     here, moved, spread = (model.layers[0].attention(x, stream._replace(rotation=turns))[0]
                            for turns in (rotation[:6], rotation[6:], rotation[::2]))
     assert close(here, moved) and not close(here, spread, atol=1e-2)
 
 
 def test_samples_start_at_position_0_each(tiny):
-    stream = tiny().lay_out(draw(sum(LENGTHS)), LENGTHS, cache=None)
+    stream = tiny().make_layout(draw(sum(LENGTHS)), LENGTHS, cache=None)
     assert stream.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert stream.sample.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3]
-    assert stream.spans == [(1, 3), (2, 5), (1, 2)]
-    assert stream.borders.tolist() == [0, 3, 8, 13, 15]
+    assert stream.groups == [(1, 3), (2, 5), (1, 2)]
+    assert stream.offsets.tolist() == [0, 3, 8, 13, 15]
 
 
 def test_a_bf16_copy_tells_position_300_from_301(tiny):
@@ -260,7 +260,7 @@ def test_a_sample_longer_than_max_seq_len_stops_with_both_numbers(tiny):
         tiny()(draw(25), [25])
 
 
-# -- sizes -----------------------------------------------------------------------------------------------------
+# -- sizes -----------------------------------------------------------------------------------------
 
 def test_a_tied_head_is_the_embedding_and_counts_once(tiny):
     tied, untied = tiny(), tiny(tie_embeddings=False)
@@ -283,26 +283,29 @@ def test_the_sizes_of_the_document_have_the_parameters_that_a_hand_counts(dim, n
     assert model.n_parameters() == 6400 * dim + n_layers * layer + dim == parameters
 
 
-def test_a_new_model_finds_all_words_about_equally_likely():
+def test_a_new_model_gives_all_tokens_about_the_same_probability():
     torch.manual_seed(0)
     model = Transformer(LMConfig(dim=32, n_layers=2, n_heads=4, vocab_size=50))
     loss = F.cross_entropy(model(draw(128, 1, 50), [32] * 4).logits, draw(128, 2, 50))
     assert abs(loss - math.log(50)) < 0.05                      # 3.91
 
 
-@pytest.mark.parametrize("sizes, message", [
+REFUSED = (
     (dict(dim=0), "dim=0 must be at least 1"),
     (dict(n_layers=0), "n_layers=0 must be at least 1"),
     (dict(dim=30, n_heads=4), "dim=30 does not split into n_heads=4 equal heads; try n_heads=3, or set head_dim"),
-    (dict(dim=12, n_heads=4), "head_dim=3 is odd; RoPE turns pairs of numbers, choose an even one"),
+    (dict(dim=12, n_heads=4), "head_dim=3 is odd, but RoPE rotates pairs"),
     (dict(n_heads=8, n_kv_heads=3), "n_heads=8 is no multiple of n_kv_heads=3"),
     (dict(n_heads=8, n_kv_heads=0), "n_kv_heads=0"),
     (dict(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\)"),
     (dict(use_moe=True, num_experts_per_tok=5), "num_experts_per_tok=5 must lie between 1 and n_routed_experts=4"),
-])
-def test_sizes_that_do_not_fit_are_refused_with_the_value_and_the_way_out(sizes, message):
-    with pytest.raises(ValueError, match=message):
-        LMConfig(**sizes)
+)
+
+
+def test_sizes_that_do_not_fit_are_refused_with_the_value_and_the_way_out():
+    for sizes, message in REFUSED:
+        with pytest.raises(ValueError, match=message):
+            LMConfig(**sizes)
 
 
 def test_a_config_comes_back_from_its_json_and_refuses_a_name_it_does_not_know():

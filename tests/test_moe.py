@@ -91,13 +91,14 @@ def test_under_autocast_all_experts_in_one_product_run_in_its_type(x, monkeypatc
     assert torch.allclose(at_once, one_by_one, rtol=2 ** -6, atol=2 ** -6 * one_by_one.abs().max().item())
 
 
-@pytest.mark.parametrize("device, dtype, F, D, is_taken", [
-    ("cuda", torch.bfloat16, 16, 8, True), ("cuda", torch.float32, 16, 8, False), ("cpu", torch.bfloat16, 16, 8, False),
-    ("cuda", torch.bfloat16, 12, 8, False), ("cuda", torch.bfloat16, 16, 4, False)])
-def test_one_product_for_all_is_for_bf16_on_a_gpu(device, dtype, F, D, is_taken):
-    stack = torch.empty(2, F, D)
-    assert moe.has_grouped_products(torch.device(device), dtype, stack) == is_taken
-    assert not moe.has_grouped_products(torch.device(device), dtype, Int8(stack))
+def test_one_product_for_all_is_for_bf16_on_a_gpu():
+    for device, dtype, hidden_dim, dim, is_supported in (
+            ("cuda", torch.bfloat16, 16, 8, True), ("cuda", torch.float32, 16, 8, False),
+            ("cpu", torch.bfloat16, 16, 8, False), ("cuda", torch.bfloat16, 12, 8, False),
+            ("cuda", torch.bfloat16, 16, 4, False)):
+        stack = torch.empty(2, hidden_dim, dim)
+        assert moe.has_grouped_products(torch.device(device), dtype, stack) == is_supported
+        assert not moe.has_grouped_products(torch.device(device), dtype, Int8(stack))
 
 
 def test_one_expert_is_the_dense_model(tiny):
@@ -114,7 +115,7 @@ def test_one_expert_is_the_dense_model(tiny):
     assert torch.allclose(one(tokens, [2, 4]).logits, dense(tokens, [2, 4]).logits, atol=1e-5)
 
 
-def test_the_chosen_experts_weights_sum_to_one_if_asked(x):
+def test_the_chosen_experts_weights_sum_to_one_with_norm_topk_prob(x):
     # All experts are one and the same and the router is undecided: 2 of 4 hold half of the probability.
     for norm, share in ((True, 1.0), (False, 0.5)):
         ffn = experts(E=4, A=2, norm_topk_prob=norm)
@@ -126,7 +127,7 @@ def test_the_chosen_experts_weights_sum_to_one_if_asked(x):
         assert torch.allclose(ffn(x, *one_sample(10))[0], share * alone, atol=1e-5)
 
 
-# -- the balance loss ------------------------------------------------------------------------------------------
+# -- the balance loss ------------------------------------------------------------------------------
 
 def test_the_balance_loss_is_1_a_sample_when_use_is_even():
     # 4 experts, 2 a token: tokens 0 and 2 go to experts 0 and 1, tokens 1 and 3 to experts 2 and 3.
@@ -150,7 +151,7 @@ def test_the_balance_loss_of_a_batch_is_the_sum_of_its_samples(tiny):
     assert model(tokens[:7], [3, 4]).balance_loss.item() == pytest.approx((alone[0] + alone[1]).item(), rel=1e-5)
 
 
-def test_a_sample_of_which_nothing_is_asked_adds_nothing_to_the_balance_loss():
+def test_a_sample_without_tokens_adds_nothing_to_the_balance_loss():
     scores, chosen = torch.tensor([[.5, .5]] * 2), torch.tensor([[0], [1]])
     assert balance_loss(scores, chosen, torch.tensor([1, 1]), 2).item() == pytest.approx(1.0)
 
@@ -165,7 +166,7 @@ def test_a_dense_model_has_no_balance_loss(tiny):
     assert tiny()(torch.tensor([1, 2, 3]), [3]).balance_loss == 0
 
 
-# -- gradients -------------------------------------------------------------------------------------------------
+# -- gradients -------------------------------------------------------------------------------------
 
 def test_an_expert_with_no_token_has_a_gradient_of_zero(x):
     ffn = experts(E=3, A=1)

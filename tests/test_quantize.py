@@ -20,7 +20,7 @@ TOKENS, LENGTHS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8] * 2), [5, 7,
 kinds = pytest.mark.parametrize("kind", ["int8", "int4"])
 
 
-def drawn(*shape):
+def normal(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -41,7 +41,7 @@ def with_weights(model, weights):
     return model
 
 
-# -- the numbers -----------------------------------------------------------------------------------------------
+# -- the numbers -----------------------------------------------------------------------------------
 
 def test_int8_by_hand():
     code = Int8(torch.tensor([[-2.54, 1.0, 0.031], [0.0, 63.5, 127.0]]))
@@ -63,7 +63,7 @@ def test_int4_by_hand():
 
 @kinds
 def test_no_weight_moves_by_more_than_half_a_step(kind):
-    weight = drawn(6, 96)
+    weight = normal(6, 96)
     code = quantised(weight, kind)
     step = code.scale[:, None] if kind == "int8" else code.scale.T.repeat_interleave(32, dim=1)     # (6, 1) or (6, 96)
     assert ((code.dequantised() - weight).abs() <= step / 2 * 1.0001).all()
@@ -71,14 +71,14 @@ def test_no_weight_moves_by_more_than_half_a_step(kind):
 
 @kinds
 def test_the_largest_weight_of_a_row_or_group_stays(kind):
-    weight = drawn(6, 96)
+    weight = normal(6, 96)
     row, column = divmod(weight.abs().argmax().item(), 96)
     assert quantised(weight, kind).dequantised()[row, column].item() == pytest.approx(weight[row, column].item())
 
 
 @kinds
 def test_weights_on_the_grid_come_back_as_they_were(kind):
-    weight = quantised(drawn(6, 96), kind).dequantised()
+    weight = quantised(normal(6, 96), kind).dequantised()
     assert torch.allclose(quantised(weight, kind).dequantised(), weight, atol=1e-6)
 
 
@@ -92,7 +92,7 @@ def test_rows_that_are_all_the_same_come_back_as_they_were(kind):
 @kinds
 @pytest.mark.parametrize("n", [1, FEW_ROWS, FEW_ROWS + 1])
 def test_a_product_equals_that_of_the_unpacked_weights(kind, n, monkeypatch):
-    weight, bias, x = drawn(6, 96), drawn(6), drawn(n, 96)
+    weight, bias, x = normal(6, 96), normal(6), normal(n, 96)
     code = quantised(weight, kind, bias)
     expected = F.linear(x, code.dequantised(), bias)
     assert torch.allclose(code(x), expected, atol=1e-5)
@@ -102,10 +102,10 @@ def test_a_product_equals_that_of_the_unpacked_weights(kind, n, monkeypatch):
 
 @kinds
 def test_for_few_rows_activations_and_sums_are_rounded_to_bf16_and_weights_are_what_they_were(kind):
-    weight, bias = drawn(48, 96), drawn(48)
+    weight, bias = normal(48, 96), normal(48)
     code = quantised(weight, kind, bias)
     for n in (1, FEW_ROWS):
-        x = drawn(n, 96)
+        x = normal(n, 96)
         expected, y = F.linear(x, code.dequantised()), code(x) - bias
         assert 2 ** -11 < (y - expected).norm() / expected.norm() < 2 ** -7
     # What has no fraction in bf16 has none to lose: with x = (1, 0, 0, ...) out comes a column of integers, times their scale.
@@ -114,13 +114,13 @@ def test_for_few_rows_activations_and_sums_are_rounded_to_bf16_and_weights_are_w
 
 
 def test_the_sizes_in_bytes():
-    size = {kind: sum(p.numel() * p.element_size() for p in quantised(drawn(64, 96), kind).parameters())
+    size = {kind: sum(p.numel() * p.element_size() for p in quantised(normal(64, 96), kind).parameters())
             for kind in ("int8", "int4")}
     assert size["int8"] == 64 * 96 + 4 * 64                                 # 8 bits, and 32 a row
     assert size["int4"] == 64 * 96 * 6 / 8                                  # 4 bits, and 64 a group of 32: 6
 
 
-# -- the model -------------------------------------------------------------------------------------------------
+# -- the model -------------------------------------------------------------------------------------
 
 MODELS = {"dense": {}, "untied": dict(tie_embeddings=False), "biased": dict(attention_bias=True),
           "experts": dict(use_moe=True)}
@@ -144,7 +144,7 @@ def test_every_matrix_is_quantised_but_the_router(tiny, kind):
     floats = [name for name, weight in model.named_parameters()
               if weight.is_floating_point() and weight.dim() > 1 and not name.endswith((".scale", ".low"))]
     assert floats == ["layers.0.ffn.router.weight", "layers.1.ffn.router.weight"]
-    assert type(model.tok_embeddings) is Int8Embedding and type(model.output) is Int8      # the words, in both kinds
+    assert type(model.tok_embeddings) is Int8Embedding and type(model.output) is Int8      # int8 in both kinds
 
 
 @kinds
@@ -153,21 +153,21 @@ def test_gpt2_keeps_its_positions_and_biases(tiny, kind):
     config.architecture, config.n_kv_heads = "gpt2", config.n_heads
     model = GPT2(config)
     with torch.no_grad():
-        model.layers[0].ffn.w1.bias.copy_(drawn(64))
+        model.layers[0].ffn.w1.bias.copy_(normal(64))
     before = model.pos_embeddings.weight.clone()
     quantize(model, kind)
-    assert isinstance(model.layers[0].ffn.w1, Quantised) and torch.equal(model.layers[0].ffn.w1.bias, drawn(64))
+    assert isinstance(model.layers[0].ffn.w1, Quantised) and torch.equal(model.layers[0].ffn.w1.bias, normal(64))
     assert isinstance(model.pos_embeddings, nn.Embedding) and torch.equal(model.pos_embeddings.weight, before)
 
 
-def test_int8_words_are_read_as_they_are_written(tiny):
+def test_the_int8_embedding_reads_the_rows_of_the_head(tiny):
     model = quantize(tiny(**SIZES), "int8")
     assert torch.equal(model.tok_embeddings(TOKENS), model.tok_embeddings.dequantised()[TOKENS])
     assert torch.equal(model.tok_embeddings.dequantised(), model.output.dequantised())
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tied_words_stay_one_tensor(tiny, tied):
+def test_a_tied_embedding_stays_one_tensor(tiny, tied):
     model = quantize(tiny(**SIZES, tie_embeddings=tied), "int8")
     assert (model.output.weight is model.tok_embeddings.weight) == tied
     model.to(torch.bfloat16)
@@ -197,7 +197,7 @@ def test_a_quantised_model_has_as_many_weights_as_before(tiny, kind):
     assert quantize(model, kind).n_parameters() == n_parameters
 
 
-def test_experts_are_unpacked_when_their_turn_comes(tiny):
+def test_experts_are_unpacked_one_at_a_time(tiny):
     model = quantize(tiny(**SIZES, use_moe=True), "int4")
     stack = next(module for module in model.modules() if isinstance(module, MoEFeedForward)).w1
     experts = stack.unbind()
@@ -205,24 +205,18 @@ def test_experts_are_unpacked_when_their_turn_comes(tiny):
     assert torch.equal(torch.stack(list(experts)), stack.dequantised())
 
 
-# -- what is refused -------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
-def test_a_quantised_model_refuses_to_learn(tiny):
+def test_a_quantised_model_is_neither_trained_nor_quantised_again(tiny):
     model = quantize(tiny(**SIZES), "int8")
     assert not any(weight.requires_grad for weight in model.parameters())
     assert not model.eval().training
     with pytest.raises(ValueError, match="cannot be trained"):
         model.train()
-
-
-def test_an_unknown_kind_is_refused(tiny):
+    with pytest.raises(ValueError, match="int8 already"):
+        quantize(model, "int4")
     with pytest.raises(ValueError, match="'int3' must be one of int8, int4"):
         quantize(tiny(**SIZES), "int3")
-
-
-def test_a_model_is_quantised_once(tiny):
-    with pytest.raises(ValueError, match="int8 already"):
-        quantize(quantize(tiny(**SIZES), "int8"), "int4")
 
 
 def test_columns_that_do_not_split_into_groups_are_refused_before_anything_changes(tiny):

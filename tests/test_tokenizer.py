@@ -1,25 +1,22 @@
 """
 分词器的规律：任何文字都能还原，用户写不出特殊标记，只学助手的话。
-Laws of model/tokenizer.py and scripts/train_tokenizer.py: any text comes back, no user can write a special token,
-and only the assistant's words are learned.
+Laws of model/tokenizer.py and scripts/train_tokenizer.py: any text comes back, no user can write a
+special token, and only the assistant's words are learned.
 """
 
 import hashlib
 import json
 import pickle
 import random
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from model.tokenizer import CHATML, DEFAULT, LLAMA3, PATTERN, PLAIN, SPECIAL_TOKENS, Tokenizer
 from interop.vocabulary import BYTES
-from scripts.train_tokenizer import strings, to_tokenizer, train, train_bpe
+from scripts.train_tokenizer import main, strings, to_tokenizer, train, train_bpe
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXT = """The cat sat on the mat. The dog doesn't see the cat, and the cat doesn't care.
 小猫坐在垫子上，小狗看着小猫。小明有三个苹果，小红有五个苹果，一共有几个苹果？
 def add(a, b):\n    return a + b\n\n12 + 30 = 42, 42 - 30 = 12. 今天天气很好 😀😀\n""" * 3
@@ -52,7 +49,7 @@ def any_text(seed, length=300):
     return "".join(map(chr, points))
 
 
-# -- text ------------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------
 
 def test_any_text_comes_back_from_its_ids(tokenizer):
     for text in [TEXT, *VARIED, *map(any_text, range(20))]:
@@ -116,7 +113,7 @@ def test_the_pieces_of_a_stream_joined_are_the_decoded_text(tokenizer):
         assert "".join(tokenizer.stream(iter(ids))) == tokenizer.decode(ids)
 
 
-# -- conversations ---------------------------------------------------------------------------------------------
+# -- conversations ---------------------------------------------------------------------------------
 
 def user(content):
     return {"role": "user", "content": content}
@@ -211,7 +208,7 @@ def test_a_vocabulary_without_chat_tokens_ends_a_turn_as_it_ends_a_text():
     assert learned == "5<|endoftext|>" and tokenizer.end_of_turn == tokenizer.end_of_text == 0
 
 
-# -- other people's vocabularies -------------------------------------------------------------------------------
+# -- other people's vocabularies -------------------------------------------------------------------
 
 def with_bytes(names=tuple(SPECIAL_TOKENS), ranks=(), **options):
     """A special token per name, the bytes from id 16, and then `ranks`."""
@@ -256,7 +253,7 @@ def test_a_byte_without_a_token_is_dropped_and_its_neighbours_join():
     assert tokenizer.encode("\x04") == [] and tokenizer.decode(tokenizer.encode("\x04\ud83d")) == "\ufffd"
 
 
-# -- the vocabulary file ---------------------------------------------------------------------------------------
+# -- the vocabulary file ---------------------------------------------------------------------------
 
 def test_a_saved_vocabulary_loads_as_the_same_tokenizer(tokenizer, tmp_path):
     path = tmp_path / "new" / "tokenizer.json"
@@ -303,45 +300,42 @@ def test_a_tokenizer_travels_to_another_process(tokenizer):
     assert pickle.loads(pickle.dumps(tokenizer)).encode_chat(SUM) == tokenizer.encode_chat(SUM)
 
 
-def chat(**templates):
-    return vars(CHATML) | templates
-
-
 def without(content, i):
     content["tokens"] = [entry for entry in content["tokens"] if entry[0] != i]
 
 
-@pytest.mark.parametrize("spoil, said", [
+SPOILED = (
     (lambda content: without(content, 16 + 65), "no token for byte 65 "),
-    (lambda content: content["tokens"].append([300, "zzz"]), "id 300 is used twice"),
     (lambda content: content["tokens"].append([2, "zzz"]), "id 2 is used twice, by '<|im_end|>' and by 'zzz'"),
-    (lambda content: content["tokens"].append([999, "A"]), "token 'A' has two ids, 81 and 999"),
-    (lambda content: content["tokens"].append([999, [256]]), "token entry [999, [256]] is neither"),
+    (lambda content: content["tokens"].append([999, "A"]), "a token has two ids"),
     (lambda content: content["tokens"].append([-1, "zzz"]), "id -1 of 'zzz'"),
     (lambda content: content["special_tokens"].pop("<|im_end|>"), "special token '<|im_end|>' is missing"),
     (lambda content: content["special_tokens"].update({"<|im_end|>": "2"}), "id '2' of '<|im_end|>'"),
     (lambda content: content.update(pattern="("), "pattern '(' is not a regex"),
-    (lambda content: content.update(eos="a"), "'eos' is not a key of a vocabulary file"),
-    (lambda content: content.update(bos=1), "'bos' cannot be 1; the default is null"),
+    (lambda content: content.update(eos="a"), "not a vocabulary file: "),
+    (lambda content: content.pop("tokens"), "not a vocabulary file: 'tokens'"),
     (lambda content: content.update(bos="<s>"), "special token '<s>' is missing"),
     (lambda content: content.update(matched=["<s>"]), "special token '<s>' is missing"),
-    (lambda content: content.update(normalization="NFD"), "normalization 'NFD' is neither"),
-    (lambda content: content.update(chat={"system": "{content}"}), "'chat' has to have system, user, assistant"),
-    (lambda content: content.update(chat=chat(user=5)), "'user' of 'chat' cannot be 5"),
-    (lambda content: content.update(chat=chat(user="a")), "the user's template 'a' has to have {content} once"),
-    (lambda content: content.update(chat=chat(user="<|u|>{content}")), "special token '<|u|>' is missing"),
-    (lambda content: content.update(chat=chat(assistant="{content}.")), "what follows the assistant's {content}, '.'"),
-    (lambda content: content.pop("tokens"), "not a vocabulary file"),
-])
-def test_a_bad_vocabulary_is_named_with_what_is_wrong(tokenizer, tmp_path, spoil, said):
+    (lambda content: content.update(chat={"system": "{content}"}), "not a vocabulary file: "),
+    (lambda content: content.update(chat=vars(CHATML) | {"user": "a"}),
+     "the user's template 'a' has to have {content} once"),
+    (lambda content: content.update(chat=vars(CHATML) | {"user": "<|u|>{content}"}),
+     "special token '<|u|>' is missing"),
+    (lambda content: content.update(chat=vars(CHATML) | {"assistant": "{content}."}),
+     "the text after the assistant's {content}, '.'"),
+)
+
+
+def test_a_bad_vocabulary_is_named_with_what_is_wrong(tokenizer, tmp_path):
     path = tmp_path / "bad.json"
-    tokenizer.save(path)
-    content = json.loads(path.read_text(encoding="utf-8"))
-    spoil(content)
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError) as error:
-        Tokenizer.load(path)
-    assert str(error.value).startswith(f"{path}: {said}")
+    for spoil, message in SPOILED:
+        tokenizer.save(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        spoil(content)
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError) as error:
+            Tokenizer.load(path)
+        assert str(error.value).startswith(f"{path}: {message}"), error.value
 
 
 def test_a_file_that_is_no_json_and_a_file_that_is_not_there_are_named(tmp_path):
@@ -362,7 +356,7 @@ def test_the_shipped_vocabulary_loads_and_any_text_comes_back():
         assert shipped.decode(shipped.encode(text)) == text
 
 
-# -- training --------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 def test_running_cuts_a_text_where_training_did(trained, tokenizer):
     byte_of = BYTES
@@ -403,27 +397,27 @@ def test_every_string_of_a_row_is_text_except_its_labels():
     assert list(strings(row)) == ["a", "b", "c", "d", "e"]
 
 
-def run_script(*arguments):
-    command = [sys.executable, "scripts/train_tokenizer.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+def run_script(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *map(str, arguments)])
+    main()
 
 
-def test_the_script_reads_every_kind_of_file_and_reports_each(tmp_path):
+def test_the_script_reads_every_kind_of_file_and_reports_each(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": TEXT}) + "\n\n" + json.dumps({"question": TEXT}))
     (tmp_path / "c.json").write_text(json.dumps([{"instruction": TEXT, "broken": "\ud83d"}]))
-    files = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.json")]
+    files = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.json")]
     out = tmp_path / "tokenizer.json"
 
-    result = run_script("--data", *files, "--vocab_size", "350", "--out", str(out))
-    assert result.returncode == 0, result.stderr
-    said = result.stdout
-    assert "350 tokens in" in said and all(f"\n{name} " in said for name in ("a.txt", "b.jsonl", "c.json", "all"))
+    run_script(monkeypatch, "--data", *files, "--vocab_size", 350, "--out", out)
+    printed = capsys.readouterr().out
+    assert "350 tokens in" in printed
+    assert all(f"\n{name} " in printed for name in ("a.txt", "b.jsonl", "c.json", "all"))
     assert Tokenizer.load(out).vocab_size == 350
 
 
-def test_a_bad_line_of_the_data_is_named(tmp_path):
+def test_a_bad_line_of_the_data_is_named(tmp_path, monkeypatch):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "a"}\n{"text"\n')
-    result = run_script("--data", str(path), "--out", str(tmp_path / "out.json"))
-    assert result.returncode == 1 and result.stderr.startswith(f"{path}, line 2: not JSON")
+    with pytest.raises(SystemExit, match=f"^{path}, line 2: not JSON"):
+        run_script(monkeypatch, "--data", path, "--out", tmp_path / "out.json")
