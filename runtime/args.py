@@ -130,6 +130,18 @@ def add_training_args(parser: argparse.ArgumentParser):
     add("--wandb_project", default="MiniDistill", help="project in Weights & Biases")
 
 
+def add_process_args(parser: argparse.ArgumentParser, dtype: bool = True):
+    """The flags of a script that runs a model in several processes without training it."""
+    add = parser.add_argument_group("hardware").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    if dtype:
+        add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
+            help="dtype of the matrix products; bfloat16 falls back to float32 where the hardware "
+                 "has none")
+    add("--ddp", action="store_true", help="several processes, started by torchrun")
+    add("--local_rank", type=int, default=-1, help="GPU of this process; -1: set by torchrun")
+
+
 def lora_options(args) -> dict | None:
     """The arguments of add_lora; None without --lora_rank."""
     if not args.lora_rank:

@@ -1,10 +1,9 @@
 """
-文件：要么完整写入，要么不写；可分块、可续做的大文件。
-Files that are written completely or not at all, and large files that are made in resumable parts.
+文件：要么完整写入，要么不写。
+Files that are written completely or not at all.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -56,53 +55,3 @@ def file_sha256(path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-class PartFiles:
-    """A file that any number of processes make in parts, in a folder beside it, until all parts
-    exist:
-
-    OUT.parts/about.json        what the parts are made from
-    OUT.parts/part-00000.*      the result of one part
-
-    The work and the random numbers of a part depend on its number alone. So any number of processes
-    writes the same file, and the same command resumes an interrupted one.
-    """
-
-    suffix, others = ".json", "another file"
-
-    def __init__(self, out, about: dict, n_parts: int):
-        self.out, self.folder = Path(out), Path(f"{out}.parts")
-        self.about, self.n_parts = about, n_parts
-
-    def prepare(self) -> list[int]:
-        """Returns the missing parts. Raises ValueError if the file exists, or parts of another file
-        do."""
-        if self.out.exists():
-            raise ValueError(f"{self.out} exists already. Give another --out, or remove it")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        about = self.folder / "about.json"
-        if about.exists():
-            was = json.loads(about.read_text())
-            changed = [f"{name} was {was.get(name)}, is {value}"
-                       for name, value in self.about.items() if was.get(name) != value]
-            if changed:
-                raise ValueError(f"{self.folder} holds parts of {self.others}: "
-                                 f"{'; '.join(changed)}. Resume with the same settings, give "
-                                 "another --out, or remove that folder")
-        elif any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} exists already and holds other files. Give another "
-                             "--out, or remove it")
-        else:
-            write_atomic(about, lambda file: file.write(json.dumps(self.about, indent=2).encode()))
-        return self.missing()
-
-    def path(self, part: int) -> Path:
-        return self.folder / f"part-{part:05d}{self.suffix}"
-
-    def missing(self) -> list[int]:
-        return [part for part in range(self.n_parts) if not self.path(part).exists()]
-
-    def remove(self):
-        """Remove the folder, once the file is written."""
-        shutil.rmtree(self.folder)

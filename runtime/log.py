@@ -17,6 +17,7 @@ from runtime.files import read_lines, write_atomic
 from runtime.processes import World, is_main_process, sum_over_processes
 
 LOG_FILES = []          # into which Logger writes too
+SECONDS = 10            # between two lines of ProgressBar
 
 
 def Logger(content):
@@ -27,6 +28,41 @@ def Logger(content):
         for path in LOG_FILES:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(f"{content}\n")
+
+
+class ProgressBar:
+    """The progress of this process's share of some work: a bar on a terminal, else a line every ten
+    seconds. Only the main process prints; it assumes that the others are as fast."""
+
+    def __init__(self, total: int, unit: str, world: World):
+        self.total, self.unit, self.world, self.done, self.tokens = total, unit, world, 0, 0
+        self.start = self.printed = time.perf_counter()
+        self.bar = tqdm(total=total, unit=f" {unit}", unit_scale=True, dynamic_ncols=True,
+                        disable=world.rank != 0 or not sys.stderr.isatty())
+
+    def add(self, done: int, tokens: int = 0):
+        """So many more units are done. tokens: of a unit that is not tokens, for the pace."""
+        self.done += done
+        self.tokens += tokens
+        now, seconds = time.perf_counter(), self.seconds()
+        pace = f"{self.world.size * self.tokens / seconds:,.0f} tokens/s" if self.tokens else ""
+        if not self.bar.disable:
+            self.bar.set_postfix_str(pace, refresh=False)
+            self.bar.update(done)
+        elif self.done and (now - self.printed > SECONDS or self.done == self.total):
+            self.printed = now
+            share = " of this process" if self.world.size > 1 else ""
+            rate = self.world.size * self.done / seconds
+            left = (self.total - self.done) * seconds / self.done / 60
+            texts = [f"{self.done:,}/{self.total:,} {self.unit}{share}",
+                     f"{rate:,.1f} {self.unit}/s", pace, f"{left:.1f} min left"]
+            Logger("  ".join(filter(None, texts)))
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def close(self):
+        self.bar.close()
 
 
 class Clock:

@@ -1,25 +1,28 @@
 """
 画图：几次训练的曲线画在同一张图里。
-Plot: the curves of several runs in one picture, from the .jsonl that each run leaves beside its weights.
+Plot: the curves of several runs in one picture, from the .jsonl log beside each run's weights.
 
-    python scripts/plot.py --logs distilled=out/a/full_dist_64.jsonl alone=out/b/full_dist_64.jsonl --out out/curves.png
-    python scripts/plot.py --logs out/a/full_dist_64.jsonl --only loss grad_norm --out out/curves.png
+    python scripts/plot.py --logs distilled=out/a/full_dist_64.jsonl alone=out/b/full_dist_64.jsonl
+    \\
+        --out out/curves.png
+    python scripts/plot.py --logs out/a/full_dist_64.jsonl --only loss grad_norm --out
+    out/curves.png
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
-from runtime.args import checking_input, parse_args
-from runtime.files import read_lines, write_atomic
 
-# Run as `python scripts/plot.py`, Python looks for modules in scripts/ only; the shelves lie one folder up.
+# `python scripts/plot.py` looks for modules in scripts/ alone; ours are one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from runtime.args import checking_input, make_parser, parse_args
+from runtime.files import read_lines, write_atomic
 
 
 def read_curves(path: Path) -> dict[str, dict[int, float]]:
-    """{quantity: {step: value}} of a log. Raises FileNotFoundError, or ValueError for a file that is none."""
+    """{quantity: {step: value}} of a log. Raises FileNotFoundError, or ValueError if it is no
+    log."""
     if not path.exists():
         raise FileNotFoundError(f"no log at {path}; a run writes NAME.jsonl beside its NAME.pth")
     if path.suffix != ".jsonl":
@@ -31,7 +34,8 @@ def read_curves(path: Path) -> dict[str, dict[int, float]]:
             for name in row.keys() - {"step"}:
                 curves.setdefault(name, {})[row["step"]] = row[name]
         except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}: no row of a training log: {line.strip()[:80]}") from error
+            raise ValueError(f"{path}, line {number}: no row of a training log: "
+                             f"{line.strip()[:80]}") from error
     return curves
 
 
@@ -51,28 +55,30 @@ def draw(runs: dict[str, dict], names: list[str], path: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--logs", nargs="+", required=True, metavar="[LABEL=]FILE", help="logs of the runs")
-    add("--only", nargs="+", default=None, metavar="NAME", help="quantities to draw; default: those of the validation "
-                                                                "that all runs have")
-    add("--out", type=Path, required=True, help="the picture, FILE.png")
+    add("--only", nargs="+", default=None, metavar="NAME",
+        help="quantities to draw; default: validation quantities that all runs have")
+    add("--out", type=Path, required=True, help="picture to write, FILE.png")
     args = parse_args(parser)
+    if args.out.suffix != ".png":
+        parser.error(f"--out {args.out}: a picture is written as FILE.png")
 
     with checking_input():
         runs = {}
         for spec in args.logs:
             label, _, path = spec.rpartition("=")
             runs[label or Path(path).stem] = read_curves(Path(path))
-        names = args.only or sorted(set.intersection(*({name for name in curves if name.startswith("val_")}
-                                                       for curves in runs.values())))
+        common = set.intersection(*(set(curves) for curves in runs.values()))
+        names = args.only or sorted(name for name in common if name.startswith("val_"))
         known = sorted(set().union(*runs.values()))
         missing = [name for name in names if name not in known]
         if missing or not names:
-            wanted = f"none of these logs has {', '.join(missing)}" if missing else "these logs have no validation in common"
-            raise ValueError(f"{wanted}; name some of these with --only: {', '.join(known) or '(they are empty)'}")
-        if args.out.suffix != ".png":
-            raise ValueError(f"--out {args.out}: a picture is written as FILE.png")
+            problem = (f"none of these logs has {', '.join(missing)}" if missing
+                       else "these logs have no validation quantity in common")
+            raise ValueError(f"{problem}; name some of these with --only: "
+                             f"{', '.join(known) or '(they are empty)'}")
     draw(runs, names, args.out)
     print(f"{args.out}: {', '.join(names)} of {', '.join(runs)}")
 

@@ -1,13 +1,12 @@
 """
 配置与启动脚本的规律：每个 YAML 都合它的脚本的参数；后者覆盖前者，命令行覆盖一切。
-Laws of the configs and of the scripts that launch them: every YAML fits the flags of its script; a later file overrides an
-earlier one, and the command line overrides all.
+Laws of the configs and of the launch scripts: every YAML fits the flags of its script; a later file
+overrides an earlier one, and the command line overrides all.
 """
 
 import argparse
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,39 +16,24 @@ import yaml
 
 from helpers_run import ROOT, rows, succeed
 from runtime.args import parse_args
+from scripts.list_flags import parser_of
 
 LAUNCHERS = {"scripts/run_skd.sh": "train_distillation.py", "scripts/run_seqkd.sh": "train_sft.py",
              "scripts/run_onpolicy_kd.sh": "train_onpolicy.py"}
 
 
 def uses() -> set[tuple[str, tuple[str, ...]]]:
-    """(script, configs) of every command that stands in a README, in a launch script or at the head of a config."""
-    texts = [ROOT / "README.md", *ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/*.yaml")]
+    """(script, configs) of every command in the README, a launch script or the head of a config."""
     found = set()
-    for path in texts:
-        for script, files in re.findall(r"(\S+\.(?:py|sh)) .*?--config ((?:configs/\S+\.yaml ?)+)", path.read_text()):
+    for path in [ROOT / "README.md", *ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/*.yaml")]:
+        text = re.sub(r" \\\n[# ]*", " ", path.read_text())      # lines that a backslash joins
+        for script, files in re.findall(
+                r"(\S+\.(?:py|sh)) .*?--config ((?:configs/\S+\.yaml ?)+)", text):
             found.add((LAUNCHERS.get(script, script), tuple(files.split())))
     return found
 
 
 USES = sorted(uses())
-
-
-class Made(Exception):
-    pass
-
-
-def parser_of(script) -> argparse.ArgumentParser:
-    """A script's table of flags, as it stands when parse_args is to read the command line."""
-    def stop(parser, argv=None):
-        raise Made(parser)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "parse_args", stop)
-        patch.setattr(sys, "argv", [script])
-        with pytest.raises(Made) as made:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    return made.value.args[0]
 
 
 def read(script, configs) -> dict:
@@ -211,7 +195,7 @@ def test_seqkd_writes_the_answers_first_unless_they_are_there(tools, tmp_path):
     assert f"--data_path {answers}" in second
     answers.touch()
     first, second = bash("scripts/run_seqkd.sh", before=tools, ANSWERS=answers).stdout.splitlines()
-    assert first == f"the answers are there: {answers}" and second.startswith("torchrun")
+    assert first == f"the answers exist: {answers}" and second.startswith("torchrun")
 
 
 def test_seqkd_learns_the_replay_beside_the_answers(tools):

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from helpers_run import TINY, complaint, start, succeed, wait_until
 from evaluation.scores import Score
-from scripts.evaluate import draw, kl_by_position, tables
+from evaluation.metrics import kl_by_position, tables
+from scripts.evaluate import draw
 from runtime.log import draw_curves
 
 

@@ -1,24 +1,23 @@
 """
-教师作答的规律：写下的就是教师贪心生成的；怎么跑都是同一个文件；不成对的行指名道姓。
-Laws of a teacher's answers: what is written is what it says, the file is the same however it came about, and rows that
-do not belong together are named.
+教师作答的规律：文件里就是教师贪心生成的答案；怎么跑都是同一个文件；不成对的行会被指出。
+Laws of a teacher's answers: the file holds what it generates, the file is the same however it was made, and rows that are
+no pair are named.
 """
 
 import json
 import re
-import runpy
 import shlex
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from helpers_run import ROOT, TINY, complaint, run, start, succeed, wait_until
+from helpers_run import ROOT, TINY, complaint, start, succeed, wait_until
 from interop.checkpoint import load_model, new_model, save_model
 from model.config import LMConfig
 from model.generate import generate
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
+from scripts.generate_answers import main, part_slices, read_tasks, text_of, why_not
 
 SCRIPT = "scripts/generate_answers.py"
 N = 32
@@ -37,9 +36,9 @@ def read(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def counts(told: str) -> tuple[str, str]:
+def counts(printed: str) -> tuple[str, str]:
     """What a run said at its end, less what the clock decides."""
-    return re.search(r"wrote (.*); [\d.]+ s, .* tokens/s((\n.*)*)\nLearn", told).group(1, 2)
+    return re.search(r"wrote (.*); [\d.]+ s, .* tokens/s((\n.*)*)\nLearn", printed).group(1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +108,10 @@ def test_an_answer_without_an_end_is_left_out_and_counted_or_kept(written, said,
     empty = sum(ended and not text.strip() for text, ended in said)
     assert unfinished > 0
     assert f"wrote {N - unfinished - empty} of {N} answers; left out: {unfinished} no end within" in written[1]
-    told = succeed(SCRIPT, out=tmp_path / "kept.jsonl", **flags, keep_unfinished=True)
+    printed = succeed(SCRIPT, out=tmp_path / "kept.jsonl", **flags, keep_unfinished=True)
     assert [row["conversations"][-1]["content"] for row in read(tmp_path / "kept.jsonl")] == [
         text for text, _ in said if text.strip()]
-    assert f"{unfinished} of those written have no end" in told
+    assert f"{unfinished} of those written have no end" in printed
 
 
 def test_an_answer_that_would_be_learned_in_other_tokens_is_counted(written, teacher):
@@ -123,11 +122,10 @@ def test_an_answer_that_would_be_learned_in_other_tokens_is_counted(written, tea
         prompt = tokenizer.encode_chat([question(row["id"], "count up. ")], add_generation_prompt=True)[0]
         (answer,) = generate(model, [prompt], 16, tokenizer.end_of_turn)
         respelt += tokenizer.encode(tokenizer.decode(answer)) != answer
-    assert respelt > 0 and f"{respelt} of those written are other tokens when their text is encoded again" in written[1]
+    assert respelt > 0 and f"{respelt} of those written have other tokens when their text is encoded again" in written[1]
 
 
 def test_an_answer_is_the_text_that_encodes_to_its_tokens_where_a_space_is_put_before_texts():
-    text_of = runpy.run_path(str(ROOT / SCRIPT))["text_of"]
     ranks = {bytes([value]): 16 + value for value in range(256)}
     for prefix_space in (False, True):
         tokenizer = Tokenizer(PATTERN, SPECIAL_TOKENS, ranks, prefix_space=prefix_space)
@@ -168,43 +166,43 @@ def test_only_right_answers_are_kept_if_asked(said, flags, tmp_path):
     data = write(tmp_path / "gold.jsonl", [
         {"id": i, "conversations": [question(i), {"role": "assistant", "content": f"{text} " if i % 2 == 0 else "no"}]}
         for i, (text, _) in enumerate(said) if text.strip()])
-    told = write(tmp_path / "told.jsonl", [
+    printed = write(tmp_path / "printed.jsonl", [
         {"question": question(i, "count up. ")["content"]} for i, (text, _) in enumerate(said) if text.strip()])
-    pairs = flags | {"data_path": data, "teacher_data_path": told, "only_right": True}
-    told = succeed(SCRIPT, out=tmp_path / "out.jsonl", **pairs)
+    pairs = flags | {"data_path": data, "teacher_data_path": printed, "only_right": True}
+    printed = succeed(SCRIPT, out=tmp_path / "out.jsonl", **pairs)
     wrong = sum(ended and text.strip() != "" for text, ended in said[1::2])
     assert [row["id"] for row in read(tmp_path / "out.jsonl")] == [
         i for i, (text, ended) in enumerate(said) if ended and text.strip() and i % 2 == 0]
-    assert f"{wrong} not the right answer" in told
+    assert f"{wrong} not the file's answer" in printed
 
 
 def test_a_question_that_leaves_no_room_for_an_answer_is_left_out_and_counted(flags, tmp_path):
     data = write(tmp_path / "long.jsonl", [{"question": "1 " * 100}, {"question": "1 + 1"}])
     alone = flags | {"data_path": data, "teacher_data_path": None, "keep_unfinished": True}
-    told = succeed(SCRIPT, out=tmp_path / "out.jsonl", **alone)
-    assert "wrote 1 of 2 answers; left out: 1 the question fills the teacher's max_seq_len" in told
+    printed = succeed(SCRIPT, out=tmp_path / "out.jsonl", **alone)
+    assert "wrote 1 of 2 answers; left out: 1 the question fills the teacher's max_seq_len" in printed
     assert [row["conversations"][0]["content"] for row in read(tmp_path / "out.jsonl")] == ["1 + 1"]
 
 
-def test_an_answer_without_words_is_left_out_for_no_lesson_reads_it():
-    why_not = runpy.run_path(str(ROOT / SCRIPT))["why_not"]
-    args = SimpleNamespace(keep_unfinished=True, only_right=False)
-    assert [why_not(text, True, None, args) for text in ("", " \n", "5")] == ["empty", "empty", None]
+def test_an_answer_is_left_out_if_it_is_empty_unfinished_or_not_the_gold_one():
+    assert [why_not(text, True, None, False) for text in ("", " \n", "5")] == ["empty", "empty", None]
+    assert [why_not("5", False, None, keep) for keep in (False, True)] == ["unfinished", None]
+    assert [why_not(" 5", True, gold, False) for gold in ("5 ", "6")] == [None, "wrong"]
 
 
 def test_what_was_written_is_learned_by_the_config_of_the_lesson(written, folder, tmp_path):
-    told = succeed("train_sft.py", config=ROOT / "configs/seqkd_tiny.yaml", weights=folder / "model.pth",
+    printed = succeed("train_sft.py", config=ROOT / "configs/seqkd_tiny.yaml", weights=folder / "model.pth",
                    data_path=written[0], **TINY | {"max_steps": 2, "batch_size": 4, "out_dir": tmp_path})
-    assert f"{len(read(written[0]))} samples of {written[0]}; validation: none" in told
+    assert f"{len(read(written[0]))} samples of {written[0]}; validation: none" in printed
     assert (tmp_path / "full_sft_32.pth").exists()
 
 
-def test_the_command_that_is_told_at_the_end_runs_and_leaves_the_teacher_as_it_was(written, folder):
+def test_the_command_that_is_printed_at_the_end_runs_and_leaves_the_teacher_as_it_was(written, folder):
     """Two steps of it: the student starts from the teacher's weights."""
     _, script, *words = shlex.split(written[1].splitlines()[-1].partition("Learn from them: ")[2])
     before = (folder / "model.pth").read_bytes()
-    told = succeed(script, *words, **TINY | {"max_steps": 2, "batch_size": 4})
-    assert f"from {folder}/model.pth" in told and (folder / "written_sft/full_sft_32.pth").exists()
+    printed = succeed(script, *words, **TINY | {"max_steps": 2, "batch_size": 4})
+    assert f"from {folder}/model.pth" in printed and (folder / "written_sft/full_sft_32.pth").exists()
     assert (folder / "model.pth").read_bytes() == before
 
 
@@ -212,102 +210,83 @@ def test_the_command_that_is_told_at_the_end_runs_and_leaves_the_teacher_as_it_w
 
 
 def test_two_processes_write_what_one_does(sampled, flags, tmp_path):
-    told = succeed(SCRIPT, out=tmp_path / "two.jsonl", processes=2, **flags, **SAMPLED)
+    printed = succeed(SCRIPT, out=tmp_path / "two.jsonl", processes=2, **flags, **SAMPLED)
     assert (tmp_path / "two.jsonl").read_bytes() == sampled[0].read_bytes()
-    assert counts(told) == counts(sampled[1])
+    assert counts(printed) == counts(sampled[1])
     assert [path.name for path in tmp_path.iterdir()] == ["two.jsonl"]
 
 
-@pytest.mark.parametrize("how, code, processes", [(signal.SIGKILL, -9, 2), (signal.SIGINT, 130, 1)])
-def test_a_run_that_is_ended_goes_on_to_the_file_of_an_unbroken_one(how, code, processes, sampled, flags, tmp_path):
+def test_a_run_that_is_interrupted_within_a_part_resumes_to_the_file_of_an_unbroken_one(sampled, flags, tmp_path):
     out, parts = tmp_path / "ended.jsonl", tmp_path / "ended.jsonl.parts"
-    under_way = start(SCRIPT, out=out, **flags, **SAMPLED)
-    wait_until(lambda: len(list(parts.glob("part-*.jsonl"))) >= 2)
-    under_way.send(how)
-    ended = under_way.wait()
-    done = {path: path.stat().st_mtime_ns for path in parts.glob("part-*.jsonl")}
-    assert ended.code == code and not out.exists() and 2 <= len(done) < 16, ended.output
-    if code == 130:
-        assert f"{len(done)} of 16 parts are answered and stay. Go on with: python {SCRIPT}" in ended.output
+    running = start(SCRIPT, out=out, **flags, **SAMPLED)
+    wait_until(lambda: len(list(parts.glob("part-*.json"))) >= 2)
+    running.send(signal.SIGINT)
+    ended, n_done = running.wait(), len(list(parts.glob("part-*.json")))
+    assert ended.code == 130 and not out.exists() and 2 <= n_done < 16, ended.output
+    assert f"{n_done} of 16 parts are saved. Resume with: python {SCRIPT}" in ended.output
 
-    told = complaint(SCRIPT, out=out, **flags, **SAMPLED | {"temperature": 0.5})
-    assert f"{parts} holds parts of other answers: --temperature was 1.0, is 0.5. " in told and "other --out" in told
-    assert done == {path: path.stat().st_mtime_ns for path in parts.glob("part-*.jsonl")}
-
-    told = succeed(SCRIPT, out=out, processes=processes, **flags, **SAMPLED)
-    assert f"{16 - len(done)} of 16 parts are to be answered" in told
-    assert counts(told) == counts(sampled[1])
+    printed = complaint(SCRIPT, out=out, **flags, **SAMPLED | {"temperature": 0.5})
+    assert f"{parts} holds parts of another file: --temperature was 1.0, is 0.5. " in printed
+    printed = succeed(SCRIPT, out=out, **flags, **SAMPLED)
+    assert f"{16 - n_done} of 16 parts are missing" in printed and counts(printed) == counts(sampled[1])
     assert out.read_bytes() == sampled[0].read_bytes() and not parts.exists()
 
 
 def test_few_questions_are_one_batch_and_many_are_parts_of_eight_batches():
     """Answers: 20 of one batch of 64; 320 in 16 parts if the batch is 10; 1,600 of batches of 10 in parts of 80."""
-    Parts = runpy.run_path(str(ROOT / SCRIPT))["Parts"]
-    for n, batch_size, num_samples, parts in (
+    for n, batch_size, num_samples, n_parts in (
             (20, 64, 1, 1), (320, 10, 1, 16), (1600, 10, 1, 20), (400, 10, 4, 20), (3, 1, 8, 3)):
-        slices = Parts("out", {}, n, batch_size, num_samples).slices
-        assert len(slices) == parts and [i for each in slices for i in range(n)[each]] == list(range(n))
+        slices = part_slices(n, batch_size, num_samples)
+        assert len(slices) == n_parts and [i for each in slices for i in range(n)[each]] == list(range(n))
 
 
 # ------------------------------------------------------------------------------------------------------- what is refused
 
 
-def test_answers_that_are_there_already_stay(written, flags):
-    before = written[0].read_bytes()
-    assert f"{written[0]} is there already. Give another --out, or remove it" in complaint(SCRIPT, out=written[0], **flags)
-    assert written[0].read_bytes() == before
-
-
-def test_a_folder_of_something_else_stays(flags, tmp_path):
-    mine = tmp_path / "out.jsonl.parts"
-    mine.mkdir()
-    (mine / "novel.txt").write_text("Once")
-    assert f"{mine} is there already, and is not from here" in complaint(SCRIPT, out=tmp_path / "out.jsonl", **flags)
-    assert (mine / "novel.txt").exists()
-
-
-def test_rows_that_are_no_pair_are_named(flags, tmp_path):
+def test_rows_that_are_no_pair_are_named(tmp_path):
     one = write(tmp_path / "one.jsonl", [{"question": "a", "answer": "1"}, {"question": "b", "answer": "2"}])
     other = write(tmp_path / "other.jsonl", [{"question": "a", "answer": "1"}, {"question": "b", "answer": "3"}])
     longer = write(tmp_path / "longer.jsonl", [{"question": each} for each in "abc"])
-    pairs = flags | {"data_path": one, "out": tmp_path / "out.jsonl"}
-    told = complaint(SCRIPT, **pairs | {"teacher_data_path": other})
-    assert f"row 2 of {one} and of {other} are no pair: the answer is '2' in the one, '3' in the other" in told
-    told = complaint(SCRIPT, **pairs | {"teacher_data_path": longer})
-    assert f"{one} has 2 rows, {longer} 3: row by row they must hold the same questions" in told
-    told = complaint(SCRIPT, **pairs | {"teacher_data_path": [one, other]})
-    assert "--teacher_data_path names 2 files, --data_path 1; they are pairs" in told
-    assert not (tmp_path / "out.jsonl.parts").exists()
+    for path, more, reason in (
+            (other, {}, f"row 2 of {one} and of {other} are no pair: the answer is '2' in the one, '3' in the other"),
+            (longer, {}, f"{one} has 2 rows, {longer} 3: row by row they must hold the same questions")):
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            read_tasks([one], [path])
+    with pytest.raises(ValueError, match=f"{longer}, row 1 has no answer to compare the teacher's with"):
+        read_tasks([longer], None, only_right=True)
 
 
-def test_a_bad_line_on_one_side_takes_its_partner_with_it(flags, tmp_path):
+def test_a_bad_line_on_one_side_takes_its_partner_with_it(tmp_path):
     one = write(tmp_path / "one.jsonl", [{"question": each, "answer": each} for each in "abc"])
-    other = write(tmp_path / "other.jsonl", [{"question": "a"}, {"title": "b"}, {"question": "c", "answer": "c"}])
-    pairs = flags | {"data_path": one, "teacher_data_path": other, "out": tmp_path / "out.jsonl", "keep_unfinished": True}
-    assert f"{other}, line 2: no known format" in complaint(SCRIPT, **pairs)
-    succeed(SCRIPT, **pairs, skip_bad_lines=True)
-    assert [row["conversations"][0]["content"] for row in read(tmp_path / "out.jsonl")] == ["a", "c"]
+    other = write(tmp_path / "other.jsonl", [{"question": "A"}, {"title": "b"}, {"question": "C", "answer": "c"}])
+    with pytest.raises(ValueError, match=f"{other}, line 2: no known format"):
+        read_tasks([one], [other])
+    tasks = read_tasks([one], [other], skip_bad_lines=True)
+    assert [(task.question.messages[0]["content"], task.messages[0]["content"], task.gold) for task in tasks] == [
+        ("a", "A", "a"), ("c", "C", "c")]
 
 
-def test_what_cannot_be_answered_says_why(flags, folder, tmp_path):
+def test_what_cannot_be_answered_says_why(flags, tmp_path):
     out = tmp_path / "out.jsonl"
-    told = complaint(SCRIPT, out=out, **flags, only_right=True)
-    assert f"{folder}/student.jsonl, row 1 has no answer that the teacher's can be compared with" in told
-    told = complaint(SCRIPT, out=out, **flags | {"data_path": "none.jsonl", "teacher_data_path": None})
-    assert "no file at none.jsonl" in told
-    told = complaint(SCRIPT, out=out, **flags | {"teacher": "none.pth"}, processes=2)
-    assert "no weights at none.pth" in told
-    told = complaint(SCRIPT, out=out, **flags | {"max_new_tokens": 1}, limit=1)
-    assert "nothing to write: 0 of 1 answers; left out: 1 no end" in told and not list(tmp_path.iterdir())
+    printed = complaint(SCRIPT, out=out, **flags | {"data_path": "none.jsonl", "teacher_data_path": None})
+    assert "no file at none.jsonl" in printed
+    printed = complaint(SCRIPT, out=out, **flags | {"teacher": "none.pth"}, processes=2)
+    assert "no weights at none.pth" in printed
+    printed = complaint(SCRIPT, out=out, **flags | {"max_new_tokens": 1}, limit=1)
+    assert "nothing to write: 0 of 1 answers; left out: 1 no end" in printed and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("more, reason", [
-    ({"max_new_tokens": 0}, "--max_new_tokens 0"), ({"num_samples": 0}, "--num_samples 0"),
-    ({"batch_size": 0}, "--batch_size 0"), ({"limit": -1}, "--limit -1 0 or more"),
-    ({"temperature": -1}, "--temperature -1 must be 0 or more"),
-    ({"temperature": 1, "top_p": 0}, r"--top_p 0 in \(0, 1\]"), ({"temperature": 1, "top_k": -1}, "--top_k -1 0 or more"),
-    ({"num_samples": 2}, "are of a --temperature above 0"), ({"top_k": 20}, "are of a --temperature above 0"),
+    ({"max_new_tokens": 0}, "--max_new_tokens 0 must be 1 or more"),
+    ({"temperature": -1}, "--temperature -1.0 must be 0 or more"),
+    ({"temperature": 1, "top_p": 0}, r"--top_p 0.0 must lie in (0, 1]"),
+    ({"num_samples": 2}, "need a --temperature above 0"), ({"top_k": 20}, "need a --temperature above 0"),
+    ({"data_path": ["a", "b"]}, "--teacher_data_path names 1 files, --data_path 2; they are pairs"),
 ])
-def test_a_flag_out_of_range_is_refused(more, reason, flags, tmp_path):
-    ended = run(SCRIPT, out=tmp_path / "out.jsonl", **flags | more)
-    assert ended.code == 2 and re.search(reason, ended.output), ended.output
+def test_a_flag_out_of_range_is_refused(more, reason, flags, tmp_path, monkeypatch, capsys):
+    given = flags | {"out": tmp_path / "out.jsonl"} | more
+    argv = [[f"--{name}", *map(str, value if isinstance(value, list) else [value])] for name, value in given.items()]
+    monkeypatch.setattr("sys.argv", [SCRIPT, *sum(argv, [])])
+    with pytest.raises(SystemExit):
+        main()
+    assert reason in capsys.readouterr().err

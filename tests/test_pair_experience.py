@@ -1,17 +1,16 @@
 """
 经验成对的规律：两份文件逐行同答；示范同类而不同组；留出的组在训练里见不到；同一种子，同样的字节。
-Laws of pairs with experience: row by row the same answers, a demonstration of the same kind from another group, nothing of
-what is held out in the training files, and the same bytes for the same seed.
+Laws of pairs for context distillation: row by row the same answers, a demonstration of the same kind
+from another group, no held-out group in the training files, the same bytes for the same seed.
 """
 
 import json
 import re
-import runpy
 import sys
 
 import pytest
 
-from helpers_run import ROOT
+from scripts.pair_experience import main
 
 NAMES = [f"{part}_{side}" for part in ("train", "test") for side in ("student", "teacher")]
 
@@ -29,11 +28,11 @@ def write(path, rows):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(train=3) is `python scripts/pair_experience.py --train 3`, in this process. Returns (exit status, what it said)."""
-    main = runpy.run_path(str(ROOT / "scripts/pair_experience.py"))["main"]
-
+    """run(train=3) is `python scripts/pair_experience.py --train 3`, in this process. Returns its
+    exit status and what it printed."""
     def run_it(**flags):
-        argv = [[f"--{name}", *([] if value is True else [str(value)])] for name, value in flags.items() if value is not None]
+        argv = [[f"--{name}", *([] if value is True else [str(value)])]
+                for name, value in flags.items() if value is not None]
         monkeypatch.setattr(sys, "argv", ["pair_experience.py", *sum(argv, [])])
         try:
             main()
@@ -168,7 +167,9 @@ def test_fewer_pairs_are_the_first_of_all_pairs(flags, tmp_path, succeed):
     said = succeed(**flags | {"out_dir": tmp_path / "few"}, train=3, test=2)
     everything, few = files(flags["out_dir"]), files(tmp_path / "few")
     assert all(few[name] == everything[name][:3 if "train" in name else 2] for name in NAMES)
-    assert "train: 3 pairs of 16 rows; left out: 13 more than were asked for" in said
+    assert "train: 3 pairs of 16 rows; left out: 13 more than requested" in said
+    assert said.splitlines()[-4:-1] == ["train  test  demonstrations  kind",
+                                        "    1     2               8  'heat'", "    2     0               8  'wash'"]
 
 
 def test_a_text_may_be_as_long_as_max_chars(flags, tmp_path, succeed):
@@ -199,7 +200,7 @@ def test_a_row_that_nothing_demonstrates_is_left_out_and_counted(flags, succeed)
     ({"id": "wash-1/0"}, "no 'kind', the key of --same (keys found: question, answer, id)"),
     ({"id": "wash-1/0", "kind": ["wash"]}, "kind is ['wash'], neither text nor number"),
     ({"id": "wash", "kind": "wash"}, r"--apart '(\\d+)/' finds no group in the id 'wash'"),
-    ({"kind": "wash"}, r"no 'id' that --apart '(\\d+)/' could be looked for in (keys found: question, answer, kind)"),
+    ({"kind": "wash"}, r"no 'id' for --apart '(\\d+)/' (keys found: question, answer, kind)"),
     ({"id": "wash-1/0", "kind": "wash", "answer": 5}, "answer is 5, not a string"),
 ])
 def test_a_row_that_lacks_something_is_named_or_skipped(bad, reason, flags, run):
@@ -209,11 +210,12 @@ def test_a_row_that_lacks_something_is_named_or_skipped(bad, reason, flags, run)
     assert code == 1 and f"{flags['data_path']}, line 21: {reason}. Fix the line, or pass --skip_bad_lines" in said
     assert not flags["out_dir"].exists()
     code, said = run(**flags, skip_bad_lines=True)
-    assert code == 0 and f"left out 1 of 21 lines. {flags['data_path']}, line 21: {reason}" in said and "20 rows in 5 groups" in said
+    assert code == 0 and f"{flags['data_path']}: left out 1 of 21 lines. line 21: {reason}" in said
+    assert "20 rows in 5 groups" in said
 
 
 @pytest.mark.parametrize("rows, reason", [
-    ([], "has no row to make a pair of. It is empty"),
+    ([], "is empty"),
     ([row("wash", 1, 0), row("wash", 1, 1)], "all 2 rows are of one group, '1': none can be held out"),
     ([row("wash", 1), row("heat", 2), row("dry", 3)],
      "nothing to write. train: 0 pairs of 2 rows; left out: 2 without a demonstration"),
@@ -230,13 +232,13 @@ def test_files_that_are_there_already_stay(flags, run):
     mine = flags["out_dir"] / "test_teacher.jsonl"
     mine.write_text("mine")
     code, said = run(**flags)
-    assert code == 1 and f"there already: {mine}. Give another --out_dir, or remove them" in said
+    assert code == 1 and f"{mine} exists already. Give another --out_dir, or remove it" in said
     assert [*flags["out_dir"].iterdir()] == [mine] and mine.read_text() == "mine"
 
 
 @pytest.mark.parametrize("more, reason", [
     ({"apart": r"\d+/"}, r"--apart '\\d+/' has no group"), ({"apart": "(a"}, "--apart '(a' is no regular expression"),
-    ({"test_share": 1}, "--test_share 1 must be in (0, 1)"), ({"train": -1}, "--train -1"),
+    ({"test_share": 1}, "--test_share 1.0 must lie in (0, 1)"), ({"train": -1}, "--train -1"),
     ({"max_demonstration_chars": -1}, "--max_demonstration_chars -1 must be 0 or more"),
 ])
 def test_a_flag_out_of_range_is_refused(more, reason, flags, run):

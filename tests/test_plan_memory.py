@@ -1,6 +1,7 @@
 """
 显存规划的规律：参数一个不差，激活逐字节等于 autograd 真正保存的，分片除以进程数。
-Laws of the memory plan: weights are counted to the last one, activations to the byte that autograd keeps, and shards divide.
+Laws of the memory plan: weights are counted exactly, activations to the byte that autograd keeps, and
+shards divide by the number of processes.
 """
 
 import itertools
@@ -14,18 +15,23 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from helpers_run import complaint, succeed
 from model.config import LMConfig
 from model.lora import add_lora, store_frozen
 from model.transformer import Transformer
-from scripts.plan_memory import (SIZES, USABLE, Recipe, activations, count, kept_beside_layers, kept_of_a_layer,
-                                 measure, remedy, smallest_that_fits, terms, total)
+from model.sizes import SIZES
+from scripts.plan_memory import (Recipe, Term, count, kept_beside_layers, kept_of_a_layer, main,
+                                 measure, plan, remedy, smallest_that_fits, table, total)
 
 SMALL = LMConfig(dim=32, n_layers=3, n_heads=8, n_kv_heads=2, head_dim=8, hidden_dim=80, vocab_size=50, max_seq_len=64)
 
 
 def by_name(config, recipe, teacher=None, **more) -> dict[str, int]:
-    return {term.name: term.bytes for term in terms(config, teacher, recipe, **more)}
+    return {term.name: term.bytes for term in plan(config, teacher, recipe, **more)}
+
+
+def test_a_formula_is_computed_as_it_is_printed():
+    assert Term("", "4 B x 1,001 / 8 processes").bytes == 500
+    assert Term("", "(2 + 4) B x one layer's 10 + 3 tokens x (2 layers x 5 + 1)").bytes == 93
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -37,7 +43,7 @@ def test_the_weights_counted_are_those_of_the_model(sizes):
     config = replace(SMALL, **sizes)
     model, n = Transformer(config), count(config)
     assert n.all == n.trained == model.n_parameters()
-    assert n.words + 3 * n.layer == n.all
+    assert n.rest + 3 * n.layer == n.all
     assert count(config, lora_rank=4).trained == add_lora(model, 4).n_trained
 
 
@@ -49,7 +55,7 @@ def test_the_sizes_have_the_weights_that_are_published(name, weights):
 
 
 def test_the_weights_of_8b_by_hand():
-    """36 layers of wq and wo, wk and wv, three of the FFN, two norms of 4096 and two of a head; two matrices of words."""
+    """36 layers of wq and wo, wk and wv, three of the FFN, two norms of 4096 and two of a head; embedding and head."""
     layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128
     assert count(SIZES["8B"]).layer == layer == 192_946_432
     assert 36 * layer + 2 * 151_936 * 4096 + 4096 == 8_190_735_360
@@ -59,7 +65,7 @@ def test_16_bytes_for_each_weight_that_trains():
     """8B on one process: 16 x 8,190,735,360 bytes are 131 GB, and no GPU has them."""
     found = by_name(SIZES["8B"], Recipe())
     assert found["weights"] + found["gradients"] + found["AdamW"] == 16 * 8_190_735_360
-    assert smallest_that_fits(SIZES["8B"], 1, 80)[0].lora_rank > 0
+    assert smallest_that_fits(SIZES["8B"], Recipe(grad_checkpoint=True), 72e9)[0].lora_rank > 0
 
 
 # ---------------------------------------------------------------------------------------------------------- activations
@@ -92,15 +98,16 @@ def kept_by_autograd(config, dtype, checkpointed=False) -> int:
 def test_activations_are_what_autograd_keeps_to_the_byte(dtype, qk_norm):
     config = replace(SMALL, qk_norm=qk_norm)
     recipe = Recipe(batch_size=2, max_seq_len=64, dtype=str(dtype)[6:])
-    assert activations(config, recipe).bytes == kept_by_autograd(config, dtype)
+    assert by_name(config, recipe)["activations"] == kept_by_autograd(config, dtype)
 
 
 def test_with_checkpoints_the_inputs_of_the_layers_are_kept_and_one_layer_more():
-    """Three layers, 128 tokens of 32 numbers. The one layer is that which the backward pass is working out again."""
+    """Three layers, 128 tokens of 32 numbers. The one layer is the one that the backward pass recomputes."""
     recipe = Recipe(batch_size=2, max_seq_len=64, dtype="float32", grad_checkpoint=True)
     layer = sum(kept_of_a_layer(SMALL, 4).values())
-    assert activations(SMALL, recipe).bytes == 128 * (3 * 4 * 32 + layer + kept_beside_layers(SMALL))
-    assert activations(SMALL, recipe).bytes < activations(SMALL, replace(recipe, grad_checkpoint=False)).bytes
+    found = by_name(SMALL, recipe)["activations"]
+    assert found == 128 * (3 * 4 * 32 + layer + kept_beside_layers(SMALL))
+    assert found < by_name(SMALL, replace(recipe, grad_checkpoint=False))["activations"]
 
 
 # --------------------------------------------------------------------------------------------------------------- shards
@@ -115,33 +122,34 @@ def test_shards_divide_weights_gradients_and_moments_by_the_processes(shard, lor
         assert shared[name] == whole[name] // 8
 
 
-def test_only_zero3_shares_out_the_teacher():
+def test_only_zero3_shards_the_teacher():
     each = {shard: by_name(SIZES["8B"], Recipe(processes=8, shard=shard), teacher=SIZES["8B"])["teacher"]
             for shard in ("none", "zero2", "zero3")}
     assert each == {"none": 2 * 8_190_735_360, "zero2": 2 * 8_190_735_360, "zero3": 2 * 8_190_735_360 // 8}
 
 
-@pytest.mark.parametrize("shard, lora_rank, grad_checkpoint",
-                         [*itertools.product(("none", "zero2", "zero3"), (0, 16), (False, True))])
-def test_more_processes_never_need_more_each(shard, lora_rank, grad_checkpoint):
-    needed = [total(terms(SIZES["8B"], SIZES["8B"], Recipe(processes=n, shard=shard, lora_rank=lora_rank,
-                                                           grad_checkpoint=grad_checkpoint))) for n in (1, 2, 4, 8)]
-    assert needed == sorted(needed, reverse=True)
+def test_more_processes_never_need_more_each():
+    for shard, lora_rank, grad_checkpoint in itertools.product(
+            ("none", "zero2", "zero3"), (0, 16), (False, True)):
+        needed = [total(plan(SIZES["8B"], SIZES["8B"], Recipe(
+            processes=n, shard=shard, lora_rank=lora_rank, grad_checkpoint=grad_checkpoint)))
+            for n in (1, 2, 4, 8)]
+        assert needed == sorted(needed, reverse=True)
 
 
 def test_zero3_never_needs_more_than_zero2():
     for n in (2, 8):
-        zero2, zero3 = (total(terms(SIZES["14B"], SIZES["14B"], Recipe(processes=n, shard=shard)))
+        zero2, zero3 = (total(plan(SIZES["14B"], SIZES["14B"], Recipe(processes=n, shard=shard)))
                         for shard in ("zero2", "zero3"))
         assert zero3 < zero2
 
 
-# ------------------------------------------------------------------------------------------------ adapters, loss, writing
+# ------------------------------------------------------------------------------------------------ adapters, loss, generation
 
 
 def test_adapters_alone_have_gradients_and_moments():
     """8B at rank 16: 36 layers x 16 x (wq and wo 2 (4096 + 4096), wk and wv 2 (4096 + 1024), FFN 3 (4096 + 12288)). What
-    they stand beside, 192,937,984 a layer in matrices, is stored in bf16: 18.9 GB in all in place of 32.8."""
+    they stand beside, 192,937,984 a layer in matrices, is stored in bf16: 18.9 GB in all instead of 32.8."""
     trained = 36 * 16 * (2 * 8192 + 2 * 5120 + 3 * 16384)
     matrices = 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
     found = by_name(SIZES["8B"], Recipe(lora_rank=16))
@@ -161,17 +169,17 @@ def test_the_weights_of_a_model_with_adapters_take_the_bytes_that_are_planned(si
     assert planned["weights"] + planned["adapters"] == sum(each.nbytes for each in model.parameters())
 
 
-def test_a_teacher_of_no_weights_costs_nothing():
+def test_a_teacher_without_weights_of_its_own_takes_no_memory():
     assert "teacher" not in by_name(SIZES["8B"], Recipe(lora_rank=16))
 
 
-def test_the_student_writes_before_it_learns_so_that_the_larger_counts():
+def test_generation_comes_before_the_backward_pass_so_that_only_the_larger_counts():
     """8B: 2 x 2 bytes x 36 layers x 8 x 128 are 147,456 bytes a token; 16 answers of 2,048 tokens take 4.8 GB."""
     recipe = Recipe(grad_checkpoint=True)
-    learning = by_name(SIZES["8B"], recipe)
-    assert by_name(SIZES["8B"], replace(recipe, max_new_tokens=256)) == learning
-    writing = by_name(SIZES["8B"], replace(recipe, max_new_tokens=256, rows=64))
-    assert writing["KV cache"] == 147_456 * 64 * 2048 and "activations" not in writing
+    training = by_name(SIZES["8B"], recipe)
+    assert by_name(SIZES["8B"], replace(recipe, max_new_tokens=256)) == training
+    generating = by_name(SIZES["8B"], replace(recipe, max_new_tokens=256, rows=64))
+    assert generating["KV cache"] == 147_456 * 64 * 2048 and "activations" not in generating
 
 
 def test_whole_logits_cost_more_than_the_fused_loss():
@@ -179,20 +187,19 @@ def test_whole_logits_cost_more_than_the_fused_loss():
     assert by_name(SIZES["8B"], recipe, distilled=False)["loss"] > 2 * by_name(SIZES["8B"], recipe)["loss"]
 
 
-# ------------------------------------------------------------------------------------------------------ table and command
+# ------------------------------------------------------------------------------------------- table and command
 
 
-def test_the_table_takes_the_simplest_recipe_that_fits():
+def test_the_table_takes_the_simplest_recipe_that_fits_and_leaves_out_what_fits_nowhere():
     """0.6B trains whole on any GPU; 8B needs shards for that, and for 32B they are not enough."""
-    assert [str(smallest_that_fits(SIZES[name], 8, 80)[0]) for name in ("0.6B", "8B", "32B")] == [
-        "full, none", "full, zero2", "LoRA 16, zero3"]
-    for n in (1, 8):
-        recipe, needed = smallest_that_fits(SIZES["4B"], n, 80)
-        assert needed == total(terms(SIZES["4B"], SIZES["4B"], recipe)) <= USABLE * 80e9
-
-
-def test_what_fits_nowhere_is_not_in_the_table():
-    assert smallest_that_fits(SIZES["70B"], 1, 80) is None
+    recipe = Recipe(processes=8, grad_checkpoint=True)
+    chosen = [smallest_that_fits(SIZES[name], recipe, 72e9) for name in ("0.6B", "8B", "32B", "70B")]
+    assert [str(found and found[0]) for found in chosen] == [
+        "full, none", "full, zero2", "LoRA 16, zero3", "None"]
+    assert chosen[1][1] == total(plan(SIZES["8B"], SIZES["8B"], chosen[1][0])) <= 72e9
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(recipe, 72e9).splitlines()]
+    assert cells[0] == ["model", "weights", "1 GPU", "2 GPUs", "4 GPUs", "8 GPUs"] and cells[-1][2:] == 4 * ["-"]
+    assert cells[5] == ["8B", "8.19 G", *2 * ["LoRA 16, none: 43 GB"], "full, zero3: 57 GB", "full, zero2: 63 GB"]
 
 
 def test_a_remedy_is_the_cheapest_that_fits_and_adapters_come_last():
@@ -203,56 +210,59 @@ def test_a_remedy_is_the_cheapest_that_fits_and_adapters_come_last():
     assert cheapest("8B")[0] == "--lora_rank 16 --grad_checkpoint"
     assert cheapest("8B", processes=8)[0] == "--shard zero3 --grad_checkpoint"
     assert cheapest("8B", processes=8, shard="zero3") == (
-        "--grad_checkpoint", total(terms(SIZES["8B"], SIZES["8B"],
-                                         Recipe(processes=8, shard="zero3", grad_checkpoint=True))))
+        "--grad_checkpoint", total(plan(SIZES["8B"], SIZES["8B"],
+                                        Recipe(processes=8, shard="zero3", grad_checkpoint=True))))
     assert cheapest("70B") is None and cheapest("70B", processes=8) is None
 
 
 def test_shards_are_no_remedy_for_a_single_process():
     """Even where the copies for autocast, which shards do without, would make the difference."""
-    sharded = total(terms(SIZES["8B"], SIZES["8B"], Recipe(shard="zero3", grad_checkpoint=True)))
-    assert sharded < total(terms(SIZES["8B"], SIZES["8B"], Recipe(grad_checkpoint=True)))
+    sharded = total(plan(SIZES["8B"], SIZES["8B"], Recipe(shard="zero3", grad_checkpoint=True)))
+    assert sharded < total(plan(SIZES["8B"], SIZES["8B"], Recipe(grad_checkpoint=True)))
     assert remedy(SIZES["8B"], SIZES["8B"], Recipe(), sharded)[0] == "--lora_rank 16"
 
 
-def test_a_plan_that_does_not_fit_says_what_would():
-    said = succeed("scripts/plan_memory.py", student="8B").splitlines()
-    assert "does not fit: 80 GB leave 72" in said[-2]
-    assert re.fullmatch(r"it fits with --lora_rank 16 --grad_checkpoint: [\d.]+ GB", said[-1])
-    said = succeed("scripts/plan_memory.py", student="70B").splitlines()
-    assert said[-1] == "nothing here makes it fit: more processes, or a smaller model"
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("--student 8B") is the command, in this process. Returns what it printed."""
+    def run_it(flags):
+        monkeypatch.setattr(sys, "argv", ["scripts/plan_memory.py", *flags.split()])
+        try:
+            main()
+        except SystemExit as ended:
+            return f"{capsys.readouterr().err}{ended.code}"
+        return capsys.readouterr().out
+
+    return run_it
 
 
-def test_the_terms_that_are_printed_add_up():
-    said = succeed("scripts/plan_memory.py", *"--student 8B --processes 8 --shard zero3 --grad_checkpoint".split())
-    *parts, whole = [float(number) for number in re.findall(r"([\d.]+) GB  ", said)]
+def test_a_plan_that_does_not_fit_names_what_would(run):
+    printed = run("--student 8B").splitlines()
+    assert "does not fit: 80 GB leave 72" in printed[-2]
+    assert re.fullmatch(r"it fits with --lora_rank 16 --grad_checkpoint: [\d.]+ GB", printed[-1])
+    assert run("--student 70B").splitlines()[-1].startswith("none of these flags makes it fit")
+
+
+def test_the_terms_that_are_printed_add_up(run):
+    printed = run("--student 8B --processes 8 --shard zero3 --grad_checkpoint")
+    *parts, whole = [float(number) for number in re.findall(r"([\d.]+) GB  ", printed)]
     assert sum(parts) == pytest.approx(whole, abs=0.01 * len(parts))
-    assert "4 B x 8,190,735,360 / 8 processes" in said and "fits: 80 GB leave 72" in said
+    assert "4 B x 8,190,735,360 / 8 processes" in printed and "fits: 80 GB leave 72" in printed
 
 
-def test_a_model_at_a_path_is_read(models):
-    said = succeed("scripts/plan_memory.py", student=models / "student.pth", teacher=models / "teacher.pth")
-    assert f"4 B x {count(LMConfig(dim=32, n_layers=2, n_heads=2, vocab_size=1024)).all:,}" in said
+def test_a_model_at_a_path_is_read(models, run):
+    printed = run(f"--student {models}/student.pth --teacher {models}/teacher.pth")
+    assert f"4 B x {count(LMConfig(dim=32, n_layers=2, n_heads=2, vocab_size=1024)).all:,}" in printed
 
 
 @pytest.mark.parametrize("flags, reason", [
     ("--student 9B", "9B is no path, and none of the sizes 0.6B"),
     ("--student 8B --teacher self", "--teacher self is the student without its adapters: give a --lora_rank"),
     ("--student 8B --processes 0", "--processes 0 must be above 0"),
-    ("--student 8B --shard zero3", "--shard zero3 shares the model out among processes, and there is one. Type:\n"
-                                   "    python scripts/plan_memory.py --student 8B --shard zero3 --processes 2"),
-    ("--batch_size 4 --grad_checkpoint", "no effect of --batch_size, --grad_checkpoint: the table of all sizes reads "
-                                         "--gpu_gb alone; for a plan give a --student, 0.6B, "),
-    ("--measure 1 --student 8B --gpu_gb 24", "no effect of --student, --gpu_gb: --measure trains small pairs of its own"),
-    ("--student 8B --device cuda", "no effect of --device: it is for --measure"),
+    ("--student 8B --shard zero3", "--shard zero3 shards the model over processes, and there is one. Type:\n"),
 ])
-def test_a_plan_that_cannot_be_says_why(flags, reason):
-    assert reason in complaint("scripts/plan_memory.py", *flags.split())
-
-
-def test_a_config_s_recipe_is_not_ignored_either(tmp_path):
-    (tmp_path / "memory.yaml").write_text("batch_size: 4\n")
-    assert "no effect of --batch_size: " in complaint("scripts/plan_memory.py", config=tmp_path / "memory.yaml")
+def test_a_plan_that_cannot_be_says_why(flags, reason, run):
+    assert reason in run(flags)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
@@ -262,4 +272,4 @@ def test_a_real_step_takes_what_was_planned(monkeypatch):
     config, recipe = LMConfig(dim=256, n_layers=2, vocab_size=2000, qk_norm=True), Recipe(2, 512, dtype="float32")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as new:
         measured = new.submit(measure, config, recipe, "cpu").result()
-    assert total(terms(config, config, recipe)) == pytest.approx(measured, rel=0.2)
+    assert total(plan(config, config, recipe)) == pytest.approx(measured, rel=0.2)

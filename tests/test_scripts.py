@@ -1,5 +1,5 @@
 """
-脚本的规律：每个脚本都跑得起来，每个错误都说清楚在哪里、怎么办。
+脚本的规律：每个脚本都能运行，每个错误都说明在哪里、怎么办。
 Laws of the scripts: each of them runs, and each error says where it is and what to do.
 """
 
@@ -9,52 +9,32 @@ import runpy
 import shutil
 import subprocess
 import sys
-from argparse import ArgumentParser
 
 import pytest
 
+from evaluation.metrics import read_tests
 from helpers_run import ROOT, TINY, complaint, load, quickstart, rows, succeed
-
-TRAINING_SCRIPTS = ["train_pretrain.py", "train_sft.py", "train_distillation.py", "train_onpolicy.py", "train_curriculum.py"]
-SCRIPTS = [*TRAINING_SCRIPTS, "scripts/cache_teacher.py", "scripts/chat.py", "scripts/convert.py", "scripts/evaluate.py",
-           "scripts/generate_answers.py", "scripts/pair_experience.py", "scripts/plan_memory.py", "scripts/plot.py",
-           "scripts/train_tokenizer.py", "dataset/miniworld.py", "train_ability_tree.py", "scripts/compare.py"]
+from interop.checkpoint import load_model
 
 
-# --------------------------------------------------------------------------------------------------------------- flags
+@pytest.fixture
+def refused(monkeypatch, capsys, cache):
+    """refused("train_sft.py", dim=33) is the command, in this process. Returns the error that ends it."""
+    def run_it(script, **flags):
+        argv = [script]
+        for name, value in flags.items():
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            argv += [] if value is None else [f"--{name}", *map(str, values)]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert ended.value.code not in (0, 130, None)
+        return f"{capsys.readouterr().err}{ended.value.code}"
+
+    return run_it
 
 
-class Parsed(Exception):
-    pass
-
-
-def flags_of(script, monkeypatch) -> list:
-    """The rows of a script's table of flags."""
-    def stop(parser, *_):
-        raise Parsed(parser)
-
-    monkeypatch.setattr(ArgumentParser, "parse_args", stop)
-    monkeypatch.setattr(sys, "argv", [script])
-    with pytest.raises(Parsed) as parsed:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    return [flag for flag in parsed.value.args[0]._actions if flag.dest not in ("help", "config")]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_read_and_explained(script, monkeypatch):
-    source = (ROOT / script).read_text()
-    # What they share is read there.
-    if script in (*TRAINING_SCRIPTS, "scripts/cache_teacher.py", "scripts/generate_answers.py"):
-        source += "".join((ROOT / shelf).read_text() for shelf in ("runtime.py", "model/teachers.py", "distill/features.py"))
-    by_name = "".join(re.findall(r"vars\(args\)\[name\] for name in \((.*?)\)", source))
-    for flag in flags_of(script, monkeypatch):
-        of_an_agent = flag.container.title.endswith("a model behind an endpoint")       # is handed on to a step
-        assert of_an_agent or re.search(rf"\bargs\.{flag.dest}\b", source) or f'"{flag.dest}"' in by_name, \
-            f"{flag.dest} is never read"
-        assert flag.help, f"{flag.dest} has no help"
-
-
-# ---------------------------------------------------------------------------------------------------- the three lessons
+# ------------------------------------------------------------------------------------- the three lessons
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +64,8 @@ def test_the_lessons_follow_each_other_on_default_names(kind, flags, data, tmp_p
     assert not [name for name in names if name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("teacher_kind", ["", "_moe"])
-@pytest.mark.parametrize("kind", ["", "_moe"])
-def test_a_student_of_either_kind_learns_from_a_teacher_of_either_kind(kind, teacher_kind, flags, models, tmp_path):
+@pytest.mark.parametrize("kind, teacher_kind", [("", "_moe"), ("_moe", "")])
+def test_a_student_of_either_kind_learns_from_a_teacher_of_the_other(kind, teacher_kind, flags, models, tmp_path):
     succeed("train_distillation.py", **flags, out_dir=tmp_path, size="tiny", student=models / f"student{kind}.pth",
             teacher=models / f"teacher{teacher_kind}.pth", log_interval=1)
     assert load(tmp_path / f"full_dist_32{kind}.pth").keys() == load(models / f"student{kind}.pth").keys()
@@ -120,125 +99,113 @@ def test_wandb_works_without_a_network(flags, tmp_path):
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------------ errors
 
 
 def new_model(flags, tmp_path) -> dict:
     return {**flags, "weights": "none", "dim": 32, "n_layers": 1, "n_heads": 2, "out_dir": tmp_path}
 
 
-def test_a_bad_line_stops_before_training_and_is_named(flags, data, tmp_path):
+def test_a_bad_line_stops_before_training_and_is_named_or_skipped(flags, data, refused, tmp_path):
     lines = (data / "sft_data.jsonl").read_text().splitlines()[:20]
     bad = tmp_path / "bad.jsonl"
     bad.write_text("\n".join(lines[:6] + ['{"conversations": [{"role": "user"'] + lines[6:]) + "\n")
-    said = complaint("train_sft.py", **new_model(flags, tmp_path) | {"data_path": bad})
-    assert f"{bad}, line 7" in said and "not a whole JSON object" in said and "step 1" not in said
-    said = succeed("train_sft.py", **new_model(flags, tmp_path) | {"data_path": bad}, skip_bad_lines=True)
-    assert f"{bad}: left out 1 of 21 lines" in said
-
-
-@pytest.mark.parametrize("script, more, reason", [
-    ("train_sft.py", {"data_path": ROOT / "dataset/none.jsonl"}, "Make it: python dataset/miniworld.py"),
-    ("train_sft.py", {"data_path": "/nowhere/a.jsonl"}, "no file at /nowhere/a.jsonl. Check the path."),
-    ("train_sft.py", {"weights": None}, "no weights at .*pretrain_32.pth.*python train_pretrain.py"),
-    ("train_sft.py", {"dim": 33}, r"dim=33 does not split into n_heads=2 equal heads; try n_heads=1"),
-    ("train_sft.py", {"batch_size": 1000}, r"380 samples, fewer than the 1000 of one step .* lower --batch_size"),
-    ("train_sft.py", {"max_seq_len": 2}, "max_seq_len=2"),
-    ("train_sft.py", {"dtype": "float16", "device": "cpu"}, "--dtype float16 needs a GPU"),
-    ("train_sft.py", {"tokenizer": "none.json"}, "none.json"),
-    ("train_sft.py", {"variables": {"WORLD_SIZE": 2}}, "2 processes that would each train alone; add --ddp"),
-    ("train_sft.py", {"ddp": True}, "torchrun --nproc_per_node 2 train_sft.py"),
-])
-def test_an_error_says_what_to_do(script, more, reason, flags, tmp_path):
-    said = complaint(script, **new_model(flags, tmp_path) | more)
-    assert re.search(reason, said), said
+    given = new_model(flags, tmp_path) | {"data_path": bad}
+    printed = refused("train_sft.py", **given)
+    assert f"{bad}, line 7" in printed and "not a whole JSON object" in printed
+    printed = succeed("train_sft.py", **given, skip_bad_lines=True)
+    assert f"{bad}: left out 1 of 21 lines" in printed
 
 
 @pytest.mark.parametrize("more, reason", [
-    ({"alpha": 1.5}, r"--alpha 1.5 .* must lie in \[0, 1\]"),
-    ({"alpha": -0.1}, r"--alpha -0.1 .* must lie in \[0, 1\]"),
+    ({"data_path": ROOT / "dataset/none.jsonl"}, "Make it: python dataset/miniworld.py"),
+    ({"data_path": "/nowhere/a.jsonl"}, "no file at /nowhere/a.jsonl. Check the path."),
+    ({"weights": None}, "no weights at .*pretrain_32.pth.*python train_pretrain.py"),
+    ({"dim": 33}, r"dim=33 does not split into n_heads=2 equal heads; try n_heads=1"),
+    ({"batch_size": 1000}, r"380 samples, fewer than the 1000 of one step .* lower --batch_size"),
+    ({"max_seq_len": 2}, "max_seq_len=2"),
+    ({"dtype": "float16", "device": "cpu"}, "--dtype float16 needs a GPU"),
+    ({"tokenizer": "none.json"}, "none.json"),
+])
+def test_an_error_says_what_to_do(more, reason, flags, refused, tmp_path):
+    printed = refused("train_sft.py", **new_model(flags, tmp_path) | more)
+    assert re.search(reason, printed), printed
+
+
+def test_torchrun_and_ddp_belong_together_and_bad_input_ends_all_processes(flags, tmp_path):
+    given = new_model(flags, tmp_path)
+    printed = complaint("train_sft.py", **given, variables={"WORLD_SIZE": 2})
+    assert "2 processes that would each train alone; add --ddp" in printed
+    assert "torchrun --nproc_per_node 2 train_sft.py" in complaint("train_sft.py", **given, ddp=True)
+    printed = complaint("train_sft.py", **given | {"data_path": "/nowhere/a.jsonl"}, processes=2)
+    assert "no file at /nowhere/a.jsonl" in printed
+
+
+@pytest.mark.parametrize("more, reason", [
+    ({"alpha": 1.5}, r"--alpha 1.5 must lie in \[0, 1\]"),
     ({"temperature": 0}, "--temperature 0.0 must be above 0"),
-    ({"final_temperature": -1}, "--final_temperature -1.0 must be above 0"),
     ({"final_temperature": 0}, "--final_temperature 0.0 must be above 0"),
-    ({"teacher": "none.pth"}, "no weights at none.pth.*quickstart.sh"),
-    ({"student": None, "dim": 40, "n_heads": 2}, "no weights at .*full_sft_40.pth.*quickstart.sh"),
+    ({"teacher": "none.pth"}, "no weights at none.pth"),
+    ({"student": None, "dim": 40, "n_heads": 2}, "no weights at .*full_sft_40.pth. Train them: python train_sft.py"),
     ({"student": "none", "dim": 33}, "dim=33 does not split"),
-    ({"max_seq_len": 256}, "--max_seq_len 256 is more than the model was made for, 128"),
+    ({"max_seq_len": 256}, "--max_seq_len 256 exceeds the model's context length of 128"),
     ({"val_fraction": 1.5}, r"--val_fraction 1.5 must lie in \[0, 1\)"),
     ({"chain": ["0x3"]}, "dim=0"),
-    ({"chain": ["32x3"]}, "students 32, 32: two of a chain"),
-    ({"ddp": True}, "torchrun --nproc_per_node 2 train_distillation.py"),
+    ({"chain": ["32x3"]}, "students of widths 32, 32: two of a chain"),
 ])
-def test_a_distillation_that_cannot_be_says_why(more, reason, flags, pair, tmp_path):
-    said = complaint("train_distillation.py", **flags | pair | {"out_dir": tmp_path} | more)
-    assert re.search(reason, said), said
+def test_a_distillation_that_cannot_be_says_why(more, reason, flags, pair, refused, tmp_path):
+    printed = refused("train_distillation.py", **flags | pair | {"out_dir": tmp_path} | more)
+    assert re.search(reason, printed), printed
 
 
-def test_two_vocabularies_cannot_be_distilled_into_each_other(flags, pair, data, tmp_path):
+def test_two_vocabularies_cannot_be_distilled_into_each_other(flags, pair, data, refused, tmp_path):
     for text in ("pretrain_data", "sft_data"):
         vocabulary = tmp_path / f"{text}.json"
         succeed("scripts/train_tokenizer.py", data=data / f"{text}.jsonl", vocab_size=300, out=vocabulary)
         succeed("train_sft.py", **new_model(flags, tmp_path / text), tokenizer=vocabulary)
     student, other = tmp_path / "pretrain_data/full_sft_32.pth", tmp_path / "sft_data/full_sft_32.pth"
-    flags = flags | pair | {"student": student, "out_dir": tmp_path}
-    said = complaint("train_distillation.py", **flags)
-    assert "the teacher's vocabulary has 1024 words, the student's 300; " in said
-    assert "Train both with one tokenizer" in said
-    said = complaint("train_distillation.py", **flags | {"teacher": other})
-    assert "the teacher's vocabulary has 300 words, the student's 300; they are those of" in said
+    given = flags | pair | {"student": student, "out_dir": tmp_path}
+    printed = refused("train_distillation.py", **given)
+    assert "the teacher's vocabulary has 1024 tokens, the student's 300; " in printed
+    assert "Train both with one tokenizer" in printed
+    printed = refused("train_distillation.py", **given | {"teacher": other})
+    assert "the teacher's vocabulary has 300 tokens, the student's 300; " in printed
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"no weights", None], ids=["empty", "two bytes", "text", "cut short"])
-def test_a_damaged_weight_file_is_named(content, flags, pair, models, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"PK", b"no weights", None],
+                         ids=["empty", "two bytes", "text", "cut short"])
+def test_a_damaged_weight_file_is_named(content, models, tmp_path):
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     damaged = tmp_path / "teacher.pth"
     damaged.write_bytes(damaged.read_bytes()[:-1000] if content is None else content)
-    for script, weights in (("train_distillation.py", flags | pair | {"teacher": damaged, "out_dir": tmp_path}),
-                            ("scripts/chat.py", {"weights": damaged})):
-        assert f"{damaged} is cut short, or no weight file at all" in complaint(script, **weights)
+    with pytest.raises(ValueError, match=f"{damaged} is cut short, or no weight file at all"):
+        load_model(damaged)
 
 
 def test_the_weights_of_other_sizes_than_the_file_beside_says_are_refused(models, tmp_path):
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     shutil.copy(tmp_path / "teacher.json", tmp_path / "student.json")
-    said = complaint("scripts/chat.py", weights=tmp_path / "student.pth")
-    assert f"{tmp_path}/student.pth: tensor tok_embeddings.weight has the shape (1024, 32)" in said
+    with pytest.raises(ValueError, match=rf"{tmp_path}/student.pth: tensor tok_embeddings.weight has the "
+                                         r"shape \(1024, 32\)"):
+        load_model(tmp_path / "student.pth")
     (tmp_path / "student.json").unlink()
-    said = complaint("scripts/chat.py", weights=tmp_path / "student.pth")
-    assert f"no {tmp_path}/student.json beside the weights" in said
+    with pytest.raises((ValueError, FileNotFoundError), match=f"no {tmp_path}/student.json beside the weights"):
+        load_model(tmp_path / "student.pth")
 
 
-def test_bad_input_ends_all_processes(flags, tmp_path):
-    said = complaint("train_sft.py", **new_model(flags, tmp_path) | {"data_path": "/nowhere/a.jsonl"}, processes=2)
-    assert "no file at /nowhere/a.jsonl" in said
-
-
-# ------------------------------------------------------------------------------------------------------------ --config
+# ---------------------------------------------------------------------------------------------- --config
 
 
 def test_a_config_gives_values_and_the_command_line_overrides_them(flags, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("model:\n  weights: none\n  dim: 32\n  n_layers: 1\n  n_heads: 2\n  use_moe: true\n"
                       f"data_path: [{flags['data_path']}]\nlearning_rate: 5e-6\nmax_steps: 7\nlog_interval: 1\n")
-    given = {key: value for key, value in flags.items() if key not in ("data_path", "learning_rate", "max_steps")}
+    given = {key: value for key, value in flags.items()
+             if key not in ("data_path", "learning_rate", "max_steps")}
     succeed("train_sft.py", **given, config=config, max_steps=3, warmup_iters=3, out_dir=tmp_path)
     found = [row for row in rows(tmp_path / "full_sft_32_moe.jsonl") if "lr" in row]
     assert len(found) == 3
     assert found[-1]["lr"] == pytest.approx(1.1 * 5e-6)         # warmed up to where the cosine begins
-
-
-@pytest.mark.parametrize("text, reason", [
-    ("learning_rat: 5e-6\n", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
-    ("max_steps: many\n", "invalid int value: 'many'"),
-    ("dtype: float64\n", "invalid choice: 'float64'"),
-    ("- dim\n", "run.yaml"),
-    ("dim: [1\n", "run.yaml"),
-])
-def test_a_config_that_cannot_be_read_is_named(text, reason, flags, tmp_path):
-    config = tmp_path / "run.yaml"
-    config.write_text(text)
-    said = complaint("train_sft.py", **new_model(flags, tmp_path), config=config)
-    assert reason in said, said
 
 
 def test_a_config_may_give_what_a_tool_demands(models, tmp_path):
@@ -249,68 +216,54 @@ def test_a_config_may_give_what_a_tool_demands(models, tmp_path):
     assert (tmp_path / "student.gguf").exists()
 
 
-def test_a_config_that_is_not_there_is_named(flags, tmp_path):
-    said = complaint("train_sft.py", **new_model(flags, tmp_path), config="none.yaml")
-    assert "no config file at none.yaml" in said
+# ---------------------------------------------------------------------------------------- chat, evaluate
 
 
-# ------------------------------------------------------------------------------------------------------- chat, evaluate
-
-
-def test_chat_answers_a_piped_question_and_leaves(models):
-    command = [sys.executable, "scripts/chat.py", "--weights", str(models / "teacher.pth"), "--max_new_tokens", "8"]
-    ended = subprocess.run(command, cwd=ROOT, input="2 + 3 =\n", capture_output=True, text=True)
-    assert ended.returncode == 0 and ended.stderr == ""
-    assert re.search(r"48 x 4, 0\.\d+ M parameters", ended.stdout) and "model> " in ended.stdout
-
-
-def test_chat_forgets_on_new_and_leaves_on_quit(models):
-    flags = {"weights": models / "teacher.pth", "max_new_tokens": 8, "seed": 0, "temperature": 0}
-    said = succeed("scripts/chat.py", **flags, stdin="hello\n/new\nhello\n\n/quit\nnever asked\n")
-    _, first, after_new = said.split("model> ")
+def test_chat_answers_forgets_on_new_and_leaves_on_quit(models):
+    given = {"weights": models / "teacher.pth", "max_new_tokens": 8, "seed": 0, "temperature": 0}
+    printed = succeed("scripts/chat.py", **given, stdin="hello\n/new\nhello\n\n/quit\nnever asked\n")
+    start, first, after_new = printed.split("model> ")
+    assert re.search(r"48 x 4, 0\.\d+ M parameters", start)
     assert first.replace("you> ", "") == after_new.replace("you> ", "") and first.strip() != ""
 
 
-def test_chat_goes_on_in_a_conversation_longer_than_the_model_reads(models):
-    flags = {"weights": models / "student.pth", "max_new_tokens": 16}
-    said = succeed("scripts/chat.py", **flags, system="be brief", stdin="how does totiz feel?\n" * 12)
-    assert said.count("model> ") == 12
-    said = succeed("scripts/chat.py", **flags, stdin="how does totiz feel? " * 40 + "\nhello\n")
-    assert "max_seq_len=128" in said and said.count("model> ") == 2       # the first is too long, the second is not
+def test_chat_continues_a_conversation_longer_than_the_context(models):
+    given = {"weights": models / "student.pth", "max_new_tokens": 16}
+    printed = succeed("scripts/chat.py", **given, system="be brief", stdin="how does totiz feel?\n" * 12)
+    assert printed.count("model> ") == 12
+    printed = succeed("scripts/chat.py", **given, stdin="how does totiz feel? " * 40 + "\nhello\n")
+    assert "max_seq_len=128" in printed and printed.count("model> ") == 2   # too long; answered
 
 
-def test_chat_without_weights_says_how_to_make_them(tmp_path):
-    assert "no weights at none.pth" in complaint("scripts/chat.py", weights="none.pth")
+def test_a_script_runs_in_a_python_of_its_own_and_says_how_to_make_what_is_missing():
+    command = [sys.executable, "scripts/chat.py", "--weights", "none.pth"]
+    ended = subprocess.run(command, cwd=ROOT, input="", capture_output=True, text=True)
+    assert ended.returncode == 1 and "no weights at none.pth" in ended.stderr
 
 
 def test_evaluation_compares_models_seeds_and_kinds_of_questions(models, data, tmp_path):
+    """The student is untrained: a perplexity of about its 1,024 tokens, and one of four options is correct."""
     tests = [data / name for name in ("test.jsonl", "mcq_test.jsonl", "test_habits.jsonl")]
     weights = [f"teacher={models}/teacher.pth", f"students={models}/student.pth,{models}/student_moe.pth"]
-    said = succeed("scripts/evaluate.py", weights=weights, data=tests, json=tmp_path / "scores.json",
-                   report=tmp_path / "report.md")
-    header, _, teacher, students = [line for line in said.splitlines() if line.startswith("|")][:4]
+    printed = succeed("scripts/evaluate.py", weights=weights, data=tests, json=tmp_path / "scores.json",
+                      report=tmp_path / "report.md")
+    header, _, teacher, students = [line for line in printed.splitlines() if line.startswith("|")][:4]
     assert [cell.strip() for cell in header.split("|")[2:-1]] == [
         "parameters", "exact match %", "multiple choice %", "perplexity", "agreement %", "KL", "habits KL",
         "habits mode %", "tokens/s"]
     assert "±" not in teacher and students.count("±") == 8
-    assert [cell.strip() for cell in teacher.split("|")][6:8] == ["100.0", "0.000"]     # it agrees with itself
+    assert [cell.strip() for cell in teacher.split("|")][6:8] == ["100.0", "0.000"]     # agrees with itself
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert {label: len(seeds) for label, seeds in scores.items()} == {"teacher": 1, "students": 2}
     assert len(scores["teacher"][0]["leaves"]) == 17
-    assert list(scores["students"][0]["kl_by_position"]) == ["1", "2", "3-4", "5-8"]
-    assert "KL to teacher by position in the answer | teacher | " in said
+    untrained = scores["students"][0]
+    assert list(untrained["kl_by_position"]) == ["1", "2", "3-4", "5-8"]
+    assert untrained["perplexity"] == pytest.approx(1024, rel=0.1) and untrained["exact_match"] == 0
+    assert 10 < untrained["multiple_choice"] < 45
+    assert "KL to teacher by position in the answer | teacher | " in printed
     report = (tmp_path / "report.md").read_text()
     assert teacher in report and "(report.png)" in report
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_an_untrained_model_guesses(models, data, tmp_path):
-    """Of 1,024 words each is as likely: a perplexity of about 1,024, and one of four options is right."""
-    succeed("scripts/evaluate.py", weights=models / "student.pth", data=[data / "test.jsonl", data / "mcq_test.jsonl"],
-            json=tmp_path / "scores.json")
-    ((scores,),) = json.loads((tmp_path / "scores.json").read_text()).values()
-    assert scores["perplexity"] == pytest.approx(1024, rel=0.1) and scores["exact_match"] == 0
-    assert 10 < scores["multiple_choice"] < 45
 
 
 @pytest.mark.parametrize("line, reason", [
@@ -320,22 +273,25 @@ def test_an_untrained_model_guesses(models, data, tmp_path):
     ('{"conversations": [{"role": "user", "content": "a?"}], "distribution": {"x": 0.5}}', "1 in all"),
     ('{"distribution": {"x": 1}}', "line 3"),
 ])
-def test_a_bad_line_of_a_test_file_is_named(line, reason, models, data, tmp_path):
+def test_a_bad_line_of_a_test_file_is_named(line, reason, data, tmp_path):
     bad = tmp_path / "bad.jsonl"
     good = (data / "test.jsonl").read_text().splitlines()[:2]
     bad.write_text("\n".join([*good, line]) + "\n")
-    said = complaint("scripts/evaluate.py", weights=models / "student.pth", data=bad)
-    assert f"{bad}, line 3" in said and reason in said
+    with pytest.raises(ValueError, match=f"{bad}, line 3") as refused:
+        read_tests([str(bad)])
+    assert reason in str(refused.value)
 
 
-def test_evaluation_names_files_that_are_missing(models, data, tmp_path):
-    said = complaint("scripts/evaluate.py", weights=models / "student.pth", data="none.jsonl")
-    assert "no file at none.jsonl" in said
-    said = complaint("scripts/evaluate.py", weights=tmp_path / "full_sft_9.pth", data=data / "test.jsonl")
-    assert f"no weights at {tmp_path}/full_sft_9.pth. Train them: python train_sft.py --help" in said
+def test_evaluation_names_what_is_missing_or_ambiguous(models, data, refused, tmp_path):
+    printed = refused("scripts/evaluate.py", weights=models / "student.pth", data="none.jsonl")
+    assert "no file at none.jsonl" in printed
+    printed = refused("scripts/evaluate.py", weights=tmp_path / "full_sft_9.pth", data=data / "test.jsonl")
+    assert f"no weights at {tmp_path}/full_sft_9.pth. Train them: python train_sft.py --help" in printed
+    printed = refused("scripts/evaluate.py", weights=["a/x.pth", "b/x.pth"])
+    assert "two models are called x; name them: --weights FIRST=a/x.pth SECOND=b/x.pth" in printed
 
 
-# ---------------------------------------------------------------------------------------------------------- quickstart
+# -------------------------------------------------------------------------------------------- quickstart
 
 
 def steps(said) -> tuple[list[str], list[str]]:

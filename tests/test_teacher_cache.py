@@ -165,7 +165,7 @@ def test_a_run_that_is_ended_goes_on_with_what_is_missing(how, code, processes, 
     done = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.bin")}
     assert ended.code == code and not (folder / "about.json").exists() and 3 <= len(done) < 16, ended.output
     if code == 130:
-        assert f"{len(done)} of 16 parts are written and stay. Go on with: python {SCRIPT}" in ended.output
+        assert f"{len(done)} of 16 parts are saved. Resume with: python {SCRIPT}" in ended.output
     with pytest.raises(ValueError, match=f"half written, {len(done) + 2} of 18 files"):
         TeacherCache(folder)
 
@@ -268,8 +268,8 @@ def test_a_cache_of_another_format_is_refused(copied):
 
 
 @pytest.mark.parametrize("flag, value, told", [
-    ("top_k", -1, "--top_k -1 must be 0 or more"), ("temperature", 2, "--temperature 2 must be above 0, and is of a --top_k"),
-    ("top_k", 10**6, "--top_k 1000000 is more than the"), ("max_seq_len", 999, "more than the teacher was made for, 128"),
+    ("top_k", -1, "--top_k -1 must be 0 or more"), ("temperature", 2, "--temperature 2 must be above 0, and needs a --top_k"),
+    ("top_k", 10**6, "--top_k 1000000 exceeds the vocabulary"), ("max_seq_len", 999, "exceeds the teacher's context length of 128"),
 ])
 def test_a_flag_out_of_range_is_refused(flag, value, told, flags, tmp_path):
     assert told in complaint(SCRIPT, cache_dir=tmp_path, **flags | {flag: value})

@@ -1,0 +1,190 @@
+"""
+指标：一个模型在测试文件上的全部分数，以及并排比较几个模型的表。
+Metrics: all scores of a model on test files, and the tables that compare several models.
+
+    tests = read_tests(["dataset/test.jsonl", "dataset/mcq_test.jsonl"])
+    results = {"student": [measure(model, tokenizer, tests)]}       # a list: one entry per seed
+    print(tables(results, reference="student"))
+
+What a row of a test file holds decides how it is scored; a file may mix them:
+
+    conversation        exact match (greedy decoding gives the file's answer, token by token),
+                        perplexity, agreement with a reference model, and KL(reference || model) in
+                        nats per token, also by position in the answer
+    with options        accuracy: the most likely option, by the probability of its text, is correct
+    with distribution   KL(truth || model) over the answers in nats; whether both have the same mode
+    text                nats per token and perplexity of all tokens, agreement and KL
+"""
+
+import math
+import time
+from collections import defaultdict
+from itertools import islice
+from statistics import fmean
+
+from dataset.formats import BadLine, read_rows, to_messages, to_text
+from dataset.lm_dataset import text_samples
+from evaluation.scores import Score, score, score_answers, score_samples
+from evaluation.tables import markdown, mean_and_spread
+from model.generate import generate
+
+TEXT_TOKENS = 512       # texts are cut into pieces, so that unlike context lengths read the same
+
+# Column of the table -> (key of the results, how to print it).
+COLUMNS = {
+    "parameters": ("parameters", "{:,.0f}"),
+    "exact match %": ("exact_match", "{:.1f}"),
+    "multiple choice %": ("multiple_choice", "{:.1f}"),
+    "perplexity": ("perplexity", "{:.2f}"),
+    "text nats/token": ("text_loss", "{:.3f}"),
+    "text perplexity": ("text_perplexity", "{:.2f}"),
+    "agreement %": ("agreement", "{:.1f}"),
+    "KL": ("kl", "{:.3f}"),
+    "habits KL": ("habits_kl", "{:.3f}"),
+    "habits mode %": ("habits_mode", "{:.1f}"),
+    "tokens/s": ("tokens_per_s", "{:,.0f}"),
+}
+
+
+# ---- 1. Tests ------------------------------------------------------------------------------------
+
+def read_tests(paths, limit: int = 0) -> dict[str, list]:
+    """Rows of all files by kind, the first `limit` of each file (0: all). Raises BadLine with the
+    file, the line and the reason."""
+    tests = {"conversations": [], "choices": [], "distributions": [], "texts": []}
+    for path in paths:
+        for number, row in islice(read_rows(path), limit or None):
+            try:
+                if isinstance(row, str):
+                    raise ValueError(row)
+                if "distribution" in row:
+                    tests["distributions"].append(to_distribution(row))
+                elif "options" in row:
+                    to_messages(row)            # raises ValueError if something is wrong with it
+                    tests["choices"].append(row)
+                elif "text" in row:
+                    tests["texts"].append(to_text(row))
+                else:
+                    tests["conversations"].append(
+                        {"messages": to_messages(row), "leaf": row.get("leaf", "all")})
+            except ValueError as error:
+                raise BadLine(f"{path}, line {number}: {error}") from error
+    if not any(tests.values()):
+        raise BadLine(f"{', '.join(paths)}: nothing to test on")
+    return tests
+
+
+def to_distribution(row: dict) -> dict:
+    """{question, distribution} of a row. Raises ValueError with the reason if it is none."""
+    p = row["distribution"]
+    if not isinstance(p, dict) or not p or min(p.values()) <= 0 or abs(sum(p.values()) - 1) > 1e-3:
+        raise ValueError(f"distribution {p} must give each answer a probability above 0, and 1 "
+                         "in all")
+    answer = {"role": "assistant", "content": next(iter(p))}
+    question, *_ = to_messages({"conversations": [*row.get("conversations", []), answer]})
+    return {"question": question["content"], "distribution": p}
+
+
+# ---- 2. Scores -----------------------------------------------------------------------------------
+
+def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
+    """Scores by the keys of COLUMNS; "leaves" {leaf: exact match %}; "kl_by_position". Kinds of
+    rows that the tests do not have are left out.
+
+    reference   a model of the same vocabulary, for agreement and KL; None leaves them out
+    """
+    results = {"parameters": model.n_parameters()}
+    conversations, choices, distributions, texts = tests.values()
+    scores = score(model, tokenizer, [test["messages"] for test in conversations], reference)
+    pieces = text_samples(texts, tokenizer, min(TEXT_TOKENS, model.config.max_seq_len))
+    of_texts = score_samples(model, pieces, reference)
+    if reference is not None and scores + of_texts:
+        n_tokens = sum(s.n_tokens for s in scores + of_texts)
+        results["agreement"] = 100 * sum(s.agree for s in scores + of_texts) / n_tokens
+        results["kl"] = sum(sum(s.kl) for s in scores + of_texts) / n_tokens
+    if of_texts:
+        results["text_loss"] = nats_per_token(of_texts)
+        results["text_perplexity"] = math.exp(results["text_loss"])
+    if scores:
+        results["exact_match"] = 100 * fmean(s.exact for s in scores)
+        results["perplexity"] = math.exp(nats_per_token(scores))
+        if reference is not None:
+            results["kl_by_position"] = kl_by_position(scores)
+        leaves = defaultdict(list)
+        for test, s in zip(conversations, scores):
+            leaves[test["leaf"]].append(s.exact)
+        results["leaves"] = {leaf: 100 * fmean(exact) for leaf, exact in sorted(leaves.items())}
+        results["tokens_per_s"] = generation_speed(model, tokenizer, conversations[:16])
+
+    if choices:
+        log_q = score_answers(model, tokenizer, [(row["question"], list(row["options"].values()))
+                                                 for row in choices])
+        chosen = [list(row["options"])[argmax(q)] for row, q in zip(choices, log_q)]
+        results["multiple_choice"] = 100 * fmean(
+            letter == row["answer_idx"] for letter, row in zip(chosen, choices))
+    if distributions:
+        log_q = score_answers(model, tokenizer, [(row["question"], list(row["distribution"]))
+                                                 for row in distributions])
+        pairs = [(list(row["distribution"].values()), q) for row, q in zip(distributions, log_q)]
+        results["habits_kl"] = fmean(
+            sum(p_i * (math.log(p_i) - log_q_i) for p_i, log_q_i in zip(*pair)) for pair in pairs)
+        results["habits_mode"] = 100 * fmean(argmax(p) == argmax(q) for p, q in pairs)
+    return results
+
+
+def argmax(values: list[float]) -> int:
+    return values.index(max(values))
+
+
+def nats_per_token(scores: list[Score]) -> float:
+    return -sum(s.log_p for s in scores) / sum(s.n_tokens for s in scores)
+
+
+def kl_by_position(scores: list[Score]) -> dict[str, float]:
+    """Mean nats of the tokens in each span of positions: {"1": .., "2": .., "3-4": .., "5-8": ..}.
+    Positions count from the start of each assistant turn; its end-of-turn token is the last."""
+    spans = defaultdict(list)
+    for s in scores:
+        for position, nats in zip(s.positions, s.kl):
+            spans[(position - 1).bit_length()].append(nats)     # span k ends at position 2^k
+    return {str(2**k) if k < 2 else f"{2**(k - 1) + 1}-{2**k}": fmean(spans[k])
+            for k in sorted(spans)}
+
+
+def generation_speed(model, tokenizer, tests: list[dict], n_tokens: int = 32) -> float:
+    """Generated tokens per second, greedy, all prompts in one batch."""
+    prompts = [tokenizer.encode_chat(test["messages"][:1], add_generation_prompt=True)[0]
+               for test in tests]
+    start = time.perf_counter()
+    answers = generate(model, prompts, n_tokens)
+    return sum(map(len, answers)) / (time.perf_counter() - start)
+
+
+# ---- 3. Tables -----------------------------------------------------------------------------------
+
+def tables(results: dict[str, list[dict]], reference: str) -> str:
+    """Markdown of {model: results of each seed}: a table of models by measure, then tables of
+    leaves and of positions in the answer by model."""
+    def cells(key, form, values, **more):
+        return mean_and_spread([seed[key] for seed in values if key in seed], form, **more)
+
+    shown = {title: column for title, column in COLUMNS.items()
+             if any(column[0] in seed for seeds in results.values() for seed in seeds)}
+    rows = [[label, *(cells(key, form, seeds, spread=key != "parameters")
+                      for key, form in shown.values())] for label, seeds in results.items()]
+    found = [markdown([["", *shown], *rows])]
+    by_position = f"KL to {reference} by position in the answer"
+    for key, title, form in (("leaves", "exact match % per leaf", "{:.0f}"),
+                             ("kl_by_position", by_position, "{:.3f}")):
+        names = names_in(results, key)
+        if len(names) > (key == "leaves"):              # a single leaf is the whole test
+            parts = [[seed.get(key, {}) for seed in seeds] for seeds in results.values()]
+            rows = [[name, *(cells(name, form, seeds) for seeds in parts)] for name in names]
+            found.append(markdown([[title, *results], *rows]))
+    return "\n\n".join(found)
+
+
+def names_in(results: dict[str, list[dict]], key: str) -> list[str]:
+    """The leaves or the spans of positions that any of the models has, leaves in order of name."""
+    names = [name for seeds in results.values() for seed in seeds for name in seed.get(key, {})]
+    return sorted(set(names)) if key == "leaves" else list(dict.fromkeys(names))

@@ -1,0 +1,52 @@
+"""
+表格：Markdown 与按列对齐的文本，以及“均值 ± 标准差”。
+Tables: Markdown, aligned text for a terminal, and a mean with its spread over seeds.
+"""
+
+import statistics
+import unicodedata
+
+
+def markdown(rows: list[list[str]], align: str = "") -> str:
+    """A Markdown table of cells that are text already; the first row is the header.
+
+    align   a letter per column, l or r; default: the first column l, the others r
+    """
+    align = align or "l" + "r" * (len(rows[0]) - 1)
+    header, *body = [f"| {' | '.join(cells)} |" for cells in padded(rows, align)]
+    widths = [max(map(width_of, column)) for column in zip(*rows)]
+    rule = "|".join("-" * (width + 1) + ("-" if side == "l" else ":")
+                    for width, side in zip(widths, align))
+    return "\n".join([header, f"|{rule}|", *body])
+
+
+def aligned(rows: list[list[str]], align: str = "") -> str:
+    """The same as text, two spaces between the columns."""
+    align = align or "l" + "r" * (len(rows[0]) - 1)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded(rows, align))
+
+
+def padded(rows: list[list[str]], align: str) -> list[list[str]]:
+    widths = [max(map(width_of, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        spaces = [" " * (width - width_of(cell)) for cell, width in zip(row, widths, strict=True)]
+        lines.append([cell + space if side == "l" else space + cell
+                      for cell, space, side in zip(row, spaces, align, strict=True)])
+    return lines
+
+
+def width_of(text: str) -> int:
+    """Columns of a terminal: a Chinese character takes two."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def mean_and_spread(values: list[float], form: str, spread: bool = True) -> str:
+    """'69.0', or '69.0 ± 2.4' over several seeds (sample standard deviation); '' for no values."""
+    if not values:
+        return ""
+    # A KL of rounding errors alone is not negative.
+    mean = form.format(statistics.fmean(values)).replace("-0.000", "0.000")
+    if not spread or len(values) == 1:
+        return mean
+    return f"{mean} ± {form.format(statistics.stdev(values))}"

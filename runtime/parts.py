@@ -1,0 +1,129 @@
+"""
+分块完成的大文件：多个进程分担，随时可中断，同一条命令续做，结果逐字节相同。
+Large files that any number of processes make in parts. An interrupted run resumes, to the same
+bytes.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from runtime.args import resume_command
+from runtime.files import write_atomic
+from runtime.log import Logger, ProgressBar
+from runtime.processes import StopSignal, World, patient_group
+
+
+class Parts:
+    """The parts of a file, in a folder beside it until all of them exist:
+
+        OUT.parts/about.json        what the parts are made from
+        OUT.parts/part-00000.json   the result of one part
+
+        parts = Parts(out, about, n_parts, world)
+        with main_process_first(world):
+            missing = parts.prepare()
+        for part in parts.mine(missing):
+            parts.write(part, result)           # anything that JSON can hold
+        results = parts.join()                  # on the main process, which writes OUT; else None
+        parts.remove()
+
+    The result of a part, random numbers included, must depend on its number alone. Then any number
+    of processes makes the same file. All processes construct this object and call mine and join.
+    """
+
+    def __init__(self, out, about: dict, n_parts: int, world: World):
+        self.out, self.folder = Path(out), Path(f"{out}.parts")
+        self.about, self.n_parts = about, n_parts
+        self.world, self.group = world, patient_group(world)
+        self.stop = self.progress = None        # of `mine`
+
+    def prepare(self) -> list[int]:
+        """Returns the missing parts. Raises ValueError if the file or parts of another file
+        exist."""
+        if self.out.exists():
+            raise ValueError(f"{self.out} exists already. Give another --out, or remove it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        about = self.folder / "about.json"
+        if about.exists():
+            was = json.loads(about.read_text())
+            changed = [f"{name} was {was.get(name)}, is {value}"
+                       for name, value in self.about.items() if was.get(name) != value]
+            if changed:
+                raise ValueError(
+                    f"{self.folder} holds parts of another file: {'; '.join(changed)}. Resume with "
+                    "the same settings, give another --out, or remove that folder")
+        elif any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} exists already and holds other files. Give another "
+                             "--out, or remove it")
+        else:
+            write_atomic(about, lambda file: file.write(json.dumps(self.about, indent=2).encode()))
+        return self.missing()
+
+    def path(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.json"
+
+    def missing(self) -> list[int]:
+        return [part for part in range(self.n_parts) if not self.path(part).exists()]
+
+    def mine(self, missing: list[int], sizes: list[int] | None = None,
+             unit: str = "parts") -> Iterator[int]:
+        """This process's share of the missing parts, until Ctrl-C. The caller writes each part
+        before it takes the next one.
+
+        sizes   units of work in each part of the file; the caller reports them to `progress` as
+                they are done, and looks at `stop.requested` if a part takes long. None: one unit a
+                part
+        """
+        if self.group:
+            dist.barrier(self.group)        # all processes must see the same parts missing
+        mine = missing[self.world.rank::self.world.size]
+        self.stop = StopSignal()
+        total = sum(sizes[part] for part in mine) if sizes else len(mine)
+        self.progress = ProgressBar(total, unit, self.world)
+        for part in mine:
+            if self.stop.requested:
+                break
+            yield part
+            if not sizes:
+                self.progress.add(1)
+        self.progress.close()
+
+    def write(self, part: int, result):
+        write_atomic(self.path(part), lambda file: file.write(json.dumps(result).encode()))
+
+    def read(self, part: int):
+        return json.loads(self.path(part).read_bytes())
+
+    def wait(self, why: str | None = None):
+        """Wait for the other processes. If parts are missing, end the script and print the command
+        that resumes it.
+
+        why     why this process stopped, if not because of Ctrl-C
+        """
+        reasons = [why]
+        if self.group:
+            reasons = [None] * self.world.size
+            dist.all_gather_object(reasons, why, group=self.group)
+        n_missing = len(self.missing())
+        if self.group:
+            dist.barrier(self.group)        # the folder stays until all processes have looked
+        if n_missing:
+            because = "".join(f"; {reason}" for reason in dict.fromkeys(reasons) if reason)
+            Logger(f"stopped{because}. {self.n_parts - n_missing} of {self.n_parts} parts are "
+                   f"saved. Resume with: {resume_command(self.world.size)}")
+            sys.exit(1 if because else 130)
+
+    def join(self, why: str | None = None) -> list | None:
+        """wait; then the results of all parts in order on the main process, None on the others."""
+        self.wait(why)
+        if self.world.rank == 0:
+            return [self.read(part) for part in range(self.n_parts)]
+
+    def remove(self):
+        """Remove the folder, once the file is written."""
+        shutil.rmtree(self.folder)

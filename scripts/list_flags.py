@@ -1,0 +1,101 @@
+"""
+列出每个脚本的全部标志，写成 docs/flags.md。
+List the flags of every script as one Markdown page, read from the scripts' own parsers.
+
+    python scripts/list_flags.py --out docs/flags.md
+"""
+
+import re
+import runpy
+import sys
+from argparse import SUPPRESS, ArgumentParser
+from pathlib import Path
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))       # `python scripts/list_flags.py` looks in scripts/ alone
+
+from evaluation.tables import markdown
+from runtime.args import make_parser, parse_args
+from runtime.files import write_atomic
+
+FOLDERS = ("train_*.py", "scripts/*.py", "ability_tree/*.py", "dataset/*.py", "benchmarks/*.py")
+HEAD = """# Flags
+
+Written by `python scripts/list_flags.py --out docs/flags.md`. `--help` shows the same on a
+terminal. Scripts that train or prepare models also take `--config FILE.yaml ...` with values for
+any flag: a later file overrides earlier ones, and the command line overrides all."""
+
+
+class Parsed(Exception):
+    """Raised instead of parsing the command line."""
+
+
+def parser_of(script: str) -> ArgumentParser:
+    """The parser of a script, run up to the line that parses the command line."""
+    def stop(parser, *_):
+        raise Parsed(parser)
+
+    with patch("runtime.args.parse_args", stop), patch.object(ArgumentParser, "parse_args", stop), \
+            patch.object(sys, "argv", [script]), patch.object(sys, "path", [str(ROOT), *sys.path]):
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except Parsed as parsed:
+            return parsed.args[0]
+    raise ValueError(f"{script} parses no command line")
+
+
+def scripts() -> list[str]:
+    """Paths of all scripts that have flags."""
+    found = [path for pattern in FOLDERS for path in sorted(ROOT.glob(pattern))]
+    texts = {path: path.read_text(encoding="utf-8") for path in found}
+    return [str(path.relative_to(ROOT)) for path, text in texts.items()
+            if "__main__" in text and ("ArgumentParser(" in text or "make_parser(" in text)]
+
+
+def row(flag) -> list[str]:
+    """Names, default and help of a flag, as cells of a table."""
+    default = "" if flag.nargs == 0 or flag.default in (None, SUPPRESS) else flag.default
+    default = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+    choices = f"one of {', '.join(map(str, flag.choices))}" if flag.choices else ""
+    texts = ["required" if flag.required else "", (flag.help or "") % vars(flag), choices]
+    names = ", ".join(f"`{name}`" for name in flag.option_strings or [flag.dest])
+    cells = names, default and f"`{default}`", "; ".join(filter(None, texts))
+    return [cell.replace("|", "\\|") for cell in cells]
+
+
+def page() -> str:
+    """A section per script. A group of flags that an earlier script has too is only named."""
+    blocks, first = [HEAD], {}
+    for script in scripts():
+        parser = parser_of(script)
+        first_paragraph = parser.description.strip().split("\n\n")[0]
+        purpose = re.sub(r"^.*[\u4e00-\u9fff].*\n", "", first_paragraph)       # the line in Chinese
+        command = script
+        if script.startswith(("ability_tree/", "benchmarks/")):
+            command = f"-m {script.removesuffix('.py').replace('/', '.')}"
+        blocks.append(f"## {script}\n\n{purpose}\n\n    python {command}")
+        for group in parser._action_groups:
+            rows = [row(flag) for flag in group._group_actions if flag.dest != "help"]
+            if not rows:
+                continue
+            same = first.setdefault(str((group.title, rows)), script)
+            if same != script:
+                blocks.append(f"**{group.title}**: as in {same}")
+            else:
+                table = markdown([["flag", "default", ""], *rows], "lll")
+                blocks.append(f"**{group.title}**\n\n{table}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def main():
+    parser = make_parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
+    args = parse_args(parser)
+    text = page()
+    write_atomic(args.out, lambda file: file.write(text.encode()))
+    print(f"{args.out}: {text.count(chr(10) + '## ')} scripts")
+
+
+if __name__ == "__main__":
+    main()
