@@ -1,12 +1,12 @@
 """
-数据格式：把各种公开格式读成同一种消息列表，坏行指名道姓。
-Data formats: the files that people have, as one message list; a bad line is named, never guessed at.
+数据格式：把各种公开格式读成同一种消息列表；坏行连同文件名、行号一起报告。
+Data formats: the common public formats, read as one message list. A bad line stops with its place.
 
     read_conversations("dataset/sft_data.jsonl")[0]
     [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]
 
-A file goes through two steps. read_rows splits it into numbered rows (.jsonl, .json, .csv, .txt);
-to_messages, to_question or to_text makes a row into what a lesson trains on. dataset.md shows each format.
+read_rows splits a file into numbered rows (.jsonl, .json, .csv, .txt). to_messages, to_question or
+to_text then converts a row. dataset.md shows each format.
 """
 
 import csv
@@ -21,30 +21,28 @@ CONVERSATION_KEYS = ("conversations", "messages")
 PROMPT_KEYS = ("question", "instruction", "prompt", "ask")
 RESPONSE_KEYS = ("output", "response", "answer")
 COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, "input", "system", "history", "options", "answer_idx")
-EXAM_COLUMNS = ("question", "a", "b", "c", "d")     # of a multiple-choice CSV; its column "answer" holds a letter
-CATEGORY_KEYS = ("leaf", "category", "subject", "meta_info")        # what a row is about; the first that is there
+EXAM_COLUMNS = ("question", "a", "b", "c", "d")     # multiple-choice CSV; "answer" holds a letter
+CATEGORY_KEYS = ("leaf", "category", "subject", "meta_info")
 
-# How a turn is written: the key of its role -> (the key of its text, the names of the roles).
+# How a turn is written: key of the role -> (key of the text, names of the roles).
 TURN_FORMS = {
     "role": ("content", {"system": "system", "user": "user", "assistant": "assistant"}),
     "from": ("value", {"system": "system", "human": "user", "user": "user",
                        "gpt": "assistant", "assistant": "assistant"}),
 }
-SPEAKS_AFTER = {"user": "assistant", "assistant": "user"}
+NEXT_ROLE = {"user": "assistant", "assistant": "user"}
 
 KNOWN_FORMATS = (
-    "conversations or messages: a list of {role, content} or {from, value}; "
-    "question/instruction/prompt/ask with output/response/answer, optional input and system; "
-    "question, options, answer_idx, or in CSV question, A, B, C, D, answer; "
-    "a row with only text is for train_pretrain.py"
-)
+    "conversations or messages; question/instruction/prompt/ask with output/response/answer; "
+    "question, options, answer_idx; a row with only text is for train_pretrain.py; examples: "
+    "dataset/dataset.md")
 
-# One CSV cell, in characters. Python's own limit of 131,072 is shorter than some answers;
-# without a limit, one stray quote swallows the rest of a file into memory.
+# Characters of one CSV cell. Python's limit of 131,072 is too short for some answers; without a
+# limit, one stray quote reads the rest of the file into memory.
 MAX_CSV_CELL = 4_000_000
 
 END_OF_TEXT = "<|endoftext|>"       # a line of a .txt file
-FINAL_ANSWER = "####"               # GSM8K: what is reckoned before it leads to the number after it
+FINAL_ANSWER = "####"               # GSM8K: separates the calculation from the final number
 EXTENSIONS = (".jsonl", ".json", ".csv", ".txt")
 READABLE = f"{', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]}"
 
@@ -53,29 +51,29 @@ class BadLine(ValueError):
     """A row that cannot be trained on. The message names file, line, value and the way out."""
 
 
-# ---- 1. A file becomes numbered rows -------------------------------------------------------------
+# ---- 1. A file becomes numbered rows -----------------------------------------------------------
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict | str]]:
-    """Yields (number, row), counted from 1: the number of the line, or of the item in a .json list.
+    """Yields (number, row), counted from 1: the line, or the item of a .json list.
 
-    A row is a dict. A line that cannot be read comes as a str that says why: the reader can go on.
+    A row is a dict, or a str with the reason why the line cannot be read.
 
-        .jsonl  one JSON object a line; blank lines are passed over
-        .json   a list of objects (or JSON lines under this name: the first character tells)
-        .csv    a header, then records; column names are lower-cased. Exams become rows with options:
-                question, A, B, C, D, answer (C-Eval, CMMLU), and records of these six without a header (MMLU)
-        .txt    {"text": paragraph}, numbered by its first line; a blank line ends a paragraph. Where lines
-                <|endoftext|> stand, a text is what lies between two of them
+        .jsonl  one JSON object per line; blank lines are skipped
+        .json   a list of objects, or JSON lines: the first character decides
+        .csv    a header, then records; column names become lower case. Exams become rows with
+                options: question, A, B, C, D, answer (C-Eval, CMMLU), or the same without header
+                (MMLU)
+        .txt    {"text": paragraph}, numbered by its first line; blank lines separate paragraphs.
+                In a file with lines <|endoftext|> those separate the texts
 
-    UTF-8, with or without a byte order mark. Raises FileNotFoundError; BadLine for a .json list that
-    does not parse or a CSV header that names a column twice; ValueError for an unknown kind of file.
+    UTF-8, with or without a byte order mark. Raises FileNotFoundError; BadLine for a .json list
+    that does not parse or a CSV header with a duplicate name; ValueError for another kind of file.
     """
-    kind = _kind(path)
-    return ROW_READERS[kind](path)
+    return ROW_READERS[_kind(path)](path)
 
 
 def _kind(path) -> str:
-    """One of ROW_READERS: by the extension where that leaves no doubt, else by the first character."""
+    """One of ROW_READERS, by the extension or else by the first character."""
     path = Path(path)
     check_exists(path)
     by_extension = {".jsonl": "lines", ".csv": "csv", ".txt": "txt"}.get(path.suffix.lower())
@@ -91,7 +89,7 @@ def _kind(path) -> str:
 
 
 def check_exists(path: Path):
-    """Raises FileNotFoundError, with the command that makes a file of dataset/."""
+    """Raises FileNotFoundError, with the command that generates a file of dataset/."""
     if not path.exists():
         generated = Path(__file__).resolve().parent in path.resolve().parents
         way_out = "Make it: python dataset/miniworld.py" if generated else "Check the path."
@@ -99,8 +97,8 @@ def check_exists(path: Path):
 
 
 def _open(path, newline=None):
-    # A byte that is not UTF-8 arrives as a lone surrogate, as "\ud800" in JSON does: _check_text finds
-    # both, in the row where they are. A strict decoder would stop the file without a line number.
+    # A byte that is not UTF-8 becomes a lone surrogate, as "\ud800" in JSON does. _check_text finds
+    # both in their row; a strict decoder would stop without a line number.
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
@@ -113,8 +111,8 @@ def _rows_of_lines(path):
                 row = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 around = _short(line.rstrip()[max(error.pos - 20, 0):error.pos + 20])
-                row = f"not a whole JSON object: {error.msg} at column {error.colno}, around {around}"
-            except (ValueError, RecursionError) as error:  # 5,000 digits; 100,000 nested brackets
+                row = f"not a whole JSON object: {error.msg} in column {error.colno}, at {around}"
+            except (ValueError, RecursionError) as error:   # 5,000 digits; 100,000 nested brackets
                 row = f"JSON that Python does not read: {error}"
             else:
                 row = _object_or_reason(row)
@@ -126,8 +124,8 @@ def _rows_of_list(path):
         try:
             items = json.load(file)
         except json.JSONDecodeError as error:
-            raise BadLine(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}. "
-                          "Fix it there: a .json list is read whole or not at all.") from None
+            raise BadLine(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}. Fix it "
+                          "there: a .json list is read completely or not at all.") from None
         except (ValueError, RecursionError) as error:
             raise BadLine(f"{path}: JSON that Python does not read: {error}") from None
     for number, item in enumerate(items, start=1):
@@ -140,11 +138,11 @@ def _object_or_reason(row):
 
 def _rows_of_csv(path):
     csv.field_size_limit(MAX_CSV_CELL)
-    with _open(path, newline="") as file:  # the csv module looks for line ends inside quotes itself
+    with _open(path, newline="") as file:   # the csv module finds line ends inside quotes itself
         records = csv.reader(file, strict=True)
         header = None
         while True:
-            number = records.line_num + 1  # the record's first line; a quoted cell may hold more
+            number = records.line_num + 1   # the record's first line; a quoted cell may span more
             try:
                 cells = next(records)
             except StopIteration:
@@ -153,7 +151,7 @@ def _rows_of_csv(path):
                 yield number, f"not a CSV record: {error}"
                 continue
 
-            if not any(cells):  # a blank line, or the rows of commas that spreadsheets leave behind
+            if not any(cells):              # a blank line, or a spreadsheet's row of commas
                 continue
             if header is None:
                 if not _is_mmlu(cells):
@@ -161,38 +159,41 @@ def _rows_of_csv(path):
                     continue
                 header = [*EXAM_COLUMNS, "answer"]
             if len(cells) != len(header):
-                yield number, f"{len(cells)} cells {_short(cells)}, where the first record has {len(header)}"
+                yield number, (f"{len(cells)} cells {_short(cells)}, where the first record has "
+                               f"{len(header)}")
             else:
                 yield number, _with_options(dict(zip(header, cells)))
 
 
 def _is_mmlu(cells) -> bool:
-    """Whether a file's first record is a question already, as in MMLU: question, four options, letter."""
+    """Whether a file's first record is a question, as in MMLU: question, four options, letter."""
     names = {cell.strip().lower() for cell in cells}
-    return len(cells) == 6 and cells[-1].strip() in tuple("ABCD") and names.isdisjoint(COLUMN_KEYS)
+    letter = cells[-1].strip()
+    return len(cells) == 6 and letter in tuple("ABCD") and names.isdisjoint(COLUMN_KEYS)
 
 
 def _with_options(row):
-    """A record with the columns of an exam as {"question", "options", "answer_idx"}; any other as it is.
-    An empty answer is none: C-Eval keeps those of its test questions to itself."""
+    """An exam record as {"question", "options", "answer_idx"}; other records are unchanged.
+    An empty answer is left out: C-Eval's test questions have none."""
     if not row.keys() >= set(EXAM_COLUMNS):
         return row
-    right = row.pop("answer", "").strip().upper()
-    options = {letter: row.pop(letter.lower()) for letter in "ABCD"}
-    return row | {"options": options} | ({"answer_idx": right} if right else {})
+    letter = row.pop("answer", "").strip().upper()
+    options = {option: row.pop(option.lower()) for option in "ABCD"}
+    return row | {"options": options} | ({"answer_idx": letter} if letter else {})
 
 
 def _csv_header(path, number, cells):
     header = [name.strip().lower() for name in cells]
     for name in header:
-        if name and header.count(name) > 1:  # spreadsheets may add columns without a name
-            raise BadLine(f"{path}, line {number}: two columns are called {_short(name)}. Rename one.")
+        if name and header.count(name) > 1:     # spreadsheets may add columns without a name
+            raise BadLine(f"{path}, line {number}: two columns are called {_short(name)}. "
+                          "Rename one.")
     return header
 
 
 def _rows_of_txt(path):
     with _open(path) as file:
-        # TinyStories ends each story by a line <|endoftext|>: then a blank line is only the space between paragraphs.
+        # TinyStories: stories of several paragraphs, each ended by a line <|endoftext|>.
         marked = any(line.strip() == END_OF_TEXT for line in islice(file, 10_000))
         file.seek(0)
         text, first = [], 0
@@ -208,57 +209,64 @@ def _rows_of_txt(path):
             yield first, {"text": "".join(text).rstrip("\n")}
 
 
-ROW_READERS = {"lines": _rows_of_lines, "list": _rows_of_list, "csv": _rows_of_csv, "txt": _rows_of_txt}
+ROW_READERS = {"lines": _rows_of_lines, "list": _rows_of_list, "csv": _rows_of_csv,
+               "txt": _rows_of_txt}
 
 
-# ---- 2. A row becomes messages, or text ----------------------------------------------------------
+# ---- 2. A row becomes messages, or text --------------------------------------------------------
 
 def to_messages(row: dict) -> list[dict]:
-    """One row of any known format as [{"role", "content"}, ...]: an optional system turn, then user
-    and assistant in turns, the assistant last. Keys that the format lacks (id, meta_info) are ignored.
+    """One row of any format as [{"role", "content"}, ...]: an optional system turn, then user and
+    assistant alternating, the assistant last. Other keys (id, meta_info) are ignored.
 
-        {"messages": [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]}
-        {"conversations": [{"from": "human", "value": "2 + 3 ="}, {"from": "gpt", "value": "5"}]}
-        {"question": "2 + 3 =", "answer": "5"}
-        {"instruction": "Add.", "input": "2 + 3", "output": "5"}
-            the user says "Add.", and "2 + 3" on the next line
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+        {"instruction": "Add.", "input": "2 + 3", "output": "5"}     user: "Add.\\n2 + 3"
         {"question": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"}
-            the user says "2 + 3 =", "A. 4" and "B. 5" on three lines; the assistant "5"
+                                       user: "2 + 3 =\\nA. 4\\nB. 5"     assistant: "5"
 
-    Raises ValueError with the reason, and the value shortened, for anything else.
+    Raises ValueError with the reason, and the value shortened.
     """
-    return _conversation(_turns(row))
+    messages = _alternating(_turns(row))
+    if messages and messages[-1]["role"] == "user":
+        messages.pop()                          # a question without an answer teaches nothing
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError("no turn of the assistant follows a user turn, so there is nothing to "
+                         "learn")
+    return messages
 
 
 class Question(NamedTuple):
-    """A conversation up to the answer that someone is to give."""
+    """A conversation up to the answer that a model is to give."""
 
-    messages: list[dict]        # as to_messages has them; the user's turn is the last
-    answer: str | None          # the one that the row has; None: it has none
-    others: dict                # what else is in the row: id, leaf, ...
+    messages: list[dict]        # as in to_messages; the user's turn is the last
+    answer: str | None          # the reference answer, if the row has one
+    others: dict                # the other keys of the row: id, leaf, ...
 
 
 def to_question(row: dict) -> Question:
-    """One row of any format of to_messages, asked once more: its last answer is taken off, or is not there yet.
+    """One row of any format of to_messages, without its last answer, which may also be missing.
 
         {"question": "2 + 3 =", "answer": "5", "id": 7}     [user "2 + 3 ="], "5", {"id": 7}
         {"question": "2 + 3 =", "id": 7}                    [user "2 + 3 ="], None, {"id": 7}
         {"conversations": [..., {"role": "user", "content": "And 3 + 3?"}]}     all of it, None, {}
 
-    Raises ValueError with the reason for anything else.
+    Raises ValueError with the reason.
     """
-    messages = _in_turns(_turns(row, answered=False))
+    messages = _alternating(_turns(row, needs_answer=False))
     if not messages or messages[-1]["role"] == "system":
         raise ValueError("no turn of the user, so there is nothing to answer")
     answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
-    read = CONVERSATION_KEYS if any(key in row for key in CONVERSATION_KEYS) else COLUMN_KEYS
-    return Question(messages, answer, {key: value for key, value in row.items() if key not in read})
+    is_conversation = any(key in row for key in CONVERSATION_KEYS)
+    read = CONVERSATION_KEYS if is_conversation else COLUMN_KEYS
+    return Question(messages, answer, {key: row[key] for key in row if key not in read})
 
 
 def to_text(row: dict) -> str:
-    """The text of a pretraining row {"text": ...}. Raises ValueError with the reason if it has none."""
+    """The text of a pretraining row {"text": ...}. Raises ValueError with the reason."""
     if "text" not in row:
-        raise ValueError(f"no 'text' (keys found: {_short(list(row))}; pretraining rows are {{text}})")
+        raise ValueError(f"no 'text' (keys found: {_short(list(row))}; "
+                         "pretraining rows are {text})")
     _check_text(row["text"], "text")
     if not row["text"].strip():
         raise ValueError("text is empty")
@@ -266,44 +274,33 @@ def to_text(row: dict) -> str:
 
 
 def holds_texts(path) -> bool:
-    """Whether a file is for pretraining: its first row that can be read is a text, and no conversation."""
+    """Whether a file is for pretraining: its first readable row is a text and no conversation."""
     first = next((row for _, row in read_rows(path) if isinstance(row, dict)), {})
     return "text" in first and not any(key in first for key in (*CONVERSATION_KEYS, *PROMPT_KEYS))
 
 
 def category(row: dict, default: str) -> str:
-    """What a row is about: its leaf, category, subject or meta_info, the first that is a text; else `default`."""
+    """The first text among a row's leaf, category, subject and meta_info; else `default`."""
     names = (row[key] for key in CATEGORY_KEYS if key in row)
     return next((name for name in names if isinstance(name, str) and name.strip()), default)
 
 
 def final_answer(text: str) -> str:
-    """What an answer comes to: "2 + 3 = <<2+3=5>>5\\n#### 5" -> "5", as GSM8K writes it
-    (Cobbe et al. 2021, https://arxiv.org/abs/2110.14168). Without a last word after ####, all of the text."""
+    """The text after the last ####, else all of it: "2 + 3 = <<2+3=5>>5\\n#### 5" -> "5".
+    GSM8K, Cobbe et al. 2021, https://arxiv.org/abs/2110.14168."""
     return text.rpartition(FINAL_ANSWER)[2].strip() or text.strip()
 
 
-# Every format is first told as turns (where, role, content): the law of a conversation is written once.
+# Every format first becomes turns (where, role, content), so the rules are written once.
 
-def _conversation(turns) -> list[dict]:
-    """Turns as a conversation to learn from. That a last user turn has no answer is no error: it is dropped."""
-    messages = _in_turns(turns)
-    if messages and messages[-1]["role"] == "user":
-        messages.pop()
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError("no turn of the assistant follows a user turn, so there is nothing to learn")
-    return messages
+def _alternating(turns) -> list[dict]:
+    """Turns as messages: at most one system turn, then user and assistant alternating.
 
-
-def _in_turns(turns) -> list[dict]:
-    """Turns as messages, if they alternate: at most one system turn, then user and assistant.
-
-    Turns that do not are refused, not merged: in such a row a turn was lost, and an answer may belong to
-    a question that is not there. A user turn after the first may be empty, for in ShareGPT some people
-    just press Enter to hear more.
+    Other turns are refused, not merged: a turn was lost there, so an answer may belong to another
+    question. A user turn after the first may be empty: ShareGPT users press Enter to read on.
     """
     messages = []
-    speaker = "user"
+    expected = "user"
     for where, role, content in turns:
         _check_text(content, where)
         empty = not content or content.isspace()
@@ -314,25 +311,25 @@ def _in_turns(turns) -> list[dict]:
                 messages.append({"role": role, "content": content})
             continue
 
-        if role != speaker:
-            raise ValueError(f"{where} is the {role}'s turn, but the {speaker} speaks next "
-                             "(they alternate, user first)")
-        first = len(messages) < 2  # before it: nothing, or the system turn
-        if empty and (role == "assistant" or first):
+        if role != expected:
+            raise ValueError(f"{where} has role {role}, expected {expected} (user and assistant "
+                             "alternate, user first)")
+        is_first = len(messages) < 2            # before it: nothing, or the system turn
+        if empty and (role == "assistant" or is_first):
             raise ValueError(f"{where} is an empty {role} turn")
         messages.append({"role": role, "content": content})
-        speaker = SPEAKS_AFTER[role]
+        expected = NEXT_ROLE[role]
     return messages
 
 
-def _turns(row, answered=True):
-    """The turns of a row of any format; the answer of a row of columns may be missing if not `answered`."""
+def _turns(row, needs_answer=True):
+    """The turns of a row of any format; without `needs_answer` the answer may be missing."""
     for key in CONVERSATION_KEYS:
         if key in row:
             return _turns_of_list(row[key], key)
     if "options" in row:
-        return _turns_of_choice(row, answered)
-    return _turns_of_columns(row, answered)
+        return _turns_of_choice(row, needs_answer)
+    return _turns_of_columns(row, needs_answer)
 
 
 def _turns_of_list(turns, key):
@@ -353,15 +350,15 @@ def _turns_of_list(turns, key):
         yield where, names[role], turn[content_key]
 
 
-def _turns_of_columns(row, answered):
+def _turns_of_columns(row, needs_answer):
     prompts = [key for key in PROMPT_KEYS if key in row]
     responses = [key for key in RESPONSE_KEYS if key in row]
-    if not prompts or answered and not responses:
-        raise ValueError(f"no known format (keys found: {_short(list(row))}; known: {KNOWN_FORMATS})")
+    if not prompts or needs_answer and not responses:
+        raise ValueError(f"no known format (keys found: {_short(list(row))}; "
+                         f"known: {KNOWN_FORMATS})")
     for keys in (prompts, responses):
         if len(keys) > 1:
-            raise ValueError(f"both {keys[0]!r} and {keys[1]!r} are there; "
-                             "rename the one that is not to be trained on")
+            raise ValueError(f"both {keys[0]!r} and {keys[1]!r} are there; rename one of them")
     if row.get("history"):
         raise ValueError("history is not read; write the earlier turns as conversations")
     (prompt,) = prompts
@@ -378,12 +375,12 @@ def _turns_of_columns(row, answered):
         yield response, "assistant", row[response]
 
 
-def _turns_of_choice(row, answered):
-    answered = answered or "answer_idx" in row
-    if answered and "answer_idx" not in row:
-        raise ValueError("options without 'answer_idx' (in CSV: with an empty answer, or no such column), so there is "
-                         "nothing to learn")
-    for key in ("question", "answer_idx") if answered else ("question",):
+def _turns_of_choice(row, needs_answer):
+    if needs_answer and "answer_idx" not in row:
+        raise ValueError("options without 'answer_idx' (in CSV: with an empty answer, or without "
+                         "that column), so there is nothing to learn")
+    has_answer = "answer_idx" in row
+    for key in ("question", "answer_idx") if has_answer else ("question",):
         if key not in row:
             raise ValueError(f"options without {key!r} (keys found: {_short(list(row))})")
         _check_text(row[key], key)
@@ -392,15 +389,15 @@ def _turns_of_choice(row, answered):
         raise ValueError(f'options is {_short(options)}, not an object {{"A": ..., "B": ...}}')
     for letter, text in options.items():
         _check_text(text, f"options[{_short(letter)}]")
-    if answered and row["answer_idx"] not in options:
+    if has_answer and row["answer_idx"] not in options:
         raise ValueError(f"answer_idx is {_short(row['answer_idx'])}, "
                          f"which is none of the options {_short(list(options))}")
-
-    lines = [row["question"]] + [f"{letter}. {text}" for letter, text in options.items()]
     if not row["question"].strip():
         raise ValueError("question is empty")
+
+    lines = [row["question"], *(f"{letter}. {text}" for letter, text in options.items())]
     yield "question", "user", "\n".join(lines)
-    if answered:
+    if has_answer:
         yield f"options[{row['answer_idx']!r}]", "assistant", options[row["answer_idx"]]
 
 
@@ -415,17 +412,17 @@ def _check_text(value, where):
 
 
 def _short(value) -> str:
-    """repr(value) in at most 60 characters, without walking through a huge or deeply nested value."""
+    """repr(value) in at most 60 characters, cheap for huge or deeply nested values."""
     shortener = reprlib.Repr()
     shortener.maxstring = shortener.maxother = 60
     text = shortener.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-# ---- 3. A whole file -----------------------------------------------------------------------------
+# ---- 3. A whole file ---------------------------------------------------------------------------
 
 def files_of(path: str | Path) -> list[Path]:
-    """The file itself; or of a folder those files that are read here, by name, without its folders and hidden files.
+    """The file itself, or a folder's data files by name, without hidden files and subfolders.
 
     Raises FileNotFoundError if there is no such path, ValueError if the folder has no such file.
     """
@@ -433,47 +430,51 @@ def files_of(path: str | Path) -> list[Path]:
     check_exists(path)
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in EXTENSIONS
-                   and not file.name.startswith("."))
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS
+                   and file.is_file() and not file.name.startswith("."))
     if not files:
-        raise ValueError(f"no file in {path} is {READABLE}. Folders within a folder are not looked into: name the one "
-                         "that holds the files")
+        raise ValueError(f"no file in {path} is {READABLE}. Subfolders are not searched: name the "
+                         "one that holds the files")
     return files
 
 
-def read_conversations(path, skip_bad_lines: bool = False, log: Callable = print) -> list[list[dict]]:
+def read_conversations(path, skip_bad_lines: bool = False,
+                       log: Callable = print) -> list[list[dict]]:
     """Every conversation of a file, each as to_messages gives it.
 
-    Raises FileNotFoundError with the command that makes the file; BadLine at the first bad line (with
-    skip_bad_lines they are counted, and one line is logged); ValueError when no line of it is good.
+    Raises FileNotFoundError with the command that makes the file; BadLine at the first bad line
+    (skip_bad_lines counts them instead, and logs one line); ValueError if no line is good.
     """
     return read_each(path, to_messages, skip_bad_lines, log)
 
 
 def read_categories(path, skip_bad_lines: bool = False) -> list[str]:
-    """What each conversation of read_conversations is about, one name for each of them: see `category`; else the file's
-    name without its extension. Raises as above, but logs nothing: read_conversations has told it."""
+    """The `category` of each conversation of read_conversations; default: the file's name without
+    extension. Raises as above; logs nothing, as read_conversations does."""
     stem = Path(path).stem
-    return read_each(path, lambda row: to_messages(row) and category(row, stem), skip_bad_lines, log=lambda line: None)
+    return read_each(path, lambda row: to_messages(row) and category(row, stem), skip_bad_lines,
+                     log=lambda line: None)
 
 
-def read_questions(path, skip_bad_lines: bool = False, log: Callable = print) -> list[Question | None]:
-    """Every question of a file, as to_question gives it. None stands where a bad line was left out, so that two files can
-    be read row by row. Raises as above."""
-    return _read_in_place(path, to_question, skip_bad_lines, log)
+def read_questions(path, skip_bad_lines: bool = False,
+                   log: Callable = print) -> list[Question | None]:
+    """Every question of a file, as to_question gives it, and None for each skipped bad line, so
+    that two files stay aligned row by row. Raises as above."""
+    return _read_aligned(path, to_question, skip_bad_lines, log)
 
 
 def read_texts(path, skip_bad_lines: bool = False, log: Callable = print) -> list[str]:
-    """Every text of a pretraining file: {"text"} rows, or the paragraphs of a .txt. Raises as above."""
+    """Every text of a pretraining file: {"text"} rows, or the texts of a .txt. Raises as above."""
     return read_each(path, to_text, skip_bad_lines, log)
 
 
 def read_each(path, convert: Callable, skip_bad_lines: bool = False, log: Callable = print) -> list:
-    """convert(row) of every row of a file. That it raises ValueError makes the row a bad line. Raises as above."""
-    return [good for good in _read_in_place(path, convert, skip_bad_lines, log) if good is not None]
+    """convert(row) of every row; a ValueError makes it a bad line. Raises as above."""
+    converted = _read_aligned(path, convert, skip_bad_lines, log)
+    return [value for value in converted if value is not None]
 
 
-def _read_in_place(path, convert, skip_bad_lines, log):
+def _read_aligned(path, convert, skip_bad_lines, log):
     unit = "item" if _kind(path) == "list" else "line"
     found, n_bad, first_bad = [], 0, []
     for number, row in read_rows(path):
@@ -483,8 +484,8 @@ def _read_in_place(path, convert, skip_bad_lines, log):
             found.append(convert(row))
         except ValueError as error:
             if not skip_bad_lines:
-                raise BadLine(f"{path}, {unit} {number}: {error}. "
-                              f"Fix the {unit}, or pass --skip_bad_lines to leave it out.") from None
+                raise BadLine(f"{path}, {unit} {number}: {error}. Fix the {unit}, or pass "
+                              "--skip_bad_lines to leave it out.") from None
             found.append(None)
             n_bad += 1
             if n_bad <= 3:

@@ -1,10 +1,15 @@
 """
 文本变成词元流：只分词一次，写成内存映射文件；第 k 步用哪些样本，与进程数和微批数无关。
-Text becomes a stream of tokens: tokenised once into a memory-mapped file, and dealt out so that optimizer step k sees
-the same samples however it is split over micro-batches and processes.
+Text becomes packed token batches: tokenised once into a memory-mapped file, then dealt so that
+optimizer step k sees the same samples for any number of micro-batches and processes.
 
-    sample    <|im_start|> user \\n 2 + 3 ? <|im_end|> \\n <|im_start|> assistant \\n  5  <|im_end|> \\n
-    target          .       .    .  . . . .     .       .       .          .      .   x      x       .
+    sample    <|im_start|> user \\n 2 + 3 ? <|im_end|> \\n <|im_start|> assistant \\n 5 <|im_end|>
+              \\n
+    target          .       .    .  . . . .     .       .       .          .      .  x      x
+                    .
+
+Sequence packing: the samples of a batch follow each other in one stream, without padding. The loss
+mask (x) marks the tokens to be predicted: the assistant's and its end of turn.
 """
 
 import copy
@@ -28,62 +33,63 @@ CACHE_VERSION = 3           # raise it when the meaning of a cached file changes
 
 
 class Batch(NamedTuple):
-    """One micro-batch as a flat stream (model/transformer.py), its samples from short to long."""
+    """One micro-batch as a packed stream (model/transformer.py), samples from short to long."""
 
-    tokens: torch.Tensor            # (N,) ids the model reads
+    tokens: torch.Tensor            # (N,) ids that the model reads
     lengths: list[int]              # tokens of each sample
-    at: torch.Tensor                # (S,) positions of the stream that have something to predict
-    targets: torch.Tensor           # (S,) the id that comes next at each of them
-    step_targets: int               # targets of the whole optimizer step: all its micro-batches, all processes
-    step_samples: int               # samples of the whole optimizer step
-    keys: tuple[int, ...] = ()      # of each sample, by its tokens (sample_key)
+    at: torch.Tensor                # (S,) supervised positions of the stream
+    targets: torch.Tensor           # (S,) the next id at each of them
+    step_targets: int               # targets of the optimizer step: all micro-batches and processes
+    step_samples: int               # samples of the optimizer step
+    keys: tuple[int, ...] = ()      # sample_key of each sample
 
-    # Where the teacher reads something else (paired_with):
-    teacher: "Batch | None" = None          # its side of the same samples
-    match: torch.Tensor | None = None       # (S,) its position, counted in `teacher.at`, that has seen the same text; or -1.
-                                            # None: the same tokens are asked of both, one by one
+    # If the teacher reads other tokens (paired_with):
+    teacher: "Batch | None" = None          # the same samples as the teacher reads them
+    # (S,) the place in `teacher.at` that has seen the same text, or -1. None: place i matches i
+    match: torch.Tensor | None = None
 
     def to(self, device) -> "Batch":
-        return self._replace(**{name: value.to(device, non_blocking=True) for name, value in self._asdict().items()
-                                if isinstance(value, torch.Tensor)},
-                             teacher=self.teacher and self.teacher.to(device))
+        tensors = {name: value.to(device, non_blocking=True)
+                   for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
+        return self._replace(**tensors, teacher=self.teacher and self.teacher.to(device))
 
 
 class TokenDataset(ABC):
-    """Samples of token ids with a target flag each, in one memory-mapped file: the id, and the flag in the top bit.
+    """Samples of token ids in one memory-mapped file; the top bit of an id marks a target.
 
-    The file is keyed by the text files' content, the tokenizer and the length limit: change one of them and it is
-    made anew. Subclasses say in `encode` how files become samples. Raises what dataset/formats.py raises, and
-    ValueError when nothing is left to learn.
+    The cached file is identified by the text files' content, the tokenizer and the length limit.
+    Subclasses define `encode`. Raises what dataset/formats.py raises, and ValueError if nothing is
+    left to learn.
     """
 
-    validated_on = None             # name of the file beside the data that is there for validation
-    teacher = None                  # the same files in the tokens of a teacher, see paired_with
+    validated_on = None             # name of a validation file beside the data
+    teacher = None                  # the same samples as a teacher reads them, see paired_with
 
-    def __init__(self, paths, tokenizer, max_seq_len: int = 512, skip_bad_lines: bool = False, log=print):
-        self.paths, self.tokenizer, self.max_seq_len = [Path(path) for path in paths], tokenizer, max_seq_len
-        self.skip_bad_lines, self.log = skip_bad_lines, log
-        self.word = np.uint16 if tokenizer.vocab_size <= 1 << 15 else np.uint32
-        self.flag = self.word(1 << (8 * self.word().itemsize - 1))
+    def __init__(self, paths, tokenizer, max_seq_len: int = 512, skip_bad_lines: bool = False,
+                 log=print):
+        self.paths, self.tokenizer = [Path(path) for path in paths], tokenizer
+        self.max_seq_len, self.skip_bad_lines, self.log = max_seq_len, skip_bad_lines, log
+        self.dtype = np.uint16 if tokenizer.vocab_size <= 1 << 15 else np.uint32
+        self.flag = self.dtype(1 << (8 * self.dtype().itemsize - 1))
         stream, index = self.cache_files()
         self.key = stream.stem
         if not index.exists():
             self.build(stream, index)
-        # As a plain array: a slice of a memmap itself takes seven times as long.
-        self.stream = np.asarray(np.memmap(stream, dtype=self.word, mode="r"))
+        # As a plain array: slicing a memmap takes seven times as long.
+        self.stream = np.asarray(np.memmap(stream, dtype=self.dtype, mode="r"))
         with np.load(index) as arrays:
-            self.ends, self.n_targets = arrays["ends"], arrays["n_targets"]     # (samples,) each
-            self.rows = arrays["rows"]                  # (samples,), which of the files' samples each one is, from 0
-            self.n_rows = int(arrays["n_rows"])         # how many the files have, also those of which nothing was left
+            self.ends, self.n_targets = arrays["ends"], arrays["n_targets"]     # (samples,)
+            self.rows = arrays["rows"]              # (samples,) number of each in the files
+            self.n_rows = int(arrays["n_rows"])     # samples of the files, also those left out
         self.lengths = np.diff(self.ends, prepend=0)
 
     @abstractmethod
     def encode(self) -> list[tuple[list[int], list[bool]]]:
-        """The samples of the files: ids, and which of them are to be predicted."""
+        """The samples of the files: ids, and which of them are targets."""
 
     def cache_files(self) -> tuple[Path, Path]:
-        key = hashlib.sha256(f"{type(self).__name__} {self.tokenizer.sha256} {self.max_seq_len} {self.skip_bad_lines} "
-                             f"{CACHE_VERSION}".encode())
+        key = hashlib.sha256(f"{type(self).__name__} {self.tokenizer.sha256} {self.max_seq_len} "
+                             f"{self.skip_bad_lines} {CACHE_VERSION}".encode())
         for path in self.paths:
             check_exists(path)
             key.update(hashlib.sha256(path.read_bytes()).digest())
@@ -93,25 +99,27 @@ class TokenDataset(ABC):
     def build(self, stream: Path, index: Path):
         start = time.time()
         samples, kept, rows, cut = self.encode(), [], [], 0
+        length = self.max_seq_len + 1               # the last token is predicted, never read
         for number, (ids, targets) in enumerate(samples):
-            row = np.array(ids[:self.max_seq_len + 1], dtype=self.word)     # + 1: the last is predicted, never read
-            row[1:][np.array(targets[1:self.max_seq_len + 1], dtype=bool)] |= self.flag
+            row = np.array(ids[:length], dtype=self.dtype)
+            row[1:][np.array(targets[1:length], dtype=bool)] |= self.flag
             cut += len(ids) > len(row)
             if (row & self.flag).any():
                 rows.append(row)
                 kept.append(number)
         if not rows:
-            raise ValueError(f"{self}: no sample has anything to learn within max_seq_len={self.max_seq_len} "
-                             "tokens; raise --max_seq_len")
+            raise ValueError(f"{self}: no sample has anything to learn within "
+                             f"max_seq_len={self.max_seq_len} tokens; raise --max_seq_len")
         ends = np.cumsum([len(row) for row in rows])
         n_targets = np.array([np.count_nonzero(row & self.flag) for row in rows])
 
         stream.parent.mkdir(exist_ok=True)
         write_atomic(stream, np.concatenate(rows).tofile)
-        write_atomic(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept, n_rows=len(samples)))
-        self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} to predict; "
-                 f"{cut:,} cut to {self.max_seq_len} tokens, {len(samples) - len(rows):,} left out as nothing was left "
-                 f"to predict; {time.time() - start:.1f} s")
+        write_atomic(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept,
+                                                  n_rows=len(samples)))
+        self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} "
+                 f"targets; {cut:,} cut to {self.max_seq_len} tokens, {len(samples) - len(rows):,} "
+                 f"left out without a target; {time.time() - start:.1f} s")
 
     def __str__(self):
         return ", ".join(map(str, self.paths))
@@ -120,64 +128,69 @@ class TokenDataset(ABC):
         return len(self.ends)
 
     def split(self, fraction: float, seed: int) -> tuple["TokenDataset", "TokenDataset"]:
-        """Two views of this data, the second with that fraction of the samples, drawn once and for all by the seed."""
+        """Two views, the second with that fraction of the samples, chosen by the seed."""
         order = permutation(len(self), seed, 0)
         n_second = round(fraction * len(self))
         return self.view(np.sort(order[n_second:])), self.view(np.sort(order[:n_second]))
 
     def view(self, samples: np.ndarray) -> "TokenDataset":
         part = copy.copy(self)
-        part.ends, part.lengths, part.n_targets = self.ends[samples], self.lengths[samples], self.n_targets[samples]
-        part.rows = self.rows[samples]
+        for name in ("ends", "lengths", "n_targets", "rows"):
+            setattr(part, name, getattr(self, name)[samples])
         return part
 
     def sample(self, i: int) -> np.ndarray:  # -> (lengths[i],) ids and flags
         return self.stream[self.ends[i] - self.lengths[i]:self.ends[i]]
 
     def batch(self, samples: np.ndarray, step_targets: int = 0, step_samples: int = 0) -> Batch:
-        """The flat stream of these samples, in the order given."""
+        """The packed stream of these samples, in the given order."""
         parts = [self.sample(i) for i in samples]
         stream = np.concatenate(parts)
-        batch = packed_batch(stream & ~self.flag, stream & self.flag > 0, self.lengths[samples], step_targets, step_samples)
+        batch = packed_batch(stream & ~self.flag, stream & self.flag > 0, self.lengths[samples],
+                             step_targets, step_samples)
         batch = batch._replace(keys=tuple(map(sample_key, parts)))
         if self.teacher is not None:
-            taught = self.teacher.batch(np.searchsorted(self.teacher.rows, self.rows[samples]))
-            batch = batch._replace(teacher=taught)
+            its = self.teacher.batch(np.searchsorted(self.teacher.rows, self.rows[samples]))
+            batch = batch._replace(teacher=its)
             if self.teacher.tokenizer.sha256 != self.tokenizer.sha256:
-                match = same_text(batch, self.tokenizer.n_bytes, taught, self.teacher.tokenizer.n_bytes)
-                batch = batch._replace(match=match)
+                batch = batch._replace(match=same_text(batch, self.tokenizer.n_bytes,
+                                                       its, self.teacher.tokenizer.n_bytes))
         return batch
 
     def paired_with(self, teacher: "TokenDataset") -> "TokenDataset":
-        """A view whose batches also hold what a teacher reads of the same samples: in other tokens, or under another
-        prompt. Those of which the teacher, cut at its own limit, has nothing left are not in it.
+        """A view whose batches also hold the teacher's version of the same samples: other tokens,
+        or another prompt. Samples of which the teacher keeps no target are left out.
 
-        Raises ValueError if there are not as many of the one as of the other; and, if both have one tokenizer, for a sample of
-        which they are not asked the same tokens.
+        Raises ValueError if the sample counts differ, or, with one tokenizer, the answers.
         """
         if self.n_rows != teacher.n_rows:
-            raise ValueError(f"{self} has {self.n_rows:,} samples and {teacher} {teacher.n_rows:,}: which belong together? The "
-                             "teacher's files must match the student's row by row")
+            raise ValueError(
+                f"{self} has {self.n_rows:,} samples and {teacher} {teacher.n_rows:,}: which "
+                "belong together? The teacher's files must match the student's row by row")
         pair = self.view(np.flatnonzero(np.isin(self.rows, teacher.rows)))
         pair.teacher = teacher
-        if teacher.tokenizer.sha256 == self.tokenizer.sha256:
-            for i, j in enumerate(np.searchsorted(teacher.rows, pair.rows)):
-                own, its = pair.answer(i), teacher.answer(j)
-                if not np.array_equal(own, its):
-                    n = min(len(own), len(its))
-                    shorter = pair if len(own) < len(its) else teacher
-                    reason = (f"one answer is cut: with its prompt it is longer than {shorter.max_seq_len} tokens in {shorter}; "
-                              "shorten that prompt, or leave the row out of both" if np.array_equal(own[:n], its[:n]) else
-                              "the answers differ; row by row the files must hold the same answers to the two prompts")
-                    raise ValueError(f"sample {pair.rows[i] + 1} of {pair} and of {teacher}: {reason}")
+        if teacher.tokenizer.sha256 != self.tokenizer.sha256:
+            return pair
+        for i, j in enumerate(np.searchsorted(teacher.rows, pair.rows)):
+            own, its = pair.answer(i), teacher.answer(j)
+            if np.array_equal(own, its):
+                continue
+            n, shorter = min(len(own), len(its)), pair if len(own) < len(its) else teacher
+            reason = "the answers differ; both files must hold the same answers row by row"
+            if np.array_equal(own[:n], its[:n]):
+                reason = ("one answer is cut: with its prompt it is longer than "
+                          f"{shorter.max_seq_len} tokens in {shorter}; shorten that prompt, or "
+                          "remove the row from both")
+            raise ValueError(f"sample {pair.rows[i] + 1} of {pair} and of {teacher}: {reason}")
         return pair
 
     def with_room(self, log) -> "TokenDataset":
-        """A view of the samples whose first prompt leaves room for an answer to be written."""
-        keep = [np.argmax(self.sample(i) & self.flag > 0) < self.max_seq_len for i in range(len(self))]
+        """A view of the samples whose first prompt leaves room for an answer."""
+        keep = [np.argmax(self.sample(i) & self.flag > 0) < self.max_seq_len
+                for i in range(len(self))]
         if not all(keep):
-            log(f"{self}: {len(keep) - sum(keep):,} of {len(keep):,} samples have a prompt that leaves no room for an answer, and "
-                "are left out")
+            log(f"{self}: {len(keep) - sum(keep):,} of {len(keep):,} samples have a prompt that "
+                "leaves no room for an answer, and are left out")
         return self.view(np.flatnonzero(keep))
 
     def answer(self, i: int) -> np.ndarray:  # -> (n_targets[i],) ids
@@ -186,62 +199,67 @@ class TokenDataset(ABC):
 
 
 def packed_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int = 0) -> Batch:
-    """Samples one behind the other, as NumPy arrays (all ids,), (all ids,), (samples,) -> a Batch.
+    """Concatenated samples, NumPy arrays (all ids,), (all ids,), (samples,) -> a Batch.
 
-    The one place where targets are shifted against what the model reads: it reads all but a sample's last token, and
-    at each position the target is the token after it.
+    The only place that shifts targets: the model reads all but a sample's last token, and the
+    target of each position is the token after it.
     """
     ends = np.cumsum(sizes)
-    is_read, follows = np.ones(len(ids), dtype=bool), np.ones(len(ids), dtype=bool)
+    is_read, is_next = np.ones(len(ids), dtype=bool), np.ones(len(ids), dtype=bool)
     is_read[ends - 1] = False
-    follows[ends - sizes] = False
-    at = np.flatnonzero(is_target[follows])
-    return Batch(torch.from_numpy(ids[is_read].astype(np.int64)), (sizes - 1).tolist(), torch.from_numpy(at),
-                 torch.from_numpy(ids[follows][at].astype(np.int64)), step_targets, step_samples)
+    is_next[ends - sizes] = False
+    at = np.flatnonzero(is_target[is_next])
+    tokens, targets = ids[is_read].astype(np.int64), ids[is_next][at].astype(np.int64)
+    return Batch(torch.from_numpy(tokens), (sizes - 1).tolist(), torch.from_numpy(at),
+                 torch.from_numpy(targets), step_targets, step_samples)
 
 
 def prompts_and_answers(batch: Batch) -> list[list[tuple[list[int], list[int]]]]:
-    """Each sample's answers, each with all that is read before it: [[(prompt, answer), ...], ...], as ids.
+    """Each sample's answers, each after all tokens before it: [[(prompt, answer), ...], ...], ids.
 
-        user 2 + 3 ? assistant 5 <|im_end|>     one turn: the prompt ends in "assistant", the answer is 5 <|im_end|>
+        user 2 + 3 ? assistant 5 <|im_end|>     prompt: up to "assistant"; answer: 5 <|im_end|>
     """
     tokens, at, targets = batch.tokens.tolist(), batch.at.cpu().numpy(), batch.targets.tolist()
     ends = np.cumsum(batch.lengths)
-    sample = np.searchsorted(ends, at, side="right")                        # (S,), to which each position belongs
+    sample = np.searchsorted(ends, at, side="right")                    # (S,) of each position
     begins = np.flatnonzero((np.diff(at, prepend=-2) > 1) | (np.diff(sample, prepend=-1) > 0))
     found = [[] for _ in batch.lengths]
     for begin, end in zip(begins, [*begins[1:], len(at)]):
         i = sample[begin]
-        found[i].append((tokens[ends[i] - batch.lengths[i]:at[begin] + 1], targets[begin:end]))
+        prompt = tokens[ends[i] - batch.lengths[i]:at[begin] + 1]
+        found[i].append((prompt, targets[begin:end]))
     return found
 
 
 def batch_of_answers(prompts, answers) -> Batch:
-    """Samples of a prompt and the answer to it each, as ids; all of the answers is to be predicted."""
+    """One sample per prompt and its answer, as ids; all answer tokens are targets."""
     ids = np.concatenate([prompt + answer for prompt, answer in zip(prompts, answers)])
-    sizes = np.array([(len(prompt), len(answer)) for prompt, answer in zip(prompts, answers)])       # (samples, 2)
-    return packed_batch(ids, np.tile([False, True], len(sizes)).repeat(sizes.flatten()), sizes.sum(axis=1))
+    sizes = np.array([(len(prompt), len(answer)) for prompt, answer in zip(prompts, answers)])
+    is_target = np.tile([False, True], len(sizes)).repeat(sizes.flatten())
+    return packed_batch(ids, is_target, sizes.sum(axis=1))
 
 
 def sample_key(sample: np.ndarray) -> int:
-    """64 bits that tell a sample, its ids and its targets, from any other."""
-    return int.from_bytes(hashlib.blake2b(sample.astype(np.uint32).tobytes(), digest_size=8).digest(), "little")
+    """A 64-bit hash of a sample's ids and targets."""
+    content = sample.astype(np.uint32).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def same_text(student: Batch, student_bytes, teacher: Batch, teacher_bytes) -> torch.Tensor:  # -> (S,)
-    """For each target of the student the teacher's target that begins at the same byte of the same sample, or -1.
+def same_text(student: Batch, student_bytes, teacher: Batch, teacher_bytes) -> torch.Tensor:
+    """(S,) For each student target the teacher target that begins at the same byte, or -1.
 
-    There both have seen the same text, and say what comes next. Within a word that only one of them cuts, they have not.
+    There both have read the same text and predict what follows. Inside a token that only one of
+    them splits, they have not.
 
         student  | he | llo | <|im_end|> |      bytes  0  2  5
         teacher  | hel | lo | <|im_end|> |             0  3  5      match  0 -1 2
     """
 
-    def place(batch, n_bytes):  # -> (S,), rising: the sample's number in the upper half, the first byte in the lower
+    def place(batch, n_bytes):  # -> (S,) rising: sample number in the upper half, byte in the lower
         sample = np.searchsorted(np.cumsum(batch.lengths), batch.at.numpy(), side="right")
         size = n_bytes[batch.targets.numpy()]
         begins = np.cumsum(size) - size
-        first = np.searchsorted(sample, sample)                     # the first target of the same sample
+        first = np.searchsorted(sample, sample)             # the first target of the same sample
         return (sample.astype(np.int64) << 32) + begins - begins[first]
 
     ours, theirs = place(student, student_bytes), place(teacher, teacher_bytes)
@@ -250,19 +268,21 @@ def same_text(student: Batch, student_bytes, teacher: Batch, teacher_bytes) -> t
 
 
 class PretrainDataset(TokenDataset):
-    """Each text is a sample that ends in <|endoftext|>; a long one becomes several. Every token is a target."""
+    """Each text is a sample that ends in <|endoftext|>; long texts are cut into several samples.
+    Every token is a target."""
 
     def encode(self):
-        texts = [text for path in self.paths for text in read_texts(path, self.skip_bad_lines, self.log)]
+        texts = [text for path in self.paths
+                 for text in read_texts(path, self.skip_bad_lines, self.log)]
         return text_samples(texts, self.tokenizer, self.max_seq_len)
 
 
 def text_samples(texts, tokenizer, max_seq_len: int) -> list[tuple[list[int], list[bool]]]:
-    """Each text with its begin and end tokens, in pieces of which a model reads at most max_seq_len tokens."""
+    """Each text with its begin and end tokens, in pieces of at most max_seq_len read tokens."""
     samples, begin = [], [] if tokenizer.bos is None else [tokenizer.bos]
     for ids in tokenizer.encode_batch(texts):
         ids = begin + ids + [tokenizer.end_of_text]
-        # Pieces overlap by one token: what one of them predicts last, the next one reads first.
+        # Pieces overlap by one token: the last target of one is the first input of the next.
         for start in range(0, len(ids) - 1, max_seq_len):
             piece = ids[start:start + max_seq_len + 1]
             samples.append((piece, [True] * len(piece)))
@@ -270,21 +290,22 @@ def text_samples(texts, tokenizer, max_seq_len: int) -> list[tuple[list[int], li
 
 
 class SFTDataset(TokenDataset):
-    """Each conversation is a sample; only the assistant's words and its end-of-turn are targets."""
+    """Each conversation is a sample; only the assistant's tokens and end of turn are targets."""
 
     validated_on = "val.jsonl"
 
     def encode(self):
         return self.tokenizer.encode_chats(
-            [messages for path in self.paths for messages in read_conversations(path, self.skip_bad_lines, self.log)])
+            [messages for path in self.paths
+             for messages in read_conversations(path, self.skip_bad_lines, self.log)])
 
 
 def dataset_of(paths) -> type[TokenDataset]:
-    """The class that reads these files: texts for pretraining, or conversations. Raises ValueError for some of each."""
+    """The class for these files: texts, or conversations. Raises ValueError for a mix of both."""
     texts = [path for path in paths if holds_texts(path)]
     if texts and len(texts) < len(paths):
-        others = [str(path) for path in paths if path not in texts]
-        raise ValueError(f"{texts[0]} holds texts, {others[0]} conversations; give files of one kind")
+        other = next(path for path in paths if path not in texts)
+        raise ValueError(f"{texts[0]} holds texts, {other} conversations; give files of one kind")
     return PretrainDataset if texts else SFTDataset
 
 
@@ -292,17 +313,16 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
               skip_bad_lines: bool = False, first=nullcontext(), log=print, teacher=None):
     """Training and validation data: (kind, kind or None).
 
-    kind        PretrainDataset or SFTDataset
-    val_path    None: the file beside the data that `kind` names, if it exists; else a fraction of the data.
-                "none": no validation
-    first       a context in which the main process tokenises before the others (main_process_first)
-    teacher     (paths, tokenizer, max_seq_len) of a teacher that reads the same samples as other tokens, or other
-                prompts to the same answers
+    kind      PretrainDataset or SFTDataset
+    val_path  None: the file beside the data that `kind` names, else a fraction of the data;
+              "none": no validation
+    first     a context in which the main process tokenises first (main_process_first)
+    teacher   (paths, tokenizer, max_seq_len) of a teacher with other tokens or other prompts
     """
     other_prompts = teacher is not None and list(teacher[0]) != list(paths)
     if other_prompts and val_path not in (None, "none"):
-        raise ValueError(f"--val_path {val_path} has no prompts for the teacher; leave it out, and --val_fraction of "
-                         "the pairs is held out")
+        raise ValueError(f"--val_path {val_path} has no prompts for the teacher; leave it out, and "
+                         "--val_fraction of the pairs is held out")
     if not 0.0 <= val_fraction < 1.0:
         raise ValueError(f"--val_fraction {val_fraction} must lie in [0, 1)")
     if not val_path and kind.validated_on and not other_prompts:
@@ -322,10 +342,11 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
         if val_path and val_path != "none":
             val = read([val_path])
     if not val_path:
-        # More than 1,000 samples would make validation slower, and its figure hardly more precise.
+        # More than 1,000 samples make validation slower, and its result hardly more precise.
         data, val = data.split(min(val_fraction, 1000 / len(data)), seed=0)
     val = val if val is not None and len(val) else None
-    log(f"data: {len(data):,} samples of {data}; " + (f"the teacher reads {data.teacher}; " if other_prompts else "")
+    log(f"data: {len(data):,} samples of {data}; "
+        + (f"the teacher reads {data.teacher}; " if other_prompts else "")
         + f"validation: {f'{len(val):,} of {val}' if val else 'none'}")
     return data, val
 
@@ -338,23 +359,25 @@ def make_loader(data, first_step: int, last_step: int, num_workers: int = 0, dev
 
 
 class MicroBatches(Dataset):
-    """All micro-batches of one process in order, for a DataLoader with batch_size=None: item j is a Batch.
+    """All micro-batches of one process in order; item j is a Batch (DataLoader: batch_size=None).
 
-    Optimizer step k takes the k-th slice of the epoch's permutation. Its samples, from short to long, are dealt like
-    cards to the micro-batches of all processes: every hand is about the same work, and however many hands there are,
-    together they hold the same cards. What is left over at an epoch's end waits for another epoch's shuffle.
+    Optimizer step k takes the k-th slice of the epoch's permutation. Its samples, from short to
+    long, are dealt like cards to the micro-batches of all processes. So all micro-batches are about
+    equally large, and together they hold the same samples however many there are. The remainder of
+    an epoch is dropped.
     """
 
     def __init__(self, dataset: TokenDataset, batch_size: int, accumulation_steps: int = 1,
                  rank: int = 0, world_size: int = 1, seed: int = 0):
-        self.dataset, self.seed = dataset, seed
-        self.accumulation_steps, self.rank, self.hands = accumulation_steps, rank, accumulation_steps * world_size
-        self.per_step = accumulation_steps                      # micro-batches of this process
+        self.dataset, self.seed, self.rank = dataset, seed, rank
+        self.accumulation_steps = self.per_step = accumulation_steps    # micro-batches per process
+        self.hands = accumulation_steps * world_size                    # and of all processes
         self.step_samples = batch_size * self.hands
         self.steps_per_epoch = len(dataset) // self.step_samples
         if not self.steps_per_epoch:
-            raise ValueError(f"{dataset} has {len(dataset)} samples, fewer than the {self.step_samples} of one step "
-                             f"(batch size {batch_size} x {self.hands} micro-batches); lower --batch_size")
+            raise ValueError(
+                f"{dataset} has {len(dataset)} samples, fewer than the {self.step_samples} of one "
+                f"step (batch size {batch_size} x {self.hands} micro-batches); lower --batch_size")
 
     def __getitem__(self, j: int) -> Batch:
         k, micro = divmod(j, self.accumulation_steps)
@@ -362,7 +385,7 @@ class MicroBatches(Dataset):
         hand = samples[self.rank * self.accumulation_steps + micro::self.hands]
         return self.dataset.batch(hand, int(self.dataset.n_targets[samples].sum()), len(samples))
 
-    def samples_of_step(self, k: int) -> np.ndarray:  # -> (step_samples,), from short to long
+    def samples_of_step(self, k: int) -> np.ndarray:  # -> (step_samples,) from short to long
         epoch, place = divmod(k, self.steps_per_epoch)
         order = permutation(len(self.dataset), self.seed, epoch)
         samples = order[place * self.step_samples:(place + 1) * self.step_samples]
@@ -374,18 +397,25 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def in_order(dataset: TokenDataset, rank: int = 0, world_size: int = 1, tokens_per_batch: int = 4096):
-    """Batches of every sample once, from short to long, for evaluation; process `rank` gets every world_size-th.
-
-    All processes get equally many, because a sharded model's forward pass needs all of them: where one is missing, it
-    is a batch without targets.
-    """
-    order = np.argsort(dataset.lengths, kind="stable")
-    start, parts = 0, []
+def by_length(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Sample indices from short to long, in batches of at most so many tokens."""
+    order, start, batches = np.argsort(lengths, kind="stable"), 0, []
     for end in range(1, len(order) + 1):
-        if end == len(order) or dataset.lengths[order[start:end + 1]].sum() > tokens_per_batch:
-            parts.append(order[start:end])
+        if end == len(order) or lengths[order[start:end + 1]].sum() > tokens_per_batch:
+            batches.append(order[start:end])
             start = end
+    return batches
+
+
+def in_order(dataset: TokenDataset, rank: int = 0, world_size: int = 1,
+             tokens_per_batch: int = 4096):
+    """Batches for evaluation: every sample once, from short to long; process `rank` of
+    `world_size`.
+
+    All processes get equally many, because a sharded model's forward pass needs all of them. The
+    last ones may get a batch without targets.
+    """
+    parts = by_length(dataset.lengths, tokens_per_batch)
     for first in range(0, len(parts), world_size):
         if first + rank < len(parts):
             yield dataset.batch(parts[first + rank])

@@ -1,15 +1,17 @@
 """
-融合损失：从隐状态直接到损失和梯度，逐块计算，从不存下完整的 [词元, 词表] 张量。
-The fused loss: from hidden states straight to CE + divergence and their gradients, chunk by chunk, so that no
-[tokens, vocabulary] tensor ever exists.
+融合损失：从隐藏状态直接到损失和梯度，逐块计算，从不存下完整的 [词元, 词表] 张量。
+The fused loss: from hidden states to CE + divergence and their gradients, chunk by chunk, so that
+no [tokens, vocabulary] tensor is ever stored.
 
-    plain   logits (S, V) of student and teacher, a log-softmax of each, their gradients: some eight tensors of S x V
-    fused   for every few rows: their logits, their loss, the gradient of the logits, and at once what it gives to the
-            hidden states and to the head. Then the next rows, in the same memory
+    plain  logits (S, V) of both models, their log-softmax, their gradients: some eight (S, V)
+           tensors
+    fused  for a few rows at a time: logits, loss, gradient of the logits, and what it adds to the
+           gradients of the hidden states and the head. The next rows reuse the same memory
 
-The value and the gradients are those of `distillation_loss_fn` and `F.cross_entropy`. The gradients are made in the
-forward pass, as the loss is the end of the road: all that is still to come is one factor. The idea is that of chunked
-cross-entropies such as Hsu et al. 2024 (Liger), https://arxiv.org/abs/2410.10989, Sec. 3.2.
+Value and gradients equal those of `distillation_loss_fn` and `F.cross_entropy`. The forward pass
+computes the gradients, because the loss ends the graph: backward only multiplies by one factor.
+The idea is that of chunked cross-entropies: Hsu et al. 2024 (Liger),
+https://arxiv.org/abs/2410.10989, Sec. 3.2.
 """
 
 import math
@@ -20,8 +22,8 @@ import torch.nn.functional as F
 
 from distill.losses import forward_kl, uld
 
-CHUNK_BYTES = 32 << 20      # of one (rows, V) buffer in fp32; CE + forward KL to one teacher needs three
-MAX_ROWS = 256             # more make the products no faster, and small buffers stay in the processor's cache
+CHUNK_BYTES = 32 << 20      # of one (rows, V) buffer in fp32; CE + forward KL uses three
+MAX_ROWS = 256              # more rows are no faster, and small buffers stay in the CPU's cache
 MIN_LOG_P = -30.0           # log-probability of an empty tail: finite, and exp(-30) is negligible
 
 
@@ -30,11 +32,11 @@ class Dense(NamedTuple):
 
     states: torch.Tensor            # (S, D of the teacher)
     head: torch.Tensor              # (V, D of the teacher)
-    weight: float = 1.0             # of several teachers, which act as one: p = sum of weight * p of each
+    weight: float = 1.0             # several teachers act as one: p = sum of weight * p of each
 
 
 class TopK(NamedTuple):
-    """Or its top-k tokens at each position; the tail probability forms one more bucket."""
+    """A teacher's output as its top-k tokens; the tail probability forms one more bucket."""
 
     ids: torch.Tensor               # (S, k)
     log_p: torch.Tensor             # (S, k), at the temperature of the run
@@ -48,81 +50,92 @@ class Fused(NamedTuple):
     kd: torch.Tensor                # T^2 * divergence
 
 
-def fused_distillation_loss(hidden, head, targets, teacher, alpha=0.0, temperature=1.0, divergence=forward_kl,
-                            kd_weight=None, ce_weight=None, chunk_bytes=CHUNK_BYTES) -> Fused:
+def fused_distillation_loss(hidden, head, targets, teacher, alpha=0.0, temperature=1.0,
+                            divergence=forward_kl, kd_weight=None, ce_weight=None,
+                            chunk_bytes=CHUNK_BYTES) -> Fused:
     """alpha * CE + (1 - alpha) * T^2 * D(teacher_T, student_T), summed over the S positions.
 
-    hidden       (S, D), the student's final hidden states; gradients flow
-    head         (V, D), the student's output matrix; gradients flow
+    hidden       (S, D) final hidden states of the student; gradients flow
+    head         (V, D) output matrix of the student; gradients flow
     targets      (S,) ids
-    teacher       a list of Dense (several are mixed by their weights), or one TopK
-    divergence   any function of distill/losses.py
-    kd_weight    (S,) of the divergence at each position; None: 1. 0, or False: there the teacher has no say
-    ce_weight    (S,) of the cross-entropy likewise; a policy gradient's may be negative
-    chunk_bytes  of a (rows, V) buffer, of at most MAX_ROWS: smaller saves memory, larger saves time
+    teacher      a list of Dense (several are mixed by their weights), or one TopK
+    divergence   a function of distill/losses.py, or your own
+    kd_weight    (S,) weight of the divergence at each position; 0 or False masks it. None: 1
+    ce_weight    (S,) weight of the cross-entropy; negative for a policy gradient. None: 1
+    chunk_bytes  of a (rows, V) buffer of at most MAX_ROWS rows: smaller saves memory, larger time
 
-    Under autocast the matrix products run in its type; the loss is fp32. The closed form of CE + forward KL,
-    softmax - one-hot and T (q - p), is worked out in place; any other divergence asks autograd, a chunk at a time.
+    Under autocast the matrix products run in its dtype; the loss is fp32. CE + forward KL has a
+    closed form, softmax - one-hot and T (q - p); other divergences use autograd chunk by chunk.
     """
-    closed_form = divergence is forward_kl and kd_weight is None and ce_weight is None and not isinstance(teacher, TopK)
-    chunks = Chunks(hidden, head, teacher, chunk_bytes, share=1 if closed_form else 4)
-    with torch.autocast(hidden.device.type, enabled=False):             # `chunks` knows the type of the products
-        return Fused(*FusedLoss.apply(hidden, head, targets, chunks, closed_form, alpha, temperature, divergence, kd_weight,
-                                      ce_weight))
+    closed_form = (divergence is forward_kl and kd_weight is None and ce_weight is None
+                   and not isinstance(teacher, TopK))
+    chunks = Chunks(hidden, head, teacher, chunk_bytes, divide_rows=1 if closed_form else 4)
+    with torch.autocast(hidden.device.type, enabled=False):     # `chunks` has the products' dtype
+        return Fused(*FusedLoss.apply(hidden, head, targets, chunks, closed_form, alpha,
+                                      temperature, divergence, kd_weight, ce_weight))
 
 
 class FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, chunks, closed_form, alpha, temperature, divergence, kd_weight, ce_weight):
+    def forward(ctx, hidden, head, targets, chunks, closed_form, alpha, temperature, divergence,
+                kd_weight, ce_weight):
         # In fp16 the gradients of rare tokens would underflow: these products run in fp32.
-        back = torch.float32 if chunks.dtype == torch.float16 else chunks.dtype
-        h, w = hidden.detach().to(back), head.detach().to(back)
+        dtype = torch.float32 if chunks.dtype == torch.float16 else chunks.dtype
+        h, w = hidden.detach().to(dtype), head.detach().to(dtype)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None    # frozen: none
-        ce, kd = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
+        grad_head = None                                            # a frozen head needs none
+        if ctx.needs_input_grad[1]:
+            grad_head = torch.zeros_like(head, dtype=torch.float32)
+        ce, kd = hidden.new_zeros(2, dtype=torch.float32)
 
         for rows in chunks:
-            logits = chunks.student(rows)                                       # (C, V)
+            logits = chunks.student(rows)                                           # (C, V)
             if closed_form:
                 log_p = chunks.teacher_log_p(rows, temperature)
-                parts = ce_and_forward_kl(logits, log_p, targets[rows], alpha, temperature, chunks.scratch(rows))
+                parts = ce_and_forward_kl(logits, log_p, targets[rows], alpha, temperature,
+                                          chunks.scratch(rows))
             else:
-                parts = by_autograd(logits, chunks, rows, targets[rows], alpha, temperature, divergence, kd_weight, ce_weight)
-            ce, kd, slope = ce + parts[0], kd + parts[1], parts[2].to(back)     # (), (), (C, V)
+                parts = by_autograd(logits, chunks, rows, targets[rows], alpha, temperature,
+                                    divergence, kd_weight, ce_weight)
+            ce, kd, slope = ce + parts[0], kd + parts[1], parts[2].to(dtype)        # (), (), (C, V)
             grad_hidden[rows] = slope @ w
             if grad_head is None:
                 continue
-            if back == torch.float32:
+            if dtype == torch.float32:
                 grad_head.addmm_(slope.T, h[rows])
             else:
                 grad_head += slope.T @ h[rows]
 
-        # Plain attributes: tensors in save_for_backward would be kept until the graph goes.
-        ctx.grads = grad_hidden.to(hidden.dtype), None if grad_head is None else grad_head.to(head.dtype)
+        # A plain attribute: save_for_backward would keep the tensors as long as the graph.
+        ctx.grads = (grad_hidden.to(hidden.dtype),
+                     None if grad_head is None else grad_head.to(head.dtype))
         ctx.mark_non_differentiable(ce, kd)
         return alpha * ce + (1 - alpha) * kd, ce, kd
 
     @staticmethod
     def backward(ctx, factor, *_):
-        (grad_hidden, grad_head), ctx.grads = ctx.grads, None
-        return grad_hidden.mul_(factor), None if grad_head is None else grad_head.mul_(factor), *[None] * 8
+        grads, ctx.grads = ctx.grads, None
+        return *(None if grad is None else grad.mul_(factor) for grad in grads), *[None] * 8
 
 
 class Chunks:
-    """The rows in chunks, and three (C, V) buffers that all chunks share: fresh pages cost ten times a write.
+    """The rows in chunks, and (C, V) buffers that all chunks share, as allocating costs more.
 
-    share       divides the number of rows: autograd keeps some twenty more buffers of a chunk, and a quarter of the
-                rows takes no longer
+    divide_rows  divides the rows of a chunk: autograd needs some twenty more buffers, and a quarter
+                 of the rows takes no longer
     """
 
-    def __init__(self, hidden, head, teacher, chunk_bytes=CHUNK_BYTES, share=1):
+    def __init__(self, hidden, head, teacher, chunk_bytes=CHUNK_BYTES, divide_rows=1):
         device = hidden.device.type
-        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        self.dtype = torch.float32
+        if torch.is_autocast_enabled(device):
+            self.dtype = torch.get_autocast_dtype(device)
         self.hidden, self.head = hidden.detach().to(self.dtype), head.detach().to(self.dtype)
         self.teacher = teacher if isinstance(teacher, TopK) else [
-            one._replace(states=one.states.detach().to(self.dtype), head=one.head.detach().to(self.dtype))
-            for one in teacher]
-        self.size = max(1, min(len(hidden), MAX_ROWS // share, chunk_bytes // (4 * len(head) * share)))
+            one._replace(states=one.states.detach().to(self.dtype),
+                         head=one.head.detach().to(self.dtype)) for one in teacher]
+        fit = chunk_bytes // (4 * len(head) * divide_rows)
+        self.size = max(1, min(len(hidden), MAX_ROWS // divide_rows, fit))
         self.buffers = {}
 
     def __iter__(self):
@@ -140,7 +153,7 @@ class Chunks:
     def student(self, rows):  # -> (C, V) logits
         return product(self.hidden[rows], self.head, self.buffer("student", rows, len(self.head)))
 
-    def teacher_log_p(self, rows, temperature):  # -> (C, V), of all teachers as one
+    def teacher_log_p(self, rows, temperature):  # -> (C, V), all teachers mixed
         mixed = None
         for one in self.teacher:
             name = "teacher" if mixed is None else "another teacher"
@@ -162,8 +175,8 @@ def log_softmax_(x):  # (C, V) -> (C, V), in place
     return torch.log_softmax(x, dim=-1, out=x)
 
 
-def ce_and_forward_kl(logits, log_p, targets, alpha, temperature, scratch):  # (C, V) x 2 -> (), (), (C, V)
-    """CE, T^2 KL(p || q), and the gradient of their mix for the logits, in place: all three buffers are used up."""
+def ce_and_forward_kl(logits, log_p, targets, alpha, temperature, scratch):  # -> (), (), (C, V)
+    """CE, T^2 KL(p || q), and the gradient of their mix for the logits. Overwrites all buffers."""
     T, at_target = temperature, targets[:, None]
     log_q = log_softmax_(logits.div_(T) if T != 1.0 else logits)
     gap = torch.sub(log_p, log_q, out=scratch)
@@ -171,34 +184,35 @@ def ce_and_forward_kl(logits, log_p, targets, alpha, temperature, scratch):  # (
     kl = torch.linalg.vecdot(p, gap).sum()
     if T == 1.0:
         ce = -log_q.gather(1, at_target).sum()
-        slope = log_q.exp_().sub_(p, alpha=1 - alpha)                           # alpha q + (1 - alpha) (q - p)
+        slope = log_q.exp_().sub_(p, alpha=1 - alpha)               # alpha q + (1 - alpha) (q - p)
     else:
-        log_hard = log_softmax_(torch.mul(log_q, T, out=scratch))               # T log q is the logits, but for a constant
+        log_hard = log_softmax_(torch.mul(log_q, T, out=scratch))   # T log q: logits + a constant
         ce = -log_hard.gather(1, at_target).sum()
         slope = log_q.exp_().sub_(p).mul_((1 - alpha) * T).add_(log_hard.exp_(), alpha=alpha)
     slope.scatter_add_(1, at_target, torch.full_like(at_target, -alpha, dtype=slope.dtype))
     return ce, T * T * kl, slope
 
 
-def by_autograd(logits, chunks, rows, targets, alpha, temperature, divergence, kd_weight, ce_weight):  # -> (), (), (C, V)
+def by_autograd(logits, chunks, rows, targets, alpha, temperature, divergence, kd_weight,
+                ce_weight):  # -> (), (), (C, V)
     """The same three for any divergence."""
     with torch.enable_grad():
         logits = logits.requires_grad_()
-        ce = F.cross_entropy(logits, targets, reduction="none")                 # (C,)
+        ce = F.cross_entropy(logits, targets, reduction="none")                     # (C,)
         ce = (ce if ce_weight is None else ce * ce_weight[rows]).sum()
-        log_q = F.log_softmax(logits / temperature, dim=-1)                     # (C, V)
+        log_q = F.log_softmax(logits / temperature, dim=-1)                         # (C, V)
         if isinstance(chunks.teacher, TopK):
-            each = divergence(*in_buckets(chunks.teacher, rows, log_q))
+            kd = divergence(*in_buckets(chunks.teacher, rows, log_q))               # (C,)
         else:
-            each = divergence(chunks.teacher_log_p(rows, temperature), log_q)         # (C,)
-        kd = temperature ** 2 * (each if kd_weight is None else each * kd_weight[rows]).sum()
+            kd = divergence(chunks.teacher_log_p(rows, temperature), log_q)
+        kd = temperature ** 2 * (kd if kd_weight is None else kd * kd_weight[rows]).sum()
         slope, = torch.autograd.grad(alpha * ce + (1 - alpha) * kd, logits)
     logits.requires_grad_(False)
     return ce.detach(), kd.detach(), slope
 
 
 def in_buckets(top: TopK, rows, log_q):  # (C, V) -> (C, k + 1) twice
-    """Teacher and student over the k words of the teacher's top and a last bucket for all others."""
+    """Teacher and student over the teacher's top-k tokens and one bucket for the tail."""
     ids, log_p = top.ids[rows], top.log_p[rows].float()
     tail_p = (1 - log_p.exp().sum(dim=-1, keepdim=True)).clamp_min(0).log().clamp_min(MIN_LOG_P)
     tail_q = log_q.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True).clamp_min(MIN_LOG_P)
@@ -212,15 +226,17 @@ COMPARED_ACROSS = ("ce", "uld", "entropy")              # between two vocabulari
 @torch.no_grad()
 def compare(hidden, head, targets, teacher=(), matched=None, temperature=1.0,
             across=False) -> dict[str, torch.Tensor]:
-    """Student against teacher, as sums over the S positions, chunk by chunk; without a teacher only `ce`. At temperature
-    1, except for a TopK: its kl and entropy are over its k + 1 buckets at its own `temperature`, and not comparable
-    with others.
+    """Student against teacher, as sums over the S positions; without a teacher only `ce`.
 
     ce         cross-entropy with the labels, nats
     kl         KL(teacher || student), nats
     entropy    of the teacher, nats: the lowest cross-entropy possible on labels sampled from it
     agreement  positions where both have the same top-1 token
-    uld        instead of kl and agreement, if the vocabularies differ (`across`)
+    uld        instead of kl and agreement, where the vocabularies differ (`across`), over the
+               positions that are `matched`
+
+    All at temperature 1. But the kl and entropy of a TopK are over its k + 1 buckets, at its own
+    `temperature`, and not comparable with others.
     """
     names = COMPARED[:1] if not teacher else COMPARED_ACROSS if across else COMPARED
     chunks = Chunks(hidden, head, teacher)
@@ -228,22 +244,22 @@ def compare(hidden, head, targets, teacher=(), matched=None, temperature=1.0,
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in chunks:
             logits = chunks.student(rows)
-            best = logits.argmax(dim=-1)
-            ce = F.cross_entropy(logits, targets[rows], reduction="sum")
-            if not teacher:
-                sums["ce"] += ce
-                continue
+            values = [F.cross_entropy(logits, targets[rows], reduction="sum")]
             if isinstance(teacher, TopK):
-                log_p, log_q = in_buckets(teacher, rows, F.log_softmax(logits / temperature, dim=-1))
-                top_1 = teacher.ids[rows].gather(1, teacher.log_p[rows].argmax(dim=-1, keepdim=True)).squeeze(1)
-            else:
+                log_q = F.log_softmax(logits / temperature, dim=-1)
+                log_p, log_q = in_buckets(teacher, rows, log_q)
+                best = teacher.log_p[rows].argmax(dim=-1, keepdim=True)
+                top_1 = teacher.ids[rows].gather(1, best).squeeze(1)
+            elif teacher:
                 log_p, log_q = chunks.teacher_log_p(rows, 1.0), F.log_softmax(logits, dim=-1)
                 top_1 = log_p.argmax(dim=-1)
-            entropy = -torch.linalg.vecdot(log_p.exp(), log_p)                      # (C,)
-            if across:
-                used = 1.0 if matched is None else matched[rows]
-                values = ce, (uld(log_p, log_q) * used).sum(), (entropy * used).sum()
-            else:
-                values = ce, forward_kl(log_p, log_q).sum(), entropy.sum(), (best == top_1).sum()
-            sums = {name: sums[name] + value for name, value in zip(names, values)}
+            if teacher:
+                entropy = -torch.linalg.vecdot(log_p.exp(), log_p)                  # (C,)
+                if across:
+                    used = 1.0 if matched is None else matched[rows]
+                    values += [(uld(log_p, log_q) * used).sum(), (entropy * used).sum()]
+                else:
+                    agreement = (logits.argmax(dim=-1) == top_1).sum()
+                    values += [forward_kl(log_p, log_q).sum(), entropy.sum(), agreement]
+            sums = {name: sums[name] + value for name, value in zip(names, values, strict=True)}
     return sums

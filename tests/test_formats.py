@@ -1,5 +1,5 @@
 """
-数据格式的规律：每种公开格式都读成同一种消息，坏行指名道姓。
+数据格式的规律：每种公开格式都读成同一种消息，坏行连同位置一起报告。
 Laws of dataset/formats.py: every public format becomes the same messages, and a bad line is named.
 """
 
@@ -10,21 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from dataset.formats import (BadLine, files_of, final_answer, read_categories, read_conversations, read_questions, read_rows,
-                             read_texts, to_messages, to_question, to_text)
+from dataset.formats import (BadLine, files_of, final_answer, read_categories, read_conversations,
+                             read_questions, read_rows, read_texts, to_messages, to_question,
+                             to_text)
 
 SUM = [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]
-CHOICE = [{"role": "user", "content": "2 + 3 =\nA. 4\nB. 5\nC. 6\nD. 23"}, {"role": "assistant", "content": "5"}]
+PAGE = (Path(__file__).resolve().parents[1] / "dataset/dataset.md").read_text(encoding="utf-8")
+CHOICE = [{"role": "user", "content": "2 + 3 =\nA. 4\nB. 5\nC. 6\nD. 23"},
+          {"role": "assistant", "content": "5"}]
 GOOD_LINE = json.dumps({"conversations": SUM})
 
 
 def turns(roles, key="conversations"):
-    """"sua" as a row: system, user, assistant, each saying its own position."""
+    """"sua" as a row: system, user, assistant, each turn with its own position as content."""
     names = {"s": "system", "u": "user", "a": "assistant"}
     return {key: [{"role": names[r], "content": f"{r}{i}"} for i, r in enumerate(roles)]}
 
 
-def spoken(row):
+def contents(row):
     return [message["content"] for message in to_messages(row)]
 
 
@@ -34,7 +37,7 @@ def written(tmp_path, name, content):
     return path
 
 
-# ---- formats ---------------------------------------------------------------------------------------
+# ---- formats -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("row", [
     {"conversations": SUM},
@@ -46,30 +49,29 @@ def written(tmp_path, name, content):
     {"prompt": "2 + 3 =", "response": "5"},
     {"ask": "2 + 3 =", "output": "5"},
 ])
-def test_every_format_tells_the_same_conversation(row):
+def test_every_format_gives_the_same_conversation(row):
     assert to_messages(row) == SUM
 
 
 def test_the_examples_of_the_page_are_what_the_code_reads():
-    page = (Path(__file__).resolve().parents[1] / "dataset" / "dataset.md").read_text(encoding="utf-8")
-    examples = re.findall(r"\| `(\{.+\})` \|$", page, flags=re.MULTILINE)
+    examples = re.findall(r"\| `(\{.+\})` \|$", PAGE, flags=re.MULTILINE)
     assert [to_messages(json.loads(example)) for example in examples] == [SUM] * 4
 
 
 def test_the_exams_of_the_page_are_what_the_code_reads(tmp_path):
-    page = (Path(__file__).resolve().parents[1] / "dataset" / "dataset.md").read_text(encoding="utf-8")
-    exams = re.findall(r"```csv\n(.+?)```", page, flags=re.DOTALL)
-    assert [read_conversations(written(tmp_path, "a.csv", exam)) for exam in exams] == [[CHOICE]] * 2
+    exams = re.findall(r"```csv\n(.+?)```", PAGE, flags=re.DOTALL)
+    assert [read_conversations(written(tmp_path, "a.csv", exam))
+            for exam in exams] == [[CHOICE]] * 2
 
 
 def test_an_alpaca_input_goes_below_its_instruction_and_the_system_goes_first():
     row = {"instruction": "Add.", "input": "2 + 3", "output": "5", "system": "Be brief."}
-    assert spoken(row) == ["Be brief.", "Add.\n2 + 3", "5"]
+    assert contents(row) == ["Be brief.", "Add.\n2 + 3", "5"]
 
 
 def test_a_choice_is_answered_by_the_text_of_the_right_option():
     row = {"id": "q1", "question": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"}
-    assert spoken(row) == ["2 + 3 =\nA. 4\nB. 5", "5"]
+    assert contents(row) == ["2 + 3 =\nA. 4\nB. 5", "5"]
 
 
 @pytest.mark.parametrize("content", [
@@ -95,10 +97,11 @@ def test_six_columns_are_an_exam_only_under_an_exams_names_or_over_a_letter(tmp_
         read_conversations(written(tmp_path, "b.csv", "2 + 3 =,4,5,6,23,E\n2 + 3 =,4,5,6,23,B\n"))
 
 
-def test_an_exam_without_its_answer_asks_but_does_not_teach(tmp_path):
+def test_an_exam_row_without_its_answer_is_a_question_but_no_training_row(tmp_path):
     path = written(tmp_path, "test.csv", "id,question,A,B,C,D,answer\n7,2 + 3 =,4,5,6,23,\n")
     assert read_questions(path) == [(CHOICE[:1], None, {"id": "7"})]
-    with pytest.raises(BadLine, match=r"line 2: options without 'answer_idx' \(in CSV: with an empty answer"):
+    with pytest.raises(BadLine,
+                       match=r"line 2: options without 'answer_idx' \(in CSV: with an empty"):
         read_conversations(path)
 
 
@@ -124,44 +127,51 @@ def test_the_final_answer_stands_after_the_last_four_hashes_or_is_all_there_is(t
 
 def test_a_sum_in_words_is_learned_whole_and_comes_to_its_last_number():
     row = {"question": "Ann has 2 cats, Bob 3. All?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
-    assert spoken(row) == [row["question"], row["answer"]] and final_answer(spoken(row)[1]) == "5"
+    assert contents(row) == [row["question"], row["answer"]]
+    assert final_answer(contents(row)[1]) == "5"
 
 
-# ---- the law of a conversation ---------------------------------------------------------------------
+# ---- the law of a conversation -----------------------------------------------------------------
 
 def test_a_trailing_user_turn_is_dropped_since_nothing_is_learned_from_it():
-    assert spoken(turns("suau")) == ["s0", "u1", "a2"]
+    assert contents(turns("suau")) == ["s0", "u1", "a2"]
 
 
 @pytest.mark.parametrize("row, asked, answer, others", [
     ({"question": "2 + 3 =", "answer": "5", "id": 7}, ["2 + 3 ="], "5", {"id": 7}),
     ({"question": "2 + 3 =", "id": 7}, ["2 + 3 ="], None, {"id": 7}),
-    ({"instruction": "Add.", "input": "2 + 3", "leaf": "sum"}, ["Add.\n2 + 3"], None, {"leaf": "sum"}),
-    ({"question": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"}, ["2 + 3 =\nA. 4\nB. 5"], "5", {}),
+    ({"instruction": "Add.", "input": "2 + 3", "leaf": "sum"}, ["Add.\n2 + 3"], None,
+     {"leaf": "sum"}),
+    ({"question": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"},
+     ["2 + 3 =\nA. 4\nB. 5"], "5", {}),
     ({"question": "2 + 3 =", "options": {"A": "4", "B": "5"}}, ["2 + 3 =\nA. 4\nB. 5"], None, {}),
     ({"messages": [{"role": "user", "content": "a"}], "answer": "of another lesson"}, ["a"], None,
      {"answer": "of another lesson"}),
-    ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"},
+                        {"from": "gpt", "value": "b"}]},
      ["s", "a"], "b", {}),
-    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]},
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
+                        {"from": "human", "value": "c"}]},
      ["a", "b", "c"], None, {}),
 ])
 def test_a_question_ends_where_its_last_answer_begins_or_is_missing(row, asked, answer, others):
     question = to_question(row)
     assert [message["content"] for message in question.messages] == asked
-    assert question.messages[-1]["role"] == "user" and (question.answer, question.others) == (answer, others)
+    assert question.messages[-1]["role"] == "user"
+    assert (question.answer, question.others) == (answer, others)
 
 
 @pytest.mark.parametrize("row, reason", [
     ({"conversations": []}, "no turn of the user"),
     ({"conversations": [{"role": "system", "content": "s"}]}, "no turn of the user"),
-    ({"conversations": [{"role": "assistant", "content": "a"}]}, "user speaks next"),
+    ({"conversations": [{"role": "assistant", "content": "a"}]},
+     "has role assistant, expected user"),
     ({"question": "a", "answer": ""}, "empty assistant turn"),
     ({"question": "a", "options": {"A": "b"}, "answer_idx": None}, "answer_idx is None"),
     ({"options": {"A": "b"}}, "options without 'question'"),
     ({"answer": "5"}, "no known format"),
 ])
-def test_what_asks_nothing_is_no_question(row, reason):
+def test_a_row_without_a_question_is_refused(row, reason):
     with pytest.raises(ValueError, match=reason):
         to_question(row)
 
@@ -175,7 +185,7 @@ def test_a_question_that_is_left_out_keeps_its_place(tmp_path):
 def test_a_later_user_turn_may_be_empty_but_the_first_may_not():
     row = turns("uaua")
     row["conversations"][2]["content"] = ""
-    assert spoken(row) == ["u0", "a1", "", "a3"]
+    assert contents(row) == ["u0", "a1", "", "a3"]
 
     row["conversations"][0]["content"] = " "
     with pytest.raises(ValueError, match=r"conversations\[0\] is an empty user turn"):
@@ -185,13 +195,13 @@ def test_a_later_user_turn_may_be_empty_but_the_first_may_not():
 def test_an_empty_system_turn_is_no_system_turn():
     row = turns("sua")
     row["conversations"][0]["content"] = ""
-    assert spoken(row) == ["u1", "a2"]
+    assert contents(row) == ["u1", "a2"]
 
 
 @pytest.mark.parametrize("roles, reason", [
-    ("a", r"conversations\[0\] is the assistant's turn, but the user speaks next"),
-    ("uua", r"conversations\[1\] is the user's turn, but the assistant speaks next"),
-    ("uaa", r"conversations\[2\] is the assistant's turn, but the user speaks next"),
+    ("a", r"conversations\[0\] has role assistant, expected user"),
+    ("uua", r"conversations\[1\] has role user, expected assistant"),
+    ("uaa", r"conversations\[2\] has role assistant, expected user"),
     ("usa", r"conversations\[1\] is a system turn, which may only come first"),
     ("u", "no turn of the assistant"),
     ("s", "no turn of the assistant"),
@@ -209,14 +219,19 @@ def test_turns_that_do_not_alternate_are_refused_with_their_place(roles, reason)
     ({"conversations": [{"who": "user"}]}, r"conversations\[0\] has the keys \['who'\]"),
     ({"messages": [{"role": "robot", "content": "hi"}]}, r"has role 'robot' \(known: system, user"),
     ({"conversations": [{"from": [], "value": "hi"}]}, r"has role \[\] \(known: system, human"),
-    ({"messages": [SUM[0], {"role": "assistant", "content": None}]}, r"messages\[1\] is None, not a str"),
-    ({"messages": [SUM[0], {"role": "assistant", "content": " "}]}, r"messages\[1\] is an empty assistant"),
+    ({"messages": [SUM[0], {"role": "assistant", "content": None}]},
+     r"messages\[1\] is None, not a str"),
+    ({"messages": [SUM[0], {"role": "assistant", "content": " "}]},
+     r"messages\[1\] is an empty assistant"),
     ({"question": "2 + 3 =", "answer": 5}, "answer is 5, not a string"),
     ({"question": "", "answer": "5"}, "question is an empty user turn"),
-    ({"question": "2 + 3 =", "answer": "5", "output": "five"}, "both 'output' and 'answer' are there"),
-    ({"instruction": "And 4?", "output": "9", "history": [["2 + 3 =", "5"]]}, "history is not read"),
+    ({"question": "2 + 3 =", "answer": "5", "output": "five"},
+     "both 'output' and 'answer' are there"),
+    ({"instruction": "And 4?", "output": "9", "history": [["2 + 3 =", "5"]]},
+     "history is not read"),
     ({"question": "2 + 3 =", "options": {"A": "5"}}, "options without 'answer_idx'"),
-    ({"question": "2 + 3 =", "options": {"A": "5"}, "answer_idx": "B"}, "'B', which is none of the options"),
+    ({"question": "2 + 3 =", "options": {"A": "5"}, "answer_idx": "B"},
+     "'B', which is none of the options"),
     ({"question": "2 + 3 =", "options": ["5"], "answer_idx": "A"}, r"options is \['5'\], not an"),
     ({"question": "2 + 3 =", "options": {"A": 5}, "answer_idx": "A"}, r"options\['A'\] is 5, not"),
 ])
@@ -243,7 +258,7 @@ def test_a_text_row_holds_text(row):
         to_text(row)
 
 
-# ---- files -----------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, content", [
     ("a.jsonl", GOOD_LINE + "\n"),
@@ -256,7 +271,7 @@ def test_a_text_row_holds_text(row):
     ("typed.csv", "\ufeffQuestion, Answer \r\n2 + 3 =,5\r\n,\r\n"),
     ("without_extension", GOOD_LINE),
 ])
-def test_every_kind_of_file_tells_the_same_conversation(tmp_path, name, content):
+def test_every_kind_of_file_gives_the_same_conversation(tmp_path, name, content):
     assert read_conversations(written(tmp_path, name, content)) == [SUM]
 
 
@@ -267,7 +282,8 @@ def test_a_blank_line_ends_a_paragraph_and_a_paragraph_is_numbered_by_its_first_
 
 
 def test_where_lines_endoftext_stand_a_blank_line_is_part_of_the_text(tmp_path):
-    path = written(tmp_path, "stories.txt", "\nOnce\n\nthere was.\n<|endoftext|>\n\nThe end\n<|endoftext|>\n")
+    path = written(tmp_path, "stories.txt",
+                   "\nOnce\n\nthere was.\n<|endoftext|>\n\nThe end\n<|endoftext|>\n")
     assert list(read_rows(path)) == [(2, {"text": "Once\n\nthere was."}), (7, {"text": "The end"})]
 
 
@@ -290,9 +306,10 @@ def test_a_bad_line_names_file_line_value_and_the_way_out(tmp_path):
     ("cut.jsonl", GOOD_LINE[:-3], "line 1: not a whole JSON object"),
     ("two.jsonl", GOOD_LINE + GOOD_LINE, "line 1: not a whole JSON object: Extra data"),
     ("number.jsonl", "5", "line 1: 5 is not a JSON object"),
-    ("deep.jsonl", "[" * 100_000, "line 1: JSON that Python does not read"),
-    ("long.jsonl", "9" * 5_000, "line 1: "),
-    ("gbk.jsonl", '{"question": "和", "answer": "5"}'.encode("gbk"), r"line 1: question holds '\\udcba'"),
+    pytest.param("deep.jsonl", "[" * 100_000, "line 1: JSON that Python does not read", id="deep"),
+    pytest.param("long.jsonl", "9" * 5_000, "line 1: ", id="long"),
+    ("gbk.jsonl", '{"question": "和", "answer": "5"}'.encode("gbk"),
+     r"line 1: question holds '\\udcba'"),
     ("gbk.csv", "question,answer\n和,5".encode("gbk"), r"line 2: .* \(a byte that is not UTF-8"),
     ("story.txt", "Once", r"line 1: no known format .* only text is for train_pretrain\.py"),
     ("item.json", f"[{GOOD_LINE}, 5]", "item 2: .* Fix the item"),
@@ -308,17 +325,19 @@ def test_a_damaged_file_is_refused_where_the_damage_is(tmp_path, name, content, 
 
 def test_skipped_lines_are_counted_and_the_first_three_are_told(tmp_path):
     path = written(tmp_path, "a.jsonl", f"{GOOD_LINE}\nbad\n{{}}\n5\nbad\n{GOOD_LINE}\n")
-    told = []
-    assert read_conversations(path, skip_bad_lines=True, log=told.append) == [SUM, SUM]
-    (line,) = told
+    lines = []
+    assert read_conversations(path, skip_bad_lines=True, log=lines.append) == [SUM, SUM]
+    (line,) = lines
     assert line.startswith(f"{path}: left out 4 of 6 lines. line 2: not a whole JSON object")
-    assert "; line 3: no known format" in line and "; line 4: 5 is not" in line and "line 5" not in line
+    assert "; line 3: no known format" in line and "; line 4: 5 is not" in line
+    assert "line 5" not in line
 
 
 def test_a_file_of_good_lines_is_read_in_silence(tmp_path):
-    told = []
-    read_conversations(written(tmp_path, "a.jsonl", GOOD_LINE), skip_bad_lines=True, log=told.append)
-    assert told == []
+    lines = []
+    read_conversations(written(tmp_path, "a.jsonl", GOOD_LINE), skip_bad_lines=True,
+                       log=lines.append)
+    assert lines == []
 
 
 @pytest.mark.parametrize("name, content, reason", [
@@ -329,7 +348,8 @@ def test_a_file_of_good_lines_is_read_in_silence(tmp_path):
     ("a.jsonl", "bad\nbad\n", "none of its 2 lines is good. line 1: not a whole"),
     ("a.bin", "\x00\x01", r"not a kind of file that is read here\. Convert it to \.jsonl"),
 ])
-def test_a_file_with_nothing_to_learn_is_an_error_even_when_skipping(tmp_path, name, content, reason):
+def test_a_file_with_nothing_to_learn_is_an_error_even_when_skipping(tmp_path, name, content,
+                                                                     reason):
     with pytest.raises(ValueError, match=reason):
         read_conversations(written(tmp_path, name, content), skip_bad_lines=True)
 
@@ -339,12 +359,14 @@ def test_a_folder_is_its_readable_files_by_name_and_a_file_is_itself(tmp_path):
         written(tmp_path, name, GOOD_LINE)
     (tmp_path / "d.json").mkdir()
     assert [file.name for file in files_of(tmp_path)] == ["a.JSONL", "b.csv", "c.txt"]
-    assert files_of(str(tmp_path / "notes.md")) == [tmp_path / "notes.md"]      # named by its owner: read_rows decides
+    # named by its owner: read_rows decides
+    assert files_of(str(tmp_path / "notes.md")) == [tmp_path / "notes.md"]
 
 
 def test_a_folder_with_nothing_to_read_is_an_error_that_names_what_is_read(tmp_path):
     (tmp_path / "val").mkdir()
-    with pytest.raises(ValueError, match=r"no file in .* is \.jsonl, \.json, \.csv or \.txt\. Folders within"):
+    with pytest.raises(ValueError,
+                       match=r"no file in .* is \.jsonl, \.json, \.csv or \.txt\. Subfolders are"):
         files_of(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere. Check the path"):
         files_of(tmp_path / "nowhere")
@@ -358,17 +380,20 @@ def test_a_folder_with_nothing_to_read_is_an_error_that_names_what_is_read(tmp_p
     ({"meta_info": {"source": "m"}}, "exam"),
     ({}, "exam"),
 ])
-def test_a_row_is_about_its_leaf_category_subject_or_meta_info_or_else_its_file(tmp_path, more, name):
+def test_a_row_is_about_its_leaf_category_subject_or_meta_info_or_else_its_file(tmp_path, more,
+                                                                                name):
     path = written(tmp_path, "exam.jsonl", json.dumps({"conversations": SUM} | more))
     assert read_categories(path) == [name]
 
 
 def test_categories_stand_row_by_row_beside_the_conversations(tmp_path, capsys):
-    rows = [{"question": "a", "answer": "b", "leaf": "1"}, {"question": "a", "leaf": "2"}, {"leaf": "3"},
+    rows = [{"question": "a", "answer": "b", "leaf": "1"}, {"question": "a", "leaf": "2"},
+            {"leaf": "3"},
             {"question": "c", "answer": "d", "leaf": "4"}]
     path = written(tmp_path, "a.json", json.dumps(rows))
     assert read_categories(path, skip_bad_lines=True) == ["1", "4"] and not capsys.readouterr().out
-    assert [messages[0]["content"] for messages in read_conversations(path, skip_bad_lines=True)] == ["a", "c"]
+    assert [messages[0]["content"]
+            for messages in read_conversations(path, skip_bad_lines=True)] == ["a", "c"]
     with pytest.raises(BadLine, match="item 2: no known format"):
         read_categories(path)
 
@@ -382,7 +407,7 @@ def test_a_missing_file_of_ours_ends_with_the_command_that_makes_it():
 
 
 def test_reading_costs_little_more_than_parsing_the_json(tmp_path):
-    path = written(tmp_path, "a.jsonl", (GOOD_LINE + "\n") * 20_000)
+    path = written(tmp_path, "a.jsonl", (GOOD_LINE + "\n") * 10_000)
 
     def seconds(work):
         start = time.process_time()

@@ -1,6 +1,6 @@
 """
 融合损失的规律：数值和梯度与普通写法相同，却从不存下整张词元乘词表的张量。
-Laws of distill/fused.py: the value and the gradients of the plain form, and never a tensor of tokens x vocabulary.
+Laws of distill/fused.py: value and gradients of the plain form, never a tokens x vocabulary tensor.
 """
 
 import math
@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.fused import CHUNK_BYTES, COMPARED, Dense, TopK, compare, fused_distillation_loss, log_softmax_
-from distill.losses import DIVERGENCES, distillation_loss_fn, forward_kl, pick_divergence, reverse_kl, uld
+from distill.fused import (CHUNK_BYTES, COMPARED, Dense, TopK, compare, fused_distillation_loss,
+                           log_softmax_)
+from distill.losses import (DIVERGENCES, distillation_loss_fn, forward_kl, pick_divergence,
+                            reverse_kl, uld)
 
 S, D, V = 7, 4, 11
 ROWS = 4 * V        # chunk_bytes of one row: 4 bytes for each of V numbers
@@ -32,14 +34,19 @@ def a_teacher(tokens=S, vocab=V, dim=6, seed=3, weight=1.0):
     return Dense(randn(tokens, dim, seed=seed), randn(vocab, dim, seed=seed + 1), weight)
 
 
-def plain(hidden, head, targets, taught, alpha=0.0, temperature=1.0, divergence=forward_kl, kd_weight=1.0,
+def plain(hidden, head, targets, teacher, alpha=0.0, temperature=1.0, divergence=forward_kl,
+          kd_weight=1.0,
           ce_weight=1.0):
     """The same mathematics with all logits at once: (loss, ce, kd)."""
     logits = hidden @ head.T                                                            # (S, V)
-    mixed = sum(one.weight * (one.states @ one.head.T / temperature).softmax(dim=-1) for one in taught)
-    teacher_logits = mixed.log() * temperature if len(taught) > 1 else taught[0].states @ taught[0].head.T
+    mixed = sum(one.weight * (one.states @ one.head.T / temperature).softmax(dim=-1)
+                for one in teacher)
+    teacher_logits = mixed.log() * temperature
+    if len(teacher) == 1:
+        teacher_logits = teacher[0].states @ teacher[0].head.T
     ce = (F.cross_entropy(logits.float(), targets, reduction="none") * ce_weight).sum()
-    kd = (distillation_loss_fn(logits, teacher_logits, temperature, "none", divergence) * kd_weight).sum()
+    kd = (distillation_loss_fn(logits, teacher_logits, temperature, "none",
+                               divergence) * kd_weight).sum()
     return alpha * ce + (1 - alpha) * kd, ce, kd
 
 
@@ -57,49 +64,59 @@ def assert_same(found, expected, rtol=2e-5):
         assert a.shape == b.shape and (a - b).abs().max() <= rtol * max(1.0, b.abs().max())
 
 
-# -- as the plain form -----------------------------------------------------------------------------------------
+# -- as the plain form ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("chunk_bytes", [ROWS, 3 * ROWS, CHUNK_BYTES], ids=["1 row", "3, 3, 1 rows", "all at once"])
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("alpha, chunk_bytes", [(0.0, ROWS), (0.3, 3 * ROWS), (1.0, CHUNK_BYTES)],
+                         ids=["KD, 1 row", "both, 3, 3, 1 rows", "CE, all at once"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_value_and_gradients_are_those_of_the_plain_form(name, temperature, alpha, chunk_bytes):
-    student, settings = a_student(), dict(alpha=alpha, temperature=temperature, divergence=pick_divergence(name)[0])
-    fused = with_gradients(fused_distillation_loss, student, [a_teacher()], chunk_bytes=chunk_bytes, **settings)
+    student, settings = a_student(), dict(alpha=alpha, temperature=temperature,
+                                          divergence=pick_divergence(name)[0])
+    fused = with_gradients(fused_distillation_loss, student, [a_teacher()],
+                           chunk_bytes=chunk_bytes, **settings)
     assert_same(fused, with_gradients(plain, student, [a_teacher()], **settings))
 
 
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_several_teachers_teach_as_one_whose_probabilities_are_the_weighted_mean(divergence, temperature):
-    teachers = [a_teacher(weight=0.2), a_teacher(dim=3, seed=5, weight=0.3), a_teacher(seed=7, weight=0.5)]
+def test_several_teachers_act_as_one_whose_probabilities_are_the_weighted_mean(divergence,
+                                                                               temperature):
+    teachers = [a_teacher(weight=0.2), a_teacher(dim=3, seed=5, weight=0.3),
+                a_teacher(seed=7, weight=0.5)]
     settings = dict(alpha=0.3, temperature=temperature, divergence=divergence)
-    fused = with_gradients(fused_distillation_loss, a_student(), teachers, chunk_bytes=3 * ROWS, **settings)
+    fused = with_gradients(fused_distillation_loss, a_student(), teachers, chunk_bytes=3 * ROWS,
+                           **settings)
     assert_same(fused, with_gradients(plain, a_student(), teachers, **settings))
 
 
-def test_one_teacher_cut_in_two_halves_teaches_the_same():
+def test_one_teacher_of_weight_1_equals_two_of_weight_one_half():
     halves = [a_teacher(weight=0.5), a_teacher(weight=0.5)]
     whole = with_gradients(fused_distillation_loss, a_student(), [a_teacher()], temperature=2.0)
-    assert_same(with_gradients(fused_distillation_loss, a_student(), halves, temperature=2.0), whole)
+    assert_same(with_gradients(fused_distillation_loss, a_student(), halves, temperature=2.0),
+                whole)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_a_teacher_equal_to_the_student_teaches_nothing(name):
+def test_a_teacher_equal_to_the_student_gives_no_loss_and_no_gradient(name):
     hidden, head, targets = a_student()
     itself = [Dense(hidden.detach(), head.detach())]
-    _, ce, kd, *gradients = with_gradients(fused_distillation_loss, (hidden, head, targets), itself, temperature=2.0,
-                                           divergence=pick_divergence(name)[0], chunk_bytes=3 * ROWS)
+    _, ce, kd, *gradients = with_gradients(fused_distillation_loss, (hidden, head, targets),
+                                           itself, temperature=2.0,
+                                           divergence=pick_divergence(name)[0],
+                                           chunk_bytes=3 * ROWS)
     assert ce > 1 and abs(kd) < 1e-5
-    if name not in ("tvd", "uld"):      # these two have a kink at 0, and rounding decides which way its slope points
+    # these two have a kink at 0, and rounding decides which way its slope points
+    if name not in ("tvd", "uld"):
         assert all(gradient.abs().max() < 1e-4 for gradient in gradients)
 
 
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
-def test_where_the_teacher_has_no_say_the_labels_alone_count(divergence):
+def test_where_the_teacher_is_masked_only_the_labels_count(divergence):
     matched = torch.tensor([True, False, True, True, False, False, True])
     settings = dict(alpha=0.3, temperature=2.0, divergence=divergence, kd_weight=matched)
-    fused = with_gradients(fused_distillation_loss, a_student(), [a_teacher()], chunk_bytes=3 * ROWS, **settings)
+    fused = with_gradients(fused_distillation_loss, a_student(), [a_teacher()],
+                           chunk_bytes=3 * ROWS, **settings)
     assert_same(fused, with_gradients(plain, a_student(), [a_teacher()], **settings))
 
     noisy = a_teacher()
@@ -109,25 +126,28 @@ def test_where_the_teacher_has_no_say_the_labels_alone_count(divergence):
 
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
 def test_each_position_may_have_its_own_weights_in_both_parts(divergence):
-    weights = {"kd_weight": torch.rand(S, generator=torch.Generator().manual_seed(0)), "ce_weight": randn(S, seed=1)}
+    weights = {"kd_weight": torch.rand(S, generator=torch.Generator().manual_seed(0)),
+               "ce_weight": randn(S, seed=1)}
     for chosen in (weights, {"ce_weight": weights["ce_weight"]}):
         settings = dict(alpha=0.5, divergence=divergence, **chosen)
-        fused = with_gradients(fused_distillation_loss, a_student(), [a_teacher()], chunk_bytes=3 * ROWS, **settings)
+        fused = with_gradients(fused_distillation_loss, a_student(), [a_teacher()],
+                               chunk_bytes=3 * ROWS, **settings)
         assert_same(fused, with_gradients(plain, a_student(), [a_teacher()], **settings))
 
 
 def test_uld_takes_a_teacher_with_another_vocabulary():
-    taught, matched = [a_teacher(vocab=V + 5)], torch.arange(S) % 2 == 0
+    teacher, matched = [a_teacher(vocab=V + 5)], torch.arange(S) % 2 == 0
     settings = dict(alpha=0.5, temperature=2.0, divergence=uld, kd_weight=matched)
-    fused = with_gradients(fused_distillation_loss, a_student(), taught, chunk_bytes=2 * ROWS, **settings)
-    assert_same(fused, with_gradients(plain, a_student(), taught, **settings))
+    fused = with_gradients(fused_distillation_loss, a_student(), teacher, chunk_bytes=2 * ROWS,
+                           **settings)
+    assert_same(fused, with_gradients(plain, a_student(), teacher, **settings))
 
 
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
 def test_no_supervised_token_gives_0_and_gradients_of_0_not_nan(divergence):
-    student, taught = a_student(tokens=0), [a_teacher(tokens=0)]
+    student, teacher = a_student(tokens=0), [a_teacher(tokens=0)]
     loss, ce, kd, of_hidden, of_head = with_gradients(
-        fused_distillation_loss, student, taught, alpha=0.5, divergence=divergence)
+        fused_distillation_loss, student, teacher, alpha=0.5, divergence=divergence)
     assert loss == ce == kd == 0.0
     assert of_hidden.shape == (0, D) and of_head.shape == (V, D) and of_head.abs().sum() == 0
 
@@ -137,11 +157,12 @@ def test_a_divergence_of_your_own_works_like_ours():
         return (log_p - log_q).square().sum(dim=-1)
 
     settings = dict(alpha=0.2, temperature=2.0, divergence=squared)
-    fused = with_gradients(fused_distillation_loss, a_student(), [a_teacher()], chunk_bytes=3 * ROWS, **settings)
+    fused = with_gradients(fused_distillation_loss, a_student(), [a_teacher()],
+                           chunk_bytes=3 * ROWS, **settings)
     assert_same(fused, with_gradients(plain, a_student(), [a_teacher()], **settings))
 
 
-# -- the top k of a teacher --------------------------------------------------------------------------------------
+# -- the top k of a teacher ----------------------------------------------------------------------
 
 def top_of(teacher, k, temperature):
     log_p = (teacher.states.double() @ teacher.head.double().T / temperature).log_softmax(dim=-1)
@@ -151,45 +172,51 @@ def top_of(teacher, k, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_the_top_v_words_are_the_whole_teacher(name, temperature):
+def test_the_top_v_tokens_are_the_whole_teacher(name, temperature):
     settings = dict(alpha=0.3, temperature=temperature, divergence=pick_divergence(name)[0])
     top = top_of(a_teacher(), V, temperature)
-    found = with_gradients(fused_distillation_loss, a_student(), top, chunk_bytes=3 * ROWS, **settings)
-    assert_same(found, with_gradients(fused_distillation_loss, a_student(), [a_teacher()], **settings), rtol=1e-4)
+    found = with_gradients(fused_distillation_loss, a_student(), top, chunk_bytes=3 * ROWS,
+                           **settings)
+    assert_same(found, with_gradients(fused_distillation_loss, a_student(), [a_teacher()],
+                                      **settings), rtol=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 4, V - 1])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_the_top_k_words_and_one_bucket_for_all_others(name, temperature, k):
+def test_the_top_k_tokens_and_one_bucket_for_the_tail(name, temperature, k):
     divergence, top = pick_divergence(name)[0], top_of(a_teacher(), k, temperature)
 
     def buckets(hidden, head, targets):
         """The same in float64, on probabilities."""
         logits, top_p = hidden.double() @ head.double().T, top.log_p.double().exp()
         top_q = (logits / temperature).softmax(dim=-1).gather(1, top.ids)
-        p, q = (torch.cat([x, 1 - x.sum(dim=1, keepdim=True)], dim=1) for x in (top_p, top_q))  # (S, k + 1)
+        # (S, k + 1)
+        p, q = (torch.cat([x, 1 - x.sum(dim=1, keepdim=True)], dim=1) for x in (top_p, top_q))
         ce = F.cross_entropy(logits, targets, reduction="sum")
         kd = temperature ** 2 * divergence(p.log(), q.log()).sum()
         return 0.3 * ce + 0.7 * kd, ce, kd
 
-    fused = with_gradients(fused_distillation_loss, a_student(), top, alpha=0.3, temperature=temperature,
+    fused = with_gradients(fused_distillation_loss, a_student(), top, alpha=0.3,
+                           temperature=temperature,
                            divergence=divergence, chunk_bytes=3 * ROWS)
     # Of a tail of 1e-4, known as 1 - .9999 in fp32, the last digits are gone.
     assert_same(fused, with_gradients(buckets, a_student()), rtol=1e-3)
 
 
-def test_mass_outside_of_the_top_k_is_paid_for():
-    # Four words; the teacher has .5 .25 | .25, the student .05 .025 | .925: in the same ratio within the top two.
+def test_mass_outside_of_the_top_k_has_a_loss():
+    # Four tokens; the teacher has .5 .25 | .25, the student .05 .025 | .925: in the same ratio
+    # within the top two.
     head = torch.eye(4).requires_grad_()
     hidden = torch.tensor([[0.05, 0.025, 0.9, 0.025]]).log().requires_grad_()
     top = TopK(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]).log())
     found = fused_distillation_loss(hidden, head, torch.tensor([0]), top)
     # .5 ln 10 + .25 ln 10 + .25 ln(.25 / .925)
-    assert found.kd.item() == pytest.approx(0.75 * math.log(10) + 0.25 * math.log(0.25 / 0.925), rel=1e-5)
+    assert found.kd.item() == pytest.approx(0.75 * math.log(10) + 0.25 * math.log(0.25 / 0.925),
+                                            rel=1e-5)
 
 
-def test_where_a_top_k_has_no_say_the_labels_alone_count():
+def test_where_a_top_k_is_masked_only_the_labels_count():
     matched = torch.tensor([True, False, True, True, False, False, True])
     settings, student = dict(alpha=0.3, temperature=2.0), a_student()
     top = top_of(a_teacher(), 3, 2.0)
@@ -198,16 +225,19 @@ def test_where_a_top_k_has_no_say_the_labels_alone_count():
     hidden, head, targets = student
     kd = fused_distillation_loss(hidden[matched], head, targets[matched], kept, **settings).kd
     assert found[2].item() == pytest.approx(kd.item(), rel=1e-5)
-    assert found[1].item() == pytest.approx(F.cross_entropy(hidden @ head.T, targets, reduction="sum").item(), rel=1e-5)
+    assert found[1].item() == pytest.approx(F.cross_entropy(hidden @ head.T, targets,
+                                                            reduction="sum").item(), rel=1e-5)
 
 
-# -- the backward pass -------------------------------------------------------------------------------------------
+# -- the backward pass ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
 def test_a_factor_on_the_loss_is_a_factor_on_the_gradients(divergence):
     settings = dict(alpha=0.3, divergence=divergence)
-    *_, of_hidden, of_head = with_gradients(fused_distillation_loss, a_student(), [a_teacher()], **settings)
-    *_, by_4, head_by_4 = with_gradients(fused_distillation_loss, a_student(), [a_teacher()], factor=0.25, **settings)
+    *_, of_hidden, of_head = with_gradients(fused_distillation_loss, a_student(), [a_teacher()],
+                                            **settings)
+    *_, by_4, head_by_4 = with_gradients(fused_distillation_loss, a_student(), [a_teacher()],
+                                         factor=0.25, **settings)
     assert torch.equal(by_4, of_hidden / 4) and torch.equal(head_by_4, of_head / 4)
 
 
@@ -217,8 +247,8 @@ def test_two_micro_batches_add_up_to_the_whole():
     whole = with_gradients(fused_distillation_loss, (hidden, head, targets), [teacher], alpha=0.3)
     hidden.grad = head.grad = None
     for part in (slice(0, 3), slice(3, S)):
-        taught = [teacher._replace(states=teacher.states[part])]
-        fused_distillation_loss(hidden[part], head, targets[part], taught, alpha=0.3).loss.backward()
+        its = [teacher._replace(states=teacher.states[part])]
+        fused_distillation_loss(hidden[part], head, targets[part], its, alpha=0.3).loss.backward()
     assert_same([hidden.grad, head.grad], whole[3:])
 
 
@@ -228,18 +258,22 @@ def test_a_head_that_is_also_the_embedding_learns_from_both_its_uses(divergence)
     gradients = []
     for form in (fused_distillation_loss, plain):
         tied = randn(V, D, seed=1).requires_grad_()
-        form(tied[tokens].tanh(), tied, targets, [a_teacher()], alpha=0.3, divergence=divergence)[0].backward()
+        form(tied[tokens].tanh(), tied, targets, [a_teacher()], alpha=0.3,
+             divergence=divergence)[0].backward()
         gradients.append(tied.grad)
     assert_same(gradients[:1], gradients[1:])
 
 
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs(divergence):
-    """As under LoRA. It saves one of the loss's three products of size tokens x vocabulary x width."""
-    taught, (hidden, head, targets) = [a_teacher()], a_student()
-    expected = with_gradients(fused_distillation_loss, (hidden, head, targets), taught, divergence=divergence)
+    """As under LoRA. It saves one of the loss's three products of size tokens x vocabulary x
+    width."""
+    teacher, (hidden, head, targets) = [a_teacher()], a_student()
+    expected = with_gradients(fused_distillation_loss, (hidden, head, targets), teacher,
+                              divergence=divergence)
     hidden.grad = None
-    fused_distillation_loss(hidden, head.detach(), targets, taught, divergence=divergence).loss.backward()
+    fused_distillation_loss(hidden, head.detach(), targets, teacher,
+                            divergence=divergence).loss.backward()
     assert_same([hidden.grad], [expected[3]], rtol=0)
 
 
@@ -253,30 +287,34 @@ def test_no_gradient_reaches_the_teacher_nor_flows_from_the_figures(divergence):
     assert not found.ce.requires_grad and not found.kd.requires_grad
 
 
-# -- precision ---------------------------------------------------------------------------------------------------
+# -- precision -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
 def test_under_bf16_autocast_it_is_the_plain_form_under_bf16_autocast(divergence):
-    student, taught = a_student(tokens=40, dim=16), [a_teacher(tokens=40, dim=24)]
+    student, teacher = a_student(tokens=40, dim=16), [a_teacher(tokens=40, dim=24)]
     settings = dict(alpha=0.3, temperature=2.0, divergence=divergence)
     with torch.autocast("cpu", torch.bfloat16):
-        fused = with_gradients(fused_distillation_loss, student, taught, chunk_bytes=9 * ROWS, **settings)
-        expected = with_gradients(plain, student, taught, **settings)
+        fused = with_gradients(fused_distillation_loss, student, teacher, chunk_bytes=9 * ROWS,
+                               **settings)
+        expected = with_gradients(plain, student, teacher, **settings)
     assert all(value.dtype == torch.float32 for value in fused)
     assert_same(fused[:3], expected[:3], rtol=1e-5)     # the same logits, rounded in the same place
     assert_same(fused[3:], expected[3:], rtol=1e-2)     # bf16 has 8 bits: one part in 256
 
-    exact = with_gradients(plain, student, taught, **settings)
+    exact = with_gradients(plain, student, teacher, **settings)
     assert (fused[0] - exact[0]).abs() > 1e-3           # the products did run in bf16
 
 
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
-def test_under_fp16_autocast_the_slope_of_a_rare_word_does_not_underflow(divergence):
-    # Logits (0, -20) against the teacher's (0, -19): for the second word q - p is -3.5e-9, and fp16 ends at 6e-8.
-    hidden, head = torch.ones(1, 1).requires_grad_(), torch.tensor([[0.0], [-20.0]]).requires_grad_()
-    taught = [Dense(torch.ones(1, 1), torch.tensor([[0.0], [-19.0]]))]
+def test_under_fp16_autocast_the_slope_of_a_rare_token_does_not_underflow(divergence):
+    # Logits (0, -20) against the teacher's (0, -19): for the second token q - p is -3.5e-9, and
+    # fp16 ends at 6e-8.
+    hidden, head = torch.ones(1,
+                              1).requires_grad_(), torch.tensor([[0.0], [-20.0]]).requires_grad_()
+    teacher = [Dense(torch.ones(1, 1), torch.tensor([[0.0], [-19.0]]))]
     with torch.autocast("cpu", torch.float16):
-        found = fused_distillation_loss(hidden, head, torch.tensor([0]), taught, divergence=divergence)
+        found = fused_distillation_loss(hidden, head, torch.tensor([0]), teacher,
+                                        divergence=divergence)
     found.loss.backward()
     slope = {forward_kl: math.exp(-20) - math.exp(-19), reverse_kl: -math.exp(-20)}[divergence]
     assert head.grad[1].item() == pytest.approx(slope, rel=0.01)
@@ -290,7 +328,7 @@ def test_a_log_softmax_may_overwrite_what_it_reads(width):
     assert log_softmax_(buffer) is buffer and torch.equal(buffer, expected)
 
 
-# -- memory ------------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------
 
 class Watch(TorchDispatchMode):
     """Remembers the most numbers that any tensor held."""
@@ -309,24 +347,29 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_no_tensor_of_tokens_times_vocabulary_ever_exists(name, kind):
     tokens, vocab = 60, 500
-    student, settings = a_student(tokens, vocab), dict(alpha=0.5, temperature=2.0, divergence=pick_divergence(name)[0])
-    taught = {"dense": [a_teacher(tokens, vocab)],
-              "two teachers": [a_teacher(tokens, vocab, weight=0.5), a_teacher(tokens, vocab, seed=5, weight=0.5)],
+    student, settings = a_student(tokens, vocab), dict(alpha=0.5, temperature=2.0,
+                                                       divergence=pick_divergence(name)[0])
+    teacher = {"dense": [a_teacher(tokens, vocab)],
+              "two teachers": [a_teacher(tokens, vocab, weight=0.5),
+                               a_teacher(tokens, vocab, seed=5, weight=0.5)],
               "top k": top_of(a_teacher(tokens, vocab), 8, 2.0)}[kind]
     with Watch() as watch:
-        with_gradients(fused_distillation_loss, student, taught, chunk_bytes=32 * 4 * vocab, **settings)
+        with_gradients(fused_distillation_loss, student, teacher, chunk_bytes=32 * 4 * vocab,
+                       **settings)
     closed_form = name == "forward_kl" and kind != "top k"
-    assert watch.most == (32 if closed_form else 8) * vocab         # autograd keeps many buffers more, of fewer rows
+    # autograd keeps many buffers more, of fewer rows
+    assert watch.most == (32 if closed_form else 8) * vocab
     if kind == "dense":
         with Watch() as watch:
-            with_gradients(plain, student, taught, **settings)
+            with_gradients(plain, student, teacher, **settings)
         assert watch.most >= tokens * vocab
 
 
-# -- what a run looks at -----------------------------------------------------------------------------------------
+# -- what a run looks at -------------------------------------------------------------------------
 
 def probabilities(states, head, temperature=1.0):
-    return (states.detach().double() @ head.detach().double().T / temperature).softmax(dim=-1).numpy()
+    logits = states.detach().double() @ head.detach().double().T
+    return (logits / temperature).softmax(dim=-1).numpy()
 
 
 def np_kl(p, q):
@@ -337,12 +380,14 @@ def entropy(p):
     return -(p * np.log(p)).sum()
 
 
-@pytest.mark.parametrize("taught", [[a_teacher()], [a_teacher(weight=0.3), a_teacher(seed=5, weight=0.7)]],
+@pytest.mark.parametrize("teacher",
+                         [[a_teacher()], [a_teacher(weight=0.3), a_teacher(seed=5, weight=0.7)]],
                          ids=["one teacher", "two teachers"])
-def test_compare_adds_up_what_numpy_adds_up(taught):
+def test_compare_adds_up_what_numpy_adds_up(teacher):
     hidden, head, targets = a_student()
-    p, q = sum(one.weight * probabilities(one.states, one.head) for one in taught), probabilities(hidden, head)
-    found = compare(hidden, head, targets, taught, temperature=3.0)     # which is of no matter to whole teachers
+    p, q = sum(one.weight * probabilities(one.states, one.head)
+               for one in teacher), probabilities(hidden, head)
+    found = compare(hidden, head, targets, teacher, temperature=3.0)     # ignored by dense teachers
     assert {name: value.item() for name, value in found.items()} == pytest.approx({
         "ce": -np.log(q[np.arange(S), targets]).sum(), "kl": np_kl(p, q), "entropy": entropy(p),
         "agreement": (p.argmax(axis=1) == q.argmax(axis=1)).sum()}, rel=1e-4)
@@ -362,7 +407,7 @@ def test_compare_with_a_top_k_takes_its_buckets_and_its_temperature():
         "agreement": (likeliest == q.argmax(axis=1)).sum()}, rel=1e-4)
 
 
-def test_compare_with_another_vocabulary_tells_uld_at_the_matched_positions():
+def test_compare_with_another_vocabulary_gives_uld_at_the_matched_positions():
     hidden, head, targets = a_student()
     teacher, matched = a_teacher(vocab=V + 5), torch.arange(S) % 2 == 0
     p, q = probabilities(teacher.states, teacher.head), probabilities(hidden, head)
@@ -373,18 +418,29 @@ def test_compare_with_another_vocabulary_tells_uld_at_the_matched_positions():
         "uld": np.abs(-np.sort(-p) - ranked_q)[::2].sum()}, rel=1e-4)
 
 
+def test_compare_without_a_teacher_is_the_cross_entropy_alone():
+    hidden, head, targets = a_student(tokens=600)                       # three chunks
+    found = compare(hidden, head, targets)
+    assert found.keys() == {"ce"}
+    expected = F.cross_entropy(hidden @ head.T, targets, reduction="sum").item()
+    assert found["ce"].item() == pytest.approx(expected, rel=1e-5)
+    with_teacher = compare(hidden, head, targets, [a_teacher(tokens=600)])
+    assert found["ce"].item() == pytest.approx(with_teacher["ce"].item(), rel=1e-6)
+
+
 def test_compare_of_no_position_is_0():
     found = compare(*a_student(tokens=0), [a_teacher(tokens=0)])
     assert found.keys() == set(COMPARED) and all(value == 0 for value in found.values())
 
 
 def test_under_autocast_compare_adds_up_in_fp32():
-    # States of a single one pick a column of the head, of numbers that bf16 has: no product is rounded.
+    # States of a single one pick a column of the head, of numbers that bf16 has: no product is
+    # rounded.
     states = torch.eye(D)
     student_head, teacher_head = (randn(V, D, seed=seed).bfloat16().float() for seed in (1, 2))
-    targets, taught = torch.arange(D), [Dense(states, teacher_head)]
+    targets, teacher = torch.arange(D), [Dense(states, teacher_head)]
     with torch.autocast("cpu", torch.bfloat16):
-        found = compare(states, student_head, targets, taught)
-    exact = compare(states, student_head, targets, taught)
+        found = compare(states, student_head, targets, teacher)
+    exact = compare(states, student_head, targets, teacher)
     assert {name: value.item() for name, value in found.items()} == pytest.approx(
         {name: value.item() for name, value in exact.items()}, rel=1e-6)

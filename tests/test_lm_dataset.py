@@ -1,7 +1,7 @@
 """
 数据流的规律：只有助手的话是目标；第 k 步用哪些样本，与怎样分给进程和微批无关。
-Laws of dataset/lm_dataset.py: only the assistant's words are targets, and which samples step k sees does not depend on
-how they are dealt to processes and micro-batches.
+Laws of dataset/lm_dataset.py: only the assistant's tokens are targets, and the samples of step k do
+not depend on the number of processes and micro-batches.
 """
 
 import json
@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataset.lm_dataset import MicroBatches, PretrainDataset, SFTDataset, batch_of_answers, packed_batch, in_order, prompts_and_answers
+from dataset.lm_dataset import (MicroBatches, PretrainDataset, SFTDataset, batch_of_answers,
+                                in_order, make_loader, open_data, packed_batch,
+                                prompts_and_answers)
 
 
 def write(path, rows):
@@ -20,7 +22,8 @@ def write(path, rows):
 
 
 def chat(*turns):
-    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]}
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": turn}
+                         for i, turn in enumerate(turns)]}
 
 
 @pytest.fixture
@@ -32,7 +35,8 @@ def tokenizer(byte_tokenizer):
 def sixty(cache, tmp_path, tokenizer):
     """60 conversations, no two alike, of many lengths and with 2 to 12 targets each."""
     rows = [chat(f"n {i} {'?' * (7 * i % 13)}", "a" * (1 + 5 * i % 11)) for i in range(60)]
-    return SFTDataset([write(tmp_path / "sft.jsonl", rows)], tokenizer, max_seq_len=64, log=lambda line: None)
+    return SFTDataset([write(tmp_path / "sft.jsonl", rows)], tokenizer, max_seq_len=64,
+                      log=lambda line: None)
 
 
 def samples_of(batch):
@@ -40,10 +44,11 @@ def samples_of(batch):
     return [tuple(sample.tolist()) for sample in batch.tokens.split(batch.lengths)]
 
 
-# -- what is learned -------------------------------------------------------------------------------------------
+# -- what is learned -----------------------------------------------------------------------------
 
-def test_only_the_assistants_words_and_its_end_of_turn_are_targets(cache, tmp_path, tokenizer):
-    data = SFTDataset([write(tmp_path / "sft.jsonl", [chat("2 + 3 ?", "5", "sure?", "yes.")])], tokenizer, log=print)
+def test_only_the_assistants_tokens_and_its_end_of_turn_are_targets(cache, tmp_path, tokenizer):
+    data = SFTDataset([write(tmp_path / "sft.jsonl", [chat("2 + 3 ?", "5", "sure?", "yes.")])],
+                      tokenizer, log=print)
     batch = data.batch(np.array([0]))
     assert tokenizer.decode(batch.targets.tolist()) == "5<|im_end|>yes.<|im_end|>"
     assert data.n_targets.tolist() == [2 + 5]
@@ -53,24 +58,31 @@ def test_only_the_assistants_words_and_its_end_of_turn_are_targets(cache, tmp_pa
 
 
 def test_the_target_of_a_position_is_the_token_after_it():
-    # ids 10 .. 14, of which 12 and 14 are to be predicted: from 11 and from 13, at positions 1 and 3.
-    batch = packed_batch(np.arange(10, 15), np.array([False, False, True, False, True]), np.array([5]))
+    # ids 10 .. 14, of which 12 and 14 are to be predicted: from 11 and from 13, at positions 1 and
+    # 3.
+    batch = packed_batch(np.arange(10, 15), np.array([False, False, True, False, True]),
+                         np.array([5]))
     assert batch.tokens.tolist() == [10, 11, 12, 13] and batch.lengths == [4]
     assert batch.at.tolist() == [1, 3] and batch.targets.tolist() == [12, 14]
 
 
-def test_a_conversation_has_as_many_turns_as_answers_each_under_all_that_was_said_before(cache, tmp_path, tokenizer):
+def test_each_answer_of_a_conversation_has_all_tokens_before_it_as_prompt(cache, tmp_path,
+                                                                          tokenizer):
     rows = [chat("2 + 3 ?", "5", "sure?", "yes."), chat("hi", "ho")]
     data = SFTDataset([write(tmp_path / "sft.jsonl", rows)], tokenizer, log=print)
-    found = [[tuple(map(tokenizer.decode, turn)) for turn in sample] for sample in prompts_and_answers(data.batch(np.array([0, 1])))]
+    found = [[tuple(map(tokenizer.decode, turn)) for turn in sample]
+             for sample in prompts_and_answers(data.batch(np.array([0, 1])))]
     first = "<|im_start|>user\n2 + 3 ?<|im_end|>\n<|im_start|>assistant\n"
-    assert found[0] == [(first, "5<|im_end|>"), (f"{first}5<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n"
+    assert found[0] == [(first, "5<|im_end|>"),
+                        (f"{first}5<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n"
                                                  "<|im_start|>assistant\n", "yes.<|im_end|>")]
     assert found[1] == [("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "ho<|im_end|>")]
 
 
-def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_and_counted(cache, tmp_path, tokenizer):
-    """Around its words a question has 19 tokens of the template: with 22 in all, "abc" leaves no room and "ab" one token."""
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_and_counted(cache, tmp_path,
+                                                                            tokenizer):
+    """Around its words a question has 19 tokens of the template: with 22 in all, "abc" leaves no
+    room and "ab" one token."""
     rows = write(tmp_path / "sft.jsonl", [chat("a", "5"), chat("abc", "5"), chat("ab", "5")])
     data, said = SFTDataset([rows], tokenizer, max_seq_len=22, log=lambda line: None), []
     assert len(tokenizer.encode_chat(chat("")["messages"], add_generation_prompt=True)[0]) == 19
@@ -79,12 +91,14 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_and_counted(cach
 
 
 def test_turns_end_where_their_sample_ends():
-    """Of 10 11 12 and 13 14, read 10 11 and 13, everything but the first is a target, and position 1 borders on position 2."""
-    batch = packed_batch(np.arange(10, 15), np.array([False, True, True, False, True]), np.array([3, 2]))
+    """Of 10 11 12 and 13 14, read 10 11 and 13, everything but the first is a target, and position
+    1 borders on position 2."""
+    batch = packed_batch(np.arange(10, 15), np.array([False, True, True, False, True]),
+                         np.array([3, 2]))
     assert prompts_and_answers(batch) == [[([10], [11, 12])], [([13], [14])]]
 
 
-def test_prompts_and_their_answers_become_a_batch_and_its_turns_are_they():
+def test_a_batch_of_answers_gives_the_same_prompts_and_answers_back():
     prompts, answers = [[1], [2, 3, 4], [5, 6]], [[7, 8], [9], [1, 2, 3]]
     batch = batch_of_answers(prompts, answers)
     assert prompts_and_answers(batch) == [[pair] for pair in zip(prompts, answers)]
@@ -92,48 +106,57 @@ def test_prompts_and_their_answers_become_a_batch_and_its_turns_are_they():
 
 
 def test_no_target_reaches_over_the_end_of_a_sample():
-    # Samples 10 11 12 | 20 21: the stream that is read is 10 11 | 20, and nothing is asked to foretell 20.
+    # Samples 10 11 12 | 20 21: the stream that is read is 10 11 | 20, and nothing is asked to
+    # foretell 20.
     batch = packed_batch(np.array([10, 11, 12, 20, 21]), np.ones(5, dtype=bool), np.array([3, 2]))
     assert batch.tokens.tolist() == [10, 11, 20] and batch.lengths == [2, 1]
     assert batch.at.tolist() == [0, 1, 2] and batch.targets.tolist() == [11, 12, 21]
 
 
-def test_a_long_text_becomes_pieces_that_overlap_by_one_and_each_token_but_the_first_is_a_target_once(
+def test_pieces_of_a_long_text_overlap_by_one_and_each_token_but_the_first_is_a_target_once(
         cache, tmp_path, tokenizer):
-    text = "abcdefghijklm"                                      # 13 bytes and <|endoftext|>: pieces of 6, 6 and 4
-    data = PretrainDataset([write(tmp_path / "text.jsonl", [{"text": text}])], tokenizer, max_seq_len=5)
+    # 13 bytes and <|endoftext|>: pieces of 6, 6 and 4
+    text = "abcdefghijklm"
+    data = PretrainDataset([write(tmp_path / "text.jsonl", [{"text": text}])], tokenizer,
+                           max_seq_len=5)
     assert data.lengths.tolist() == [6, 6, 4]
     batch = data.batch(np.arange(3))
     assert [tokenizer.decode(sample) for sample in samples_of(batch)] == ["abcde", "fghij", "klm"]
     assert tokenizer.decode(batch.targets.tolist()) == "bcdefghijklm<|endoftext|>"
 
 
-@pytest.mark.parametrize("length", range(1, 14))
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9, 13])
 def test_no_length_of_text_loses_or_doubles_a_target(cache, tmp_path, tokenizer, length):
     text = "abcdefghijklm"[:length]
-    data = PretrainDataset([write(tmp_path / "text.jsonl", [{"text": text}])], tokenizer, max_seq_len=4)
-    assert tokenizer.decode(data.batch(np.arange(len(data))).targets.tolist()) == text[1:] + "<|endoftext|>"
+    data = PretrainDataset([write(tmp_path / "text.jsonl", [{"text": text}])], tokenizer,
+                           max_seq_len=4)
+    targets = data.batch(np.arange(len(data))).targets.tolist()
+    assert tokenizer.decode(targets) == text[1:] + "<|endoftext|>"
     assert max(data.lengths) <= 4 + 1
 
 
 def test_nothing_is_cut_silently(cache, tmp_path, tokenizer):
-    # Before the answer stand <|im_start|>, "user\n", q, <|im_end|>, "\n", <|im_start|> and "assistant\n": 20 ids with
-    # one q, 59 with 40. Of the 31 ids kept, then, a long answer has 11, and a long question leaves no answer.
+    # Before the answer stand <|im_start|>, "user\n", q, <|im_end|>, "\n", <|im_start|> and
+    # "assistant\n": 20 ids with one q, 59 with 40. Of the 31 ids kept, then, a long answer has 11,
+    # and a long question leaves no answer.
     rows = [chat("q", "yes"), chat("q", "y" * 40), chat("q" * 40, "yes"), chat("q", "no")]
     log = []
-    data = SFTDataset([write(tmp_path / "sft.jsonl", rows)], tokenizer, max_seq_len=30, log=log.append)
+    data = SFTDataset([write(tmp_path / "sft.jsonl", rows)], tokenizer, max_seq_len=30,
+                      log=log.append)
     assert "3 samples" in log[0] and "2 cut to 30 tokens" in log[0] and "1 left out" in log[0]
-    assert max(data.lengths) == 31                              # 30 are read, the last is only predicted
+    # 30 are read, the last is only predicted
+    assert max(data.lengths) == 31
     assert len(data) == 3 and data.n_targets.min() >= 1
 
 
 def test_a_file_of_which_nothing_is_left_says_so(cache, tmp_path, tokenizer):
     path = write(tmp_path / "sft.jsonl", [chat("q" * 40, "yes")])
-    with pytest.raises(ValueError, match="sft.jsonl: no sample has anything to learn within max_seq_len=8 tokens"):
+    with pytest.raises(ValueError,
+                       match="sft.jsonl: no sample has anything to learn within max_seq_len=8"):
         SFTDataset([path], tokenizer, max_seq_len=8)
 
 
-# -- the cached file -------------------------------------------------------------------------------------------
+# -- the cached file -----------------------------------------------------------------------------
 
 def test_a_file_is_tokenised_once_and_anew_when_it_or_the_tokenizer_or_the_length_changes(
         cache, tmp_path, byte_tokenizer):
@@ -167,7 +190,7 @@ def test_small_vocabularies_take_2_bytes_a_token_and_large_ones_4(cache, tmp_pat
         assert batch.targets.tolist() == [16 + 98, 16 + 99, end_of_text]
 
 
-# -- which samples a step sees ---------------------------------------------------------------------------------
+# -- which samples a step sees -------------------------------------------------------------------
 
 # batch size x micro-batches x processes: 8 samples a step, each time
 DEALS = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)]
@@ -175,22 +198,26 @@ DEALS = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)]
 
 def hands_of_step(data, step, batch_size, accumulation_steps, world_size):
     """All micro-batches of a step, of all processes."""
-    processes = [MicroBatches(data, batch_size, accumulation_steps, rank, world_size) for rank in range(world_size)]
-    return [process[step * accumulation_steps + micro] for process in processes for micro in range(accumulation_steps)]
+    processes = [MicroBatches(data, batch_size, accumulation_steps, rank, world_size)
+                 for rank in range(world_size)]
+    return [process[step * accumulation_steps + micro] for process in processes
+            for micro in range(accumulation_steps)]
 
 
 @pytest.mark.parametrize("deal", DEALS, ids=str)
 def test_a_step_sees_the_same_samples_however_they_are_dealt(sixty, deal):
-    for step in (0, 3, 7, 12):                                  # 7 steps an epoch: three epochs are looked at
+    # 7 steps an epoch: three epochs are looked at
+    for step in (0, 3, 7, 12):
         hands = hands_of_step(sixty, step, *deal)
         dealt = sorted(sample for hand in hands for sample in samples_of(hand))
         assert len(set(dealt)) == 8                             # each card is in one hand
         assert dealt == sorted(samples_of(hands_of_step(sixty, step, 8, 1, 1)[0]))
-        assert all(len(hand.lengths) == deal[0] and hand.lengths == sorted(hand.lengths) for hand in hands)
+        assert all(len(hand.lengths) == deal[0] and hand.lengths == sorted(hand.lengths)
+                   for hand in hands)
 
 
 @pytest.mark.parametrize("deal", DEALS, ids=str)
-def test_every_hand_knows_the_targets_and_samples_of_the_whole_step(sixty, deal):
+def test_every_micro_batch_has_the_targets_and_samples_of_the_whole_step(sixty, deal):
     hands = hands_of_step(sixty, 2, *deal)
     n_targets = sum(len(hand.targets) for hand in hands)
     assert all(hand.step_targets == n_targets and hand.step_samples == 8 for hand in hands)
@@ -202,41 +229,47 @@ def test_a_step_has_the_same_gradient_however_it_is_dealt(sixty, tiny, deal):
 
     def gradient(hands):
         model.zero_grad()
-        for hand in hands:                                      # a sum, divided by the targets of the whole step
+        # a sum, divided by the targets of the whole step
+        for hand in hands:
             logits = model(hand.tokens, hand.lengths, at=hand.at).logits
             (F.cross_entropy(logits, hand.targets, reduction="sum") / hand.step_targets).backward()
         return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
     whole = gradient(hands_of_step(sixty, 0, 8, 1, 1))
-    assert torch.allclose(gradient(hands_of_step(sixty, 0, *deal)), whole, atol=1e-5 * whole.abs().max().item())
+    assert torch.allclose(gradient(hands_of_step(sixty, 0, *deal)), whole,
+                          atol=1e-5 * whole.abs().max().item())
 
 
-def test_hands_are_about_the_same_work(sixty):
+def test_micro_batches_have_about_the_same_size(sixty):
     for step in range(7):
         sizes = [len(hand.tokens) for hand in hands_of_step(sixty, step, 2, 2, 2)]
         longest = max(sixty.lengths) - 1
-        assert max(sizes) - min(sizes) <= longest               # dealt from short to long, never by more than one card
+        # dealt from short to long, never by more than one card
+        assert max(sizes) - min(sizes) <= longest
 
 
 def test_an_epoch_visits_no_sample_twice_and_the_next_has_another_order(sixty):
     data = MicroBatches(sixty, batch_size=8)
     assert data.steps_per_epoch == 60 // 8
-    first, second = ([i for step in range(7) for i in data.samples_of_step(epoch * 7 + step)] for epoch in (0, 1))
+    first, second = ([i for step in range(7) for i in data.samples_of_step(epoch * 7 + step)]
+                     for epoch in (0, 1))
     assert len(set(first)) == len(set(second)) == 56
     assert first != second
 
 
 def test_the_seed_decides_the_order(sixty):
-    first, again, other = (MicroBatches(sixty, 8, seed=seed).samples_of_step(0).tolist() for seed in (1, 1, 2))
+    first, again, other = (MicroBatches(sixty, 8, seed=seed).samples_of_step(0).tolist()
+                           for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_too_small_a_file_stops_with_its_size_and_the_step_s(sixty):
-    with pytest.raises(ValueError, match="60 samples, fewer than the 64 of one step .*batch size 16 x 4 micro-batches"):
+    with pytest.raises(ValueError,
+                       match="60 samples, fewer than the 64 of one step .*16 x 4 micro-batches"):
         MicroBatches(sixty, batch_size=16, accumulation_steps=2, world_size=2)
 
 
-# -- validation ------------------------------------------------------------------------------------------------
+# -- validation ----------------------------------------------------------------------------------
 
 def test_the_held_out_part_shares_no_sample_with_the_rest_and_is_the_same_each_time(sixty):
     train, val = sixty.split(0.1, seed=0)
@@ -247,10 +280,63 @@ def test_the_held_out_part_shares_no_sample_with_the_rest_and_is_the_same_each_t
     assert sixty.split(0.1, seed=1)[1].ends.tolist() != val.ends.tolist()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_reads_every_sample_once_in_batches_of_bounded_size(sixty, world_size):
-    batches = [batch for rank in range(world_size) for batch in in_order(sixty, 200, rank, world_size)]
-    assert sorted(sample for batch in batches for sample in samples_of(batch)) == sorted(
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_evaluation_reads_every_sample_once_and_gives_each_process_as_many_batches(sixty,
+                                                                                   world_size):
+    processes = [list(in_order(sixty, rank, world_size, tokens_per_batch=200))
+                 for rank in range(world_size)]
+    assert len({len(batches) for batches in processes}) == 1
+    batches = [batch for batches in processes for batch in batches]
+    counted = [batch for batch in batches if len(batch.targets)]
+    assert sorted(sample for batch in counted for sample in samples_of(batch)) == sorted(
         samples_of(sixty.batch(np.arange(60))))
     assert max(len(batch.tokens) + len(batch.lengths) for batch in batches) <= 200
-    assert len(batches) > 3 * world_size
+    # The forward pass of a sharded model needs all processes: an extra batch has tokens, no
+    # targets.
+    extra = [batch for batch in batches if not len(batch.targets)]
+    assert len(extra) < world_size and len(counted) > 8
+    assert all(len(batch.at) == 0 and len(batch.tokens) for batch in extra)
+    assert sum(len(batch.targets) for batch in counted) == sixty.n_targets.sum()
+
+
+def test_open_data_holds_out_a_fraction_or_takes_the_file_beside_the_data(cache, tmp_path,
+                                                                          tokenizer):
+    rows = [chat(f"n {i}", "a" * (i + 1)) for i in range(20)]
+    path, log = write(tmp_path / "sft.jsonl", rows), []
+
+    def sizes(**settings):
+        data, val = open_data(SFTDataset, [path], tokenizer, 64, log=log.append, **settings)
+        return len(data), len(val) if val is not None else None
+
+    assert sizes(val_fraction=0.1) == (18, 2) and sizes(val_fraction=0.0) == (20, None)
+    assert sizes(val_path="none") == (20, None) and "validation: none" in log[-1]
+    write(tmp_path / "val.jsonl", rows[:3])
+    assert sizes() == (20, 3) and f"validation: 3 of {tmp_path / 'val.jsonl'}" in log[-1]
+    assert sizes(val_path=write(tmp_path / "other.jsonl", rows[:4])) == (20, 4)
+    with pytest.raises(ValueError, match=r"--val_fraction 1.0 must lie in \[0, 1\)"):
+        sizes(val_fraction=1.0)
+
+
+def test_open_data_pairs_other_prompts_and_holds_out_pairs(cache, tmp_path, tokenizer):
+    student, teacher = (write(tmp_path / name, [chat(f"{prompt}{i}", f"{i}") for i in range(20)])
+                        for name, prompt in (("student.jsonl", "q"),
+                                             ("teacher.jsonl", "context, q")))
+    write(tmp_path / "val.jsonl", [chat("q", "a")])            # it has no prompts for the teacher
+
+    def opened(**settings):
+        return open_data(SFTDataset, [student], tokenizer, 64, val_fraction=0.1,
+                         teacher=([teacher], tokenizer, 64), log=lambda line: None, **settings)
+
+    data, val = opened()
+    assert (len(data), len(val)) == (18, 2)
+    batch = data.batch(np.array([0]))
+    assert "context, q" in tokenizer.decode(batch.teacher.tokens.tolist())
+    assert torch.equal(batch.targets, batch.teacher.targets)
+    with pytest.raises(ValueError, match="val.jsonl has no prompts for the teacher"):
+        opened(val_path=tmp_path / "val.jsonl")
+
+
+def test_a_loader_gives_the_micro_batches_of_its_steps(sixty):
+    data = MicroBatches(sixty, batch_size=4, accumulation_steps=2)
+    loaded = [batch.tokens.tolist() for batch in make_loader(data, 2, 5)]
+    assert loaded == [data[j].tokens.tolist() for j in range(4, 10)]

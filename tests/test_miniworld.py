@@ -15,15 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))       # the repo is used in place, not installed
 
 from dataset.miniworld import (  # noqa: E402
-    HABITS, HELD_OUT_BY_INPUT, JOBS, LEAVES, ORGANS, PETS, SCARCE, SMOKE, SYMPTOMS, VERBS, WEEKDAYS, World,
-    generate, split_questions)
+    HABITS, HELD_OUT_BY_INPUT, JOBS, LEAVES, ORGANS, PETS, SCARCE, SMOKE, SYMPTOMS, VERBS, WEEKDAYS,
+    World, generate, split_questions)
 
 TRAINING_FILES = ["sft_teacher.jsonl", "sft_data.jsonl", "sft_data_clean.jsonl", "alpaca_data.json",
                   "general.jsonl", "specialist.jsonl", "mcq_train.jsonl", "experience_base.jsonl",
-                  "experience_teacher.jsonl", "experience_student.jsonl", "ability_sft.jsonl", "writer_data.jsonl"]
-MULTIPLE_CHOICE = ["mcq_train.jsonl", "mcq_test.jsonl", "ability_seeds.jsonl", "ability_dev.jsonl", "ability_test.jsonl"]
-# 20 leaves share the teacher's rows, and the largest table (dose: 28 illnesses, 8 weights, 4 wordings)
-# trains on 80 % of 896 questions = 717. With 720 rows a leaf, each of them is seen.
+                  "experience_teacher.jsonl", "experience_student.jsonl", "ability_sft.jsonl",
+                  "writer_data.jsonl"]
+MULTIPLE_CHOICE = ["mcq_train.jsonl", "mcq_test.jsonl", "ability_seeds.jsonl", "ability_dev.jsonl",
+                   "ability_test.jsonl"]
+# 20 leaves share the teacher's rows, and the largest table (dose: 28 illnesses, 8 weights, 4
+# wordings) trains on 80 % of 896 questions = 717. With 720 rows a leaf, each of them is seen.
 SIZES = {**SMOKE, "teacher_size": 14_400, "transfer_size": 1_700, "pretrain_size": 1_000,
          "habit_draws": 4}
 
@@ -68,18 +70,38 @@ def facts():
     return {leaf: list(make(World(0))) for leaf, make in LEAVES.items()}
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
-    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
-        generate(tmp_path / folder, seed=seed, **SMOKE)
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())    # and nothing unfinished
-    for name in names:
-        content = {folder: (tmp_path / folder / name).read_bytes() for folder in "abc"}
-        assert content["a"] == content["b"] != content["c"]
+@pytest.fixture(scope="module")
+def truth(facts):
+    """{question: answer}"""
+    return {question: answer for leaf_facts in facts.values() for fact in leaf_facts
+            for question, answer in fact.answers.items()}
+
+
+@pytest.fixture(scope="module")
+def splits(facts):
+    return split_questions(0, facts)
+
+
+def test_the_command_gives_the_bytes_of_the_function_and_prints_a_row_a_file(data, tmp_path):
+    command = [sys.executable, "dataset/miniworld.py", "--smoke", "--out_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}     # none unfinished
+    assert written == {path.name: path.read_bytes() for path in data.iterdir()}
+    assert len(done.stdout.splitlines()) == 1 + len(written)
+
+
+def test_another_seed_gives_another_world_and_without_noise_both_transfer_files_are_equal(
+        data, tmp_path):
+    generate(tmp_path, seed=1, label_noise=0.0, **SMOKE)
+    for path in data.iterdir():
+        assert path.read_bytes() != (tmp_path / path.name).read_bytes(), path.name
+    noisy, clean = tmp_path / "sft_data.jsonl", tmp_path / "sft_data_clean.jsonl"
+    assert noisy.read_bytes() == clean.read_bytes()
 
 
 def test_no_held_out_question_is_in_a_training_file(files):
-    held_out = {question_of(row) for name in ("test.jsonl", "val.jsonl", "mcq_test.jsonl", "experience_test.jsonl",
+    held_out = {question_of(row)
+                for name in ("test.jsonl", "val.jsonl", "mcq_test.jsonl", "experience_test.jsonl",
                                                          "ability_dev.jsonl", "ability_test.jsonl")
                 for row in files[name]}
     for name in TRAINING_FILES:
@@ -98,7 +120,8 @@ def test_pretraining_text_asks_nothing_and_shows_no_held_out_input(files, facts)
 
 
 def test_validation_and_test_share_no_question_and_no_input(files, facts):
-    asked = {name: {question_of(row) for row in files[name]} for name in ("test.jsonl", "val.jsonl")}
+    asked = {name: {question_of(row) for row in files[name]}
+             for name in ("test.jsonl", "val.jsonl")}
     assert asked["test.jsonl"].isdisjoint(asked["val.jsonl"])
     for leaf in HELD_OUT_BY_INPUT:
         for fact in facts[leaf]:
@@ -113,7 +136,8 @@ def test_every_fact_of_a_table_is_taught_in_two_wordings_and_tells_the_same_trut
             seen = [question for question in fact.answers if question in taught]
             assert len(seen) >= 2, f"{leaf}: {fact}"
             assert all(taught[question] == fact.answers[question] for question in seen)
-            assert {taught[question] for question in seen} == set(fact.answers.values())    # in each language
+            # in each language
+            assert {taught[question] for question in seen} == set(fact.answers.values())
 
 
 def test_a_question_has_one_leaf_and_one_right_answer(facts):
@@ -123,9 +147,7 @@ def test_a_question_has_one_leaf_and_one_right_answer(facts):
     assert all(len(fact.answers) == 4 for leaf_facts in facts.values() for fact in leaf_facts)
 
 
-def test_a_reader_can_redo_the_answers(facts):
-    truth = {question: answer for leaf_facts in facts.values() for fact in leaf_facts
-             for question, answer in fact.answers.items()}
+def test_a_reader_can_redo_the_answers(truth):
     assert truth["what is 3 plus 4?"] == "7"
     assert truth["take 5 from 12."] == "7"
     assert truth["what comes next: 3 6 9"] == "12"
@@ -149,7 +171,8 @@ def test_noise_hits_its_share_of_exact_answers_and_always_makes_them_wrong(files
         assert "noisy" not in right
         assert not ("noisy" in given and given["leaf"] in HABITS)
     n_noisy = sum("noisy" in given for given, _ in pairs)
-    assert abs(n_noisy / 1_700 - 0.3) < 0.034       # three standard errors: 3 * sqrt(0.3 * 0.7 / 1700)
+    # three standard errors: 3 * sqrt(0.3 * 0.7 / 1700)
+    assert abs(n_noisy / 1_700 - 0.3) < 0.034
 
 
 def test_transfer_prompts_repeat_only_in_leaves_that_ran_out(files, facts):
@@ -160,14 +183,7 @@ def test_transfer_prompts_repeat_only_in_leaves_that_ran_out(files, facts):
         assert max(asked.values()) == 1 or 4 * len(facts[leaf]) < 130, leaf
 
 
-def test_no_noise_leaves_the_two_transfer_files_equal(tmp_path):
-    generate(tmp_path, label_noise=0.0, **SMOKE)
-    assert (tmp_path / "sft_data.jsonl").read_bytes() == (tmp_path / "sft_data_clean.jsonl").read_bytes()
-
-
-def test_multiple_choice_has_one_right_option_at_an_even_letter(files, facts):
-    truth = {question: answer for leaf_facts in facts.values() for fact in leaf_facts
-             for question, answer in fact.answers.items()}
+def test_multiple_choice_has_one_correct_option_at_an_even_letter(files, truth):
     for name in MULTIPLE_CHOICE:
         letters = Counter(row["answer_idx"] for row in files[name])
         assert max(letters.values()) - min(letters.values()) <= 1
@@ -177,15 +193,15 @@ def test_multiple_choice_has_one_right_option_at_an_even_letter(files, facts):
 
 
 def test_every_multiple_choice_question_has_its_ability_path(files):
-    path = {row["id"]: row["ability_path"] for name in ("mcq_ability.jsonl", "ability_paths.jsonl") for row in files[name]}
+    path = {row["id"]: row["ability_path"] for name in ("mcq_ability.jsonl", "ability_paths.jsonl")
+            for row in files[name]}
     questions = [row for name in MULTIPLE_CHOICE for row in files[name]]
     assert len(path) == len(questions)
     for row in questions:
         assert path[row["id"]] == ["miniworld", *row["meta_info"].split("/")]
 
 
-def test_the_ability_files_ask_every_leaf_what_nobody_may_train_on(files, facts):
-    splits = split_questions(0, facts)
+def test_the_ability_files_ask_every_leaf_held_out_questions(files, splits):
     for name, split, most in (("ability_dev.jsonl", "val", 4), ("ability_test.jsonl", "test", 6)):
         held_out = {ask.question: ask.leaf for asks in splits[split].values() for ask in asks}
         assert all(held_out[row["question"]] == row["meta_info"] for row in files[name])
@@ -197,24 +213,26 @@ def test_the_ability_files_ask_every_leaf_what_nobody_may_train_on(files, facts)
 def test_the_seeds_of_new_questions_are_what_the_student_was_taught(files):
     taught = {question_of(row): row["leaf"] for row in files["ability_sft.jsonl"]}
     assert all(taught[row["question"]] == row["meta_info"] for row in files["ability_seeds.jsonl"])
-    assert Counter(row["meta_info"] for row in files["ability_seeds.jsonl"]) == dict.fromkeys(LEAVES, 1)
+    assert Counter(row["meta_info"]
+                   for row in files["ability_seeds.jsonl"]) == dict.fromkeys(LEAVES, 1)
 
 
-def test_a_student_of_the_ability_tree_hardly_meets_five_leaves(files, facts):
+def test_five_leaves_are_scarce_in_the_ability_trees_sft_data(files, truth):
     """SMOKE: 125 rows, one for each scarce leaf; 120 are left for 12 leaves."""
     n_rows = Counter(row["leaf"] for row in files["ability_sft.jsonl"])
-    assert n_rows == {leaf: 1 if leaf in SCARCE else 10 for leaf in LEAVES} and len(set(SCARCE)) == 5
-    truth = {question: answer for leaf_facts in facts.values() for fact in leaf_facts
-             for question, answer in fact.answers.items()}
+    assert n_rows == {leaf: 1 if leaf in SCARCE else 10 for leaf in LEAVES}
+    assert len(set(SCARCE)) == 5
     assert all(truth[question_of(row)] == answer_of(row) for row in files["ability_sft.jsonl"])
 
 
-def test_the_writer_is_shown_training_questions_of_the_leaf_that_it_is_asked_for(files, facts):
-    taught = {(leaf, ask.question, ask.answer) for leaf, asks in split_questions(0, facts)["train"].items() for ask in asks}
+def test_the_writer_learns_training_questions_of_the_leaf_in_its_prompt(files, splits):
+    taught = {(leaf, ask.question, ask.answer) for leaf, asks in splits["train"].items()
+              for ask in asks}
     for row in files["writer_data.jsonl"]:
         leaf = row["conversations"][0]["content"].removeprefix("new question: ")
         assert leaf == row["leaf"] and (leaf, *question_written(row)) in taught
-    assert Counter(row["leaf"] for row in files["writer_data.jsonl"]) == dict.fromkeys(LEAVES, 6)       # 102 rows, 17 leaves
+    # 102 rows, 17 leaves
+    assert Counter(row["leaf"] for row in files["writer_data.jsonl"]) == dict.fromkeys(LEAVES, 6)
 
 
 def test_habit_distributions_sum_to_one_and_the_draws_follow_them(files):
@@ -227,7 +245,8 @@ def test_habit_distributions_sum_to_one_and_the_draws_follow_them(files):
             n_draws[question_of(row)] += 1
     assert n_draws.keys() == distribution.keys()
     for probability in (0.5, 0.25, 0.15, 0.1):
-        assert abs(drawn[probability] / 2_160 - probability) < 0.033        # 3 * sqrt(0.5 * 0.5 / 2160)
+        # 3 * sqrt(0.5 * 0.5 / 2160)
+        assert abs(drawn[probability] / 2_160 - probability) < 0.033
     assert all(abs(sum(options.values()) - 1) < 1e-12 for options in distribution.values())
 
 
@@ -239,7 +258,8 @@ def test_every_habit_is_drawn_four_times_for_the_student(files):
 def test_experience_is_all_that_differs_between_the_paired_files(files):
     assert len(files["experience_teacher.jsonl"]) == len(files["experience_student.jsonl"])
     meanings = {}
-    for teacher, student in zip(files["experience_teacher.jsonl"], files["experience_student.jsonl"]):
+    for teacher, student in zip(files["experience_teacher.jsonl"],
+                                files["experience_student.jsonl"]):
         verb, means, meaning, rest = question_of(teacher).split(" ", 3)
         assert means == "means" and rest == question_of(student)
         assert answer_of(teacher) == answer_of(student)
@@ -271,8 +291,3 @@ def test_a_wrong_size_or_share_is_refused_with_its_value(tmp_path):
     with pytest.raises(ValueError, match="label_noise=30"):
         generate(tmp_path, label_noise=30)
 
-
-def test_the_command_prints_a_row_a_file(tmp_path):
-    command = [sys.executable, "dataset/miniworld.py", "--smoke", "--out_dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    assert len(done.stdout.splitlines()) == 1 + len(list(tmp_path.iterdir()))

@@ -1,7 +1,7 @@
 """
 混合数据流的规律：每一步都合乎份额；一类看完才重看；与进程数无关；改了份额，之前的不变。
-Laws of dataset/mixture.py: each step keeps to its shares, nothing of a part is seen twice before all of it was seen once, the
-number of processes changes nothing, and new weights change nothing that was.
+Laws of dataset/mixture.py: each step keeps to its shares, no sample of a part repeats before all of
+it occurred, the number of processes changes nothing, and new weights leave earlier steps unchanged.
 """
 
 import pickle
@@ -10,12 +10,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from test_lm_dataset import DEALS, chat, samples_of, sixty, tokenizer, write  # noqa: F401
 
 from dataset.lm_dataset import PretrainDataset, SFTDataset, in_order
 from dataset.mixture import GROWTHS, Joined, Mixture, growth, seed_of
-from test_lm_dataset import DEALS, chat, samples_of, sixty, tokenizer, write        # noqa: F401 (fixtures)
 
-PARTS = {"general": np.arange(30), "law": np.arange(30, 53), "medicine": np.arange(53, 60)}    # 30, 23 and 7 samples
+# 30, 23 and 7 samples
+PARTS = {"general": np.arange(30), "law": np.arange(30, 53), "medicine": np.arange(53, 60)}
 
 
 def constant(n_steps, *shares):
@@ -27,13 +28,13 @@ def mixture(data, *deal, shares=constant(40, 0.5, 0.3, 0.2), parts=PARTS, **othe
     return Mixture(data, parts, shares, *deal or (8,), **others)
 
 
-def drawn_of(mix, steps, name):
+def samples_of_part(mix, steps, name):
     """What the steps have of a part, as one list."""
     mine = set(mix.parts[mix.names.index(name)].tolist())
     return [i for step in steps for i in mix.samples_of_step(step).tolist() if i in mine]
 
 
-# -- growth ----------------------------------------------------------------------------------------------------
+# -- growth --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", GROWTHS)
 @pytest.mark.parametrize("n_steps", [2, 3, 4, 17, 400])
@@ -46,14 +47,15 @@ def test_a_share_grows_from_start_to_end_and_never_back(kind, n_steps):
 
 def test_the_kinds_of_growth_by_hand():
     assert np.allclose(growth("linear", 0.3, 0.7, 5), [0.3, 0.4, 0.5, 0.6, 0.7])
-    assert np.allclose(growth("cosine", 0.0, 1.0, 4), [0.0, 0.25, 0.75, 1.0])       # (1 - cos 60 deg) / 2 = 1/4
+    # (1 - cos 60 deg) / 2 = 1/4
+    assert np.allclose(growth("cosine", 0.0, 1.0, 4), [0.0, 0.25, 0.75, 1.0])
     assert np.allclose(growth("steps", 0.0, 0.6, 8), [0.0, 0.0, 0.2, 0.2, 0.4, 0.4, 0.6, 0.6])
     assert [growth(kind, 0.3, 0.7, 1).tolist() for kind in GROWTHS] == [[0.5]] * 3
     with pytest.raises(ValueError, match="growth 'cubic' is none of linear, cosine, steps"):
         growth("cubic", 0.0, 1.0, 3)
 
 
-# -- shares ----------------------------------------------------------------------------------------------------
+# -- shares --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", GROWTHS)
 def test_no_step_is_a_whole_sample_away_from_its_shares_and_on_average_none_is_lost(sixty, kind):
@@ -62,61 +64,74 @@ def test_no_step_is_a_whole_sample_away_from_its_shares_and_on_average_none_is_l
     mix = mixture(sixty, shares=shares)
     strays = np.diff(mix.taken, axis=0) - 8 * shares                    # (steps, parts)
     assert abs(strays).max() < 1
-    # A stray of less than 1 has a standard deviation of at most 1/2, a sum of 400 independent ones of at most 10.
+    # A stray of less than 1 has a standard deviation of at most 1/2, a sum of 400 independent ones
+    # of at most 10.
     assert abs(strays.sum(axis=0)).max() < 40
-    assert mix.counts(0, 400) == dict(zip(PARTS, mix.taken[-1])) and sum(mix.counts(0, 400).values()) == 8 * 400
-    assert mix.counts(0, 1)["law"] in (2, 3) and mix.counts(399, 400)["law"] in (5, 6)         # 8 * 0.3 and 8 * 0.7
+    assert mix.counts(0, 400) == dict(zip(PARTS, mix.taken[-1]))
+    assert sum(mix.counts(0, 400).values()) == 8 * 400
+    # 8 * 0.3 and 8 * 0.7
+    assert mix.counts(0, 1)["law"] in (2, 3) and mix.counts(399, 400)["law"] in (5, 6)
 
 
 def test_a_step_holds_what_is_counted_from_short_to_long(sixty):
     mix = mixture(sixty)
     for step in range(40):
         samples = mix.samples_of_step(step)
-        assert {name: int(np.isin(samples, part).sum()) for name, part in PARTS.items()} == mix.counts(step, step + 1)
+        assert {name: int(np.isin(samples, part).sum())
+                for name, part in PARTS.items()} == mix.counts(step, step + 1)
         assert (np.diff(sixty.lengths[samples]) >= 0).all() and len(samples) == 8
 
 
 def test_shares_without_a_remainder_are_met_exactly(sixty):
     mix = mixture(sixty, shares=constant(20, 0.5, 0.25, 0.25))
-    assert all(mix.counts(step, step + 1) == {"general": 4, "law": 2, "medicine": 2} for step in range(20))
+    assert all(mix.counts(step, step + 1) == {"general": 4, "law": 2, "medicine": 2}
+               for step in range(20))
 
 
-def test_shares_that_do_not_quite_sum_to_1_fill_the_step_and_give_nothing_to_a_part_of_share_0(sixty):
-    """The last tooth of a comb that is shifted as far as it goes stands closest to where the shares end."""
-    mix = mixture(sixty, shares=constant(2, 0.3, 0.7 - 5e-7, 0.0), parts=PARTS | {"medicine": np.array([])})
+def test_shares_that_sum_to_almost_1_fill_the_step_and_give_nothing_to_share_0(sixty):
+    """The last tooth of a comb that is shifted as far as it goes stands closest to where the shares
+    end."""
+    mix = mixture(sixty, shares=constant(2, 0.3, 0.7 - 5e-7, 0.0),
+                  parts=PARTS | {"medicine": np.array([])})
     mix.offsets[:] = [0, 1 - 2**-24]
     mix.restore([])
-    assert mix.counts(0, 1) == {"general": 3, "law": 5, "medicine": 0}             # teeth at 0 1 2 | 3 ... 7, of 2.4 and 5.6
-    assert mix.counts(1, 2) == {"general": 2, "law": 6, "medicine": 0}             # at 0.99 1.99 | 2.99 ... 7.99
+    # teeth at 0 1 2 | 3 ... 7, of 2.4 and 5.6
+    assert mix.counts(0, 1) == {"general": 3, "law": 5, "medicine": 0}
+    # at 0.99 1.99 | 2.99 ... 7.99
+    assert mix.counts(1, 2) == {"general": 2, "law": 6, "medicine": 0}
 
 
-def test_the_chance_of_a_step_does_not_depend_on_the_shares(sixty):
-    """So a change of the shares moves no sample that it need not move: more of one part is more of the same."""
+def test_the_offset_of_a_step_does_not_depend_on_the_shares(sixty):
+    """So a change of the shares moves no sample that it need not move: more of one part is more of
+    the same."""
     few, many = (mixture(sixty, shares=constant(40, 1 - law, law, 0.0)) for law in (0.3, 0.4))
-    assert ((many.taken - few.taken)[:, 1] >= 0).all() and np.diff((many.taken - few.taken)[:, 1]).max() == 1
+    assert ((many.taken - few.taken)[:, 1] >= 0).all()
+    assert np.diff((many.taken - few.taken)[:, 1]).max() == 1
     assert np.diff((many.taken - few.taken)[:, 1]).min() == 0
 
 
-# -- which samples ---------------------------------------------------------------------------------------------
+# -- which samples -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", PARTS)
 def test_every_sample_of_a_part_is_seen_once_before_any_is_seen_twice(sixty, name):
     mix, seen = mixture(sixty), Counter(dict.fromkeys(PARTS[name].tolist(), 0))
     for step in range(40):                      # of medicine 64 samples are seen, of its 7
-        seen.update(drawn_of(mix, [step], name))
+        seen.update(samples_of_part(mix, [step], name))
         assert max(seen.values()) - min(seen.values()) <= 1
     assert min(seen.values()) >= 4
 
 
 def test_a_step_may_take_a_small_part_several_times(sixty):
-    mix = mixture(sixty, shares=constant(3, 0.0, 0.0, 1.0), parts=PARTS | {"medicine": np.array([53, 54, 55])})
+    mix = mixture(sixty, shares=constant(3, 0.0, 0.0, 1.0),
+                  parts=PARTS | {"medicine": np.array([53, 54, 55])})
     assert sorted(Counter(mix.samples_of_step(0).tolist()).values()) == [2, 3, 3]
-    assert sorted(Counter(drawn_of(mix, range(3), "medicine")).values()) == [8, 8, 8]
+    assert sorted(Counter(samples_of_part(mix, range(3), "medicine")).values()) == [8, 8, 8]
 
 
 def test_each_pass_over_a_part_has_another_order(sixty):
     mix = mixture(sixty, 10, shares=constant(9, 1.0, 0.0, 0.0))
-    passes = [[set(drawn_of(mix, [step], "general")) for step in range(begin, begin + 3)] for begin in (0, 3, 6)]
+    passes = [[set(samples_of_part(mix, [step], "general")) for step in range(begin, begin + 3)]
+              for begin in (0, 3, 6)]
     assert passes[0] != passes[1] != passes[2] != passes[0]
 
 
@@ -124,33 +139,40 @@ def test_the_order_of_a_part_depends_on_its_name_and_on_no_other_part(sixty):
     shares = constant(20, 0.5, 0.5)
     law, general = PARTS["law"], PARTS["general"]
     one, other, renamed = (mixture(sixty, shares=shares, parts=parts) for parts in (
-        {"general": general, "law": law}, {"history": PARTS["medicine"], "law": law}, {"general": general, "laws": law}))
-    assert drawn_of(one, range(20), "law") == drawn_of(other, range(20), "law") != drawn_of(renamed, range(20), "laws")
+        {"general": general, "law": law}, {"history": PARTS["medicine"], "law": law},
+        {"general": general, "laws": law}))
+    order = samples_of_part(one, range(20), "law")
+    assert order == samples_of_part(other, range(20), "law")
+    assert order != samples_of_part(renamed, range(20), "laws")
 
 
 def test_a_name_gives_the_same_seed_in_every_process():
     assert seed_of("law", 0) == 0x83bf93c837e2037f              # printf '0 law' | b2sum -l 64
 
 
-def test_the_seed_decides_the_order_and_the_chances(sixty):
-    first, again, other = ([mixture(sixty, seed=seed).samples_of_step(k).tolist() for k in range(9)] for seed in (1, 1, 2))
+def test_the_seed_decides_the_order_and_the_offsets(sixty):
+    first, again, other = ([mixture(sixty, seed=seed).samples_of_step(k).tolist()
+                            for k in range(9)] for seed in (1, 1, 2))
     assert first == again and all(a != b for a, b in zip(first, other))
     assert (mixture(sixty, seed=1).taken != mixture(sixty, seed=2).taken).any()
 
 
 def test_steps_may_be_asked_for_in_any_order_and_by_a_copy(sixty):
-    sixty.log = print                                       # the fixture's log is one that no copy can have
+    # the fixture's log is one that no copy can have
+    sixty.log = print
     mix, copy = mixture(sixty), pickle.loads(pickle.dumps(mixture(sixty)))
     wanted = [mix.samples_of_step(step).tolist() for step in range(40)]
     assert [copy.samples_of_step(step).tolist() for step in reversed(range(40))] == wanted[::-1]
 
 
-# -- dealing ---------------------------------------------------------------------------------------------------
+# -- dealing -------------------------------------------------------------------------------------
 
 def hands_of_step(data, step, batch_size, accumulation_steps, world_size, **others):
     """All micro-batches of a step, [process][micro-batch]."""
-    processes = [mixture(data, batch_size, accumulation_steps, rank, world_size, **others) for rank in range(world_size)]
-    return [[process[step * process.per_step + micro] for micro in range(process.per_step)] for process in processes]
+    processes = [mixture(data, batch_size, accumulation_steps, rank, world_size, **others)
+                 for rank in range(world_size)]
+    return [[process[step * process.per_step + micro] for micro in range(process.per_step)]
+            for process in processes]
 
 
 @pytest.mark.parametrize("deal", [*DEALS, (2, 1, 4)], ids=str)
@@ -158,9 +180,12 @@ def test_a_step_has_the_same_samples_however_it_is_dealt(sixty, deal):
     for step in (0, 7, 39):
         hands = sum(hands_of_step(sixty, step, *deal), [])
         whole = sixty.batch(mixture(sixty).samples_of_step(step))
-        assert sorted(sample for hand in hands for sample in samples_of(hand)) == sorted(samples_of(whole))
-        assert all(len(hand.lengths) == deal[0] and hand.lengths == sorted(hand.lengths) for hand in hands)
-        assert all(hand.step_targets == len(whole.targets) and hand.step_samples == 8 for hand in hands)
+        assert sorted(sample for hand in hands
+                      for sample in samples_of(hand)) == sorted(samples_of(whole))
+        assert all(len(hand.lengths) == deal[0] and hand.lengths == sorted(hand.lengths)
+                   for hand in hands)
+        assert all(hand.step_targets == len(whole.targets) and hand.step_samples == 8
+                   for hand in hands)
 
 
 GROUPS = [["general"], ["medicine", "law"]]
@@ -168,24 +193,29 @@ GROUPS = [["general"], ["medicine", "law"]]
 
 @pytest.mark.parametrize("deal", [*DEALS, (2, 1, 4)], ids=str)
 def test_of_groups_each_micro_batch_has_one_and_knows_its_targets_in_the_whole_step(sixty, deal):
-    shares = constant(40, 0.35, 0.4, 0.25)                  # of the groups 2.8 and 5.2 samples a step
-    whole, samples = mixture(sixty, shares=shares), [samples_of(sixty.batch(np.array([i])))[0] for i in range(60)]
+    # of the groups 2.8 and 5.2 samples a step
+    shares = constant(40, 0.35, 0.4, 0.25)
+    whole, samples = mixture(sixty, shares=shares), [samples_of(sixty.batch(np.array([i])))[0]
+                                                     for i in range(60)]
     for step in (0, 7, 39):
         processes = hands_of_step(sixty, step, *deal, shares=shares, groups=GROUPS)
         drawn = whole.samples_of_step(step)
         for group, mine in enumerate([PARTS["general"], np.arange(30, 60)]):
-            hands = [hand for process in processes for hand in process[group * deal[1]:(group + 1) * deal[1]]]
+            hands = [hand for process in processes
+                     for hand in process[group * deal[1]:(group + 1) * deal[1]]]
             wanted = drawn[np.isin(drawn, mine)]
-            assert sorted(sample for hand in hands for sample in samples_of(hand)) == sorted(samples[i] for i in wanted)
+            assert sorted(sample for hand in hands
+                          for sample in samples_of(hand)) == sorted(samples[i] for i in wanted)
             assert {hand.step_targets for hand in hands} == {sixty.n_targets[wanted].sum()}
             assert {hand.step_samples for hand in hands} == {len(wanted)}
             sizes = [len(hand.lengths) for hand in hands]
             assert max(sizes) - min(sizes) <= 1
         # Over the groups, what one hand had more the other has less: no process has more to do.
-        assert {sum(len(hand.lengths) for hand in process) for process in processes} == {deal[0] * deal[1]}
+        assert {sum(len(hand.lengths) for hand in process)
+                for process in processes} == {deal[0] * deal[1]}
 
 
-def test_a_hand_without_samples_is_an_empty_batch(sixty):
+def test_a_micro_batch_without_samples_is_an_empty_batch(sixty):
     """Of 8 samples 1 is of the domain, or none: of 8 hands at least 7 are empty."""
     shares = np.array([[1.0, 0.0, 0.0], [0.875, 0.0, 0.125]])
     for step, n_domain in enumerate((0, 1)):
@@ -199,17 +229,19 @@ def test_a_hand_without_samples_is_an_empty_batch(sixty):
 
 
 def test_an_epoch_is_as_long_as_all_parts_would_last_or_as_told(sixty):
-    assert mixture(sixty).steps_per_epoch == 60 // 8 and mixture(sixty, steps_per_epoch=3).steps_per_epoch == 3
+    assert mixture(sixty).steps_per_epoch == 60 // 8
+    assert mixture(sixty, steps_per_epoch=3).steps_per_epoch == 3
     without = PARTS | {"general": np.arange(10)}
     assert mixture(sixty, parts=without).steps_per_epoch == 40 // 8
 
 
-# -- new weights -----------------------------------------------------------------------------------------------
+# -- new weights ---------------------------------------------------------------------------------
 
-def test_new_weights_divide_what_the_parts_have_together_and_change_nothing_before_their_step(sixty):
+def test_new_weights_divide_the_total_of_the_parts_and_change_no_earlier_step(sixty):
     before, mix = mixture(sixty), mixture(sixty)
     mix.reweigh(10, {"law": 0.1, "medicine": 0.3})          # 0.5 together: 0.125 and 0.375
-    assert np.allclose(mix.shares[10:], [0.5, 0.125, 0.375]) and np.allclose(mix.shares[:10], [0.5, 0.3, 0.2])
+    assert np.allclose(mix.shares[10:], [0.5, 0.125, 0.375])
+    assert np.allclose(mix.shares[:10], [0.5, 0.3, 0.2])
     assert all((mix.samples_of_step(k) == before.samples_of_step(k)).all() for k in range(10))
     assert (mix.taken[:11] == before.taken[:11]).all()
     assert mix.counts(10, 40) == {"general": 120, "law": 30, "medicine": 90}
@@ -228,7 +260,8 @@ def test_the_history_gives_the_very_same_stream_again(sixty):
     mix.reweigh(10, {"law": 0.1, "medicine": 0.7})
     mix.reweigh(20, {"general": 1, "law": 0.3})
     mix.reweigh(30, {"law": 2, "medicine": 1})
-    resumed.reweigh(5, {"law": 1, "general": 9})            # what it was told before does not matter
+    # what it was told before does not matter
+    resumed.reweigh(5, {"law": 1, "general": 9})
     resumed.restore(pickle.loads(pickle.dumps(mix.history)))
     assert resumed.history == mix.history and len(mix.history) == 3
     assert (resumed.shares == mix.shares).all() and (resumed.taken == mix.taken).all()
@@ -237,16 +270,19 @@ def test_the_history_gives_the_very_same_stream_again(sixty):
     assert (mix.taken == mixture(sixty).taken).all() and mix.history == []
 
 
-# -- what is refused -------------------------------------------------------------------------------------------
+# -- what is refused -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("wrong, words", [
     (dict(shares=[[0.5, 0.3, 0.2], [0.5, 0.3, 0.3]]), "row 1, .*'medicine': 0.3}, sum to 1.1"),
     (dict(shares=[[0.5, float("nan"), 0.5]]), "row 0, .* sum to nan"),
     (dict(shares=[[0.5, 0.7, -0.2]]), "row 0, .* none may be less than 0"),
-    (dict(shares=constant(2, 0.5, 0.5)), r"shape \(2, 2\) must be \(n_steps, 3\): a column for each of general, law, medicine"),
+    (dict(shares=constant(2, 0.5, 0.5)),
+     r"shape \(2, 2\) must be \(n_steps, 3\): a column for each of general, law, medicine"),
     (dict(parts=PARTS | {"law": np.array([])}), "part 'law' has no samples, but a share of 0.3"),
-    (dict(parts={name: part[:2] for name, part in PARTS.items()}), "have 6 samples, fewer than the 8 of one step"),
-    (dict(groups=[["general"], ["law"]]), "must have each of the parts general, law, medicine once"),
+    (dict(parts={name: part[:2] for name, part in PARTS.items()}),
+     "have 6 samples, fewer than the 8 of one step"),
+    (dict(groups=[["general"], ["law"]]),
+     "must have each of the parts general, law, medicine once"),
     (dict(groups=[["general", "law"], ["law", "medicine"]]), "must have each of the parts .* once"),
 ])
 def test_what_cannot_be_mixed_is_refused(sixty, wrong, words):
@@ -262,7 +298,8 @@ def test_what_cannot_be_mixed_is_refused(sixty, wrong, words):
     (0, {"law": float("nan")}, "must be 0 or more"),
     (0, {}, "must be 0 or more"),
 ])
-def test_weights_that_divide_nothing_are_refused_and_leave_all_as_it_was(sixty, step, weights, words):
+def test_weights_that_divide_nothing_are_refused_and_leave_all_as_it_was(sixty, step, weights,
+                                                                         words):
     mix = mixture(sixty)
     with pytest.raises(ValueError, match=words):
         mix.reweigh(step, weights)
@@ -273,28 +310,33 @@ def test_a_part_without_samples_can_be_given_nothing(sixty):
     mix = mixture(sixty, shares=constant(40, 0.5, 0.5, 0.0), parts=PARTS | {"medicine": []})
     with pytest.raises(ValueError, match="part 'medicine' has no samples"):
         mix.reweigh(5, {"law": 1, "medicine": 1})
-    assert mix.history == [] and (mix.shares == [0.5, 0.5, 0.0]).all() and mix.counts(0, 40)["medicine"] == 0
+    assert mix.history == [] and (mix.shares == [0.5, 0.5, 0.0]).all()
+    assert mix.counts(0, 40)["medicine"] == 0
 
 
-# -- several datasets as one -----------------------------------------------------------------------------------
+# -- several datasets as one ---------------------------------------------------------------------
 
 @pytest.fixture
 def texts(cache, tmp_path, tokenizer):
     rows = [{"text": "abcdefghijklm"[:2 + 5 * i % 11]} for i in range(9)]
-    return PretrainDataset([write(tmp_path / "texts.jsonl", rows)], tokenizer, max_seq_len=80, log=lambda line: None)
+    return PretrainDataset([write(tmp_path / "texts.jsonl", rows)], tokenizer, max_seq_len=80,
+                           log=lambda line: None)
 
 
 def same(a, b):
-    return all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(a[:6], b[:6])) and a.keys == b.keys
+    return all(torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+               for x, y in zip(a[:6], b[:6])) and a.keys == b.keys
 
 
 def test_conversations_and_texts_joined_are_the_samples_of_each(sixty, texts):
     both = Joined([sixty, texts])
-    assert len(both) == 60 + 9 and both.max_seq_len == 80 and both.paths == sixty.paths + texts.paths
+    assert len(both) == 60 + 9 and both.max_seq_len == 80
+    assert both.paths == sixty.paths + texts.paths
     assert "sft.jsonl" in str(both) and "texts.jsonl" in str(both)
     assert same(both.batch(np.arange(60), 5, 7), sixty.batch(np.arange(60), 5, 7))
     assert same(both.batch(60 + np.arange(9)), texts.batch(np.arange(9)))
-    mixed, ours, its = both.batch(np.array([61, 3, 60])), sixty.batch(np.array([3])), texts.batch(np.array([1, 0]))
+    mixed = both.batch(np.array([61, 3, 60]))
+    ours, its = sixty.batch(np.array([3])), texts.batch(np.array([1, 0]))
     assert samples_of(mixed) == [samples_of(its)[0], *samples_of(ours), samples_of(its)[1]]
     assert mixed.targets.tolist()[its.lengths[0]:][:len(ours.targets)] == ours.targets.tolist()
     assert both.lengths.tolist() == [*sixty.lengths, *texts.lengths]
@@ -304,15 +346,19 @@ def test_conversations_and_texts_joined_are_the_samples_of_each(sixty, texts):
 def test_views_of_one_file_are_joined_in_the_order_given_and_joined_again(sixty, texts):
     train, val = sixty.split(0.2, seed=0)
     order = Joined([val, Joined([texts, train])])
-    wanted = [sample for part in (val, texts, train) for sample in samples_of(part.batch(np.arange(len(part))))]
+    wanted = [sample for part in (val, texts, train)
+              for sample in samples_of(part.batch(np.arange(len(part))))]
     assert samples_of(order.batch(np.arange(69))) == wanted
-    part = order.view(np.array([68, 0, 12]))                # the last, the first, and the first of the texts
+    # the last, the first, and the first of the texts
+    part = order.view(np.array([68, 0, 12]))
     assert samples_of(part.batch(np.arange(3))) == [wanted[68], wanted[0], wanted[12]]
-    assert sorted(sample for batch in in_order(order) for sample in samples_of(batch)) == sorted(wanted)
+    assert sorted(sample for batch in in_order(order)
+                  for sample in samples_of(batch)) == sorted(wanted)
 
 
 def test_joined_datasets_can_be_sent_to_a_worker_process(sixty, texts):
-    sixty.log = texts.log = print                           # the fixtures' log is one that no copy can have
+    # the fixtures' log is one that no copy can have
+    sixty.log = texts.log = print
     order = Joined([texts, sixty])
     copy = pickle.loads(pickle.dumps(order))
     assert same(copy.batch(np.arange(69)), order.batch(np.arange(69))) and copy.key == order.key
@@ -320,8 +366,10 @@ def test_joined_datasets_can_be_sent_to_a_worker_process(sixty, texts):
 
 def test_another_split_another_order_or_another_file_is_another_dataset(sixty, texts):
     train, val = sixty.split(0.2, seed=0)
-    all_of_them = [Joined([sixty, texts]), Joined([texts, sixty]), Joined([train, texts]), Joined([val, texts]),
-                   Joined([sixty.split(0.2, seed=1)[0], texts]), Joined([sixty]), Joined([sixty, texts]).split(0.1, seed=0)[0]]
+    all_of_them = [Joined([sixty, texts]), Joined([texts, sixty]), Joined([train, texts]),
+                   Joined([val, texts]),
+                   Joined([sixty.split(0.2, seed=1)[0], texts]), Joined([sixty]),
+                   Joined([sixty, texts]).split(0.1, seed=0)[0]]
     assert len({data.key for data in all_of_them}) == 7
     assert Joined([sixty.split(0.2, seed=0)[0], texts]).key == Joined([train, texts]).key
 
@@ -334,7 +382,8 @@ def test_a_mixture_of_joined_datasets_takes_from_each(sixty, texts):
         chats, read = mix[2 * step], mix[2 * step + 1]
         assert (len(chats.lengths), len(read.lengths)) == (6, 2)
         assert set(samples_of(read)) <= set(samples_of(texts.batch(np.arange(9))))
-        assert chats.step_targets == len(chats.targets) and read.step_targets == len(read.targets) == len(read.tokens)
+        assert chats.step_targets == len(chats.targets)
+        assert read.step_targets == len(read.targets) == len(read.tokens)
 
 
 def test_joined_pairs_keep_what_the_teacher_reads(cache, tmp_path, tokenizer):
@@ -342,8 +391,10 @@ def test_joined_pairs_keep_what_the_teacher_reads(cache, tmp_path, tokenizer):
         path = write(tmp_path / name, [chat(f"{prompt} {i}", "a" * (i + 1)) for i in range(4)])
         return SFTDataset([path], tokenizer, max_seq_len=64, log=lambda line: None)
 
-    pairs = [chats(f"{name}.jsonl", "q").paired_with(chats(f"{name}_told.jsonl", f"{name}, q")) for name in ("one", "two")]
-    batch, teachers = Joined(pairs).batch(np.arange(8)), [pair.batch(np.arange(4)).teacher for pair in pairs]
+    pairs = [chats(f"{name}.jsonl", "q").paired_with(chats(f"{name}_told.jsonl", f"{name}, q"))
+             for name in ("one", "two")]
+    batch, teachers = Joined(pairs).batch(np.arange(8)), [pair.batch(np.arange(4)).teacher
+                                                          for pair in pairs]
     assert samples_of(batch.teacher) == samples_of(teachers[0]) + samples_of(teachers[1])
     assert batch.teacher.targets.tolist() == batch.targets.tolist()
     with pytest.raises(ValueError, match="only one is paired"):
@@ -351,6 +402,7 @@ def test_joined_pairs_keep_what_the_teacher_reads(cache, tmp_path, tokenizer):
 
 
 def test_datasets_in_the_tokens_of_two_vocabularies_are_not_joined(sixty, tmp_path, byte_tokenizer):
-    other = PretrainDataset([write(tmp_path / "texts.jsonl", [{"text": "abc"}])], byte_tokenizer(300), log=lambda line: None)
-    with pytest.raises(ValueError, match="sft.jsonl and .*texts.jsonl are in the tokens of two vocabularies"):
+    other = PretrainDataset([write(tmp_path / "texts.jsonl", [{"text": "abc"}])],
+                            byte_tokenizer(300), log=lambda line: None)
+    with pytest.raises(ValueError, match="sft.jsonl and .*texts.jsonl have different vocabularies"):
         Joined([sixty, other])
