@@ -1,15 +1,16 @@
 """
 提示与回复：每个请求怎样措辞，每条回复怎样读懂；读不懂就说明原因，绝不猜。
-Prompts and replies: how each request is worded and each reply is read. What cannot be read is refused with a reason.
+Prompts and replies: the wording of each request and the parsing of each reply. A reply that cannot
+be read is rejected with a reason.
 
     prompts = PROMPTS["json"]
-    reply = agent.ask([prompts.write(("medicine", "cardiology"), seeds)], max_new_tokens=512)[0]
-    prompts.read_question(reply)        # {"question": ..., "options": {"A": ..., ...}, "answer_idx": "B"}, or ValueError
+    [reply] = agent.generate([prompts.write(("medicine", "cardiology"), seeds)], max_new_tokens=512)
+    prompts.read_question(reply)    # {"question": ..., "options": {"A": ...}, "answer_idx": "B"}
 
 Two wordings with the same methods:
 
-    json        for instruct models. Replies are JSON, wherever it stands in the reply; thoughts, code fences, extra commas,
-                backslashes of formulas, options as a list and answers as a text are put right
+    json        for instruct models. JSON is found anywhere in a reply and repaired: thoughts, code
+                fences, extra commas, backslashes of formulas, options as a list, answers as a text
     miniworld   short lines, on which a tiny teacher can be trained:
                 parts of: general/math               -> add, sub, mul
                 parts of: general/math/add           -> none
@@ -17,8 +18,8 @@ Two wordings with the same methods:
                 new question: general/math/add       -> what is 3 plus 4? => 7
                 what is 3 plus 4?                    -> 7
 
-A path is a tuple of names from the root, which is the domain. Every ValueError of the read_... methods says in a few words
-what is wrong, then a colon, then the case: the words can be counted.
+A path is a tuple of names from the root, which is the domain. The read_... methods raise
+ValueError: the kind of problem, by which rejects are counted, a colon, the case.
 """
 
 import json
@@ -29,22 +30,21 @@ from collections.abc import Iterator
 from ability_tree.tree import clean, key_of, same
 from dataset.formats import to_question
 
-LETTERS = string.ascii_uppercase        # options are called A, B, C, ...
-MAX_OPENINGS = 32                       # brackets of a reply at which JSON is looked for
-NO_PARTS = "none"                       # of a leaf, in the miniworld wording
-ARROW = " => "                          # between a question and its answer, in the miniworld wording
-SHOWN = 80                              # characters of a reply that a reason quotes
+LETTERS = string.ascii_uppercase        # names of the options
+MAX_OPENINGS = 32                       # brackets of a reply at which JSON may begin
+NO_PARTS = "none"                       # miniworld: the parts of a leaf
+ARROW = " => "                          # miniworld: between a question and its answer
 
-BRACKET = re.compile(r"[{\[]")
-THOUGHT = "</think>"                                                        # what stands before it is not the reply
-BARE_BACKSLASH = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/bfnrt])|\\')          # JSON knows these; \alpha it does not
-EXTRA_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOTALL)   # a comma before a bracket, or a string to skip
-OWN_LETTER = re.compile(r"\(?([A-Z])[.):：、]\s*(?=\S)")                     # "B. heart", "(B) heart"
-SAID_LETTER = re.compile(r"(?:(?i:answer(?:_idx)?)|答案)(?:\W|(?i:is\b|option\b)|应|选|是|为)*([A-Z])(?![A-Za-z])")
+THOUGHT = "</think>"                                                        # the reply follows it
+BARE_BACKSLASH = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/bfnrt])|\\')          # \alpha is not JSON
+EXTRA_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOTALL)   # or a string, unchanged
+OWN_LETTER = re.compile(r"\(?([A-Z])[.):：、]\s*(?=\S)")                     # "B. heart", "(B) ..."
+NAMED_LETTER = re.compile(                                                  # "The answer is B"
+    r"(?:(?i:answer(?:_idx)?)|答案)(?:\W|(?i:is\b|option\b)|应|选|是|为)*([A-Z])(?![A-Za-z])")
 
 
 def folded(text: str) -> str:
-    """What options and questions are compared by: neither their case counts nor how wide their spaces are."""
+    """Options and questions are compared without case and extra spaces."""
     return " ".join(text.split()).casefold()
 
 
@@ -55,22 +55,29 @@ def name_of(path: tuple[str, ...]) -> str:
 
 def short(value) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+    return repr(text if len(text) <= 80 else f"{text[:80]}...")
+
+
+def nonempty(reply: str) -> str:
+    if not reply.strip():
+        raise ValueError("no reply: the prompt may be too long, or the endpoint failed")
+    return reply
 
 
 # ---- 1. JSON in a reply --------------------------------------------------------------------------
 
 def values_in(reply: str) -> Iterator[dict | list]:
-    """The JSON objects and lists of a reply, one after the other, none from within another; repaired where that is safe."""
+    """The outermost JSON objects and lists of a reply, in order; repaired where that is safe."""
     text, at = reply.rpartition(THOUGHT)[2], 0
     for _ in range(MAX_OPENINGS):
-        opening = BRACKET.search(text, at)
+        opening = re.search(r"[{\[]", text[at:])
         if opening is None:
             return
-        at = opening.end()
-        for rest in (text[opening.start():], mended(text[opening.start():])):
+        start = at + opening.start()
+        at = start + 1
+        for rest in (text[start:], mended(text[start:])):
             try:
-                value, end = json.JSONDecoder(strict=False).raw_decode(rest)    # not strict: line ends within strings
+                value, end = json.JSONDecoder(strict=False).raw_decode(rest)    # allows line breaks
             except (ValueError, RecursionError):
                 continue
             yield value
@@ -84,27 +91,26 @@ def mended(text: str) -> str:
     return EXTRA_COMMA.sub(lambda found: found.group(1) or "", text)
 
 
-# ---- 2. What a reply may say ---------------------------------------------------------------------
+# ---- 2. Contents of a reply ----------------------------------------------------------------------
 
 def checked_names(names) -> list[str]:
-    """Names of abilities, each once. Raises ValueError for what is no list of names."""
+    """Names of abilities, each once."""
     if isinstance(names, list):
         names = [name.get("name") if isinstance(name, dict) else name for name in names]
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+    if not isinstance(names, list) or not all(
+            isinstance(name, str) and name.strip() for name in names):
         raise ValueError(f"no list of names: {short(names)}")
-    once = {}
+    first = {}
     for name in map(clean, names):
-        once.setdefault(key_of([name]), name)
-    return list(once.values())
+        first.setdefault(key_of([name]), name)
+    return list(first.values())
 
 
-def checked_question(question, options, said) -> dict:
-    """The row of a question: {"question", "options", "answer_idx"}.
+def checked_question(question, options, answer) -> dict:
+    """The row {"question", "options", "answer_idx"}.
 
-    options     texts, as a list or under letters or numbers; numbers become texts, letters of their own are taken off
-    said        the right one, as `letter_of` reads it; or the name under which it stands
-
-    Raises ValueError for a part that is missing, an option that is there twice and an answer that is none of them.
+    options  texts, as a list or under letters or numbers, with or without letters of their own
+    answer   as letter_of reads it, or the key of its option
     """
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"no question: {short(question)}")
@@ -119,46 +125,44 @@ def checked_question(question, options, said) -> dict:
     own = [OWN_LETTER.match(text) for text in texts]
     if all(found and found.group(1) == letter for found, letter in zip(own, LETTERS)):
         texts = [text[found.end():] for found, text in zip(own, texts)]
-    if len({folded(text) for text in texts}) < len(texts):
-        raise ValueError(f"an option is there twice: {short(options)}")
-    called = {str(name).strip().upper(): letter for name, letter in zip(options, LETTERS)}
+    if len(set(map(folded, texts))) < len(texts):
+        raise ValueError(f"an option occurs twice: {short(options)}")
+    letters = {str(key).strip().upper(): letter for key, letter in zip(options, LETTERS)}
     options = dict(zip(LETTERS, texts))
-    said = str(said).strip() if isinstance(said, (str, int, float)) else ""
-    answer = called.get(said) or letter_of(said, options)
-    return checked_row({"question": question.strip(), "options": options, "answer_idx": answer})
+    answer = str(answer).strip() if isinstance(answer, (str, int, float)) else ""
+    return checked_row({"question": question.strip(), "options": options,
+                        "answer_idx": letters.get(answer) or letter_of(answer, options)})
 
 
 def checked_row(row: dict) -> dict:
-    """The row, if training can read it. Raises ValueError for characters that no text has."""
+    """The row, if training can use it."""
     to_question(row)
     for text in (row["question"], *row["options"].values()):
         if any(ord(letter) < 32 and letter not in "\n\t" for letter in text):
             raise ValueError(f"a control character: {short(text)}")
-        if "\ufffd" in text:        # bytes that are no UTF-8: half a Chinese character, say
+        if "\ufffd" in text:        # invalid UTF-8, such as half a Chinese character
             raise ValueError(f"half a character: {short(text)}")
     return row
 
 
-def letter_of(said: str, options: dict[str, str]) -> str:
-    """The option that a few words name: "B", "(B)", "b.", "B. heart", or its text. Raises ValueError if none."""
-    bare = said.strip().strip("*_`'\"().:：。").strip()
-    if bare in options:
-        return bare
-    same = [letter for letter, text in options.items() if folded(text) == folded(said) or folded(text) == folded(bare)]
-    if same:
-        return same[0]
-    if bare.upper() in options:
-        return bare.upper()
-    found = OWN_LETTER.match(said.strip())
-    if found and found.group(1) in options:
-        return found.group(1)
-    raise ValueError(f"the answer is none of the options: {short(said)}, not {', '.join(options)} or their texts")
+def letter_of(answer: str, options: dict[str, str]) -> str:
+    """The option that a few words name: "B", "(B)", "b.", "B. heart", or its text."""
+    bare = answer.strip().strip("*_`'\"().:：。").strip()
+    same_text = [letter for letter, text in options.items()
+                 if folded(text) in (folded(answer), folded(bare))]
+    own = OWN_LETTER.match(answer.strip())
+    # A text goes before its upper case: "b" is the option "b", if there is one, and else B.
+    for letter in (bare, *same_text, bare.upper(), own and own.group(1)):
+        if letter in options:
+            return letter
+    raise ValueError(f"the answer is none of the options: {short(answer)}, not "
+                     f"{', '.join(options)} or their texts")
 
 
 def leaf_called(name: str, leaves: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """The leaf of this name, with its root or without. Raises ValueError if there is none."""
+    """The leaf of this name, with its root or without."""
     for leaf in leaves:
-        if any(same(name.replace(">", "/"), called) for called in (name_of(leaf), "/".join(leaf))):
+        if any(same(name.replace(">", "/"), other) for other in (name_of(leaf), "/".join(leaf))):
             return leaf
     raise ValueError(f"no leaf of the tree: {short(name)}")
 
@@ -170,17 +174,18 @@ def user(text: str) -> list[dict]:
 # ---- 3. For instruct models ----------------------------------------------------------------------
 
 class Json:
-    writes_wrong_options = True         # with a new question come its wrong options
+    writes_wrong_options = True         # a new question comes with its wrong options
 
     def expand(self, path: tuple[str, ...], breadth: int) -> list[dict]:
         return user(
-            f"We divide a domain into a tree of abilities. Domain: {path[0]}. Ability: {' > '.join(path)}.\n"
-            f"Divide this ability into at most {breadth} narrower ones. They must not overlap, cover it together, and be "
-            "testable by multiple-choice questions. Names are short, in the language of the domain's name.\n"
-            'Reply with a JSON list of names and nothing else, like ["first", "second"]. If it cannot be divided: []')
+            f"We divide a domain into a tree of abilities. Domain: {path[0]}. "
+            f"Ability: {' > '.join(path)}.\n"
+            f"Divide this ability into at most {breadth} narrower ones. They must not overlap, "
+            "cover it together, and be testable by multiple-choice questions. Names are short, in "
+            "the language of the domain's name.\nReply with a JSON list of names and nothing else, "
+            'like ["first", "second"]. If it cannot be divided: []')
 
     def read_names(self, reply: str) -> list[str]:
-        """Raises ValueError if no list of names is in the reply."""
         for value in values_in(reply):
             if isinstance(value, dict):
                 lists = [each for each in value.values() if isinstance(each, list)]
@@ -192,56 +197,52 @@ class Json:
         raise ValueError(f"no list of names: {short(reply)}")
 
     def classify(self, question: str, leaves: list[tuple[str, ...]]) -> list[dict]:
-        lines = "\n".join(f"{number}. {' > '.join(leaf)}" for number, leaf in enumerate(leaves, start=1))
-        return user(f"Which of these abilities does the question below test most?\n\n{lines}\n\nQuestion: {question}\n\n"
+        lines = "\n".join(f"{n}. {' > '.join(leaf)}" for n, leaf in enumerate(leaves, start=1))
+        return user(f"Which of these abilities does the question below test most?\n\n{lines}\n\n"
+                    f"Question: {question}\n\n"
                     'Reply with its number as JSON and nothing else, like {"leaf": 1}')
 
     def read_leaf(self, reply: str, leaves: list[tuple[str, ...]]) -> tuple[str, ...]:
-        """Raises ValueError if no leaf is named."""
-        said = next((value["leaf"] for value in values_in(reply) if isinstance(value, dict) and "leaf" in value),
-                    reply.rpartition(THOUGHT)[2].strip())
-        said = " > ".join(map(str, said)) if isinstance(said, list) else str(said).strip()
-        number = re.match(r"(\d{1,9})\b", said)
-        if number:
-            if not 1 <= int(number.group(1)) <= len(leaves):
-                raise ValueError(f"no leaf of the tree: {short(said)}, they have the numbers 1 to {len(leaves)}")
+        name = next((value["leaf"] for value in values_in(reply) if isinstance(value, dict)
+                     and "leaf" in value), reply.rpartition(THOUGHT)[2])
+        name = " > ".join(map(str, name)) if isinstance(name, list) else str(name).strip()
+        number = re.match(r"(\d{1,9})\b", name)
+        if number and 1 <= int(number.group(1)) <= len(leaves):
             return leaves[int(number.group(1)) - 1]
-        return leaf_called(said, leaves)
+        return leaf_called(name, leaves)
 
     def write(self, leaf: tuple[str, ...], seeds: list[dict], n_options: int = 4) -> list[dict]:
-        shown = [{"question": seed["question"], "options": seed["options"], "answer_idx": seed["answer_idx"]}
-                 for seed in seeds]
-        examples = "".join(f"{json.dumps(seed, ensure_ascii=False)}\n" for seed in shown)
-        form = {"question": "...", "options": {letter: "..." for letter in LETTERS[:n_options]}, "answer_idx": "A"}
+        keys = "question", "options", "answer_idx"
+        examples = "".join(json.dumps({key: seed[key] for key in keys}, ensure_ascii=False) + "\n"
+                           for seed in seeds)
+        form = dict(zip(keys, ("...", {letter: "..." for letter in LETTERS[:n_options]}, "A")))
         return user(
             f"Write one new multiple-choice question that tests this ability: {' > '.join(leaf)}.\n"
-            + (f"Real questions of this ability:\n{examples}Yours asks for something else than they do, and is as hard.\n"
-               if examples else "")
-            + f"Of its {n_options} options exactly one is right; the others are plausible, and wrong beyond doubt. It can "
-            "be understood by itself. Use the language of the ability and its questions.\n"
-            f"Reply with one JSON object and nothing else: {json.dumps(form)}")
+            + (f"Real questions of this ability:\n{examples}Yours asks for something else than "
+               "they do, and is as hard.\n" if examples else "")
+            + f"Of its {n_options} options exactly one is right; the others are plausible, and "
+            "wrong beyond doubt. It can be understood by itself. Use the language of the ability "
+            f"and its questions.\nReply with one JSON object and nothing else: {json.dumps(form)}")
 
     def read_question(self, reply: str) -> dict:
-        """Raises ValueError with the reason if there is no whole question in the reply."""
         for value in values_in(reply):
             if isinstance(value, dict) and "question" in value:
-                said = value.get("answer_idx", value.get("answer"))
-                return checked_question(value["question"], value.get("options"), said)
+                return checked_question(value["question"], value.get("options"),
+                                        value.get("answer_idx", value.get("answer")))
         raise ValueError(f"no JSON object with a question: {short(reply)}")
 
     def solve(self, row: dict) -> list[dict]:
         options = "\n".join(f"{letter}. {text}" for letter, text in row["options"].items())
-        return user(f"{row['question']}\n{options}\n\nExactly one option is right. Reply with its letter as JSON, like "
-                    '{"answer": "A"}')
+        return user(f"{row['question']}\n{options}\n\nExactly one option is right. Reply with its "
+                    'letter as JSON, like {"answer": "A"}')
 
     def read_letter(self, reply: str, row: dict) -> str:
-        """Raises ValueError if none of the options is named."""
         reply = reply.rpartition(THOUGHT)[2].strip()
         for value in values_in(reply):
             if isinstance(value, dict) and ("answer" in value or "answer_idx" in value):
                 return letter_of(str(value.get("answer", value.get("answer_idx"))), row["options"])
-        said = [letter for letter in SAID_LETTER.findall(reply) if letter in row["options"]]
-        return said[-1] if said else letter_of(reply, row["options"])
+        named = [letter for letter in NAMED_LETTER.findall(reply) if letter in row["options"]]
+        return named[-1] if named else letter_of(reply, row["options"])
 
 
 # ---- 4. For a tiny teacher -----------------------------------------------------------------------
@@ -253,7 +254,6 @@ class Miniworld:
         return user(f"parts of: {name_of(path)}")
 
     def read_names(self, reply: str) -> list[str]:
-        """Raises ValueError for a reply of several lines and for an empty name."""
         if "\n" in reply.strip():
             raise ValueError(f"no list of names: {short(reply)}")
         return checked_names([] if same(reply, NO_PARTS) else reply.split(","))
@@ -262,25 +262,25 @@ class Miniworld:
         return user(f"leaf of: {question}")
 
     def read_leaf(self, reply: str, leaves: list[tuple[str, ...]]) -> tuple[str, ...]:
-        """Raises ValueError if no leaf is named."""
         return leaf_called(reply, leaves)
 
     def write(self, leaf: tuple[str, ...], seeds: list[dict], n_options: int = 4) -> list[dict]:
-        """The seeds are not shown: a tiny teacher has learned the leaf's questions, and draws one."""
+        """Without the seeds: a tiny teacher has learned the leaf's questions and samples one."""
         return user(f"new question: {name_of(leaf)}")
 
     def read_question(self, reply: str) -> dict:
-        """The row has one option, the right one. Raises ValueError without one arrow between two texts."""
+        """The row has the correct option only."""
         question, *answer = reply.split(ARROW.rstrip())
         if len(answer) != 1 or not question.strip() or not answer[0].strip():
             raise ValueError(f"no question => answer: {short(reply)}")
-        return checked_row({"question": question.strip(), "options": {"A": answer[0].strip()}, "answer_idx": "A"})
+        return checked_row({"question": question.strip(), "options": {"A": answer[0].strip()},
+                            "answer_idx": "A"})
 
     def solve(self, row: dict) -> list[dict]:
         return user(row["question"])
 
     def read_letter(self, reply: str, row: dict) -> str:
-        """The option that the reply spells. Raises ValueError if none."""
+        """The option whose text the reply is."""
         for letter, text in row["options"].items():
             if folded(text) == folded(reply):
                 return letter

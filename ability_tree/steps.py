@@ -1,152 +1,186 @@
 """
-各步共用：读能力文件，把工作分给多个进程，并交代每片叶子的结果。
-What the steps have in common: files of abilities, work shared among processes, and what became of each leaf.
+各步共用：参数、文件、分给多个进程的工作，以及每片叶子的统计表。
+Shared by the steps: flags, files, work that is divided among processes, and a table per leaf.
 
-Until a step is done, what is done of it lies in a folder beside its file (PartFiles); the same command goes on, on any
-number of processes, to the same bytes.
+A step that is not finished keeps its parts in a folder beside its file (runtime/parts.py). The same
+command resumes, on any number of processes, and writes the same bytes.
 """
 
 import json
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
-from ability_tree.tree import width_of
-from dataset.formats import files_of, read_each
-from runtime.files import file_sha256
-from interop.checkpoint import sha256_of_model
-from runtime.args import resume_command
-from runtime.files import PartFiles, write_atomic
+from ability_tree.agents import OutOfBudget
+from ability_tree.prompts import PROMPTS
+from ability_tree.tree import padded, width_of
+from dataset.formats import files_of, read_each, to_messages
+from runtime.args import checking_input
+from runtime.files import file_sha256, write_atomic
 from runtime.log import Logger
-from runtime.processes import StopSignal, init_distributed_mode, patient_group
+from runtime.parts import Parts
+from runtime.processes import main_process_first
 
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
-def add_step_args(parser):
-    """The flags that the steps share; `init_distributed_mode` reads some of them."""
+def add_request_args(parser, temperature: float | None = None):
+    """The flags of requests to an agent. Returns `add`, for more of them."""
+    add = parser.add_argument_group("requests").add_argument
+    add("--prompts", default="json", choices=list(PROMPTS), help="wording: ability_tree/prompts.py")
+    add("--max_new_tokens", type=int, default=512, help="maximum length of a reply, in tokens")
+    add("--seed", type=int, default=1337, help="random seed of sampling; same seed, same file")
+    if temperature is not None:
+        add("--temperature", type=float, default=temperature, help="of sampling; 0: greedy")
+    return add
+
+
+def add_run_args(parser, dtype: bool = False):
+    """The flags of init_distributed_mode."""
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=1337, help="of all that is drawn; the same seed, the same file")
-    add("--device", default="auto", help="of weights: auto, cpu, cuda, cuda:1, ...")
-    add("--ddp", action="store_true", help="several processes, under torchrun")
-    add("--local_rank", type=int, default=-1, help="GPU of this process; -1: as torchrun says")
+    if dtype:
+        add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
+            help="autocast dtype; bfloat16 falls back to float32 where the hardware has none")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--ddp", action="store_true", help="several processes, started by torchrun")
+    add("--local_rank", type=int, default=-1, help="GPU of this process; -1: set by torchrun")
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed for an agent, that is a matter of these numbers, whoever asks, and when."""
+    """A seed that depends on these numbers alone, not on processes or time."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 # ---- 2. Files ------------------------------------------------------------------------------------
 
-def beside(out, what: str) -> Path:
-    """distill.jsonl -> distill_ability.jsonl"""
-    out = Path(out)
-    return out.with_name(f"{out.stem}_{what}.jsonl")
+def beside(out, name: str) -> Path:
+    """distill.jsonl, "ability" -> distill_ability.jsonl"""
+    return Path(out).with_name(f"{Path(out).stem}_{name}.jsonl")
+
+
+def write_rows(path, rows: list[dict]):
+    """A JSONL file, completely or not at all; its folder is created."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    # surrogatepass: a rejected reply is kept as it is, even if UTF-8 has no bytes for it.
+    write_atomic(Path(path), lambda file: file.write(lines.encode(errors="surrogatepass")))
+
+
+def rows_of(paths, convert: Callable, skip_bad_lines: bool = False) -> list:
+    """convert(row) of every row of files and folders. Raises what read_each raises."""
+    return [row for path in paths for file in files_of(path)
+            for row in read_each(file, convert, skip_bad_lines, Logger)]
+
+
+def read_choices(paths, skip_bad_lines: bool = False) -> list[dict]:
+    """Rows {id, question, options, answer_idx, ...} of multiple choice. Raises what read_each
+    raises, also for an id that occurs twice: replies and abilities are joined on it."""
+    seen = set()
+
+    def checked(row):
+        for key in ("id", "question", "options"):
+            if key not in row:
+                raise ValueError(f"no {key!r} (keys found: {', '.join(row)}; these files have rows "
+                                 "{id, question, options, answer_idx})")
+        to_messages(row)                # checks the rest
+        if str(row["id"]) in seen:
+            raise ValueError(f"the id {str(row['id'])!r:.60} belongs to an earlier question")
+        seen.add(str(row["id"]))
+        return row
+
+    return rows_of(paths, checked, skip_bad_lines)
 
 
 def read_abilities(paths) -> dict[str, tuple[str, ...]]:
-    """{id as text: path from the root} of ability files {"id", "ability_path"}. Raises what dataset.formats.read_each
-    raises, and ValueError for an id with two paths."""
+    """{id as text: path from the root} of ability files {"id", "ability_path"}. Raises what
+    read_each raises, also for an id with two paths."""
     abilities = {}
-    for file in [file for path in paths for file in files_of(path)]:
-        for name, path in read_each(file, checked_ability, log=Logger):
-            if abilities.setdefault(name, path) != path:
-                raise ValueError(f"{file}: the id {name!r} has two paths, {list(abilities[name])} and {list(path)}")
+
+    def checked(row):
+        path = row.get("ability_path")
+        if "id" not in row or not isinstance(path, list) or not path or not all(
+                isinstance(name, str) and name.strip() for name in path):
+            raise ValueError('not an ability {"id", "ability_path": ["root", ...]}: '
+                             f"{json.dumps(row, ensure_ascii=False):.200}")
+        known = abilities.setdefault(str(row["id"]), tuple(path))
+        if known != tuple(path):
+            raise ValueError(f"the id {row['id']!r} has two paths, {list(known)} and {path}")
+        return row
+
+    rows_of(paths, checked)
     return abilities
-
-
-def checked_ability(row: dict) -> tuple[str, tuple[str, ...]]:
-    path = row.get("ability_path")
-    if "id" not in row or not isinstance(path, list) or not path:
-        raise ValueError(f'not an ability {{"id", "ability_path": ["root", ...]}} (keys found: {", ".join(row)})')
-    if not all(isinstance(name, str) and name.strip() for name in path):
-        raise ValueError(f"ability_path {path} must be names")
-    return str(row["id"]), tuple(path)
 
 
 def sha256_of(paths) -> list[str]:
     return [file_sha256(file) for path in paths for file in files_of(path)]
 
 
-def about_agent(args, role: str) -> str:
-    """Which agent it is: the hash of its weights, or the address of its model. What weights draw is also a matter of how
-    many replies are under way."""
-    weights, url, model, parallel = (vars(args)[name] for name in (role, f"{role}_url", f"{role}_model", f"{role}_parallel"))
-    return f"{sha256_of_model(weights)}, {parallel} at once" if weights else f"{url} {model}"
+def settings(args, names) -> dict:
+    """What an interrupted run must have in common with the one that resumes it."""
+    return {f"--{name}": vars(args)[name] for name in names}
 
 
-# ---- 3. Work, shared among processes -------------------------------------------------------------
+# ---- 3. Work, divided among processes ------------------------------------------------------------
 
-class Parts(PartFiles):
-    """`prepare`, then `write` each part of `mine`, in every process, then `join`, and `remove` when the file is there."""
-
-    def __init__(self, out, about: dict, n_parts: int, world):
-        super().__init__(out, about, n_parts)
-        self.world, self.together = world, patient_group(world)
-
-    def mine(self, missing: list[int]) -> Iterator[int]:
-        """This process's share of the missing parts, until Ctrl-C. Write each before the next one is asked for."""
-        if self.together:
-            dist.barrier(self.together)         # no part is written before all have seen which ones are missing
-        stop, mine, start = StopSignal(), missing[self.world.rank::self.world.size], time.perf_counter()
-        for n_done, part in enumerate(mine, start=1):
-            if stop.requested:
-                return
-            yield part
-            left = (time.perf_counter() - start) / n_done * (len(mine) - n_done)
-            Logger(f"{n_done}/{len(mine)} parts{' of this process' if self.together else ''}  {left / 60:.1f} min left")
-
-    def write(self, part: int, result):
-        write_atomic(self.path(part), lambda file: file.write(json.dumps(result).encode()))
-
-    def join(self, why: str | None = None) -> list | None:
-        """Waits for the other processes. Returns what all parts came to, in their order, on the main process; None on the
-        others. If some are missing, ends the script and says how to go on, and why it did not (why: of this process)."""
-        reasons = [why]
-        if self.together:
-            reasons = [None] * self.world.size
-            dist.all_gather_object(reasons, why, group=self.together)
-        left = self.missing()
-        if self.together:
-            dist.barrier(self.together)         # the folder is not removed before all have looked into it
-        if left:
-            because = "".join(f"; {reason}" for reason in dict.fromkeys(reasons) if reason)
-            Logger(f"stopped{because}. {self.n_parts - len(left)} of {self.n_parts} parts are done and stay. "
-                   f"Go on with: {resume_command(self.world.size)}")
-            sys.exit(130 if because == "" else 1)
-        if self.world.rank == 0:
-            return [json.loads(self.path(part).read_bytes()) for part in range(self.n_parts)]
+def work_in_parts(out, about: dict, items: list, work: Callable, world):
+    """(parts, [work(0, items[0]), work(1, items[1]), ...] on the main process, None on others)."""
+    why = None
+    with checking_input():
+        parts = Parts(out, about, len(items), world)
+        with main_process_first(world):
+            missing = parts.prepare()
+        Logger(f"{len(missing)} of {len(items)} parts to do")
+        try:
+            for part in parts.mine(missing):
+                parts.write(part, work(part, items[part]))
+        except OutOfBudget as error:
+            why = str(error)
+    return parts, parts.join(why)
 
 
-# ---- 4. What became of it ------------------------------------------------------------------------
+def batches_of(items: list, size: int) -> list[list]:
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+def finish_questions(parts, rows: list[dict], abilities: list, rejected: list[dict]):
+    """Write OUT, OUT_ability and OUT_rejected. Ends the script if no question is left."""
+    out, rejects = parts.out, beside(parts.out, "rejected")
+    write_rows(rejects, rejected)
+    if rows:
+        write_rows(beside(out, "ability"), [{"id": row["id"], "ability_path": list(path)}
+                                            for row, path in zip(rows, abilities)])
+        write_rows(out, rows)               # last: it marks the step as finished
+    parts.remove()
+    if not rows:
+        sys.exit(f"no question is left, {len(rejected):,} are rejected: {rejects}")
+    Logger(f"wrote {len(rows):,} questions: {out}, {beside(out, 'ability')}; {len(rejected):,} "
+           f"rejected: {rejects}")
+
+
+# ---- 4. Counts per leaf --------------------------------------------------------------------------
 
 def kind_of(reason: str) -> str:
-    """The words that a reason begins with, by which it is counted."""
+    """The part of a reason before the colon; rejects are counted by it."""
     return reason.partition(":")[0]
 
 
 def table(columns: list[str], rows: list[tuple], rejected: list[dict]) -> str:
-    """A line for each leaf: (leaf, number, number, ...), then how many of its were rejected, and why; then the sums.
-
-    rejected    rows with "leaf" and "reason"
-    """
+    """A line per leaf: (name, number, number, ...) and how many of its replies were rejected, by
+    reason; then the totals. `rejected` has rows with "leaf" and "reason"."""
     reasons = {}
     for reject in rejected:
-        reasons.setdefault(reject["leaf"], Counter())[kind_of(reject["reason"])] += 1
-    total = ("all", *(sum(numbers) for numbers in zip(*(row[1:] for row in rows))))
-    reasons["all"] = sum(reasons.values(), Counter())
+        for leaf in (reject["leaf"], "all"):
+            reasons.setdefault(leaf, Counter())[kind_of(reject["reason"])] += 1
+    total = ("all", *map(sum, zip(*(row[1:] for row in rows))))
     width = max(width_of(row[0]) for row in [("leaf",), *rows])
-    lines = ["leaf" + " " * (width - 4)+ "".join(f"{name:>10}" for name in columns) + "  rejected"]
-    for row in [*rows, total]:
-        # The commonest first, ties by name: the order in which processes met them does not show.
-        why = ", ".join(f"{n:,} {reason}" for reason, n in sorted(reasons.get(row[0], {}).items(),
-                                                                 key=lambda pair: (-pair[1], pair[0])))
-        numbers = "".join(f"{number:>10,}" for number in row[1:])
-        lines.append(f"{row[0]}{' ' * (width - width_of(row[0]))}{numbers}  {why}".rstrip())
+    lines = [padded("leaf", width) + "".join(f"{name:>10}" for name in columns) + "  rejected"]
+    for leaf, *numbers in [*rows, total]:
+        # By frequency, then by name, so that the order of the processes does not show.
+        common = sorted(reasons.get(leaf, {}).items(), key=lambda pair: (-pair[1], pair[0]))
+        why = ", ".join(f"{n:,} {reason}" for reason, n in common)
+        numbers = "".join(f"{n:>10,}" for n in numbers)
+        lines.append(f"{padded(leaf, width)}{numbers}  {why}".rstrip())
     return "\n".join(lines)

@@ -1,12 +1,14 @@
 """
-怎样测量：每次各用一个全新的进程，各种写法轮流来，结果不同的不计时；比值、表、JSON、图。
-How things are measured: each time in a new process, the forms taking turns, and what gives another result has no speed.
-Ratios to the first form, as a table, as JSON and as a picture.
+怎样测量：每次用一个全新的进程，各种写法轮流，结果不同的不计时；表与 JSON。
+How things are measured: each time in a new process, the forms in turn, with ratios to the first
+form. A form with another result stops the benchmark.
 
-    figures = compare(measure, case, ["plain", "ours"], repeats=3)      # {form: {"seconds": ..., "peak": ..., "deviation": ...}}
+    figures = compare(measure, case, ["plain", "ours"], repeats=3)
+                                    # {form: {"seconds": ..., "peak": ..., "deviation": ...}}
 
-`measure(case, form, saved)` is a function at the top of a module: a new process imports it. It returns {figure: number}, and
-leaves in the file `saved`, unless that is None, the tensors in which the forms have to agree.
+`measure(case, form, saved)` is a function at the top of a module, as a new process imports it. It
+returns {figure: number}, and writes the tensors in which the forms must agree to the file `saved`,
+unless that is None. A case is a NamedTuple with `device` and `threads` among its fields.
 """
 
 import json
@@ -18,23 +20,21 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+
 from runtime.files import write_atomic
 
-
-TOLERANCE = 1e-4            # relative, of each tensor; fp32 sums in another order differ by 1e-6
+TOLERANCE = 1e-4            # relative, per tensor; fp32 sums in another order differ by 1e-6
 PAGE = 4096                 # bytes; no measurement of memory is finer
 
 
-# --------------------------------------------------------------------------------------------------- in the new process
-
-
-def timed(call, device):  # -> (what it returns, seconds)
-    """Of the CPU its own time, all threads together: on a shared machine the clock on the wall measures others too."""
+def timed(call, device):  # -> (its result, seconds)
+    """On the CPU its own time, of all threads: wall-clock time on a shared machine measures others
+    too."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -48,11 +48,11 @@ def timed(call, device):  # -> (what it returns, seconds)
 
 
 def reset_peak(device):
-    """From now on the peak is a new one; at first what is in use at the moment."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        # Linux. Elsewhere the old peak stays; nothing large was freed so far, so that it too is what is in use.
+        # Linux only. Elsewhere the old peak stays; nothing large was freed so far, so it is the
+        # same.
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
@@ -63,101 +63,122 @@ def peak(device) -> int:  # -> bytes
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-# ------------------------------------------------------------------------------------------------ many, and a comparison
+@contextmanager
+def peak_above(device):
+    """with peak_above(device) as above: ...; then above() is the peak in bytes above what was in
+    use."""
+    reset_peak(device)
+    before = peak(device)
+    yield lambda: max(PAGE, peak(device) - before)
 
 
-def compare(measure, case, forms, repeats: int, tolerance: float = TOLERANCE) -> dict[str, dict[str, float]]:
-    """{form: {figure: median over `repeats` processes}}, and each form's "deviation" from the first one.
+def compare(measure, case, forms, repeats: int, tolerance=TOLERANCE) -> dict[str, dict[str, float]]:
+    """{form: {figure: median over `repeats` processes}}, and each form's "deviation" from the first
+    one.
 
-    Raises ValueError where they disagree, MemoryError where a process was killed.
+    tolerance: of the deviation, for all forms or as {form: tolerance}. Raises ValueError where a
+    form deviates more, MemoryError where a process was killed.
     """
-    forms, measured = list(forms), {form: [] for form in forms}
+    forms, measured, deviations = list(forms), {form: [] for form in forms}, {}
+    limits = tolerance if isinstance(tolerance, dict) else dict.fromkeys(forms, tolerance)
     with tempfile.TemporaryDirectory() as folder:
-        saved = {form: Path(folder) / f"{number}.pt" for number, form in enumerate(forms)}
         for repeat in range(repeats):
-            for form in forms:
-                measured[form].append(in_a_new_process(measure, case, form, saved[form] if repeat == 0 else None))
-        deviations = {form: deviation(form, saved[form], forms[0], saved[forms[0]], tolerance) for form in forms}
+            for number, form in enumerate(forms):
+                saved, truth = Path(folder) / f"{number}.pt", Path(folder) / "0.pt"
+                measured[form].append(
+                    in_a_new_process(measure, case, form, None if repeat else saved))
+                if repeat == 0:
+                    deviations[form] = deviation(form, saved, forms[0], truth, limits[form])
     return {form: {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
             | {"deviation": deviations[form]} for form, runs in measured.items()}
 
 
-def in_a_new_process(measure, case, form, saved) -> dict[str, float]:
+def in_a_new_process(measure, case, form, saved=None) -> dict[str, float]:
     """`measure`, where nothing of an earlier measurement is left."""
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as new:
-            return new.submit(measure, case, form, saved).result()
+            return new.submit(with_threads, measure, case, form, saved).result()
     except BrokenProcessPool:
-        raise MemoryError(f"the process of the form {form!r} was killed, most likely for its memory: {case}. Take a smaller "
-                          "case") from None
+        raise MemoryError(f"the process of the form {form!r} was killed, most likely for lack of "
+                          f"memory: {case}. Take a smaller case") from None
+
+
+def with_threads(measure, case, form, saved):
+    torch.set_num_threads(case.threads)
+    return measure(case, form, saved)
 
 
 def deviation(form, saved: Path, truth_form, truth: Path, tolerance: float = TOLERANCE) -> float:
-    """The largest of |a - b| / |b| over all that was saved. Raises ValueError where it is over the tolerance."""
+    """The largest of |a - b| / |b| over all that was saved. Raises ValueError where it exceeds the
+    tolerance."""
     ours, theirs = (torch.load(path, map_location="cpu") for path in (saved, truth))
-    relative = {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs}
+    relative = {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item()
+                for name in theirs}
     for name, value in relative.items():
-        if not value <= tolerance:          # so that NaN is refused too
-            raise ValueError(f"{form}, {name}: {value:.1e} away from {truth_form}, more than {tolerance:g}; how fast a wrong "
-                             "result is does not matter")
+        if not value <= tolerance:          # also refuses NaN
+            raise ValueError(f"{form}, {name}: {value:.1e} away from {truth_form}, more than "
+                             f"{tolerance:g}; the speed of a wrong result does not matter")
     return max(relative.values())
 
 
-# --------------------------------------------------------------------------------------------------------------- results
+def with_ratios(figures: dict[str, dict], **more) -> list[dict]:
+    """A row for each form: `more`, its figures, and their ratios to those of the first form."""
+    first = next(iter(figures.values()))
+    rows = []
+    for form, each in figures.items():
+        row = {"form": form, **more, **each, "time_ratio": each["seconds"] / first["seconds"],
+               "speed": first["seconds"] / each["seconds"]}
+        if "peak" in each:
+            row |= {"peak_mb": each["peak"] / 2 ** 20, "peak_ratio": first["peak"] / each["peak"]}
+        rows.append(row)
+    return rows
 
 
-def add_result_args(parser):
-    add = parser.add_argument_group("how, and where to").add_argument
-    add("--repeats", type=int, default=3, help="processes for each form; the median counts")
-    add("--threads", type=int, default=1, help="threads of the CPU")
+def add_result_args(parser, repeats: int = 3):
+    add = parser.add_argument_group("measurement and output").add_argument
+    add("--repeats", type=int, default=repeats, help="processes per form; their median counts")
+    add("--threads", type=int, default=1, help="CPU threads")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     add("--json", default=None, help="file for all figures")
-    add("--picture", default=None, help="PNG file for the ratios as bars")
 
 
-def check_result_args(parser, args):
-    """Better now than after ten minutes."""
-    if min(args.repeats, args.threads) < 1:
-        parser.error("--repeats and --threads are counts: 1 or more")
-    for path in filter(None, (args.json, args.picture)):
-        if not Path(path).parent.is_dir():
-            parser.error(f"no folder for {path}; make it: mkdir -p {Path(path).parent}")
+def check_args(parser, args, *counts: str):
+    """counts: flags that must be 1 or more. Exits with a message."""
+    for name in ("repeats", "threads", *counts):
+        value = vars(args)[name]
+        if min(value if isinstance(value, (list, tuple)) else [value]) < 1:
+            parser.error(f"--{name} {value} must be 1 or more")
+    if args.json and not Path(args.json).parent.is_dir():
+        parser.error(f"no folder for {args.json}; make it: mkdir -p {Path(args.json).parent}")
 
 
-def write_results(args, rows: list[dict], title: str, ratios: dict[str, str]):
-    """The JSON and the picture that were asked for.
+@contextmanager
+def reporting_errors():
+    try:
+        yield
+    except (ValueError, MemoryError) as error:
+        sys.exit(str(error))
 
-    rows        {"group": where its bars stand, "form", figures}
-    ratios      {figure of a row: what its bars are}; the first form of a group has 1 and no bar
-    """
+
+def setting(args) -> str:
+    """'cpu, threads: 1, CPU time, median of 3 new processes'"""
+    clock = f"threads: {args.threads}, CPU time" if args.device == "cpu" else "GPU time"
+    return f"{args.device}, {clock}, median of {args.repeats} new processes"
+
+
+def table(rows: list[dict], columns: dict[str, str]) -> str:
+    """Markdown. columns: {title: its cell as a format of a row, such as "{seconds:.2f}"}"""
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    return "\n".join(lines + [f"| {' | '.join(cell.format_map(row) for cell in columns.values())} |"
+                              for row in rows])
+
+
+def write_json(args, rows: list[dict]):
     if args.json:
-        text = json.dumps({"setting": vars(args), "torch": torch.__version__, "rows": rows}, indent=2)
-        write_atomic(Path(args.json), lambda file: file.write(text.encode()))
-    if args.picture:
-        draw(rows, title, ratios, Path(args.picture))
-
-
-def draw(rows, title, ratios, path: Path):
-    from matplotlib.figure import Figure
-
-    groups, forms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("group", "form"))
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, len(ratios), squeeze=False)[0]
-    width = 0.8 / max(1, len(forms) - 1)
-    for axis, (key, name) in zip(axes, ratios.items()):
-        for i, form in enumerate(forms[1:]):
-            of_form = {row["group"]: row[key] for row in rows if row["form"] == form and key in row}
-            places = [x + width * (i - len(forms) / 2 + 1) for x, group in enumerate(groups) if group in of_form]
-            bars = axis.bar(places, of_form.values(), 0.95 * width, label=form)
-            axis.bar_label(bars, fmt="%.1f x", padding=2)
-        axis.axhline(1, color="black", linewidth=1, linestyle="--")
-        axis.set_xticks(range(len(groups)), groups)
-        axis.set_title(name)
-        axis.margins(y=0.12)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(forms) - 1, frameon=False)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+        content = {"setting": vars(args), "torch": torch.__version__, "rows": rows}
+        text = json.dumps(content, indent=2).encode()
+        write_atomic(Path(args.json), lambda file: file.write(text))

@@ -1,21 +1,22 @@
 """
-一步蒸馏的教科书写法：补齐成方阵，两个模型各算出全部 logits，再取该学的位置。
-One step of distillation as tutorials write it: samples padded to a rectangle, all logits of both models, a loss.
+一步蒸馏的教科书写法：补齐成方阵，两个模型各算出全部 logits，再取要学的位置。
+One distillation step as tutorials write it: padded samples, all logits of both models, a loss.
 
-    loss = alpha * CE(student, label) + (1 - alpha) * T^2 * KL(teacher_T || student_T)      per token to be learned
+    loss = alpha * CE(student, label) + (1 - alpha) * T^2 * KL(teacher_T || student_T), per target
 
-Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531, Sec. 2. It is right, it is short, and all of it is here.
-The weights are those of model/transformer.py, which are read where they lie; benchmarks/step.py measures what the same
-loss and gradients cost when what is not needed is not worked out:
+Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531, Sec. 2. Correct, short, and complete.
+It uses the weights of model/transformer.py; benchmarks/step.py compares it with a step that skips
+needless work:
 
-    sample       [ how are you ? | fine . . . . . . . ]     . is padding. It is embedded, goes through all layers of both
-                   not learned     learned                  models, and out into logits; then the loss leaves it out
+    sample    [ how are you ? | fine . . . . . . . ]     . is padding: embedded, passed through all
+                not learned     learned                  layers of both models and into logits, and
+                                                         then ignored by the loss
 
-No baseline is to be slower than people write it: attention is PyTorch's own, rotary embedding the complex product of
-Llama's code, and the loss sees only the positions that it needs, though the logits of all are there.
+The baseline is not slower than people write it: attention is PyTorch's own, rotary embedding the
+complex product of Llama's code, and the loss sees only the target positions.
 
-Alphabet: B samples · L positions, padding included · S of them to be learned · D dim · H query heads · G key/value heads
-          K head_dim · V vocab
+B samples · L positions, padding included · S of them targets · D dim · H query heads
+G key/value heads · K head_dim · V vocab
 """
 
 from typing import NamedTuple
@@ -23,23 +24,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-LEARNING_RATE, LONGEST_GRADIENT = 5e-6, 1.0
-
-
-# ------------------------------------------------------------------------------------------------------------- batches
+LEARNING_RATE, GRAD_CLIP = 5e-6, 1.0
 
 
 class Padded(NamedTuple):
-    tokens: torch.Tensor        # (B, L) ids the models read
-    targets: torch.Tensor       # (B, L) the id that comes next
-    mask: torch.Tensor          # (B, L), whether it is to be learned
+    tokens: torch.Tensor        # (B, L) ids that the models read
+    targets: torch.Tensor       # (B, L) the next id
+    mask: torch.Tensor          # (B, L) whether it is a target
 
 
 def pad(samples, limit: int | None, device) -> Padded:
-    """Samples (ids, is_target), (n + 1,) arrays each, as rows of one length: that of the limit, or of the longest sample.
-
-    Zeros are put behind a sample. As no token looks ahead, none of the sample's own ever sees them.
-    """
+    """Samples (ids, is_target), arrays of (n + 1,), as rows as long as the limit, or as the longest
+    sample. Zeros follow a sample; attention is causal, so its own tokens never see them."""
     L = limit or max(len(ids) for ids, _ in samples) - 1
     ids = torch.zeros(len(samples), L + 1, dtype=torch.long)
     is_target = torch.zeros(len(samples), L + 1, dtype=torch.bool)
@@ -50,15 +46,13 @@ def pad(samples, limit: int | None, device) -> Padded:
     return Padded(ids[:, :-1], ids[:, 1:], is_target[:, 1:])
 
 
-# ----------------------------------------------------------------------------------------------------------- the model
-
-
 def logits_of(model, tokens):  # (B, L) -> (B, L, V)
-    """The decoder, dense: RMSNorm, RoPE, grouped-query attention, SwiGLU, at every position of every row."""
+    """A dense decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, at every position of every
+    row."""
     config = model.config
     assert not config.use_moe and config.architecture == "llama" and not config.rope_scaling, (
-        f"{config}: the plain form knows a dense Llama without stretched RoPE, and nothing else")
-    rotation = turns(tokens.shape[1], config, tokens.device)
+        f"{config}: the plain form is a dense Llama without scaled RoPE")
+    rotation = rotations(tokens.shape[1], config, tokens.device)
     x = model.tok_embeddings(tokens)                                            # (B, L, D)
     for layer in model.layers:
         x = x + attention(layer.attention, rms_norm(x, layer.attention_norm), rotation)
@@ -70,9 +64,9 @@ def rms_norm(x, norm):  # (..., D) -> (..., D)
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + norm.eps) * norm.weight
 
 
-def turns(L, config, device):  # -> (L, 1, K/2) complex, of length 1
-    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
-    angle = torch.outer(torch.arange(L, device=device), frequency)
+def rotations(L, config, device):  # -> (L, 1, K/2) complex, of length 1
+    steps = torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
+    angle = torch.outer(torch.arange(L, device=device), config.rope_theta ** -steps)
     return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
 
 
@@ -83,11 +77,12 @@ def rotate(x, rotation):  # (B, L, H, K), (L, 1, K/2) -> (B, L, H, K)
 
 def attention(part, x, rotation):  # (B, L, D) -> (B, L, D)
     B, L, _ = x.shape
-    q, k, v = (linear(x).view(B, L, -1, part.K) for linear in (part.wq, part.wk, part.wv))      # H or G heads
+    q, k, v = (linear(x).view(B, L, -1, part.K) for linear in (part.wq, part.wk, part.wv))
     q, k = rotate(part.q_norm(q), rotation), rotate(part.k_norm(k), rotation)
-    k, v = (each.repeat_interleave(part.H // part.G, dim=2) for each in (k, v))                 # G -> H
-    # softmax(q k^T / sqrt(K)) v, a token's scores for what comes later being -inf: (B, H, L, L) of them.
-    mixed = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v)), is_causal=True)
+    k, v = (each.repeat_interleave(part.H // part.G, dim=2) for each in (k, v))             # G -> H
+    # softmax(q k^T / sqrt(K)) v, with scores of -inf for later tokens: (B, H, L, L) of them.
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return part.wo(mixed.transpose(1, 2).flatten(2))
 
 
@@ -95,16 +90,13 @@ def swiglu(part, x):  # (B, L, D) -> (B, L, D)
     return part.w2(F.silu(part.w1(x)) * part.w3(x))
 
 
-# ------------------------------------------------------------------------------------------------------------ the step
-
-
 def distillation_loss(student, teacher, batch: Padded, alpha: float, temperature: float):  # -> ()
-    """Nats per token to be learned."""
+    """Nats per target."""
     with torch.no_grad():
         teacher_logits = logits_of(teacher, batch.tokens)                       # (B, L, V)
     student_logits = logits_of(student, batch.tokens)                           # (B, L, V)
 
-    teacher_logits, student_logits = teacher_logits[batch.mask], student_logits[batch.mask]     # (S, V)
+    teacher_logits, student_logits = teacher_logits[batch.mask], student_logits[batch.mask] # (S, V)
     ce = F.cross_entropy(student_logits, batch.targets[batch.mask])
     kl = F.kl_div(F.log_softmax(student_logits / temperature, dim=-1),
                   F.softmax(teacher_logits / temperature, dim=-1), reduction="batchmean")
@@ -116,7 +108,6 @@ def make_optimizer(student):
 
 
 def update(student, optimizer):
-    """With the gradients that loss.backward() has left."""
-    torch.nn.utils.clip_grad_norm_(student.parameters(), LONGEST_GRADIENT)
+    torch.nn.utils.clip_grad_norm_(student.parameters(), GRAD_CLIP)
     optimizer.step()
     optimizer.zero_grad()

@@ -1,517 +1,582 @@
 """
-擂台：所有方法，同样的数据、同样的起点，先比同样的更新步数，再比同样的时间。
-The arena: all methods on the same data, from the same start, first at equal updates, then at equal seconds.
+擂台：所有方法用同样的数据与起点，先比同样的更新步数，再比同样的 CPU 时间。
+The arena: methods on the same data, from the same start, at equal updates and at equal CPU seconds.
 
-    python scripts/compare.py --quick           one seed, nothing tuned, equal updates: six minutes on two idle cores
-    python scripts/compare.py                   an hour of them; broken off, the same command goes on
+    python scripts/compare.py --quick       one seed, nothing tuned, equal updates only
+    python scripts/compare.py               everything; the same command resumes an interrupted run
     python scripts/compare.py --rows SFT "forward KL" --seeds 5
+    python scripts/compare.py --config configs/compare_experience.yaml
 
-What is compared stands in configs/compare.yaml: a row is a command, and the values that may be tuned in it.
+A row of the YAML file is a command and the values to tune in it; configs/compare.yaml has the keys.
 
-    begin      each row for 10 updates: whether its command is right, and what it takes to begin
-    tune       the same number of candidates for each row, each once, on the validation data: the most exact matches, of equal
-               ones the lowest perplexity
-    updates    the best candidate, for the same number of updates, over the seeds; on the test data
-    seconds    the same for so many updates as fit into --seconds of the processor
+    begin      each row for a few updates: its command is right, and its start-up time is known
+    tune       as many candidates for each row; the best on the validation data is chosen
+    updates    the best one for the same number of updates, over the seeds, on the test data
+    seconds    the same for as many updates as fit into --seconds
 
-Seconds of a row are those of its updates and of what was made for it alone (answers, a student in between), the teacher's part
-in both among them; not those that it takes to begin, such as importing torch, nor those in which the teacher learned.
+Seconds are CPU seconds of the updates, teacher included, and of files made for the row alone
+(SeqKD's answers, a teacher assistant). Neither start-up nor the training of the teacher counts.
 
-    out/arena/table.md, table.json, arena.png       written after `updates` and again after `seconds`
-    out/arena/trials.jsonl                          a line for each run: benchmarks/runs.py
+    OUT/table.md, table.json, table.png     written after `updates` and again after `seconds`
+    OUT/trials.jsonl                        per run: {key, name, command, made, seconds, peak_mb}
+    OUT/trials/NAME-KEY/                    its files and log.txt
 """
 
-import argparse
-import difflib
+import functools
+import hashlib
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
-import statistics
 import string
+import subprocess
 import sys
+import threading
+import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
 
-# Run as `python scripts/compare.py`, Python looks for modules in scripts/ only; the shelves lie one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))       # run as a script, Python looks for modules in scripts/ only
 
 import yaml
 
-from benchmarks.runs import OUT, ROOT, Job, Jobs
-from dataset.formats import read_each
-from runtime.args import checking_input, resume_command
-from runtime.files import write_atomic
+from dataset.formats import category, read_each
+from runtime.args import check_ranges, checking_input, did_you_mean, make_parser, resume_command
+from runtime.files import file_sha256, read_lines, write_atomic
 from runtime.log import Logger
 
-BEGIN = 10              # updates of the run that tells what it takes to begin; and steps come in tens
-FIRST_SEED = 1337       # of those that are reported; the candidates have the one before it
-UPDATE, ELSE = 0.03, 4.5        # seconds of an ordinary update, and of an evaluation or of beginning: for the time left
-THERE = "What there is"
-EVALUATE = "scripts/evaluate.py"
-SECTIONS = ("setting", "words", "made", "rows")
-SETTING = ("data", "val", "test", "teacher", "start", "samples", "updates", "tune_part", "seconds", "seeds", "quick")
+OUT = "<out>"               # in a command: the folder of its own that a run writes into
+FIRST_SEED = 1337           # of the reported runs; candidates are tuned with the seed before it
+TEN = 10                    # steps come in tens, so that stages and rounds can share them
+REFERENCES = "Reference models"
+
+# -- 1. The YAML file: its keys (explained in configs/compare.yaml) and their defaults -------------
+# ...: required
+
+PLAN = {"title": ..., "note": ..., "out": ..., "updates": ..., "seeds": ..., "values": ...,
+        "tests": ..., "columns": ..., "rows": ..., "picture": ..., "references": (), "files": {},
+        "made": {}, "begin": 0, "validate": "", "tune_part": 0, "seconds": 0, "quick": {}}
+MADE = {"command": ..., "writes": ..., "existing": ""}
+ROW = {"command": ..., "writes": ..., "tune": {}, "charge": (), "quick": True, "note": ""}
+COLUMN = {"read": ..., "form": ".1f", "spread": True, "equal_seconds": False, "lost_since": ""}
 
 
-class Steps(int):
-    """Updates, of which a command may want a part: with 1000 of them {steps} is 1000, {steps:60-80} what lies between 60 and
-    80 % of the way, 200. Parts that meet add up to the whole."""
+class Number(int):
+    """{steps} is 1000, {steps:60-80} is 200, the steps between 60 and 80 %; {seed:+1} is the next
+    seed. Adjoining parts add up to the whole."""
 
     def __format__(self, part: str) -> str:
-        if not part:
-            return str(int(self))
-        begin, end = (round(self * int(percent) / 100) for percent in part.split("-"))
+        if part.startswith("+"):
+            return str(self + int(part))
+        begin, end = (round(self * float(each) / 100) for each in (part or "0-100").split("-"))
         return str(end - begin)
 
 
-@dataclass(frozen=True)
-class Made:
-    """What is made once, before the rows that name it as {NAME}."""
-
-    name: str
-    command: str
-    writes: str
-    existing: str | None = None         # a file that serves as well, if it is there
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table."""
-
-    name: str
-    group: str
-    command: str
-    writes: str                         # the weights
-    tune: dict = field(default_factory=dict)        # {placeholder: values}; of each the first is what is sensible untuned
-    charge: tuple = ()                  # what was made for it alone
-    quick: bool = True                  # whether --quick has it
-    note: str = ""
-
-    @property
-    def candidates(self) -> list[dict]:
-        """{a: [1, 2], b: [3, 4]} -> [{a: 1, b: 3}, {a: 1, b: 4}, {a: 2, b: 3}, {a: 2, b: 4}]"""
-        return [dict(zip(self.tune, values)) for values in product(*self.tune.values())]
-
-
-# -------------------------------------------------------------------------------------------------- reading the YAML
-
-
-def read(path: str) -> tuple[dict, dict, dict[str, Made], list[Row]]:
-    """(setting, words, made, rows) of a YAML. Raises ValueError, naming the file, the row and the way out."""
+def read(path) -> Namespace:
+    """A plan. Raises ValueError that names the file, the row and the nearest known key."""
     if not Path(path).exists():
         raise ValueError(f"no config file at {path}")
-    try:
-        document = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    check_keys(path, document, SECTIONS, SECTIONS)
-    setting = document["setting"]
-    check_keys(f"{path}: setting", setting, SETTING, SETTING)
-    made = {}
-    for name, parts in document["made"].items():
-        check_keys(f"{path}: made: {name}", parts, Made.__dataclass_fields__, ("command", "writes"))
-        made[name] = Made(name, **parts)
-        if later := placeholders(made[name].command, document["words"]) & (document["made"].keys() - (made.keys() - {name})):
-            raise ValueError(f"{path}: made: {name} needs {', '.join(sorted(later))}; what it needs must stand above it")
-    rows = []
-    for group, of_group in document["rows"].items():
-        for name, parts in of_group.items():
-            check_keys(f"{path}: {name}", parts, Row.__dataclass_fields__, ("command", "writes", "tune"))
-            rows.append(Row(name, group, **parts))
-    counts = {row.name: len(row.candidates) for row in rows}
-    if len(counts) < len(rows):
-        raise ValueError(f"{path}: two rows have one name")
+    plan = build(PLAN, yaml.safe_load(Path(path).read_text()), path)
+    for section, keys in (("made", MADE), ("columns", COLUMN)):
+        vars(plan)[section] = {name: build(keys, each, f"{path}: {name}")
+                               for name, each in vars(plan)[section].items()}
+    plan.rows = [Namespace(name=name, group=group, **vars(build(ROW, each, f"{path}: {name}")))
+                 for group, rows in plan.rows.items() for name, each in rows.items()]
+    counts = {row.name: len(candidates(row)) for row in plan.rows}
+    if len(counts) < len(plan.rows):
+        raise ValueError(f"{path}: two rows have the same name")
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{name} {n}" for name, n in counts.items())
-        raise ValueError(f"{path}: all rows must have the same number of candidates, or the comparison is not fair: {told}")
-    return setting, document["words"], made, rows
+        raise ValueError(f"{path}: all rows must have the same number of candidates: {counts}")
+    return plan
 
 
-def check_keys(where: str, parts: dict, known, needed=()):
-    if not isinstance(parts, dict):
-        raise ValueError(f"{where}: must hold lines like `name: value`")
-    for key in parts:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
-    for key in needed:
-        if key not in parts:
+def build(defaults: dict, given: dict, where: str) -> Namespace:
+    for key in given:
+        if key not in defaults:
+            near = did_you_mean(key, defaults)
+            raise ValueError(f"{where}: unknown key {key!r}; did you mean {near}?")
+    values = defaults | given
+    for key in values:
+        if values[key] is ...:
             raise ValueError(f"{where}: has no {key!r}")
+    return Namespace(**values)
 
 
-def placeholders(text: str, words: dict) -> set[str]:
-    """The names that a command asks for, those within the words that it uses among them."""
+def candidates(row) -> list[dict]:
+    """tune {a: [1, 2], b: [3, 4]} -> [{a: 1, b: 3}, {a: 1, b: 4}, {a: 2, b: 3}, {a: 2, b: 4}]"""
+    return [dict(zip(row.tune, values)) for values in product(*row.tune.values())]
+
+
+def placeholders(text: str, plan) -> set[str]:
+    """The names that a command needs, through the values and made files that it names too."""
     found, todo = set(), [text]
     while todo:
         names = {name for _, name, _, _ in string.Formatter().parse(todo.pop()) if name} - found
         found |= names
-        todo += [words[name] for name in names if name in words]
+        todo += [str(plan.values[name]) for name in names & plan.values.keys()]
+        todo += [plan.made[name].command for name in names & plan.made.keys()]
     return found
 
 
 def filled(text: str, values: dict) -> str:
-    """A command with its placeholders filled in, and those that come with what is filled in."""
+    """A command with its placeholders filled in, and those of their values."""
     for _ in range(10):
         if "{" not in text:
             return text
         text = text.format_map(values)
-    raise ValueError(f"{text}: a word that fills in itself")
+    raise ValueError(f"{text}: a value that contains itself")
 
 
-def needed(rows: list[Row], made: dict[str, Made], words: dict) -> dict[str, Made]:
-    """Of all that can be made, what these rows need, in the order of the YAML."""
-    names, todo = set(), [f"{row.command} {row.writes}" for row in rows]
-    while todo:
-        new = (placeholders(todo.pop(), words) & made.keys()) - names
-        names |= new
-        todo += [made[name].command for name in new]
-    return {name: made[name] for name in made if name in names}
+def check(path: str, plan):
+    """All placeholders are known, all files exist, and each row takes the steps, samples and seed
+    at which it is compared. Raises ValueError."""
+    known = plan.values | dict.fromkeys([*plan.made, *plan.files, "out", "weights"], OUT) | {
+        "steps": Number(TEN), "seed": Number(0)}
+    commands = {row.name: (f"{row.command} {row.writes}", candidates(row)[0]) for row in plan.rows}
+    used = set().union(*(placeholders(text, plan) for text, _ in commands.values()))
+    commands |= {name: (plan.made[name].command, {}) for name in used & plan.made.keys()}
+    commands |= {name: (text, {}) for name, text in plan.tests.items()}
+    commands["validate"] = plan.validate, {}
+    for name, (text, tuned) in commands.items():
+        values = known | tuned
+        for word in placeholders(text, plan) - values.keys():
+            raise ValueError(f"{path}: {name}: unknown {{{word}}}; "
+                             f"did you mean {did_you_mean(word, values)}?")
+        for word in filled(text, values).split():
+            is_file = Path(word).suffix in (".py", ".pth", ".json", ".jsonl", ".yaml")
+            if is_file and OUT not in word and not (ROOT / word).exists():
+                raise ValueError(f"{path}: {name}: no file at {word}; bash quickstart.sh makes "
+                                 "data, teacher and start, the README has the commands for others")
+    for row in plan.rows:
+        for word in ("steps", "seed", *plan.values.keys() & {"samples"}, *row.tune):
+            if word not in placeholders(row.command, plan):
+                raise ValueError(f"{path}: {row.name}: its command does not take {{{word}}}")
 
 
-def check(path: str, values: dict, words: dict, made: dict[str, Made], rows: list[Row]):
-    """That each command can be filled in and its files are there, and that each row takes the steps, samples and seed that it
-    is given. Raises ValueError."""
-    known = {**values, **words, **{name: f"{OUT}/{name}" for name in made}}
-    for part in (*made.values(), *rows):
-        where, names = f"{path}: {part.name}", placeholders(f"{part.command} {part.writes}", words)
-        own = known | ({"steps": Steps(BEGIN), "seed": 0} | part.candidates[0] if isinstance(part, Row) else {})
-        for name in names - own.keys():
-            nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: {{{name}}} is not known; did you mean {{{nearest}}}?")
-        if isinstance(part, Row):
-            for name in ("steps", "samples", "seed", *part.tune):
-                if name not in names:
-                    raise ValueError(f"{where}: its command does not take {{{name}}}, so that it would not be compared as told")
-            for name in part.charge:
-                if name not in made or made[name].existing:
-                    raise ValueError(f"{where}: charge: {name!r} is nothing that is made here for its command")
-        for word in filled(part.command, own).split():
-            is_file = Path(word).suffix in (".py", ".pth", ".json", ".jsonl", ".yaml") and OUT not in word
-            if is_file and not (ROOT / word).exists():
-                raise ValueError(f"{where}: no file at {word}; bash quickstart.sh makes the embedded data, the teacher and the "
-                                 "start, of other files the README tells")
+# -- 2. Runs, each of them once --------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------------------------------- arithmetic
+class Job(NamedTuple):
+    name: str           # in the log
+    command: str        # `scripts/evaluate.py --weights out/a.pth --json <out>/scores.json`
+    makes: str          # the file that it writes: <out>/scores.json
 
 
-def counted(charged: float, seconds: float, begin: float) -> float:
-    """A row's seconds: what was made for it alone, and a run less what it takes to begin."""
-    return charged + seconds - begin
+class Jobs:
+    """Runs jobs, some at a time, each in a process of its own with one thread. A finished job never
+    runs again: its key is a checksum of the command and of the contents of the files that it names.
+
+        with Jobs(folder, processes=2, n_jobs=2) as jobs:
+            jobs.run([first, second])       -> their lines of trials.jsonl; any thread may call it
+
+    A job that fails raises ValueError with the end of its log. If the block ends early, running
+    jobs get SIGTERM, and SIGKILL after twenty seconds.
+    """
+
+    def __init__(self, folder, processes: int, n_jobs: int):
+        self.folder, self.n_jobs, self.n_done = Path(folder), n_jobs, 0
+        self.ledger = ROOT / folder / "trials.jsonl"
+        self.records = {each["key"]: each for each in map(json.loads, read_lines(self.ledger))}
+        self.pool, self.lock = ThreadPoolExecutor(processes), threading.RLock()
+        self.futures, self.children, self.stopping = {}, set(), False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.send(signal.SIGTERM)
+        end = time.monotonic() + 20
+        while self.children and time.monotonic() < end:
+            time.sleep(0.02)
+        self.send(signal.SIGKILL)
+        self.pool.shutdown()
+
+    def send(self, number: int):
+        with self.lock:
+            self.stopping = True
+            for pid in self.children:
+                os.kill(pid, number)
+
+    def run(self, jobs: list[Job]) -> list[dict]:
+        """Their records, in the order of `jobs`, when all are done."""
+        keys = [key_of(job) for job in jobs]
+        with self.lock:
+            for key, job in zip(keys, jobs):
+                if key not in self.futures:
+                    self.futures[key] = self.pool.submit(self.once, key, job)
+        return [self.futures[key].result() for key in keys]
+
+    def once(self, key: str, job: Job) -> dict:
+        record = self.records.get(key)
+        if record is None or not (ROOT / record["made"]).exists():
+            record = self.execute(key, job)
+        with self.lock:
+            self.n_done += 1
+        return record
+
+    def execute(self, key: str, job: Job) -> dict:
+        name = re.sub(r"[^a-z0-9.]+", "_", job.name.lower())
+        folder = self.folder / "trials" / f"{name}-{key}"
+        made, command = (text.replace(OUT, str(folder)) for text in (job.makes, job.command))
+        shutil.rmtree(ROOT / folder, ignore_errors=True)    # an interrupted run has too few seconds
+        (ROOT / folder).mkdir(parents=True)
+        with open(ROOT / folder / "log.txt", "w") as log, self.lock:
+            if self.stopping:
+                raise KeyboardInterrupt
+            # In a session of its own, Ctrl-C on the terminal does not reach it; __exit__ ends it.
+            child = subprocess.Popen(
+                [sys.executable, *shlex.split(command)], cwd=ROOT, stdout=log, stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+            self.children.add(child.pid)
+        _, status, used = os.wait4(child.pid, 0)            # resources of this child alone
+        child.returncode = os.waitstatus_to_exitcode(status)
+        with self.lock:
+            self.children.remove(child.pid)
+            if self.stopping:
+                raise KeyboardInterrupt
+        if child.returncode or not (ROOT / made).exists():
+            log = (ROOT / folder / "log.txt").read_text().splitlines()[-15:]
+            why = f"{job.name} ended with status {child.returncode} and did not make {made}:"
+            raise ValueError("\n".join([why, f"python {command}", *log]))
+
+        for path in (ROOT / folder).rglob("*.resume*"):     # most of the disk space
+            path.unlink()
+        unit = 1 if sys.platform == "darwin" else 1024      # of ru_maxrss, in bytes
+        record = {"key": key, "name": job.name, "command": job.command, "made": made,
+                  "seconds": round(used.ru_utime + used.ru_stime, 2),
+                  "peak_mb": round(used.ru_maxrss * unit / 2 ** 20)}
+        with self.lock, open(self.ledger, "a") as file:
+            file.write(json.dumps(record) + "\n")
+            Logger(f"[{self.n_done + 1:3d}/{self.n_jobs}]  {job.name}: {record['seconds']:.0f} s, "
+                   f"{record['peak_mb']} MB")
+        return record
 
 
-def pace_of(took: float, charged: float, updates: int) -> float:
-    """Seconds an update, of a row's seconds at equal updates; ten of them are within what it takes to begin. Raises ValueError
-    where they cannot be told from it."""
+def key_of(job: Job) -> str:
+    words = shlex.split(job.command)[1:]
+    paths = {path for word in words for path in word.rpartition("=")[2].split(",")}
+    contents = {path: checksum(ROOT / path, (ROOT / path).stat().st_mtime_ns)
+                for path in sorted(paths) if (ROOT / path).is_file()}
+    return hashlib.sha256(json.dumps([job.command, contents]).encode()).hexdigest()[:10]
+
+
+@functools.cache
+def checksum(path: Path, mtime: int) -> str:
+    return file_sha256(path)
+
+
+# -- 3. The comparison -----------------------------------------------------------------------------
+
+
+def steps_within(budget: float, charged: float, took: float, updates: int) -> int:
+    """Updates that fit into `budget` seconds, in tens, at least ten, where `updates` of them `took`
+    these seconds; the charged seconds are part of both. Raises ValueError."""
     if took <= charged:
-        raise ValueError(f"{updates} updates take no longer than {BEGIN}, so that nothing can be said of equal seconds: more "
-                         "--updates, or --seconds 0")
-    return (took - charged) / (updates - BEGIN)
-
-
-def steps_within(budget: float, charged: float, pace: float) -> int:
-    """The updates that fit into so many seconds, in tens, at least ten: what was made for the row comes first, the rest is
-    divided by its pace."""
-    return max(BEGIN, int((budget - charged) / pace) // BEGIN * BEGIN)
-
-
-def in_tens(steps: float) -> int:
-    return max(BEGIN, round(steps / BEGIN) * BEGIN)
+        raise ValueError("the updates are too few to be timed: more --updates, or --seconds 0")
+    return max(TEN, int((budget - charged) / (took - charged) * updates) // TEN * TEN)
 
 
 def best(scores: list[dict]) -> int:
-    """The candidate of the most exact matches; of equal ones, that of the lowest perplexity."""
-    return max(range(len(scores)), key=lambda i: (scores[i]["exact_match"], -scores[i]["perplexity"]))
+    """The candidate with the highest exact match, then with the lowest perplexity."""
+    ranks = [(each["exact_match"], -each["perplexity"]) for each in scores]
+    return ranks.index(max(ranks))
 
 
-# ------------------------------------------------------------------------------------------------------------- runs
+class Comparison:
+    """A plan, what fills in its commands, and the jobs that run them. Most methods serve one row;
+    of_each calls one for all rows, side by side."""
 
-
-class Arena:
-    """The rows, and what their commands are filled in with. Each method is what is done of one row; `of_each` does it for all of
-    them, side by side."""
-
-    def __init__(self, args, values: dict, made: dict[str, Made], rows: list[Row], jobs: Jobs):
-        self.args, self.values, self.made, self.rows, self.jobs = args, values, made, rows, jobs
-        self.seeds = range(FIRST_SEED, FIRST_SEED + args.seeds)
-        self.making, self.begin, self.chosen = {}, {}, {}       # seconds of what is made; of a row's begin; its best candidate
+    def __init__(self, plan, values: dict, jobs: Jobs):
+        self.plan, self.values, self.jobs = plan, values, jobs
+        self.begin, self.chosen = {}, {}        # {row: seconds to start}, {row: its best candidate}
 
     def of_each(self, do) -> dict:
-        """{name of a row: do(row)}. A thread for each row, which mostly waits for its runs; the first error ends all."""
-        pool = ThreadPoolExecutor(len(self.rows))
-        longest_first = sorted(self.rows, key=lambda row: -self.begin.get(row.name, 0.0))       # no core waits for it at the end
-        found = {row.name: pool.submit(do, row) for row in longest_first}
-        for future in as_completed(found.values()):
+        """{row: do(row)}, a thread for each row, the slowest first; the first error ends all."""
+        pool = ThreadPoolExecutor(len(self.plan.rows))
+        slowest_first = sorted(self.plan.rows, key=lambda row: -self.begin.get(row.name, 0.0))
+        futures = {row.name: pool.submit(do, row) for row in slowest_first}
+        for future in as_completed(futures.values()):
             future.result()
-        return {row.name: found[row.name].result() for row in self.rows}
+        return {row.name: futures[row.name].result() for row in self.plan.rows}
 
-    def fill(self, text: str, values: dict) -> str:
-        """A command with its placeholders filled in. What it needs is made first."""
-        for name in placeholders(text, self.args.words) & (self.made.keys() - self.values.keys()):
-            part = self.made[name]
-            record, = self.jobs.run([Job(f"make {name}", self.fill(part.command, {}), filled(part.writes, self.values),
-                                         ELSE + UPDATE * self.args.updates)])
-            self.values[name], self.making[name] = record["made"], record["seconds"]
-        return filled(text, self.values | values)
+    def make(self, name: str, values: dict) -> dict:
+        """The record of a made file; without seconds if it existed before."""
+        part = self.plan.made[name]
+        if part.existing and (ROOT / part.existing).exists():
+            return {"made": part.existing}
+        return self.jobs.run([self.job(f"make {name}", part.command, part.writes, values)])[0]
 
-    def train(self, phase: str, row: Row, runs: list[tuple[dict, int, int]]) -> list[dict]:
-        """[(values of its tuning, steps, seed), ...] -> a record of each"""
-        jobs = []
-        for tuned, steps, seed in runs:
-            values = tuned | {"steps": Steps(steps), "seed": seed}
-            seconds = self.args.seconds if phase == "seconds" and self.args.seconds else UPDATE * steps
-            jobs.append(Job(f"{phase}, {row.name}", self.fill(row.command, values), filled(row.writes, self.values),
-                            ELSE + seconds))
-        return self.jobs.run(jobs)
+    def job(self, name: str, command: str, writes: str, values: dict) -> Job:
+        """With all placeholders filled in, once the files that the command needs are made."""
+        needed = placeholders(command, self.plan) & self.plan.made.keys()
+        values = self.values | {each: self.make(each, values)["made"] for each in needed} | values
+        return Job(name, filled(command, values), filled(writes, values))
 
-    def scores(self, name: str, weights: list[str], data: str) -> list[dict]:
-        """What scripts/evaluate.py says of each of the weights."""
-        numbered = " ".join(f"{number}={path}" for number, path in enumerate(weights))
-        record, = self.jobs.run([Job(name, f"{EVALUATE} --weights {numbered} --data {data} --reference "
-                                     f"{self.values['teacher']} --json {OUT}/scores.json", f"{OUT}/scores.json", ELSE)])
-        found = json.loads((ROOT / record["made"]).read_text())
-        return [found[str(number)][0] for number in range(len(weights))]
+    def train(self, phase: str, row, tuned: list[dict], steps: int, seeds) -> list[dict]:
+        """A record for each candidate and seed, with the seconds of what was made for it."""
+        runs = [each | {"steps": Number(steps), "seed": Number(seed)}
+                for each in tuned for seed in seeds]
+        records = self.jobs.run([self.job(f"{phase}, {row.name}", row.command, row.writes, values)
+                                 for values in runs])
+        return [record | {"charged": sum(self.make(name, values)["seconds"] for name in row.charge)}
+                for record, values in zip(records, runs)]
 
-    def charged(self, row: Row) -> float:
-        return sum(self.making[name] for name in row.charge)
+    def scores(self, name: str, tests: dict[str, str], records: list[dict]) -> list[dict]:
+        """{test: its scores} for the weights of each record."""
+        weights = " ".join(f"{number}={record['made']}" for number, record in enumerate(records))
+        path = f"{OUT}/scores.json"
+        done = self.jobs.run([self.job(name, f"{command} --json {path}", path, {"weights": weights})
+                              for command in tests.values()])
+        found = [json.loads((ROOT / record["made"]).read_text()) for record in done]
+        return [{test: each[str(number)][0] for test, each in zip(tests, found)}
+                for number in range(len(records))]
 
-    def models(self) -> dict[str, str]:
-        """{name: weights} of all that the rows learn from and start from."""
-        named = {"teacher", "start"}.union(*(placeholders(row.command, self.args.words) for row in self.rows))
-        return {name: path for name, path in self.values.items()
-                if name in named - self.args.words.keys() and str(path).endswith(".pth")}
+    def prepare(self, row):
+        plan, tries = self.plan, candidates(row)
+        self.begin[row.name], self.chosen[row.name] = 0.0, tries[0]
+        if plan.begin:
+            begun, = self.train("begin", row, tries[:1], plan.begin, [FIRST_SEED - 1])
+            self.begin[row.name] = begun["seconds"]
+        if plan.validate:
+            tried = self.train("tune", row, tries, tune_steps(plan), [FIRST_SEED - 1])
+            scores = self.scores(f"validate, {row.name}", {"val": plan.validate}, tried)
+            self.chosen[row.name] = tries[best([each["val"] for each in scores])]
 
-    def prepare(self, row: Row):
-        """Make what it needs, see what it takes to begin, and tune it on the validation data."""
-        begun, = self.train("begin", row, [(row.candidates[0], BEGIN, FIRST_SEED - 1)])
-        self.begin[row.name], self.chosen[row.name] = begun["seconds"], row.candidates[0]
-        if not self.args.quick:
-            steps = in_tens(self.args.updates * self.args.tune_part)
-            tried = self.train("tune", row, [(tuned, steps, FIRST_SEED - 1) for tuned in row.candidates])
-            scores = self.scores(f"validate, {row.name}", [record["made"] for record in tried], self.values["val"])
-            self.chosen[row.name] = row.candidates[best(scores)]
-
-    def measure(self, phase: str, row: Row, steps: int) -> list[dict]:
-        """Train it with each seed, and test it: scores, steps, seconds and memory of each."""
-        trained = self.train(phase, row, [(self.chosen[row.name], steps, seed) for seed in self.seeds])
-        scores = self.scores(f"test, {row.name}", [record["made"] for record in trained], " ".join(self.values["test"]))
-        return [score | {"steps": steps, "peak_mb": record["peak_mb"],
-                         "seconds": counted(self.charged(row), record["seconds"], self.begin[row.name])}
+    def measure(self, phase: str, row, steps: int) -> list[dict]:
+        """Steps, seconds, memory and scores for each seed."""
+        seeds = range(FIRST_SEED, FIRST_SEED + self.plan.seeds)
+        trained = self.train(phase, row, [self.chosen[row.name]], steps, seeds)
+        scores = self.scores(f"test, {row.name}", self.plan.tests, trained)
+        return [{"steps": steps, "peak_mb": record["peak_mb"], "charged": record["charged"],
+                 "seconds": record["charged"] + record["seconds"] - self.begin[row.name]} | score
                 for record, score in zip(trained, scores)]
 
+    def references(self) -> dict[str, dict]:
+        """Rows of the models that the others start or learn from, but for those of a seed."""
+        needed = set().union(*(placeholders(row.command, self.plan) for row in self.plan.rows))
+        found = {name: {"made": self.values[name]} for name in self.plan.references}
+        made = {name: part for name, part in self.plan.made.items() if name in needed}
+        found |= {name: self.make(name, {}) for name, part in made.items()
+                  if "seed" not in placeholders(part.command, self.plan)}
+        rows = {}
+        for name, record in found.items():
+            if record["made"].endswith(".pth"):
+                scores, = self.scores(f"test, {name}", self.plan.tests, [record])
+                scores |= {key: record[key] for key in record.keys() & {"seconds"}}
+                rows[name] = {"group": REFERENCES, "note": "", "tuned": {}, "updates": [scores]}
+        return rows
 
-def run(arena: Arena, args):
-    """All phases; what table.json holds is written after each of the last two."""
-    arena.of_each(arena.prepare)
+    def run(self, write):
+        """All phases. Calls write(results), as in table.json, after each of the last two."""
+        plan = self.plan
+        self.of_each(self.prepare)
+        results = {"updates": plan.updates, "seconds": None, "rows": self.references()}
+        measured = self.of_each(lambda row: self.measure("updates", row, plan.updates))
+        results["rows"] |= {
+            row.name: {"group": row.group, "note": row.note, "tuned": self.chosen[row.name],
+                       "updates": measured[row.name]} for row in plan.rows}
+        write(results)
+        if not plan.seconds:
+            return
 
-    told = {"updates": args.updates, "seconds": None, "rows": {}}
-    for name, path in arena.models().items():
-        score, = arena.scores(f"test, {name}", [path], " ".join(arena.values["test"]))
-        making = {"seconds": arena.making[name]} if name in arena.making else {}
-        told["rows"][name.replace("_", " ")] = {"group": THERE, "note": "", "tuned": {}, "updates": [score | making]}
-    at_updates = arena.of_each(lambda row: arena.measure("updates", row, args.updates))
-    told["rows"] |= {row.name: {"group": row.group, "note": row.note, "tuned": arena.chosen[row.name],
-                                "updates": at_updates[row.name]} for row in arena.rows}
-    write(told, args)
-    if args.quick or args.seconds == 0:
-        return
+        # The fastest seed of each row: other work of the machine only adds to it.
+        fastest = {name: min(seeds, key=lambda seed: seed["seconds"])
+                   for name, seeds in measured.items()}
+        slowest = max(each["seconds"] for each in fastest.values())
+        results["seconds"] = budget = slowest if plan.seconds == "slowest" else plan.seconds
 
-    # Of its seeds the quickest: what else the machine does only adds to it.
-    took = {name: min(seed["seconds"] for seed in seeds) for name, seeds in at_updates.items()}
-    told["seconds"] = args.seconds or max(took.values())
+        def as_long(row):
+            took, charged = (fastest[row.name][key] for key in ("seconds", "charged"))
+            steps = steps_within(budget, charged, took, plan.updates - plan.begin)
+            return self.measure("seconds", row, steps)
 
-    def as_long(row):
-        charged = arena.charged(row)
-        pace = pace_of(took[row.name], charged, args.updates)
-        return arena.measure("seconds", row, steps_within(told["seconds"], charged, pace))
-
-    for name, seeds in arena.of_each(as_long).items():
-        told["rows"][name]["seconds"] = seeds
-    write(told, args)
-
-
-def split_by_leaf(paths: dict[str, str], folder: Path) -> dict[str, str]:
-    """Writes general and specialist rows of each file into files of their own: {NAME_general: path, NAME_specialist: path}."""
-    written = {}
-    for name, path in paths.items():
-        rows = list(read_each(ROOT / path, dict))
-        for side in ("general", "specialist"):
-            written[f"{name}_{side}"] = str(folder / f"{name}_{side}.jsonl")
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["leaf"].startswith(f"{side}/"))
-            write_atomic(ROOT / written[f"{name}_{side}"], lambda file: file.write(text.encode()))
-    return written
-
-
-# ----------------------------------------------------------------------------------------------------------- results
+        for name, seeds in self.of_each(as_long).items():
+            results["rows"][name]["seconds"] = seeds
+        write(results)
 
 
-# Title -> (key of a seed's figures, how to print it).
-AT_UPDATES = {"parameters": ("parameters", "{:,.0f}"), "exact match %": ("exact_match", "{:.1f}"),
-              "multiple choice %": ("multiple_choice", "{:.1f}"), "agreement %": ("agreement", "{:.1f}"), "KL": ("kl", "{:.3f}"),
-              "habits KL": ("habits_kl", "{:.3f}"), "seconds": ("seconds", "{:.0f}"), "MB": ("peak_mb", "{:.0f}")}
-AT_SECONDS = {"updates": ("steps", "{:,.0f}"), "exact match %": ("exact_match", "{:.1f}"), "KL": ("kl", "{:.3f}"),
-              "habits KL": ("habits_kl", "{:.3f}"), "seconds": ("seconds", "{:.0f}")}
-WITHOUT_SPREAD = ("parameters", "steps", "seconds", "peak_mb")
+def tune_steps(plan) -> int:
+    return max(TEN, round(plan.updates * plan.tune_part / TEN) * TEN)
 
 
-def cell(seeds: list[dict], key: str, form: str) -> str:
-    """'69.0 ± 2.4' over several seeds (sample standard deviation), '69.0' of one; '' if it was not measured."""
-    values = [seed[key] for seed in seeds if key in seed]
+# -- 4. Results ------------------------------------------------------------------------------------
+
+
+def figures(results: dict, name: str, phase: str, column) -> list[float]:
+    """A row's value in a column for each seed; [] if it was not measured."""
+    def value(scores):
+        *keys, pattern = column.read.split()
+        for key in keys:
+            scores = scores.get(key, {})
+        matching = [scores[key] for key in scores if fnmatch(key, pattern)]
+        return [mean(matching)] if matching else []
+
+    row = results["rows"][name]
+    values = [each for seed in row.get(phase, []) for each in value(seed)]
+    if not column.lost_since:
+        return values
+    before = results["rows"].get(column.lost_since, {"group": None})
+    return [value(seed)[0] - own for seed, own in zip(before.get(phase, []), values)
+            if before["group"] == row["group"]]
+
+
+def cell(values: list[float], column) -> str:
+    """'69.0 ± 2.4' over several seeds (sample standard deviation), '69.0' of one; '' of none."""
     if not values:
         return ""
-    mean = form.format(statistics.mean(values)).replace("-0.000", "0.000")          # a KL of rounding errors
-    return mean if len(values) == 1 or key in WITHOUT_SPREAD else f"{mean} ± {form.format(statistics.stdev(values))}"
+    text = format(mean(values), column.form).replace("-0.000", "0.000")     # rounding errors
+    if column.spread and len(values) > 1:
+        text += f" ± {format(stdev(values), column.form)}"
+    return text
 
 
-def table(told: dict, args) -> str:
-    """Markdown: rows under the heading of their group; on the right, if it was measured, what equal seconds gave."""
-    more = AT_SECONDS if told["seconds"] else {}
-    titles = [*AT_UPDATES, *(f"{title}, equal seconds" for title in more), "with"]
-    lines = [f"| | {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1) + "---|"]
+def table(results: dict, plan, how: str) -> str:
+    """Markdown: rows under their groups; the comparison at equal seconds on the right."""
+    columns = [(title, "updates", column) for title, column in plan.columns.items()]
+    if results["seconds"]:
+        how += f"; then as many updates as fit into {results['seconds']:.0f} CPU seconds"
+        columns += [(f"{title}, equal seconds", "seconds", column)
+                    for title, column in plan.columns.items() if column.equal_seconds]
+    lines = [f"| | {' | '.join(title for title, *_ in columns)} | with |",
+             "|---|" + "---:|" * len(columns) + "---|"]
     group = None
-    for name, row in told["rows"].items():
+    for name, row in results["rows"].items():
         if row["group"] != group:
             group = row["group"]
-            lines.append(f"| **{group}** |" + " |" * len(titles))
-        cells = [cell(row["updates"], *column) for column in AT_UPDATES.values()]
-        cells += [cell(row.get("seconds", []), *column) for column in more.values()]
+            lines.append(f"| **{group}** |" + " |" * (len(columns) + 1))
+        cells = [cell(figures(results, name, phase, column), column)
+                 for _, phase, column in columns]
         cells.append(", ".join(f"{key} {value}" for key, value in row["tuned"].items()))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    notes = [f"- {name}: {row['note']}" for name, row in told["rows"].items() if row["note"]]
-    head = (f"{told['updates']:,} updates of {args.samples} samples, {args.seeds} seed{'s' * (args.seeds > 1)}, "
-            + ("nothing tuned" if args.quick else f"tuned on {args.val} in {args.n_candidates} tries of "
-               f"{in_tens(args.updates * args.tune_part):,} updates each")
-            + (f"; then as many updates as fit into {told['seconds']:.0f} seconds of the processor" if told["seconds"] else ""))
-    key = ("Mean ± standard deviation over the seeds, which decide the order of the rows and what is drawn; of the test data. "
-           "Agreement, KL: with the teacher; habits KL: KL(truth || model); both KL in nats. Seconds, of the processor: of the "
-           "updates, the teacher's part among them, and of what was made for the row alone; they mean something only where "
-           "nothing else kept the machine busy. MB: the most that a process held.")
-    left_out = [f"Left out of --quick: {', '.join(args.left_out)}."] if args.left_out else []
-    return "\n".join([f"# The arena\n\n{head}.\n", *lines, f"\n{key}", *[f"\n{line}" for line in left_out], "", *notes]) + "\n"
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    notes = [f"- {name}: {row['note']}" for name, row in results["rows"].items() if row["note"]]
+    return "\n".join([f"# {plan.title}\n\n{how}.\n", *lines, f"\n{plan.note}\n", *notes]) + "\n"
 
 
-def draw(told: dict, path: Path):
-    """A point per row with its spread and its seeds, under the heading of its group; a panel for each of the two measures."""
+def draw(results: dict, plan, path: Path):
+    """A point per row with its spread and its seeds, a panel per comparison, models as lines."""
     from matplotlib.figure import Figure
 
-    panels = {"updates": f"{told['updates']:,} updates each"}
-    if told["seconds"]:
-        panels["seconds"] = f"{told['seconds']:.0f} seconds of the processor each"
-    places, labels, headings, place, group = {}, {}, {}, 0.0, None
-    lines = {name: row for name, row in told["rows"].items() if row["group"] != THERE}
-    for name, row in lines.items():
-        if row["group"] != group:
-            group = row["group"]
-            headings[place] = group
-            place += 1.0
-        places[name], labels[place] = place, name
-        place += 1.0
-
-    figure = Figure(figsize=(4.2 + 3.6 * len(panels), 1.2 + 0.27 * place), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)[0]
-    groups = list(headings.values())
-    for axis, (measure, title) in zip(axes, panels.items()):
-        for name, row in lines.items():
-            values, color = [seed["exact_match"] for seed in row[measure]], f"C{groups.index(row['group'])}"
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            axis.plot(values, [places[name]] * len(values), ".", color=color, alpha=0.35)
-            axis.errorbar(statistics.mean(values), places[name], xerr=spread, fmt="o", color=color, capsize=3)
-        for name in ("teacher", "start"):
-            value = told["rows"][name]["updates"][0]["exact_match"]
-            axis.axvline(value, color="0.6", linestyle=":")
-            axis.annotate(f"the {name}", (value, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
-                          color="0.4", fontsize=8, ha="center", va="bottom")
-        for y in places.values():
-            axis.axhline(y, color="0.93", linewidth=0.8, zorder=0)
+    panels = {"updates": f"{results['updates']:,} updates each"}
+    if results["seconds"]:
+        panels["seconds"] = f"{results['seconds']:.0f} CPU seconds each"
+    groups = list(dict.fromkeys(row.group for row in plan.rows))
+    labels = [name for group in groups
+              for name in (group, *(row.name for row in plan.rows if row.group == group))]
+    size = 4.2 + 3.6 * len(panels), 1.2 + 0.27 * len(labels)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (phase, title) in zip(axes, panels.items()):
+        for row in plan.rows:
+            values = figures(results, row.name, phase, plan.columns[plan.picture])
+            y, color = labels.index(row.name), f"C{groups.index(row.group)}"
+            axis.plot(values, [y] * len(values), ".", color=color, alpha=0.35)
+            spread = stdev(values) if len(values) > 1 else 0.0
+            axis.errorbar(mean(values), y, xerr=spread, fmt="o", color=color)
+        for name in plan.references:
+            x, = figures(results, name, "updates", plan.columns[plan.picture])
+            axis.axvline(x, color="0.6", linestyle=":")
+            axis.text(x, 1, name, transform=axis.get_xaxis_transform(), ha="center", va="bottom")
         axis.set_title(title, pad=16)
-        axis.set(xlabel="exact match on the test data, %", xlim=(0, 100), ylim=(place - 0.5, -0.7))
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
-    axes[0].set_yticks([*labels, *headings], [*labels.values(), *headings.values()])
-    for tick in axes[0].get_yticklabels()[len(labels):]:
-        tick.set_fontweight("bold")
+        axis.set(xlabel=plan.picture, xlim=(0, 100), ylim=(len(labels) - 0.5, -0.7))
+        axis.grid(axis="y", color="0.93")
+    axes[0].set_yticks(range(len(labels)), labels)
+    for tick in axes[0].get_yticklabels():
+        tick.set_fontweight("bold" if tick.get_text() in groups else "normal")
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def write(told: dict, args):
-    """table.md, table.json and the picture."""
-    out, text = ROOT / args.out, table(told, args)
-    write_atomic(out / "table.md", lambda file: file.write(text.encode()))
-    write_atomic(out / "table.json", lambda file: file.write(json.dumps(told, indent=2).encode()))
-    draw(told, out / "arena.png")
-    Logger(f"\n{text}\n{args.out}/table.md, {args.out}/arena.png")
+def write_parts(files: dict, folder: Path) -> dict[str, str]:
+    """The plan's parts of data files: the first rows whose leaf has a prefix. {name: path}"""
+    paths = {name: str(folder / f"{name}.jsonl") for name in files}
+    for name, part in files.items():
+        rows = [row for row in read_each(ROOT / part["of"], dict)
+                if category(row, "").startswith(part.get("leaf", ""))]
+        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:part.get("rows")]]
+        text = "".join(rows)
+        write_atomic(ROOT / paths[name], lambda file: file.write(text.encode()))
+    return paths
 
 
 def main(argv=None):
     # 1. Arguments
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--config", default="configs/compare.yaml", help="YAML of the rows")
-    add("--rows", nargs="+", default=None, metavar="NAME", help="only these rows of it; default: all")
-    add("--quick", action="store_true", help="one seed, nothing tuned, equal updates alone, without the slowest rows")
-    add("--processes", type=int, default=os.cpu_count(), help="runs at once, each with one thread; default: one for each core")
-    add("--seeds", type=int, default=None, help="of each row: mean and spread; default: the YAML's, as of the next three")
-    add("--updates", type=int, default=None, help="of each run at equal updates, in tens")
-    add("--seconds", type=float, default=None, help="of the processor, of each run at equal seconds; of the YAML null: what the "
-                                                    "slowest row takes; 0: no such runs")
-    add("--out", default=None, help="folder for all files; default: out/arena, with --quick out/arena_quick")
+    add("--config", default="configs/compare.yaml", help="YAML file of the comparison")
+    add("--rows", nargs="+", metavar="NAME", help="rows to run; default: all")
+    add("--quick", action="store_true",
+        help="nothing tuned, equal updates only, without the slowest rows")
+    add("--processes", type=int, default=os.cpu_count(),
+        help="runs at a time, each with one thread; default: one per core")
+    add("--seeds", type=int, help="runs per row; default: that of the YAML")
+    add("--updates", type=int, help="updates per run, a multiple of ten; default: that of the YAML")
+    add("--seconds", type=lambda text: text if text == "slowest" else float(text),
+        help="CPU seconds per run of the second comparison; slowest: those of the slowest row; "
+             "0: no second comparison; default: that of the YAML")
+    add("--out", help="folder of all files; default: that of the YAML, with --quick OUT_quick")
     args = parser.parse_args(argv)
 
-    # 2. What is compared
+    # 2. Plan
     with checking_input():
-        setting, args.words, made, rows = read(args.config)
-        setting |= setting["quick"] if args.quick else {}
-        for name in ("seeds", "updates", "seconds"):
-            if vars(args)[name] is None:
-                setattr(args, name, setting[name])
-        args.out = args.out or ("out/arena_quick" if args.quick else "out/arena")
-        args.samples, args.val, args.tune_part, args.n_candidates = (
-            setting["samples"], setting["val"], setting["tune_part"], len(rows[0].candidates))
-        for name, least in (("processes", 1), ("seeds", 1), ("updates", 2 * BEGIN), ("seconds", 0)):
-            if vars(args)[name] is not None and vars(args)[name] < least:
-                parser.error(f"--{name} {vars(args)[name]} must be {least} or more")
-        if args.updates % BEGIN:
-            parser.error(f"--updates {args.updates} must be a multiple of {BEGIN}, which stages and rounds can share out")
+        plan = read(args.config)
+        if args.quick:
+            vars(plan).update(plan.quick, validate="", seconds=0, out=f"{plan.out}_quick")
+        for name in ("seeds", "updates", "seconds", "out"):
+            if vars(args)[name] is not None:
+                setattr(plan, name, vars(args)[name])
+        check_ranges(
+            parser, Namespace(**vars(plan), processes=args.processes),
+            ("processes", args.processes >= 1, "be 1 or more"),
+            ("seeds", plan.seeds >= 1, "be 1 or more"),
+            ("seconds", plan.seconds == "slowest" or plan.seconds >= 0, "be 0 or more"),
+            ("updates", plan.updates > plan.begin and plan.updates % TEN == 0,
+             f"be a multiple of {TEN} above {plan.begin}"))
+        names = [row.name for row in plan.rows]
         for name in args.rows or []:
-            if name not in (names := [row.name for row in rows]):
-                nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-                parser.error(f"--rows: {args.config} has no {name!r}; did you mean {nearest!r}? It has {'; '.join(names)}")
-        rows = [row for row in rows if row.name in (args.rows or [row.name])]
-        args.left_out = [row.name for row in rows if args.quick and not row.quick]
-        rows = [row for row in rows if row.name not in args.left_out]
-        if args.left_out:
-            Logger(f"left out of --quick: {', '.join(args.left_out)}")
-
-        values = {name: setting[name] for name in ("data", "val", "test", "teacher", "start", "samples")} | {"out": OUT}
-        made, folder = needed(rows, made, args.words), Path(args.out)
-        for part in list(made.values()):
-            if part.existing and (ROOT / part.existing).exists():
-                values[part.name] = made.pop(part.name).existing
+            if name not in names:
+                near = did_you_mean(name, names)
+                parser.error(f"--rows: {args.config} has no {name!r}; did you mean {near}?")
+        wanted = [row for row in plan.rows if row.name in (args.rows or names)]
+        plan.rows = [row for row in wanted if row.quick or not args.quick]
+        check(args.config, plan)
+        folder = Path(plan.out)
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
-        for path in (values["data"], values["val"], *values["test"], values["teacher"], values["start"]):
-            if not (ROOT / path).exists():
-                raise ValueError(f"no file at {path}; bash quickstart.sh makes it")
-        if any("_general}" in row.command for row in rows):
-            values |= split_by_leaf({name: values[name] for name in ("data", "val")}, folder)
-        values |= args.words
-        check(args.config, values, args.words, made, rows)
+        values = plan.values | {"out": OUT} | write_parts(plan.files, folder)
 
     # 3. Run
-    tries, measures = (0, 1) if args.quick else (args.n_candidates, 1 + (args.seconds != 0))
-    trainings = len(rows) * (1 + tries + measures * args.seeds) + len(made)
-    evaluations = len(rows) * (measures + (tries > 0)) + 2
-    each = [UPDATE * args.updates] + (measures - 1) * [args.seconds or UPDATE * args.updates]
-    work = (trainings + evaluations) * ELSE + len(made) * each[0] + len(rows) * (
-        tries * args.tune_part * each[0] + args.seeds * sum(each))
-    jobs = Jobs(folder, args.processes, trainings + evaluations, work)
-    for number in (signal.SIGINT, signal.SIGTERM):          # the first too: a shell lets its jobs in the background ignore it
+    tries = len(candidates(plan.rows[0])) if plan.validate else 0
+    measures = (2 if plan.seconds else 1) * (plan.seeds + len(plan.tests))
+    n_jobs = (len(plan.rows) * ((plan.begin > 0) + tries + (tries > 0) + measures)
+              + len(plan.references) * len(plan.tests))
+    tuning = f"tuned in {tries} tries of {tune_steps(plan):,} updates" if tries else "nothing tuned"
+    how = f"{plan.updates:,} updates, seeds: {plan.seeds}, {tuning}"
+    if left_out := [row.name for row in wanted if row not in plan.rows]:
+        how += f", left out: {', '.join(left_out)}"
+    jobs = Jobs(folder, args.processes, n_jobs)
+
+    def write(results):
+        text = table(results, plan, how)
+        write_atomic(ROOT / folder / "table.md", lambda file: file.write(text.encode()))
+        write_atomic(ROOT / folder / "table.json",
+                     lambda file: file.write(json.dumps(results, indent=2).encode()))
+        draw(results, plan, ROOT / folder / "table.png")
+        Logger(f"\n{text}\n{folder}/table.md, {folder}/table.png")
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: background jobs ignore it
         signal.signal(number, signal.default_int_handler)
     try:
         with checking_input(), jobs:
-            run(Arena(args, values, made, rows, jobs), args)
+            Comparison(plan, values, jobs).run(write)
     except KeyboardInterrupt:
-        Logger(f"stopped; {jobs.n_done} of {jobs.n_jobs} runs are done and stay. Go on with: {resume_command(1)}")
+        Logger(f"stopped after {jobs.n_done} of {n_jobs} runs. Resume with: {resume_command(1)}")
         sys.exit(130)
 
 

@@ -1,39 +1,39 @@
 """
-一步蒸馏的对比：教科书写法与本仓库的写法，损失和梯度处处相同；被比的确实是 train_distillation.py 走的那一步。
-The benchmark of a whole step: the textbook's form and ours have one loss and the same gradients, padding changes nothing,
-and what is measured as ours is what train_distillation.py does.
+一步蒸馏的对比：所有写法的损失和梯度处处相同；被比的确实是 train_distillation.py 的那一步。
+The benchmark of a whole step: all forms have the same loss and gradients, padding changes nothing,
+and ours is the step of train_distillation.py.
 """
 
 import dataclasses
 import json
 import re
 from argparse import Namespace
-from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers_run import FORKS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_distillation
 from benchmarks import measure, plain, step
-from benchmarks.step import (BF16, FORMS, ON_DISK, SHAPES, TOLERANCES, Case, chats, model_of, operations, operations_of_step,
-                             our_form)
+from benchmarks.step import (BF16, FORMS, ON_DISK, SHAPES, TOLERANCES, Case, chats, model_of,
+                             operations, operations_of_step, our_form)
 from distill.cache import TeacherCache
-from model.config import LMConfig
 from distill.teachers import Teacher
-from runtime.run import Run
+from model.config import LMConfig
+from runtime.checkpoint import Progress
+from runtime.processes import World
 
 LIMIT = "plain, padded to the limit"
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory) -> Case:
-    """Three samples in 50 words, and what their teacher says of them on disk."""
+    """Three samples, a vocabulary of 50, and the cached outputs of their teacher."""
     folder = str(tmp_path_factory.mktemp("cache"))
-    case = Case(SHAPES["test"], vocabulary=50, pad=340, steps=1, device="cpu", threads=1, cache=folder)
-    step.write_cache(case, folder, None)
+    case = Case(SHAPES["test"], vocab_size=50, pad=340, steps=1, device="cpu", threads=1,
+                cache=folder)
+    step.write_cache(case)
     return case
 
 
@@ -41,7 +41,8 @@ def gradients(form) -> dict[str, torch.Tensor]:
     """Those of the first step, and its loss."""
     loss = form.loss(form.batches[0])
     loss.backward()
-    return {"loss": loss.detach()} | {name: weight.grad for name, weight in form.student.named_parameters()}
+    return {"loss": loss.detach()} | {name: weight.grad for name, weight
+                                      in form.student.named_parameters()}
 
 
 def distance(ours, theirs) -> float:
@@ -61,29 +62,31 @@ def test_every_form_has_the_loss_and_all_gradients_of_the_plain_one(case, truth,
     assert distance(found, truth) < exact
 
 
-def test_models_with_the_parts_of_qwen3_have_one_loss_too(case):
-    student, teacher = (dataclasses.replace(each, dim=dim, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=10, hidden_dim=48)
+def test_models_with_the_parts_of_qwen3_have_the_same_loss(case):
+    student, teacher = (dataclasses.replace(each, dim=dim, n_layers=2, n_heads=4, n_kv_heads=2,
+                                            head_dim=10, hidden_dim=48)
                         for each, dim in zip(SHAPES["qwen3"], (32, 48)))
     assert student.qk_norm and student.rope_theta == 1e6 and student.tie_embeddings and not teacher.tie_embeddings
     case = case._replace(shape=SHAPES["test"]._replace(student=student, teacher=teacher))
     assert distance(gradients(our_form(case)), gradients(FORMS[LIMIT](case))) < 1e-5
 
 
-def test_another_teacher_would_be_seen(case, truth, monkeypatch):
-    # The least that is noticed in bf16: a teacher that is less sure, by a tenth.
-    monkeypatch.setattr(step, "OPINION", 0.9 * step.OPINION)
+def test_another_teacher_would_be_noticed(case, truth, monkeypatch):
+    # The least that is noticed in bf16: a teacher with logits smaller by a tenth.
+    monkeypatch.setattr(step, "LOGIT_STD", 0.9 * step.LOGIT_STD)
     assert distance(gradients(our_form(case)), truth) > max(TOLERANCES.values())
 
 
 def test_the_plain_logits_are_those_of_the_model(tiny):
-    model, tokens = tiny(), torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])            # the second has 3, and padding
+    # the second has 3, and padding
+    model, tokens = tiny(), torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
     logits = plain.logits_of(model, tokens)                                             # (2, 5, V)
     assert torch.allclose(logits[0], model(tokens[0], [5]).logits, atol=1e-5)
     assert torch.allclose(logits[1, :3], model(tokens[1, :3], [3]).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [{"use_moe": True}, {"architecture": "gpt2", "n_kv_heads": None}])
-def test_a_model_that_the_plain_form_does_not_know_is_refused(tiny, sizes):
+def test_the_plain_form_refuses_other_models(tiny, sizes):
     with pytest.raises(AssertionError, match="a dense Llama"):
         plain.logits_of(tiny(**sizes), torch.tensor([[1]]))
 
@@ -100,13 +103,15 @@ def test_a_sample_is_padded_to_the_limit_or_to_the_longest(case):
             assert mask[:n].tolist() == is_target[1:].tolist() and not mask[n:].any()
 
 
-def test_the_chats_are_of_the_lengths_that_are_told(case):
+def test_the_chats_have_the_documented_lengths(case):
     samples = [sample for number in range(400) for sample in chats(case, number)]
     lengths = [len(ids) - 1 for ids, _ in samples]
     assert sum(lengths) / len(lengths) == pytest.approx(step.MEAN, rel=0.05)
     assert step.SHORTEST <= min(lengths) and max(lengths) == step.LONGEST
-    assert sum(is_target.sum() for _, is_target in samples) / sum(lengths) == pytest.approx(step.ANSWERS, abs=0.01)
-    assert not any(is_target[0] for _, is_target in samples)            # nothing is read before the first token
+    assert sum(is_target.sum() for _, is_target
+               in samples) / sum(lengths) == pytest.approx(step.ANSWERS, abs=0.01)
+    # nothing precedes the first token
+    assert not any(is_target[0] for _, is_target in samples)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -119,76 +124,67 @@ def test_a_step_trains_the_student_and_never_the_teacher(case, form, monkeypatch
 
     monkeypatch.setattr(step, "model_of", kept)
     ready = FORMS[form](case)
-    before = {role: [weight.clone() for weight in model.parameters()] for role, model in made.items()}
+    before = {role: [weight.clone() for weight in model.parameters()] for role, model
+              in made.items()}
     step.settle(ready.optimizer)
-    assert all(map(torch.equal, before["student"], made["student"].parameters()))       # a rate of 0
+    # a rate of 0
+    assert all(map(torch.equal, before["student"], made["student"].parameters()))
     ready.optimizer.zero_grad()
     step.run(ready, 0)
     assert not any(map(torch.equal, before["student"], made["student"].parameters()))
     assert set(made) == ({"student"} if form == ON_DISK else {"student", "teacher"})
-    for was, weight in zip(before.get("teacher", []), made["teacher"].parameters() if "teacher" in made else []):
+    for was, weight in zip(before.get("teacher", []), made["teacher"].parameters() if "teacher"
+                           in made else []):
         assert torch.equal(was, weight) and weight.grad is None and not weight.requires_grad
-
-
-class OneStep:
-    """What train_epoch asks of Run: one step of one micro-batch, no log, no save."""
-
-    def __init__(self, form, args):
-        self.args, self.total_steps, self.dtype = args, 1, torch.float32
-        self.parallel, self.form, self.world = {"model": form.student}, form, Namespace(device=torch.device("cpu"))
-        self.log = Namespace(add=lambda *_, **losses: setattr(self, "loss", losses["loss"].detach()))
-
-    def steps_of(self, epoch):
-        return [0]
-
-    def micro_batches(self, number):
-        yield self.form.batches[number], True
-
-    def forward(self, last):
-        return nullcontext()
-
-    def is_due(self, interval, ahead=0):
-        return False
-
-    def backward(self, loss):
-        loss.backward()
-
-    def gradient_norms(self, sums):
-        return {}
-
-    update = gradient_norms
-
-    def must_stop(self):
-        return False
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_ours_is_bit_by_bit_the_step_of_train_distillation(case, on_disk):
-    defaults = Namespace(divergence="forward_kl", beta=0.5, skew=0.1, jsd_normalised=False, feature_weight=0.0,
-                         attention_weight=0.0, contrastive_weight=0.0, final_temperature=None, log_interval=100,
-                         grad_norm_interval=100, pad_vocab=False, plain_loss=False, save_interval=100)
     form = our_form(case, on_disk=on_disk)
-    source = TeacherCache(case.cache) if on_disk else model_of(case, "teacher")
-    run = OneStep(form, defaults)
-    train_distillation.train_epoch(0, None, step.ALPHA, step.TEMPERATURE, run, [Teacher(source, 1.0, None)], form.student,
-                                   None, None)
-    lesson = {"loss": run.loss} | {name: weight.grad for name, weight in form.student.named_parameters()}
+    args = Namespace(learning_rate=0.0, warmup_iters=0, grad_clip=0.0, accumulation_steps=1, seed=0,
+                     final_temperature=None,
+                     divergence="forward_kl", beta=0.5, skew=0.1, jsd_normalised=False, plain_loss=False, pad_vocab=False,
+                     feature_weight=0.0, log_interval=0, save_interval=0, eval_interval=0)
+    losses, grads = [], {}
+    optimizer = torch.optim.SGD(form.student.parameters(), lr=0.0)
+    # as they are before the next step
+    optimizer.zero_grad = lambda set_to_none: grads.update(
+        {name: weight.grad for name, weight in form.student.named_parameters()})
+    progress = Progress({}, total_steps=10 ** 9)                    # nothing is due
+    progress.steps_of = lambda epoch, steps_per_epoch: [0]
+    train_distillation.train_epoch(
+        0, None, step.ALPHA, step.TEMPERATURE,
+        teachers=[Teacher(TeacherCache(case.cache) if on_disk else model_of(case,
+                                                                            "teacher"))], args=args,
+        world=World(0, 1, torch.device("cpu")), name=None, student=form.student, tokenizer=None,
+        modules={"model": form.student, "intermediate": lambda batch, out,
+                 teacher: (0.0, {})}, optimizer=optimizer,
+        scaler=torch.amp.GradScaler("cpu", enabled=False), data=Namespace(steps_per_epoch=1), val_data=None,
+        loader=iter(form.batches), progress=progress,
+        log=Namespace(add=lambda n, loss, **_: losses.append(loss.detach()), step=lambda: None),
+        stop=Namespace(agreed=lambda *_: False))
     measured = gradients(our_form(case, on_disk=on_disk))
-    assert all(torch.equal(measured[name], lesson[name]) for name in lesson)
+    assert torch.equal(measured.pop("loss"), losses[0]) and measured.keys() == grads.keys()
+    assert all(torch.equal(measured[name], grads[name]) for name in grads)
 
 
-def test_the_operations_that_are_needed_by_hand():
-    """Samples of 1 and 2 tokens, 2 of the 3 to be learned: 1 + 3 pairs of a token and one that it sees."""
-    config = LMConfig(dim=4, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=2, hidden_dim=8, vocab_size=10)
-    into_attention, behind_it = 4 * 4 + 2 * 4 * 2, 4 * 4 + 3 * 4 * 8            # 32 weights and 112 a layer
-    meetings = 3 * 32 + 3 * 112 + 3 * 32 + 2 * 112 + 2 * 40                     # two layers, of the second a part; the head
+def test_the_necessary_operations_by_hand():
+    """Samples of 1 and 2 tokens, 2 of the 3 targets: 1 + 3 pairs of a token and one that it
+    sees."""
+    config = LMConfig(dim=4, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=2, hidden_dim=8,
+                      vocab_size=10)
+    # 32 weights and 112 a layer
+    into_attention, behind_it = 4 * 4 + 2 * 4 * 2, 4 * 4 + 3 * 4 * 8
+    # two layers, of the second a part; the head
+    meetings = 3 * 32 + 3 * 112 + 3 * 32 + 2 * 112 + 2 * 40
     assert (into_attention, behind_it, meetings) == (32, 112, 832)
     assert operations(config, [1, 2], n_targets=2) == 2 * 832 + 4 * (2 * 2) * 2 * 4 == 1792
 
 
 @pytest.mark.parametrize("sizes", [{}, {"head_dim": 6, "n_kv_heads": 1}])
-def test_the_operations_that_are_needed_are_those_that_torch_counts(tiny, sizes):
-    """In samples of one token: of longer ones torch counts the pairs that no token sees too. Backward is twice forward."""
+def test_the_necessary_operations_are_those_that_torch_counts(tiny, sizes):
+    """In samples of one token: of longer ones torch counts the pairs that no token sees too.
+    Backward is twice forward."""
     model, needed = tiny(**sizes), operations(tiny(**sizes).config, [1] * 5, n_targets=2)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         logits = model(torch.arange(5), [1] * 5, at=torch.tensor([1, 4])).logits
@@ -199,39 +195,37 @@ def test_the_operations_that_are_needed_are_those_that_torch_counts(tiny, sizes)
 
 def test_a_step_is_the_teacher_once_and_the_student_three_times(case):
     samples = chats(case, 0)
-    lengths, n_targets = [len(ids) - 1 for ids, _ in samples], sum(int(mark.sum()) for _, mark in samples)
-    student, teacher = (operations(model_of(case, role).config, lengths, n_targets) for role in ("student", "teacher"))
+    lengths, n_targets = [len(ids) - 1 for ids, _ in samples], sum(int(mark.sum()) for _, mark
+                                                                   in samples)
+    student, teacher = (operations(model_of(case, role).config, lengths, n_targets) for role
+                        in ("student", "teacher"))
     assert operations_of_step(case, 0, on_disk=False) == teacher + 3 * student
     assert operations_of_step(case, 0, on_disk=True) == 2 * 48 * 50 * n_targets + 3 * student
 
 
-def test_every_form_stands_in_the_table_the_json_and_the_picture(case, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(measure, "get_context", lambda _: FORKS)
-    monkeypatch.setattr(step.runtime, "pick_dtype", lambda name, device: torch.float32)         # no bf16 here
+def test_every_form_is_in_the_table_and_the_json(case, tmp_path, capsys, monkeypatch):
+    for module in (measure, step):              # in this process: only the figures need a new one
+        monkeypatch.setattr(module, "in_a_new_process", lambda measure, case, form,
+                            saved=None: measure(case, form, saved))
+    # no bf16 here
+    monkeypatch.setattr(step, "pick_dtype", lambda name, device: torch.float32)
     step.main(["--shapes", "test", "--vocab", "50", "--steps", "1",
-               "--json", str(tmp_path / "step.json"), "--picture", str(tmp_path / "step.png")])
+               "--json", str(tmp_path / "step.json")])
 
     rows, printed = json.loads((tmp_path / "step.json").read_text())["rows"], capsys.readouterr().out
     assert [row["form"] for row in rows] == [form for form in FORMS if form != BF16]
     assert f"the form '{BF16}' is left out" in printed
-    assert all(row["useful"] == pytest.approx(operations_of_step(case, 1, row["form"] == ON_DISK) / row["seconds"]
+    assert all(row["useful"] == pytest.approx(operations_of_step(case, 1, row["form"]
+                                                                 == ON_DISK) / row["seconds"]
                                               / row["matrix_rate"]) for row in rows)
     assert re.search(r"matrix rate: [\d,]+ G operations/s in fp32\n", printed)
-    assert all(row["seconds"] > 0 and row["peak_mb"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert all(row["seconds"] > 0 and row["peak_mb"] > 0 and row["tokens_per_second"] > 0 for row
+               in rows)
     assert rows[0]["speed"] == rows[0]["peak_ratio"] == 1.0 and rows[0]["deviation"] == 0.0
     assert rows[0]["positions"] > rows[1]["positions"] > rows[2]["positions"] == rows[3]["positions"] == 1.0
     assert all(row["deviation"] < TOLERANCES[row["form"]] for row in rows)
     for row in rows:
         assert f"| {row['form']} | {row['positions']:.2f} | {row['seconds']:.2f} |" in printed
         assert f" | {100 * row['useful']:.0f} | {row['speed']:.2f} x |" in printed
-    assert re.search(r"on disk was written in \d+\.\d\d s, for 2 steps", printed) and rows[3]["write_seconds"] > 0
-    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("wrong, reason", [
-    (["--pad", "339"], "would cut samples"), (["--steps", "0"], "1 or more"), (["--shapes", "C"], "invalid choice"),
-    (["--json", "nowhere/step.json"], "mkdir -p nowhere")])
-def test_a_wrong_flag_is_refused_before_anything_is_measured(wrong, reason, capsys):
-    with pytest.raises(SystemExit):
-        step.main(wrong)
-    assert reason in capsys.readouterr().err
+    assert re.search(r"the cache on disk was written in \d+\.\d\d s, for 2 steps",
+                     printed) and rows[3]["write_seconds"] > 0
