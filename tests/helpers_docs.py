@@ -97,7 +97,7 @@ def small(command: str) -> list[str]:
         return words + shlex.split(TINY_BENCHMARKS[words[2]])
     if "scripts/compare.py" in words:
         config = words[words.index("--config") + 1] if "--config" in words else None
-        return [*words, "--updates", "10", "--processes", "1", "--seeds", "1", "--seconds", "0",
+        return [*words, "--updates", "20", "--processes", "1", "--seeds", "1", "--seconds", "0",
                 "--rows", ROWS[config]]
     if "--measure" in words:
         return [*words, "1"]

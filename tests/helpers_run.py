@@ -107,13 +107,13 @@ def execute(argv, variables, stdin, output, cache, cwd=None):
         sys.executable = shutil.which("python")
         spawned = multiprocessing.get_context
         multiprocessing.get_context = lambda method=None: spawned("fork")
+        # Modules are found where python would look for them, not in the folder of the tests.
+        here = os.getcwd() if argv[0] in ("-m", "-c") else str(Path(argv[0]).resolve().parent)
+        ours = str(ROOT), str(ROOT / "tests"), ""
+        sys.path[:] = [here, *(path for path in sys.path if path not in ours)]
     if not os.environ.get("DRAW"):      # a picture that nobody looks at takes half a second
         log.draw_curves = lambda *arguments, **named: None
 
-    # Modules are found where python would look for them, not in the folder of the tests.
-    here = os.getcwd() if argv[0] in ("-m", "-c") else str(Path(argv[0]).resolve().parent)
-    rest = [path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"), "")]
-    sys.path[:] = [here, *rest]
     if argv[0] == "-c":
         sys.argv = ["-c", *argv[2:]]
         exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
