@@ -101,8 +101,8 @@ def test_backslashes_of_formulas_are_kept():
     (json.dumps(ROW | {"options": ["heart", ["lung"]]}), "an option is no text"),
     (json.dumps(ROW | {"answer_idx": "E"}), "the answer is none of the options"),
     ('{"question": "Which?", "options": ["x", "y"]}', "the answer is none of the options"),
-    (json.dumps(ROW | {"question": "Which\u0007?"}), "a control character"),
-    (json.dumps(ROW | {"question": "Which \ufffd?"}), "half a character"),
+    (json.dumps(ROW | {"question": "Which\u0007?"}), "a control or half a character"),
+    (json.dumps(ROW | {"question": "Which \ufffd?"}), "a control or half a character"),
 ])
 def test_a_question_that_cannot_be_used_is_refused_with_a_reason_to_count_by(reply, reason):
     with pytest.raises(ValueError) as refused:
@@ -530,7 +530,7 @@ def test_a_table_sums_its_columns_and_counts_reasons_by_their_kind():
     rejected = [{"leaf": "a", "reason": "bad: 1"}, {"leaf": "b", "reason": "bad: 2"},
                 {"leaf": "b", "reason": "worse"}]
     assert table(["asked", "kept"], [("a", 3, 2), ("b", 4, 2)], rejected).splitlines() == [
-        "leaf     asked      kept  rejected",
-        "a            3         2  1 bad",
-        "b            4         2  1 bad, 1 worse",
-        "all          7         4  2 bad, 1 worse"]
+        "leaf  asked  kept  rejected",
+        "a         3     2  1 bad",
+        "b         4     2  1 bad, 1 worse",
+        "all       7     4  2 bad, 1 worse"]
