@@ -44,8 +44,8 @@ def read_args():
     parser = make_parser(__doc__)
     add = parser.add_argument_group("models").add_argument
     add("--student", default="out/full_sft_512.pth", help="initial weights of the first round")
-    # The student is distilled from the teacher's weights. They also write the questions, unless
-    # --teacher_url names a model behind an endpoint. An agent that is not given is who writes.
+    # The teacher's weights are distilled, and write the questions, unless --teacher_url names a
+    # model behind an endpoint. An agent that is not given is the one that writes.
     for role in ROLES:
         add_agent_args(parser, role)
     parser.set_defaults(teacher="out/full_sft_768.pth")

@@ -27,15 +27,12 @@ from runtime.log import Logger
 from runtime.precision import pick_dtype
 
 MAX_FAILURES = 10           # failed requests in a row: the endpoint is down, not the request
-MIN_KEY = 8                 # characters; a shorter, made-up key may be a part of any reply
 FATAL = (401, 403, 404)     # wrong key, no permission, wrong model name: every request would fail
 
 
 class OutOfBudget(RuntimeError):
     """An agent has used its tokens. Its replies so far are in its file."""
 
-
-# ---- 1. In this process --------------------------------------------------------------------------
 
 class LocalAgent:
     """Any weights that load_model reads, with `rows` conversations per batch."""
@@ -61,25 +58,18 @@ class LocalAgent:
                 for ids, _ in chats]
 
 
-# ---- 2. Behind an endpoint -----------------------------------------------------------------------
-
 class EndpointAgent:
     """A model behind an endpoint of OpenAI's chat protocol (vLLM, llama.cpp, Ollama, ...). The
     openai package retries a failed request; this class adds a pace, a budget, and a record of all
     replies, so that a rerun sends no request twice.
 
-    url       up to and with /v1; `model` is the model's name there
     replies   JSONL file, a line per reply: {"request", "model", "reply", "tokens"}. A failed
               request has "reply": null and "error", and the next run sends it again. Process r > 0
               writes REPLIES.part{r}; all of these files are read
-    key_env   environment variable with the API key, which is neither logged nor written
-    budget    tokens of prompts and replies, earlier runs included; 0: no limit. Running requests
-              are completed, so that the total can end a little above
-    rpm       requests per minute, retries included, evenly spaced; 0: no limit
-    parallel  concurrent requests
-    retries   of an attempt that fails or is silent for `timeout` seconds
+    budget    tokens, earlier runs included; running requests are completed when it is used
 
-    n_processes divide budget, rpm and parallel among them; this one is `rank`.
+    n_processes divide budget, rpm and parallel among them; this one is `rank`. The other options
+    are the flags of add_agent_args.
     """
 
     def __init__(self, url: str, model: str, replies, key_env: str | None = None, budget: int = 0,
@@ -176,7 +166,8 @@ class EndpointAgent:
                              f"variable of *_key_env. Replies are kept in {self.path}")
 
     def without_key(self, text: str) -> str:
-        return text.replace(self.key, "***") if len(self.key) >= MIN_KEY else text
+        # A short, made-up key may be a part of any reply.
+        return text.replace(self.key, "***") if len(self.key) >= 8 else text
 
 
 def read_key(key_env: str | None) -> str:
@@ -206,10 +197,8 @@ def read_completion(body: str, messages: list[dict]) -> tuple[str, int]:
 
 
 def open_replies(path: Path, rank: int) -> tuple[Path, dict[str, str], int]:
-    """(file of this process, {request: reply} of all files, tokens that they took).
-
-    Raises ValueError for a line of another file. A last line that a kill cut short is dropped.
-    """
+    """(file of this process, {request: reply} of all files, tokens that they took). A last line
+    that a kill cut short is dropped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = path.with_name(f"{path.name}.part{rank}") if rank else path
     replies, spent = {}, 0
@@ -229,10 +218,8 @@ def open_replies(path: Path, rank: int) -> tuple[Path, dict[str, str], int]:
     return mine, replies, spent
 
 
-# ---- 3. By their flags ---------------------------------------------------------------------------
-
 def add_agent_args(parser, role: str):
-    """The flags of an agent, for a role such as "writer": --writer, --writer_url, ..."""
+    """The flags of an agent: --ROLE, --ROLE_url, ..."""
     add = parser.add_argument_group(f"{role}: weights, or a model behind an endpoint").add_argument
     add(f"--{role}", help="weights: a checkpoint, a Hugging Face folder, a GGUF file")
     add(f"--{role}_url", help="or an endpoint of OpenAI's protocol, e.g. http://localhost:8000/v1")

@@ -48,8 +48,6 @@ def nonempty(reply: str) -> str:
     return reply
 
 
-# ---- 1. Contents of a reply ----------------------------------------------------------------------
-
 def values_in(reply: str) -> Iterator[dict | list]:
     """The outermost JSON objects and lists of a reply, in order. Commas before closing brackets and
     the single backslashes of formulas are repaired."""
@@ -143,8 +141,6 @@ def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-# ---- 2. For instruct models ----------------------------------------------------------------------
-
 class Json:
     """JSON is found anywhere in a reply, after thoughts and in code fences."""
 
@@ -218,8 +214,6 @@ class Json:
         named = [letter for letter in NAMED_LETTER.findall(reply) if letter in row["options"]]
         return named[-1] if named else letter_of(reply, row["options"])
 
-
-# ---- 3. For a tiny teacher -----------------------------------------------------------------------
 
 class Miniworld:
     """Short lines, on which a tiny teacher can be trained:

@@ -56,13 +56,11 @@ def reason_to_reject(correct: str, answers) -> str | None:
     for role, (letter, problem) in zip(ROLES, answers):
         if letter is None:
             return f"{role} {problem}"
-    a, b = (letter for letter, _ in answers)
-    if a == b:
-        return None if a == correct else f"both have another answer: {a}, not {correct}"
-    if correct not in (a, b):
-        return f"all three differ: agent_a {a}, agent_b {b}, not {correct}"
-    role, letter = ("agent_b", b) if a == correct else ("agent_a", a)
-    return f"{role} has another answer: {letter}, not {correct}"
+    wrong = [(role, letter) for role, (letter, _) in zip(ROLES, answers) if letter != correct]
+    if wrong:
+        roles, letters = map(" and ".join, zip(*wrong))
+        return f"another answer of {roles}: {letters}, not {correct}"
+    return None
 
 
 def main():

@@ -313,10 +313,9 @@ def test_the_teacher_sees_real_questions_of_the_leaf_and_of_no_other():
 
 def test_a_question_is_kept_when_both_agents_give_its_answer():
     assert reason_to_reject("B", [("B", None), ("B", None)]) is None
-    for a, b, reason in [("B", "C", "agent_b has another answer: C, not B"),
-                         ("C", "B", "agent_a has another answer: C, not B"),
-                         ("C", "C", "both have another answer: C, not B"),
-                         ("C", "D", "all three differ: agent_a C, agent_b D, not B")]:
+    for a, b, reason in [("B", "C", "another answer of agent_b: C, not B"),
+                         ("C", "B", "another answer of agent_a: C, not B"),
+                         ("C", "D", "another answer of agent_a and agent_b: C and D, not B")]:
         assert reason_to_reject("B", [(a, None), (b, None)]) == reason
     gone = reason_to_reject("B", [("B", None), (None, "no reply: gone")])
     assert gone == "agent_b no reply: gone"
