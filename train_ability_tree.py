@@ -116,10 +116,12 @@ def check_inputs(args):
     for name in ("student", *ROLES):
         if vars(args)[name] and not Path(vars(args)[name]).exists():
             raise ValueError(f"--{name} {vars(args)[name]}: there is no such file")
-    for paths in (*([file] for file in args.dataset_files), args.seed_questions):
-        read_choices(paths)
-    for paths in (*([file] for file in args.ability_files), args.seed_abilities):
-        read_abilities(paths)
+    for file in args.dataset_files:         # each by itself: rounds may have the same ids
+        read_choices([file])
+    for file in args.ability_files:
+        read_abilities([file])
+    read_choices(args.seed_questions)
+    read_abilities(args.seed_abilities)
     rows_of(args.exclude, question_text)
     rows_of(args.old_data, bare)
     if args.initial_tree:

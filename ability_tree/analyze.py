@@ -43,16 +43,6 @@ def read_replies(paths) -> dict[str, bool]:
     return replies
 
 
-def check_same(replies: dict, questions: dict):
-    """Raises ValueError unless these are the replies to these questions."""
-    for some, others, problem in ((questions, replies, "questions have no reply"),
-                                  (replies, questions, "replies have no question")):
-        alone = [name for name in some if name not in others]
-        if alone:
-            raise ValueError(f"{len(alone):,} of {len(some):,} {problem}, the first is "
-                             f"{alone[0]!r}. --replies and --questions must be of one exam")
-
-
 def classify(agent, prompts, rows: list[dict], leaves: list[tuple[str, ...]], hide_options: bool,
              max_new_tokens: int, seed: int) -> list[dict]:
     """{"id", "ability_path"} of each row; {"id", "reply", "reason"} if the reply names no leaf."""
@@ -94,7 +84,9 @@ def main():
         before, tree = AbilityTree.load(args.tree), AbilityTree.load(args.tree)
         questions = {str(row["id"]): row for row in read_choices(args.questions)}
         replies, paths = read_replies(args.replies), read_abilities(args.abilities)
-        check_same(replies, questions)
+        if alone := sorted(replies.keys() ^ questions.keys()):
+            raise ValueError(f"{len(alone):,} ids are in --replies or in --questions alone, the "
+                             f"first is {alone[0]!r}; both must be of one exam")
         for path in dict.fromkeys(paths[name] for name in questions if name in paths):
             try:
                 tree.find(path, args.grow)
