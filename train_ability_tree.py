@@ -13,12 +13,8 @@ write questions for them, let two agents check these, distil, and begin again.
                           train_distillation.py
     the end  A, B         the tree before and after, and a table per leaf
 
-When: some leaves lack rows, and the teacher can write questions. Weak leaves then score
-64.5 ± 2.7 %; 58.0 ± 1.3 with questions for all leaves alike, 33.4 without new ones (README).
-
-Each step is a command (`python -m ability_tree.NAME --help`) and is printed when it runs; its log
-is iteration_n/NAME.log. A finished step is skipped, by the hashes of its inputs and outputs
-(ability_tree/workflow.py). Ctrl-C stops the running step, and the same command resumes.
+Each step is a command (`python -m ability_tree.NAME --help`); its log is iteration_n/NAME.log. The
+same command again skips finished steps and resumes the one that was interrupted.
 
 one process    python train_ability_tree.py --config configs/ability_tiny.yaml
 two processes  python train_ability_tree.py --config configs/ability_tiny.yaml --gpus 0 1
@@ -30,13 +26,13 @@ from random import Random
 import torch
 
 from ability_tree.agents import add_agent_args, make_agent
-from ability_tree.generate_distill_data import question_text
+from ability_tree.generate_distill_data import add_share_args, question_text
 from ability_tree.generate_logits import bare
-from ability_tree.prompts import PROMPTS
-from ability_tree.steps import read_abilities, read_choices, rows_of, write_rows
-from ability_tree.train import add_lesson_args
+from ability_tree.steps import add_request_args, read_abilities, read_choices, rows_of, write_rows
+from ability_tree.train import LESSON, add_lesson_args
 from ability_tree.tree import AbilityTree, compare
 from ability_tree.workflow import Workflow
+from evaluation.tables import markdown
 from runtime.args import check_ranges, checking_input, make_parser, parse_args
 from runtime.files import write_atomic
 from runtime.log import Logger
@@ -48,8 +44,8 @@ def read_args():
     parser = make_parser(__doc__)
     add = parser.add_argument_group("models").add_argument
     add("--student", default="out/full_sft_512.pth", help="initial weights of the first round")
-    # The student is distilled from the teacher's weights. They also write the questions, unless
-    # --teacher_url names a model behind an endpoint. An agent that is not given is who writes.
+    # The teacher's weights are distilled, and write the questions, unless --teacher_url names a
+    # model behind an endpoint. An agent that is not given is the one that writes.
     for role in ROLES:
         add_agent_args(parser, role)
     parser.set_defaults(teacher="out/full_sft_768.pth")
@@ -61,8 +57,7 @@ def read_args():
         help="their ability paths, a file per round or one for all; the teacher finds missing ones")
     add("--seed_questions", nargs="+", default=["dataset/ability_seeds.jsonl"],
         help="real questions, the examples for new ones")
-    add("--seed_abilities", nargs="+", default=["dataset/ability_paths.jsonl"],
-        help="their ability paths")
+    add("--seed_abilities", nargs="+", default=["dataset/ability_paths.jsonl"], help="their paths")
     add("--exclude", nargs="*", default=[], help="exams whose questions must not be written")
     add("--old_data", nargs="*", default=[],
         help="rows of any format that the student knows, mixed with the new ones against "
@@ -76,16 +71,12 @@ def read_args():
     add = parser.add_argument_group("questions").add_argument
     add("--rounds", type=int, default=2, help="number of rounds")
     add("--n_samples", type=int, default=10000, help="questions to write in each")
-    add("--power", type=float, default=1.0,
-        help="exponent of (1 - accuracy) in a leaf's share of them; 0: equal shares")
-    add("--floor", type=float, default=0.02,
-        help="share, in [0, 1], that all leaves get in equal parts")
-    add("--prompts", default="json", choices=list(PROMPTS), help="wording: ability_tree/prompts.py")
+    add_share_args(add)
     add("--write_temperature", type=float, default=1.0,
         help="sampling temperature of the teacher when it writes questions, above 0")
     add("--write", action="store_true",
         help="miniworld: agents generate their answer instead of choosing an option")
-    add("--max_new_tokens", type=int, default=512, help="maximum length of a reply, in tokens")
+    add_request_args(parser)
 
     add = parser.add_argument_group("training").add_argument
     add_lesson_args(add)
@@ -97,18 +88,17 @@ def read_args():
         help="GPU numbers, a process for each; on a CPU their count matters")
     add("--workflow_dir", default="output/workflow", help="folder of trees, questions and logs")
     add("--models_dir", default="output/models", help="folder of the students")
-    add("--seed", type=int, default=1337, help="random seed")
     args = parse_args(parser)
 
     n_files = args.rounds, 1
+    ranges = [(name, vars(args)[name] >= 1, "be 1 or more") for name in ("rounds", "n_samples")]
+    ranges += [(name, vars(args)[name] > 0, "be above 0") for name in (
+        "write_temperature", "temperature")]
+    ranges += [(name, 0 <= vars(args)[name] <= 1, "lie in [0, 1]") for name in (
+        "floor", "alpha_ce")]
     check_ranges(
-        parser, args, *((name, vars(args)[name] >= 1, "be 1 or more") for name in (
-            "rounds", "n_samples", "max_new_tokens", "batch_size", "accumulation_steps", "epochs")),
-        *((name, vars(args)[name] > 0, "be above 0") for name in (
-            "write_temperature", "temperature", "learning_rate")),
-        *((name, 0 <= vars(args)[name] <= 1, "lie in [0, 1]") for name in ("floor", "alpha_ce")),
+        parser, args, *ranges, ("power", args.power >= 0, "be 0 or more"),
         ("replay_share", 0 <= args.replay_share < 1, "lie in [0, 1): at 1 nothing is learned"),
-        ("power", args.power >= 0, "be 0 or more"),
         ("write", not args.write or args.prompts == "miniworld", "go with --prompts miniworld"),
         ("dataset_files", len(args.dataset_files) in n_files, "be one file, or one per round"),
         ("ability_files", len(args.ability_files) in n_files or not args.ability_files
@@ -126,10 +116,12 @@ def check_inputs(args):
     for name in ("student", *ROLES):
         if vars(args)[name] and not Path(vars(args)[name]).exists():
             raise ValueError(f"--{name} {vars(args)[name]}: there is no such file")
-    for paths in (*([file] for file in args.dataset_files), args.seed_questions):
-        read_choices(paths)
-    for paths in (*([file] for file in args.ability_files), args.seed_abilities):
-        read_abilities(paths)
+    for file in args.dataset_files:         # each by itself: rounds may have the same ids
+        read_choices([file])
+    for file in args.ability_files:
+        read_abilities([file])
+    read_choices(args.seed_questions)
+    read_abilities(args.seed_abilities)
     rows_of(args.exclude, question_text)
     rows_of(args.old_data, bare)
     if args.initial_tree:
@@ -164,27 +156,28 @@ def replay(old: list, new: Path, share: float, seed: int, path: Path) -> list[Pa
 
 def report(before: AbilityTree, after: AbilityTree, n_rounds: int, folder: Path) -> str:
     """Markdown: a row per leaf, and the number of questions of each round."""
-    lines = [f"# Before, and after round {n_rounds}", "", compare(before, after), "",
-             "In parentheses: the 95 % interval of the change; bold where it excludes 0.", "",
-             "![the tree](report.png)", "", "| round | written | kept |", "|---|---:|---:|"]
+    counts = [["round", "written", "kept"]]
     for number in range(1, n_rounds + 1):
         files = (folder / f"iteration_{number}" / name for name in (
             "C_distill_data/distill.jsonl", "D_validated_data/valid.jsonl"))
-        written, kept = (len(file.read_bytes().splitlines()) for file in files)
-        lines.append(f"| {number} | {written:,} | {kept:,} |")
-    return "\n".join(lines) + "\n"
+        counts.append([f"{number}", *(f"{len(file.read_bytes().splitlines()):,}"
+                                      for file in files)])
+    return (f"# Before, and after round {n_rounds}\n\n{compare(before, after)}\n\n"
+            "In parentheses: the 95 % interval of the change; bold where it excludes 0.\n\n"
+            f"![the tree](report.png)\n\n{markdown(counts)}\n")
 
 
 def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], str]:
     """The student's trees before each round and at the end, and the last student."""
-    hide, student, trees, valid = args.hide_options, args.student, [], []
+    student, trees, valid = args.student, [], []
     requests = {"prompts": args.prompts, "max_new_tokens": args.max_new_tokens}
+    hide = {"hide_options": args.hide_options}
     teacher, agent_a, agent_b = (agent_flags(args, role) for role in ROLES)
 
     tree = args.initial_tree
     if tree is None:
         tree = folder / "initial_ability_tree/tree.json"
-        workflow.step("initial tree", "create_initial_tree", tree.parent, args.ability_files,
+        workflow.step("initial tree", "create_initial_tree", tree.parent,
                       ability_files=args.ability_files, out=tree)
 
     for number in range(1, args.rounds + 2):
@@ -195,37 +188,31 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
 
         # A. The student sits an exam
         replies = here / "A_student_reply/replies.jsonl"
-        workflow.step(f"{title}: inference", "inference", replies.parent, [student, *questions],
-                      weights=student, questions=questions, hide_options=hide, out=replies)
+        workflow.step(f"{title}: inference", "inference", replies.parent, weights=student,
+                      questions=questions, **hide, out=replies)
 
         # B. Its answers are counted in the tree. An agent finds the leaves of questions without one
         before, tree, agent = tree, here / "B_student_tree/tree.json", {}
-        ids = {str(row["id"]) for row in read_choices(questions)}
-        if not ids <= set(read_abilities(abilities)):
-            agent = {**agent_flags(args, "agent"), **requests, "hide_options": hide,
-                     "seed": args.seed}
-        workflow.step(f"{title}: analyze", "analyze", tree.parent,
-                      [replies, *questions, *abilities, before, agent.get("agent")],
-                      replies=[replies], questions=questions, abilities=abilities, tree=before,
-                      round=number, **agent, out=tree, png=tree.with_suffix(".png"))
+        if {str(row["id"]) for row in read_choices(questions)} - set(read_abilities(abilities)):
+            agent = {**agent_flags(args, "agent"), **requests, **hide, "seed": args.seed}
+        workflow.step(f"{title}: analyze", "analyze", tree.parent, replies=[replies],
+                      questions=questions, abilities=abilities, tree=before, round=number, **agent,
+                      out=tree, png=tree.with_suffix(".png"))
         trees.append(AbilityTree.load(tree))
         if number > args.rounds:
             return trees, student
 
         # C. The teacher writes questions, most of them for weak leaves
         written = here / "C_distill_data/distill.jsonl"
-        workflow.step(f"{title}: generate", "generate_distill_data", written.parent,
-                      [tree, *args.seed_questions, *args.seed_abilities, *args.exclude,
-                       teacher["teacher"]],
-                      tree=tree, questions=args.seed_questions, abilities=args.seed_abilities,
+        workflow.step(f"{title}: generate", "generate_distill_data", written.parent, tree=tree,
+                      questions=args.seed_questions, abilities=args.seed_abilities,
                       exclude=args.exclude, **teacher, **requests, n_samples=args.n_samples,
                       power=args.power, floor=args.floor, temperature=args.write_temperature,
                       seed=seed, id_prefix=f"round{number}", out=written)
 
         # D. A question is kept if both agents give its answer
         kept = here / "D_validated_data/valid.jsonl"
-        workflow.step(f"{title}: validate", "validate", kept.parent,
-                      [written, agent_a["agent_a"], agent_b["agent_b"]], questions=[written],
+        workflow.step(f"{title}: validate", "validate", kept.parent, questions=[written],
                       abilities=[written.with_name("distill_ability.jsonl")], **agent_a, **agent_b,
                       **requests, write=args.write, seed=args.seed, out=kept)
 
@@ -234,20 +221,15 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
                               here / "replay.jsonl")]
         valid.append(kept)
         logits = here / "E_teacher_logits/logits"
-        workflow.step(f"{title}: logits", "generate_logits", logits.parent, [args.teacher, *data],
-                      teacher=args.teacher, data=data, hide_options=hide,
-                      max_seq_len=args.max_seq_len, out=logits)
+        learned = {"data": data, **hide, "max_seq_len": args.max_seq_len}
+        workflow.step(f"{title}: logits", "generate_logits", logits.parent, teacher=args.teacher,
+                      **learned, out=logits)
 
         # F. The student is distilled; the next round examines it
         trained = Path(args.models_dir, f"iteration_{number}_student_model")
-        workflow.step(f"{title}: train", "train", trained, [student, logits, *data],
-                      log=here / "train.log", resume_flag="--resume", student=student,
-                      logits=logits, data=data, hide_options=hide, out_dir=trained,
-                      temperature=args.temperature, alpha_ce=args.alpha_ce, epochs=args.epochs,
-                      max_steps=args.max_steps, learning_rate=args.learning_rate,
-                      warmup_iters=args.warmup_iters, batch_size=args.batch_size,
-                      accumulation_steps=args.accumulation_steps, max_seq_len=args.max_seq_len,
-                      more=args.more, seed=seed)
+        workflow.step(f"{title}: train", "train", trained, log=here / "train.log",
+                      resume_flag="--resume", student=student, logits=logits, **learned,
+                      out_dir=trained, seed=seed, **{name: vars(args)[name] for name in LESSON})
         student = next(path for path in sorted(trained.glob("full_dist_*.pth"))
                        if not path.stem.endswith("_best"))
 

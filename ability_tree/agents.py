@@ -1,18 +1,8 @@
 """
 代理：把一批对话交给一个模型，取回一批答复；模型在本地，或在一个 OpenAI 式的接口后面。
-Agents: a list of conversations goes to a model, and a list of replies comes back. The model runs
-in this process, or behind an endpoint with OpenAI's chat protocol (vLLM, llama.cpp, Ollama, ...).
-
-    add_agent_args(parser, "writer")    # --writer WEIGHTS, or --writer_url URL --writer_model NAME
-    writer = make_agent(vars(args), "writer", device)
-    writer.generate([[{"role": "user", "content": "2 + 3 ="}], ...], max_new_tokens=32)     # ["5"]
-
-generate(conversations, max_new_tokens, temperature=0.0, seed=0) returns a reply to each of them,
-without surrounding white space; "" for none. At temperature 0 it is greedy. Above 0 a reply depends
-on the seed and on the other conversations of the call; equal conversations get different replies.
-
-An endpoint fails now and then, and costs money. The openai package retries a failed request; this
-file adds a pace, a budget, and a record of all replies, so that a rerun sends no request twice.
+Agents: generate(conversations, max_new_tokens, temperature=0.0, seed=0) returns a reply to each
+conversation, stripped, "" for none. Temperature 0 is greedy. Above 0 a reply depends on the seed
+and the other conversations of the call; equal conversations get different replies.
 """
 
 import hashlib
@@ -20,11 +10,11 @@ import json
 import os
 import random
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from glob import escape
 from pathlib import Path
+from time import monotonic
 from urllib.parse import urlsplit
 
 import torch
@@ -37,15 +27,12 @@ from runtime.log import Logger
 from runtime.precision import pick_dtype
 
 MAX_FAILURES = 10           # failed requests in a row: the endpoint is down, not the request
-MIN_KEY = 8                 # characters; a shorter, made-up key may be a part of any reply
 FATAL = (401, 403, 404)     # wrong key, no permission, wrong model name: every request would fail
 
 
 class OutOfBudget(RuntimeError):
     """An agent has used its tokens. Its replies so far are in its file."""
 
-
-# ---- 1. In this process --------------------------------------------------------------------------
 
 class LocalAgent:
     """Any weights that load_model reads, with `rows` conversations per batch."""
@@ -71,25 +58,18 @@ class LocalAgent:
                 for ids, _ in chats]
 
 
-# ---- 2. Behind an endpoint -----------------------------------------------------------------------
-
 class EndpointAgent:
-    """A model behind an endpoint of OpenAI's chat protocol.
+    """A model behind an endpoint of OpenAI's chat protocol (vLLM, llama.cpp, Ollama, ...). The
+    openai package retries a failed request; this class adds a pace, a budget, and a record of all
+    replies, so that a rerun sends no request twice.
 
-    url       up to and with /v1; `model` is the model's name there
     replies   JSONL file, a line per reply: {"request", "model", "reply", "tokens"}. A failed
               request has "reply": null and "error", and the next run sends it again. Process r > 0
               writes REPLIES.part{r}; all of these files are read
-    key_env   environment variable with the API key, which is neither logged nor written
-    budget    tokens of prompts and replies, earlier runs included; 0: no limit. Running requests
-              are completed, so that the total can end a little above
-    rpm       requests per minute, retries included, evenly spaced; 0: no limit
-    parallel  concurrent requests
-    retries   by the openai package: after connection errors, 408, 409, 429 and 5xx, with
-              exponential back-off or as long as Retry-After says
-    timeout   seconds without a byte from the endpoint after which an attempt has failed
+    budget    tokens, earlier runs included; running requests are completed when it is used
 
-    n_processes divide budget, rpm and parallel among them; this one is `rank`.
+    n_processes divide budget, rpm and parallel among them; this one is `rank`. The other options
+    are the flags of add_agent_args.
     """
 
     def __init__(self, url: str, model: str, replies, key_env: str | None = None, budget: int = 0,
@@ -103,8 +83,7 @@ class EndpointAgent:
         except ImportError:
             raise ValueError("an endpoint needs the openai package: pip install openai") from None
         self.openai, self.url, self.model = openai, url.rstrip("/"), model
-        self.name = f"{model} at {urlsplit(url).hostname}"
-        self.key = read_key(key_env)
+        self.name, self.key = f"{model} at {urlsplit(url).hostname}", read_key(key_env)
         self.client = openai.OpenAI(
             base_url=self.url, api_key=self.key, timeout=timeout, max_retries=retries,
             http_client=openai.DefaultHttpxClient(event_hooks={"request": [self.wait_for_turn]}))
@@ -130,9 +109,6 @@ class EndpointAgent:
             key = json.dumps({"url": self.url, **request}, sort_keys=True)
             requests.append((hashlib.sha256(key.encode()).hexdigest(), request))
         missing = {key: request for key, request in requests if key not in self.replies}
-        if missing:
-            n_known = len(dict(requests)) - len(missing)
-            Logger(f"{self.name}: {len(missing):,} requests to send, {n_known:,} known replies")
         self.stop.clear()
         pool = ThreadPoolExecutor(self.parallel)
         try:
@@ -148,8 +124,8 @@ class EndpointAgent:
     def wait_for_turn(self, _request):
         """Called by the client before each attempt."""
         with self.gate:
-            self.stop.wait(max(0.0, self.next_start - time.monotonic()))
-            self.next_start = time.monotonic() + self.gap
+            self.stop.wait(max(0.0, self.next_start - monotonic()))
+            self.next_start = monotonic() + self.gap
 
     def fetch(self, key: str, request: dict):
         """One reply, into the file. Raises OutOfBudget and the ValueErrors of generate."""
@@ -160,27 +136,28 @@ class EndpointAgent:
             raise OutOfBudget(f"{self.name}: the budget of {self.budget:,} tokens is used. The "
                               f"replies are in {self.path}; a larger budget resumes")
         row = {"request": key, "model": self.model, "reply": None, "tokens": 0}
-        status = None
+        status = problem = None
         try:
             raw = self.client.chat.completions.with_raw_response.create(**request)
-            reply, row["tokens"] = read_completion(raw.text, request["messages"])
-            row["reply"] = self.without_key(reply)
+            row["reply"], row["tokens"] = read_completion(raw.text, request["messages"])
         except self.openai.APIStatusError as error:
             status, problem = error.status_code, f"{error.status_code} {error.response.text}"
         except self.openai.APIError as error:               # no connection, or no reply in time
             problem = f"{error} ({type(error.__cause__).__name__})"
         except ValueError as error:                         # no completion
             problem = str(error)
-        if row["reply"] is None:
+        if problem is None:
+            row["reply"] = self.without_key(row["reply"])
+        else:
             row["error"] = problem = f"{' '.join(self.without_key(problem).split()):.200}"
         with self.lock:
             with open(self.path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self.left -= row["tokens"]
-            self.n_failed = self.n_failed + 1 if row["reply"] is None else 0
-            if row["reply"] is not None:
-                self.replies[key] = row["reply"]
-                return
+            self.n_failed = self.n_failed + 1 if problem else 0
+        if problem is None:
+            self.replies[key] = row["reply"]
+            return
         Logger(f"{self.name}: no reply to request {key[:8]}: {problem}")
         if status in FATAL or self.n_failed >= MAX_FAILURES:
             self.stop.set()
@@ -189,7 +166,8 @@ class EndpointAgent:
                              f"variable of *_key_env. Replies are kept in {self.path}")
 
     def without_key(self, text: str) -> str:
-        return text.replace(self.key, "***") if len(self.key) >= MIN_KEY else text
+        # A short, made-up key may be a part of any reply.
+        return text.replace(self.key, "***") if len(self.key) >= 8 else text
 
 
 def read_key(key_env: str | None) -> str:
@@ -198,8 +176,8 @@ def read_key(key_env: str | None) -> str:
         return "none"           # without one, the package would send the user's OPENAI_API_KEY
     key = os.environ.get(key_env, "").strip()
     if not key:
-        raise ValueError("*_key_env takes the name of an environment variable with the API key; "
-                         "there is none of this name, or it is empty. Type: export NAME=KEY")
+        raise ValueError("*_key_env names an environment variable with the API key; there is none "
+                         "of this name, or it is empty. Type: export NAME=KEY")
     return key
 
 
@@ -219,10 +197,8 @@ def read_completion(body: str, messages: list[dict]) -> tuple[str, int]:
 
 
 def open_replies(path: Path, rank: int) -> tuple[Path, dict[str, str], int]:
-    """(file of this process, {request: reply} of all files, tokens that they took).
-
-    Raises ValueError for a line of another file. A last line that a kill cut short is dropped.
-    """
+    """(file of this process, {request: reply} of all files, tokens that they took). A last line
+    that a kill cut short is dropped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = path.with_name(f"{path.name}.part{rank}") if rank else path
     replies, spent = {}, 0
@@ -242,10 +218,8 @@ def open_replies(path: Path, rank: int) -> tuple[Path, dict[str, str], int]:
     return mine, replies, spent
 
 
-# ---- 3. By their flags ---------------------------------------------------------------------------
-
 def add_agent_args(parser, role: str):
-    """The flags of an agent, for a role such as "writer": --writer, --writer_url, ..."""
+    """The flags of an agent: --ROLE, --ROLE_url, ..."""
     add = parser.add_argument_group(f"{role}: weights, or a model behind an endpoint").add_argument
     add(f"--{role}", help="weights: a checkpoint, a Hugging Face folder, a GGUF file")
     add(f"--{role}_url", help="or an endpoint of OpenAI's protocol, e.g. http://localhost:8000/v1")
@@ -267,12 +241,8 @@ def make_agent(flags: dict, role: str, device) -> LocalAgent | EndpointAgent:
                for name in ("model", "key_env", "replies", "budget", "rpm")}
     if (weights is None) == (url is None):
         raise ValueError(f"give either --{role} WEIGHTS or --{role}_url URL, and not both")
-    if min(options["budget"], options["rpm"]) < 0 or (parallel is not None and parallel < 1):
-        raise ValueError(f"--{role}_budget and --{role}_rpm must be 0 or more, --{role}_parallel "
-                         "1 or more")
     if url is None:
-        idle = [f"--{role}_{name}" for name, value in options.items() if value]
-        if idle:
+        if idle := [f"--{role}_{name}" for name, value in options.items() if value]:
             raise ValueError(f"{', '.join(idle)}: no effect without --{role}_url")
         return LocalAgent(weights, device, parallel or 64, pick_dtype("bfloat16", device))
     if not options["model"]:

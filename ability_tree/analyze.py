@@ -7,10 +7,9 @@ agent classifies the questions that have no path.
         --questions dataset/ability_dev.jsonl --abilities dataset/ability_paths.jsonl \\
         --tree out/ability/tree.json --round 1 --out out/ability/tree_1.json
 
-two processes  torchrun --nproc_per_node 2 -m ability_tree.analyze --ddp ...
-
-OUT is the tree after this round; --tree stays as it is. OUT_ability.jsonl has the agent's paths, a
-file for --abilities; OUT_rejected.jsonl the questions without a leaf, which do not count.
+    OUT                   the tree after this round; --tree stays as it is
+    OUT_ability.jsonl     the agent's paths, a file for --abilities
+    OUT_rejected.jsonl    the questions without a leaf, which do not count
 """
 
 from pathlib import Path
@@ -18,11 +17,10 @@ from pathlib import Path
 from ability_tree.agents import add_agent_args, identity_of, make_agent
 from ability_tree.inference import prompt
 from ability_tree.prompts import PROMPTS
-from ability_tree.steps import (add_request_args, add_run_args, batches_of, beside, read_abilities,
-                                read_choices, rows_of, seed_of, settings, sha256_of, work_in_parts,
-                                write_rows)
+from ability_tree.steps import (add_request_args, batches_of, beside, read_abilities, read_choices,
+                                rows_of, seed_of, settings, sha256_of, work_in_parts, write_rows)
 from ability_tree.tree import AbilityTree, compare, spell
-from runtime.args import checking_input, make_parser, parse_args
+from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.log import Logger
 from runtime.processes import init_distributed_mode
 
@@ -30,31 +28,19 @@ PART = 64           # questions in one call of the agent
 
 
 def read_replies(paths) -> dict[str, bool]:
-    """{id as text: whether the answer is correct}. Raises what read_each raises, also for a second
-    reply to a question."""
+    """{id as text: whether the answer is correct}; a ValueError names file and line."""
     replies = {}
 
     def checked(row):
-        if "id" not in row or not isinstance(row.get("correct"), bool):
-            raise ValueError(f"not a reply {{id, correct: true or false}} (keys found: "
-                             f"{', '.join(row)}); python -m ability_tree.inference writes them")
+        if "id" not in row or "correct" not in row:
+            raise ValueError(f"not a reply {{id, correct}} (keys found: {', '.join(row)}); "
+                             "python -m ability_tree.inference writes them")
         if str(row["id"]) in replies:
             raise ValueError(f"{str(row['id'])!r} has two replies; give those of one round")
         replies[str(row["id"])] = row["correct"]
-        return row
 
     rows_of(paths, checked)
     return replies
-
-
-def check_same(replies: dict, questions: dict):
-    """Raises ValueError unless these are the replies to these questions."""
-    for some, others, problem in ((questions, replies, "questions have no reply"),
-                                  (replies, questions, "replies have no question")):
-        alone = [name for name in some if name not in others]
-        if alone:
-            raise ValueError(f"{len(alone):,} of {len(some):,} {problem}, the first is "
-                             f"{alone[0]!r}. --replies and --questions must be of one exam")
 
 
 def classify(agent, prompts, rows: list[dict], leaves: list[tuple[str, ...]], hide_options: bool,
@@ -64,10 +50,10 @@ def classify(agent, prompts, rows: list[dict], leaves: list[tuple[str, ...]], hi
     found = []
     for row, reply in zip(rows, agent.generate(requests, max_new_tokens, seed=seed)):
         try:
-            path = prompts.read_leaf(reply, leaves)
-            found.append({"id": row["id"], "ability_path": list(path)})
+            result = {"ability_path": list(prompts.read_leaf(reply, leaves))}
         except ValueError as error:
-            found.append({"id": row["id"], "reply": reply, "reason": str(error)})
+            result = {"reply": reply, "reason": str(error)}
+        found.append({"id": row["id"], **result})
     return found
 
 
@@ -87,7 +73,7 @@ def main():
     add = add_request_args(parser)
     add("--hide_options", action="store_true", help="show the agent the bare question")
     add_agent_args(parser, "agent")
-    add_run_args(parser)
+    add_process_args(parser, dtype=False)
     args = parse_args(parser)
     world = init_distributed_mode(args.ddp, args.device, args.local_rank)
 
@@ -98,7 +84,9 @@ def main():
         before, tree = AbilityTree.load(args.tree), AbilityTree.load(args.tree)
         questions = {str(row["id"]): row for row in read_choices(args.questions)}
         replies, paths = read_replies(args.replies), read_abilities(args.abilities)
-        check_same(replies, questions)
+        if alone := sorted(replies.keys() ^ questions.keys()):
+            raise ValueError(f"{len(alone):,} ids are in --replies or in --questions alone, the "
+                             f"first is {alone[0]!r}; both must be of one exam")
         for path in dict.fromkeys(paths[name] for name in questions if name in paths):
             try:
                 tree.find(path, args.grow)
@@ -111,7 +99,7 @@ def main():
                              "--agent (or --agent_url) that classifies them")
 
     # 3. The agent classifies the rest
-    parts = None
+    parts, results = None, []
     if unknown:
         leaves = list(tree.leaves())
         with checking_input():
@@ -119,22 +107,20 @@ def main():
             about = {"agent": identity_of(vars(args), "agent"), "leaves": list(map(list, leaves)),
                      "questions": sha256_of(args.questions), "ids": [row["id"] for row in unknown],
                      **settings(args, ("prompts", "hide_options", "max_new_tokens", "seed"))}
-        Logger(f"{agent.name} finds the leaves of {len(unknown):,} questions")
         parts, results = work_in_parts(
             args.out, about, batches_of(unknown, PART), lambda part, batch: classify(
                 agent, PROMPTS[args.prompts], batch, leaves, args.hide_options,
                 args.max_new_tokens, seed_of(args.seed, part)), world)
     if world.rank != 0:
         return
-    if parts:
-        found = [each for each in sum(results, []) if "reason" not in each]
-        rejected = [each for each in sum(results, []) if "reason" in each]
+    results = sum(results, [])
+    if found := [each for each in results if "reason" not in each]:
         paths |= {str(each["id"]): tuple(each["ability_path"]) for each in found}
         write_rows(beside(args.out, "ability"), found)
-        if rejected:
-            write_rows(beside(args.out, "rejected"), rejected)
-            Logger(f"{len(rejected):,} questions have no leaf and do not count: "
-                   f"{beside(args.out, 'rejected')}")
+    if rejected := [each for each in results if "reason" in each]:
+        write_rows(beside(args.out, "rejected"), rejected)
+        Logger(f"{len(rejected):,} questions have no leaf and do not count: "
+               f"{beside(args.out, 'rejected')}")
 
     # 4. The tree after this round
     counted = [(paths[name], correct) for name, correct in replies.items() if name in paths]
@@ -144,11 +130,10 @@ def main():
     if parts:
         parts.remove()
     Logger(tree.text())
-    before = before if before.asked else None
-    if before:
+    if before.asked:
         Logger(f"\n{compare(before, tree)}\n")
     if args.png:
-        tree.draw(args.png, before)
+        tree.draw(args.png, before if before.asked else None)
     Logger(f"round {args.round}: {len(counted):,} questions on {len(tree.leaves()):,} leaves, the "
            f"weakest is {spell(tree.weakest(1)[0])}. Wrote {args.out}")
 

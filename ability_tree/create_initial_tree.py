@@ -7,11 +7,7 @@ The initial ability tree: an agent divides a domain level by level; or the paths
     python -m ability_tree.create_initial_tree --ability_files dataset/ability_paths.jsonl \\
         --out out/ability/tree.json
 
-two processes  torchrun --nproc_per_node 2 -m ability_tree.create_initial_tree --ddp ...
-
-The root is level 0, so that --depth 3 gives paths of four names. A reply that is no list of names
-is requested again with another seed, up to --max_tries times in all; then it stays a leaf.
-OUT_rejected.jsonl has the rejected replies.
+An ability whose replies are no lists of names stays a leaf. OUT_rejected.jsonl has these replies.
 """
 
 import sys
@@ -22,10 +18,11 @@ import torch.distributed as dist
 
 from ability_tree.agents import OutOfBudget, add_agent_args, make_agent
 from ability_tree.prompts import PROMPTS
-from ability_tree.steps import (add_request_args, add_run_args, batches_of, beside, read_abilities,
-                                seed_of, write_rows)
+from ability_tree.steps import (add_request_args, batches_of, beside, read_abilities, seed_of,
+                                write_rows)
 from ability_tree.tree import AbilityTree, key_of, spell
-from runtime.args import check_ranges, checking_input, make_parser, parse_args
+from runtime.args import (add_process_args, check_ranges, checking_input, make_parser,
+                          parse_args)
 from runtime.log import Logger
 from runtime.processes import init_distributed_mode, patient_group
 
@@ -43,6 +40,8 @@ def grow(tree: AbilityTree, generate: Callable, prompts, depth: int, breadth: in
     for level in range(1, depth + 1):
         paths = [path for path in tree.leaves() if len(path) == level]  # shorter: indivisible
         for attempt in range(max_tries):
+            if not paths:
+                break
             requests, failed = [prompts.expand(path, breadth) for path in paths], []
             for path, reply in zip(paths, generate(requests, seed_of(seed, level, attempt))):
                 try:
@@ -57,8 +56,6 @@ def grow(tree: AbilityTree, generate: Callable, prompts, depth: int, breadth: in
             Logger(f"level {level}, try {attempt + 1}: {len(paths) - len(failed):,} of "
                    f"{len(paths):,} replies are lists; {len(tree.leaves()):,} leaves")
             paths = failed
-            if not paths:
-                break
     return rejected
 
 
@@ -78,10 +75,11 @@ def divided(agent, max_new_tokens: int, temperature: float, world) -> Callable:
         results = [(replies, problem)] * world.size
         if group:
             dist.all_gather_object(results, (replies, problem), group=group)
-        for _, problem in results:
+        for others, problem in results:
             if problem:
                 raise OutOfBudget(problem)
-        return [text for n in range(len(batches)) for text in results[n % world.size][0][n]]
+            replies |= others
+        return [text for n in range(len(batches)) for text in replies[n]]
 
     return generate
 
@@ -91,14 +89,14 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
     add("--ability_files", nargs="+", help="make the tree of these files' paths")
-    add("--domain", help="or the name of a root, which an agent divides")
+    add("--domain", help="or the name of a root, level 0, which an agent divides")
     add("--out", required=True, help=".json file of the tree; must not exist yet")
     add = add_request_args(parser, temperature=0.7)
     add("--depth", type=int, default=2, help="levels below the root, 1 or more")
     add("--breadth", type=int, default=8, help="maximum number of parts of an ability, 2 or more")
     add("--max_tries", type=int, default=3, help="maximum number of requests per ability")
     add_agent_args(parser, "agent")
-    add_run_args(parser)
+    add_process_args(parser, dtype=False)
     args = parse_args(parser)
     if bool(args.domain) == bool(args.ability_files):
         parser.error("give a --domain that an agent divides, or --ability_files; one of the two")
@@ -116,7 +114,6 @@ def main():
         else:
             tree = AbilityTree.from_paths([[args.domain]])
             agent = make_agent(vars(args), "agent", world.device)
-            Logger(f"{agent.name} divides {tree.name}")
             generate = divided(agent, args.max_new_tokens, args.temperature, world)
             try:
                 rejected = grow(tree, generate, PROMPTS[args.prompts], args.depth, args.breadth,

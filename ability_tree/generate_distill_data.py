@@ -1,27 +1,16 @@
 """
 出题：哪片叶子弱，就多给哪片叶子出题，由教师参照真题来写；重复的、读不懂的都退回并记下原因。
-New questions for weak leaves: the weaker a leaf, the larger its share. The teacher writes them
-after the example of real ones.
-
-    share of a leaf = floor / n_leaves + (1 - floor) * weakness / sum(weakness)
-                      ability_tree/tree.py, AbilityTree.weights
+New questions for weak leaves: the weaker a leaf, the larger its share (AbilityTree.weights). The
+teacher writes them after the example of real ones.
 
     python -m ability_tree.generate_distill_data --tree out/ability/tree_1.json \\
         --questions dataset/ability_seeds.jsonl --abilities dataset/ability_paths.jsonl \\
         --teacher out/ability/teacher/full_sft_128.pth --prompts miniworld --n_samples 1000 \\
         --out out/ability/distill.jsonl
 
-two processes  torchrun --nproc_per_node 2 -m ability_tree.generate_distill_data --ddp ...
-
-A question that repeats a seed question, one of --exclude or an earlier one is rejected, as is a
-reply that cannot be read. Each is requested again, up to --max_tries times in all. Missing wrong
-options are sampled from the answers to the leaf's seed questions.
-
-    OUT             {"id", "question", "options", "answer_idx", "meta_info"}
-    OUT_ability     {"id", "ability_path"} of each of them
-    OUT_rejected    {"leaf", "reply", "reason"}
-
-OUT_ability is OUT's name with _ability before .jsonl. The same command resumes an interrupted run.
+    OUT                   {"id", "question", "options", "answer_idx", "meta_info"}
+    OUT_ability.jsonl     {"id", "ability_path"} of each of them
+    OUT_rejected.jsonl    {"leaf", "reply", "reason"}: repetitions and replies that cannot be read
 """
 
 from collections.abc import Callable, Iterable
@@ -32,12 +21,12 @@ from typing import NamedTuple
 
 from ability_tree.agents import add_agent_args, identity_of, make_agent
 from ability_tree.prompts import LETTERS, PROMPTS, folded, name_of, nonempty
-from ability_tree.steps import (add_request_args, add_run_args, finish_questions, read_abilities,
-                                read_choices, rows_of, seed_of, settings, sha256_of, table,
-                                work_in_parts)
+from ability_tree.steps import (add_request_args, finish_questions, read_abilities, read_choices,
+                                rows_of, seed_of, settings, sha256_of, table, work_in_parts)
 from ability_tree.tree import AbilityTree, key_of, spell
 from dataset.formats import to_question
-from runtime.args import check_ranges, checking_input, make_parser, parse_args
+from runtime.args import (add_process_args, check_ranges, checking_input, make_parser,
+                          parse_args)
 from runtime.log import Logger
 from runtime.processes import init_distributed_mode
 
@@ -53,13 +42,9 @@ class Wanted(NamedTuple):
     answers: list[str]          # from which missing options are sampled
 
 
-# ---- 1. How many questions for which leaf --------------------------------------------------------
-
 def largest_remainder(shares: dict, n: int) -> dict:
-    """n items by shares: {"a": 0.5, "b": 0.3, "c": 0.2} of 4 -> {"a": 2, "b": 1, "c": 1}.
-
-    Each gets the integer part of its share of n; the rest goes to the largest fractions, in order
-    (Hamilton's method)."""
+    """{"a": 0.5, "b": 0.3, "c": 0.2} of 4 -> {"a": 2, "b": 1, "c": 1}: each gets the integer part
+    of its share, and the rest goes to the largest fractions, in order (Hamilton's method)."""
     total = sum(shares.values())
     exact = {key: n * share / total for key, share in shares.items()}
     counts = {key: int(value) for key, value in exact.items()}
@@ -72,17 +57,18 @@ def largest_remainder(shares: dict, n: int) -> dict:
 def seeds_of_leaves(rows: list[dict], abilities: dict[str, tuple],
                     leaves: Iterable[tuple]) -> dict[tuple, list[dict]]:
     """The seed questions of each leaf. Raises ValueError if no question belongs to any."""
-    seeds, n_used = {key_of(leaf): (leaf, []) for leaf in leaves}, 0
+    seeds, n_unused = {key_of(leaf): (leaf, []) for leaf in leaves}, 0
     for row in rows:
-        path = abilities.get(str(row["id"]))
-        if path and key_of(path) in seeds:
-            seeds[key_of(path)][1].append(row)
-            n_used += 1
-    unused = (f"{len(rows) - n_used:,} of {len(rows):,} seed questions belong to no leaf: they "
-              "have no row in --abilities, or another path")
-    if not n_used:
+        key = key_of(abilities.get(str(row["id"]), ()))
+        if key in seeds:
+            seeds[key][1].append(row)
+        else:
+            n_unused += 1
+    unused = (f"{n_unused:,} of {len(rows):,} seed questions belong to no leaf: they have no row "
+              "in --abilities, or another path")
+    if n_unused == len(rows):
         raise ValueError(f"{unused}. Give the abilities of these questions")
-    if n_used < len(rows):
+    if n_unused:
         Logger(unused)
     return dict(seeds.values())
 
@@ -95,11 +81,9 @@ def question_text(row: dict) -> str:
 
 def plan(shares: dict[tuple, float], seeds: dict[tuple, list[dict]], n_samples: int, n_options: int,
          writes_wrong_options: bool) -> list[Wanted]:
-    """The questions wanted of each leaf, by its share.
-
-    If the teacher writes the correct option only, the wrong ones come from the leaf's seed
-    questions, and a leaf without enough of them gets no share. ValueError if that leaves none.
-    """
+    """The questions wanted of each leaf, by its share. If the teacher writes the correct option
+    only, the wrong ones come from the leaf's seed questions, and a leaf without enough of them gets
+    no share. Raises ValueError if that leaves none."""
     answers = {}
     for leaf, rows in seeds.items():
         correct = [row["options"][row["answer_idx"]] for row in rows]
@@ -109,12 +93,12 @@ def plan(shares: dict[tuple, float], seeds: dict[tuple, list[dict]], n_samples: 
             answers[leaf] = distinct(correct + others)
     poor = [leaf for leaf in shares if len(answers[leaf]) < n_options]
     if poor and not writes_wrong_options:
-        Logger(f"{len(poor):,} of {len(shares):,} leaves get no share: their seed questions have "
-               f"fewer than {n_options} different answers: {', '.join(map(name_of, poor[:3]))} ...")
-        shares = {leaf: share for leaf, share in shares.items() if leaf not in poor}
-        if not shares:
+        if len(poor) == len(shares):
             raise ValueError(f"no leaf has seed questions with {n_options} different answers to "
                              "complete options from: give more --questions, or fewer --n_options")
+        Logger(f"{len(poor):,} of {len(shares):,} leaves get no share: their seed questions have "
+               f"fewer than {n_options} different answers: {', '.join(map(name_of, poor))}")
+        shares = {leaf: share for leaf, share in shares.items() if leaf not in poor}
     return [Wanted(leaf, n, seeds[leaf], answers[leaf])
             for leaf, n in largest_remainder(shares, n_samples).items() if n]
 
@@ -135,12 +119,10 @@ def in_parts(wanted: list[Wanted]) -> list[list[Wanted]]:
     return parts
 
 
-# ---- 2. Questions --------------------------------------------------------------------------------
-
 def write_part(generate: Callable, prompts, wanted: list[Wanted], known: set[str], part: int,
                n_options: int, n_seeds: int, max_tries: int, seed: int) -> dict:
     """{"asked": requests per leaf, "rows": [[of each leaf]], "rejected": [...]}. Each try requests
-    all missing questions of all leaves at once, by generate(conversations, seed=...)."""
+    all missing questions of all leaves at once."""
     known = set(known)              # and those of this part; other parts are compared at the end
     asked, rows, rejected = [0] * len(wanted), [[] for _ in wanted], []
     for attempt in range(max_tries):
@@ -159,18 +141,19 @@ def write_part(generate: Callable, prompts, wanted: list[Wanted], known: set[str
             asked[i] += 1
             try:
                 row = new_question(reply, wanted[i], known, prompts, n_options, random)
+            except ValueError as error:
+                rejected.append({"leaf": spell(wanted[i].leaf), "reply": reply,
+                                 "reason": str(error)})
+            else:
                 known.add(folded(row["question"]))
                 rows[i].append(row)
-            except ValueError as error:
-                leaf = spell(wanted[i].leaf)
-                rejected.append({"leaf": leaf, "reply": reply, "reason": str(error)})
     return {"asked": asked, "rows": rows, "rejected": rejected}
 
 
 def new_question(reply: str, wanted: Wanted, known: set[str], prompts, n_options: int,
                  random: Random) -> dict:
-    """The row of a reply, its options completed and in random order. Raises ValueError with the
-    reason if it has none."""
+    """The row of a reply, its options in random order, missing ones from wanted.answers. Raises
+    ValueError with the reason if it has none."""
     row = prompts.read_question(nonempty(reply))
     if folded(row["question"]) in known:
         raise ValueError(f"a repetition: {row['question']}")
@@ -195,17 +178,25 @@ def collect(parts: list[list[Wanted]], results: list[dict], prefix: str, random:
     for wanted, result in zip(parts, results):
         rejected += result["rejected"]
         for each, asked, rows in zip(wanted, result["asked"], result["rows"]):
-            texts = {folded(row["question"]): row for row in rows}
-            new = [row for text, row in texts.items() if text not in known]
-            rejected += [{"leaf": spell(each.leaf), "reply": row["question"],
-                          "reason": "a repetition: of another leaf"}
-                         for text, row in texts.items() if text in known]
-            known |= set(texts)
-            kept += [(each.leaf, row) for row in new]
-            lines.append((spell(each.leaf), each.n, asked, len(new)))
+            n_before, leaf = len(kept), spell(each.leaf)
+            for row in rows:
+                if folded(row["question"]) in known:
+                    rejected.append({"leaf": leaf, "reply": row["question"],
+                                     "reason": "a repetition: of another leaf"})
+                else:
+                    known.add(folded(row["question"]))
+                    kept.append((each.leaf, row))
+            lines.append((leaf, each.n, asked, len(kept) - n_before))
     random.shuffle(kept)
     rows = [{"id": f"{prefix}-{i:05d}", **row} for i, (_, row) in enumerate(kept)]
     return rows, [leaf for leaf, _ in kept], rejected, lines
+
+
+def add_share_args(add):
+    """The flags of a leaf's share, the same in train_ability_tree.py."""
+    add("--floor", type=float, default=0.02, help="share, in [0, 1], in equal parts for all leaves")
+    add("--power", type=float, default=1.0,
+        help="exponent of (1 - accuracy); 0: equal shares, above 1: mostly the weakest leaves")
 
 
 def main():
@@ -224,15 +215,13 @@ def main():
     add("--n_samples", type=int, default=1000, help="number of questions, over all leaves")
     add("--smoothing", type=float, default=1.0,
         help="added to the correct and the wrong answers of a leaf, above 0")
-    add("--floor", type=float, default=0.02, help="share, in [0, 1], in equal parts for all leaves")
-    add("--power", type=float, default=1.0,
-        help="exponent of (1 - accuracy); 0: equal shares, above 1: mostly the weakest leaves")
+    add_share_args(add)
     add = add_request_args(parser, temperature=1.0)
     add("--n_options", type=int, default=4, help="options per question, 2 to 26")
     add("--n_seeds", type=int, default=3, help="real questions shown per request (json)")
     add("--max_tries", type=int, default=4, help="maximum number of requests per question")
     add_agent_args(parser, "teacher")
-    add_run_args(parser)
+    add_process_args(parser, dtype=False)
     args = parse_args(parser)
     check_ranges(parser, args, ("n_samples", args.n_samples >= 1, "be 1 or more"),
                  ("n_options", 2 <= args.n_options <= len(LETTERS), f"be 2 to {len(LETTERS)}"),
@@ -249,9 +238,9 @@ def main():
         wanted = in_parts(plan(tree.weights(args.smoothing, args.floor, args.power), seeds,
                                args.n_samples, args.n_options, prompts.writes_wrong_options))
         teacher = make_agent(vars(args), "teacher", world.device)
-        about = {"--tree": sha256_of([args.tree]), "--questions": sha256_of(args.questions),
-                 "--abilities": sha256_of(args.abilities), "--exclude": sha256_of(args.exclude),
-                 "--teacher": identity_of(vars(args), "teacher"), **settings(args, SAME)}
+        about = {"--tree": sha256_of([args.tree]), "--teacher": identity_of(vars(args), "teacher"),
+                 **{f"--{name}": sha256_of(vars(args)[name])
+                    for name in ("questions", "abilities", "exclude")}, **settings(args, SAME)}
 
     # 3. Questions, files and counts
     Logger(f"{teacher.name} writes {args.n_samples:,} questions for {sum(map(len, wanted)):,} "

@@ -7,8 +7,6 @@ to scripts/cache_teacher.py.
         --data out/ability/valid.jsonl dataset/ability_sft.jsonl --hide_options \\
         --out out/ability/logits
 
-two processes  torchrun --nproc_per_node 2 -m ability_tree.generate_logits --ddp ...
-
 This process becomes that script; Ctrl-C, exit status and the rest are described there. Give
 ability_tree.train the same --data and --hide_options, and this --out as its --logits.
 """
@@ -18,9 +16,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from ability_tree.steps import add_run_args, rows_of, write_rows
+from ability_tree.steps import rows_of, write_rows
 from dataset.formats import CONVERSATION_KEYS, files_of, to_messages
-from runtime.args import checking_input, make_parser, parse_args
+from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.log import Logger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +51,11 @@ def conversations(paths, hide_options: bool, skip_bad_lines: bool, out: str) -> 
     return [out]
 
 
+def listed(value) -> list:
+    """The values of a flag: 3 -> [3], [3, 4] -> [3, 4], None -> []"""
+    return value if isinstance(value, list) else [] if value in (None, "") else [value]
+
+
 def flags_of(**values) -> list[str]:
     """epochs=3, ddp=True, device=None -> --epochs 3 --ddp"""
     flags = []
@@ -61,8 +64,8 @@ def flags_of(**values) -> list[str]:
             flags.append(f"--{name}")
         elif str(value).startswith("-"):        # --more=--use_moe: apart, it would be a flag itself
             flags.append(f"--{name}={value}")
-        elif value is not None and value is not False and value not in ("", []):
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        elif value is not False and listed(value):
+            flags += [f"--{name}", *map(str, listed(value))]
     return flags
 
 
@@ -85,7 +88,7 @@ def main():
         help="temperature of the top-k, that of the training to come; hidden states serve any")
     add("--overwrite", action="store_true", help="replace other outputs in --out")
     add("--tokens_per_batch", type=int, default=8192, help="tokens per forward pass of the teacher")
-    add_run_args(parser, dtype=True)
+    add_process_args(parser)
     args = parse_args(parser)
 
     with checking_input():

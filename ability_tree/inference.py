@@ -9,25 +9,22 @@ log-probability.
     {"id": "ability_dev-00007", "answer_idx": "B", "correct": true,
      "log_p": {"A": -9.21, "B": -0.04, "C": -7.9, "D": -8.3}}
 
-two processes  torchrun --nproc_per_node 2 -m ability_tree.inference --ddp ...
-
 log_p is the log-probability, in nats, of the option's text and its end of turn. A question that
 exceeds the context length with its longest option has null answer_idx and log_p, and is wrong.
 """
 
-from ability_tree.steps import (add_run_args, batches_of, read_choices, settings, sha256_of,
-                                work_in_parts, write_rows)
+from ability_tree.steps import (batches_of, read_choices, settings, sha256_of, work_in_parts,
+                                write_rows)
 from ability_tree.tree import wilson
 from dataset.formats import to_question
 from evaluation.scores import score_samples
 from interop.checkpoint import load_model, sha256_of_model
-from runtime.args import checking_input, make_parser, parse_args
+from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.log import Logger
 from runtime.precision import pick_dtype
 from runtime.processes import init_distributed_mode
 
-PART = 128          # questions per part: a kill loses no more
-DECIMALS = 4        # of log_p. Another order of sums, as on other hardware, changes the sixth
+PART = 128          # questions in one part
 
 
 def reply(model, tokenizer, rows: list[dict], hide_options: bool) -> list[dict]:
@@ -43,7 +40,7 @@ def reply(model, tokenizer, rows: list[dict], hide_options: bool) -> list[dict]:
     for row, fit in zip(rows, fits):
         log_p = answer = None
         if fit:
-            log_p = {letter: round(next(scores).log_p, DECIMALS) for letter in row["options"]}
+            log_p = {letter: round(next(scores).log_p, 4) for letter in row["options"]}
             answer = max(log_p, key=log_p.get)
         replies.append({"id": row["id"], "answer_idx": answer,
                         "correct": answer == row["answer_idx"], "log_p": log_p})
@@ -75,7 +72,7 @@ def main():
     add("--hide_options", action="store_true",
         help="prompt with the bare question, for a model that learned to answer, not to choose")
     add("--skip_bad_lines", action="store_true", help="skip and count lines that cannot be used")
-    add_run_args(parser, dtype=True)
+    add_process_args(parser)
     args = parse_args(parser)
     world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
     dtype = pick_dtype(args.dtype, world.device)
@@ -85,8 +82,6 @@ def main():
         rows = read_choices(args.questions, args.skip_bad_lines)
         about = {"weights": sha256_of_model(args.weights), "questions": sha256_of(args.questions),
                  "dtype": str(dtype), **settings(args, ("hide_options", "skip_bad_lines"))}
-    Logger(f"{model.config}, {model.n_parameters() / 1e6:.2f} M parameters, from {args.weights}: "
-           f"{len(rows):,} questions, {'bare' if args.hide_options else 'with their options'}")
     parts, results = work_in_parts(
         args.out, about, batches_of(rows, PART),
         lambda _, batch: reply(model, tokenizer, batch, args.hide_options), world)

@@ -1,25 +1,8 @@
 """
 提示与回复：每个请求怎样措辞，每条回复怎样读懂；读不懂就说明原因，绝不猜。
-Prompts and replies: the wording of each request and the parsing of each reply. A reply that cannot
-be read is rejected with a reason.
-
-    prompts = PROMPTS["json"]
-    [reply] = agent.generate([prompts.write(("medicine", "cardiology"), seeds)], max_new_tokens=512)
-    prompts.read_question(reply)    # {"question": ..., "options": {"A": ...}, "answer_idx": "B"}
-
-Two wordings with the same methods:
-
-    json        for instruct models. JSON is found anywhere in a reply and repaired: thoughts, code
-                fences, extra commas, backslashes of formulas, options as a list, answers as a text
-    miniworld   short lines, on which a tiny teacher can be trained:
-                parts of: general/math               -> add, sub, mul
-                parts of: general/math/add           -> none
-                leaf of: what is 3 plus 4?           -> general/math/add
-                new question: general/math/add       -> what is 3 plus 4? => 7
-                what is 3 plus 4?                    -> 7
-
-A path is a tuple of names from the root, which is the domain. The read_... methods raise
-ValueError: the kind of problem, by which rejects are counted, a colon, the case.
+Prompts and replies: the wording of each request and the parsing of each reply. The read_... methods
+raise ValueError for a reply that cannot be read: the kind of problem, a colon, the case. A path is
+a tuple of names from the root, which is the domain.
 """
 
 import json
@@ -38,6 +21,7 @@ ARROW = " => "                          # miniworld: between a question and its 
 THOUGHT = "</think>"                                                        # the reply follows it
 BARE_BACKSLASH = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/bfnrt])|\\')          # \alpha is not JSON
 EXTRA_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOTALL)   # or a string, unchanged
+UNUSABLE = re.compile("[\x00-\x08\x0b-\x1f\ufffd]")                         # or invalid UTF-8
 OWN_LETTER = re.compile(r"\(?([A-Z])[.):：、]\s*(?=\S)")                     # "B. heart", "(B) ..."
 NAMED_LETTER = re.compile(                                                  # "The answer is B"
     r"(?:(?i:answer(?:_idx)?)|答案)(?:\W|(?i:is\b|option\b)|应|选|是|为)*([A-Z])(?![A-Za-z])")
@@ -64,54 +48,42 @@ def nonempty(reply: str) -> str:
     return reply
 
 
-# ---- 1. JSON in a reply --------------------------------------------------------------------------
-
 def values_in(reply: str) -> Iterator[dict | list]:
-    """The outermost JSON objects and lists of a reply, in order; repaired where that is safe."""
-    text, at = reply.rpartition(THOUGHT)[2], 0
+    """The outermost JSON objects and lists of a reply, in order. Commas before closing brackets and
+    the single backslashes of formulas are repaired."""
+    text = reply.rpartition(THOUGHT)[2]
     for _ in range(MAX_OPENINGS):
-        opening = re.search(r"[{\[]", text[at:])
+        opening = re.search(r"[{\[]", text)
         if opening is None:
             return
-        start = at + opening.start()
-        at = start + 1
-        for rest in (text[start:], mended(text[start:])):
-            try:
-                value, end = json.JSONDecoder(strict=False).raw_decode(rest)    # allows line breaks
+        text = text[opening.start():]
+        mended = BARE_BACKSLASH.sub(lambda found: found[0] if found[1] else "\\\\", text)
+        mended = EXTRA_COMMA.sub(lambda found: found[1] or "", mended)
+        for candidate in (text, mended):
+            try:                                            # strict=False allows line breaks
+                value, end = json.JSONDecoder(strict=False).raw_decode(candidate)
             except (ValueError, RecursionError):
                 continue
             yield value
-            text, at = rest, end
+            text = candidate[end:]
             break
+        else:
+            text = text[1:]
 
-
-def mended(text: str) -> str:
-    """JSON without commas before closing brackets, and with the backslashes of formulas doubled."""
-    text = BARE_BACKSLASH.sub(lambda found: found.group() if found.group(1) else "\\\\", text)
-    return EXTRA_COMMA.sub(lambda found: found.group(1) or "", text)
-
-
-# ---- 2. Contents of a reply ----------------------------------------------------------------------
 
 def checked_names(names) -> list[str]:
     """Names of abilities, each once."""
     if isinstance(names, list):
         names = [name.get("name") if isinstance(name, dict) else name for name in names]
-    if not isinstance(names, list) or not all(
-            isinstance(name, str) and name.strip() for name in names):
-        raise ValueError(f"no list of names: {short(names)}")
-    first = {}
-    for name in map(clean, names):
-        first.setdefault(key_of([name]), name)
-    return list(first.values())
+        if all(isinstance(name, str) and name.strip() for name in names):
+            return [clean(name) for i, name in enumerate(names)
+                    if not any(same(name, other) for other in names[:i])]
+    raise ValueError(f"no list of names: {short(names)}")
 
 
 def checked_question(question, options, answer) -> dict:
-    """The row {"question", "options", "answer_idx"}.
-
-    options  texts, as a list or under letters or numbers, with or without letters of their own
-    answer   as letter_of reads it, or the key of its option
-    """
+    """The row {"question", "options", "answer_idx"}. The options are a list or have letters or
+    numbers, or letters in their texts; the answer is a key, or as letter_of reads it."""
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"no question: {short(question)}")
     if isinstance(options, list):
@@ -123,7 +95,7 @@ def checked_question(question, options, answer) -> dict:
         raise ValueError(f"an option is no text: {short(options)}")
     texts = [text.strip() for text in texts]
     own = [OWN_LETTER.match(text) for text in texts]
-    if all(found and found.group(1) == letter for found, letter in zip(own, LETTERS)):
+    if all(found and found[1] == letter for found, letter in zip(own, LETTERS)):
         texts = [text[found.end():] for found, text in zip(own, texts)]
     if len(set(map(folded, texts))) < len(texts):
         raise ValueError(f"an option occurs twice: {short(options)}")
@@ -138,21 +110,19 @@ def checked_row(row: dict) -> dict:
     """The row, if training can use it."""
     to_question(row)
     for text in (row["question"], *row["options"].values()):
-        if any(ord(letter) < 32 and letter not in "\n\t" for letter in text):
-            raise ValueError(f"a control character: {short(text)}")
-        if "\ufffd" in text:        # invalid UTF-8, such as half a Chinese character
-            raise ValueError(f"half a character: {short(text)}")
+        if UNUSABLE.search(text):
+            raise ValueError(f"a control or half a character: {short(text)}")
     return row
 
 
 def letter_of(answer: str, options: dict[str, str]) -> str:
-    """The option that a few words name: "B", "(B)", "b.", "B. heart", or its text."""
+    """The option that a short answer names: "B", "(B)", "b.", "B. heart", or its text."""
     bare = answer.strip().strip("*_`'\"().:：。").strip()
     same_text = [letter for letter, text in options.items()
                  if folded(text) in (folded(answer), folded(bare))]
     own = OWN_LETTER.match(answer.strip())
     # A text goes before its upper case: "b" is the option "b", if there is one, and else B.
-    for letter in (bare, *same_text, bare.upper(), own and own.group(1)):
+    for letter in (bare, *same_text, bare.upper(), own and own[1]):
         if letter in options:
             return letter
     raise ValueError(f"the answer is none of the options: {short(answer)}, not "
@@ -162,7 +132,7 @@ def letter_of(answer: str, options: dict[str, str]) -> str:
 def leaf_called(name: str, leaves: list[tuple[str, ...]]) -> tuple[str, ...]:
     """The leaf of this name, with its root or without."""
     for leaf in leaves:
-        if any(same(name.replace(">", "/"), other) for other in (name_of(leaf), "/".join(leaf))):
+        if key_of([name.replace(">", "/")]) in (key_of([name_of(leaf)]), key_of(["/".join(leaf)])):
             return leaf
     raise ValueError(f"no leaf of the tree: {short(name)}")
 
@@ -171,9 +141,9 @@ def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-# ---- 3. For instruct models ----------------------------------------------------------------------
-
 class Json:
+    """JSON is found anywhere in a reply, after thoughts and in code fences."""
+
     writes_wrong_options = True         # a new question comes with its wrong options
 
     def expand(self, path: tuple[str, ...], breadth: int) -> list[dict]:
@@ -207,8 +177,8 @@ class Json:
                      and "leaf" in value), reply.rpartition(THOUGHT)[2])
         name = " > ".join(map(str, name)) if isinstance(name, list) else str(name).strip()
         number = re.match(r"(\d{1,9})\b", name)
-        if number and 1 <= int(number.group(1)) <= len(leaves):
-            return leaves[int(number.group(1)) - 1]
+        if number and 1 <= int(number[1]) <= len(leaves):
+            return leaves[int(number[1]) - 1]
         return leaf_called(name, leaves)
 
     def write(self, leaf: tuple[str, ...], seeds: list[dict], n_options: int = 4) -> list[dict]:
@@ -245,9 +215,16 @@ class Json:
         return named[-1] if named else letter_of(reply, row["options"])
 
 
-# ---- 4. For a tiny teacher -----------------------------------------------------------------------
-
 class Miniworld:
+    """Short lines, on which a tiny teacher can be trained:
+
+        parts of: general/math               -> add, sub, mul
+        parts of: general/math/add           -> none
+        leaf of: what is 3 plus 4?           -> general/math/add
+        new question: general/math/add       -> what is 3 plus 4? => 7
+        what is 3 plus 4?                    -> 7
+    """
+
     writes_wrong_options = False        # a new question comes with its answer alone
 
     def expand(self, path: tuple[str, ...], breadth: int) -> list[dict]:

@@ -1,9 +1,6 @@
 """
 各步共用：参数、文件、分给多个进程的工作，以及每片叶子的统计表。
 Shared by the steps: flags, files, work that is divided among processes, and a table per leaf.
-
-A step that is not finished keeps its parts in a folder beside its file (runtime/parts.py). The same
-command resumes, on any number of processes, and writes the same bytes.
 """
 
 import json
@@ -16,16 +13,14 @@ import numpy as np
 
 from ability_tree.agents import OutOfBudget
 from ability_tree.prompts import PROMPTS
-from ability_tree.tree import padded, width_of
 from dataset.formats import files_of, read_each, to_messages
+from evaluation.tables import aligned
 from runtime.args import checking_input
 from runtime.files import file_sha256, write_atomic
 from runtime.log import Logger
 from runtime.parts import Parts
 from runtime.processes import main_process_first
 
-
-# ---- 1. Flags ------------------------------------------------------------------------------------
 
 def add_request_args(parser, temperature: float | None = None):
     """The flags of requests to an agent. Returns `add`, for more of them."""
@@ -38,23 +33,14 @@ def add_request_args(parser, temperature: float | None = None):
     return add
 
 
-def add_run_args(parser, dtype: bool = False):
-    """The flags of init_distributed_mode."""
-    add = parser.add_argument_group("run").add_argument
-    if dtype:
-        add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
-            help="autocast dtype; bfloat16 falls back to float32 where the hardware has none")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--ddp", action="store_true", help="several processes, started by torchrun")
-    add("--local_rank", type=int, default=-1, help="GPU of this process; -1: set by torchrun")
-
-
 def seed_of(*numbers: int) -> int:
     """A seed that depends on these numbers alone, not on processes or time."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-# ---- 2. Files ------------------------------------------------------------------------------------
+def batches_of(items: list, size: int) -> list[list]:
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
 
 def beside(out, name: str) -> Path:
     """distill.jsonl, "ability" -> distill_ability.jsonl"""
@@ -62,7 +48,7 @@ def beside(out, name: str) -> Path:
 
 
 def write_rows(path, rows: list[dict]):
-    """A JSONL file, completely or not at all; its folder is created."""
+    """A JSONL file, completely or not at all."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     # surrogatepass: a rejected reply is kept as it is, even if UTF-8 has no bytes for it.
@@ -70,22 +56,21 @@ def write_rows(path, rows: list[dict]):
 
 
 def rows_of(paths, convert: Callable, skip_bad_lines: bool = False) -> list:
-    """convert(row) of every row of files and folders. Raises what read_each raises."""
+    """convert(row) of every row of files and folders; a ValueError names file and line."""
     return [row for path in paths for file in files_of(path)
             for row in read_each(file, convert, skip_bad_lines, Logger)]
 
 
 def read_choices(paths, skip_bad_lines: bool = False) -> list[dict]:
-    """Rows {id, question, options, answer_idx, ...} of multiple choice. Raises what read_each
-    raises, also for an id that occurs twice: replies and abilities are joined on it."""
+    """Rows {id, question, options, answer_idx, ...} of multiple choice, each with an id of its own,
+    on which replies and abilities are joined."""
     seen = set()
 
     def checked(row):
-        for key in ("id", "question", "options"):
-            if key not in row:
-                raise ValueError(f"no {key!r} (keys found: {', '.join(row)}; these files have rows "
-                                 "{id, question, options, answer_idx})")
-        to_messages(row)                # checks the rest
+        if missing := [key for key in ("id", "question", "options") if key not in row]:
+            raise ValueError(f"no {missing[0]!r} (keys found: {', '.join(row)}; these files have "
+                             "rows {id, question, options, answer_idx})")
+        to_messages(row)                # raises ValueError for an option or an answer
         if str(row["id"]) in seen:
             raise ValueError(f"the id {str(row['id'])!r:.60} belongs to an earlier question")
         seen.add(str(row["id"]))
@@ -95,20 +80,17 @@ def read_choices(paths, skip_bad_lines: bool = False) -> list[dict]:
 
 
 def read_abilities(paths) -> dict[str, tuple[str, ...]]:
-    """{id as text: path from the root} of ability files {"id", "ability_path"}. Raises what
-    read_each raises, also for an id with two paths."""
+    """{id as text: path from the root} of ability files {"id", "ability_path"}."""
     abilities = {}
 
     def checked(row):
         path = row.get("ability_path")
-        if "id" not in row or not isinstance(path, list) or not path or not all(
-                isinstance(name, str) and name.strip() for name in path):
-            raise ValueError('not an ability {"id", "ability_path": ["root", ...]}: '
-                             f"{json.dumps(row, ensure_ascii=False):.200}")
+        if "id" not in row or not isinstance(path, list) or not path:
+            raise ValueError('not an ability {"id", "ability_path": ["root", ...]} (keys found: '
+                             f"{', '.join(row)})")
         known = abilities.setdefault(str(row["id"]), tuple(path))
         if known != tuple(path):
             raise ValueError(f"the id {row['id']!r} has two paths, {list(known)} and {path}")
-        return row
 
     rows_of(paths, checked)
     return abilities
@@ -123,10 +105,9 @@ def settings(args, names) -> dict:
     return {f"--{name}": vars(args)[name] for name in names}
 
 
-# ---- 3. Work, divided among processes ------------------------------------------------------------
-
 def work_in_parts(out, about: dict, items: list, work: Callable, world):
-    """(parts, [work(0, items[0]), work(1, items[1]), ...] on the main process, None on others)."""
+    """(parts, [work(0, items[0]), work(1, items[1]), ...] on the main process, None on others).
+    The same command resumes an interrupted run, with any number of processes (runtime/parts.py)."""
     why = None
     with checking_input():
         parts = Parts(out, about, len(items), world)
@@ -139,10 +120,6 @@ def work_in_parts(out, about: dict, items: list, work: Callable, world):
         except OutOfBudget as error:
             why = str(error)
     return parts, parts.join(why)
-
-
-def batches_of(items: list, size: int) -> list[list]:
-    return [items[start:start + size] for start in range(0, len(items), size)]
 
 
 def finish_questions(parts, rows: list[dict], abilities: list, rejected: list[dict]):
@@ -160,27 +137,22 @@ def finish_questions(parts, rows: list[dict], abilities: list, rejected: list[di
            f"rejected: {rejects}")
 
 
-# ---- 4. Counts per leaf --------------------------------------------------------------------------
-
 def kind_of(reason: str) -> str:
     """The part of a reason before the colon; rejects are counted by it."""
     return reason.partition(":")[0]
 
 
 def table(columns: list[str], rows: list[tuple], rejected: list[dict]) -> str:
-    """A line per leaf: (name, number, number, ...) and how many of its replies were rejected, by
-    reason; then the totals. `rejected` has rows with "leaf" and "reason"."""
+    """A line per leaf, (name, number, number, ...), with the number of its rejected replies by
+    reason, then the totals. `rejected` has rows with "leaf" and "reason"."""
     reasons = {}
     for reject in rejected:
         for leaf in (reject["leaf"], "all"):
             reasons.setdefault(leaf, Counter())[kind_of(reject["reason"])] += 1
-    total = ("all", *map(sum, zip(*(row[1:] for row in rows))))
-    width = max(width_of(row[0]) for row in [("leaf",), *rows])
-    lines = [padded("leaf", width) + "".join(f"{name:>10}" for name in columns) + "  rejected"]
-    for leaf, *numbers in [*rows, total]:
+    lines = [["leaf", *columns, "rejected"]]
+    for leaf, *numbers in [*rows, ("all", *map(sum, zip(*(row[1:] for row in rows))))]:
         # By frequency, then by name, so that the order of the processes does not show.
         common = sorted(reasons.get(leaf, {}).items(), key=lambda pair: (-pair[1], pair[0]))
-        why = ", ".join(f"{n:,} {reason}" for reason, n in common)
-        numbers = "".join(f"{n:>10,}" for n in numbers)
-        lines.append(f"{padded(leaf, width)}{numbers}  {why}".rstrip())
-    return "\n".join(lines)
+        lines.append([leaf, *(f"{n:,}" for n in numbers),
+                      ", ".join(f"{n:,} {reason}" for reason, n in common)])
+    return aligned(lines, f"l{'r' * len(columns)}l")

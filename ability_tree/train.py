@@ -10,8 +10,6 @@ and from the answers, by train_distillation.py.
 
     loss = alpha_ce * CE(student, answer) + (1 - alpha_ce) * T^2 * KL(teacher_T || student_T)
 
-two processes  torchrun --nproc_per_node 2 -m ability_tree.train --ddp ...
-
 Mix old rows with the new ones: on new rows alone, a tiny student forgot more than it learned. This
 process becomes that script; Ctrl-C, --resume, exit status and the rest are described there. The
 student is OUT_DIR/full_dist_DIM.pth.
@@ -20,8 +18,11 @@ student is OUT_DIR/full_dist_DIM.pth.
 import shlex
 
 from ability_tree.generate_logits import add_data_args, become, conversations, flags_of
-from ability_tree.steps import add_run_args
-from runtime.args import checking_input, make_parser, parse_args
+from runtime.args import add_process_args, checking_input, make_parser, parse_args
+
+
+LESSON = ("temperature", "alpha_ce", "epochs", "max_steps", "learning_rate", "warmup_iters",
+          "batch_size", "accumulation_steps", "more")
 
 
 def add_lesson_args(add):
@@ -60,7 +61,7 @@ def main():
     add("--seed", type=int, default=1337, help="random seed of shuffling and dropout")
     add("--resume", action="store_true",
         help="resume from the newest resume file in --out_dir, if there is one")
-    add_run_args(parser, dtype=True)
+    add_process_args(parser)
     args = parse_args(parser)
 
     with checking_input():

@@ -4,52 +4,29 @@ The ability tree: what a student can do, what it cannot do, and how certain that
 
     python -m ability_tree.tree TREE.json                                       as text
     python -m ability_tree.tree TREE.json --compare BEFORE.json --png OUT.png   changes, picture
-
-The root is a domain. A leaf is an ability that questions test; a branch is the sum of its leaves.
-A leaf where k of n answers are correct has three numbers:
-
-    accuracy         k / n                what happened
-    posterior mean   (k + 1) / (n + 2)    what to expect: Laplace's rule, the mean of
-                                          Beta(k + 1, n - k + 1)
-    interval         Wilson's, 95 %       all rates that k of n do not contradict
-
-Two questions say little about a leaf. At 0 of 2 its accuracy is 0 %, but its interval reaches up to
-66 %; at 2 of 2 the interval reaches down to 34 %, and the two overlap. The posterior mean is 25 %
-and 75 %, where 0 and 20 of 20 would give 5 % and 95 %. New questions are therefore allocated by the
-posterior mean: an untested leaf (50 %) comes after one that is known to be weak, and before one
-that is known to be strong.
-
-Wilson 1927, Probable inference, the law of succession, and statistical inference, JASA 22, 209-212.
-The interval of a change: Newcombe 1998, Interval estimation for the difference between independent
-proportions, Statistics in Medicine 17, 873-890, method 10.
 """
 
 import json
 import math
-import re
-import unicodedata
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from evaluation.tables import aligned, markdown, width_of
 from runtime.args import checking_input, did_you_mean, make_parser, parse_args
 from runtime.files import write_atomic
-from runtime.log import Logger
 
 Z = 1.959964        # 95 % of a normal distribution lie within this many standard deviations
 BAR = 20            # characters of a bar: 5 % each
 
 # From weak to strong, distinct for colour-blind readers too; and fonts with Chinese characters.
 COLOURS, UNTESTED, INK = ("#c8553d", "#f0dfb4", "#2b7a94"), "#e3e3e3", "#2f2f2f"
-FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC",
-         "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS")
+FONTS = ("Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei")
 
-
-# ---- 1. Counts and names -------------------------------------------------------------------------
 
 def wilson(correct: int, asked: int) -> tuple[float, float]:
-    """The 95 % interval of a rate, in 0..1; all of it for 0 questions."""
+    """The 95 % interval of a rate, in 0..1: all rates that `correct` of `asked` do not contradict;
+    (0, 1) for 0 questions. Wilson 1927, JASA 22, 209-212."""
     if not asked:
         return 0.0, 1.0
     rate, z2_n = correct / asked, Z * Z / asked
@@ -61,8 +38,8 @@ def wilson(correct: int, asked: int) -> tuple[float, float]:
 def change(before: "AbilityTree", after: "AbilityTree") -> tuple[float, float, float]:
     """(difference of the accuracies, lower and upper end of its 95 % interval), in -1..1.
 
-    For independent sets of questions. If both exams have the same questions, the interval is too
-    wide, which errs on the safe side.
+    For independent sets of questions; too wide, hence safe, if both exams have the same ones.
+    Newcombe 1998, Statistics in Medicine 17, 873-890, method 10.
     """
     p, q = before.accuracy, after.accuracy
     (p_low, p_high), (q_low, q_high) = before.interval(), after.interval()
@@ -82,25 +59,21 @@ def same(name: str, other: str) -> bool:
 
 def clean(name: str) -> str:
     """Single spaces, nothing unprintable. Raises ValueError if nothing is left."""
-    words = "".join(char for char in name if char.isprintable() or char.isspace()).split()
-    if not words:
+    text = "".join(char for char in name if char.isprintable() or char.isspace())
+    if not text.split():
         raise ValueError(f"an ability needs a name; this is {name!r}")
-    return " ".join(words)
+    return " ".join(text.split())
 
 
 def spell(path) -> str:
     return " / ".join(path)
 
 
-# ---- 2. The tree ---------------------------------------------------------------------------------
-
 @dataclass
 class AbilityTree:
     """A node and all below it. A path is the names from the root down, the root's included.
-
-    history   {"round", "asked", "correct"} per round that tested the node as a leaf: the numbers of
-              questions and of correct answers. The last round counts.
-    """
+    `history` has {"round", "asked", "correct"} per round that tested the node as a leaf: the
+    numbers of questions and of correct answers. The last round counts."""
 
     name: str
     children: list["AbilityTree"] = field(default_factory=list)
@@ -127,7 +100,8 @@ class AbilityTree:
         return wilson(self.correct, self.asked)
 
     def posterior(self, smoothing: float = 1.0) -> float:
-        """The accuracy with `smoothing` correct and `smoothing` wrong answers added."""
+        """The accuracy to expect: the mean of Beta(correct + smoothing, wrong + smoothing), which
+        at 1 is Laplace's rule. An untested leaf has 1/2; 2 of 2 have 3/4, 20 of 20 have 0.95."""
         return (self.correct + smoothing) / (self.asked + 2 * smoothing)
 
     def walk(self, above: tuple[str, ...] = ()):
@@ -150,20 +124,19 @@ class AbilityTree:
         return tree
 
     def find(self, path, grow: bool = False) -> "AbilityTree":
-        """The node at this path. A missing one is added with `grow`; without, ValueError names the
-        nearest. Raises ValueError for another domain."""
+        """The node at this path. ValueError if it is missing, or with `grow` added."""
         if not same(path[0], self.name):
             raise ValueError(f"the path {spell(path)} belongs to the domain {path[0]!r}, "
                              f"the tree to {self.name!r}")
         node = self
         for depth, name in enumerate(path[1:], start=1):
             child = next((each for each in node.children if same(each.name, name)), None)
-            if child is None and not grow:
-                names = [each.name for each in node.children]
-                hint = f"did you mean {did_you_mean(name, names)}?" if names else "it is a leaf"
-                raise ValueError(f"the ability tree has no {spell(path)}: there is no {name!r} "
-                                 f"below {spell(path[:depth])} ({hint})")
             if child is None:
+                if not grow:
+                    names = [each.name for each in node.children]
+                    hint = f"did you mean {did_you_mean(name, names)}?" if names else "it is a leaf"
+                    raise ValueError(f"the ability tree has no {spell(path)}: there is no {name!r} "
+                                     f"below {spell(path[:depth])} ({hint})")
                 child = AbilityTree(clean(name))
                 node.children.append(child)
             node = child
@@ -183,17 +156,14 @@ class AbilityTree:
                 raise ValueError(f"{spell(path)} is no leaf: it divides into "
                                  f"{', '.join(child.name for child in leaf.children)}; give each "
                                  "question the path of a leaf")
-            last = leaf.history[-1]["round"] if leaf.history else round
-            if last > round:
-                raise ValueError(f"{spell(path)} has counts of round {last}, after round {round}: "
-                                 "take the tree from before that round, or give this one a higher "
-                                 "number")
+            if leaf.history and leaf.history[-1]["round"] > round:
+                raise ValueError(f"{spell(path)} has counts of round {leaf.history[-1]['round']}, "
+                                 f"after round {round}: give a tree from before, or a higher round")
             asked[key] += 1
             correct[key] += bool(is_correct)
         for key, leaf in leaves.items():
-            earlier = [row for row in leaf.history if row["round"] < round]
-            counts = {"round": round, "asked": asked[key], "correct": correct[key]}
-            leaf.history = [*earlier, counts]
+            leaf.history = [row for row in leaf.history if row["round"] < round]
+            leaf.history.append({"round": round, "asked": asked[key], "correct": correct[key]})
 
     def weakest(self, n: int) -> list[tuple[str, ...]]:
         """The paths of the n leaves of the lowest posterior mean, the lowest first."""
@@ -207,10 +177,8 @@ class AbilityTree:
             floor / n + (1 - floor) * weakness / sum(weakness)
             weakness = (1 - posterior mean) ** power
 
-        smoothing  answers added to the correct and to the wrong ones
-        floor      share that all n leaves get in equal parts: strong leaves are tested again, or
-                   nobody would notice that they are forgotten
-        power      0: equal shares; 1: by weakness; above 1: mostly the weakest
+        The floor, in equal parts for all n leaves, tests strong leaves again, or nobody would
+        notice that they are forgotten. power 0: equal shares; above 1: mostly the weakest leaves.
         """
         if smoothing <= 0 or power < 0 or not 0 <= floor <= 1:
             raise ValueError(f"smoothing {smoothing:g} must be above 0, power {power:g} 0 or more, "
@@ -222,13 +190,9 @@ class AbilityTree:
         return {path: floor / len(weakness) + (1 - floor) * weak / total
                 for path, weak in weakness.items()}
 
-    # -- files, text, picture --
-
     def save(self, path):
-        """As JSON. accuracy and interval are there for people; load does not read them."""
-        # The innermost lists and objects on one line each. Names have single spaces only.
-        text = re.sub(r"\{[^][{}]*\}|\[[^][{}]*\]", lambda found: " ".join(found.group().split()),
-                      json.dumps(self.to_json(), ensure_ascii=False, indent=1))
+        """As JSON. Everything but names, children and history is there for people to read."""
+        text = json.dumps(self.to_json(), ensure_ascii=False, indent=1)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(path), lambda file: file.write(f"{text}\n".encode()))
 
@@ -256,17 +220,11 @@ class AbilityTree:
 
     @classmethod
     def from_json(cls, row: dict) -> "AbilityTree":
-        """Only the name is required. Raises ValueError for counts that contradict each other."""
+        """Only the name is required."""
         children = [cls.from_json(child) for child in row.get("children", [])]
-        node = cls(clean(row["name"]), children, row.get("history", []))
         if len({key_of([child.name]) for child in children}) < len(children):
-            raise ValueError(f"two children of {node.name} have the same name; join them")
-        for key, counted in (("asked", node.asked), ("correct", node.correct)):
-            if row.get(key, counted) != counted:
-                source = "its leaves have" if children else "the last round of its history has"
-                raise ValueError(f"{node.name} has {key} {row[key]}, but {source} {counted}; "
-                                 f"correct one, or leave {key} out")
-        return node
+            raise ValueError(f"two children of {row['name']} have the same name; join them")
+        return cls(clean(row["name"]), children, row.get("history", []))
 
     def text(self) -> str:
         """A line per node. Its bar is full up to the lower end of the 95 % interval and shaded up
@@ -274,60 +232,42 @@ class AbilityTree:
         rows = []
         for path, node in self.walk():
             low, high = (round(bound * BAR) for bound in node.interval())
-            bar = "█" * low + "▒" * (high - low) + "·" * (BAR - high)
-            rows.append(("  " * (len(path) - 1) + node.name, f"{node.correct}/{node.asked}",
-                         percent(node.accuracy), bar))
-        names, counts = (max(width_of(row[i]) for row in rows) for i in (0, 1))
-        return "\n".join(f"{padded(row[0], names)}  {row[1]:>{counts}}  {row[2]:>5}  {row[3]}"
-                         for row in rows)
+            rows.append(["  " * (len(path) - 1) + node.name, f"{node.correct}/{node.asked}",
+                         percent(node.accuracy),
+                         "█" * low + "▒" * (high - low) + "·" * (BAR - high)])
+        return aligned(rows, "lrrl")
 
     def draw(self, png, before: "AbilityTree | None" = None):
         """A row per node: name and counts, the 95 % interval in the colour of the posterior mean,
         the accuracy as a dot, and as a ring the accuracy `before`."""
         Path(png).parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings(record=True) as missing:
-            warnings.filterwarnings("always", message="Glyph")
-            write_atomic(Path(png), lambda file: picture(self, before).savefig(
-                file, format="png", dpi=120, bbox_inches="tight"))
-        if missing:
-            Logger(f"{png}: no font on this machine has all characters of these names; install "
-                   f"{FONTS[0]} for Chinese")
+        write_atomic(Path(png), lambda file: picture(self, before).savefig(
+            file, format="png", dpi=120, bbox_inches="tight"))
 
-
-# ---- 3. Text and picture -------------------------------------------------------------------------
 
 def percent(accuracy: float | None) -> str:
     return "–" if accuracy is None else f"{100 * accuracy:.0f} %"
 
 
-def width_of(text: str) -> int:
-    """Columns of a terminal: a Chinese character takes two."""
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
-
-
-def padded(text: str, width: int) -> str:
-    return text + " " * (width - width_of(text))
-
-
 def compare(before: AbilityTree, after: AbilityTree) -> str:
-    """A Markdown table: a row per leaf of either tree, and one for all. The change has its 95 %
+    """A Markdown table: a row per leaf of either tree, and one for all. A change has its 95 %
     interval and is bold where that excludes 0."""
     old, new = ({key_of(path): (path, leaf) for path, leaf in tree.leaves().items()}
                 for tree in (before, after))
-    rows = []
+    pairs = []
     for key, (path, _) in (new | {key: old[key] for key in old if key not in new}).items():
         then, now = (leaves[key][1] if key in leaves else AbilityTree("") for leaves in (old, new))
-        rows.append((spell(path[1:] or path).replace("|", "\\|"), then, now))
-    lines = ["| ability | asked | accuracy | change, points (95 %) |", "|---|---:|---:|---:|"]
-    for name, then, now in [*rows, ("all", before, after)]:
+        pairs.append((spell(path[1:] or path).replace("|", "\\|"), then, now))
+    rows = [["ability", "asked", "accuracy", "change, points (95 %)"]]
+    for name, then, now in [*pairs, ("all", before, after)]:
         points = "–"
         if then.asked and now.asked:
             difference, low, high = (100 * value for value in change(then, now))
             points = f"{difference:+.0f} ({low:+.0f} .. {high:+.0f})"
             points = f"**{points}**" if low > 0 or high < 0 else points
-        lines.append(f"| {name} | {then.asked} → {now.asked} "
-                     f"| {percent(then.accuracy)} → {percent(now.accuracy)} | {points} |")
-    return "\n".join(lines)
+        rows.append([name, f"{then.asked} → {now.asked}",
+                     f"{percent(then.accuracy)} → {percent(now.accuracy)}", points])
+    return markdown(rows)
 
 
 def picture(tree: AbilityTree, before: AbilityTree | None):
@@ -347,20 +287,17 @@ def picture(tree: AbilityTree, before: AbilityTree | None):
         figure = Figure(figsize=(5, 0.26 * len(nodes) + 0.6))
         axis = figure.add_subplot()
         for y, (path, node) in enumerate(nodes):
-            then, style = old.get(key_of(path)), {"va": "center"}
-            style["weight"] = "bold" if node.children else "normal"
+            then = old.get(key_of(path))
             axis.plot([100 * bound for bound in node.interval()], [y, y], linewidth=5,
                       color=colour(node.posterior()) if node.asked else UNTESTED)
             if then and then.asked:
                 axis.plot(100 * then.accuracy, y, "o", color=INK, markerfacecolor="white")
             if node.asked:
                 axis.plot(100 * node.accuracy, y, "o", color=INK, markersize=5)
-            axis.annotate(names[y], (-3, y), (-left, 0), textcoords="offset points", **style)
-            axis.text(104, y, f"{node.correct}/{node.asked}", **style)
+            axis.annotate(names[y], (-3, y), (-left, 0), textcoords="offset points", va="center")
+            axis.text(104, y, f"{node.correct}/{node.asked}", va="center")
         axis.set(xlim=(-3, 103), ylim=(len(nodes) - 0.5, -0.5), yticks=[], xticks=range(0, 101, 25),
                  xlabel="● accuracy, %   " + "○ before   " * bool(before) + "▬ 95 % interval")
-        axis.grid(axis="x", color=UNTESTED)
-        axis.set_axisbelow(True)
         axis.spines[:].set_visible(False)
     return figure
 

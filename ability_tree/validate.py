@@ -7,31 +7,26 @@ Cross-validation: two agents answer each question independently. It is kept if b
         --agent_a out/ability/teacher/full_sft_128.pth --agent_b out/full_sft_128.pth \\
         --out out/ability/valid.jsonl
 
-two processes  torchrun --nproc_per_node 2 -m ability_tree.validate --ddp ...
-
 With --prompts json, an agent sees the options and names a letter. With --prompts miniworld, it sees
 the bare question: weights choose the option of the highest log-probability, or with --write they
 generate an answer, which must be one of the options. An endpoint always generates.
 
-    OUT             the questions that are kept, unchanged
-    OUT_ability     {"id", "ability_path"} of each of them
-    OUT_rejected    the others, with "leaf", "agent_a", "agent_b" (letters, or null) and "reason"
-
-OUT_ability is OUT's name with _ability before .jsonl. The same command resumes an interrupted run.
+    OUT                   the questions that are kept, unchanged
+    OUT_ability.jsonl     {"id", "ability_path"} of each of them
+    OUT_rejected.jsonl    the others, with "leaf", "agent_a", "agent_b" (letters, or null), "reason"
 """
 
 from ability_tree.agents import LocalAgent, add_agent_args, identity_of, make_agent
 from ability_tree.inference import reply
 from ability_tree.prompts import PROMPTS, nonempty
-from ability_tree.steps import (add_request_args, add_run_args, batches_of, finish_questions,
-                                read_abilities, read_choices, seed_of, settings, sha256_of, table,
-                                work_in_parts)
+from ability_tree.steps import (add_request_args, batches_of, finish_questions, read_abilities,
+                                read_choices, seed_of, settings, sha256_of, table, work_in_parts)
 from ability_tree.tree import spell
-from runtime.args import checking_input, make_parser, parse_args
+from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.log import Logger
 from runtime.processes import init_distributed_mode
 
-MIN_PART, MAX_PART, N_PARTS = 64, 512, 16       # questions of a part; number of parts to aim at
+PART = 128          # questions in one part
 SAME = ("prompts", "write", "max_new_tokens", "temperature", "seed")
 ROLES = ("agent_a", "agent_b")
 
@@ -57,17 +52,15 @@ def solve(agent, prompts, rows: list[dict], max_new_tokens: int, temperature: fl
 
 def reason_to_reject(correct: str, answers) -> str | None:
     """Why a question with this correct letter is rejected; None if it is kept. `answers` are those
-    of agent_a and agent_b, as from solve."""
+    of agent_a and agent_b, from solve or choose."""
     for role, (letter, problem) in zip(ROLES, answers):
         if letter is None:
             return f"{role} {problem}"
-    a, b = (letter for letter, _ in answers)
-    if a == b:
-        return None if a == correct else f"both have another answer: {a}, not {correct}"
-    if correct not in (a, b):
-        return f"all three differ: agent_a {a}, agent_b {b}, not {correct}"
-    role, letter = ("agent_b", b) if a == correct else ("agent_a", a)
-    return f"{role} has another answer: {letter}, not {correct}"
+    wrong = [(role, letter) for role, (letter, _) in zip(ROLES, answers) if letter != correct]
+    if wrong:
+        roles, letters = map(" and ".join, zip(*wrong))
+        return f"another answer of {roles}: {letters}, not {correct}"
+    return None
 
 
 def main():
@@ -85,7 +78,7 @@ def main():
              "since one of the options always has the highest probability")
     for role in ROLES:
         add_agent_args(parser, role)
-    add_run_args(parser)
+    add_process_args(parser, dtype=False)
     args = parse_args(parser)
     if args.write and args.prompts != "miniworld":
         parser.error("--write needs --prompts miniworld; with json the agents choose a letter")
@@ -106,7 +99,8 @@ def main():
         same = about["--agent_a"] == about["--agent_b"]
         agents += agents if same else [make_agent(vars(args), "agent_b", world.device)]
     Logger(f"{' and '.join(agent.name for agent in agents)} answer {len(rows):,} questions")
-    if same and args.temperature == 0:
+    once = same and args.temperature == 0
+    if once:
         Logger("agent_a and agent_b are the same model: its greedy answer counts for both")
 
     # 3. Answers
@@ -117,15 +111,11 @@ def main():
                      seed)
 
     def pairs(part, batch):
-        if same and args.temperature == 0:
-            a = b = answers(agents[0], batch, 0)
-        else:
-            a, b = (answers(agent, batch, seed_of(args.seed, number, part))
-                    for number, agent in enumerate(agents))
+        a = answers(agents[0], batch, seed_of(args.seed, 0, part))
+        b = a if once else answers(agents[1], batch, seed_of(args.seed, 1, part))
         return list(zip(a, b))
 
-    size = min(MAX_PART, max(MIN_PART, -(-len(rows) // N_PARTS)))
-    parts, results = work_in_parts(args.out, about, batches_of(rows, size), pairs, world)
+    parts, results = work_in_parts(args.out, about, batches_of(rows, PART), pairs, world)
     if results is None:
         return
 

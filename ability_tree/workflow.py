@@ -1,9 +1,8 @@
 """
 工作流：逐步运行命令；同样的命令、同样的输入已做完的步骤跳过，中断的接着做。
-A workflow: commands that run one after the other, each into a folder of its own. manifest.json in
-the folder has the command, the hashes of its inputs and, once it has finished, of its outputs. So a
-step with the same command and inputs is skipped if it has finished and resumed if it has not. The
-folder of another command is renamed to FOLDER.previous, and the step runs anew.
+A workflow: commands that run one after the other, each into a folder of its own, with a manifest of
+the command and the hashes of its inputs and outputs. A step that has finished is skipped, one that
+was interrupted resumes; the folder of another command is renamed to FOLDER.previous.
 """
 
 import functools
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ability_tree.generate_logits import ROOT, flags_of
+from ability_tree.generate_logits import ROOT, flags_of, listed
 from runtime.args import WORKFLOW, resume_command
 from runtime.files import file_sha256, keep_previous, write_atomic
 from runtime.log import Logger
@@ -26,6 +25,9 @@ from runtime.log import Logger
 MANIFEST = "manifest.json"
 # A step that resumes may have other values of these flags: its result does not depend on them.
 FREE = ("_budget", "_rpm", "_replies", "_key_env")
+# Flags whose values are files or folders that a step reads.
+INPUTS = ("ability_files", "weights", "questions", "replies", "abilities", "tree", "exclude",
+          "agent", "agent_a", "agent_b", "teacher", "student", "logits", "data")
 
 
 class Workflow:
@@ -42,21 +44,23 @@ class Workflow:
         if self.child is not None:
             self.child.send_signal(number)
 
-    def step(self, title: str, module: str, folder: Path, inputs: list, log: Path | None = None,
+    def step(self, title: str, module: str, folder: Path, log: Path | None = None,
              resume_flag: str = "", **flags):
-        """python -m ability_tree.MODULE FLAGS, which reads `inputs` (files and folders), writes
-        into `folder`, and prints into `log`, by default MODULE.log beside the folder. A training
-        step resumes by resume_flag, and its result depends on the number of processes."""
+        """python -m ability_tree.MODULE FLAGS, which writes into `folder` and prints into `log`, by
+        default MODULE.log beside the folder. A training step resumes by resume_flag, and its result
+        depends on the number of processes."""
         self.exit_if_stopped(title)
         same = {name: value for name, value in flags.items() if not name.endswith(FREE)}
+        file = folder / MANIFEST
+        inputs = [path for name in INPUTS for path in listed(flags.get(name))]
         manifest = {"command": [f"ability_tree.{module}", *flags_of(**same)],
                     "processes": len(self.gpus) if resume_flag else "any",
-                    "inputs": {str(path): sha256_of(Path(path)) for path in inputs if path}}
-        last = read_manifest(folder)
+                    "inputs": {str(path): sha256_of(Path(path)) for path in inputs}}
+        last = json.loads(file.read_text()) if file.exists() else None
         if last == manifest | {"outputs": outputs_of(folder)}:
             Logger(f"== {title}: finished earlier, {folder}")
             return
-        again = last == manifest
+        again = last == manifest            # the same step, not finished
         if folder.exists() and not again:
             Logger(f"{folder} has other inputs or flags: renamed to {folder}.previous")
             keep_previous(folder)
@@ -64,11 +68,11 @@ class Workflow:
             for path in folder.iterdir():
                 if path.is_file() and path.name != MANIFEST:
                     path.unlink()
-        write_manifest(folder, manifest)
+        write_manifest(file, manifest)
         command = [f"ability_tree.{module}", *flags_of(**flags)]
         command += [resume_flag] if again and resume_flag else []
         self.run(title, command, log or folder.parent / f"{module}.log")
-        write_manifest(folder, manifest | {"outputs": outputs_of(folder)})
+        write_manifest(file, manifest | {"outputs": outputs_of(folder)})
         self.exit_if_stopped(title)
 
     def run(self, title: str, command: list[str], log: Path):
@@ -106,17 +110,9 @@ class Workflow:
             sys.exit(130)
 
 
-def read_manifest(folder: Path) -> dict | None:
-    try:
-        return json.loads((folder / MANIFEST).read_text())
-    except (FileNotFoundError, ValueError):     # none, or not JSON
-        return None
-
-
-def write_manifest(folder: Path, manifest: dict):
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(manifest, indent=2)
-    write_atomic(folder / MANIFEST, lambda file: file.write(text.encode()))
+def write_manifest(file: Path, manifest: dict):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, lambda out: out.write(json.dumps(manifest, indent=2).encode()))
 
 
 def sha256_of(path: Path) -> str:

