@@ -166,45 +166,48 @@ class Jobs:
         """The line of trials.jsonl of a command that writes the file `makes`; any thread may call
         it. A finished command never runs again: its key is a checksum of itself and of the contents
         of the files that it names. Raises ValueError with the end of the log."""
-        key = key_of(command)
-        with self.lock_of.setdefault(key, threading.Lock()), self.free:
+        key, label = key_of(command), re.sub("[^a-z0-9.]+", "_", name.lower())
+        folder = self.folder / "trials" / f"{label}-{key}"
+        made, log = makes.replace(OUT, str(folder)), ROOT / folder / "log.txt"
+        with self.lock_of.setdefault(key, threading.Lock()):
             record = self.records.get(key)
-            if not record or not (ROOT / record["made"]).exists():
-                label = re.sub("[^a-z0-9.]+", "_", name.lower())
-                folder = self.folder / "trials" / f"{label}-{key}"
-                record = {"key": key, "name": name, "command": command,
-                          "made": makes.replace(OUT, str(folder))}
-                record |= self.execute(name, command, record["made"], folder)
-                with self.lock, self.ledger.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                    self.records[key] = record
+            if record and (ROOT / record["made"]).exists():
+                return record
+            with self.free:
+                status, used = self.execute(command.replace(OUT, str(folder)), log)
+            if status or not (ROOT / made).exists():
+                raise ValueError(f"{name} ended with status {status} and did not make {made}:\n"
+                                 f"{log.read_text()[-2000:]}")
+            for path in log.parent.rglob("*.resume*"):      # most of the disk space
+                path.unlink()
+            unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+            record = {"key": key, "name": name, "command": command, "made": made,
+                      "seconds": round(used.ru_utime + used.ru_stime, 2),
+                      "peak_mb": round(used.ru_maxrss * unit / 2 ** 20)}
+            Logger(f"{name}: {record['seconds']:.0f} s, {record['peak_mb']} MB")
+            with self.lock, self.ledger.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+                self.records[key] = record
             return record
 
-    def execute(self, name: str, command: str, made: str, folder: Path) -> dict[str, float]:
-        command, log = command.replace(OUT, str(folder)), ROOT / folder / "log.txt"
+    def execute(self, command: str, log: Path):
+        """Its exit status, and the resources of this process alone. The log begins with it."""
         with self.lock:
             if self.stopping:
                 raise KeyboardInterrupt
             shutil.rmtree(log.parent, ignore_errors=True)   # an interrupted run has too few seconds
             log.parent.mkdir(parents=True)
-            with log.open("w") as file:
+            log.write_text(f"python {command}\n")
+            with log.open("a") as file:
                 child = subprocess.Popen(
                     [sys.executable, *shlex.split(command)], cwd=ROOT, stdout=file, stderr=file,
                     env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
             self.children.add(child)
-        _, status, used = os.wait4(child.pid, 0)            # resources of this child alone
+        _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         with self.lock:
             self.children.remove(child)
-        if child.returncode or not (ROOT / made).exists():
-            raise ValueError(f"{name} ended with status {child.returncode} and did not make {made}:"
-                             f"\npython {command}\n{log.read_text()[-2000:]}")
-        for path in log.parent.rglob("*.resume*"):     # most of the disk space
-            path.unlink()
-        unit = 1 if sys.platform == "darwin" else 1024      # of ru_maxrss, in bytes
-        seconds, peak_mb = used.ru_utime + used.ru_stime, used.ru_maxrss * unit / 2 ** 20
-        Logger(f"{name}: {seconds:.0f} s, {peak_mb:.0f} MB")
-        return {"seconds": round(seconds, 2), "peak_mb": round(peak_mb)}
+        return child.returncode, used
 
 
 def key_of(command: str) -> str:
@@ -234,18 +237,11 @@ def steps_within(budget: float, charged: float, took: float, updates: int) -> in
     return max(TEN, int((budget - charged) / (took - charged) * updates) // TEN * TEN)
 
 
-def best(scores: list[dict]) -> int:
-    """The candidate with the highest exact match, then with the lowest perplexity."""
-    return max(range(len(scores)),
-               key=lambda i: (scores[i]["exact_match"], -scores[i]["perplexity"]))
-
-
 class Comparison:
     """A plan, what fills in its commands, and the jobs that run them."""
 
     def __init__(self, plan, values: dict, jobs: Jobs):
         self.plan, self.values, self.jobs = plan, values, jobs
-        self.begin, self.chosen = {}, {}        # {row: seconds to start}, {row: its best candidate}
 
     def run(self, name: str, command: str, writes: str, values: dict) -> dict:
         """The record of a command, once the files that it needs are made."""
@@ -282,25 +278,26 @@ class Comparison:
         return found
 
     def prepare(self, row):
-        """Seconds to start, and the best candidate on the validation data."""
+        """Sets the row's seconds to start, and its best candidate on the validation data: the
+        highest exact match, then the lowest perplexity."""
         plan, tries = self.plan, candidates(row)
-        runs, choice = [each | {"seed": Number(FIRST_SEED - 1)} for each in tries], 0
+        runs = [each | {"seed": Number(FIRST_SEED - 1)} for each in tries]
         begun = self.train("begin", row, runs[:1], plan.begin) if plan.begin else []
-        self.begin[row.name] = sum(each["seconds"] for each in begun)
+        row.start_seconds, row.tuned = sum(each["seconds"] for each in begun), tries[0]
         if plan.validate:
             tried = self.train("tune", row, runs, plan.tune_steps)
             scores = self.scores(f"validate, {row.name}", {"val": plan.validate}, tried)
-            choice = best([each["val"] for each in scores])
-        self.chosen[row.name] = tries[choice]
+            ranks = [(each["val"]["exact_match"], -each["val"]["perplexity"]) for each in scores]
+            row.tuned = tries[ranks.index(max(ranks))]
 
     def measure(self, phase: str, row, steps: int) -> list[dict]:
         """Steps, seconds, memory and scores for each seed."""
-        runs = [self.chosen[row.name] | {"seed": Number(FIRST_SEED + number)}
+        runs = [row.tuned | {"seed": Number(FIRST_SEED + number)}
                 for number in range(self.plan.seeds)]
         trained = self.train(phase, row, runs, steps)
         scores = self.scores(f"test, {row.name}", self.plan.tests, trained)
         return [{"steps": steps, "peak_mb": record["peak_mb"], "charged": record["charged"],
-                 "seconds": record["charged"] + record["seconds"] - self.begin[row.name]} | score
+                 "seconds": record["charged"] + record["seconds"] - row.start_seconds} | score
                 for record, score in zip(trained, scores)]
 
     def references(self) -> dict[str, dict]:
@@ -321,17 +318,16 @@ class Comparison:
         results = {"updates": plan.updates, "seconds": None, "rows": self.references()}
         at_updates = side_by_side(lambda row: self.measure("updates", row, plan.updates), plan.rows)
         for row, seeds in zip(plan.rows, at_updates):
-            results["rows"][row.name] = {"group": row.group, "note": row.note, "updates": seeds,
-                                         "tuned": self.chosen[row.name]}
+            results["rows"][row.name] = {"group": row.group, "note": row.note, "tuned": row.tuned,
+                                         "updates": seeds}
         yield results
         if not plan.seconds:
             return
 
         # The fastest seed of each row: other work of the machine only adds to it.
         fastest = [min(seeds, key=lambda seed: seed["seconds"]) for seeds in at_updates]
-        budget = plan.seconds
-        if budget == "slowest":
-            budget = max(each["seconds"] for each in fastest)
+        slowest = max(each["seconds"] for each in fastest)
+        budget = slowest if plan.seconds == "slowest" else plan.seconds
         steps = [steps_within(budget, each["charged"], each["seconds"], plan.updates - plan.begin)
                  for each in fastest]
         at_seconds = side_by_side(lambda pair: self.measure("seconds", *pair),
@@ -346,7 +342,7 @@ class Comparison:
 
 def figures(results: dict, name: str, phase: str, column) -> list[float]:
     """A row's value in a column for each seed; [] if it was not measured."""
-    def value_of_each_seed(row):
+    def values(row):
         *keys, pattern = column.read.split()
         for scores in row.get(phase, []):
             for key in keys:
@@ -354,14 +350,12 @@ def figures(results: dict, name: str, phase: str, column) -> list[float]:
             if found := matching(scores, pattern):
                 yield mean(scores[key] for key in found)
 
-    row = results["rows"][name]
-    values = list(value_of_each_seed(row))
+    rows = results["rows"]
     if not column.lost_since:
-        return values
-    before = results["rows"].get(column.lost_since, {})
-    if before.get("group") != row["group"]:
-        return []
-    return [value - own for value, own in zip(value_of_each_seed(before), values)]
+        return list(values(rows[name]))
+    before = rows.get(column.lost_since, {})
+    return [value - own for value, own in zip(values(before), values(rows[name]))
+            if before["group"] == rows[name]["group"]]
 
 
 def table(results: dict, plan, how: str) -> str:
@@ -472,12 +466,11 @@ def main(argv=None):
         values = plan.values | {"out": OUT} | write_parts(plan.files, Path(plan.out))
 
     # 3. Run
-    how = f"{plan.updates:,} updates, seeds: {plan.seeds}, " + (
-        f"tuned in {len(candidates(plan.rows[0]))} tries of {plan.tune_steps:,} updates"
-        if plan.validate else "nothing tuned")
+    how = f"{plan.updates:,} updates, seeds: {plan.seeds}, "
+    how += (f"tuned in {len(candidates(plan.rows[0]))} tries of {plan.tune_steps:,} updates"
+            if plan.validate else "nothing tuned")
     if left_out := [row.name for row in wanted if row not in plan.rows]:
         how += f", left out: {', '.join(left_out)}"
-
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: background jobs ignore it
         signal.signal(number, signal.default_int_handler)
     jobs = Jobs(plan.out, args.processes)
