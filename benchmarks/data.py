@@ -11,9 +11,9 @@ targets must be the same.
 
 import json
 import tempfile
+from collections import namedtuple
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -29,6 +29,7 @@ from runtime.args import checking_input, make_parser
 SEED = 0
 IGNORED = -100                  # the target that F.cross_entropy ignores
 MOST_TURNS = 10                 # of a chat: some 140 tokens on average
+Case = namedtuple("Case", "rows batch_size max_seq_len device threads")           # as the flags
 
 
 class PlainChats(Dataset):
@@ -72,14 +73,6 @@ def ours(case, path, tokenizer):
 # form: (prepares the data and returns a function that makes an epoch, whether preparation is timed)
 FORMS = {"plain": (plain, True), "ours, first epoch": (ours, True),
          "ours, from the map": (ours, False)}
-
-
-class Case(NamedTuple):
-    rows: int
-    batch_size: int
-    max_seq_len: int
-    device: str
-    threads: int
 
 
 def write_chats(path: Path, n: int):
@@ -161,7 +154,7 @@ def main(argv=None):
     if args.rows < args.batch_size:
         parser.error(f"--rows {args.rows} does not fill one batch of {args.batch_size}")
 
-    case = Case(args.rows, args.batch_size, args.max_seq_len, args.device, args.threads)
+    case = Case(*(vars(args)[field] for field in Case._fields))
     with checking_input():                                  # integers: no tolerance
         figures = compare(measure, case, FORMS, args.repeats, tolerance=0.0)
     rows = [row | {"tokens_per_s": row["tokens"] / row["seconds"]} for row in with_ratios(figures)]

@@ -16,6 +16,7 @@ import os
 import socket
 import statistics
 import tempfile
+from collections import namedtuple
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +39,8 @@ from runtime.precision import autocast, seed_everything
 from runtime.processes import init_distributed_mode, parallelize, sync_gradients
 
 START = "spawn"         # each process is a new one
+Case = namedtuple("Case", "processes model vocab tokens length accumulation steps device dtype "
+                  "threads")        # as the flags
 
 
 def plain_ddp(model, world):
@@ -65,19 +68,6 @@ FORMS = {
     "ours": Form(True, True),               # once per step; gradients stay in the buckets
 }
 TRUTH = Form(False, False, all_data=True)
-
-
-class Case(NamedTuple):
-    processes: int
-    model: tuple[int, int]      # width and layers
-    vocab: int
-    tokens: int                 # of a micro-batch
-    length: int                 # of a sample, in tokens
-    accumulation: int           # micro-batches per step and process
-    steps: int                  # timed, after one that is not
-    device: str
-    dtype: str
-    threads: int
 
 
 def measure(case: Case, form: Form, saved: Path | None) -> dict[str, list[float]]:

@@ -12,9 +12,9 @@ Forward and backward, from final hidden states to the gradients of the student's
 head. The plain form needs 10 GB at 2048 tokens and a vocabulary of 151,936.
 """
 
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from distill.losses import DIVERGENCES, distillation_loss_fn, forward_kl, pick_d
 from runtime.args import checking_input, make_parser
 
 ALPHA, TEMPERATURE = 0.5, 2.0
+Case = namedtuple("Case", "divergence vocab_size tokens dim device threads")
 
 
 def plain_loss(hidden, head, targets, teacher, divergence):  # (S, D), (V, D), (S,) -> ()
@@ -50,15 +51,6 @@ def fused_loss(hidden, head, targets, teacher, divergence, rows=None):
 
 
 FORMS = {"plain": plain_loss, "fused": fused_loss, "fused, 32 rows": partial(fused_loss, rows=32)}
-
-
-class Case(NamedTuple):
-    divergence: str
-    vocab_size: int
-    tokens: int
-    dim: int
-    device: str
-    threads: int
 
 
 def inputs(case: Case):

@@ -12,9 +12,9 @@ The teacher is twice as wide and twice as deep as the student, and always dense.
 
 import argparse
 import statistics
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,18 +36,8 @@ AXES = {        # name: (what grows, default values)
     "length": ("tokens of a sample, as many in all", "64,128,256,512,1024"),
     "experts": ("experts of the student, two per token", "2,4,8,16"),
 }
-
-
-class Case(NamedTuple):
-    tokens: int
-    model: tuple[int, int]      # width and layers of the student
-    vocab: int
-    length: int
-    experts: int                # 0: dense
-    steps: int
-    device: str
-    dtype: str
-    threads: int
+# As the flags; model: width and layers of the student; experts: 0 is dense.
+Case = namedtuple("Case", "tokens model vocab length experts steps device dtype threads")
 
 
 def random_batch(n: int, length: int, vocab_size: int, seed: int = 0, batches_per_step: int = 1):

@@ -50,9 +50,6 @@ class Shape(NamedTuple):
     teacher: LMConfig
     batch: int                      # samples
 
-    def __str__(self):
-        return f"student {self.student}, teacher {self.teacher}, batch {self.batch}"
-
 
 def small(dim, n_layers) -> LMConfig:
     return LMConfig(dim=dim, n_layers=n_layers, max_seq_len=LONGEST)
@@ -105,8 +102,7 @@ def chats(case: Case, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
             for n in np.sort(lengths)]
 
 
-def counts(samples) -> tuple[list[int], int]:
-    """(tokens to read of each sample, targets of all)"""
+def counts(samples) -> tuple[list[int], int]:  # tokens to read of each sample, targets of all
     return [len(ids) - 1 for ids, _ in samples], int(sum(mark.sum() for _, mark in samples))
 
 
@@ -157,9 +153,8 @@ def plain_form(case: Case, limit: bool) -> Form:
     optimizer = plain.make_optimizer(student)
     batches = [plain.pad(chats(case, number), case.pad if limit else None, case.device)
                for number in range(case.steps + 1)]
-    return Form(student, optimizer, batches,
-                lambda batch: plain.distillation_loss(student, teacher, batch, ALPHA, TEMPERATURE),
-                partial(plain.update, student, optimizer))
+    loss = partial(plain.distillation_loss, student, teacher, alpha=ALPHA, temperature=TEMPERATURE)
+    return Form(student, optimizer, batches, loss, partial(plain.update, student, optimizer))
 
 
 def our_form(case: Case, dtype=torch.float32, on_disk: bool = False) -> Form:
@@ -315,7 +310,8 @@ def main(argv=None):
         figures[ON_DISK] |= written
         own = [row | {"percent": 100 * row["useful"]} for row in with_ratios(figures, shape=name)]
         rate = own[0]["matrix_rate"] / 1e9
-        print(f"{name}: {shape}; vocabulary {vocab_size:,}, limit {args.pad}\n\n"
+        print(f"{name}: student {shape.student}, teacher {shape.teacher}, batch {shape.batch}; "
+              f"vocabulary {vocab_size:,}, limit {args.pad}\n\n"
               f"{table(own, COLUMNS)}\n\nnot in these seconds: the cache on disk was written in "
               f"{written['write_seconds']:.2f} s, for {args.steps + 1} steps\n"
               f"matrix rate: {rate:,.0f} G operations/s in fp32\n")

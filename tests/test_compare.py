@@ -60,7 +60,7 @@ def config(tmp_path, monkeypatch) -> dict:
     score = f"{tmp_path}/evaluate.py --weights {{weights}} --data {{data}}"
     return {
         "title": "Two rows", "note": "A note.", "out": str(tmp_path / "out"), "updates": 100,
-        "seeds": 2, "begin": 10, "tune_part": 0.5, "seconds": 0.9,
+        "seeds": 2, "begin": 10, "tune_part": 0.5, "seconds": 0.45,
         "quick": {"updates": 20, "seeds": 1}, "references": ["start"], "picture": "exact",
         "values": {"data": f"{tmp_path}/data.jsonl", "start": f"{tmp_path}/start.pth",
                    "samples": 24,
@@ -72,12 +72,12 @@ def config(tmp_path, monkeypatch) -> dict:
                     "a": {"read": "test leaves a/*"},
                     "lost": {"read": "test leaves a/*", "lost_since": "SKD"},
                     "seconds": {"read": "seconds", "form": ".0f", "spread": False}},
-        "made": {"answers": {"command": f"{tmp_path}/train.py --slow 30 --steps 10 --rate 1 "
+        "made": {"answers": {"command": f"{tmp_path}/train.py --slow 15 --steps 10 --rate 1 "
                                         "--out {out}/answers.jsonl",
                              "writes": "{out}/answers.jsonl"}},
-        "rows": {"Text": {"SFT": {"command": "{learn} --slow 3", "writes": "{model}",
+        "rows": {"Text": {"SFT": {"command": "{learn} --slow 1.5", "writes": "{model}",
                                   "tune": {"rate": [1, 2, 3]}}},
-                 "Teacher": {"SKD": {"command": "{learn} --slow 6 --from {answers}",
+                 "Teacher": {"SKD": {"command": "{learn} --slow 3 --from {answers}",
                                      "writes": "{model}", "tune": {"rate": [1, 3, 2]},
                                      "charge": ["answers"], "note": "on answers"}}},
     }
@@ -141,7 +141,7 @@ def test_all_rows_get_the_same_and_finished_runs_never_run_again(config, tmp_pat
         assert all("--steps 100 " in each and "--samples 24 " in each for each in updates)
     assert [seed["steps"] for seed in sft["updates"]] == [100, 100]
     assert sft["updates"][0]["test"]["exact_match"] == 50
-    # Half as fast, and with 0.3 of 0.9 s spent on its answers: a third of the updates, or what a
+    # Half as fast, and with 0.15 of 0.45 s spent on its answers: a third of the updates, or what a
     # busy machine makes of that.
     assert skd["seconds"][0]["steps"] < 0.7 * sft["seconds"][0]["steps"]
     assert skd["updates"][0]["seconds"] > 0.3
