@@ -2,42 +2,38 @@
 批次准备得有多快：每次现场分词并填充，与分词一次、内存映射并排，编号与目标相同。
 How fast batches are prepared: tokenised and padded each time, or tokenised once into a memory map.
 
-    plain                 a Dataset as textbooks write it: render, encode, find the targets, pad
-    ours, first epoch     lm_dataset.py with an empty cache: tokenise, write the map, read it
-    ours, from the map    any later epoch
-
-One epoch each, through a DataLoader in the same process; only real tokens count, not padding.
-
 one table           python -m benchmarks.data
 quick               python -m benchmarks.data --rows 500 --repeats 1
 
-Ids and targets must be the same, batch by batch.
+An epoch through a DataLoader in the same process. Only real tokens count, not padding; ids and
+targets must be the same.
 """
 
 import json
 import tempfile
+from collections import namedtuple
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.measure import (add_result_args, check_args, compare, reporting_errors, setting,
-                                table, timed, with_ratios, write_json)
+from benchmarks.measure import (add_result_args, compare, parse, setting, table, timed,
+                                with_ratios, write_json)
 from dataset import lm_dataset
 from dataset.lm_dataset import Batch, MicroBatches, SFTDataset, permutation
 from dataset.miniworld import LEAVES, World
 from model.tokenizer import Tokenizer
-from runtime.args import make_parser
+from runtime.args import checking_input, make_parser
 
 SEED = 0
 IGNORED = -100                  # the target that F.cross_entropy ignores
 MOST_TURNS = 10                 # of a chat: some 140 tokens on average
+Case = namedtuple("Case", "rows batch_size max_seq_len device threads")           # as the flags
 
 
 class PlainChats(Dataset):
-    """Item i is (max_seq_len,) ids and (max_seq_len,) targets, made anew each time."""
+    """A Dataset as textbooks write it. Item i is (max_seq_len,) ids and (max_seq_len,) targets."""
 
     def __init__(self, path, tokenizer, max_seq_len):
         self.chats = [json.loads(line)["conversations"] for line in path.read_text().splitlines()]
@@ -79,14 +75,6 @@ FORMS = {"plain": (plain, True), "ours, first epoch": (ours, True),
          "ours, from the map": (ours, False)}
 
 
-class Case(NamedTuple):
-    rows: int
-    batch_size: int
-    max_seq_len: int
-    device: str
-    threads: int
-
-
 def write_chats(path: Path, n: int):
     """n chats of 1 to MOST_TURNS questions of the small world and their answers."""
     rng, world = Random(SEED), World(SEED)
@@ -120,8 +108,7 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
 
 
 def consume(batches, tokenizer, device) -> int:
-    """Move each batch to the device and drop it, as after its step. Returns the number of real
-    tokens."""
+    """Move each batch to the device and drop it. Returns the number of real tokens."""
     tokens = 0
     for batch in batches:
         if isinstance(batch, Batch):
@@ -134,8 +121,7 @@ def consume(batches, tokenizer, device) -> int:
 
 
 def all_of(batches, tokenizer) -> dict[str, torch.Tensor]:
-    """Batches of both kinds as (N,) ids and (N,) targets, without padding, from short to long per
-    batch."""
+    """(N,) ids and (N,) targets, without padding, each batch from short to long."""
     ids, targets = [], []
     for batch in batches:
         if isinstance(batch, Batch):
@@ -162,22 +148,18 @@ def main(argv=None):
     add("--max_seq_len", type=int, default=512,
         help="maximum length in tokens, 64 or more; the plain form pads to it")
     add_result_args(parser)
-    args = parser.parse_args(argv)
-    check_args(parser, args, "rows", "batch_size")
+    args = parse(parser, argv, "rows", "batch_size")
     if args.max_seq_len < 64:
         parser.error(f"--max_seq_len {args.max_seq_len} must be 64 or more: chats need an answer")
     if args.rows < args.batch_size:
         parser.error(f"--rows {args.rows} does not fill one batch of {args.batch_size}")
 
-    case = Case(args.rows, args.batch_size, args.max_seq_len, args.device, args.threads)
-    with reporting_errors():                                # integers: no tolerance
+    case = Case(*(vars(args)[field] for field in Case._fields))
+    with checking_input():                                  # integers: no tolerance
         figures = compare(measure, case, FORMS, args.repeats, tolerance=0.0)
-    rows = [row | {"tokens_per_s": row["tokens"] / row["seconds"]}
-            for row in with_ratios(figures)]
-    places = args.rows // args.batch_size * args.batch_size * args.max_seq_len
-    tokens = int(rows[0]["tokens"])
-    print(f"{args.rows:,} chats in batches of {args.batch_size}: {tokens:,} tokens of {places:,}")
-    print(f"\n{table(rows, COLUMNS)}\n\nseconds of one epoch, {setting(args)}")
+    rows = [row | {"tokens_per_s": row["tokens"] / row["seconds"]} for row in with_ratios(figures)]
+    print(f"{args.rows:,} chats in batches of {args.batch_size}: {rows[0]['tokens']:,.0f} tokens"
+          f"\n\n{table(rows, COLUMNS)}\n\nseconds of one epoch, {setting(args)}")
     write_json(args, rows)
 
 

@@ -2,21 +2,13 @@
 几个进程一起训练，代价有多大：每个进程的活儿相同，比一比各练各的时候慢多少。
 The cost of data-parallel training: processes that train one model, beside independent ones.
 
-    independent     each trains on its own data, at the same time: all share the memory bandwidth
-    alone           one process, with the machine to itself
-    plain DDP       gradients are communicated after each micro-batch, copied into buckets and back
-    ours            runtime/processes.py: once per step (no_sync), and gradients stay in the buckets
-                    (gradient_as_bucket_view)
-
 one table           python -m benchmarks.ddp
 more to send        python -m benchmarks.ddp --tokens 256 --accumulation 1
 GPUs                python -m benchmarks.ddp --device cuda --processes 4 --tokens 16384
 
-Li et al. 2020, "PyTorch Distributed", https://arxiv.org/abs/2006.15704, Sec. 3.2.
-
 Wall-clock time counts, as a process that waits for others uses no CPU: run it on an idle machine
 with as many cores as processes times threads. Gradients that differ from those of one process with
-all the data stop the run.
+all the data stop the run. Li et al. 2020, "PyTorch Distributed", https://arxiv.org/abs/2006.15704.
 """
 
 import json
@@ -24,6 +16,7 @@ import os
 import socket
 import statistics
 import tempfile
+from collections import namedtuple
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -34,18 +27,20 @@ import torch.nn.functional as F
 from torch.multiprocessing import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import (add_result_args, check_args, deviation, peak_above,
-                                reporting_errors, table, with_ratios, write_json)
+from benchmarks.measure import (add_result_args, deviation, parse, peak_above, table, with_ratios,
+                                write_json)
 from benchmarks.scaling import random_batch, width_and_layers
 from model.config import LMConfig
 from model.transformer import Transformer
-from runtime.args import make_parser
+from runtime.args import checking_input, make_parser
 from runtime.log import Clock
 from runtime.optim import decay_groups
 from runtime.precision import autocast, seed_everything
 from runtime.processes import init_distributed_mode, parallelize, sync_gradients
 
 START = "spawn"         # each process is a new one
+Case = namedtuple("Case", "processes model vocab tokens length accumulation steps device dtype "
+                  "threads")        # as the flags
 
 
 def plain_ddp(model, world):
@@ -67,33 +62,17 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "independent": Form(True, False),
-    "alone": Form(False, False),
-    "plain DDP": Form(True, True, plain_ddp, sync_always),
-    "ours": Form(True, True),
+    "independent": Form(True, False),       # at the same time: all share the memory bandwidth
+    "alone": Form(False, False),            # with the machine to itself
+    "plain DDP": Form(True, True, plain_ddp, sync_always),      # after each micro-batch
+    "ours": Form(True, True),               # once per step; gradients stay in the buckets
 }
 TRUTH = Form(False, False, all_data=True)
 
 
-class Case(NamedTuple):
-    processes: int
-    model: tuple[int, int]      # width and layers
-    vocab: int
-    tokens: int                 # of a micro-batch
-    length: int                 # of a sample, in tokens
-    accumulation: int           # micro-batches per step and process
-    steps: int                  # timed, after one that is not
-    device: str
-    dtype: str
-    threads: int
-
-
 def measure(case: Case, form: Form, saved: Path | None) -> dict[str, list[float]]:
     """{"seconds": of each step, "peak": bytes of each process}. Gradients of the first step are
-    `saved`.
-
-    Raises MemoryError where a process was killed.
-    """
+    `saved`. Raises ValueError where a process was killed."""
     n = case.processes if form.several else 1
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -102,7 +81,7 @@ def measure(case: Case, form: Form, saved: Path | None) -> dict[str, list[float]
         try:
             start_processes(work, (n, port, case, form, saved, Path(folder)), n, start_method=START)
         except ProcessExitedException as error:
-            raise MemoryError(f"{error}, most likely for lack of memory: {case}") from None
+            raise ValueError(f"{error}, most likely for lack of memory: {case}") from None
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(n)]
     # The mean over processes: how long one waits for another is part of the cost.
     steps = zip(*(each["seconds"] for each in found))
@@ -169,9 +148,11 @@ def rows_of(case: Case, repeats: int) -> list[dict]:
                       for figure in ("seconds", "peak")} for name, runs in measured.items()}
     rows = with_ratios(figures)
     for row in rows:
-        row["processes"] = case.processes if FORMS[row["form"]].several else 1
+        name = row["form"]
+        row["processes"] = case.processes if FORMS[name].several else 1
         row["tokens_per_s"] = case.tokens * case.accumulation * row["processes"] / row["seconds"]
-        row["deviation"] = deviations.get(row["form"])
+        row["deviation"] = deviations.get(name)
+        row["shown"] = f"{deviations[name]:.1g}" if name in deviations else ""
     return rows
 
 
@@ -188,8 +169,7 @@ def main(argv=None):
     add("--dtype", default="float32", choices=["float32", "bfloat16"],
         help="dtype of the matrix products; gradients are communicated in fp32")
     add_result_args(parser)
-    args = parser.parse_args(argv)
-    check_args(parser, args, "model", "vocab", "tokens", "length", "accumulation", "steps")
+    args = parse(parser, argv, "model", "vocab", "tokens", "length", "accumulation", "steps")
     if args.processes < 2:
         parser.error(f"--processes {args.processes} must be 2 or more")
     if args.tokens % args.length:
@@ -198,15 +178,11 @@ def main(argv=None):
         parser.error(f"--device {args.device}: cpu or cuda; each process takes a GPU of its own")
     if args.device == "cuda" and torch.cuda.device_count() < args.processes:
         parser.error(f"--processes {args.processes}: there are {torch.cuda.device_count()} GPUs")
-    case = Case(*(vars(args)[field] for field in Case._fields))
-    with reporting_errors():
-        parameters = Transformer(LMConfig(*case.model, vocab_size=case.vocab)).n_parameters()
-        rows = rows_of(case, args.repeats)
-    shown = [row | {"shown": "" if row["deviation"] is None else f"{row['deviation']:.1g}"}
-             for row in rows]
-    print(f"{args.model[0]} x {args.model[1]}, {parameters / 1e6:.1f} M parameters; per step and "
-          f"process {args.accumulation} micro-batches of {args.tokens:,} tokens; {args.dtype}, "
-          f"{args.device}, threads of each: {args.threads}\n\n{table(shown, COLUMNS)}\n\n"
+    with checking_input():
+        rows = rows_of(Case(*(vars(args)[field] for field in Case._fields)), args.repeats)
+    print(f"{args.model[0]} x {args.model[1]}; per step and process {args.accumulation} "
+          f"micro-batches of {args.tokens:,} tokens; {args.dtype}, {args.device}, threads of each: "
+          f"{args.threads}\n\n{table(rows, COLUMNS)}\n\n"
           f"seconds: wall-clock time of a step, median of {args.steps} in {args.repeats} runs;\n"
           "peak: above the weights; deviation: relative, the largest of all gradients of a step")
     write_json(args, rows)

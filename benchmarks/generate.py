@@ -1,22 +1,17 @@
 """
 生成有多快：缓存一次分配、连续批处理、权重量化，与教科书写法并排，写出的词元相同。
 How fast answers are generated: a preallocated cache, continuous batching, 8-bit and 4-bit weights,
-beside the textbook's way.
-
-Greedy decoding, one model of random weights, the same prompts; no token ends an answer, each has a
-length of its own.
-
-    1           one prompt
-    16          sixteen in one batch
-    mixed       64 prompts, 16 at a time, answers of 8 to 128 tokens; only requested tokens count
+beside the textbook's way. Greedy decoding, random weights, answers of given lengths.
 
 one table           python -m benchmarks.generate
 quick               python -m benchmarks.generate --cases 16 --new_tokens 32 --repeats 1
 a larger model      python -m benchmarks.generate --cases 1 --dim 768 --n_layers 16
 
+Cases: one prompt; 16 in one batch; mixed, 64 prompts, 16 at a time, answers of 8 to 128 tokens.
 The fp32 forms must write the same tokens. int8 and int4 are other weights and may write others.
 """
 
+import copy
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -24,18 +19,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import (add_result_args, check_args, compare, peak_above, reporting_errors,
-                                setting, table, timed, with_ratios, write_json)
+from benchmarks.measure import (add_result_args, compare, parse, peak_above, setting, table, timed,
+                                with_ratios, write_json)
 from model.config import LMConfig
 from model.generate import column_major, generate
 from model.quantize import KINDS, quantize
 from model.transformer import Transformer, rotate
-from runtime.args import make_parser
+from runtime.args import checking_input, make_parser
 
 VOCAB_SIZE = 6400
 ROWS = 16                       # generation batch size
 SHORTEST = 8                    # tokens of an answer of "mixed"
-MOST_REREAD = 32_768            # tokens up to which "plain, no cache" runs: half a minute
 CASES = {"1": 1, "16": ROWS, "mixed": 4 * ROWS}         # number of prompts
 
 
@@ -62,32 +56,27 @@ def forward(model, tokens, past):
 
 
 @torch.no_grad()
-def plain(model, prompts, sizes, with_cache=True):
+def plain(model, prompts, sizes):
     """One batch after another, each until its longest answer is complete; surplus tokens are
     dropped."""
     device, answers = model.norm.weight.device, []
     for start in range(0, len(prompts), ROWS):
-        text = torch.tensor(prompts[start:start + ROWS], device=device)
-        wanted = sizes[start:start + ROWS]
-        first, newest, cache = text.shape[1], text, []
+        newest = torch.tensor(prompts[start:start + ROWS], device=device)
+        wanted, cache, written = sizes[start:start + ROWS], [], []
         for _ in range(max(wanted)):
-            logits, cache = forward(model, *((newest, cache) if with_cache else (text, [])))
+            logits, cache = forward(model, newest, cache)
             newest = logits.argmax(dim=-1, keepdim=True)                            # (B, 1)
-            text = torch.cat([text, newest], dim=1)
-        answers += [row[first:first + size] for row, size in zip(text.tolist(), wanted)]
+            written.append(newest)
+        rows = torch.cat(written, dim=1).tolist()
+        answers += [row[:size] for row, size in zip(rows, wanted)]
     return answers
-
-
-def plain_without_cache(model, prompts, sizes):
-    """The whole text is read again for each new token."""
-    return plain(model, prompts, sizes, with_cache=False)
 
 
 def ours(model, prompts, sizes):
     return generate(model, prompts, sizes, rows=ROWS)
 
 
-FORMS = {"plain, growing cache": plain, "plain, no cache": plain_without_cache, "ours": ours}
+FORMS = {"plain, growing cache": plain, "ours": ours}
 QUANTISED = {f"ours, {kind}": kind for kind in KINDS}
 
 
@@ -115,12 +104,6 @@ class Case(NamedTuple):
         low, high = min(SHORTEST, self.new_tokens), self.new_tokens + 1
         return torch.randint(low, high, (CASES[self.name],), generator=generator).tolist()
 
-    def n_reread(self) -> int:
-        """Tokens that pass through the model without a cache."""
-        batches = [self.sizes()[start:start + ROWS] for start in range(0, CASES[self.name], ROWS)]
-        return sum(len(batch) * sum(self.prompt + n for n in range(max(batch)))
-                   for batch in batches)
-
     def config(self) -> LMConfig:
         return LMConfig(self.dim, self.n_layers, n_heads=8, vocab_size=VOCAB_SIZE,
                         tie_embeddings=False, max_seq_len=self.prompt + self.new_tokens)
@@ -141,15 +124,16 @@ def write_weights(case: Case):
     With its layers' matrices doubled the model depends on all that it read. As initialised it
     repeats a few tokens for any prompt, and a wrong cache would go unnoticed.
     """
-    for kind in ("fp32", *KINDS):
-        torch.manual_seed(case.seed)
-        model = Transformer(case.config()).requires_grad_(False).eval()
-        for weight in model.layers.parameters():
-            if weight.dim() > 1:
-                weight.mul_(2)
-        if kind != "fp32":
-            quantize(model, kind)
-        torch.save(model.state_dict(), Path(case.weights) / f"{kind}.pt")
+    torch.manual_seed(case.seed)
+    model = Transformer(case.config()).requires_grad_(False).eval()
+    for weight in model.layers.parameters():
+        if weight.dim() > 1:
+            weight.mul_(2)
+    torch.save(model.state_dict(), Path(case.weights) / "fp32.pt")
+    for kind in KINDS:
+        quantised = copy.deepcopy(model)
+        quantize(quantised, kind)
+        torch.save(quantised.state_dict(), Path(case.weights) / f"{kind}.pt")
 
 
 def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
@@ -193,12 +177,9 @@ COLUMNS = {"case": "{case}", "form": "{form}", "seconds": "{seconds:.2f}",
 
 def rows_of(case: Case, repeats: int) -> list[dict]:
     """A row for each form."""
-    forms = [form for form in FORMS if form != "plain, no cache" or case.n_reread() <= MOST_REREAD]
     # Tolerance 0: another token is another answer. Where two tokens are equally likely, rounding
-    # may decide, and the run stops though nothing is wrong: take another --seed. With the default
-    # one the closest two of 6,682 choices are 1e-5 apart; the logits of two forms differed by at
-    # most 5e-6.
-    figures = compare(measure, case, forms, repeats, tolerance=0.0)
+    # may decide, and the run stops though nothing is wrong: take another --seed.
+    figures = compare(measure, case, FORMS, repeats, tolerance=0.0)
     for form in QUANTISED:                                  # each alone: their tokens may differ
         figures |= compare(measure, case, [form], repeats)
     rows = with_ratios(figures, case=case.name)
@@ -215,28 +196,20 @@ def main(argv=None):
     add("--n_layers", type=int, default=8, help="number of its layers")
     add("--seed", type=int, default=0, help="random seed of weights, prompts and mixed lengths")
     add_result_args(parser)
-    args = parser.parse_args(argv)
-    check_args(parser, args, "prompt", "new_tokens", "dim", "n_layers")
+    args = parse(parser, argv, "prompt", "new_tokens", "dim", "n_layers")
     if args.dim % 32:
         parser.error(f"--dim {args.dim} must be a multiple of 32, the group size of int4")
 
-    rows, left_out = [], []
-    with reporting_errors(), tempfile.TemporaryDirectory() as weights:
+    with checking_input(), tempfile.TemporaryDirectory() as weights:
         cases = [Case(name, args.prompt, args.new_tokens, args.dim, args.n_layers, args.seed,
                       args.device, args.threads, weights) for name in args.cases]
         write_weights(cases[0])                             # the same for every case
-        for case in cases:
-            rows += rows_of(case, args.repeats)
-            if case.n_reread() > MOST_REREAD:
-                left_out.append(f"{case.name} ({case.n_reread():,})")
+        rows = [row for case in cases for row in rows_of(case, args.repeats)]
 
     print(f"greedy; {args.dim} x {args.n_layers}, vocabulary {VOCAB_SIZE:,}, {args.prompt} tokens "
           f"per prompt, up to {args.new_tokens} new\n\n{table(rows, COLUMNS)}\n\n{setting(args)};\n"
           "speed, peak: relative to the growing cache; peak above the weights;\n"
           "as fp32: tokens that fp32 would generate after the same text")
-    if left_out:
-        print(f"plain, no cache: left out where it reads more than {MOST_REREAD:,} tokens: "
-              + ", ".join(left_out))
     write_json(args, rows)
 
 

@@ -4,39 +4,34 @@ How fast the fused loss is and how little memory it takes, beside the textbook f
 
     loss = alpha * CE + (1 - alpha) * T^2 * KL(teacher_T || student_T)      alpha = 0.5, T = 2
 
-forward and backward: from final hidden states to the gradients of the student's states and of its
-head.
-
 one table           python -m benchmarks.loss
 quick               python -m benchmarks.loss --tokens 512 --vocab 6400 --repeats 3
 other divergences   python -m benchmarks.loss --vocab 50257 --divergence reverse_kl jsd
 
-The plain form holds eight tensors of (tokens, vocabulary) at once: 10 GB at 2048 tokens and a
-vocabulary of 151,936.
+Forward and backward, from final hidden states to the gradients of the student's states and of its
+head. The plain form needs 10 GB at 2048 tokens and a vocabulary of 151,936.
 """
 
+from collections import namedtuple
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import (PAGE, add_result_args, check_args, compare, peak_above,
-                                reporting_errors, setting, table, timed, with_ratios, write_json)
+from benchmarks.measure import (PAGE, add_result_args, compare, parse, peak_above, setting, table,
+                                timed, with_ratios, write_json)
 from distill.fused import CHUNK_BYTES, Dense, fused_distillation_loss
-from distill.losses import (DIVERGENCES, distillation_loss_fn, forward_kl, pick_divergence)
-from runtime.args import make_parser
+from distill.losses import DIVERGENCES, distillation_loss_fn, forward_kl, pick_divergence
+from runtime.args import checking_input, make_parser
 
 ALPHA, TEMPERATURE = 0.5, 2.0
+Case = namedtuple("Case", "divergence vocab_size tokens dim device threads")
 
 
 def plain_loss(hidden, head, targets, teacher, divergence):  # (S, D), (V, D), (S,) -> ()
-    """The loss as textbooks write it: all logits of both models, and autograd.
-
-    It is correct and short. But logits, tempered logits, softmaxes and the gradient of each are (S,
-    V), and eight of them are alive at once: at V = 50,257 each is a hundred times as large as
-    hidden states of 512.
-    """
+    """The loss as textbooks write it. Logits, tempered logits, softmaxes and the gradient of each
+    are (S, V), and eight of them are alive at once."""
     student_logits = hidden @ head.T                                                # (S, V)
     teacher_logits = teacher.states @ teacher.head.T                                # (S, V)
     ce = F.cross_entropy(student_logits, targets, reduction="sum")
@@ -49,26 +44,13 @@ def plain_loss(hidden, head, targets, teacher, divergence):  # (S, D), (V, D), (
     return ALPHA * ce + (1 - ALPHA) * kd
 
 
-def fused_loss(hidden, head, targets, teacher, divergence, chunk_bytes=CHUNK_BYTES):
+def fused_loss(hidden, head, targets, teacher, divergence, rows=None):
+    chunk_bytes = rows * 4 * len(head) if rows else CHUNK_BYTES
     return fused_distillation_loss(hidden, head, targets, [teacher], ALPHA, TEMPERATURE, divergence,
                                    chunk_bytes=chunk_bytes).loss
 
 
-def fused_loss_of_32_rows(hidden, head, targets, teacher, divergence):
-    """Chunks of 32 tokens, for little memory."""
-    return fused_loss(hidden, head, targets, teacher, divergence, chunk_bytes=32 * 4 * len(head))
-
-
-FORMS = {"plain": plain_loss, "fused": fused_loss, "fused, 32 rows": fused_loss_of_32_rows}
-
-
-class Case(NamedTuple):
-    divergence: str
-    vocab_size: int
-    tokens: int
-    dim: int
-    device: str
-    threads: int
+FORMS = {"plain": plain_loss, "fused": fused_loss, "fused, 32 rows": partial(fused_loss, rows=32)}
 
 
 def inputs(case: Case):
@@ -121,24 +103,21 @@ def main(argv=None):
     add("--tokens", type=int, default=2048, help="rows of the hidden states")
     add("--dim", type=int, default=512, help="their width, in student and teacher")
     add_result_args(parser)
-    args = parser.parse_args(argv)
-    check_args(parser, args, "vocab", "tokens", "dim")
+    args = parse(parser, argv, "vocab", "tokens", "dim")
 
     rows = []
     for name in args.divergence:
         own = []
         for vocab_size in args.vocab:
             case = Case(name, vocab_size, args.tokens, args.dim, args.device, args.threads)
-            with reporting_errors():
+            with checking_input():
                 figures = compare(measure, case, FORMS, args.repeats)
-            own += with_ratios(figures, divergence=name, vocab_size=vocab_size)
-            for row in own[-len(FORMS):]:
-                row["beside_ratio"] = own[-len(FORMS)]["beside"] / row["beside"]
-        formula = f"{ALPHA:g} CE + {1 - ALPHA:g} * {TEMPERATURE:g}^2 * {pick_divergence(name)[1]}"
-        print(f"{formula}, fp32; {args.tokens} tokens, dim {args.dim}\n\n{table(own, COLUMNS)}\n")
+            own += [row | {"beside_ratio": figures["plain"]["beside"] / row["beside"]} for row
+                    in with_ratios(figures, divergence=name, vocab_size=vocab_size)]
+        print(f"{ALPHA:g} CE + {1 - ALPHA:g} * {TEMPERATURE:g}^2 * {pick_divergence(name)[1]}, "
+              f"fp32; {args.tokens} tokens, dim {args.dim}\n\n{table(own, COLUMNS)}\n")
         rows += own
-    print(f"{setting(args)}; peak: above the inputs, with the gradients, then without them;\n"
-          "deviation: relative, the largest of the loss and both gradients")
+    print(f"{setting(args)}; peak: above the inputs, with the gradients, then without them")
     write_json(args, rows)
 
 

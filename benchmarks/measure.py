@@ -1,10 +1,7 @@
 """
 怎样测量：每次用一个全新的进程，各种写法轮流，结果不同的不计时；表与 JSON。
-How things are measured: each time in a new process, the forms in turn, with ratios to the first
-form. A form with another result stops the benchmark.
-
-    figures = compare(measure, case, ["plain", "ours"], repeats=3)
-                                    # {form: {"seconds": ..., "peak": ..., "deviation": ...}}
+How things are measured: each time in a new process, the forms in turn. A form with another result
+than the first one's stops the benchmark.
 
 `measure(case, form, saved)` is a function at the top of a module, as a new process imports it. It
 returns {figure: number}, and writes the tensors in which the forms must agree to the file `saved`,
@@ -15,7 +12,6 @@ import json
 import re
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from evaluation.tables import markdown
 from runtime.files import write_atomic
 
 TOLERANCE = 1e-4            # relative, per tensor; fp32 sums in another order differ by 1e-6
@@ -33,8 +30,7 @@ PAGE = 4096                 # bytes; no measurement of memory is finer
 
 
 def timed(call, device):  # -> (its result, seconds)
-    """On the CPU its own time, of all threads: wall-clock time on a shared machine measures others
-    too."""
+    """On the CPU its own time, of all threads: wall-clock time would measure other programs too."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -47,41 +43,31 @@ def timed(call, device):  # -> (its result, seconds)
     return result, time.process_time() - start
 
 
-def reset_peak(device):
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        # Linux only. Elsewhere the old peak stays; nothing large was freed so far, so it is the
-        # same.
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak(device) -> int:  # -> bytes
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # macOS
 
 
 @contextmanager
 def peak_above(device):
-    """with peak_above(device) as above: ...; then above() is the peak in bytes above what was in
-    use."""
-    reset_peak(device)
+    """with peak_above(device) as above: ...; above() is the peak in bytes above what was in use."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):             # not Linux: the old peak stays, nothing large was freed yet
+        Path("/proc/self/clear_refs").write_text("5")
     before = peak(device)
     yield lambda: max(PAGE, peak(device) - before)
 
 
 def compare(measure, case, forms, repeats: int, tolerance=TOLERANCE) -> dict[str, dict[str, float]]:
-    """{form: {figure: median over `repeats` processes}}, and each form's "deviation" from the first
-    one.
+    """{form: {figure: median over `repeats` processes, "deviation": from the first form}}
 
     tolerance: of the deviation, for all forms or as {form: tolerance}. Raises ValueError where a
-    form deviates more, MemoryError where a process was killed.
+    form deviates more, or where a process was killed.
     """
     forms, measured, deviations = list(forms), {form: [] for form in forms}, {}
     limits = tolerance if isinstance(tolerance, dict) else dict.fromkeys(forms, tolerance)
@@ -100,21 +86,16 @@ def compare(measure, case, forms, repeats: int, tolerance=TOLERANCE) -> dict[str
 def in_a_new_process(measure, case, form, saved=None) -> dict[str, float]:
     """`measure`, where nothing of an earlier measurement is left."""
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as new:
-            return new.submit(with_threads, measure, case, form, saved).result()
+        with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads,
+                                 [case.threads]) as new:
+            return new.submit(measure, case, form, saved).result()
     except BrokenProcessPool:
-        raise MemoryError(f"the process of the form {form!r} was killed, most likely for lack of "
-                          f"memory: {case}. Take a smaller case") from None
-
-
-def with_threads(measure, case, form, saved):
-    torch.set_num_threads(case.threads)
-    return measure(case, form, saved)
+        raise ValueError(f"the process of the form {form!r} was killed, most likely for lack of "
+                         f"memory: {case}. Take a smaller case") from None
 
 
 def deviation(form, saved: Path, truth_form, truth: Path, tolerance: float = TOLERANCE) -> float:
-    """The largest of |a - b| / |b| over all that was saved. Raises ValueError where it exceeds the
-    tolerance."""
+    """The largest |a - b| / |b| of all that was saved. Raises ValueError above the tolerance."""
     ours, theirs = (torch.load(path, map_location="cpu") for path in (saved, truth))
     relative = {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item()
                 for name in theirs}
@@ -127,8 +108,7 @@ def deviation(form, saved: Path, truth_form, truth: Path, tolerance: float = TOL
 
 def with_ratios(figures: dict[str, dict], **more) -> list[dict]:
     """A row for each form: `more`, its figures, and their ratios to those of the first form."""
-    first = next(iter(figures.values()))
-    rows = []
+    first, rows = next(iter(figures.values())), []
     for form, each in figures.items():
         row = {"form": form, **more, **each, "time_ratio": each["seconds"] / first["seconds"],
                "speed": first["seconds"] / each["seconds"]}
@@ -146,22 +126,16 @@ def add_result_args(parser, repeats: int = 3):
     add("--json", default=None, help="file for all figures")
 
 
-def check_args(parser, args, *counts: str):
-    """counts: flags that must be 1 or more. Exits with a message."""
+def parse(parser, argv, *counts: str):
+    """args; counts are flags that must be 1 or more. Exits with a message."""
+    args = parser.parse_args(argv)
     for name in ("repeats", "threads", *counts):
         value = vars(args)[name]
         if min(value if isinstance(value, (list, tuple)) else [value]) < 1:
             parser.error(f"--{name} {value} must be 1 or more")
     if args.json and not Path(args.json).parent.is_dir():
         parser.error(f"no folder for {args.json}; make it: mkdir -p {Path(args.json).parent}")
-
-
-@contextmanager
-def reporting_errors():
-    try:
-        yield
-    except (ValueError, MemoryError) as error:
-        sys.exit(str(error))
+    return args
 
 
 def setting(args) -> str:
@@ -172,9 +146,8 @@ def setting(args) -> str:
 
 def table(rows: list[dict], columns: dict[str, str]) -> str:
     """Markdown. columns: {title: its cell as a format of a row, such as "{seconds:.2f}"}"""
-    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-    return "\n".join(lines + [f"| {' | '.join(cell.format_map(row) for cell in columns.values())} |"
-                              for row in rows])
+    return markdown([list(columns), *([cell.format_map(row) for cell in columns.values()]
+                                      for row in rows)])
 
 
 def write_json(args, rows: list[dict]):

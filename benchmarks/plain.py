@@ -6,14 +6,7 @@ One distillation step as tutorials write it: padded samples, all logits of both 
 
 Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531, Sec. 2. Correct, short, and complete.
 It uses the weights of model/transformer.py; benchmarks/step.py compares it with a step that skips
-needless work:
-
-    sample    [ how are you ? | fine . . . . . . . ]     . is padding: embedded, passed through all
-                not learned     learned                  layers of both models and into logits, and
-                                                         then ignored by the loss
-
-The baseline is not slower than people write it: attention is PyTorch's own, rotary embedding the
-complex product of Llama's code, and the loss sees only the target positions.
+padding and unneeded logits. Attention is PyTorch's own, rotary embedding as in Llama's code.
 
 B samples · L positions, padding included · S of them targets · D dim · H query heads
 G key/value heads · K head_dim · V vocab

@@ -6,32 +6,26 @@ all five            python -m benchmarks.scaling            # five minutes on on
 some of them        python -m benchmarks.scaling --axes tokens length=64,512 --tokens 4096
 a picture           python -m benchmarks.scaling --picture scaling.png --json scaling.json
 
-A step is that of train_distillation.py with its default loss (benchmarks/step.py). Weights and ids
-are random, all samples have one length, and the second half of each is the target. The teacher is
-twice as wide and twice as deep as the student, and always dense.
-
-Expected: linear growth with the tokens, nearly linear growth with the parameters. Vocabulary and
-sample length (attention) only add to the rest, so both curves begin flat. Experts add weights and
-no work, as each token uses two of them. Growth above linear means an error, or a cache that is too
-small.
+A step is that of train_distillation.py with its default loss (benchmarks/step.py), on random ids.
+The teacher is twice as wide and twice as deep as the student, and always dense.
 """
 
 import argparse
 import statistics
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from benchmarks.measure import (add_result_args, check_args, in_a_new_process, peak_above,
-                                reporting_errors, setting, table, timed, write_json)
+from benchmarks.measure import (add_result_args, in_a_new_process, parse, peak_above, setting,
+                                table, timed, write_json)
 from benchmarks.step import distillation_form, run
 from dataset.lm_dataset import packed_batch
 from model.config import LMConfig
 from model.transformer import Transformer
-from runtime.args import make_parser
+from runtime.args import checking_input, make_parser
 from runtime.files import write_atomic
 from runtime.precision import pick_dtype, seed_everything
 
@@ -42,18 +36,8 @@ AXES = {        # name: (what grows, default values)
     "length": ("tokens of a sample, as many in all", "64,128,256,512,1024"),
     "experts": ("experts of the student, two per token", "2,4,8,16"),
 }
-
-
-class Case(NamedTuple):
-    tokens: int
-    model: tuple[int, int]      # width and layers of the student
-    vocab: int
-    length: int
-    experts: int                # 0: dense
-    steps: int
-    device: str
-    dtype: str
-    threads: int
+# As the flags; model: width and layers of the student; experts: 0 is dense.
+Case = namedtuple("Case", "tokens model vocab length experts steps device dtype threads")
 
 
 def random_batch(n: int, length: int, vocab_size: int, seed: int = 0, batches_per_step: int = 1):
@@ -66,8 +50,7 @@ def random_batch(n: int, length: int, vocab_size: int, seed: int = 0, batches_pe
 
 
 def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
-    """Median seconds of a step, bytes at the peak with models and optimizer, parameters of both
-    models."""
+    """Median seconds of a step, peak bytes with models and optimizer, parameters of both models."""
     device = torch.device(case.device)
     # The first step loads the code of every kernel, which counts as memory: let it be a small one.
     run(form_of(case._replace(tokens=2, model=(16, 1), vocab=8, length=1))[0], 0)
@@ -114,10 +97,9 @@ def rows_of(base: Case, axis: str, values: list, repeats: int) -> list[dict]:
     return [row | {name: row[of] / rows[0][of] for name, of in ratios.items()} for row in rows]
 
 
-def columns(axis: str) -> dict[str, str]:
-    return {AXES[axis][0]: "{name}", "seconds": "{seconds:.3g}", "tokens/s": "{tokens_per_s:,.0f}",
-            "time / first": "{ratio:.2f}", "linear growth": "{linear:.2f}",
-            "peak MB": "{peak_mb:,.0f}", "peak / first": "{peak_ratio:.2f}"}
+COLUMNS = {"seconds": "{seconds:.3g}", "tokens/s": "{tokens_per_s:,.0f}",
+           "time / first": "{ratio:.2f}", "linear growth": "{linear:.2f}",
+           "peak MB": "{peak_mb:,.0f}", "peak / first": "{peak_ratio:.2f}"}
 
 
 def draw(rows, path: Path):
@@ -129,15 +111,13 @@ def draw(rows, path: Path):
     for axes, group in zip(figure.subplots(1, len(groups), squeeze=False, sharey=True)[0], groups):
         own = [row for row in rows if row["group"] == group]
         x = [row["value"] for row in own]
-        for key, style, color, label in (("linear", "--", "gray", "linear growth"),
-                                         ("ratio", ".-", "C0", "time"),
-                                         ("peak_ratio", ".-", "C1", "peak memory")):
-            axes.loglog(x, [row[key] for row in own], style, color=color, label=label)
-        axes.set_xticks(x, [row["form"] for row in own], rotation=45, ha="right", fontsize=8)
+        for key, style, label in (("linear", "k--", "linear growth"), ("ratio", "C0.-", "time"),
+                                  ("peak_ratio", "C1.-", "peak memory")):
+            axes.loglog(x, [row[key] for row in own], style, label=label)
+        axes.set_xticks(x, [row["form"] for row in own], rotation=45, ha="right")
         axes.minorticks_off()
-        axes.set_yticks([0.5, 1, 2, 4, 8, 16], ["1/2", "1", "2", "4", "8", "16"])
         axes.set_title(AXES[group][0], fontsize=9)
-    figure.supylabel("relative to the first value", fontsize=9)
+    figure.supylabel("relative to the first value")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
@@ -172,8 +152,7 @@ def main(argv=None):
         help="dtype of the matrix products")
     add("--picture", default=None, help="PNG file of the curves")
     add_result_args(parser, repeats=1)
-    args = parser.parse_args(argv)
-    check_args(parser, args, "tokens", "model", "vocab", "length", "steps")
+    args = parse(parser, argv, "tokens", "model", "vocab", "length", "steps")
     base = Case(*(vars(args).get(field, 0) for field in Case._fields))
     for axis, values in args.axes:
         for case in (base._replace(**{axis: value}) for value in values):
@@ -181,19 +160,17 @@ def main(argv=None):
                 parser.error(f"--axes {axis}: values must be 1 or more")
             if case.tokens % case.length:
                 parser.error(f"--tokens {case.tokens} is not a multiple of --length {case.length}")
-            try:
+            with checking_input():
                 configs(case)
-            except ValueError as error:
-                parser.error(str(error))
 
     print("student {} x {}, teacher twice as wide and deep, ".format(*args.model)
           + f"{args.tokens:,} tokens in samples of {args.length}, vocabulary {args.vocab:,}, "
             f"{args.dtype}, except for what grows\n")
     rows = []
     for axis, values in args.axes:
-        with reporting_errors():
+        with checking_input():
             rows += (own := rows_of(base, axis, values, args.repeats))
-        print(table(own, columns(axis)), end="\n\n", flush=True)
+        print(table(own, {AXES[axis][0]: "{name}"} | COLUMNS), end="\n\n", flush=True)
     print(f"seconds of a step, median of {args.steps}, {setting(args)}; peak: with both models and "
           "the optimizer")
     write_json(args, rows)

@@ -3,28 +3,18 @@
 Speed and memory of a whole distillation step: the textbook's beside ours, with the same loss and
 gradients.
 
-    forward of teacher and student, loss, backward, clipping, AdamW
-
-    plain       benchmarks/plain.py: padded rows, logits of both models at every position
-    ours        the step of train_distillation.py: packed real tokens, the fused loss at the targets
-    only,
-                no logits, fused AdamW
-    bf16        matrix products and the frozen teacher's weights in bf16 (where the hardware has
-    bf16)
-    on disk     the teacher's outputs come from a cache, written once (distill/cache.py)
-
 two tables          python -m benchmarks.step
 one, more exactly   python -m benchmarks.step --shapes B --steps 5 --repeats 3
 another padding     python -m benchmarks.step --pad 340
 
-The gain depends on the amount of padding first: see the column positions / token. What is left to
-gain: the column "of the matrix rate" divides the operations that the loss needs (`operations`) by
-those that this machine does in the same time in one large matrix product. At 100 % only the
-necessary products would take time. (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, App.
-B: model FLOPs utilisation, with the data sheet's rate.)
+plain       benchmarks/plain.py: padded rows, logits of both models at every position
+ours        the step of train_distillation.py: packed real tokens, the fused loss at the targets
+bf16        matrix products and the frozen teacher's weights in bf16, where the hardware has bf16
+on disk     the teacher's outputs come from a cache, written once (distill/cache.py)
 
-Both models are dense and randomly initialised, ids are random: products take equally long for any
-numbers.
+"Of the matrix rate" divides the operations that the loss needs by those that this machine does in
+the same time in one large matrix product (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311,
+App. B: model FLOPs utilisation, with the data sheet's rate). Weights and ids are random.
 """
 
 import dataclasses
@@ -38,16 +28,15 @@ import numpy as np
 import torch
 
 from benchmarks import plain
-from benchmarks.measure import (TOLERANCE, add_result_args, check_args, compare, in_a_new_process,
-                                peak_above, reporting_errors, setting, table, timed, with_ratios,
-                                write_json)
+from benchmarks.measure import (TOLERANCE, add_result_args, compare, in_a_new_process, parse,
+                                peak_above, setting, table, timed, with_ratios, write_json)
 from dataset.lm_dataset import Batch, packed_batch, sample_key
 from distill.cache import VERSION, CacheWriter, TeacherCache, lay_out, pack, row_type
 from distill.fused import fused_distillation_loss
 from distill.teachers import Teacher, teacher_outputs
 from model.config import LMConfig
 from model.transformer import Transformer
-from runtime.args import make_parser
+from runtime.args import checking_input, make_parser
 from runtime.optim import decay_groups
 from runtime.precision import autocast, pick_dtype
 
@@ -60,9 +49,6 @@ class Shape(NamedTuple):
     student: LMConfig
     teacher: LMConfig
     batch: int                      # samples
-
-    def __str__(self):
-        return f"student {self.student}, teacher {self.teacher}, batch {self.batch}"
 
 
 def small(dim, n_layers) -> LMConfig:
@@ -92,9 +78,6 @@ class Case(NamedTuple):
     cache: str = ""                 # folder of the cached teacher outputs
 
 
-# -- models and chats ------------------------------------------------------------------------------
-
-
 def model_of(case: Case, role: str) -> Transformer:
     """Student or teacher, the same in every process."""
     torch.manual_seed(("student", "teacher").index(role))
@@ -110,20 +93,16 @@ def model_of(case: Case, role: str) -> Transformer:
 
 
 def chats(case: Case, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The samples (ids, is_target) of one step, from short to long: a question, and an answer to
-    learn.
-
-    Their lengths have the mean and the maximum of real chats; the spread, a gamma distribution of
-    shape 4 (half a mean to either side), is a guess.
-    """
+    """The samples (ids, is_target) of one step, from short to long: a question, then an answer to
+    learn. Their lengths have the mean and the maximum of real chats; their spread (gamma, shape 4)
+    is a guess."""
     rng = np.random.default_rng([number, 0])
     lengths = rng.gamma(4, MEAN / 4, case.shape.batch).round().clip(SHORTEST, LONGEST).astype(int)
     return [(rng.integers(case.vocab_size, size=n + 1), np.arange(n + 1) > n - round(ANSWERS * n))
             for n in np.sort(lengths)]
 
 
-def counts(samples) -> tuple[list[int], int]:
-    """(tokens to read of each sample, targets of all)"""
+def counts(samples) -> tuple[list[int], int]:  # tokens to read of each sample, targets of all
     return [len(ids) - 1 for ids, _ in samples], int(sum(mark.sum() for _, mark in samples))
 
 
@@ -137,8 +116,7 @@ def packed(samples) -> Batch:
 
 @torch.no_grad()
 def write_cache(case: Case, form=None, saved=None) -> dict[str, float]:
-    """Cache the teacher's outputs for all steps, as scripts/cache_teacher.py does; and the
-    seconds."""
+    """Cache the teacher's outputs for all steps, as scripts/cache_teacher.py does; the seconds."""
     teacher, device = model_of(case, "teacher"), torch.device(case.device)
     samples = [sample for number in range(case.steps + 1) for sample in chats(case, number)]
     about = {"version": VERSION, "top_k": 0, "temperature": 1.0, "vocab_size": case.vocab_size,
@@ -146,9 +124,8 @@ def write_cache(case: Case, form=None, saved=None) -> dict[str, float]:
 
     def write():
         keys = np.array([sample_key(ids) for ids, _ in samples], np.uint64)
-        lengths = np.array([len(ids) for ids, _ in samples])
-        n_targets = np.array([mark.sum() for _, mark in samples])
-        layout = lay_out(keys, lengths, n_targets, row_type(about).itemsize)
+        sizes = [np.array(each) for each in zip(*((len(ids), mark.sum()) for ids, mark in samples))]
+        layout = lay_out(keys, *sizes, row_type(about).itemsize)
         writer = CacheWriter(case.cache, about, layout, teacher.head.detach().clone())
         missing = writer.prepare()
         writer.begin()
@@ -159,9 +136,6 @@ def write_cache(case: Case, form=None, saved=None) -> dict[str, float]:
         writer.finish()
 
     return {"write_seconds": timed(write, device)[1]}
-
-
-# -- the forms -------------------------------------------------------------------------------------
 
 
 class Form(NamedTuple):
@@ -179,9 +153,8 @@ def plain_form(case: Case, limit: bool) -> Form:
     optimizer = plain.make_optimizer(student)
     batches = [plain.pad(chats(case, number), case.pad if limit else None, case.device)
                for number in range(case.steps + 1)]
-    return Form(student, optimizer, batches,
-                lambda batch: plain.distillation_loss(student, teacher, batch, ALPHA, TEMPERATURE),
-                partial(plain.update, student, optimizer))
+    loss = partial(plain.distillation_loss, student, teacher, alpha=ALPHA, temperature=TEMPERATURE)
+    return Form(student, optimizer, batches, loss, partial(plain.update, student, optimizer))
 
 
 def our_form(case: Case, dtype=torch.float32, on_disk: bool = False) -> Form:
@@ -226,9 +199,6 @@ FORMS = {"plain, padded to the limit": partial(plain_form, limit=True),
 TOLERANCES = dict.fromkeys(FORMS, TOLERANCE) | {BF16: 0.05, ON_DISK: 0.005}
 
 
-# -- the necessary operations ----------------------------------------------------------------------
-
-
 def operations(config: LMConfig, lengths: list[int], n_targets: int) -> int:
     """Multiplications and additions in the matrix products of a forward pass: no padding, and of
     the last layer's output projection, its FFN and the head only the target positions.
@@ -240,30 +210,24 @@ def operations(config: LMConfig, lengths: list[int], n_targets: int) -> int:
     H, G, K, N = config.n_heads, config.n_kv_heads, config.head_dim, sum(lengths)
     before, after = D * (H + 2 * G) * K, H * K * D + 3 * D * F  # wq, wk, wv; wo, w1, w2, w3
     meetings = N * (L * before + (L - 1) * after) + n_targets * (after + D * V)
-    pairs = sum(T * (T + 1) // 2 for T in lengths)
-    return 2 * meetings + 4 * K * H * L * pairs
+    return 2 * meetings + 4 * K * H * L * sum(T * (T + 1) // 2 for T in lengths)
 
 
 def operations_of_step(case: Case, number: int, on_disk: bool) -> int:
-    """Teacher forward; student forward, and twice that backward. Of a teacher on disk only the
-    head."""
+    """Teacher forward; student forward, and twice that backward. On disk: the teacher's head."""
     lengths, n_targets = counts(chats(case, number))
     student, teacher = (dataclasses.replace(each, vocab_size=case.vocab_size)
                         for each in (case.shape.student, case.shape.teacher))
-    head = 2 * teacher.dim * teacher.vocab_size * n_targets
-    return (head if on_disk else operations(teacher, lengths, n_targets)) + 3 * operations(
-        student, lengths, n_targets)
+    of_teacher = (2 * teacher.dim * teacher.vocab_size * n_targets if on_disk
+                  else operations(teacher, lengths, n_targets))
+    return of_teacher + 3 * operations(student, lengths, n_targets)
 
 
 def matrix_rate(dtype, device) -> float:
-    """Multiplications and additions per second in a product of two large matrices; the best of
-    four."""
+    """Operations per second in a product of two large matrices; the best of four."""
     n = 8192 if device.type == "cuda" else 1536
     a, b = torch.ones(2, n, n, dtype=dtype, device=device).unbind()
     return 2 * n ** 3 / min(timed(partial(torch.mm, a, b), device)[1] for _ in range(4))
-
-
-# -- one measurement -------------------------------------------------------------------------------
 
 
 def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
@@ -303,8 +267,7 @@ def run(form: Form, number: int, saved: Path | None = None):
 
 
 def settle(optimizer):
-    """Make the gradients and AdamW's moments, by a step of learning rate 0 that changes no
-    weight."""
+    """Make the gradients and AdamW's moments by a step of learning rate 0: no weight changes."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for weight in group["params"]:
@@ -313,8 +276,6 @@ def settle(optimizer):
     for group in optimizer.param_groups:
         group["lr"] = plain.LEARNING_RATE
 
-
-# -- results ---------------------------------------------------------------------------------------
 
 COLUMNS = {"form": "{form}", "positions / token": "{positions:.2f}", "seconds": "{seconds:.2f}",
            "tokens/s": "{tokens_per_second:,.0f}", "of the matrix rate, %": "{percent:.0f}",
@@ -326,15 +287,13 @@ def main(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--shapes", nargs="+", default=["A", "B"], choices=SHAPES,
-        help="; ".join(f"{name}: {shape}" for name, shape in SHAPES.items()) + ". document is the "
-             "default of train_distillation.py, minutes per step on one core; qwen3 (0.6B and 8B) "
-             "needs a GPU of 80 GB")
+        help="pairs of student and teacher, SHAPES in benchmarks/step.py; document is the default "
+             "of train_distillation.py, qwen3 (0.6B and 8B) needs a GPU of 80 GB")
     add("--vocab", type=int, default=None, help="vocabulary size; default: 6,400, of qwen3 151,936")
     add("--pad", type=int, default=512, help=f"limit that rows are padded to, {LONGEST} or more")
     add("--steps", type=int, default=3, help="timed steps per process; their median counts")
     add_result_args(parser, repeats=1)
-    args = parser.parse_args(argv)
-    check_args(parser, args, "steps", *(["vocab"] if args.vocab is not None else []))
+    args = parse(parser, argv, "steps")
     if args.pad < LONGEST:
         parser.error(f"--pad {args.pad} would cut samples, which have up to {LONGEST} tokens")
 
@@ -344,27 +303,22 @@ def main(argv=None):
         print(f"the form {BF16!r} is left out\n")
     for name in args.shapes:
         shape, vocab_size = SHAPES[name], args.vocab or SHAPES[name].student.vocab_size
-        with reporting_errors(), tempfile.TemporaryDirectory() as folder:
+        with checking_input(), tempfile.TemporaryDirectory() as folder:
             case = Case(shape, vocab_size, args.pad, args.steps, args.device, args.threads, folder)
             written = in_a_new_process(write_cache, case, "cache")
             figures = compare(measure, case, forms, args.repeats, TOLERANCES)
         figures[ON_DISK] |= written
-        own = with_ratios(figures, shape=name)
-        for row in own:
-            row["percent"] = 100 * row["useful"]
-        rates = {"bf16" if row["form"] == BF16 else "fp32": f"{row['matrix_rate'] / 1e9:,.0f}"
-                 for row in own}
-        print(f"{name}: {shape}; vocabulary {vocab_size:,}, limit {args.pad}\n\n"
+        own = [row | {"percent": 100 * row["useful"]} for row in with_ratios(figures, shape=name)]
+        rate = own[0]["matrix_rate"] / 1e9
+        print(f"{name}: student {shape.student}, teacher {shape.teacher}, batch {shape.batch}; "
+              f"vocabulary {vocab_size:,}, limit {args.pad}\n\n"
               f"{table(own, COLUMNS)}\n\nnot in these seconds: the cache on disk was written in "
-              f"{own[-1]['write_seconds']:.2f} s, for {args.steps + 1} steps\nmatrix rate: "
-              + ", ".join(f"{rate} G operations/s in {dtype}" for dtype, rate in rates.items()))
-        print()
+              f"{written['write_seconds']:.2f} s, for {args.steps + 1} steps\n"
+              f"matrix rate: {rate:,.0f} G operations/s in fp32\n")
         rows += own
     print(f"samples: {MEAN} tokens on average, at most {LONGEST}, {ANSWERS:.0%} targets;\n"
-          f"tokens: without padding;\none step, median of {args.steps}, {setting(args)};\n"
-          "peak: above weights, gradients and optimizer state;\n"
-          f"deviation: relative, of the loss and all gradients, at most {TOLERANCE:g}, "
-          + ", ".join(f"{form} {TOLERANCES[form]:g}" for form in (BF16, ON_DISK)))
+          f"one step, median of {args.steps}, {setting(args)};\n"
+          "peak: above weights, gradients and optimizer state; deviation: of loss and gradients")
     write_json(args, rows)
 
 

@@ -1,25 +1,18 @@
 """
 能力树的成绩：学生在弱叶子与全部叶子上的正确率，以及教师出的题有多少是对的。
-Scores of the ability tree in the embedded world: a student's exam, and the quality of the
-questions.
+Scores of the ability tree in the embedded world: {LABEL: [{weak, all, written, kept, right, ...}]}.
 
-    python scripts/score_ability_tree.py --weights start=out/ability/student/full_sft_64.pth \\
-        --json scores.json
+    python scripts/score_ability_tree.py --weights s=out/ability/student/full_sft_64.pth --json s.json
 
-    {"start": [{"weak": 31.7, "all": 65.8, "written": 1830, "kept": 1584, "right": 86.5,
-                "right_kept": 95.3}]}
-
-weak, all      % of the exam's questions right, mean over the scarce and over all leaves; the answer
-               is the option with the highest probability
-written, kept  questions that the teacher wrote, and those that both agents kept; for the weights
-               FOLDER/models/*/*.pth those in FOLDER/workflow
-right          % of them whose proposed answer is the world's
+weak, all       accuracy in %, mean over the scarce and over all leaves of the exam's questions
+written, kept   questions that the teacher wrote, and those that both agents kept; of the weights
+                FOLDER/models/*/*.pth those in FOLDER/workflow. right, right_kept: % with the
+                world's answer
 """
 
 import json
 import re
 import sys
-from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -36,32 +29,26 @@ from runtime.files import write_atomic
 
 
 def exam(weights: str, rows: list[dict]) -> dict[str, float]:
-    """{leaf: % of its questions right}"""
-    asked = [(row["question"], list(row["options"].values())) for row in rows]
-    leaves = defaultdict(list)
-    for row, log_p in zip(rows, score_answers(*load_model(weights), asked)):
+    """{leaf: % of its questions whose most likely option is the answer}"""
+    questions, leaves = [(row["question"], list(row["options"].values())) for row in rows], {}
+    for row, log_p in zip(rows, score_answers(*load_model(weights), questions)):
         answer = list(row["options"])[log_p.index(max(log_p))]
-        leaves[row["meta_info"]].append(answer == row["answer_idx"])
-    return {leaf: 100 * mean(hits) for leaf, hits in leaves.items()}
-
-
-def known_answers() -> dict[str, str]:
-    """{question: answer} of the world."""
-    world = World(0)
-    return {question: answer for make in LEAVES.values() for fact in make(world)
-            for question, answer in fact.answers.items()}
+        leaves.setdefault(row["meta_info"], []).append(100 * (answer == row["answer_idx"]))
+    return {leaf: mean(scores) for leaf, scores in leaves.items()}
 
 
 def right_answer(question: str, known: dict[str, str]) -> str | None:
     """The world's answer; letters to sort or reverse may be any, as their answer is a rule."""
     letters = re.findall(r"(?<!\S)[a-z](?![^\s.])", question)
     spelled = SimpleNamespace(triples=[letters], letter_lists=[letters])
-    by_rule = [fact.answers[question] for rule in (reverse, sort) for fact in rule(spelled)
-               if question in fact.answers]
-    return by_rule[0] if by_rule else known.get(question)
+    answers = [fact.answers for rule in (reverse, sort) for fact in rule(spelled)]
+    return next((each[question] for each in answers if question in each), known.get(question))
 
 
-def share_right(rows: list[dict], known: dict[str, str]) -> float:
+def share_right(rows: list[dict]) -> float:
+    world = World(0)
+    known = {question: answer for make in LEAVES.values() for fact in make(world)
+             for question, answer in fact.answers.items()}
     return 100 * mean(right_answer(row["question"], known) == row["options"][row["answer_idx"]]
                       for row in rows)
 
@@ -71,11 +58,8 @@ def questions(workflow: Path) -> dict[str, float]:
     names = "C_distill_data/distill.jsonl", "D_validated_data/valid.jsonl"
     written, kept = ([row for path in sorted(workflow.glob(f"iteration_*/{name}"))
                       for row in read_each(path, dict)] for name in names)
-    if not kept:
-        return {}
-    known = known_answers()
-    return {"written": len(written), "kept": len(kept), "right": share_right(written, known),
-            "right_kept": share_right(kept, known)}
+    return {"written": len(written), "kept": len(kept), "right": share_right(written),
+            "right_kept": share_right(kept)} if kept else {}
 
 
 def main():
@@ -91,12 +75,12 @@ def main():
         rows = read_each(args.data, dict)
         for label, _, path in (each.partition("=") for each in args.weights):
             leaves, models = exam(path, rows), Path(path).absolute().parents[1]
-            found = {"weak": mean(leaves[leaf] for leaf in SCARCE), "all": mean(leaves.values())}
-            if models.name == "models":
-                found |= questions(models.parent / "workflow")
-            scores[label] = [found]
-    print(json.dumps(scores, indent=2))
-    write_atomic(Path(args.json), lambda file: file.write(json.dumps(scores, indent=2).encode()))
+            own = questions(models.parent / "workflow") if models.name == "models" else {}
+            scores[label] = [{"weak": mean(leaves[leaf] for leaf in SCARCE),
+                              "all": mean(leaves.values()), **own}]
+    text = json.dumps(scores, indent=2)
+    print(text)
+    write_atomic(Path(args.json), lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

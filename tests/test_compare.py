@@ -23,9 +23,9 @@ from matplotlib.axes import Axes
 
 import runtime.args
 import scripts.compare as compare
-from scripts.compare import (FIRST_SEED, OUT, Job, Jobs, Number, best, candidates, filled, key_of,
+from scripts.compare import (FIRST_SEED, OUT, Jobs, Number, candidates, filled, key_of,
                              placeholders, steps_within)
-from scripts.score_ability_tree import known_answers, right_answer, share_right
+from scripts.score_ability_tree import right_answer, share_right
 
 TRAIN = """
 import json, sys, time
@@ -51,33 +51,35 @@ json.dump({name: [score(path)] for name, _, path in pairs}, open(flags[path + 1]
 
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> dict:
-    """A comparison of two rows, the second of which needs an answer file and is twice as slow; as
-    compare.yaml has it."""
+    """A comparison of two rows, the second of which needs an answer file and is twice as slow."""
     for name, text in (("train.py", TRAIN), ("evaluate.py", EVALUATE),
                        ("start.pth", '{"--rate": 1}'),
                        ("data.jsonl", '{"leaf": "a/x"}\n{"leaf": "b"}\n{"leaf": "a/y"}\n')):
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(compare, "draw", lambda results, plan, path: None)
-    learn = (f"{tmp_path}/train.py --start {{start}} --data {{data}} --steps {{steps}} --samples {{samples}} --seed {{seed}} "
-             "--rate {rate} --out {out}/model.pth")
     score = f"{tmp_path}/evaluate.py --weights {{weights}} --data {{data}}"
     return {
-        "title": "Two rows", "note": "A note.", "out": str(tmp_path / "out"), "updates": 100, "seeds": 2, "begin": 10,
-        "tune_part": 0.5, "seconds": 0.9, "quick": {"updates": 20, "seeds": 1}, "references": ["start"], "picture": "exact",
-        "values": {"data": str(tmp_path / "data.jsonl"), "start": str(tmp_path / "start.pth"),
-                   "samples": 24, "learn": learn},
+        "title": "Two rows", "note": "A note.", "out": str(tmp_path / "out"), "updates": 100,
+        "seeds": 2, "begin": 10, "tune_part": 0.5, "seconds": 0.45,
+        "quick": {"updates": 20, "seeds": 1}, "references": ["start"], "picture": "exact",
+        "values": {"data": f"{tmp_path}/data.jsonl", "start": f"{tmp_path}/start.pth",
+                   "samples": 24,
+                   "learn": f"{tmp_path}/train.py --start {{start}} --data {{data}} --steps {{steps}}"
+                            " --samples {samples} --seed {seed} --rate {rate} --out {model}",
+                   "model": "{out}/model.pth"},
         "validate": score, "tests": {"test": score},
         "columns": {"exact": {"read": "test exact_match", "equal_seconds": True},
                     "a": {"read": "test leaves a/*"},
                     "lost": {"read": "test leaves a/*", "lost_since": "SKD"},
                     "seconds": {"read": "seconds", "form": ".0f", "spread": False}},
-        "made": {"answers": {"command": f"{tmp_path}/train.py --slow 30 --steps 10 --rate 1 --out {{out}}/answers.jsonl",
+        "made": {"answers": {"command": f"{tmp_path}/train.py --slow 15 --steps 10 --rate 1 "
+                                        "--out {out}/answers.jsonl",
                              "writes": "{out}/answers.jsonl"}},
-        "rows": {"Text": {"SFT": {"command": "{learn} --slow 3", "writes": "{out}/model.pth",
+        "rows": {"Text": {"SFT": {"command": "{learn} --slow 1.5", "writes": "{model}",
                                   "tune": {"rate": [1, 2, 3]}}},
-                 "Teacher": {"SKD": {"command": "{learn} --slow 6 --from {answers}",
-                                     "writes": "{out}/model.pth",
-                                     "tune": {"rate": [1, 3, 2]}, "charge": ["answers"], "note": "on answers"}}},
+                 "Teacher": {"SKD": {"command": "{learn} --slow 3 --from {answers}",
+                                     "writes": "{model}", "tune": {"rate": [1, 3, 2]},
+                                     "charge": ["answers"], "note": "on answers"}}},
     }
 
 
@@ -114,12 +116,9 @@ def test_a_row_takes_as_many_updates_as_fit_after_its_made_files():
         steps_within(35.0, charged=5.0, took=4.9, updates=20)
 
 
-def test_candidates_are_all_combinations_and_the_best_has_the_most_exact_matches_then_the_lowest_perplexity():
+def test_candidates_are_all_combinations():
     assert candidates(Namespace(tune={"a": [1, 2], "b": [3, 4]})) == [
         {"a": 1, "b": 3}, {"a": 1, "b": 4}, {"a": 2, "b": 3}, {"a": 2, "b": 4}]
-    scores = [{"exact_match": match, "perplexity": perplexity} for match, perplexity
-              in ((9, 1), (10, 3), (10, 2), (10, 4))]
-    assert best(scores) == 2
 
 
 # -- the arena
@@ -127,94 +126,93 @@ def test_candidates_are_all_combinations_and_the_best_has_the_most_exact_matches
 
 def test_all_rows_get_the_same_and_finished_runs_never_run_again(config, tmp_path):
     config["files"] = {"part": {"of": config["values"]["data"], "leaf": "a/", "rows": 1}}
-    told = arena(config, tmp_path)
+    results = arena(config, tmp_path)
     first = trials(tmp_path)
-    sft, skd = told["rows"]["SFT"], told["rows"]["SKD"]
+    sft, skd = results["rows"]["SFT"], results["rows"]["SKD"]
     # Rates 2 and 3 have the same exact match, 2 the lower perplexity; 3 candidates of 50 updates
     # for each row.
     assert sft["tuned"] == skd["tuned"] == {"rate": 2}
     for name in ("SFT", "SKD"):
         tune, updates = ([each["command"] for each in first if each["name"] == f"{phase}, {name}"]
                          for phase in ("tune", "updates"))
-        assert len(tune) == 3 and all("--steps 50 " in each and "--seed 1336 " in each for each in tune)
+        assert len(tune) == 3
+        assert all("--steps 50 " in each and "--seed 1336 " in each for each in tune)
         assert sorted(each.split("--seed ")[1].split()[0] for each in updates) == ["1337", "1338"]
         assert all("--steps 100 " in each and "--samples 24 " in each for each in updates)
-    assert [seed["steps"] for seed in sft["updates"]] == [100, 100] and sft["updates"][0]["test"]["exact_match"] == 50
-    # Half as fast, and with 0.3 of 0.9 s spent on its answers: a third of the updates, or what a
+    assert [seed["steps"] for seed in sft["updates"]] == [100, 100]
+    assert sft["updates"][0]["test"]["exact_match"] == 50
+    # Half as fast, and with 0.15 of 0.45 s spent on its answers: a third of the updates, or what a
     # busy machine makes of that.
-    assert skd["seconds"][0]["steps"] < 0.7 * sft["seconds"][0]["steps"] and skd["updates"][0]["seconds"] > 0.3
+    assert skd["seconds"][0]["steps"] < 0.7 * sft["seconds"][0]["steps"]
+    assert skd["updates"][0]["seconds"] > 0.3
 
-    text = (tmp_path / "out/table.md").read_text()
+    text = " ".join((tmp_path / "out/table.md").read_text().split())
     # The mean of the leaves a/x and a/y is the seed plus 1; SKD loses nothing against itself, SFT
     # is of another group.
     assert "| **Teacher** |" in text and "| SKD | 50.0 ± 0.0 | 1338.5 ± 0.7 | 0.0 ± 0.0 |" in text
-    assert "| SFT | 50.0 ± 0.0 | 1338.5 ± 0.7 |  |" in text and "- SKD: on answers" in text
+    assert "| SFT | 50.0 ± 0.0 | 1338.5 ± 0.7 | |" in text and "- SKD: on answers" in text
     assert (tmp_path / "out/part.jsonl").read_text() == '{"leaf": "a/x"}\n'
 
-    assert arena(config, tmp_path) == told and trials(tmp_path) == first
+    assert arena(config, tmp_path) == results and trials(tmp_path) == first
 
 
-def test_quick_tunes_nothing_and_reports_what_it_leaves_out(config, tmp_path):
-    config["rows"]["Teacher"]["SKD"]["quick"] = False
-    told = arena(config, tmp_path, "--quick")
-    assert told["rows"]["SFT"]["tuned"] == {"rate": 1} and told["updates"] == 20 and told["seconds"] is None
-    assert "left out: SKD." in (tmp_path / "out/table.md").read_text()
-    # nor made
-    phases = {each["name"].partition(",")[0] for each in trials(tmp_path)}
-    assert phases == {"begin", "updates", "test"}
-
-
-def test_a_file_of_a_seed_is_made_for_each_seed_and_only_the_wanted_rows_run(config, tmp_path):
+def test_quick_runs_the_wanted_rows_untuned_and_makes_a_file_of_a_seed_for_each_seed(config, tmp_path):
     config["made"]["answers"]["command"] += " --seed {seed:+1}"
-    told = arena(config, tmp_path, "--quick", "--rows", "SKD", "--seeds", "2")
+    rows = config["rows"]["Teacher"]
+    rows["slow"] = rows["SKD"] | {"quick": False}
+    results = arena(config, tmp_path, "--quick", "--rows", "SKD", "slow", "--seeds", "2")
+    assert results["rows"].keys() == {"start", "SKD"} and results["rows"]["SKD"]["tuned"] == {"rate": 1}
+    assert results["updates"] == 20 and results["seconds"] is None
+    assert "left out: slow." in (tmp_path / "out/table.md").read_text()
+    names = [each["name"] for each in trials(tmp_path)]
+    assert {name.partition(",")[0] for name in names} == {"begin", "updates", "test", "make answers"}
+    assert not any("SFT" in name for name in names)
     made = [each["command"].split("--seed ")[1] for each in trials(tmp_path)
             if each["name"] == "make answers"]
-    # of `begin`, and of the two seeds
-    assert sorted(made) == ["1337", "1338", "1339"]
-    assert told["rows"].keys() == {"start", "SKD"}
-    assert not any("SFT" in each["name"] for each in trials(tmp_path))
+    assert sorted(made) == ["1337", "1338", "1339"]                 # of `begin`, and of two seeds
 
 
 def test_a_run_that_fails_ends_the_arena_with_the_end_of_its_log(config, tmp_path):
-    config["rows"]["Text"]["SFT"]["tune"]["rate"] = [1, 0, 3]
+    config |= {"begin": 0, "made": {}}
+    config["rows"].pop("Teacher")
+    config["rows"]["Text"]["SFT"]["tune"]["rate"] = [0]
     with pytest.raises(SystemExit) as ended:
         arena(config, tmp_path)
-    assert "tune, SFT ended with status 1" in str(ended.value) and "a rate of 0 is refused" in str(ended.value)
-    assert f"python {tmp_path}/train.py" in str(ended.value)
+    for part in ("tune, SFT ended with status 1", f"python {tmp_path}/train.py", "of 0 is refused"):
+        assert part in str(ended.value)
 
 
-@pytest.mark.parametrize("change, reason", [
-    (lambda config: config["rows"]["Text"]["SFT"]["tune"].update(rate=[1, 2]),
-     "same number of candidates.*'SFT': 2, 'SKD': 3"),
-    (lambda config: config["rows"]["Text"]["SFT"].update(tuned={}),
-     "SFT: unknown key 'tuned'; did you mean 'tune'"),
-    (lambda config: config["rows"]["Text"]["SFT"].pop("writes"), "SFT: has no 'writes'"),
-    (lambda config: config.pop("seeds"), "has no 'seeds'"),
-    (lambda config: config["rows"]["Teacher"].update(SFT=config["rows"]["Text"]["SFT"]),
-     "two rows have the same name"),
-    (lambda config: config["values"].update(learn="x.py {sample}"),
-     r"SFT: unknown \{sample\}; did you mean 'samples'"),
-    (lambda config: config["values"].update(learn=config["values"]["learn"].replace("{seed}", "1")),
-     r"SFT: .*not take \{seed\}"),
-    (lambda config: config["rows"]["Teacher"]["SKD"].update(command="{learn} --from {answers} out/no.pth"),
-     "SKD: no file at out/no.pth; bash quickstart.sh"),
-])
-def test_a_mistake_is_reported_before_anything_runs(change, reason, config, tmp_path):
-    change(config)
-    with pytest.raises(SystemExit, match=reason):
-        arena(config, tmp_path)
+def test_a_mistake_is_reported_before_anything_runs(config, tmp_path, capsys):
+    def with_row(name, **changed):
+        rows = {group: dict(rows) for group, rows in config["rows"].items()}
+        group = next(group for group in rows if name in rows[group])
+        rows[group][name] = rows[group][name] | changed
+        return config | {"rows": rows}
+
+    def with_learn(text):
+        return config | {"values": config["values"] | {"learn": text}}
+
+    sft, learn = config["rows"]["Text"]["SFT"], config["values"]["learn"]
+    for wrong, reason in (
+            (with_row("SFT", tune={"rate": [1, 2]}), "same number of candidates.*'SFT': 2, 'SKD': 3"),
+            (with_row("SFT", tuned={}), "SFT: unknown key 'tuned'; did you mean 'tune'"),
+            ({key: config[key] for key in config if key != "seeds"}, "has no 'seeds'"),
+            (config | {"rows": {"Text": {"SFT": sft}, "Teacher": {"SFT": sft}}},
+             "two rows have the same name"),
+            (with_learn(f"{learn} {{sample}}"), r"unknown \{sample\}; did you mean 'samples'"),
+            (with_learn(learn.replace("{seed}", "1")), r"SFT: .*not take \{seed\}"),
+            (with_row("SKD", command="{learn} --from {answers} out/no.pth"),
+             "SKD: no file at out/no.pth; bash quickstart.sh")):
+        with pytest.raises(SystemExit, match=reason):
+            arena(wrong, tmp_path)
+    for flags, reason in (("--rows SDK", "has no 'SDK'; did you mean 'SKD'?"),
+                          ("--updates 25", "must be a multiple of 10"),
+                          ("--seeds 0", "--seeds 0 must be 1 or more"),
+                          ("--seconds -1", "--seconds -1.0 must be 0 or more")):
+        with pytest.raises(SystemExit):
+            arena(config, tmp_path, *flags.split())
+        assert reason in capsys.readouterr().err
     assert not (tmp_path / "out/trials.jsonl").exists()
-
-
-@pytest.mark.parametrize("flags, reason", [
-    (["--rows", "SDK"], "has no 'SDK'; did you mean 'SKD'?"),
-    (["--updates", "25"], "must be a multiple of 10"),
-    (["--seeds", "0"], "--seeds 0 must be 1 or more"),
-    (["--seconds", "-1"], "--seconds -1.0 must be 0 or more")])
-def test_a_flag_out_of_its_range_is_refused(flags, reason, config, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        arena(config, tmp_path, *flags)
-    assert reason in capsys.readouterr().err
 
 
 def test_the_picture_has_a_point_for_each_row_in_each_panel(tmp_path, monkeypatch):
@@ -236,69 +234,80 @@ def test_the_picture_has_a_point_for_each_row_in_each_panel(tmp_path, monkeypatc
     monkeypatch.setattr(Axes, "errorbar", noted)
     compare.draw(results, plan, tmp_path / "table.png")
     spread = 50 ** 0.5                                                          # of 10 and 20
-    assert points == [(15, 1, pytest.approx(spread)), (15, 2, pytest.approx(spread)), (30, 1, 0),
-                      (30, 2, 0)]
+    assert points == [(15, 0, pytest.approx(spread)), (15, 1, pytest.approx(spread)), (30, 0, 0),
+                      (30, 1, 0)]
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
 # -- the runs
 
 
-def job(folder, text, *words) -> Job:
-    """A script of this text, which writes <out>/done."""
+def script(folder, text, *args) -> tuple[str, str, str]:
+    """A job that runs this text, which writes <out>/done."""
     (folder / "script.py").write_text(text)
-    return Job("try", shlex.join([f"{folder}/script.py", f"{OUT}/done", *map(str, words)]),
-               f"{OUT}/done")
+    return "try", shlex.join([f"{folder}/script.py", f"{OUT}/done", *map(str, args)]), f"{OUT}/done"
 
 
 def test_the_key_of_a_job_covers_its_command_and_the_contents_of_the_files_that_it_names(tmp_path):
-    (tmp_path / "teacher.pth").write_text("a")
-    named = Job("", f"train.py 0={tmp_path}/teacher.pth,other", "")
-    before = key_of(named)
-    assert key_of(named._replace(name="another")) == before != key_of(named._replace(command=f"{named.command} --seed 2"))
-    (tmp_path / "teacher.pth").write_text("b")
-    os.utime(tmp_path / "teacher.pth", (0, 0))
-    assert key_of(named) != before
+    teacher, command = tmp_path / "teacher.pth", f"train.py 0={tmp_path}/teacher.pth,other"
+    keys = [key_of(command)]
+    teacher.write_text("a")
+    keys += [key_of(command), key_of(f"{command} --seed 2")]
+    teacher.write_text("b")
+    assert len({*keys, key_of(command)}) == 4
 
 
 def test_seconds_and_memory_are_those_of_the_child_alone(tmp_path):
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (64 << 20)
-    burn = "import sys, time\nheld = bytearray(int(sys.argv[2]))\nwhile time.process_time() < 0.3: pass\nopen(sys.argv[1], 'w')"
-    with Jobs(tmp_path / "out", 1, 2) as jobs:
-        (busy,), (idle,) = jobs.run([job(tmp_path, burn, size)]), jobs.run([job(tmp_path, burn.replace("0.3", "0"), 0)])
+    burn = ("import sys, time\nheld = bytearray(int(sys.argv[2]))\n"
+            "while time.process_time() < 0.3: pass\nopen(sys.argv[1], 'w')")
+    jobs = Jobs(tmp_path / "out", 1)
+    busy = jobs.run(*script(tmp_path, burn, size))
+    idle = jobs.run(*script(tmp_path, burn.replace("0.3", "0"), 0))
     # not added up, though idle came later
     assert busy["seconds"] >= 0.3 and idle["seconds"] < busy["seconds"]
     assert size / 2 ** 20 <= busy["peak_mb"] <= size / 2 ** 20 + 40
 
 
-@pytest.fixture
-def sigint():
-    """As on a terminal: a shell lets background jobs, and what they start, ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+def test_ctrl_c_ends_the_children_and_an_interrupted_job_is_not_done(tmp_path, config):
+    """A row's script starts another and waits: both end, and the second row never begins."""
+    wait = ("import os, subprocess, sys, time\n"
+            "other = subprocess.Popen(['sleep', '60'])\n"
+            "open(sys.argv[-1], 'w').write(f'{os.getpid()} {other.pid}')\ntime.sleep(60)")
+    (tmp_path / "train.py").write_text(wait)
+    config |= {"begin": 0, "made": {}}
+    config["rows"]["Text"]["SFT"]["command"] = "{learn}"
+    config["rows"]["Teacher"]["SKD"].update(command="{learn}", charge=[])
+
+    def press():
+        while not (pids := "".join(path.read_text() for path
+                                   in tmp_path.glob("out/trials/*/model.pth"))):
+            time.sleep(0.02)
+        seen.extend(map(int, pids.split()))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    seen, before = [], [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    threading.Thread(target=press).start()
+    with pytest.raises(SystemExit) as ended:
+        arena(config, tmp_path, "--processes", "1")
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+        signal.signal(number, handler)
+    assert ended.value.code == 130
+    assert len(seen) == 2 and not any(map(is_running, seen))
+    assert len(list(tmp_path.glob("out/trials/*"))) == 1 and not (tmp_path / "out/trials.jsonl").exists()
 
 
-def test_ctrl_c_ends_the_children_and_an_interrupted_job_is_not_done(tmp_path, sigint):
-    wait = ("import os, signal, sys, time\n"
-            "signal.signal(signal.SIGTERM, lambda *_: sys.exit(open(sys.argv[1] + '.saved', 'w').close()))\n"
-            "open(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(60)")
-    begun = tmp_path / "out/trials"
-    with pytest.raises(KeyboardInterrupt):
-        with Jobs(tmp_path / "out", 1, 2) as jobs:
-
-            def press():
-                while not any(path.read_text() for path in begun.glob("*/done")):
-                    time.sleep(0.02)
-                os.kill(os.getpid(), signal.SIGINT)
-
-            threading.Thread(target=press).start()
-            jobs.run([job(tmp_path, wait, 1), job(tmp_path, wait, 2)])
-    (done,) = begun.glob("*/done")                      # the second waited, and never began
-    assert done.with_name("done.saved").exists()        # it got SIGTERM, and had the time to save
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(done.read_text()), 0)
-    assert not (tmp_path / "out/trials.jsonl").exists()
+def is_running(pid: int) -> bool:
+    """Within a second: an orphan stays a zombie until init collects it."""
+    for _ in range(50):
+        try:
+            state = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return False
+        if state == "Z":
+            return False
+        time.sleep(0.02)
+    return True
 
 
 # -- configs/*.yaml
@@ -375,10 +384,11 @@ def test_every_made_file_is_needed_and_its_command_is_one_of_its_script():
 
 
 def test_written_questions_are_judged_by_the_world_and_its_rules():
-    known = known_answers()
+    known = {"what is 3 plus 4?": "7"}
     right = {"what is 3 plus 4?": "7", "flip c s c.": "c s c", "alphabetical order: z y y": "y y z",
              "home of the liver?": None}
     assert {question: right_answer(question, known) for question in right} == right
     rows = [{"question": "flip a b.", "options": {"A": "a b", "B": "b a"}, "answer_idx": letter}
             for letter in "AB"]
-    assert share_right(rows, known) == 50
+    rows.append({"question": "what is 3 plus 4?", "options": {"A": "7"}, "answer_idx": "A"})
+    assert share_right(rows) == pytest.approx(200 / 3)
