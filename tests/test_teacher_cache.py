@@ -286,10 +286,9 @@ def test_what_the_teacher_has_not_read_is_refused_by_name(changed, message, writ
 @pytest.mark.parametrize("name", ["part-00003.bin", "index.npz", "head.pth"])
 def test_a_damaged_file_is_named_with_the_command_that_repairs_it(name, copied, written):
     whole, file = contents(copied)[name], copied / name
-    for damage, message in ((lambda: file.write_bytes(whole[:-7]), r"has [\d,]+ bytes"),
-                            (file.unlink, "is missing")):
+    for damage in (lambda: file.write_bytes(whole[:-7]), file.unlink):
         damage()
-        with pytest.raises(ValueError, match=f"{name} {message}, it should have") as refused:
+        with pytest.raises(ValueError, match=f"{name} is missing or damaged, it") as refused:
             TeacherCache(copied)
     command = shlex.split(str(refused.value).partition("Repair it: ")[2])
     assert run(*command[1:]).code == 0
