@@ -14,7 +14,6 @@ parts, and an interrupted run resumes at the missing ones.
 
 import hashlib
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -129,11 +128,7 @@ class CacheWriter:
         content = layout.keys.tobytes() + layout.n_rows.tobytes() + layout.cuts.tobytes()
         self.about = about | {"samples_sha256": hashlib.sha256(content).hexdigest(),
                               "samples": len(layout.keys), "positions": int(layout.n_rows.sum())}
-        self.finished, self.unfinished = self.path / "about.json", self.path / "unfinished.json"
-
-    @property
-    def found(self) -> Path:
-        return self.finished if self.finished.exists() else self.unfinished
+        self.finished = self.path / "about.json"
 
     def prepare(self, overwrite: bool = False) -> list[int]:
         """The missing parts; none if the cache is complete, or has these files and more.
@@ -141,24 +136,22 @@ class CacheWriter:
         Raises ValueError if DIR holds another cache; `overwrite` deletes that one.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        parts = list(self.path.glob("part-*.bin"))
-        other = "parts without an about.json" if parts else ""
-        if self.found.exists():
-            was = json.loads(self.found.read_text())
-            changed = differences(was, self.about)
-            if (self.found == self.finished and "files" in changed
-                    and changed.keys() <= {"files", "samples_sha256"}
-                    and set(self.about["files"].values()) < set(was["files"].values())):
-                TeacherCache(self.path)                             # raises if a file is damaged
-                return []
-            if len(changed) > 1:
-                changed.pop("samples_sha256", None)                 # follows from the others
-            other = "; ".join(changed.values())
-        if other and not overwrite:
-            raise ValueError(f"{self.path} holds another cache: {other}. "
+        found = about_file(self.path)
+        was = json.loads(found.read_text()) if found.exists() else self.about
+        changed = differences(was, self.about)
+        if (found == self.finished and "files" in changed
+                and changed.keys() <= {"files", "samples_sha256"}
+                and set(self.about["files"].values()) < set(was["files"].values())):
+            TeacherCache(self.path)                                 # raises if a file is damaged
+            return []
+        if len(changed) > 1:
+            changed.pop("samples_sha256", None)                     # follows from the others
+        if changed and not overwrite:
+            raise ValueError(f"{self.path} holds another cache: {'; '.join(changed.values())}. "
                              "Give another --cache_dir, or delete that cache with --overwrite")
-        if other:
-            for file in (self.found, self.path / "index.npz", self.path / "head.pth", *parts):
+        if changed or not found.exists():                           # also parts of an unknown cache
+            for file in (found, self.path / "index.npz", self.path / "head.pth",
+                         *self.path.glob("part-*.bin")):
                 file.unlink(missing_ok=True)
         for temporary in (*self.path.glob("part-*.tmp"), *self.path.glob("head.pth.*.tmp")):
             temporary.unlink()
@@ -166,7 +159,7 @@ class CacheWriter:
 
     def begin(self):
         """Write all other files, so that a run that is interrupted knows what is missing."""
-        found = self.found
+        found = about_file(self.path)
         if found.exists() and not damaged_files(self.path, json.loads(found.read_text()), "part-"):
             return
         order = np.argsort(self.layout.keys)
@@ -195,8 +188,12 @@ class CacheWriter:
 
     def finish(self):
         """Mark the cache as complete."""
-        if self.unfinished.exists():
-            os.replace(self.unfinished, self.finished)
+        about_file(self.path).rename(self.finished)
+
+
+def about_file(path: Path) -> Path:
+    finished = path / "about.json"
+    return finished if finished.exists() else path / "unfinished.json"
 
 
 def part_name(i: int) -> str:
@@ -209,7 +206,7 @@ def size_of(path: Path) -> int:
 
 
 def damaged_files(path: Path, about: dict, skip: str = "none") -> list[str]:
-    """The files of the wrong size, except those whose name begins with `skip`."""
+    """The missing files and those of the wrong size, except names that begin with `skip`."""
     return [name for name, size in about["bytes"].items()
             if size_of(path / name) != size and not name.startswith(skip)]
 
@@ -230,24 +227,22 @@ class TeacherCache:
 
     def __init__(self, path):
         self.path, self.device = Path(path), torch.device("cpu")
-        finished, unfinished = self.path / "about.json", self.path / "unfinished.json"
-        if not finished.exists() and not unfinished.exists():
+        file = about_file(self.path)
+        if not file.exists():
             raise FileNotFoundError(
                 f"no cached teacher outputs in {self}. Write them: python scripts/cache_teacher.py "
                 f"--teacher WEIGHTS --data_path FILES --cache_dir {self}")
-        about = json.loads((finished if finished.exists() else unfinished).read_text())
+        self.about = about = json.loads(file.read_text())
         if about["version"] != VERSION:
             raise ValueError(
                 f"{self} has format {about['version']}, this program reads {VERSION}. Write it "
                 "again: python scripts/cache_teacher.py --overwrite ...")
         damaged, n_files = damaged_files(self.path, about), len(about["bytes"])
-        if not finished.exists():
-            raise ValueError(f"{self} is incomplete, {n_files - len(damaged)} of {n_files} files. "
-                             f"Resume: {command(about, self)}")
-        for name in damaged:
-            raise ValueError(f"{self.path / name} is missing or damaged, it should have "
-                             f"{about['bytes'][name]:,} bytes. Repair it: {command(about, self)}")
-        self.about, self.row = about, row_type(about)
+        if damaged or file.name != "about.json":
+            raise ValueError(f"{self} is incomplete, {n_files - len(damaged)} of {n_files} files; "
+                             f"missing or damaged: {', '.join(damaged[:3])}. Complete it: "
+                             f"{command(about, self)}")
+        self.row = row_type(about)
         self.top_k, self.temperature = about["top_k"], about["temperature"]
         self.vocab_size = about["vocab_size"]
         with np.load(self.path / "index.npz") as index:
@@ -278,30 +273,22 @@ class TeacherCache:
         keys    of all samples
         names   i -> a name of sample i, "file, sample n"
         """
-        about = self.about
-        # The command also names the cache's own files: without them it would lose their outputs.
         files = {str(path): sha256 for path, sha256 in files.items()}
-        wanted = about | {"max_seq_len": max_seq_len, "files": about["files"] | files}
-
-        def refuse(message, **changed):
-            raise ValueError(f"{message}. Write it again: "
-                             f"{command(wanted | changed, self, '--overwrite')}")
-
-        if tokenizer_sha256 != about["tokenizer_sha256"]:
-            refuse(f"{self} was written for the tokenizer {about['tokenizer']} "
-                   f"({about['tokenizer_sha256'][:8]}), this run uses {tokenizer_path} "
-                   f"({tokenizer_sha256[:8]})", teacher="A_TEACHER_WITH_THAT_TOKENIZER")
-        if max_seq_len != about["max_seq_len"]:
-            refuse(f"{self} was written with --max_seq_len {about['max_seq_len']}, this run uses "
-                   f"{max_seq_len}. Give --max_seq_len {about['max_seq_len']}")
-        for path, sha256 in files.items():
-            if sha256 not in about["files"].values():
-                refuse(f"{path} has changed since {self} was written, or was never in it")
+        run = self.about | {"tokenizer": tokenizer_path, "tokenizer_sha256": tokenizer_sha256,
+                            "max_seq_len": max_seq_len}
+        wrong = list(differences(self.about, run).values())
+        wrong += [f"{path} has changed since, or was never in it" for path, sha256 in files.items()
+                  if sha256 not in self.about["files"].values()]
         keys = np.fromiter(keys, dtype=np.uint64)
         unknown = np.flatnonzero(self.keys[self.find(keys)] != keys)
-        if len(unknown):
-            refuse(f"{names(int(unknown[0]))}: its tokens are not in {self}, nor are those of "
-                   f"{len(unknown) - 1:,} other samples")
+        if len(unknown) and not wrong:
+            wrong += [f"{names(int(unknown[0]))}: its tokens are not in it, nor are those of "
+                      f"{len(unknown) - 1:,} other samples"]
+        if wrong:       # the command also names the cache's own files, to keep their outputs
+            run["files"] = self.about["files"] | files
+            raise ValueError(f"{self} does not match this run: {'; '.join(wrong)}. Write it again, "
+                             "by a teacher with this run's tokenizer: "
+                             f"{command(run, self, '--overwrite')}")
 
     def find(self, keys):  # (n,) -> (n,) places in the index
         return np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
@@ -319,8 +306,8 @@ class TeacherCache:
                                zip(parts.tolist(), begins.tolist(), n_rows.tolist())])
         rows = rows.view(self.row)[:, 0]                                            # (S,)
         if self.top_k:
-            ids, log_p = rows["ids"].astype(np.int64), np.ascontiguousarray(rows["log_p"])
-            return TopK(*(torch.from_numpy(x).to(self.device) for x in (ids, log_p)))
+            return TopK(torch.from_numpy(rows["ids"].astype(np.int64)).to(self.device),
+                        torch.from_numpy(rows["log_p"].copy()).to(self.device))
         states = torch.from_numpy(rows["states"]).view(torch.bfloat16)
         return Dense(states.to(self.device), self.head)
 
