@@ -42,15 +42,8 @@ class BadLine(ValueError):
 # ---- 1. A file becomes numbered rows -----------------------------------------------------------
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict | str]]:
-    """Yields (number, row), counted from 1: the line, or the item of a .json list. A row is a dict,
-    or a str with the reason why the line cannot be read.
-
-        .jsonl  one JSON object per line; blank lines are skipped
-        .json   a list of objects, or JSON lines: the first character decides
-        .csv    a header, then records; column names become lower case. Exams become rows with
-                options: question, A, B, C, D, answer (C-Eval, CMMLU), or without header (MMLU)
-        .txt    {"text": paragraph}, numbered by its first line; blank lines separate paragraphs.
-                In a file with lines <|endoftext|> those separate the texts
+    """Yields (number, row), counted from 1: the line, or the item of a .json list (dataset.md). A
+    row is a dict, or a str with the reason why the line cannot be read.
 
     UTF-8, with or without a byte order mark. Raises FileNotFoundError; BadLine for a .json list
     that does not parse or a CSV header with a duplicate name; ValueError for another kind of file.
@@ -137,7 +130,8 @@ def _rows_of_csv(path):
             if header is None:
                 names = [cell.strip().lower() for cell in cells]
                 twice = [name for name in names if name and names.count(name) > 1]
-                if _is_mmlu(names):
+                # MMLU has no header: its first record is a question.
+                if len(names) == 6 and names[-1] in tuple("abcd") and not {*names} & {*COLUMN_KEYS}:
                     header = [*EXAM_COLUMNS, "answer"]
                 elif twice:
                     raise BadLine(f"{path}, line {number}: two columns are called "
@@ -150,11 +144,6 @@ def _rows_of_csv(path):
                                f"{len(header)}")
             else:
                 yield number, _with_options(dict(zip(header, cells)))
-
-
-def _is_mmlu(names):
-    """Whether a file's first record is an exam's question and not a header."""
-    return len(names) == 6 and names[-1] in tuple("abcd") and set(names).isdisjoint(COLUMN_KEYS)
 
 
 def _with_options(row):
@@ -195,8 +184,6 @@ def to_messages(row: dict) -> list[dict]:
     """One row of any format as [{"role", "content"}, ...]: an optional system turn, then user and
     assistant alternating, the assistant last. Other keys (id, meta_info) are ignored.
 
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
         {"instruction": "Add.", "input": "2 + 3", "output": "5"}     user: "Add.\\n2 + 3"
         {"question": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"}
                                        user: "2 + 3 =\\nA. 4\\nB. 5"     assistant: "5"
@@ -214,7 +201,6 @@ def to_messages(row: dict) -> list[dict]:
 
 class Question(NamedTuple):
     """A conversation up to the answer that a model is to give."""
-
     messages: list[dict]        # as in to_messages; the user's turn is the last
     answer: str | None          # the reference answer, if the row has one
     others: dict                # the other keys of the row: id, leaf, ...
@@ -222,11 +208,7 @@ class Question(NamedTuple):
 
 def to_question(row: dict) -> Question:
     """One row of any format of to_messages, without its last answer, which may also be missing.
-
-        {"question": "2 + 3 =", "answer": "5", "id": 7}     [user "2 + 3 ="], "5", {"id": 7}
-
-    Raises ValueError with the reason.
-    """
+    Raises ValueError with the reason."""
     messages = _alternating(_turns(row, needs_answer=False))
     if not messages or messages[-1]["role"] == "system":
         raise ValueError("no turn of the user, so there is nothing to answer")
@@ -266,10 +248,8 @@ def final_answer(text: str) -> str:
 
 
 def _alternating(turns) -> list[dict]:
-    """Turns (where, role, content) as messages: an optional system turn, then user and assistant
-    alternating. Others are refused, not merged: a turn was lost there, so an answer may belong to
-    another question. A user turn after the first may be empty: ShareGPT users press Enter to read
-    on."""
+    """Turns (where, role, content) as messages. Others are refused, not merged: a turn was lost
+    there. A user turn after the first may be empty: ShareGPT users press Enter to read on."""
     messages, expected = [], "user"
     for where, role, content in turns:
         _check_text(content, where)
@@ -379,13 +359,12 @@ def _short(value) -> str:
 # These raise FileNotFoundError with the command that makes the file; BadLine at the first bad line
 # (skip_bad_lines counts them instead, and logs one line); ValueError if no line is good.
 
-def read_conversations(path, skip_bad_lines: bool = False,
-                       log: Callable = print) -> list[list[dict]]:
+def read_conversations(path, skip_bad_lines=False, log=print) -> list[list[dict]]:
     """Every conversation of a file, each as to_messages gives it."""
     return read_each(path, to_messages, skip_bad_lines, log)
 
 
-def read_categories(path, skip_bad_lines: bool = False) -> list[str]:
+def read_categories(path, skip_bad_lines=False) -> list[str]:
     """The `category` of each conversation of read_conversations; default: the file's name without
     extension. Logs nothing, as read_conversations does."""
     stem = Path(path).stem
@@ -393,19 +372,18 @@ def read_categories(path, skip_bad_lines: bool = False) -> list[str]:
                      log=lambda line: None)
 
 
-def read_questions(path, skip_bad_lines: bool = False,
-                   log: Callable = print) -> list[Question | None]:
+def read_questions(path, skip_bad_lines=False, log=print) -> list[Question | None]:
     """Every question of a file, as to_question gives it, and None for each skipped bad line, so
     that two files stay aligned row by row."""
     return _read_aligned(path, to_question, skip_bad_lines, log)
 
 
-def read_texts(path, skip_bad_lines: bool = False, log: Callable = print) -> list[str]:
+def read_texts(path, skip_bad_lines=False, log=print) -> list[str]:
     """Every text of a pretraining file: {"text"} rows, or the texts of a .txt."""
     return read_each(path, to_text, skip_bad_lines, log)
 
 
-def read_each(path, convert: Callable, skip_bad_lines: bool = False, log: Callable = print) -> list:
+def read_each(path, convert: Callable, skip_bad_lines=False, log=print) -> list:
     """convert(row) of every row; a ValueError makes it a bad line."""
     converted = _read_aligned(path, convert, skip_bad_lines, log)
     return [value for value in converted if value is not None]
@@ -436,10 +414,7 @@ def _read_aligned(path, convert, skip_bad_lines, log):
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """The file itself, or a folder's data files by name, without hidden files and subfolders.
-
-    Raises FileNotFoundError if there is no such path, ValueError if the folder has no such file.
-    """
+    """The file itself, or a folder's data files by name, without hidden files and subfolders."""
     path = Path(path)
     check_exists(path)
     if not path.is_dir():

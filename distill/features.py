@@ -73,8 +73,7 @@ def feature_distillation_loss(student_features, teacher_features, kind: str = "m
                               reduction: str = "mean"):
     """Distance between hidden states, averaged over the matched layers.
 
-    student_features  list of (S, D); another width is average-pooled to the teacher's.
-                      FeatureProjections learns a better map
+    student_features  list of (S, D); another width is average-pooled to the teacher's
     teacher_features  list of (S, D of the teacher); no gradient flows
     kind              'mse': mean squared error; 'cosine': 1 - cosine similarity, 0 to 2
     reduction         'mean' or 'sum' over the S positions
