@@ -237,7 +237,6 @@ sort, reverse = LEAVES["general/string/sort"], LEAVES["general/string/reverse"]
 # ---- 3. Hold-out: the questions that no training file may contain ------------------------------
 
 class Ask(NamedTuple):
-    """One question with its correct answer."""
     leaf: str
     question: str
     answer: str
@@ -300,7 +299,7 @@ def deal(items, n, rng):
 
 
 def deal_evenly(asks, n, rng):
-    """n questions from {leaf: [Ask]}, each leaf equally often (give or take one)."""
+    """n questions from {leaf: [Ask]}, each leaf equally often, give or take one: [Ask]"""
     share, rest = divmod(n, len(asks))
     return [ask for i, leaf in enumerate(asks) for ask in deal(asks[leaf], share + (i < rest), rng)]
 
@@ -506,14 +505,8 @@ def build(seed, label_noise, n):
 
 
 def generate(out_dir, seed=0, label_noise=0.3, **sizes):
-    """Write every file of the world into out_dir. Returns {file name: number of rows}.
-
-    seed         the same seed and sizes give the same bytes
-    label_noise  share of wrong answers in sft_data.jsonl, 0 to 1
-    sizes        keys of FULL, in rows; default: FULL
-
-    Raises ValueError for a size below 1 or a share outside 0..1.
-    """
+    """Write every file of the world into out_dir: {file name: number of rows}. The same seed and
+    sizes (see SIZES) give the same bytes. Raises ValueError for a size or a share out of range."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}={size}: a file needs a row; the default is {FULL[name]}")

@@ -283,13 +283,13 @@ def test_what_the_teacher_has_not_read_is_refused_by_name(changed, message, writ
     assert re.search(command, str(refused.value))
 
 
-@pytest.mark.parametrize("name", ["part-00003.bin", "index.npz", "head.pth"])
-def test_a_damaged_file_is_named_with_the_command_that_repairs_it(name, copied, written):
-    whole, file = contents(copied)[name], copied / name
-    for damage in (lambda: file.write_bytes(whole[:-7]), file.unlink):
-        damage()
-        with pytest.raises(ValueError, match=f"missing or damaged: {name}. Comp") as refused:
-            TeacherCache(copied)
+def test_damaged_files_are_named_with_the_command_that_repairs_them(copied, written):
+    for name in ("part-00003.bin", "index.npz", "head.pth"):
+        whole = (copied / name).read_bytes()
+        for damage in (lambda: (copied / name).write_bytes(whole[:-7]), (copied / name).unlink):
+            damage()
+            with pytest.raises(ValueError, match=f"missing or damaged: .*{name}.*Comp") as refused:
+                TeacherCache(copied)
     command = shlex.split(str(refused.value).partition("Complete it: ")[2])
     assert run(*command[1:]).code == 0
     assert contents(copied).keys() == contents(written[0]).keys()
