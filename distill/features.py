@@ -109,7 +109,6 @@ def attention_relation_loss(student_qkv, teacher_qkv, lengths, at, n_relation_he
     Wang et al. 2020 (MiniLMv2), https://arxiv.org/abs/2012.15828, Sec. 3.1, all relations weighted
     equally. V-V alone is MiniLM, https://arxiv.org/abs/2002.10957.
     """
-    check_relation_heads(student_qkv, teacher_qkv, n_relation_heads)
     spans = [(len(list(group)), T) for T, group in groupby(lengths)]
     sizes = [n * T for n, T in spans]
     total = 0.0
@@ -132,18 +131,17 @@ def log_relation(x):  # (n, T, R, K) -> (n, R, T, T) log-probabilities
     return F.log_softmax(scores.masked_fill(future, MASKED), dim=-1)
 
 
-def check_relation_heads(student_qkv, teacher_qkv, n_relation_heads):
+def check_relation_heads(student_config, teacher_config, n_relation_heads):
     """Raise ValueError, with the counts that fit, where a width does not split into equal heads."""
-    widths = {f"{model}'s {part}": x.shape[1]
-              for model, qkv in (("student", student_qkv), ("teacher", teacher_qkv))
-              for part, x in zip(("queries", "keys", "values"), qkv)}
+    widths = {f"{model}'s {part}": heads * c.head_dim
+              for model, c in (("student", student_config), ("teacher", teacher_config))
+              for part, heads in (("queries", c.n_heads), ("keys and values", c.n_kv_heads))}
     common = math.gcd(*widths.values())
-    for name, width in widths.items():
-        if n_relation_heads < 1 or width % n_relation_heads:
-            fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-            raise ValueError(
-                f"the {name}, {width} wide, do not split into n_relation_heads={n_relation_heads} "
-                f"equal heads; counts that fit both models: {fits}")
+    if n_relation_heads < 1 or common % n_relation_heads:
+        sizes = ", ".join(f"the {name} {width}" for name, width in widths.items())
+        fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise ValueError(f"n_relation_heads={n_relation_heads} does not divide all widths: {sizes}. "
+                         f"Counts that do: {fits}")
 
 
 # -- sample embeddings ---------------------------------------------------------------------------
@@ -192,9 +190,7 @@ class IntermediateLosses(nn.Module):
         if contrastive > 0:
             self.contrast = nn.Linear(student_config.dim, teacher_config.dim, bias=False)
         if attention > 0:
-            qkv = [[torch.empty(0, n * c.head_dim) for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
-                   for c in (student_config, teacher_config)]
-            check_relation_heads(*qkv, relation_heads)
+            check_relation_heads(student_config, teacher_config, relation_heads)
 
     def forward(self, batch, out, teacher_out):  # -> (), {name: ()}
         """Their weighted sum, and each unweighted, per token (or sample) of the optimizer step."""
