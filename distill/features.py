@@ -140,8 +140,8 @@ def check_relation_heads(student_config, teacher_config, n_relation_heads):
     if n_relation_heads < 1 or common % n_relation_heads:
         sizes = ", ".join(f"the {name} {width}" for name, width in widths.items())
         fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-        raise ValueError(f"n_relation_heads={n_relation_heads} does not divide all widths: {sizes}. "
-                         f"Counts that do: {fits}")
+        raise ValueError(f"n_relation_heads={n_relation_heads} does not divide all widths: "
+                         f"{sizes}. Counts that do: {fits}")
 
 
 # -- sample embeddings ---------------------------------------------------------------------------
