@@ -29,10 +29,10 @@ CORE = (
     "test_losses.py", "test_fused.py", "test_model.py", "test_moe.py", "test_lm_dataset.py",
     "test_formats.py",
     # A gradient does not depend on how its samples are split; two processes in each of them.
-    "test_training.py::test_eight_samples_give_one_gradient_however_they_are_split[pretrain-more0-]",
-    "test_training.py::test_eight_samples_give_one_gradient_however_they_are_split[sft-more1-]",
-    "test_training.py::test_eight_samples_give_one_gradient_however_they_are_split[distillation",
-    "test_onpolicy.py::test_two_processes_take_the_steps_of_one",
+    "test_training.py::test_eight_samples_give_one_gradient_however_they_are_split",
+    "test_onpolicy.py::test_two_processes_take_the_steps_of_one[none]",
+    "test_curriculum.py::test_a_step_split_over_processes_or_micro_batches_is_the_same_step",
+    "test_ability_runs.py::test_two_processes_write_the_bytes_of_one",
     # An interrupted run ends as the uninterrupted one.
     "test_training.py::test_an_interrupted_run_of_two_processes_goes_on_with_one",
     "test_readme.py::test_both_languages",

@@ -71,6 +71,9 @@ TINY_BENCHMARKS = {
     "benchmarks.scaling": "--model 32x1 --tokens 16 --length 8 --vocab 64 --steps 1 --repeats 1 "
                           "--axes tokens=16,32",
 }
+ROWS = {None: "SFT", "configs/compare_experience.yaml": "on-policy, MiniLLM + replay",
+        "configs/compare_curriculum.yaml": "the curriculum",
+        "configs/compare_ability.yaml": "no new questions"}       # a row of each comparison
 # What makes a command small. argparse takes the last value of a flag, so a flag can be given again.
 SMALL = ["--max_steps", "2", "--batch_size", "4", "--num_workers", "0"]
 
@@ -80,7 +83,7 @@ def sixteenth(match) -> str:
 
 
 def small(command: str) -> list[str]:
-    """The same command for models of a sixteenth of the width (768 -> 48, 256 -> 16), and two steps."""
+    """The same command for models of 1/16 of the width (768 -> 48, 256 -> 16), and two steps."""
     if ("--dim" in command or "out/real" in command) and "out/experience" not in command:
         command = re.sub(r"(?<=--dim )\d+|(?<=full_sft_)\d+", sixteenth, command)
     words = shlex.split(re.sub(r"full_(dist|sft)_(384|576)", r"full_\1_32", command))
@@ -93,8 +96,9 @@ def small(command: str) -> list[str]:
     if "-m" in words and words[2] in TINY_BENCHMARKS:
         return words + shlex.split(TINY_BENCHMARKS[words[2]])
     if "scripts/compare.py" in words:
+        config = words[words.index("--config") + 1] if "--config" in words else None
         return [*words, "--updates", "20", "--processes", "1", "--seeds", "1", "--seconds", "0",
-                "--rows", "SFT"]
+                "--rows", ROWS[config]]
     if "--measure" in words:
         return [*words, "1"]
     if "scripts/generate_answers.py" in words:
@@ -102,18 +106,25 @@ def small(command: str) -> list[str]:
     if set(words) & set(LAUNCHERS):
         return ["env", "NPROC=2", *words, *SMALL]
     if "out/experience" in words and "none" in words:   # enough to write letters
-        return words + SMALL + ["--max_steps", "80", "--batch_size", "8"]
-    if "out/ability/teacher" in words:                  # enough to write a question that can be read
-        return words + SMALL + ["--max_steps", "250", "--batch_size", "32", "--learning_rate", "5e-3"]
+        return words + SMALL + ["--max_steps", "60", "--batch_size", "8", "--n_layers", "1"]
+    if "out/ability/teacher" in words:                  # enough to write a readable question
+        model = ["--weights", "none", "--dim", "128", "--n_layers", "2", "--n_heads", "2"]
+        return [*words, *SMALL, *model, "--data_path", "lesson.jsonl", "--max_steps", "60",
+                "--batch_size", "34", "--learning_rate", "1e-2", "--max_seq_len", "128"]
     if "train_ability_tree.py" in words:
         return [*words, "--n_samples", "80", "--max_steps", "2", "--batch_size", "4"]
     if "train_curriculum.py" in words:                  # the batch sizes stand in its stages
-        return [*words, "--max_steps", "2", "--num_workers", "0", "--eval_samples", "8"]
+        return [*words, "--max_steps", "2", "--num_workers", "0", "--eval_samples", "4",
+                "--max_new_tokens", "4"]
     if set(words) & set(TRAINING):
         more = ["--n_heads", "2", "--n_layers", "2"] if "--dim" in words else []
         return words + SMALL + more
     if "scripts/evaluate.py" in words:
-        return [*words, "--limit", "8"]
+        return [*words, "--limit", "8", "--max_new_tokens", "8"]
+    if "scripts/chat.py" in words:
+        return [*words, "--max_new_tokens", "8"]
+    if "dataset/miniworld.py" in words:
+        return [*words, "--smoke"]
     return words
 
 
@@ -125,15 +136,16 @@ class Newcomer(NamedTuple):
     shell: Shell
 
     def run(self, command: str):
-        """Run it, made small. It must exit with 0."""
-        ended = self.shell.run(small(command), self.folder, stdin="3 plus 4?\n")
+        """Run it, made small. It must exit with 0. What a shell script starts has one process: the
+        two of quickstart.sh and of the launchers are tested elsewhere."""
+        most = 1 if "bash" in command else 2
+        ended = self.shell.run(small(command), self.folder, stdin="3 plus 4?\n", processes=most)
         assert ended.code == 0, ended.output
 
 
 def stand_ins(folder: Path):
-    """Files of the kind that the docs' commands read: the quickstart's models and data where the real
-    ones would be, and small models and texts in the place of downloads. What a file holds tells its
-    format, not its name."""
+    """Files that the docs' commands read: the quickstart's models and data where the real ones would
+    be, and small models and texts instead of downloads. A file's content tells its format."""
     shutil.copytree(folder / "out/smoke", folder / "out", dirs_exist_ok=True)
     shutil.copytree(folder / "out/smoke/dataset", folder / "dataset", dirs_exist_ok=True)
     data = folder / "dataset"
@@ -146,6 +158,10 @@ def stand_ins(folder: Path):
                        ("sharegpt.jsonl", "sft_data.jsonl"), ("alpaca.json", "alpaca_data.json"),
                        ("alpaca_3k.json", "alpaca_data.json")):
         shutil.copy(data / like, folder / name)
+    with open(folder / "lesson.jsonl", "w") as lesson:      # writing questions, and answering them
+        for line in open(data / "writer_data.jsonl"):
+            question, answer = json.loads(line)["conversations"][1]["content"].split(" => ")
+            lesson.write(line + json.dumps({"question": question, "answer": answer}) + "\n")
     (folder / "exams").mkdir()
     shutil.copy(data / "mcq_train.jsonl", folder / "exams/arc_easy.jsonl")
     with open(folder / "alfworld.jsonl", "w") as tasks:

@@ -55,7 +55,7 @@ class Ended(NamedTuple):
 class Started:
     """A script that is running, in one process or as many as torchrun would have started."""
 
-    def __init__(self, argv, processes, variables, stdin, cwd=None):
+    def __init__(self, argv, processes, variables, stdin, cwd=None, under_torchrun=False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -64,7 +64,9 @@ class Started:
         self.processes = []
         for rank, output in enumerate(self.outputs):
             torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
-                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            if processes == 1 and not under_torchrun:
+                torchrun = {}
             output.touch()
             arguments = (argv, variables | torchrun, stdin, output,
                          Path(self.folder.name) / "cache", cwd or ROOT)
@@ -105,13 +107,13 @@ def execute(argv, variables, stdin, output, cache, cwd=None):
         sys.executable = shutil.which("python")
         spawned = multiprocessing.get_context
         multiprocessing.get_context = lambda method=None: spawned("fork")
+        # Modules are found where python would look for them, not in the folder of the tests.
+        here = os.getcwd() if argv[0] in ("-m", "-c") else str(Path(argv[0]).resolve().parent)
+        ours = str(ROOT), str(ROOT / "tests"), ""
+        sys.path[:] = [here, *(path for path in sys.path if path not in ours)]
     if not os.environ.get("DRAW"):      # a picture that nobody looks at takes half a second
         log.draw_curves = lambda *arguments, **named: None
 
-    # Modules are found where python would look for them, not in the folder of the tests.
-    here = os.getcwd() if argv[0] in ("-m", "-c") else str(Path(argv[0]).resolve().parent)
-    rest = [path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"), "")]
-    sys.path[:] = [here, *rest]
     if argv[0] == "-c":
         sys.argv = ["-c", *argv[2:]]
         exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
@@ -165,7 +167,8 @@ def wait_until(condition, seconds: float = 60):
 
 # -------------------------------------------------------------------------------- shell commands
 
-SHELL = "MINIDISTILL_TEST_SHELL"        # variable that names the socket of the Shell
+SHELL = "MINIDISTILL_TEST_SHELL"            # variable that names the socket of the Shell
+PROCESSES = "MINIDISTILL_TEST_PROCESSES"    # the most processes of a run
 
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
@@ -217,15 +220,17 @@ class Shell:
             if flag == "--nproc_per_node":
                 processes, *argv = int(argv[0]), *argv[1:]
         try:
-            code, output = Started(argv, processes, variables, stdin, cwd).wait(300)
+            processes = min(processes, int(variables.get(PROCESSES, processes)))
+            code, output = Started(argv, processes, variables, stdin, cwd, launcher).wait(300)
         except AssertionError as error:
             code, output = 1, str(error)
         connection.sendall(json.dumps([code if code >= 0 else 128 - code, output]).encode())
         connection.close()
 
-    def run(self, command, cwd, stdin="") -> Ended:
+    def run(self, command, cwd, stdin="", processes=2) -> Ended:
         environment = os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}",
-                                    "OMP_NUM_THREADS": "1", SHELL: self.address}
+                                    "OMP_NUM_THREADS": "1", SHELL: self.address,
+                                    PROCESSES: str(processes)}
         words = ["bash", "-c", command] if isinstance(command, str) else command
         ended = subprocess.run(words, cwd=cwd, env=environment, input=stdin, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -23,13 +23,15 @@ LAUNCHERS = {"scripts/run_skd.sh": "train_distillation.py", "scripts/run_seqkd.s
 
 
 def uses() -> set[tuple[str, tuple[str, ...]]]:
-    """(script, configs) of every command in the README, a launch script or the head of a config."""
+    """(script, configs) of every command in the docs, a launch script or the head of a config."""
     found = set()
-    for path in [ROOT / "README.md", *ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/*.yaml")]:
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*.sh"),
+                 *ROOT.glob("configs/*.yaml")]:
         text = re.sub(r" \\\n[# ]*", " ", path.read_text())      # lines that a backslash joins
         for script, files in re.findall(
                 r"(\S+\.(?:py|sh)) .*?--config ((?:configs/\S+\.yaml ?)+)", text):
-            found.add((LAUNCHERS.get(script, script), tuple(files.split())))
+            if script != "scripts/compare.py":      # its configs hold commands, not flags
+                found.add((LAUNCHERS.get(script, script), tuple(files.split())))
     return found
 
 

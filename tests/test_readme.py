@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import CORE
 from helpers_docs import (PAGES, QUICKSTART, SMALL, blocks, commands, figures, small,  # noqa: F401
                           stands_in)
 from helpers_run import ROOT
@@ -71,21 +72,30 @@ def test_every_page_of_the_manual_is_in_the_index_in_both_languages_and_no_page_
 def test_links_lead_to_files():
     pages = [page for name in PAGES for page in (name, chinese(name))]
     for page in [*pages, "docs/README.md", "NOTES.md"]:
-        text = (ROOT / page).read_text(encoding="utf-8")
+        text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
         links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
         missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
         assert not missing, f"{page}: {missing}"
 
 
+def test_the_core_names_tests_that_exist():
+    """`bash test.sh -m core` runs what tests/conftest.py lists."""
+    for file, _, test in (entry.partition("::") for entry in CORE):
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"def {test.partition('[')[0]}" in text, f"{file}::{test}"
+
+
 @pytest.mark.parametrize("phrase", DIALECT)
 def test_the_terms_are_those_of_the_field(phrase):
     """In docs, help texts, comments and names. Not in tests: their data speak as people do."""
-    listed = subprocess.run(["git", "ls-files", "*.md", "*.py", "*.yaml", "*.sh"], cwd=ROOT, text=True,
-                            capture_output=True, check=True).stdout.split()
-    found = [f"{name}:{number}: {line.strip()}"
-             for name in listed if not name.startswith("tests/") and "_zh" not in name
-             for number, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), 1)
-             if re.search(phrase, line, flags=re.IGNORECASE)]
+    command = ["git", "ls-files", "*.md", "*.py", "*.yaml", "*.sh"]
+    listed = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    found = []
+    for name in listed.split():
+        if not name.startswith("tests/") and "_zh" not in name:
+            lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+            found += [f"{name}:{number}: {line.strip()}" for number, line in enumerate(lines, 1)
+                      if re.search(phrase, line, flags=re.IGNORECASE)]
     assert not found, "\n".join([f'"{phrase}" is "{DIALECT[phrase]}":', *found])
 
 
@@ -99,6 +109,7 @@ def test_a_command_of_the_first_pages_runs(command, newcomer):
 
 def test_the_main_job_runs_under_torchrun_itself(newcomer):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    ended = subprocess.run([*launcher, "train_distillation.py", "--ddp", *SMALL, "--out_dir", "out/real"],
-                           cwd=newcomer.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    script = ["train_distillation.py", "--ddp", *SMALL, "--out_dir", "out/real"]
+    ended = subprocess.run([*launcher, *script], cwd=newcomer.folder, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert ended.returncode == 0, ended.stdout

@@ -204,6 +204,17 @@ def test_a_teacher_of_other_tokens_teaches_by_uld_and_only_by_it(flags, byte_tea
     assert close(learned(tmp_path / "1"), learned(tmp_path / "2"))
 
 
+def test_where_only_the_student_cuts_a_token_the_teacher_is_not_used(flags, byte_teacher, tmp_path):
+    """A student of bytes: within a token of the teacher's it is alone. At a learning rate of 0 the validation, on the
+    eight rows of the step, sums up the same positions."""
+    eight = tmp_path / "eight.jsonl"
+    eight.write_text("".join(flags["data_path"].read_text().splitlines(keepends=True)[:8]))
+    succeed(SCRIPT, **flags | {"student": byte_teacher, "data_path": eight, "val_path": eight, "learning_rate": 0.0},
+            divergence="uld", alpha=0.5)
+    row, validation = rows(tmp_path / "out/full_dist_16.jsonl")
+    assert row["kd"] == pytest.approx(validation["val_uld"], rel=1e-5)
+
+
 def test_padded_columns_are_refused_and_with_pad_vocab_left_out(flags, tmp_path):
     """The same two models, their vocabularies rounded up to 1,100 and 1,050 with columns as loud as real words."""
     for name, vocab_size in (("teacher", 1100), ("student", 1050)):
