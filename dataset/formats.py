@@ -1,12 +1,8 @@
 """
 数据格式：把各种公开格式读成同一种消息列表；坏行连同文件名、行号一起报告。
-Data formats: the common public formats, read as one message list. A bad line stops with its place.
-
-    read_conversations("dataset/sft_data.jsonl")[0]
-    [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]
-
-read_rows splits a file into numbered rows (.jsonl, .json, .csv, .txt). to_messages, to_question or
-to_text then converts a row. dataset.md shows each format.
+Data formats: the common public formats (dataset.md), read as one message list. A bad line stops
+with its place. read_rows splits a file into numbered rows; to_messages, to_question or to_text
+then converts a row.
 """
 
 import csv
@@ -24,23 +20,15 @@ COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, "input", "system", "history", "opti
 EXAM_COLUMNS = ("question", "a", "b", "c", "d")     # multiple-choice CSV; "answer" holds a letter
 CATEGORY_KEYS = ("leaf", "category", "subject", "meta_info")
 
-# How a turn is written: key of the role -> (key of the text, names of the roles).
-TURN_FORMS = {
-    "role": ("content", {"system": "system", "user": "user", "assistant": "assistant"}),
-    "from": ("value", {"system": "system", "human": "user", "user": "user",
-                       "gpt": "assistant", "assistant": "assistant"}),
-}
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
+         "gpt": "assistant"}
 NEXT_ROLE = {"user": "assistant", "assistant": "user"}
-
 KNOWN_FORMATS = (
     "conversations or messages; question/instruction/prompt/ask with output/response/answer; "
     "question, options, answer_idx; a row with only text is for train_pretrain.py; examples: "
     "dataset/dataset.md")
 
-# Characters of one CSV cell. Python's limit of 131,072 is too short for some answers; without a
-# limit, one stray quote reads the rest of the file into memory.
-MAX_CSV_CELL = 4_000_000
-
+MAX_CSV_CELL = 4_000_000            # characters; Python's 131,072 are too few for some answers
 END_OF_TEXT = "<|endoftext|>"       # a line of a .txt file
 FINAL_ANSWER = "####"               # GSM8K: separates the calculation from the final number
 EXTENSIONS = (".jsonl", ".json", ".csv", ".txt")
@@ -54,17 +42,8 @@ class BadLine(ValueError):
 # ---- 1. A file becomes numbered rows -----------------------------------------------------------
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict | str]]:
-    """Yields (number, row), counted from 1: the line, or the item of a .json list.
-
-    A row is a dict, or a str with the reason why the line cannot be read.
-
-        .jsonl  one JSON object per line; blank lines are skipped
-        .json   a list of objects, or JSON lines: the first character decides
-        .csv    a header, then records; column names become lower case. Exams become rows with
-                options: question, A, B, C, D, answer (C-Eval, CMMLU), or the same without header
-                (MMLU)
-        .txt    {"text": paragraph}, numbered by its first line; blank lines separate paragraphs.
-                In a file with lines <|endoftext|> those separate the texts
+    """Yields (number, row), counted from 1: the line, or the item of a .json list (dataset.md). A
+    row is a dict, or a str with the reason why the line cannot be read.
 
     UTF-8, with or without a byte order mark. Raises FileNotFoundError; BadLine for a .json list
     that does not parse or a CSV header with a duplicate name; ValueError for another kind of file.
@@ -76,15 +55,15 @@ def _kind(path) -> str:
     """One of ROW_READERS, by the extension or else by the first character."""
     path = Path(path)
     check_exists(path)
-    by_extension = {".jsonl": "lines", ".csv": "csv", ".txt": "txt"}.get(path.suffix.lower())
-    if by_extension:
-        return by_extension
+    extension = path.suffix.lower()
+    if extension in (".jsonl", ".csv", ".txt"):
+        return extension
     with _open(path) as file:
         first = file.read(4096).lstrip()[:1]
     if first == "[":
         return "list"
-    if first == "{" or path.suffix.lower() == ".json":
-        return "lines"
+    if first == "{" or extension == ".json":
+        return ".jsonl"
     raise ValueError(f"{path} is not a kind of file that is read here. Convert it to {READABLE}.")
 
 
@@ -108,14 +87,12 @@ def _rows_of_lines(path):
             if line.isspace():
                 continue
             try:
-                row = json.loads(line.rstrip())
+                row = _object_or_reason(json.loads(line.rstrip()))
             except json.JSONDecodeError as error:
                 around = _short(line.rstrip()[max(error.pos - 20, 0):error.pos + 20])
                 row = f"not a whole JSON object: {error.msg} in column {error.colno}, at {around}"
             except (ValueError, RecursionError) as error:   # 5,000 digits; 100,000 nested brackets
                 row = f"JSON that Python does not read: {error}"
-            else:
-                row = _object_or_reason(row)
             yield number, row
 
 
@@ -126,8 +103,6 @@ def _rows_of_list(path):
         except json.JSONDecodeError as error:
             raise BadLine(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}. Fix it "
                           "there: a .json list is read completely or not at all.") from None
-        except (ValueError, RecursionError) as error:
-            raise BadLine(f"{path}: JSON that Python does not read: {error}") from None
     for number, item in enumerate(items, start=1):
         yield number, _object_or_reason(item)
 
@@ -150,26 +125,25 @@ def _rows_of_csv(path):
             except csv.Error as error:
                 yield number, f"not a CSV record: {error}"
                 continue
-
             if not any(cells):              # a blank line, or a spreadsheet's row of commas
                 continue
             if header is None:
-                if not _is_mmlu(cells):
-                    header = _csv_header(path, number, cells)
+                names = [cell.strip().lower() for cell in cells]
+                twice = [name for name in names if name and names.count(name) > 1]
+                # MMLU has no header: its first record is a question.
+                if len(names) == 6 and names[-1] in tuple("abcd") and not {*names} & {*COLUMN_KEYS}:
+                    header = [*EXAM_COLUMNS, "answer"]
+                elif twice:
+                    raise BadLine(f"{path}, line {number}: two columns are called "
+                                  f"{_short(twice[0])}. Rename one.")
+                else:
+                    header = names
                     continue
-                header = [*EXAM_COLUMNS, "answer"]
             if len(cells) != len(header):
                 yield number, (f"{len(cells)} cells {_short(cells)}, where the first record has "
                                f"{len(header)}")
             else:
                 yield number, _with_options(dict(zip(header, cells)))
-
-
-def _is_mmlu(cells) -> bool:
-    """Whether a file's first record is a question, as in MMLU: question, four options, letter."""
-    names = {cell.strip().lower() for cell in cells}
-    letter = cells[-1].strip()
-    return len(cells) == 6 and letter in tuple("ABCD") and names.isdisjoint(COLUMN_KEYS)
 
 
 def _with_options(row):
@@ -180,15 +154,6 @@ def _with_options(row):
     letter = row.pop("answer", "").strip().upper()
     options = {option: row.pop(option.lower()) for option in "ABCD"}
     return row | {"options": options} | ({"answer_idx": letter} if letter else {})
-
-
-def _csv_header(path, number, cells):
-    header = [name.strip().lower() for name in cells]
-    for name in header:
-        if name and header.count(name) > 1:     # spreadsheets may add columns without a name
-            raise BadLine(f"{path}, line {number}: two columns are called {_short(name)}. "
-                          "Rename one.")
-    return header
 
 
 def _rows_of_txt(path):
@@ -209,8 +174,8 @@ def _rows_of_txt(path):
             yield first, {"text": "".join(text).rstrip("\n")}
 
 
-ROW_READERS = {"lines": _rows_of_lines, "list": _rows_of_list, "csv": _rows_of_csv,
-               "txt": _rows_of_txt}
+ROW_READERS = {".jsonl": _rows_of_lines, "list": _rows_of_list, ".csv": _rows_of_csv,
+               ".txt": _rows_of_txt}
 
 
 # ---- 2. A row becomes messages, or text --------------------------------------------------------
@@ -219,15 +184,13 @@ def to_messages(row: dict) -> list[dict]:
     """One row of any format as [{"role", "content"}, ...]: an optional system turn, then user and
     assistant alternating, the assistant last. Other keys (id, meta_info) are ignored.
 
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
         {"instruction": "Add.", "input": "2 + 3", "output": "5"}     user: "Add.\\n2 + 3"
         {"question": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"}
                                        user: "2 + 3 =\\nA. 4\\nB. 5"     assistant: "5"
 
     Raises ValueError with the reason, and the value shortened.
     """
-    messages = _alternating(_turns(row))
+    messages = _alternating(_turns(row, needs_answer=True))
     if messages and messages[-1]["role"] == "user":
         messages.pop()                          # a question without an answer teaches nothing
     if not messages or messages[-1]["role"] != "assistant":
@@ -238,7 +201,6 @@ def to_messages(row: dict) -> list[dict]:
 
 class Question(NamedTuple):
     """A conversation up to the answer that a model is to give."""
-
     messages: list[dict]        # as in to_messages; the user's turn is the last
     answer: str | None          # the reference answer, if the row has one
     others: dict                # the other keys of the row: id, leaf, ...
@@ -246,13 +208,7 @@ class Question(NamedTuple):
 
 def to_question(row: dict) -> Question:
     """One row of any format of to_messages, without its last answer, which may also be missing.
-
-        {"question": "2 + 3 =", "answer": "5", "id": 7}     [user "2 + 3 ="], "5", {"id": 7}
-        {"question": "2 + 3 =", "id": 7}                    [user "2 + 3 ="], None, {"id": 7}
-        {"conversations": [..., {"role": "user", "content": "And 3 + 3?"}]}     all of it, None, {}
-
-    Raises ValueError with the reason.
-    """
+    Raises ValueError with the reason."""
     messages = _alternating(_turns(row, needs_answer=False))
     if not messages or messages[-1]["role"] == "system":
         raise ValueError("no turn of the user, so there is nothing to answer")
@@ -291,45 +247,34 @@ def final_answer(text: str) -> str:
     return text.rpartition(FINAL_ANSWER)[2].strip() or text.strip()
 
 
-# Every format first becomes turns (where, role, content), so the rules are written once.
-
 def _alternating(turns) -> list[dict]:
-    """Turns as messages: at most one system turn, then user and assistant alternating.
-
-    Other turns are refused, not merged: a turn was lost there, so an answer may belong to another
-    question. A user turn after the first may be empty: ShareGPT users press Enter to read on.
-    """
-    messages = []
-    expected = "user"
+    """Turns (where, role, content) as messages. Others are refused, not merged: a turn was lost
+    there. A user turn after the first may be empty: ShareGPT users press Enter to read on."""
+    messages, expected = [], "user"
     for where, role, content in turns:
         _check_text(content, where)
         empty = not content or content.isspace()
+        if role == "system" and messages:
+            raise ValueError(f"{where} is a system turn, which may only come first")
         if role == "system":
-            if messages:
-                raise ValueError(f"{where} is a system turn, which may only come first")
-            if not empty:
-                messages.append({"role": role, "content": content})
+            messages += [] if empty else [{"role": role, "content": content}]
             continue
-
         if role != expected:
             raise ValueError(f"{where} has role {role}, expected {expected} (user and assistant "
                              "alternate, user first)")
-        is_first = len(messages) < 2            # before it: nothing, or the system turn
-        if empty and (role == "assistant" or is_first):
+        if empty and (role == "assistant" or len(messages) < 2):    # before it at most the system
             raise ValueError(f"{where} is an empty {role} turn")
         messages.append({"role": role, "content": content})
         expected = NEXT_ROLE[role]
     return messages
 
 
-def _turns(row, needs_answer=True):
+def _turns(row, needs_answer):
     """The turns of a row of any format; without `needs_answer` the answer may be missing."""
     for key in CONVERSATION_KEYS:
         if key in row:
             return _turns_of_list(row[key], key)
-    if "options" in row:
-        return _turns_of_choice(row, needs_answer)
-    return _turns_of_columns(row, needs_answer)
+    return (_turns_of_choice if "options" in row else _turns_of_columns)(row, needs_answer)
 
 
 def _turns_of_list(turns, key):
@@ -337,17 +282,15 @@ def _turns_of_list(turns, key):
         raise ValueError(f"{key} is {_short(turns)}, not a list of turns")
     for i, turn in enumerate(turns):
         where = f"{key}[{i}]"
-        if not isinstance(turn, dict):
-            raise ValueError(f"{where} is {_short(turn)}, not a turn")
-        role_key = "role" if "role" in turn else "from"
-        content_key, names = TURN_FORMS[role_key]
-        if role_key not in turn or content_key not in turn:
-            raise ValueError(f"{where} has the keys {_short(list(turn))} "
-                             "(known: role and content, or from and value)")
-        role = turn[role_key]
-        if not isinstance(role, str) or role not in names:
-            raise ValueError(f"{where} has role {_short(role)} (known: {', '.join(names)})")
-        yield where, names[role], turn[content_key]
+        try:
+            names = ("role", "content") if "role" in turn else ("from", "value")
+            role, content = (turn[name] for name in names)
+        except (TypeError, KeyError):           # not a dict, or without these keys
+            raise ValueError(f"{where} is {_short(turn)}, not a turn (known keys: role and "
+                             "content, or from and value)") from None
+        if role not in list(ROLES):
+            raise ValueError(f"{where} has role {_short(role)} (known: {', '.join(ROLES)})")
+        yield where, ROLES[role], content
 
 
 def _turns_of_columns(row, needs_answer):
@@ -361,13 +304,11 @@ def _turns_of_columns(row, needs_answer):
             raise ValueError(f"both {keys[0]!r} and {keys[1]!r} are there; rename one of them")
     if row.get("history"):
         raise ValueError("history is not read; write the earlier turns as conversations")
-    (prompt,) = prompts
-
     if row.get("system"):
         yield "system", "system", row["system"]
+    (prompt,) = prompts
     question = row[prompt]
     if row.get("input"):
-        _check_text(question, prompt)
         _check_text(row["input"], "input")
         question = f"{question}\n{row['input']}" if question else row["input"]
     yield prompt, "user", question
@@ -376,26 +317,21 @@ def _turns_of_columns(row, needs_answer):
 
 
 def _turns_of_choice(row, needs_answer):
-    if needs_answer and "answer_idx" not in row:
+    question, options, has_answer = row.get("question"), row["options"], "answer_idx" in row
+    if needs_answer and not has_answer:
         raise ValueError("options without 'answer_idx' (in CSV: with an empty answer, or without "
                          "that column), so there is nothing to learn")
-    has_answer = "answer_idx" in row
-    for key in ("question", "answer_idx") if has_answer else ("question",):
-        if key not in row:
-            raise ValueError(f"options without {key!r} (keys found: {_short(list(row))})")
-        _check_text(row[key], key)
-    options = row["options"]
     if not isinstance(options, dict):
         raise ValueError(f'options is {_short(options)}, not an object {{"A": ..., "B": ...}}')
+    _check_text(question, "question")
     for letter, text in options.items():
         _check_text(text, f"options[{_short(letter)}]")
     if has_answer and row["answer_idx"] not in options:
         raise ValueError(f"answer_idx is {_short(row['answer_idx'])}, "
                          f"which is none of the options {_short(list(options))}")
-    if not row["question"].strip():
+    if not question.strip():
         raise ValueError("question is empty")
-
-    lines = [row["question"], *(f"{letter}. {text}" for letter, text in options.items())]
+    lines = [question, *(f"{letter}. {text}" for letter, text in options.items())]
     yield "question", "user", "\n".join(lines)
     if has_answer:
         yield f"options[{row['answer_idx']!r}]", "assistant", options[row["answer_idx"]]
@@ -420,63 +356,42 @@ def _short(value) -> str:
 
 
 # ---- 3. A whole file ---------------------------------------------------------------------------
+# These raise FileNotFoundError with the command that makes the file; BadLine at the first bad line
+# (skip_bad_lines counts them instead, and logs one line); ValueError if no line is good.
 
-def files_of(path: str | Path) -> list[Path]:
-    """The file itself, or a folder's data files by name, without hidden files and subfolders.
-
-    Raises FileNotFoundError if there is no such path, ValueError if the folder has no such file.
-    """
-    path = Path(path)
-    check_exists(path)
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS
-                   and file.is_file() and not file.name.startswith("."))
-    if not files:
-        raise ValueError(f"no file in {path} is {READABLE}. Subfolders are not searched: name the "
-                         "one that holds the files")
-    return files
-
-
-def read_conversations(path, skip_bad_lines: bool = False,
-                       log: Callable = print) -> list[list[dict]]:
-    """Every conversation of a file, each as to_messages gives it.
-
-    Raises FileNotFoundError with the command that makes the file; BadLine at the first bad line
-    (skip_bad_lines counts them instead, and logs one line); ValueError if no line is good.
-    """
+def read_conversations(path, skip_bad_lines=False, log=print) -> list[list[dict]]:
+    """Every conversation of a file, each as to_messages gives it."""
     return read_each(path, to_messages, skip_bad_lines, log)
 
 
-def read_categories(path, skip_bad_lines: bool = False) -> list[str]:
+def read_categories(path, skip_bad_lines=False) -> list[str]:
     """The `category` of each conversation of read_conversations; default: the file's name without
-    extension. Raises as above; logs nothing, as read_conversations does."""
+    extension. Logs nothing, as read_conversations does."""
     stem = Path(path).stem
     return read_each(path, lambda row: to_messages(row) and category(row, stem), skip_bad_lines,
                      log=lambda line: None)
 
 
-def read_questions(path, skip_bad_lines: bool = False,
-                   log: Callable = print) -> list[Question | None]:
+def read_questions(path, skip_bad_lines=False, log=print) -> list[Question | None]:
     """Every question of a file, as to_question gives it, and None for each skipped bad line, so
-    that two files stay aligned row by row. Raises as above."""
+    that two files stay aligned row by row."""
     return _read_aligned(path, to_question, skip_bad_lines, log)
 
 
-def read_texts(path, skip_bad_lines: bool = False, log: Callable = print) -> list[str]:
-    """Every text of a pretraining file: {"text"} rows, or the texts of a .txt. Raises as above."""
+def read_texts(path, skip_bad_lines=False, log=print) -> list[str]:
+    """Every text of a pretraining file: {"text"} rows, or the texts of a .txt."""
     return read_each(path, to_text, skip_bad_lines, log)
 
 
-def read_each(path, convert: Callable, skip_bad_lines: bool = False, log: Callable = print) -> list:
-    """convert(row) of every row; a ValueError makes it a bad line. Raises as above."""
+def read_each(path, convert: Callable, skip_bad_lines=False, log=print) -> list:
+    """convert(row) of every row; a ValueError makes it a bad line."""
     converted = _read_aligned(path, convert, skip_bad_lines, log)
     return [value for value in converted if value is not None]
 
 
 def _read_aligned(path, convert, skip_bad_lines, log):
     unit = "item" if _kind(path) == "list" else "line"
-    found, n_bad, first_bad = [], 0, []
+    found, bad = [], []
     for number, row in read_rows(path):
         try:
             if isinstance(row, str):
@@ -487,15 +402,26 @@ def _read_aligned(path, convert, skip_bad_lines, log):
                 raise BadLine(f"{path}, {unit} {number}: {error}. Fix the {unit}, or pass "
                               "--skip_bad_lines to leave it out.") from None
             found.append(None)
-            n_bad += 1
-            if n_bad <= 3:
-                first_bad.append(f"{unit} {number}: {error}")
-
+            bad.append(f"{unit} {number}: {error}")
+    first_bad = "; ".join([*bad[:3], *["..."] * (len(bad) > 3)])
     if not found:
         raise ValueError(f"{path} is empty: there is no {unit} to learn from")
-    if n_bad == len(found):
-        raise ValueError(f"{path}: none of its {n_bad:,} {unit}s is good. {'; '.join(first_bad)}")
-    if n_bad:
-        log(f"{path}: left out {n_bad:,} of {len(found):,} {unit}s. "
-            f"{'; '.join(first_bad)}{'; ...' if n_bad > 3 else ''}")
+    if len(bad) == len(found):
+        raise ValueError(f"{path}: none of its {len(bad):,} {unit}s is good. {first_bad}")
+    if bad:
+        log(f"{path}: left out {len(bad):,} of {len(found):,} {unit}s. {first_bad}")
     return found
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """The file itself, or a folder's data files by name, without hidden files and subfolders."""
+    path = Path(path)
+    check_exists(path)
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS
+                   and file.is_file() and not file.name.startswith("."))
+    if not files:
+        raise ValueError(f"no file in {path} is {READABLE}. Subfolders are not searched: name the "
+                         "one that holds the files")
+    return files

@@ -1,23 +1,16 @@
 """
 文本变成词元流：只分词一次，写成内存映射文件；第 k 步用哪些样本，与进程数和微批数无关。
-Text becomes packed token batches: tokenised once into a memory-mapped file, then dealt so that
-optimizer step k sees the same samples for any number of micro-batches and processes.
-
-    sample    <|im_start|> user \\n 2 + 3 ? <|im_end|> \\n <|im_start|> assistant \\n 5 <|im_end|>
-              \\n
-    target          .       .    .  . . . .     .       .       .          .      .  x      x
-                    .
-
-Sequence packing: the samples of a batch follow each other in one stream, without padding. The loss
-mask (x) marks the tokens to be predicted: the assistant's and its end of turn.
+Text becomes packed token batches: tokenised once into a memory-mapped file. Optimizer step k sees
+the same samples for any number of micro-batches and processes. Sequence packing: the samples of a
+batch follow each other without padding. Targets are the assistant's tokens and its end of turn.
 """
 
 import copy
 import functools
 import hashlib
 import time
-from abc import ABC, abstractmethod
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.formats import check_exists, holds_texts, read_conversations, read_texts
-from runtime.files import write_atomic
+from runtime.files import file_sha256, write_atomic
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
 CACHE_VERSION = 3           # raise it when the meaning of a cached file changes
@@ -54,12 +47,12 @@ class Batch(NamedTuple):
         return self._replace(**tensors, teacher=self.teacher and self.teacher.to(device))
 
 
-class TokenDataset(ABC):
+class TokenDataset:
     """Samples of token ids in one memory-mapped file; the top bit of an id marks a target.
 
-    The cached file is identified by the text files' content, the tokenizer and the length limit.
-    Subclasses define `encode`. Raises what dataset/formats.py raises, and ValueError if nothing is
-    left to learn.
+    The file is identified by the text files' content, the tokenizer and the length limit.
+    Subclasses define encode() -> [(ids, which of them are targets), ...], all samples. Raises what
+    dataset/formats.py raises, and ValueError if nothing is left to learn.
     """
 
     validated_on = None             # name of a validation file beside the data
@@ -83,16 +76,12 @@ class TokenDataset(ABC):
             self.n_rows = int(arrays["n_rows"])     # samples of the files, also those left out
         self.lengths = np.diff(self.ends, prepend=0)
 
-    @abstractmethod
-    def encode(self) -> list[tuple[list[int], list[bool]]]:
-        """The samples of the files: ids, and which of them are targets."""
-
     def cache_files(self) -> tuple[Path, Path]:
         key = hashlib.sha256(f"{type(self).__name__} {self.tokenizer.sha256} {self.max_seq_len} "
                              f"{self.skip_bad_lines} {CACHE_VERSION}".encode())
         for path in self.paths:
             check_exists(path)
-            key.update(hashlib.sha256(path.read_bytes()).digest())
+            key.update(bytes.fromhex(file_sha256(path)))
         name = f"{self.paths[0].name}-{key.hexdigest()[:16]}"
         return CACHE / f"{name}.bin", CACHE / f"{name}.npz"
 
@@ -112,7 +101,6 @@ class TokenDataset(ABC):
                              f"max_seq_len={self.max_seq_len} tokens; raise --max_seq_len")
         ends = np.cumsum([len(row) for row in rows])
         n_targets = np.array([np.count_nonzero(row & self.flag) for row in rows])
-
         stream.parent.mkdir(exist_ok=True)
         write_atomic(stream, np.concatenate(rows).tofile)
         write_atomic(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept,
@@ -149,13 +137,13 @@ class TokenDataset(ABC):
         batch = packed_batch(stream & ~self.flag, stream & self.flag > 0, self.lengths[samples],
                              step_targets, step_samples)
         batch = batch._replace(keys=tuple(map(sample_key, parts)))
-        if self.teacher is not None:
-            its = self.teacher.batch(np.searchsorted(self.teacher.rows, self.rows[samples]))
-            batch = batch._replace(teacher=its)
-            if self.teacher.tokenizer.sha256 != self.tokenizer.sha256:
-                batch = batch._replace(match=same_text(batch, self.tokenizer.n_bytes,
-                                                       its, self.teacher.tokenizer.n_bytes))
-        return batch
+        if self.teacher is None:
+            return batch
+        its = self.teacher.batch(np.searchsorted(self.teacher.rows, self.rows[samples]))
+        match = None
+        if self.teacher.tokenizer.sha256 != self.tokenizer.sha256:
+            match = same_text(batch, self.tokenizer.n_bytes, its, self.teacher.tokenizer.n_bytes)
+        return batch._replace(teacher=its, match=match)
 
     def paired_with(self, teacher: "TokenDataset") -> "TokenDataset":
         """A view whose batches also hold the teacher's version of the same samples: other tokens,
@@ -178,9 +166,8 @@ class TokenDataset(ABC):
             n, shorter = min(len(own), len(its)), pair if len(own) < len(its) else teacher
             reason = "the answers differ; both files must hold the same answers row by row"
             if np.array_equal(own[:n], its[:n]):
-                reason = ("one answer is cut: with its prompt it is longer than "
-                          f"{shorter.max_seq_len} tokens in {shorter}; shorten that prompt, or "
-                          "remove the row from both")
+                reason = (f"one answer is cut: with its prompt longer than {shorter.max_seq_len} "
+                          f"tokens in {shorter}; shorten the prompt, or remove the row from both")
             raise ValueError(f"sample {pair.rows[i] + 1} of {pair} and of {teacher}: {reason}")
         return pair
 
@@ -199,11 +186,8 @@ class TokenDataset(ABC):
 
 
 def packed_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int = 0) -> Batch:
-    """Concatenated samples, NumPy arrays (all ids,), (all ids,), (samples,) -> a Batch.
-
-    The only place that shifts targets: the model reads all but a sample's last token, and the
-    target of each position is the token after it.
-    """
+    """Concatenated samples, NumPy arrays (all ids,), (all ids,), (samples,) -> a Batch. The only
+    place that shifts targets: the target of a position is the token after it."""
     ends = np.cumsum(sizes)
     is_read, is_next = np.ones(len(ids), dtype=bool), np.ones(len(ids), dtype=bool)
     is_read[ends - 1] = False
@@ -215,10 +199,7 @@ def packed_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int
 
 
 def prompts_and_answers(batch: Batch) -> list[list[tuple[list[int], list[int]]]]:
-    """Each sample's answers, each after all tokens before it: [[(prompt, answer), ...], ...], ids.
-
-        user 2 + 3 ? assistant 5 <|im_end|>     prompt: up to "assistant"; answer: 5 <|im_end|>
-    """
+    """Each sample's answers, each after all tokens before it: [[(prompt, answer)]] of ids."""
     tokens, at, targets = batch.tokens.tolist(), batch.at.cpu().numpy(), batch.targets.tolist()
     ends = np.cumsum(batch.lengths)
     sample = np.searchsorted(ends, at, side="right")                    # (S,) of each position
@@ -248,13 +229,9 @@ def sample_key(sample: np.ndarray) -> int:
 def same_text(student: Batch, student_bytes, teacher: Batch, teacher_bytes) -> torch.Tensor:
     """(S,) For each student target the teacher target that begins at the same byte, or -1.
 
-    There both have read the same text and predict what follows. Inside a token that only one of
-    them splits, they have not.
-
         student  | he | llo | <|im_end|> |      bytes  0  2  5
         teacher  | hel | lo | <|im_end|> |             0  3  5      match  0 -1 2
     """
-
     def place(batch, n_bytes):  # -> (S,) rising: sample number in the upper half, byte in the lower
         sample = np.searchsorted(np.cumsum(batch.lengths), batch.at.numpy(), side="right")
         size = n_bytes[batch.targets.numpy()]
@@ -272,9 +249,9 @@ class PretrainDataset(TokenDataset):
     Every token is a target."""
 
     def encode(self):
-        texts = [text for path in self.paths
-                 for text in read_texts(path, self.skip_bad_lines, self.log)]
-        return text_samples(texts, self.tokenizer, self.max_seq_len)
+        texts = chain.from_iterable(read_texts(path, self.skip_bad_lines, self.log)
+                                    for path in self.paths)
+        return text_samples(list(texts), self.tokenizer, self.max_seq_len)
 
 
 def text_samples(texts, tokenizer, max_seq_len: int) -> list[tuple[list[int], list[bool]]]:
@@ -295,9 +272,9 @@ class SFTDataset(TokenDataset):
     validated_on = "val.jsonl"
 
     def encode(self):
-        return self.tokenizer.encode_chats(
-            [messages for path in self.paths
-             for messages in read_conversations(path, self.skip_bad_lines, self.log)])
+        chats = chain.from_iterable(read_conversations(path, self.skip_bad_lines, self.log)
+                                    for path in self.paths)
+        return self.tokenizer.encode_chats(list(chats))
 
 
 def dataset_of(paths) -> type[TokenDataset]:
@@ -321,8 +298,8 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
     """
     other_prompts = teacher is not None and list(teacher[0]) != list(paths)
     if other_prompts and val_path not in (None, "none"):
-        raise ValueError(f"--val_path {val_path} has no prompts for the teacher; leave it out, and "
-                         "--val_fraction of the pairs is held out")
+        raise ValueError(f"--val_path {val_path} has no prompts for the teacher; leave it out for "
+                         "--val_fraction")
     if not 0.0 <= val_fraction < 1.0:
         raise ValueError(f"--val_fraction {val_fraction} must lie in [0, 1)")
     if not val_path and kind.validated_on and not other_prompts:
@@ -333,14 +310,12 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
         data = kind(files, tokenizer, max_seq_len, skip_bad_lines, log)
         if teacher is None:
             return data
-        its_paths, its_tokenizer, its_length = teacher
-        its_files = its_paths if other_prompts else files
-        return data.paired_with(kind(its_files, its_tokenizer, its_length, skip_bad_lines, log))
+        its_files = teacher[0] if other_prompts else files
+        return data.paired_with(kind(its_files, *teacher[1:], skip_bad_lines, log))
 
     with first:
-        data, val = read(paths), None
-        if val_path and val_path != "none":
-            val = read([val_path])
+        data = read(paths)
+        val = read([val_path]) if val_path and val_path != "none" else None
     if not val_path:
         # More than 1,000 samples make validation slower, and its result hardly more precise.
         data, val = data.split(min(val_fraction, 1000 / len(data)), seed=0)
@@ -362,9 +337,8 @@ class MicroBatches(Dataset):
     """All micro-batches of one process in order; item j is a Batch (DataLoader: batch_size=None).
 
     Optimizer step k takes the k-th slice of the epoch's permutation. Its samples, from short to
-    long, are dealt like cards to the micro-batches of all processes. So all micro-batches are about
-    equally large, and together they hold the same samples however many there are. The remainder of
-    an epoch is dropped.
+    long, are dealt like cards to the micro-batches of all processes, so these are about equally
+    large. The remainder of an epoch is dropped.
     """
 
     def __init__(self, dataset: TokenDataset, batch_size: int, accumulation_steps: int = 1,
@@ -409,16 +383,10 @@ def by_length(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
 
 def in_order(dataset: TokenDataset, rank: int = 0, world_size: int = 1,
              tokens_per_batch: int = 4096):
-    """Batches for evaluation: every sample once, from short to long; process `rank` of
-    `world_size`.
-
-    All processes get equally many, because a sharded model's forward pass needs all of them. The
-    last ones may get a batch without targets.
-    """
+    """Batches for evaluation: every sample once, from short to long. All processes get equally
+    many, because a sharded model's forward pass needs all of them: the last without targets."""
     parts = by_length(dataset.lengths, tokens_per_batch)
     for first in range(0, len(parts), world_size):
-        if first + rank < len(parts):
-            yield dataset.batch(parts[first + rank])
-        else:
-            batch = dataset.batch(parts[first])
-            yield batch._replace(at=batch.at[:0], targets=batch.targets[:0])
+        has_part = first + rank < len(parts)
+        batch = dataset.batch(parts[first + rank if has_part else first])
+        yield batch if has_part else batch._replace(at=batch.at[:0], targets=batch.targets[:0])

@@ -1,23 +1,19 @@
 """
 离线蒸馏：教师只读一遍数据，输出缓存在磁盘上；训练时教师不必在内存里。
 Offline distillation (logit caching): the teacher reads the data once and its outputs go to disk.
-Training then reads them without the teacher.
 
     DIR/about.json       teacher, tokenizer, data files, size of each file below; written last
     DIR/index.npz        position of each sample, by a hash of its tokens (dataset/lm_dataset.py)
     DIR/head.pth         (V, D) fp32, turns states into logits; not with top-k
-    DIR/part-00000.bin   one row per supervised position, samples packed
+    DIR/part-00000.bin   per supervised position the final hidden state in bf16, 2 D bytes, or the
+                         top-k log-probabilities and ids, 6 k bytes, less at k < D / 3
 
-A row is the final hidden state in bf16, 2 D bytes, from which the loss computes all V logits
-(distill/fused.py). Or it is the top-k log-probabilities and ids, 6 k bytes, less at k < D / 3.
-
-The samples alone decide which part holds which sample. So any number of processes writes the same
-parts, and an interrupted run resumes, with any number of processes, at the missing parts.
+The samples alone decide which part holds which sample, so any number of processes writes the same
+parts, and an interrupted run resumes at the missing ones.
 """
 
 import hashlib
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +28,7 @@ VERSION = 1                 # raise it when the meaning of a file changes
 PART_BYTES = 64 << 20       # of a part, plus at most one sample: what an interruption costs
 N_PARTS = 16                # at least, if there are that many samples: processes share parts
 
-# The fields that make two caches different, and their names in messages. Paths are not among them:
-# a file is identified by its content.
+# The fields that make two caches different. A file is identified by its content, not by its path.
 IDENTITY = {"version": "format", "teacher_sha256": "teacher", "teacher_sizes": "its sizes",
             "tokenizer_sha256": "tokenizer", "max_seq_len": "--max_seq_len", "top_k": "--top_k",
             "temperature": "--temperature", "dtype": "--dtype", "files": "data",
@@ -42,10 +37,6 @@ IDENTITY = {"version": "format", "teacher_sha256": "teacher", "teacher_sizes": "
 
 def differences(was: dict, now: dict) -> dict[str, str]:
     """{field of IDENTITY: "--top_k was 0, is 32"} between the about.json of two caches."""
-
-    def value(about, field):
-        return set(about[field].values()) if field == "files" else about[field]
-
     def show(about, field):
         if field in ("teacher_sha256", "tokenizer_sha256"):
             return f"{about[field.removesuffix('_sha256')]} ({about[field][:8]})"
@@ -55,7 +46,8 @@ def differences(was: dict, now: dict) -> dict[str, str]:
 
     fields = IDENTITY if was["version"] == now["version"] else ["version"]  # the rest is unknown
     return {field: f"{IDENTITY[field]} was {show(was, field)}, is {show(now, field)}"
-            for field in fields if value(was, field) != value(now, field)}
+            for field in fields if was[field] != now[field] and not
+            (field == "files" and set(was[field].values()) == set(now[field].values()))}
 
 
 def command(about: dict, path, *more) -> str:
@@ -64,7 +56,7 @@ def command(about: dict, path, *more) -> str:
     for name in ("max_seq_len", "top_k", "temperature", "dtype"):
         flags += [f"--{name}", about[name]]
     flags += ["--skip_bad_lines"] * about["skip_bad_lines"]
-    return shlex.join(["python", "scripts/cache_teacher.py", *map(str, [*flags, *more])])
+    return shlex.join(map(str, ["python", "scripts/cache_teacher.py", *flags, *more]))
 
 
 # -- rows ----------------------------------------------------------------------------------------
@@ -109,10 +101,8 @@ class Layout(NamedTuple):
 
 
 def lay_out(keys, lengths, n_rows, row_bytes: int) -> Layout:
-    """Distribute samples, given by key, tokens and supervised positions, (n,) each, over parts.
-
-    Their order and repetitions do not matter: they are sorted by length, then by key.
-    """
+    """Distribute samples, given by key, tokens and supervised positions, (n,) each, over parts, by
+    length, then by key. Their order and repetitions do not matter."""
     _, samples = np.unique(keys, return_index=True)
     samples = samples[np.argsort(lengths[samples], kind="stable")]
     n_rows = n_rows[samples]
@@ -124,9 +114,8 @@ def lay_out(keys, lengths, n_rows, row_bytes: int) -> Layout:
 
 
 class CacheWriter:
-    """Writes a cache: `prepare`, `begin`, `write` each missing part in any process, `finish`.
-
-    Until then the file DIR/unfinished.json stands for about.json.
+    """Writes a cache: `prepare`, `begin`, `write` each missing part in any process, `finish`. Until
+    then the file DIR/unfinished.json stands for about.json.
 
     about   the fields of IDENTITY except samples_sha256; teacher and tokenizer (paths), vocab_size
             and dim (V and D of the teacher), skip_bad_lines
@@ -139,43 +128,38 @@ class CacheWriter:
         content = layout.keys.tobytes() + layout.n_rows.tobytes() + layout.cuts.tobytes()
         self.about = about | {"samples_sha256": hashlib.sha256(content).hexdigest(),
                               "samples": len(layout.keys), "positions": int(layout.n_rows.sum())}
-        self.finished, self.unfinished = self.path / "about.json", self.path / "unfinished.json"
+        self.finished = self.path / "about.json"
 
     def prepare(self, overwrite: bool = False) -> list[int]:
-        """The missing parts. None if the cache is complete, or is one of these and more files.
+        """The missing parts; none if the cache is complete, or has these files and more.
 
         Raises ValueError if DIR holds another cache; `overwrite` deletes that one.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        found, parts = self.found(), list(self.path.glob("part-*.bin"))
-        other = "parts without an about.json" if parts else ""
-        if found.exists():
-            was = json.loads(found.read_text())
-            changed = differences(was, self.about)
-            if (found == self.finished and "files" in changed
-                    and changed.keys() <= {"files", "samples_sha256"}
-                    and set(self.about["files"].values()) < set(was["files"].values())):
-                TeacherCache(self.path)                             # raises if a file is damaged
-                return []
-            if len(changed) > 1:
-                changed.pop("samples_sha256", None)                 # follows from the others
-            other = "; ".join(changed.values())
-        if other and not overwrite:
-            raise ValueError(f"{self.path} holds another cache: {other}. "
+        found = about_file(self.path)
+        was = json.loads(found.read_text()) if found.exists() else self.about
+        changed = differences(was, self.about)
+        if (found == self.finished and "files" in changed
+                and changed.keys() <= {"files", "samples_sha256"}
+                and set(self.about["files"].values()) < set(was["files"].values())):
+            TeacherCache(self.path)                                 # raises if a file is damaged
+            return []
+        if len(changed) > 1:
+            changed.pop("samples_sha256", None)                     # follows from the others
+        if changed and not overwrite:
+            raise ValueError(f"{self.path} holds another cache: {'; '.join(changed.values())}. "
                              "Give another --cache_dir, or delete that cache with --overwrite")
-        if other:
-            for file in (found, self.path / "index.npz", self.path / "head.pth", *parts):
+        if changed or not found.exists():                           # also parts of an unknown cache
+            for file in (found, self.path / "index.npz", self.path / "head.pth",
+                         *self.path.glob("part-*.bin")):
                 file.unlink(missing_ok=True)
         for temporary in (*self.path.glob("part-*.tmp"), *self.path.glob("head.pth.*.tmp")):
             temporary.unlink()
         return self.missing()
 
-    def found(self) -> Path:
-        return self.finished if self.finished.exists() else self.unfinished
-
     def begin(self):
         """Write all other files, so that a run that is interrupted knows what is missing."""
-        found = self.found()
+        found = about_file(self.path)
         if found.exists() and not damaged_files(self.path, json.loads(found.read_text()), "part-"):
             return
         order = np.argsort(self.layout.keys)
@@ -186,9 +170,10 @@ class CacheWriter:
         files = {"index.npz": lambda file: np.savez(file, **index)}
         if not self.about["top_k"]:
             files["head.pth"] = lambda file: torch.save(self.head, file)
+        sizes = {}
         for name, write in files.items():
             write_atomic(self.path / name, write)
-        sizes = {name: size_of(self.path / name) for name in files}
+            sizes[name] = size_of(self.path / name)
         sizes |= {part_name(i): int(size) for i, size in enumerate(self.part_bytes)}
         about = json.dumps(self.about | {"bytes": sizes}, indent=2)
         write_atomic(found, lambda file: file.write(about.encode()))
@@ -198,14 +183,17 @@ class CacheWriter:
                 if size_of(self.path / part_name(i)) != size]
 
     def write(self, part: int, rows: np.ndarray):
-        assert rows.nbytes == self.part_bytes[part], \
-            f"{part_name(part)} has {rows.nbytes} bytes instead of {self.part_bytes[part]}"
+        assert rows.nbytes == self.part_bytes[part]
         write_atomic(self.path / part_name(part), rows.tofile)
 
     def finish(self):
         """Mark the cache as complete."""
-        if self.unfinished.exists():
-            os.replace(self.unfinished, self.finished)
+        about_file(self.path).rename(self.finished)
+
+
+def about_file(path: Path) -> Path:
+    finished = path / "about.json"
+    return finished if finished.exists() else path / "unfinished.json"
 
 
 def part_name(i: int) -> str:
@@ -218,7 +206,7 @@ def size_of(path: Path) -> int:
 
 
 def damaged_files(path: Path, about: dict, skip: str = "none") -> list[str]:
-    """The files of the wrong size, except those whose name begins with `skip`."""
+    """The missing files and those of the wrong size, except names that begin with `skip`."""
     return [name for name, size in about["bytes"].items()
             if size_of(path / name) != size and not name.startswith(skip)]
 
@@ -231,7 +219,6 @@ class TeacherCache:
     head         (V, D) fp32; None with top-k
     top_k        tokens stored per position; 0: hidden states, which give all V logits
     temperature  of the top-k log-probabilities; 1 for states, which serve any temperature
-    vocab_size   V
     about        the content of about.json
 
     Raises FileNotFoundError if there is none, and ValueError if it is incomplete or damaged, with
@@ -240,28 +227,24 @@ class TeacherCache:
 
     def __init__(self, path):
         self.path, self.device = Path(path), torch.device("cpu")
-        unfinished = self.path / "unfinished.json"
-        if not (self.path / "about.json").exists():
-            if unfinished.exists():
-                about = json.loads(unfinished.read_text())
-                n_files, n_missing = len(about["bytes"]), len(damaged_files(self.path, about))
-                raise ValueError(f"{self.path} is incomplete, {n_files - n_missing} of {n_files} "
-                                 f"files. Resume: {command(about, self.path)}")
+        file = about_file(self.path)
+        if not file.exists():
             raise FileNotFoundError(
                 f"no cached teacher outputs in {self}. Write them: python scripts/cache_teacher.py "
                 f"--teacher WEIGHTS --data_path FILES --cache_dir {self}")
-        about = self.about = json.loads((self.path / "about.json").read_text())
+        self.about = about = json.loads(file.read_text())
         if about["version"] != VERSION:
             raise ValueError(
                 f"{self} has format {about['version']}, this program reads {VERSION}. Write it "
                 "again: python scripts/cache_teacher.py --overwrite ...")
-        for name in damaged_files(self.path, about):
-            found = size_of(self.path / name)
-            state = f"has {found:,} bytes" if found >= 0 else "is missing"
-            raise ValueError(f"{self.path / name} {state}, it should have {about['bytes'][name]:,} "
-                             f"bytes. Repair it: {command(about, self.path)}")
+        damaged, n_files = damaged_files(self.path, about), len(about["bytes"])
+        if damaged or file.name != "about.json":
+            raise ValueError(f"{self} is incomplete, {n_files - len(damaged)} of {n_files} files; "
+                             f"missing or damaged: {', '.join(damaged[:3])}. Complete it: "
+                             f"{command(about, self)}")
+        self.row = row_type(about)
         self.top_k, self.temperature = about["top_k"], about["temperature"]
-        self.vocab_size, self.row = about["vocab_size"], row_type(about)
+        self.vocab_size = about["vocab_size"]
         with np.load(self.path / "index.npz") as index:
             self.keys, self.starts = index["keys"], index["starts"]     # (samples,), by rising key
             self.n_rows, self.part_ends = index["n_rows"], index["part_ends"]
@@ -283,39 +266,29 @@ class TeacherCache:
 
     def check(self, tokenizer_sha256: str, tokenizer_path, max_seq_len: int, files: dict, keys,
               names):
-        """Refuse samples that the teacher has not read.
+        """Refuse samples that the teacher has not read: ValueError with the difference and the
+        command that writes the cache again.
 
         files   path -> sha256 of its content
         keys    of all samples
         names   i -> a name of sample i, "file, sample n"
-
-        Raises ValueError with the difference and the command that writes the cache again.
         """
-        about = self.about
-        # The command also names the cache's own files: without them it would lose their outputs.
         files = {str(path): sha256 for path, sha256 in files.items()}
-        wanted = about | {"max_seq_len": max_seq_len, "files": about["files"] | files}
-
-        def refuse(message, again="Write it again", **changed):
-            raise ValueError(f"{message}. {again}: "
-                             f"{command(wanted | changed, self.path, '--overwrite')}")
-
-        if tokenizer_sha256 != about["tokenizer_sha256"]:
-            refuse(f"{self} was written for the tokenizer {about['tokenizer']} "
-                   f"({about['tokenizer_sha256'][:8]}), this run uses {tokenizer_path} "
-                   f"({tokenizer_sha256[:8]})", "Write it again by a teacher with that tokenizer",
-                   teacher="TEACHER")
-        if max_seq_len != about["max_seq_len"]:
-            refuse(f"{self} was written with --max_seq_len {about['max_seq_len']}, this run uses "
-                   f"{max_seq_len}. Give --max_seq_len {about['max_seq_len']}", "Or write it again")
-        for path, sha256 in files.items():
-            if sha256 not in about["files"].values():
-                refuse(f"{path} has changed since {self} was written, or was never in it")
+        run = self.about | {"tokenizer": tokenizer_path, "tokenizer_sha256": tokenizer_sha256,
+                            "max_seq_len": max_seq_len}
+        wrong = list(differences(self.about, run).values())
+        wrong += [f"{path} has changed since, or was never in it" for path, sha256 in files.items()
+                  if sha256 not in self.about["files"].values()]
         keys = np.fromiter(keys, dtype=np.uint64)
         unknown = np.flatnonzero(self.keys[self.find(keys)] != keys)
-        if len(unknown):
-            refuse(f"{names(int(unknown[0]))}: its tokens are not in {self}, nor are those of "
-                   f"{len(unknown) - 1:,} other samples")
+        if len(unknown) and not wrong:
+            wrong += [f"{names(int(unknown[0]))}: its tokens are not in it, nor are those of "
+                      f"{len(unknown) - 1:,} other samples"]
+        if wrong:       # the command also names the cache's own files, to keep their outputs
+            run["files"] = self.about["files"] | files
+            raise ValueError(f"{self} does not match this run: {'; '.join(wrong)}. Write it again, "
+                             "by a teacher with this run's tokenizer: "
+                             f"{command(run, self, '--overwrite')}")
 
     def find(self, keys):  # (n,) -> (n,) places in the index
         return np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
@@ -333,8 +306,8 @@ class TeacherCache:
                                zip(parts.tolist(), begins.tolist(), n_rows.tolist())])
         rows = rows.view(self.row)[:, 0]                                            # (S,)
         if self.top_k:
-            ids, log_p = rows["ids"].astype(np.int64), np.ascontiguousarray(rows["log_p"])
-            return TopK(*(torch.from_numpy(x).to(self.device) for x in (ids, log_p)))
+            return TopK(torch.from_numpy(rows["ids"].astype(np.int64)).to(self.device),
+                        torch.from_numpy(rows["log_p"].copy()).to(self.device))
         states = torch.from_numpy(rows["states"]).view(torch.bfloat16)
         return Dense(states.to(self.device), self.head)
 

@@ -1,10 +1,8 @@
 """
 特征蒸馏：学生的隐藏状态、注意力关系与整句表示向教师靠拢。
-Intermediate-layer losses: hidden states, attention relations and sample embeddings.
-
-distill/losses.py compares what the models predict; this file compares how they get there. Both read
-the same packed stream (model/transformer.py): N tokens, samples of `lengths`, S supervised
-positions `at`. Losses are fp32 and 0 where student and teacher agree (InfoNCE comes only close).
+Intermediate-layer losses: hidden states, attention relations and sample embeddings of one packed
+stream (model/transformer.py): N tokens, samples of `lengths`, S supervised positions `at`. Losses
+are fp32 and 0 where student and teacher agree (InfoNCE comes only close).
 """
 
 import math
@@ -28,8 +26,6 @@ def layer_map(n_student: int, n_teacher: int, how: str = "uniform") -> list[tupl
 
     >>> layer_map(2, 4), layer_map(2, 4, "last"), layer_map(2, 4, "1:3")
     ([(0, 1), (1, 3)], [(1, 3)], [(0, 2)])
-
-    Raises ValueError for another value and for layers that do not exist.
     """
     if how == "uniform":
         return [(s, -(-(s + 1) * n_teacher // n_student) - 1) for s in range(n_student)]
@@ -51,9 +47,8 @@ def layer_map(n_student: int, n_teacher: int, how: str = "uniform") -> list[tupl
 class FeatureProjections(nn.Module):
     """One learned matrix per matched pair of layers, from the student's width to the teacher's.
 
-    FitNets, Romero et al. 2014, https://arxiv.org/abs/1412.6550, Eq. 3. Trap: they are parameters.
-    Build them before the optimizer, then train, clip and save them with the student. Projections
-    that are built inside the loss are new at every step and never learn.
+    FitNets, Romero et al. 2014, https://arxiv.org/abs/1412.6550, Eq. 3. Trap: they are parameters,
+    to be trained, clipped and saved with the student. Built inside the loss they never learn.
     """
 
     def __init__(self, student_config, teacher_config, layers: str = "uniform"):
@@ -78,22 +73,14 @@ def feature_distillation_loss(student_features, teacher_features, kind: str = "m
                               reduction: str = "mean"):
     """Distance between hidden states, averaged over the matched layers.
 
-    student_features  list of (S, D); another width is average-pooled to the teacher's.
-                      FeatureProjections learns a better map
+    student_features  list of (S, D); another width is average-pooled to the teacher's
     teacher_features  list of (S, D of the teacher); no gradient flows
     kind              'mse': mean squared error; 'cosine': 1 - cosine similarity, 0 to 2
     reduction         'mean' or 'sum' over the S positions
-
-    Raises ValueError where a pair differs in its positions, and for another kind.
     """
-    if kind not in FEATURE_DISTANCES:
-        raise ValueError(f"kind={kind!r} is not a feature distance; choose from "
-                         f"{', '.join(FEATURE_DISTANCES)}")
     total = 0.0
     for student, teacher in zip(student_features, teacher_features, strict=True):
-        if student.shape[:-1] != teacher.shape[:-1]:
-            raise ValueError(f"features {tuple(student.shape)} and {tuple(teacher.shape)} have "
-                             "different positions")
+        assert student.shape[:-1] == teacher.shape[:-1]     # else they would broadcast
         student, teacher = student.float(), teacher.detach().float()
         if student.shape != teacher.shape:
             student = F.adaptive_avg_pool1d(student, teacher.shape[-1])
@@ -111,8 +98,7 @@ def attention_relation_loss(student_qkv, teacher_qkv, lengths, at, n_relation_he
     """KL(teacher relation || student relation): mean over heads and Q-Q, K-K, V-V, sum over `at`.
 
     A relation is the causal softmax(x x^T / sqrt(head width)) of one sample's queries, keys or
-    values. Its size depends on the sample alone, so widths and head counts of the two models may
-    differ, and no projection is needed. Trap: a relation is a softmax; do not apply a second one.
+    values. So widths and head counts of the two models may differ, and no projection is needed.
 
     student_qkv, teacher_qkv  queries, keys, values of one layer before RoPE, (N, width) each; no
                               gradient flows to the teacher's
@@ -120,12 +106,9 @@ def attention_relation_loss(student_qkv, teacher_qkv, lengths, at, n_relation_he
     at                        (S,) positions that count, as rows; all earlier ones are columns
     n_relation_heads          R; needs a few fp32 tensors of R * N * (sample length)
 
-    Raises ValueError where a width does not split into R equal heads.
-
     Wang et al. 2020 (MiniLMv2), https://arxiv.org/abs/2012.15828, Sec. 3.1, all relations weighted
     equally. V-V alone is MiniLM, https://arxiv.org/abs/2002.10957.
     """
-    check_relation_heads(student_qkv, teacher_qkv, n_relation_heads)
     spans = [(len(list(group)), T) for T, group in groupby(lengths)]
     sizes = [n * T for n, T in spans]
     total = 0.0
@@ -148,18 +131,17 @@ def log_relation(x):  # (n, T, R, K) -> (n, R, T, T) log-probabilities
     return F.log_softmax(scores.masked_fill(future, MASKED), dim=-1)
 
 
-def check_relation_heads(student_qkv, teacher_qkv, n_relation_heads):
+def check_relation_heads(student_config, teacher_config, n_relation_heads):
     """Raise ValueError, with the counts that fit, where a width does not split into equal heads."""
-    widths = {f"{model}'s {part}": x.shape[1]
-              for model, qkv in (("student", student_qkv), ("teacher", teacher_qkv))
-              for part, x in zip(("queries", "keys", "values"), qkv)}
-    for name, width in widths.items():
-        if n_relation_heads < 1 or width % n_relation_heads:
-            common = math.gcd(*widths.values())
-            fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-            raise ValueError(
-                f"the {name}, {width} wide, do not split into n_relation_heads={n_relation_heads} "
-                f"equal heads; counts that fit both models: {fits}")
+    widths = {f"{model}'s {part}": heads * c.head_dim
+              for model, c in (("student", student_config), ("teacher", teacher_config))
+              for part, heads in (("queries", c.n_heads), ("keys and values", c.n_kv_heads))}
+    common = math.gcd(*widths.values())
+    if n_relation_heads < 1 or common % n_relation_heads:
+        sizes = ", ".join(f"the {name} {width}" for name, width in widths.items())
+        fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise ValueError(f"n_relation_heads={n_relation_heads} does not divide all widths: "
+                         f"{sizes}. Counts that do: {fits}")
 
 
 # -- sample embeddings ---------------------------------------------------------------------------
@@ -179,16 +161,9 @@ def contrastive_loss(student_final, teacher_final, lengths, at, temperature=0.1)
     The negatives are the other samples of the micro-batch. So, unlike the other losses, this one
     depends on how a step is split, and a sample alone gives no gradient. Divide it by the step's
     samples. van den Oord et al. 2018, https://arxiv.org/abs/1807.03748, Eq. 4.
-
-    Raises ValueError where the shapes differ.
     """
-    if student_final.shape != teacher_final.shape:
-        raise ValueError(f"final states {tuple(student_final.shape)} and "
-                         f"{tuple(teacher_final.shape)} differ; project the student's to the "
-                         "teacher's width first")
     B = len(lengths)
-    ends = torch.tensor(lengths, device=at.device).cumsum(0)
-    sample = torch.bucketize(at, ends, right=True)                                  # (S,)
+    sample = torch.bucketize(at, torch.tensor(lengths, device=at.device).cumsum(0), right=True)
     s, t = student_final.float(), teacher_final.detach().float()
     # A cosine ignores length, so the sum serves as the mean.
     s, t = (F.normalize(x.new_zeros(B, x.shape[1]).index_add(0, sample, x), dim=-1) for x in (s, t))
@@ -200,10 +175,7 @@ def contrastive_loss(student_final, teacher_final, lengths, at, temperature=0.1)
 # -- all three -----------------------------------------------------------------------------------
 
 class IntermediateLosses(nn.Module):
-    """The intermediate-layer losses of a run and their projections. Weight 0 switches one off.
-
-    Raises ValueError where layers or relation heads do not fit the two models.
-    """
+    """The intermediate-layer losses of a run and their projections. Weight 0 switches one off."""
 
     def __init__(self, student_config, teacher_config, feature=0.0, attention=0.0, contrastive=0.0,
                  feature_loss="mse", layer_map="uniform", relation_heads=4,
@@ -218,9 +190,7 @@ class IntermediateLosses(nn.Module):
         if contrastive > 0:
             self.contrast = nn.Linear(student_config.dim, teacher_config.dim, bias=False)
         if attention > 0:
-            qkv = [[torch.empty(0, n * c.head_dim) for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
-                   for c in (student_config, teacher_config)]
-            check_relation_heads(*qkv, relation_heads)
+            check_relation_heads(student_config, teacher_config, relation_heads)
 
     def forward(self, batch, out, teacher_out):  # -> (), {name: ()}
         """Their weighted sum, and each unweighted, per token (or sample) of the optimizer step."""

@@ -1,17 +1,9 @@
 """
 融合损失：从隐藏状态直接到损失和梯度，逐块计算，从不存下完整的 [词元, 词表] 张量。
-The fused loss: from hidden states to CE + divergence and their gradients, chunk by chunk, so that
-no [tokens, vocabulary] tensor is ever stored.
-
-    plain  logits (S, V) of both models, their log-softmax, their gradients: some eight (S, V)
-           tensors
-    fused  for a few rows at a time: logits, loss, gradient of the logits, and what it adds to the
-           gradients of the hidden states and the head. The next rows reuse the same memory
-
-Value and gradients equal those of `distillation_loss_fn` and `F.cross_entropy`. The forward pass
-computes the gradients, because the loss ends the graph: backward only multiplies by one factor.
-The idea is that of chunked cross-entropies: Hsu et al. 2024 (Liger),
-https://arxiv.org/abs/2410.10989, Sec. 3.2.
+The fused loss: from hidden states to CE + divergence and their gradients, a few rows at a time, so
+that no [tokens, vocabulary] tensor is ever stored. The forward pass computes the gradients, because
+the loss ends the graph: backward only multiplies by one factor. The idea is that of chunked
+cross-entropies: Hsu et al. 2024 (Liger), https://arxiv.org/abs/2410.10989, Sec. 3.2.
 """
 
 import math
@@ -29,7 +21,6 @@ MIN_LOG_P = -30.0           # log-probability of an empty tail: finite, and exp(
 
 class Dense(NamedTuple):
     """A teacher's output at S positions as final hidden states; logits = states @ head.T."""
-
     states: torch.Tensor            # (S, D of the teacher)
     head: torch.Tensor              # (V, D of the teacher)
     weight: float = 1.0             # several teachers act as one: p = sum of weight * p of each
@@ -37,14 +28,12 @@ class Dense(NamedTuple):
 
 class TopK(NamedTuple):
     """A teacher's output as its top-k tokens; the tail probability forms one more bucket."""
-
     ids: torch.Tensor               # (S, k)
     log_p: torch.Tensor             # (S, k), at the temperature of the run
 
 
 class Fused(NamedTuple):
     """Sums over the S positions, in nats."""
-
     loss: torch.Tensor              # alpha * ce + (1 - alpha) * kd; gradients flow
     ce: torch.Tensor
     kd: torch.Tensor                # T^2 * divergence
@@ -83,9 +72,8 @@ class FusedLoss(torch.autograd.Function):
         dtype = torch.float32 if chunks.dtype == torch.float16 else chunks.dtype
         h, w = hidden.detach().to(dtype), head.detach().to(dtype)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
-        grad_head = None                                            # a frozen head needs none
-        if ctx.needs_input_grad[1]:
-            grad_head = torch.zeros_like(head, dtype=torch.float32)
+        grad_head = (torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1]
+                     else None)                                     # a frozen head
         ce, kd = hidden.new_zeros(2, dtype=torch.float32)
 
         for rows in chunks:
@@ -93,17 +81,15 @@ class FusedLoss(torch.autograd.Function):
             if closed_form:
                 log_p = chunks.teacher_log_p(rows, temperature)
                 parts = ce_and_forward_kl(logits, log_p, targets[rows], alpha, temperature,
-                                          chunks.scratch(rows))
+                                          chunks.buffer("scratch", rows, head))
             else:
                 parts = by_autograd(logits, chunks, rows, targets[rows], alpha, temperature,
                                     divergence, kd_weight, ce_weight)
             ce, kd, slope = ce + parts[0], kd + parts[1], parts[2].to(dtype)        # (), (), (C, V)
             grad_hidden[rows] = slope @ w
-            if grad_head is None:
-                continue
-            if dtype == torch.float32:
+            if grad_head is not None and dtype == torch.float32:
                 grad_head.addmm_(slope.T, h[rows])
-            else:
+            elif grad_head is not None:
                 grad_head += slope.T @ h[rows]
 
         # A plain attribute: save_for_backward would keep the tensors as long as the graph.
@@ -120,16 +106,12 @@ class FusedLoss(torch.autograd.Function):
 
 class Chunks:
     """The rows in chunks, and (C, V) buffers that all chunks share, as allocating costs more.
-
-    divide_rows  divides the rows of a chunk: autograd needs some twenty more buffers, and a quarter
-                 of the rows takes no longer
-    """
+    divide_rows: autograd needs some twenty more buffers, and a quarter of the rows is as fast."""
 
     def __init__(self, hidden, head, teacher, chunk_bytes=CHUNK_BYTES, divide_rows=1):
         device = hidden.device.type
-        self.dtype = torch.float32
-        if torch.is_autocast_enabled(device):
-            self.dtype = torch.get_autocast_dtype(device)
+        autocast = torch.is_autocast_enabled(device)
+        self.dtype = torch.get_autocast_dtype(device) if autocast else torch.float32
         self.hidden, self.head = hidden.detach().to(self.dtype), head.detach().to(self.dtype)
         self.teacher = teacher if isinstance(teacher, TopK) else [
             one._replace(states=one.states.detach().to(self.dtype),
@@ -142,22 +124,19 @@ class Chunks:
         for start in range(0, len(self.hidden), self.size):
             yield slice(start, min(start + self.size, len(self.hidden)))
 
-    def buffer(self, name, rows, width):  # -> (C, width)
+    def buffer(self, name, rows, head):  # -> (C, V)
         if name not in self.buffers:
-            self.buffers[name] = self.hidden.new_empty(self.size, width, dtype=torch.float32)
+            self.buffers[name] = self.hidden.new_empty(self.size, len(head), dtype=torch.float32)
         return self.buffers[name][:rows.stop - rows.start]
 
-    def scratch(self, rows):
-        return self.buffer("scratch", rows, len(self.head))
-
     def student(self, rows):  # -> (C, V) logits
-        return product(self.hidden[rows], self.head, self.buffer("student", rows, len(self.head)))
+        return product(self.hidden[rows], self.head, self.buffer("student", rows, self.head))
 
     def teacher_log_p(self, rows, temperature):  # -> (C, V), all teachers mixed
         mixed = None
         for one in self.teacher:
             name = "teacher" if mixed is None else "another teacher"
-            log_p = product(one.states[rows], one.head, self.buffer(name, rows, len(one.head)))
+            log_p = product(one.states[rows], one.head, self.buffer(name, rows, one.head))
             log_softmax_(log_p.div_(temperature) if temperature != 1.0 else log_p)
             if len(self.teacher) > 1:
                 log_p += math.log(one.weight)
@@ -226,17 +205,16 @@ COMPARED_ACROSS = ("ce", "uld", "entropy")              # between two vocabulari
 @torch.no_grad()
 def compare(hidden, head, targets, teacher=(), matched=None, temperature=1.0,
             across=False) -> dict[str, torch.Tensor]:
-    """Student against teacher, as sums over the S positions; without a teacher only `ce`.
+    """Student against teacher, as sums over the S positions, in nats; without a teacher only `ce`.
 
-    ce         cross-entropy with the labels, nats
-    kl         KL(teacher || student), nats
-    entropy    of the teacher, nats: the lowest cross-entropy possible on labels sampled from it
+    ce         cross-entropy with the labels
+    kl         KL(teacher || student)
+    entropy    of the teacher: the lowest cross-entropy possible on labels sampled from it
     agreement  positions where both have the same top-1 token
     uld        instead of kl and agreement, where the vocabularies differ (`across`), over the
                positions that are `matched`
 
-    All at temperature 1. But the kl and entropy of a TopK are over its k + 1 buckets, at its own
-    `temperature`, and not comparable with others.
+    All at temperature 1; of a TopK over its k + 1 buckets at its own `temperature`, not comparable.
     """
     names = COMPARED[:1] if not teacher else COMPARED_ACROSS if across else COMPARED
     chunks = Chunks(hidden, head, teacher)

@@ -1,10 +1,6 @@
 """
 考试：带标准答案的问题，让模型作答，再按类打分（准确率与宏平均的精确率、召回率、F1）。
 Exams: a model answers questions with known answers, and its answers are graded.
-
-    questions = read_exam(["dataset/mcq_test.jsonl"], limit=200)
-    grades = grade(answer(model, tokenizer, questions, max_new_tokens=32), questions)
-    grades.accuracy, grades.f1, grades.by_category
 """
 
 import random
@@ -26,7 +22,6 @@ class ExamQuestion(NamedTuple):
 
 class Grades(NamedTuple):
     """Values from 0 to 1. Precision, recall and F1 are macro averages: see `grade`."""
-
     accuracy: float
     precision: float
     recall: float
@@ -35,14 +30,10 @@ class Grades(NamedTuple):
     n: int                              # questions
 
 
-# ---- 1. Questions ------------------------------------------------------------------------------
-
 def read_exam(paths, limit: int = 0, seed: int = 0, skip_bad_lines: bool = False,
               log=print) -> list[ExamQuestion]:
     """The questions of files and folders, in order: multiple choice, and the last answers of
     conversations. Rows without an answer are left out. `limit`: a random sample, chosen by `seed`.
-
-    Raises what read_conversations and files_of raise; ValueError if no row has an answer.
     """
     rows = [row for path in paths for file in files_of(path)
             for row in read_each(file, lambda row: exam_question(row, file.stem), skip_bad_lines,
@@ -57,15 +48,13 @@ def read_exam(paths, limit: int = 0, seed: int = 0, skip_bad_lines: bool = False
 
 
 def exam_question(row: dict, stem: str) -> ExamQuestion:
-    """A row's question; without an answer `gold` is None. Raises ValueError as to_question does."""
+    """A row's question; without an answer `gold` is None."""
     messages, gold, others = to_question(row)
     # to_question reads a conversation and ignores options beside it, so they remain in `others`.
     is_choice = "options" in row and "options" not in others
     options = list(row["options"].values()) if is_choice else None
     return ExamQuestion(messages, gold, options, category(row, stem))
 
-
-# ---- 2. Answers --------------------------------------------------------------------------------
 
 def answer(model, tokenizer, questions: list[ExamQuestion], max_new_tokens: int) -> list[str]:
     """The model's answers: with options the one of highest log-probability, text and end of turn;
@@ -74,11 +63,10 @@ def answer(model, tokenizer, questions: list[ExamQuestion], max_new_tokens: int)
     The model must be in eval mode. A question that exceeds its max_seq_len, with its longest option
     or one generated token, gets the answer "", which is wrong.
     """
-    choices = [question for question in questions if question.options is not None]
-    free = [question for question in questions if question.options is None]
-    chosen = iter(choose_options(model, tokenizer, choices))
+    chosen = iter(choose_options(model, tokenizer, [one for one in questions if one.options]))
+    free = [question for question in questions if not question.options]
     written = iter(write_answers(model, tokenizer, free, max_new_tokens))
-    return [next(written if question.options is None else chosen) for question in questions]
+    return [next(chosen if question.options else written) for question in questions]
 
 
 def choose_options(model, tokenizer, questions: list[ExamQuestion]) -> list[str]:
@@ -104,28 +92,23 @@ def write_answers(model, tokenizer, questions, max_new_tokens: int) -> list[str]
     return [tokenizer.decode(next(answers)).strip() if fit else "" for fit in fits]
 
 
-# ---- 3. Grades ---------------------------------------------------------------------------------
-
-def is_right(given: str, gold: str) -> bool:
-    """Whether both have the same final answer, apart from white space."""
-    return plain(given) == plain(gold)
-
-
 def plain(text: str) -> str:
+    """The final answer, with single spaces for white space."""
     return " ".join(final_answer(text).split())
 
 
-def grade(given: list[str], questions: list[ExamQuestion]) -> Grades:
-    """Grades for the given answers, one per question.
+def is_right(given: str, gold: str) -> bool:
+    return plain(given) == plain(gold)
 
-    The classes are those of the gold answers: the option's index, or the final answer without
-    options. For each class, with TP = how often it was given correctly:
+
+def grade(given: list[str], questions: list[ExamQuestion]) -> Grades:
+    """Grades for the given answers, one per question. A class is a gold answer: the option's index,
+    or without options the final answer. With TP = how often a class was given correctly:
 
         precision = TP / times given     recall = TP / times gold     F1 = 2 TP / (given + gold)
 
     A class that was never given has precision 0. The macro average is the unweighted mean over the
-    classes, as in scikit-learn: precision_recall_fscore_support(gold, given, labels=set(gold),
-    average="macro", zero_division=0).
+    classes, as in scikit-learn's precision_recall_fscore_support(average="macro").
     """
     right = [is_right(text, question.gold) for text, question in zip(given, questions, strict=True)]
     gold = [class_of(question.gold, question) for question in questions]

@@ -3,6 +3,7 @@
 Scoring: the probability of a given answer. Accuracy, multiple choice and perplexity derive from it.
 """
 
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,6 @@ LOGIT_BYTES = 256 << 20     # of a block of logits; a whole batch of 150,000 col
 
 class Score(NamedTuple):
     """Of one sample's targets: the assistant's tokens and ends of turn, or a text's tokens."""
-
     log_p: float            # log-probability of all targets, nats
     n_tokens: int
     exact: bool             # all are top-1: greedy decoding would generate exactly them
@@ -27,11 +27,10 @@ class Score(NamedTuple):
 
 def score(model, tokenizer, conversations, reference=None,
           tokens_per_batch: int = 4096) -> list[Score]:
-    """One Score per conversation, in order, by teacher forcing: if each target is top-1 after the
-    gold prefix, greedy decoding generates the same answer. It is some 50 times faster.
+    """One Score per conversation, in order, by teacher forcing: some 50 times faster than greedy
+    decoding, which generates the same answer if each target is top-1 after the gold prefix.
 
-    conversations   message lists; ValueError names the first that exceeds the model's max_seq_len
-    reference       a model with the same vocabulary, for `agree` and `kl`; None leaves them 0
+    reference   a model with the same vocabulary, for `agree` and `kl`; None leaves them 0
     """
     return score_samples(model, tokenizer.encode_chats(conversations), reference, tokens_per_batch)
 
@@ -41,8 +40,8 @@ def score_answers(model, tokenizer, questions) -> list[list[float]]:
     conversations = [[{"role": "user", "content": question},
                       {"role": "assistant", "content": answer}]
                      for question, answers in questions for answer in answers]
-    log_p = iter([s.log_p for s in score(model, tokenizer, conversations)])
-    return [[next(log_p) for _ in answers] for _, answers in questions]
+    scores = iter(score(model, tokenizer, conversations))
+    return [[next(scores).log_p for _ in answers] for _, answers in questions]
 
 
 @torch.inference_mode()
@@ -57,15 +56,12 @@ def score_samples(model, samples, reference=None, tokens_per_batch: int = 4096) 
     scores = [None] * len(samples)
     rows = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
     for chosen in by_length(sizes, tokens_per_batch):
-        batch = packed_batch(np.concatenate([samples[i][0] for i in chosen]),
-                             np.concatenate([samples[i][1] for i in chosen]),
-                             sizes[chosen]).to(device)
-
-        def final_states(network):  # -> (S, D)
-            return network(batch.tokens, batch.lengths, at=batch.at, with_logits=False).final
-
-        states = final_states(model)
-        other = states if reference in (None, model) else final_states(reference)
+        ids, is_target = (np.concatenate(part) for part in zip(*(samples[i] for i in chosen)))
+        batch = packed_batch(ids, is_target, sizes[chosen]).to(device)
+        inputs = dict(tokens=batch.tokens, lengths=batch.lengths, at=batch.at, with_logits=False)
+        states = other = model(**inputs).final                                      # (S, D)
+        if reference not in (None, model):
+            other = reference(**inputs).final
         blocks = zip(states.split(rows), other.split(rows), batch.targets.split(rows))
         values = torch.cat([score_block(model, reference, *block) for block in blocks], dim=1).cpu()
         positions = [positions_in_turns(samples[i][1][1:]) for i in chosen]
@@ -91,9 +87,4 @@ def score_block(model, reference, states, other, targets):  # (S, D), (S, D'), (
 
 def positions_in_turns(targets: list[bool]) -> list[int]:
     """The position of each target in its unbroken run: . x x . x -> 1 2 1"""
-    positions, position = [], 0
-    for is_target in targets:
-        position = position + 1 if is_target else 0
-        if is_target:
-            positions.append(position)
-    return positions
+    return [i + 1 for is_target, run in groupby(targets) if is_target for i, _ in enumerate(run)]
