@@ -3,8 +3,7 @@
 The first half of sequence-level distillation (SeqKD): the teacher answers questions, and its
 answers become a file of conversations. The second half is fine-tuning on that file.
 
-    y = argmax p(y | question)      with --temperature 0, token by token; above 0, y ~ p(y |
-    question)
+    y = argmax p(y | question), token by token, or y ~ p(y | question) with --temperature
 
 Kim & Rush 2016, https://arxiv.org/abs/1606.07947, Sec. 3.2. With --only_right, rejection sampling:
 Yuan et al. 2023, https://arxiv.org/abs/2308.01825, Sec. 3.3.
@@ -16,13 +15,9 @@ Yuan et al. 2023, https://arxiv.org/abs/2308.01825, Sec. 3.3.
 
 two processes  torchrun --nproc_per_node 2 scripts/generate_answers.py --ddp ...
 
-A question is a conversation up to its last answer, or to its end if the last turn is the user's.
---teacher_data_path gives the teacher the same questions in another form, row by row: with a hint,
-or with privileged context. The file then holds the questions of --data_path and the answers to the
-others.
-
-An interrupted run loses one part at most. The same command resumes it, on any number of processes,
-to the same bytes (runtime/parts.py).
+--teacher_data_path gives the teacher the same questions, row by row, with a hint or privileged
+context; the file holds the questions of --data_path. An interrupted run loses one part at most; the
+same command resumes it, on any number of processes, to the same bytes.
 """
 
 import json
@@ -61,8 +56,6 @@ LEFT_OUT = {"too long": "the question fills the teacher's max_seq_len",
             "empty": "empty", "wrong": "not the file's answer"}
 
 
-# ---- 1. Questions --------------------------------------------------------------------------------
-
 class Task(NamedTuple):
     question: Question      # as the student reads it
     messages: list[dict]    # as the teacher reads it
@@ -75,32 +68,28 @@ def read_tasks(paths, teacher_paths, limit=0, only_right=False, skip_bad_lines=F
     tasks = []
     for path, teacher_path in zip(paths, teacher_paths or paths):
         questions = read_questions(path, skip_bad_lines, Logger)
-        others = questions
-        if teacher_path != path:
-            others = read_questions(teacher_path, skip_bad_lines, Logger)
+        others = (questions if teacher_path == path
+                  else read_questions(teacher_path, skip_bad_lines, Logger))
         if len(questions) != len(others):
             raise ValueError(f"{path} has {len(questions):,} rows, {teacher_path} {len(others):,}: "
                              "row by row they must hold the same questions")
-        for row, (question, other) in enumerate(zip(questions, others), start=1):
-            if limit and row > limit:
-                break
+        pairs = list(zip(questions, others))[:limit or None]
+        for row, (question, other) in enumerate(pairs, start=1):
             if question is None or other is None:       # a bad line on either side is left out
                 continue
-            if None not in (question.answer, other.answer) and question.answer != other.answer:
+            answers = {each.answer: None for each in (other, question) if each.answer is not None}
+            if len(answers) > 1:
                 raise ValueError(
                     f"row {row} of {path} and of {teacher_path} are no pair: the answer is "
                     f"{question.answer!r:.60} in the one, {other.answer!r:.60} in the other")
-            gold = other.answer if question.answer is None else question.answer
-            if only_right and gold is None:
+            if only_right and not answers:
                 raise ValueError(f"{path}, row {row} has no answer to compare the teacher's with; "
                                  "add it, or leave out --only_right")
-            tasks.append(Task(question, other.messages, gold))
+            tasks.append(Task(question, other.messages, next(iter(answers), None)))
     if not tasks:
         raise ValueError(f"no row of {', '.join(paths)} is left to be answered")
     return tasks
 
-
-# ---- 2. Answers ----------------------------------------------------------------------------------
 
 def part_slices(n_questions: int, batch_size: int, num_samples: int) -> list[slice]:
     """The questions of each part."""
@@ -149,17 +138,17 @@ def to_rows(tasks, answers, tokenizer, only_right=False, keep_unfinished=False):
         finished = tokens[-1] == tokenizer.end_of_turn
         tokens = tokens[:-1] if finished else tokens
         text = text_of(tokens, tokenizer)
-        reason = why_not(text, finished, gold if only_right else None, keep_unfinished)
-        if reason:
-            counts[reason] += 1
-            continue
-        turn = {"role": "assistant", "content": text}
-        rows.append({"conversations": [*question.messages, turn], **question.others})
-        counts["written"] += 1
-        counts["endless"] += not finished
-        ids, targets = tokenizer.encode_chat([turn])
-        learned = [i for i, target in zip(ids, targets) if target]
-        counts["respelt"] += learned != [*tokens, tokenizer.end_of_turn]
+        reason = ("unfinished" if not finished and not keep_unfinished else
+                  "empty" if not text.strip() else          # the training scripts refuse it
+                  "wrong" if only_right and text.strip() != gold.strip() else "written")
+        counts[reason] += 1
+        if reason == "written":
+            turn = {"role": "assistant", "content": text}
+            rows.append({"conversations": [*question.messages, turn], **question.others})
+            counts["endless"] += not finished
+            ids, targets = tokenizer.encode_chat([turn])
+            learned = [i for i, target in zip(ids, targets) if target]
+            counts["respelt"] += learned != [*tokens, tokenizer.end_of_turn]
     return counts, rows
 
 
@@ -167,18 +156,6 @@ def text_of(tokens: list[int], tokenizer) -> str:
     """The text that encodes to these tokens, without the space that some tokenizers put first."""
     text = tokenizer.decode(tokens)
     return text.removeprefix(" ") if tokenizer.prefix_space else text
-
-
-def why_not(text: str, finished: bool, gold: str | None, keep_unfinished: bool) -> str | None:
-    """Why an answer is left out, a key of LEFT_OUT; None if it is kept. gold: what it must
-    equal."""
-    if not finished and not keep_unfinished:
-        return "unfinished"
-    if not text.strip():
-        return "empty"                  # the training scripts refuse empty answers
-    if gold is not None and text.strip() != gold.strip():
-        return "wrong"
-    return None
 
 
 def report(counts: Counter) -> str:
