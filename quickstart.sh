@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# 一条命令：装好环境，生成数据，训练教师，蒸馏学生，列表比较。
-# One command: set up, generate the data, train a teacher, distil a student from it, and show what it bought.
+# 一条命令：安装环境，生成数据，训练教师，蒸馏学生，列表比较。
+# One command: set up, generate the data, train a teacher, distil a student from it, compare them.
 #
-#   bash quickstart.sh            about ten minutes on two cores; run again, it goes on where it stopped
-#   bash quickstart.sh --fresh    forget what was trained here and start over
-#   bash quickstart.sh --seeds 3  three students of each kind: mean and spread
-#   bash quickstart.sh --moe      the teacher is a mixture of experts; a dense and a MoE student learn from it
-#   bash quickstart.sh --smoke    a few steps of everything, to see that it runs
+#   bash quickstart.sh            about ten minutes on two cores; run it again to resume
+#   bash quickstart.sh --fresh    delete what was trained here and start again
+#   bash quickstart.sh --seeds 3  three students of each kind: mean and standard deviation
+#   bash quickstart.sh --moe      the teacher is a mixture of experts (MoE), with a dense and an MoE student
+#   bash quickstart.sh --smoke    a few steps of everything, to check that it runs
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -30,7 +30,7 @@ if [ ! -e .venv/.installed ] || [ requirements.txt -nt .venv/.installed ]; then
 fi
 source .venv/bin/activate
 
-# 2. Sizes: a teacher of 0.87 M parameters, a student of 0.16 M, and how many steps each of them trains
+# 2. Sizes (a teacher of 0.87 M parameters, a student of 0.16 M) and numbers of training steps
 out=out${smoke:+/smoke}${moe:+/moe} data=${smoke:+out/smoke/}dataset _moe=${moe:+_moe}
 teacher="--dim 128 --n_layers 4 --batch_size 24 --learning_rate 3e-3 --warmup_iters 20 ${moe:+--use_moe}"
 student="--dim 64 --n_layers 2 --n_heads 4 --batch_size 24 --learning_rate 3e-3 --warmup_iters 20"
@@ -39,8 +39,8 @@ if [ $smoke ]; then teacher_pretrain=3 teacher_sft=3 student_pretrain=3 student_
 if [ $fresh ]; then rm -rf "$out"/.done "$out"/*.pth "$out"/*.resume* "$out"/{sft_alone,right,seed*}; fi
 mkdir -p "$out/.done"
 
-# step OUTPUT "INPUT ..." COMMAND ...: run the command, unless OUTPUT is there, unchanged, and was made by this command
-# from these inputs. A training run that was interrupted goes on (--resume), unless its settings have changed.
+# step OUTPUT "INPUT ..." COMMAND ...: run the command, unless OUTPUT exists unchanged and was made by
+# this command from these inputs. An interrupted training run resumes, unless its settings have changed.
 step() {
     local output=$1 inputs=$2; shift 2
     local mark="$out/.done/${output//\//_}" key
@@ -57,14 +57,14 @@ step() {
     echo "$key $(cksum < "$output")" > "$mark"
 }
 
-export OMP_NUM_THREADS=1        # one thread a process: two processes already take two cores
+export OMP_NUM_THREADS=1        # one thread per process: two processes already use two cores
 run="torchrun --nproc_per_node 2"
 common="--ddp --resume --max_seq_len 128 --eval_interval 0"
 
 # 3. Data
 step $data/sft_data.jsonl dataset/miniworld.py python dataset/miniworld.py --out_dir $data ${smoke:+--smoke}
 
-# 4. The teacher: pretrained on the world's text, then fine-tuned on plenty of clean conversations
+# 4. The teacher: pretrained on the world's text, then fine-tuned on 60,000 clean conversations
 the_teacher=$out/full_sft_128$_moe.pth
 step $out/pretrain_128$_moe.pth $data/pretrain_data.jsonl \
     $run train_pretrain.py $common $teacher --out_dir $out --data_path $data/pretrain_data.jsonl \
@@ -72,9 +72,10 @@ step $out/pretrain_128$_moe.pth $data/pretrain_data.jsonl \
 step $the_teacher "$out/pretrain_128$_moe.pth $data/sft_teacher.jsonl" \
     $run train_sft.py $common $teacher --out_dir $out --data_path $data/sft_teacher.jsonl --max_steps $teacher_sft
 
-# 5. The students. Each is pretrained, then fine-tuned for a moment on a small set of conversations, 30 % of them wrong.
-#    From there on two ways, with the same data and updates: SFT goes on with the labels, distillation listens to the
-#    teacher. Before that all of it with right labels, for comparison.
+# 5. The students. Each is pretrained, then fine-tuned for 300 steps on a small set of conversations
+#    with 30 % noisy labels. From this checkpoint two students train on the same data for the same
+#    steps: SFT on the labels, distillation on the teacher's distribution. The same with clean labels
+#    ("right labels") comes first, for comparison.
 for ((seed = seeds; seed >= 1; seed--)); do
     to=$out number="--seed $((1336 + seed))"
     if [ "$seed" -gt 1 ]; then to=$out/seed$seed; fi
@@ -95,7 +96,7 @@ for ((seed = seeds; seed >= 1; seed--)); do
                 $run train_sft.py $common $number --out_dir $there/sft_alone --data_path $rows \
                 --weights $start --batch_size 12 --epochs 16 --learning_rate 5e-3 $last
 
-            # The main job. For the pair of models in out/ it needs nothing but its defaults, which are the same numbers.
+            # The main job. For the models in out/ the script's defaults are the same hyperparameters.
             distil="$run train_distillation.py --ddp"
             if [ $there$kind != out ]; then
                 distil="$distil --resume $number --out_dir $there --data_path $rows --size tiny"
@@ -106,8 +107,8 @@ for ((seed = seeds; seed >= 1; seed--)); do
     done
 done
 
-# 6. What it bought
-of_all_seeds() {  # FILE -> that file of each seed, with commas between them
+# 6. Compare
+of_all_seeds() {  # FILE -> that file of each seed, separated by commas
     printf %s "$out/$1"
     for ((seed = 2; seed <= seeds; seed++)); do printf %s ",$out/seed$seed/$1"; done
 }
@@ -122,4 +123,4 @@ printf '\n== evaluating %s models\n' ${#models[@]}
 python scripts/evaluate.py --weights "${models[@]}" --json $out/scores.json --report $out/report.md \
     --data $data/test.jsonl $data/mcq_test.jsonl $data/test_habits.jsonl
 echo
-echo "The table is in $out/report.md, the picture in $out/report.png. Talk with the student: python scripts/chat.py"
+echo "The table is in $out/report.md, the picture in $out/report.png. Chat with the student: python scripts/chat.py"

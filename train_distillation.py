@@ -234,10 +234,10 @@ def distill(teacher, student, train_loader, epochs, *, args, world):
             progress = load_resume(f"{name}.resume", modules, optimizer, scaler, progress)
 
     # 6. Train
+    stop, wandb, log = StopSignal(), init_wandb(args, name, progress), Log(name, progress, world)
     Logger(f"{' + '.join(map(str, teacher))} -> student {student.config}")
     Logger(f"loss = {describe_loss(args, student.config)}; "
            f"{progress.total_steps} steps of {data.step_samples} samples")
-    wandb, log, stop = init_wandb(args, name, progress), Log(name, progress, world), StopSignal()
     loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
                          world.device)
     for epoch in progress.epochs(data.steps_per_epoch):

@@ -257,10 +257,10 @@ def main():
             progress = load_resume(f"{name}.resume", modules, optimizer, scaler, progress)
 
     # 6. Train
+    stop, wandb, log = StopSignal(), init_wandb(args, name, progress), Log(name, progress, world)
     Logger(f"{teacher} -> student {student.config}")
     Logger(f"loss = {describe(args)}; {progress.total_steps} steps of {data.step_samples} prompts, "
            f"{args.num_samples} answers each")
-    wandb, log, stop = init_wandb(args, name, progress), Log(name, progress, world), StopSignal()
     loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
                          world.device)
     for epoch in progress.epochs(data.steps_per_epoch):

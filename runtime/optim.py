@@ -1,7 +1,9 @@
 """
-优化器的参数组。
-Parameter groups of the optimizer.
+优化器的参数组，以及把梯度取出、放回的两个函数。
+Parameter groups of the optimizer, and two functions that take gradients out and put them back.
 """
+
+import torch
 
 
 def decay_groups(modules: dict, weight_decay: float) -> list[dict]:
@@ -15,3 +17,19 @@ def decay_groups(modules: dict, weight_decay: float) -> list[dict]:
 def trained_weights(optimizer) -> list:
     """Its parameters, in its order."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def take_gradient(weights: list) -> torch.Tensor:  # -> (P,)
+    """The accumulated gradients as one flat tensor; a weight without gradient has 0. They are
+    cleared, so that the next backward pass starts from 0."""
+    grads = [torch.zeros_like(w).flatten() if w.grad is None else w.grad.flatten() for w in weights]
+    flat = torch.cat(grads)
+    for weight in weights:
+        weight.grad = None
+    return flat
+
+
+def give_gradient(weights: list, flat: torch.Tensor):  # (P,)
+    """Make a flat tensor the gradients of the weights."""
+    for weight, grad in zip(weights, flat.split([weight.numel() for weight in weights])):
+        weight.grad = grad.view_as(weight)

@@ -4,8 +4,9 @@ What several tests share: a model small enough for a hand, a tokenizer whose ids
 runs, and a copy of the repo in which quickstart.sh has run.
 """
 
+import fcntl
+import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,40 @@ import torch
 
 from dataset import lm_dataset
 from dataset.miniworld import SMOKE, generate
-from helpers_run import ROOT, quickstart
+from helpers_docs import Newcomer, stand_ins
+from helpers_run import ROOT, Shell, quickstart
 from interop.checkpoint import new_model, save_model
 from model.config import LMConfig
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
 from model.transformer import Transformer
 
 torch.set_num_threads(1)        # on matrices of 16 x 16, handing work to threads takes longer than the work
+
+# `bash test.sh -m core`: in less than two minutes whether an edit broke something important. A file, or
+# a test of a file with the beginning of its parameters.
+CORE = (
+    "test_losses.py", "test_fused.py", "test_model.py", "test_moe.py", "test_lm_dataset.py",
+    "test_formats.py",
+    # A gradient does not depend on how its samples are split; two processes in each of them.
+    "test_training.py::test_eight_samples_give_one_gradient_however_they_are_split[pretrain-more0-]",
+    "test_training.py::test_eight_samples_give_one_gradient_however_they_are_split[sft-more1-]",
+    "test_training.py::test_eight_samples_give_one_gradient_however_they_are_split[distillation",
+    "test_onpolicy.py::test_two_processes_take_the_steps_of_one",
+    # An interrupted run ends as the uninterrupted one.
+    "test_training.py::test_an_interrupted_run_of_two_processes_goes_on_with_one",
+    "test_readme.py::test_both_languages",
+)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "core: the most important tests, less than two minutes")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = f"{item.path.name}::{item.name}"
+        if any(name.startswith(entry + "::" * ("::" not in entry)) for entry in CORE):
+            item.add_marker("core")
 
 
 @pytest.fixture(scope="session")
@@ -80,16 +108,42 @@ def models(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def clone(tmp_path_factory) -> Path:
-    """A copy of the repo with an environment that is complete, after `bash quickstart.sh --smoke`."""
-    tools = Path(sys.executable).parent
-    assert (tools / "activate").exists(), "quickstart.sh works in a virtual environment; run the tests by bash test.sh"
-    folder = tmp_path_factory.mktemp("clone") / "repo"
+# ---------------------------------------------------------------------- a copy of the repo, set up
+
+
+def copy_repo(folder: Path):
+    """The repo without what is not tracked, and with an environment that is complete."""
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
-        ".git", ".venv", ".cache", "__pycache__", ".pytest_cache", "out", "wandb", "*.jsonl"))
-    (folder / ".venv").mkdir()
-    (folder / ".venv/bin").symlink_to(tools)
+        ".git", ".venv", ".cache", "__pycache__", ".pytest_cache", "out", "output", "wandb", "*.jsonl"))
+    (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/.installed").touch()
-    assert "The table is in out/smoke/report.md" in quickstart(folder)
-    return folder
+
+
+@pytest.fixture(scope="session")
+def quickstarted(tmp_path_factory) -> Path:
+    """A copy of the repo after `bash quickstart.sh --smoke`, which the workers of pytest-xdist share:
+    the first of them makes it. Read only; `clone` is a copy of it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "quickstarted"
+    shared.mkdir(exist_ok=True)
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "done").exists():
+            copy_repo(shared / "repo")
+            assert "The table is in out/smoke/report.md" in quickstart(shared / "repo")
+            (shared / "done").touch()
+    return shared / "repo"
+
+
+@pytest.fixture(scope="session")
+def clone(quickstarted, tmp_path_factory) -> Path:
+    """A copy of the repo after `bash quickstart.sh --smoke`."""
+    return shutil.copytree(quickstarted, tmp_path_factory.mktemp("clone") / "repo")
+
+
+@pytest.fixture(scope="module")
+def newcomer(quickstarted, tmp_path_factory) -> Newcomer:
+    """What a reader of the docs has after the first command: Newcomer(folder, shell)."""
+    folder = shutil.copytree(quickstarted, tmp_path_factory.mktemp("newcomer") / "repo")
+    stand_ins(folder)
+    return Newcomer(folder, Shell(folder / ".venv/bin"))

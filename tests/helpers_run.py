@@ -2,8 +2,10 @@
 测试的助手：在预热好的子进程里运行脚本，一次只要零点几秒。
 Help for the tests of whole runs: a script in a process of its own, in a few tenths of a second.
 
-Importing torch takes longer than a tiny run. A fork server imports it once; each run is a fork of it that executes the
-script's file as __main__, with the arguments, variables and exit status that a shell or torchrun would give it.
+Importing torch takes longer than a tiny run. A fork server imports it once; each run is a fork of it
+that executes the script's file as __main__, with the arguments, variables, folder and exit status
+that a shell or torchrun would give it. `Shell` does the same for shell scripts: it puts a `python`
+and a `torchrun` on the PATH whose runs are such forks.
 """
 
 import io
@@ -11,11 +13,13 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,20 +29,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))       # the repo is used in place, not installed
 
-from runtime import log  # noqa: E402
 from dataset import lm_dataset  # noqa: E402
+from runtime import log  # noqa: E402
 
 os.environ["OMP_NUM_THREADS"] = "1"     # sums in one order: runs can be compared bit by bit
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["helpers_run", "torch._dynamo", "torch.distributed", "torch.distributed.fsdp",
-                              "torch.distributed.checkpoint", "evaluation.validation", "interop.sizes", "tiktoken",
+FORKS.set_forkserver_preload(["helpers_run", "torch._dynamo", "torch.distributed",
+                              "torch.distributed.fsdp", "torch.distributed.checkpoint",
+                              "evaluation.validation", "interop.sizes", "tiktoken", "yaml", "tqdm",
                               "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 # What every run of these tests has in common.
-TINY = {"max_seq_len": 128, "num_workers": 0, "dtype": "float32", "batch_size": 8, "learning_rate": 1e-2}
+TINY = {"max_seq_len": 128, "num_workers": 0, "dtype": "float32", "batch_size": 8,
+        "learning_rate": 1e-2}
 
 
-# ----------------------------------------------------------------------------------------------------- running scripts
+# ------------------------------------------------------------------------------ running scripts
 
 
 class Ended(NamedTuple):
@@ -47,9 +53,9 @@ class Ended(NamedTuple):
 
 
 class Started:
-    """A script under way, in one process or as many as torchrun would have started."""
+    """A script that is running, in one process or as many as torchrun would have started."""
 
-    def __init__(self, argv, processes, variables, stdin):
+    def __init__(self, argv, processes, variables, stdin, cwd=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -60,7 +66,8 @@ class Started:
             torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
             output.touch()
-            arguments = argv, torchrun | variables, stdin, output, Path(self.folder.name) / "cache"
+            arguments = (argv, variables | torchrun, stdin, output,
+                         Path(self.folder.name) / "cache", cwd or ROOT)
             self.processes.append(FORKS.Process(target=execute, args=arguments))
             self.processes[-1].start()
 
@@ -83,32 +90,51 @@ class Started:
         return Ended(max((process.exitcode for process in self.processes), key=abs), self.output)
 
 
-def execute(argv, variables, stdin, output, cache):
-    """In the fork: become `python SCRIPT ...`, with a token cache that no other run has filled."""
-    multiprocessing.set_start_method("fork", force=True)        # for the DataLoader's workers, as in a script
+def execute(argv, variables, stdin, output, cache, cwd=None):
+    """In the fork: become `python ARGV`, with a token cache that no other run has filled."""
+    multiprocessing.set_start_method("fork", force=True)        # for the DataLoader's workers
     file = os.open(output, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update({key: str(value) for key, value in variables.items()})
-    os.chdir(ROOT)
-    sys.argv, sys.stdin = argv, io.StringIO(stdin)
+    os.chdir(cwd or ROOT)
     torch.set_num_threads(1)
     lm_dataset.CACHE = cache
-    if not os.environ.get("DRAW"):                              # half a second for a picture that no one looks at
-        log.draw_curves = lambda rows, path: None
-    runpy.run_path(argv[0], run_name="__main__")
+    sys.stdin = io.StringIO(stdin)
+    if SHELL in os.environ:             # what this run starts is a fork as well
+        sys.executable = shutil.which("python")
+        spawned = multiprocessing.get_context
+        multiprocessing.get_context = lambda method=None: spawned("fork")
+    if not os.environ.get("DRAW"):      # a picture that nobody looks at takes half a second
+        log.draw_curves = lambda *arguments, **named: None
+
+    # Modules are found where python would look for them, not in the folder of the tests.
+    here = os.getcwd() if argv[0] in ("-m", "-c") else str(Path(argv[0]).resolve().parent)
+    rest = [path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"), "")]
+    sys.path[:] = [here, *rest]
+    if argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
 
 
-def start(script, *more, processes=1, variables=None, stdin="", **flags) -> Started:
-    """`start("train_sft.py", max_steps=3, use_moe=True)` is `python train_sft.py --max_steps 3 --use_moe`; with
-    processes=2, two of them with --ddp and what torchrun tells them."""
+def start(script, *more, processes=1, variables=None, stdin="", cwd=None, **flags) -> Started:
+    """`start("train_sft.py", max_steps=3, use_moe=True)` is `python train_sft.py --max_steps 3
+    --use_moe`; with processes=2, two of them with --ddp and what torchrun sets. `start("-m",
+    "ability_tree.tree", ...)` is `python -m ability_tree.tree ...`. cwd: the folder, or the repo."""
     argv = [script, *map(str, more)] + (["--ddp"] if processes > 1 else [])
     for name, value in flags.items():
         if value is True:
             argv.append(f"--{name}")
         elif value is not None:
-            argv += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    return Started(argv, processes, variables or {}, stdin)
+            several = isinstance(value, (list, tuple))
+            argv += [f"--{name}", *map(str, value if several else [value])]
+    return Started(argv, processes, variables or {}, stdin, cwd)
 
 
 def run(script, *more, **flags) -> Ended:
@@ -117,14 +143,14 @@ def run(script, *more, **flags) -> Ended:
 
 
 def succeed(script, *more, **flags) -> str:
-    """Run it to a good end. Returns what it printed."""
+    """Run it; it must exit with 0. Returns what it printed."""
     ended = run(script, *more, **flags)
     assert ended.code == 0, ended.output
     return ended.output
 
 
 def complaint(script, *more, **flags) -> str:
-    """Run it to the error that it must end in, told in words and not as a traceback. Returns what it printed."""
+    """Run it; it must end in an error message without a traceback. Returns what it printed."""
     ended = run(script, *more, **flags)
     assert ended.code not in (0, 130) and "Traceback" not in ended.output, ended.output
     return ended.output
@@ -137,14 +163,83 @@ def wait_until(condition, seconds: float = 60):
         time.sleep(0.002)
 
 
-def quickstart(folder) -> str:
-    ended = subprocess.run(["bash", "quickstart.sh", "--smoke"], cwd=folder, stdout=subprocess.PIPE, text=True,
-                           stderr=subprocess.STDOUT)
-    assert ended.returncode == 0, ended.stdout
-    return ended.stdout
+# -------------------------------------------------------------------------------- shell commands
+
+SHELL = "MINIDISTILL_TEST_SHELL"        # variable that names the socket of the Shell
+
+CLIENT = """#!{python} -SE
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect(os.environ["{variable}"])
+stdin = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+server.sendall(json.dumps([sys.argv, os.getcwd(), dict(os.environ), stdin]).encode())
+server.shutdown(socket.SHUT_WR)
+code, output = json.loads(b"".join(iter(lambda: server.recv(65536), b"")))
+sys.stdout.write(output)
+sys.stdout.flush()
+sys.exit(code)
+"""
 
 
-# ----------------------------------------------------------------------------------------------------- reading results
+class Shell:
+    """`Shell(folder).run("bash quickstart.sh --smoke", cwd)`: a shell command in which `python` and
+    `torchrun` start forks of the fork server. folder gets the two programs and a socket."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.bin = folder
+        for name in ("python", "python3", "torchrun"):
+            client = folder / name
+            client.write_text(CLIENT.format(python=sys.executable, variable=SHELL))
+            client.chmod(0o755)
+        # quickstart.sh activates its environment; this one is complete.
+        (folder / "activate").write_text(f'export PATH="{folder}:$PATH"\n')
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.address = tempfile.mkdtemp(prefix="sh-") + "/socket"    # such paths must be short
+        self.listener.bind(self.address)
+        self.listener.listen()
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            connection, _ = self.listener.accept()
+            threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
+
+    def answer(self, connection):
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+        (program, *argv), cwd, variables, stdin = json.loads(received)
+        processes = 1
+        launcher = Path(program).name == "torchrun"
+        if argv[:2] == ["-m", "torch.distributed.run"]:
+            argv, launcher = argv[2:], True
+        while launcher and argv[0].startswith("--"):
+            flag, *argv = argv
+            if flag == "--nproc_per_node":
+                processes, *argv = int(argv[0]), *argv[1:]
+        try:
+            code, output = Started(argv, processes, variables, stdin, cwd).wait(300)
+        except AssertionError as error:
+            code, output = 1, str(error)
+        connection.sendall(json.dumps([code if code >= 0 else 128 - code, output]).encode())
+        connection.close()
+
+    def run(self, command, cwd, stdin="") -> Ended:
+        environment = os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}",
+                                    "OMP_NUM_THREADS": "1", SHELL: self.address}
+        words = ["bash", "-c", command] if isinstance(command, str) else command
+        ended = subprocess.run(words, cwd=cwd, env=environment, input=stdin, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return Ended(ended.returncode, ended.stdout)
+
+
+def quickstart(folder, shell: Shell | None = None) -> str:
+    """`bash quickstart.sh --smoke` in a copy of the repo whose environment is complete."""
+    ended = (shell or Shell(folder / ".venv/bin")).run(["bash", "quickstart.sh", "--smoke"], folder)
+    assert ended.code == 0, ended.output
+    return ended.output
+
+
+# ----------------------------------------------------------------------------- reading results
 
 
 def rows(path: Path) -> list[dict]:

@@ -1,98 +1,122 @@
 """
-课程页里引用的代码确在文件里，命令都能跑，两种语言说的是同一件事。
-The lesson pages quote code that is there, every command in them runs, and both languages say the same.
+课程页里引用的代码确在文件里，命令都能跑，两种语言说的是同一件事；术语表指向的代码确实存在。
+The lesson pages quote code that exists, their commands run, and both languages say the same;
+the glossary names code that exists and terms that the lessons use.
 """
 
 import re
 import shlex
 
-import helpers_run
 import pytest
-from helpers_run import FORKS, ROOT
+from helpers_docs import SMALL, blocks, commands, figures, small
+from helpers_run import ROOT, Shell
+
 from interop.checkpoint import new_model, save_model
 from model.config import LMConfig
-from test_readme import COMMANDS, SMALL, commands, small
 
-PAGES = sorted(path.relative_to(ROOT) for path in ROOT.glob("docs/lessons/*_zh.md"))
-PAIRS = [(page.with_name(page.name.replace("_zh.md", ".md")), page) for page in PAGES]
-BOTH = [page for pair in PAIRS for page in pair]
-OWN = [command for page, _ in PAIRS for command in commands(page) if command not in COMMANDS]
-# The models that quickstart.sh leaves for the lessons, untrained.
+CHINESE = sorted(path.relative_to(ROOT) for path in ROOT.glob("docs/lessons/*_zh.md"))
+PAIRS = [(page.with_name(page.name.replace("_zh.md", ".md")), page) for page in CHINESE]
+ENGLISH = [page for page, _ in PAIRS]
+INDEX, GLOSSARY = ROOT / "docs/README.md", ROOT / "docs/glossary.md"
+# The models that quickstart.sh leaves for the lessons, untrained: (dim, n_layers, n_heads).
 MODELS = {"pretrain_64": (64, 2, 4), "full_sft_64": (64, 2, 4), "full_sft_128": (128, 4, 8)}
 
 
-def blocks(page, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)\n```", (ROOT / page).read_text(), flags=re.DOTALL)
+def read(page) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-def stands_in(quoted: list[str], lines: list[str]) -> bool:
-    """Whether these lines follow each other somewhere among those, all of them indented by as much."""
+def contains(lines: list[str], quoted: list[str]) -> bool:
+    """Whether the quoted lines follow each other in lines, all of them indented by as much."""
     for first in range(len(lines) - len(quoted) + 1):
         indent = lines[first].removesuffix(quoted[0])
-        if not indent.strip() and lines[first:first + len(quoted)] == [(indent + line).rstrip() for line in quoted]:
+        if not indent.strip() and lines[first:first + len(quoted)] == [
+                (indent + line).rstrip() for line in quoted]:
             return True
     return False
 
 
-@pytest.mark.parametrize("page", [page for page, _ in PAIRS], ids=lambda page: page.stem)
-def test_quoted_code_stands_in_the_file_that_its_first_line_names(page):
+@pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.stem)
+def test_quoted_code_is_in_the_file_that_its_first_line_names(page):
     assert blocks(page, "python")
     for block in blocks(page, "python"):
         where, *quoted = block.splitlines()
-        lines = (ROOT / where.removeprefix("# ")).read_text().splitlines()
-        assert stands_in(quoted, lines), f"{page}: not in {where.removeprefix('# ')}:\n{block}"
+        file = where.removeprefix("# ")
+        assert contains(read(file).splitlines(), quoted), f"{page}: not in {file}:\n{block}"
 
 
 def test_code_is_found_at_any_indent_but_only_in_one_piece():
     lines = ["def f():", "    a = 1", "    if a:", "        b = 2"]
-    assert stands_in(["a = 1", "if a:", "    b = 2"], lines)
-    assert not stands_in(["a = 1", "    b = 2"], lines)
-    assert not stands_in(["= 1"], lines)
+    assert contains(lines, ["a = 1", "if a:", "    b = 2"])
+    assert not contains(lines, ["a = 1", "    b = 2"])
+    assert not contains(lines, ["= 1"])
 
 
-def test_every_lesson_is_there_in_both_languages():
+def test_every_lesson_exists_in_both_languages():
     assert len(PAIRS) == 12
-    assert sorted(map(str, BOTH)) == sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/lessons/*.md"))
+    pages = sorted(path.relative_to(ROOT) for path in ROOT.glob("docs/lessons/*.md"))
+    assert sorted(page for pair in PAIRS for page in pair) == pages
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0].stem)
-def test_both_languages_have_the_same_code_commands_and_figures(pair):
-    def figures(page):
-        lines = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("|")]
-        return [re.findall(r"\d+(?:[.,]\d+)*", line) for line in lines]
-
-    ours, theirs = pair
-    assert blocks(ours, "python") == blocks(theirs, "python")
-    assert commands(ours) == commands(theirs)
-    assert figures(ours) == figures(theirs)
+@pytest.mark.parametrize("english, chinese", PAIRS, ids=lambda page: page.stem)
+def test_both_languages_have_the_same_code_commands_and_figures(english, chinese):
+    assert blocks(english, "python") == blocks(chinese, "python")
+    assert commands(english) == commands(chinese)
+    assert figures(english) == figures(chinese)
 
 
 @pytest.mark.parametrize("language", [0, 1], ids=["en", "zh"])
 def test_all_lessons_have_the_same_parts_in_the_same_order(language):
-    texts = [(ROOT / pair[language]).read_text() for pair in PAIRS]
-    assert len({tuple(re.findall(r"^## .*|^<.*", text, flags=re.MULTILINE)) for text in texts}) == 1
+    parts = {tuple(re.findall(r"^## .*|^<.*", read(pair[language]), flags=re.MULTILINE))
+             for pair in PAIRS}
+    assert len(parts) == 1
 
 
 def test_links_lead_to_files_and_the_index_names_every_page():
-    index = ROOT / "docs/README.md"
     linked = {}
-    for page in [index, *(ROOT / page for page in BOTH)]:
-        links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    for page in [INDEX, GLOSSARY, *(ROOT / page for pair in PAIRS for page in pair)]:
+        links = re.findall(r"\]\(([^)#]+)\)", read(page))
         linked[page] = {(page.parent / link).resolve() for link in links if "://" not in link}
         missing = [str(path) for path in linked[page] if not path.exists()]
         assert not missing, f"{page}: {missing}"
-    assert linked[index] >= {(ROOT / page).resolve() for page in BOTH}
+    assert linked[INDEX] >= {(ROOT / page).resolve() for pair in PAIRS for page in pair}
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
+# ------------------------------------------------------------------------------------- glossary
+
+
+def entries() -> list[list[str]]:
+    """The rows of the glossary: term, Chinese term, meaning, Chinese meaning, paper, code."""
+    rows = [line for line in read(GLOSSARY).splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[1:]]
+
+
+def test_the_glossary_names_files_and_what_they_define():
+    assert len(entries()) > 40
+    for term, _, _, _, _, code in entries():
+        if code == "not in this repo":
+            continue
+        file, name = re.fullmatch(r"`([\w/.]+)` `([\w-]+)`", code).groups()
+        defined = rf"^\s*(?:def|class) {name}\b|^{name} = |\"{name}\""
+        assert re.search(defined, read(file), flags=re.MULTILINE), f"{term}: {file} has no {name}"
+
+
+@pytest.mark.parametrize("language", [0, 1], ids=["en", "zh"])
+def test_every_term_of_the_glossary_is_used_in_a_lesson(language):
+    text = re.sub(r"\s+", " ", "".join(read(pair[language]) for pair in PAIRS)).lower()
+    terms = [re.sub(r" \(.*\)", "", row[language]).lower() for row in entries()]
+    assert [term for term in terms if term not in text] == []
+
+
+# ------------------------------------------------------------------------------------- commands
 
 
 @pytest.fixture(scope="module")
 def classroom(tmp_path_factory, data):
-    """The repo as a reader has it after quickstart.sh, with models that have learned nothing and little data."""
+    """The repo as a reader has it after quickstart.sh, with untrained models and little data."""
     folder = tmp_path_factory.mktemp("classroom")
     for path in ROOT.iterdir():
-        if path.name not in ("out", "dataset", ".git", ".cache"):
+        if path.name not in ("out", "dataset", ".git", ".cache", ".venv"):
             (folder / path.name).symlink_to(path)
     (folder / "dataset").mkdir()
     for path in [*(ROOT / "dataset").glob("*.py"), *data.iterdir()]:
@@ -103,29 +127,23 @@ def classroom(tmp_path_factory, data):
     return folder
 
 
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory):
+    return Shell(tmp_path_factory.mktemp("shell"))
+
+
 def tiny(command: str) -> list[str]:
-    """A lesson's command in two steps; models keep their width, by which later commands name them."""
-    _, *words = shlex.split(command) + SMALL if "--dim " in command else small(command)
-    if words[0] == "-m":
-        words[:2] = [words[1].replace(".", "/") + ".py"]
-    if words[0] == "scripts/evaluate.py":
+    """A lesson's command in two steps. Models keep their width: later commands name them by it."""
+    words = shlex.split(command) + SMALL if "--dim " in command else small(command)
+    if "scripts/evaluate.py" in words:
         words += ["--limit", "4"]
-    if words[0] == "scripts/generate_answers.py":                   # drawn: the likeliest token of an untrained model is no word
+    if "scripts/generate_answers.py" in words:  # sampled: a greedy untrained model writes no text
         words += ["--temperature", "1", "--max_new_tokens", "2"]
     return words
 
 
-def execute_in(folder, *arguments):
-    """In the fork: the script is run there and not in the repo."""
-    helpers_run.ROOT = folder
-    helpers_run.execute(*arguments)
-
-
-@pytest.mark.parametrize("command", OWN)
-def test_a_command_of_a_lesson_runs(command, classroom):
-    output = classroom / "output"
-    output.write_text("")
-    process = FORKS.Process(target=execute_in, args=(classroom, tiny(command), {}, "3 plus 4?\n", output, classroom / "cache"))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0, output.read_text()
+@pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.stem)
+def test_the_commands_of_a_lesson_run_in_their_order(page, classroom, shell):
+    for command in commands(page):
+        ended = shell.run(tiny(command), classroom, stdin="3 plus 4?\n")
+        assert ended.code == 0, f"{command}\n{ended.output}"

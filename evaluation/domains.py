@@ -1,0 +1,111 @@
+"""
+课程的评测：每一方的损失与考试，几个进程分着答；以及教师与学生的回答对照。
+The evaluation of a curriculum: losses and an exam of each side, and answers of teacher and student.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dataset.domains import DOMAIN, GENERAL
+from dataset.lm_dataset import in_order
+from evaluation.exam import ExamQuestion, answer, grade
+from evaluation.validation import evaluate
+from runtime.log import Logger
+from runtime.precision import autocast
+from runtime.processes import World
+
+
+def evaluate_sides(model, teachers, tokenizer, held_out: dict, world: World, max_new_tokens: int,
+                   vocab_size: int | None = None) -> tuple[dict[str, float], dict[str, float]]:
+    """Of each side that has something held out: SIDE_loss (CE with the labels) and SIDE_kl
+    (KL(teacher || student)), nats per token; and of its exam SIDE_accuracy, and macro precision,
+    recall and f1. Second, the accuracy of each category: {domain/CATEGORY: accuracy}.
+
+    held_out    {side: (data, exam)}: see dataset.domains.open_sides
+    """
+    metrics, by_category = {}, {}
+    for side, (data, exam) in held_out.items():
+        batches = in_order(data, world.rank, world.size)
+        scores = evaluate(model, batches, world.device, dtype=world.dtype, teachers=teachers,
+                          vocab_size=vocab_size)
+        metrics |= {f"{side}_loss": scores["val_ce"], f"{side}_kl": scores["val_kl"]}
+        if exam:
+            grades = grade(exam_answers(model, tokenizer, exam, max_new_tokens, world), exam)
+            metrics |= {f"{side}_{name}": getattr(grades, name)
+                        for name in ("accuracy", "precision", "recall", "f1")}
+            if side == DOMAIN:
+                by_category = {f"{side}/{name}": accuracy
+                               for name, accuracy in grades.by_category.items()}
+    return metrics, by_category
+
+
+def exam_answers(model, tokenizer, exam: list[ExamQuestion], max_new_tokens: int,
+                 world: World) -> list[str]:
+    """The model's answers to all questions. Each process answers a part, and all call this."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), autocast(world.device, world.dtype):
+        own = answer(model, tokenizer, exam[world.rank::world.size], max_new_tokens)
+    model.train(was_training)
+    parts = [own]
+    if world.size > 1:
+        parts = [None] * world.size
+        dist.all_gather_object(parts, own)
+    return [parts[i % world.size][i // world.size] for i in range(len(exam))]
+
+
+def forgetting(metrics: dict, start: dict) -> dict[str, float]:
+    """Nats and accuracy that the general side has lost since `start`, metrics too; below 0 it has
+    gained."""
+    lost = {}
+    if "general_loss" in metrics:
+        lost["forgetting_loss"] = metrics["general_loss"] - start["general_loss"]
+    if "general_accuracy" in metrics:
+        lost["forgetting_accuracy"] = start["general_accuracy"] - metrics["general_accuracy"]
+    return lost
+
+
+def weighted_loss(metrics: dict, domain_share: float) -> float:
+    """The sides' losses, weighted by their shares. A side without a loss is left out; NaN without
+    any."""
+    shares = {GENERAL: 1 - domain_share, DOMAIN: domain_share}
+    shares = {side: share for side, share in shares.items()
+              if share > 0 and f"{side}_loss" in metrics}
+    total = sum(shares.values()) or math.nan
+    return sum(share * metrics[f"{side}_loss"] for side, share in shares.items()) / total
+
+
+def log_exam(name: str, model, tokenizer, held_out: dict, max_new_tokens: int, world: World):
+    for side, (_, exam) in held_out.items():
+        if exam:
+            grades = grade(exam_answers(model, tokenizer, exam, max_new_tokens, world), exam)
+            Logger(f"{name}: {grades.accuracy:.1%} of {len(exam):,} {side} questions")
+
+
+def show_samples(name: str, teacher, student, tokenizer, held_out: dict, n_samples: int,
+                 max_new_tokens: int, world: World, wandb, progress):
+    """Append the answers of both to the first questions of each side to samples.md, beside the
+    files NAME.*, and to wandb; log them after the last step."""
+    exam = [question for _, exam in held_out.values() for question in exam[:n_samples]]
+    if not exam:
+        return
+    answers = {"data": [question.gold for question in exam]}
+    for who, model in (("teacher", teacher), ("student", student)):
+        answers[who] = exam_answers(model, tokenizer, exam, max_new_tokens, world)
+    name = Path(name)
+    blocks = [f"## {name.name}, step {progress.steps_done}"]
+    for i, question in enumerate(exam):
+        blocks.append(f"> {question.messages[-1]['content'][-500:]}".replace("\n", "\n> "))
+        blocks.append("\n".join(f"- **{who}**: {' '.join(texts[i].split())[:300]}"
+                                for who, texts in answers.items()))
+    text = "\n\n".join(blocks)
+    if world.rank == 0:
+        with open(name.with_name("samples.md"), "a", encoding="utf-8") as file:
+            file.write(f"{text}\n\n")
+    if wandb is not None:
+        wandb.log({"samples": text}, step=progress.steps_done)
+    if progress.steps_done == progress.total_steps:
+        Logger(text)

@@ -1,0 +1,159 @@
+"""
+文档里的命令：取出来，换成两步的小设置，在 quickstart.sh --smoke 的模型上运行。
+The commands of the docs: taken from the pages, made small, and run on the models of
+`quickstart.sh --smoke`.
+"""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from helpers_run import ROOT, Shell
+from interop import gguf, hf
+from interop.checkpoint import new_model
+from model.config import LMConfig
+
+
+def blocks(page, language: str) -> list[str]:
+    """The code blocks of a page in this language."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)\n```", text, flags=re.DOTALL)
+
+
+def commands(*pages) -> list[str]:
+    """The lines of the bash blocks of these pages, without comments and repetitions."""
+    lines = [re.sub(r"\s+#.*", "", line).strip()
+             for page in pages for block in blocks(page, "bash") for line in block.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+def stands_in(quoted: list[str], lines: list[str]) -> bool:
+    """Whether these lines follow each other somewhere among those, all indented by as much."""
+    for first in range(len(lines) - len(quoted) + 1):
+        indent = lines[first].removesuffix(quoted[0])
+        of_file = lines[first:first + len(quoted)]
+        if not indent.strip() and of_file == [(indent + line).rstrip() for line in quoted]:
+            return True
+    return False
+
+
+def figures(page) -> list[list[str]]:
+    """The numbers of each table row of a page."""
+    return [re.findall(r"\d+(?:[.,]\d+)*", line)
+            for line in (ROOT / page).read_text(encoding="utf-8").splitlines()
+            if line.startswith("|")]
+
+
+# The pages and the test file that runs their commands. Each file has a folder of its own, so pages
+# that use what another page's commands made stand in one file, behind it.
+QUICKSTART = ("README.md", "docs/results.md", "docs/losses.md", "docs/offline.md", "docs/arena.md",
+              "docs/speed.md")
+PROMPTS = ("docs/experience.md", "docs/memory.md")
+STAGES = ("docs/curriculum.md", "docs/ability_tree.md")
+MODELS = ("docs/data.md", "docs/models.md", "docs/real_teachers.md")
+PAGES = QUICKSTART + PROMPTS + STAGES + MODELS
+
+
+# ------------------------------------------------------------------------- the commands, made small
+
+TRAINING = ("train_pretrain.py", "train_sft.py", "train_distillation.py", "train_onpolicy.py",
+            "train_curriculum.py")
+LAUNCHERS = ("scripts/run_skd.sh", "scripts/run_seqkd.sh", "scripts/run_onpolicy_kd.sh")
+TINY_BENCHMARKS = {
+    "benchmarks.step": "--shapes test --vocab 64 --steps 1",
+    "benchmarks.loss": "--tokens 16 --dim 8 --vocab 50 --repeats 1",
+    "benchmarks.generate": "--cases 1 --prompt 4 --new_tokens 4 --dim 32 --n_layers 1 --repeats 1",
+    "benchmarks.data": "--rows 20 --repeats 1",
+    "benchmarks.ddp": "--model 32x1 --tokens 16 --length 8 --steps 1 --repeats 1",
+    "benchmarks.scaling": "--model 32x1 --tokens 16 --length 8 --vocab 64 --steps 1 --repeats 1 "
+                          "--axes tokens=16,32",
+}
+# What makes a command small. argparse takes the last value of a flag, so a flag can be given again.
+SMALL = ["--max_steps", "2", "--batch_size", "4", "--num_workers", "0"]
+
+
+def sixteenth(match) -> str:
+    return str(int(match[0]) // 16)
+
+
+def small(command: str) -> list[str]:
+    """The same command for models of a sixteenth of the width (768 -> 48, 256 -> 16), and two steps."""
+    if ("--dim" in command or "out/real" in command) and "out/experience" not in command:
+        command = re.sub(r"(?<=--dim )\d+|(?<=full_sft_)\d+", sixteenth, command)
+    words = shlex.split(re.sub(r"full_(dist|sft)_(384|576)", r"full_\1_32", command))
+    if re.search(r"configs/(stories|smollm2|gpt2)", command):
+        words += ["--dim", "32", "--val_fraction", "0.2"]           # of few rows
+    if "quickstart.sh" in words:
+        return ["2" if word == "3" else word for word in words] + ["--smoke"]
+    if "scripts/train_tokenizer.py" in words:
+        return [*words, "--vocab_size", "600"]
+    if "-m" in words and words[2] in TINY_BENCHMARKS:
+        return words + shlex.split(TINY_BENCHMARKS[words[2]])
+    if "scripts/compare.py" in words:
+        return [*words, "--updates", "20", "--processes", "1", "--seeds", "1", "--seconds", "0",
+                "--rows", "SFT"]
+    if "--measure" in words:
+        return [*words, "1"]
+    if "scripts/generate_answers.py" in words:
+        return [*words, "--keep_unfinished"]            # the model has not learned to end an answer
+    if set(words) & set(LAUNCHERS):
+        return ["env", "NPROC=2", *words, *SMALL]
+    if "out/experience" in words and "none" in words:   # enough to write letters
+        return words + SMALL + ["--max_steps", "80", "--batch_size", "8"]
+    if "out/ability/teacher" in words:                  # enough to write a question that can be read
+        return words + SMALL + ["--max_steps", "250", "--batch_size", "32", "--learning_rate", "5e-3"]
+    if "train_ability_tree.py" in words:
+        return [*words, "--n_samples", "80", "--max_steps", "2", "--batch_size", "4"]
+    if "train_curriculum.py" in words:                  # the batch sizes stand in its stages
+        return [*words, "--max_steps", "2", "--num_workers", "0", "--eval_samples", "8"]
+    if set(words) & set(TRAINING):
+        more = ["--n_heads", "2", "--n_layers", "2"] if "--dim" in words else []
+        return words + SMALL + more
+    if "scripts/evaluate.py" in words:
+        return [*words, "--limit", "8"]
+    return words
+
+
+# ----------------------------------------------------------------------------- a reader of the docs
+
+
+class Newcomer(NamedTuple):
+    folder: Path        # a copy of the repo after `bash quickstart.sh --smoke`, with stand_ins
+    shell: Shell
+
+    def run(self, command: str):
+        """Run it, made small. It must exit with 0."""
+        ended = self.shell.run(small(command), self.folder, stdin="3 plus 4?\n")
+        assert ended.code == 0, ended.output
+
+
+def stand_ins(folder: Path):
+    """Files of the kind that the docs' commands read: the quickstart's models and data where the real
+    ones would be, and small models and texts in the place of downloads. What a file holds tells its
+    format, not its name."""
+    shutil.copytree(folder / "out/smoke", folder / "out", dirs_exist_ok=True)
+    shutil.copytree(folder / "out/smoke/dataset", folder / "dataset", dirs_exist_ok=True)
+    data = folder / "dataset"
+    sentences = [json.loads(line)["text"] for line in open(data / "pretrain_data.jsonl")]
+    for name in ("text.txt", "tinystories.txt"):
+        (folder / name).write_text("\n\n".join(sentences))
+    (folder / "TinyStories-valid.txt").write_text(
+        "".join(f"{text}\n<|endoftext|>\n" for text in sentences))
+    for name, like in (("songci.jsonl", "pretrain_data.jsonl"), ("chats.jsonl", "sft_data.jsonl"),
+                       ("sharegpt.jsonl", "sft_data.jsonl"), ("alpaca.json", "alpaca_data.json"),
+                       ("alpaca_3k.json", "alpaca_data.json")):
+        shutil.copy(data / like, folder / name)
+    (folder / "exams").mkdir()
+    shutil.copy(data / "mcq_train.jsonl", folder / "exams/arc_easy.jsonl")
+    with open(folder / "alfworld.jsonl", "w") as tasks:
+        for i, line in enumerate(open(data / "experience_base.jsonl")):
+            row = json.loads(line) | {"id": f"{i % 9}/{i}", "task_type": i % 2}
+            tasks.write(json.dumps(row) + "\n")
+
+    sizes = {"dim": 32, "n_layers": 30, "n_heads": 2, "max_seq_len": 1024}
+    gguf.write(*new_model(LMConfig(**sizes)), folder / "out/smollm2.gguf")
+    shutil.copy(folder / "out/smollm2.gguf", folder / "out/stories260K.bin")
+    hf.write(*new_model(LMConfig(architecture="gpt2", **sizes)), folder / "out/gpt2-medium")
