@@ -36,8 +36,8 @@ def progress_bar(world: World, **more) -> tqdm:
 
 
 class ProgressBar:
-    """The progress of this process's share of some work: a bar on a terminal, else a line every ten
-    seconds. Only the main process prints; it assumes that the others are as fast."""
+    """This process's share of some work: a bar on a terminal, else a line every ten seconds. Only
+    the main process prints; it assumes that the others are as fast."""
 
     def __init__(self, total: int, unit: str, world: World):
         self.total, self.unit, self.world, self.done, self.tokens = total, unit, world, 0, 0
@@ -70,12 +70,7 @@ class ProgressBar:
 
 
 class Clock:
-    """The seconds that each phase of a step takes, on this process.
-
-        with clock("teacher"):
-            ...
-        clock.shares()      {"share_teacher": 0.2, ...} of all time since the last call
-    """
+    """The seconds that each phase of a step takes, on this process: `with clock("teacher"): ...`"""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, {}
@@ -92,6 +87,7 @@ class Clock:
         return time.perf_counter()
 
     def shares(self) -> dict[str, float]:
+        """{"share_teacher": 0.2, ...} of the time measured since the last call."""
         total = sum(self.seconds.values())
         shares = {f"share_{phase}": seconds / total for phase, seconds in self.seconds.items()}
         self.seconds = {}
@@ -177,12 +173,11 @@ def draw_curves(rows: list[dict], path: Path):
     if not panels:
         return
 
-    n_columns = min(4, len(panels))
+    n_columns, axis = min(4, len(panels)), None
     n_rows = -(-len(panels) // n_columns)
     figure = Figure(figsize=(3.2 * n_columns, 2.4 * n_rows + 0.6), layout="constrained")
     figure.suptitle(path.stem)
     figure.supxlabel("step")
-    axis = None
     for place, (title, lines) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(n_rows, n_columns, place, title=title, sharex=axis)
         axis.spines[["top", "right"]].set_visible(False)
@@ -195,8 +190,7 @@ def draw_curves(rows: list[dict], path: Path):
 
 
 def init_wandb(args, name: str, progress):
-    """The wandb run, resumed if `progress` knows one; None without --use_wandb and on all but the
-    main process."""
+    """The wandb run, resumed if there is one; None without --use_wandb or off the main process."""
     if not args.use_wandb or not is_main_process():
         return None
     import wandb

@@ -57,10 +57,9 @@ def side_by_side(tests, answers: dict[str, list[str]]) -> str:
     shown = [[turn["content"] for turn in test["messages"][-2:]] for test in tests["conversations"]]
     shown = shown or [(text, "") for text in tests["texts"]]
     blocks = []
-    for i, (question, gold) in enumerate(shown[:max(map(len, answers.values()))]):
-        of_models = {"the file": gold, **{label: texts[i] for label, texts in answers.items()}}
+    for (question, gold), *given in zip(shown, *answers.values()):
         lines = [f"- **{label}**: {' '.join(text.split())}"
-                 for label, text in of_models.items() if text]
+                 for label, text in zip(["the file", *answers], [gold, *given]) if text]
         blocks.append("\n".join([f"> {question}".replace("\n", "\n> "), "", *lines]))
     return "\n\n".join(blocks)
 
@@ -154,9 +153,8 @@ def main():
         for label, paths in models.items():
             results[label] = []
             for path in paths:
-                model, tokenizer = reference, vocabulary
-                if path != path_of_reference:
-                    model, tokenizer = load_model(path, device)
+                model, tokenizer = ((reference, vocabulary) if path == path_of_reference
+                                    else load_model(path, device))
                 column_major(model)
                 comparable = (tokenizer.sha256 == vocabulary.sha256
                               and model.config.vocab_size == reference.config.vocab_size)

@@ -20,7 +20,6 @@ context; the file holds the questions of --data_path. An interrupted run loses o
 same command resumes it, on any number of processes, to the same bytes.
 """
 
-import json
 import shlex
 import sys
 from collections import Counter
@@ -37,7 +36,7 @@ from dataset.formats import Question, read_questions
 from interop.checkpoint import load_model, sha256_of_model
 from model.generate import column_major, generate_steps
 from runtime.args import add_process_args, check_ranges, checking_input, make_parser, parse_args
-from runtime.files import file_sha256, write_atomic
+from runtime.files import file_sha256, write_jsonl
 from runtime.log import Logger
 from runtime.parts import Parts
 from runtime.precision import pick_dtype
@@ -59,7 +58,7 @@ LEFT_OUT = {"too long": "the question fills the teacher's max_seq_len",
 class Task(NamedTuple):
     question: Question      # as the student reads it
     messages: list[dict]    # as the teacher reads it
-    gold: str | None        # the answer in the files; None: neither has one
+    gold: str | None        # the answer in the files, if there is one
 
 
 def read_tasks(paths, teacher_paths, limit=0, only_right=False, skip_bad_lines=False) -> list[Task]:
@@ -92,7 +91,6 @@ def read_tasks(paths, teacher_paths, limit=0, only_right=False, skip_bad_lines=F
 
 
 def part_slices(n_questions: int, batch_size: int, num_samples: int) -> list[slice]:
-    """The questions of each part."""
     n_answers = max(batch_size, -(-n_questions * num_samples // N_PARTS))
     size = max(1, min(BATCHES_PER_PART * batch_size, n_answers) // num_samples)
     return [slice(start, start + size) for start in range(0, n_questions, size)]
@@ -105,11 +103,8 @@ def generator_of(part: int, seed: int, device) -> torch.Generator:
 
 
 def answer(teacher, tokenizer, tasks, num_samples, parts, **sampling) -> list | None:
-    """The tokens of each answer, with the end-of-turn token where there is one, question by
-    question; None where the question leaves no room for an answer. None after Ctrl-C.
-
-    sampling    as generate_steps takes it
-    """
+    """The tokens of each answer, end of turn included, question by question; of one that leaves no
+    room for an answer None. None instead of the list after Ctrl-C. sampling: see generate_steps."""
     prompts = [ids for ids, _ in tokenizer.encode_chats([task.messages for task in tasks],
                                                         add_generation_prompt=True)
                for _ in range(num_samples)]
@@ -159,9 +154,9 @@ def text_of(tokens: list[int], tokenizer) -> str:
 
 
 def report(counts: Counter) -> str:
-    reasons = [f"{counts[reason]:,} {text}" for reason, text in LEFT_OUT.items() if counts[reason]]
+    reasons = ", ".join(f"{counts[key]:,} {text}" for key, text in LEFT_OUT.items() if counts[key])
     return (f"{counts['written']:,} of {counts['asked']:,} answers"
-            + (f"; left out: {', '.join(reasons)}" if reasons else ""))
+            + (f"; left out: {reasons}" if reasons else ""))
 
 
 def main():
@@ -250,10 +245,7 @@ def main():
         return
     counts = sum((Counter(of_part) for of_part, _ in results), Counter())
     if counts["written"]:
-        # surrogatepass: an id may hold half a character, which UTF-8 refuses.
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n"
-                        for _, rows in results for row in rows)
-        write_atomic(parts.out, lambda file: file.write(lines.encode(errors="surrogatepass")))
+        write_jsonl(parts.out, [row for _, rows in results for row in rows])
     parts.remove()
     if not counts["written"]:
         sys.exit(f"nothing to write: {report(counts)}")
@@ -265,10 +257,9 @@ def main():
         if counts[name]:
             Logger(f"{counts[name]:,} of those written {text}")
     # The student's folder is its own: train_sft.py could otherwise overwrite the teacher.
-    student_dir = f"{Path(args.out).with_suffix('')}_sft"
-    command = ["python", "train_sft.py", "--weights", args.teacher, "--data_path", args.out,
-               "--out_dir", student_dir]
-    Logger(f"Learn from them: {shlex.join(command)}")
+    Logger("Learn from them: " + shlex.join([
+        "python", "train_sft.py", "--weights", args.teacher, "--data_path", args.out, "--out_dir",
+        f"{Path(args.out).with_suffix('')}_sft"]))
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def row(flag) -> list[str]:
     """Names, default and help of a flag, as cells of a table."""
     default = "" if flag.nargs == 0 or flag.default in (None, SUPPRESS) else flag.default
     default = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
-    choices = f"one of {', '.join(map(str, flag.choices))}" if flag.choices else ""
-    texts = ["required" if flag.required else "", (flag.help or "") % vars(flag), choices]
+    texts = ["required" if flag.required else "", (flag.help or "") % vars(flag),
+             f"one of {', '.join(map(str, flag.choices))}" if flag.choices else ""]
     names = ", ".join(f"`{name}`" for name in flag.option_strings or [flag.dest])
     cells = names, default and f"`{default}`", "; ".join(filter(None, texts))
     return [cell.replace("|", "\\|") for cell in cells]

@@ -10,13 +10,11 @@ Pairs for context distillation: each question twice, for the teacher after a dem
     python train_onpolicy.py --data_path out/alfworld/train_student.jsonl \\
         --teacher_data_path out/alfworld/train_teacher.jsonl ...
 
-If a demonstration is too close, from the same room or document, the answer can simply be copied.
---apart reads a row's group from its id. A group is never split between train and test, its rows
-never demonstrate each other, and all demonstrations are training rows. The same file and seed give
-the same bytes: OUT_DIR/{train,test}_{student,teacher}.jsonl.
+From a demonstration of the same room or document the answer can simply be copied, so --apart reads
+a row's group from its id. A group is never split between train and test, its rows never demonstrate
+each other, and all demonstrations are training rows. Writes OUT_DIR/{train,test}_{student,teacher}.
 """
 
-import json
 import random
 import re
 import sys
@@ -32,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.formats import read_each, to_messages, to_question
 from evaluation.tables import aligned
 from runtime.args import check_ranges, checking_input, make_parser, parse_args
-from runtime.files import write_atomic
+from runtime.files import write_jsonl
 
 PROMPT = "Here is how such a task is done:\n\n{demonstration}\n\nNow it is your turn.\n\n{question}"
 PARTS = ("train", "test")
@@ -43,8 +41,8 @@ class Row(NamedTuple):
     name: str | int         # its id; without one its number
     same: str | float       # rows of one value can demonstrate each other ...
     group: str              # ... unless they are of one group
-    messages: list[dict]    # as in to_messages
-    text: str               # all turns but the system's: "You see a mug.\n> take mug"
+    messages: list[dict]
+    text: str               # the turns but the system's: "You see a mug.\n> take mug"
     others: dict            # the other keys of the row
 
 
@@ -171,12 +169,8 @@ def main():
             print(f"{part}: {summary}")
             counts[part] = Counter(row.same for row, _ in pairs[part])
 
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     for (part, side), path in paths.items():
-        # surrogatepass: an id may hold half a character, which UTF-8 refuses.
-        text = "".join(json.dumps(line_of(*pair, side), ensure_ascii=False) + "\n"
-                       for pair in pairs[part])
-        write_atomic(path, lambda file: file.write(text.encode(errors="surrogatepass")))
+        write_jsonl(path, [line_of(*pair, side) for pair in pairs[part]])
     print(aligned([[*PARTS, "demonstrations", args.same], *(
         [*(f"{counts[part][value]:,}" for part in PARTS), f"{len(demonstrations[value]):,}",
          f"{value!r:.60}"] for value, _ in sum(counts.values(), Counter()).most_common(20))],
