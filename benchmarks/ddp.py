@@ -160,7 +160,8 @@ def main(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--processes", type=int, default=2, help="2 or more; on GPUs one each")
-    add("--model", type=width_and_layers, default=(512, 8), metavar="WIDTHxLAYERS")
+    add("--model", type=width_and_layers, default=(512, 8), metavar="WIDTHxLAYERS",
+        help="width and number of layers")
     add("--vocab", type=int, default=6400, help="vocabulary size")
     add("--tokens", type=int, default=512, help="tokens of a micro-batch, a multiple of --length")
     add("--length", type=int, default=256, help="tokens of a sample")

@@ -99,7 +99,8 @@ def main(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--vocab", nargs="+", type=int, default=[6400, 50257, 151936], help="vocabulary sizes")
-    add("--divergence", nargs="+", default=["forward_kl"], choices=DIVERGENCES)
+    add("--divergence", nargs="+", default=["forward_kl"], choices=DIVERGENCES,
+        help="divergences to compare")
     add("--tokens", type=int, default=2048, help="rows of the hidden states")
     add("--dim", type=int, default=512, help="their width, in student and teacher")
     add_result_args(parser)

@@ -22,6 +22,8 @@ from collections import defaultdict
 from itertools import islice
 from statistics import fmean
 
+import numpy as np
+
 from dataset.formats import BadLine, read_rows, to_messages, to_text
 from dataset.lm_dataset import text_samples
 from evaluation.scores import Score, score, score_answers, score_samples
@@ -46,8 +48,6 @@ COLUMNS = {
 }
 
 
-# ---- 1. Tests ------------------------------------------------------------------------------------
-
 def read_tests(paths, limit: int = 0) -> dict[str, list]:
     """Rows of all files by kind, the first `limit` of each file (0: all). Raises BadLine with the
     file, the line and the reason."""
@@ -59,14 +59,15 @@ def read_tests(paths, limit: int = 0) -> dict[str, list]:
                     raise ValueError(row)
                 if "distribution" in row:
                     tests["distributions"].append(to_distribution(row))
-                elif "options" in row:
-                    to_messages(row)            # raises ValueError if something is wrong with it
-                    tests["choices"].append(row)
-                elif "text" in row:
+                elif "text" in row and "options" not in row:
                     tests["texts"].append(to_text(row))
                 else:
-                    tests["conversations"].append(
-                        {"messages": to_messages(row), "leaf": row.get("leaf", "all")})
+                    messages = to_messages(row)     # raises ValueError for a bad row of choices too
+                    kind, test = "conversations", {"messages": messages,
+                                                   "leaf": row.get("leaf", "all")}
+                    if "options" in row:
+                        kind, test = "choices", row
+                    tests[kind].append(test)
             except ValueError as error:
                 raise BadLine(f"{path}, line {number}: {error}") from error
     if not any(tests.values()):
@@ -84,8 +85,6 @@ def to_distribution(row: dict) -> dict:
     question, *_ = to_messages({"conversations": [*row.get("conversations", []), answer]})
     return {"question": question["content"], "distribution": p}
 
-
-# ---- 2. Scores -----------------------------------------------------------------------------------
 
 def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
     """Scores by the keys of COLUMNS; "leaves" {leaf: exact match %}; "kl_by_position". Kinds of
@@ -119,21 +118,17 @@ def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
     if choices:
         log_q = score_answers(model, tokenizer, [(row["question"], list(row["options"].values()))
                                                  for row in choices])
-        chosen = [list(row["options"])[argmax(q)] for row, q in zip(choices, log_q)]
         results["multiple_choice"] = 100 * fmean(
-            letter == row["answer_idx"] for letter, row in zip(chosen, choices))
+            list(row["options"])[np.argmax(q)] == row["answer_idx"]
+            for row, q in zip(choices, log_q))
     if distributions:
         log_q = score_answers(model, tokenizer, [(row["question"], list(row["distribution"]))
                                                  for row in distributions])
         pairs = [(list(row["distribution"].values()), q) for row, q in zip(distributions, log_q)]
         results["habits_kl"] = fmean(
             sum(p_i * (math.log(p_i) - log_q_i) for p_i, log_q_i in zip(*pair)) for pair in pairs)
-        results["habits_mode"] = 100 * fmean(argmax(p) == argmax(q) for p, q in pairs)
+        results["habits_mode"] = 100 * fmean(np.argmax(p) == np.argmax(q) for p, q in pairs)
     return results
-
-
-def argmax(values: list[float]) -> int:
-    return values.index(max(values))
 
 
 def nats_per_token(scores: list[Score]) -> float:
@@ -152,15 +147,13 @@ def kl_by_position(scores: list[Score]) -> dict[str, float]:
 
 
 def generation_speed(model, tokenizer, tests: list[dict], n_tokens: int = 32) -> float:
-    """Generated tokens per second, greedy, all prompts in one batch."""
+    """Greedily generated tokens per second, all prompts in one batch."""
     prompts = [tokenizer.encode_chat(test["messages"][:1], add_generation_prompt=True)[0]
                for test in tests]
     start = time.perf_counter()
     answers = generate(model, prompts, n_tokens)
     return sum(map(len, answers)) / (time.perf_counter() - start)
 
-
-# ---- 3. Tables -----------------------------------------------------------------------------------
 
 def tables(results: dict[str, list[dict]], reference: str) -> str:
     """Markdown of {model: results of each seed}: a table of models by measure, then tables of
@@ -173,18 +166,13 @@ def tables(results: dict[str, list[dict]], reference: str) -> str:
     rows = [[label, *(cells(key, form, seeds, spread=key != "parameters")
                       for key, form in shown.values())] for label, seeds in results.items()]
     found = [markdown([["", *shown], *rows])]
-    by_position = f"KL to {reference} by position in the answer"
-    for key, title, form in (("leaves", "exact match % per leaf", "{:.0f}"),
-                             ("kl_by_position", by_position, "{:.3f}")):
-        names = names_in(results, key)
+    for key, title, form in (
+            ("leaves", "exact match % per leaf", "{:.0f}"),
+            ("kl_by_position", f"KL to {reference} by position in the answer", "{:.3f}")):
+        parts = [[seed.get(key, {}) for seed in seeds] for seeds in results.values()]
+        names = list(dict.fromkeys(name for seeds in parts for seed in seeds for name in seed))
+        names = sorted(names) if key == "leaves" else names
         if len(names) > (key == "leaves"):              # a single leaf is the whole test
-            parts = [[seed.get(key, {}) for seed in seeds] for seeds in results.values()]
             rows = [[name, *(cells(name, form, seeds) for seeds in parts)] for name in names]
             found.append(markdown([[title, *results], *rows]))
     return "\n\n".join(found)
-
-
-def names_in(results: dict[str, list[dict]], key: str) -> list[str]:
-    """The leaves or the spans of positions that any of the models has, leaves in order of name."""
-    names = [name for seeds in results.values() for seed in seeds for name in seed.get(key, {})]
-    return sorted(set(names)) if key == "leaves" else list(dict.fromkeys(names))

@@ -4,6 +4,7 @@ Files that are written completely or not at all.
 """
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -29,6 +30,14 @@ def write_atomic(path: Path, write):
             write(file)
 
     replace_atomic(path, to_file)
+
+
+def write_jsonl(path, rows: list[dict]):
+    """One JSON object a line; the folder is created."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    # surrogatepass: a text may hold half a character, which UTF-8 refuses.
+    write_atomic(Path(path), lambda file: file.write(lines.encode(errors="surrogatepass")))
 
 
 def keep_previous(path: Path):

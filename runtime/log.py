@@ -30,15 +30,19 @@ def Logger(content):
                 file.write(f"{content}\n")
 
 
+def progress_bar(world: World, **more) -> tqdm:
+    """On the terminal of the main process; elsewhere it is disabled."""
+    return tqdm(dynamic_ncols=True, disable=world.rank != 0 or not sys.stderr.isatty(), **more)
+
+
 class ProgressBar:
-    """The progress of this process's share of some work: a bar on a terminal, else a line every ten
-    seconds. Only the main process prints; it assumes that the others are as fast."""
+    """This process's share of some work: a bar on a terminal, else a line every ten seconds. Only
+    the main process prints; it assumes that the others are as fast."""
 
     def __init__(self, total: int, unit: str, world: World):
         self.total, self.unit, self.world, self.done, self.tokens = total, unit, world, 0, 0
         self.start = self.printed = time.perf_counter()
-        self.bar = tqdm(total=total, unit=f" {unit}", unit_scale=True, dynamic_ncols=True,
-                        disable=world.rank != 0 or not sys.stderr.isatty())
+        self.bar = progress_bar(world, total=total, unit=f" {unit}", unit_scale=True)
 
     def add(self, done: int, tokens: int = 0):
         """So many more units are done. tokens: of a unit that is not tokens, for the pace."""
@@ -46,10 +50,10 @@ class ProgressBar:
         self.tokens += tokens
         now, seconds = time.perf_counter(), self.seconds()
         pace = f"{self.world.size * self.tokens / seconds:,.0f} tokens/s" if self.tokens else ""
-        if not self.bar.disable:
-            self.bar.set_postfix_str(pace, refresh=False)
-            self.bar.update(done)
-        elif self.done and (now - self.printed > SECONDS or self.done == self.total):
+        self.bar.set_postfix_str(pace, refresh=False)
+        self.bar.update(done)
+        late = now - self.printed > SECONDS or self.done == self.total
+        if self.bar.disable and self.done and late:
             self.printed = now
             share = " of this process" if self.world.size > 1 else ""
             rate = self.world.size * self.done / seconds
@@ -66,12 +70,7 @@ class ProgressBar:
 
 
 class Clock:
-    """The seconds that each phase of a step takes, on this process.
-
-        with clock("teacher"):
-            ...
-        clock.shares()      {"share_teacher": 0.2, ...} of all time since the last call
-    """
+    """The seconds that each phase of a step takes, on this process: `with clock("teacher"): ...`"""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, {}
@@ -88,6 +87,7 @@ class Clock:
         return time.perf_counter()
 
     def shares(self) -> dict[str, float]:
+        """{"share_teacher": 0.2, ...} of the time measured since the last call."""
         total = sum(self.seconds.values())
         shares = {f"share_{phase}": seconds / total for phase, seconds in self.seconds.items()}
         self.seconds = {}
@@ -95,8 +95,7 @@ class Clock:
 
 
 class Log:
-    """Rows of numbers: a progress bar or plain lines, a JSONL file, and wandb if requested. Main
-    process only.
+    """Rows of numbers: a progress bar or plain lines, a JSONL file, and wandb if requested.
 
     Values are added per step as sums over this process's tokens and reported as means over the
     steps since the last row; nothing is copied from the device in between.
@@ -106,14 +105,12 @@ class Log:
         self.path, self.total_steps, self.world = Path(f"{name}.jsonl"), progress.total_steps, world
         self.first_step, self.start = progress.steps_done, time.time()
         self.sums, self.steps, self.tokens, self.tokens_before = {}, 0, 0, 0
-        self.bar = None
+        self.bar = progress_bar(world, total=self.total_steps, initial=self.first_step, unit="step")
         if world.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             old = read_lines(self.path) if self.first_step else []
             keep = [line for line in old if json.loads(line)["step"] <= self.first_step]
             write_atomic(self.path, lambda file: file.write("".join(keep).encode()))
-            self.bar = tqdm(total=self.total_steps, initial=self.first_step, unit="step",
-                            disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def add(self, tokens: int, **values: torch.Tensor):
         """One micro-batch: tokens that the model read, and values that add up to the step's over
@@ -124,8 +121,7 @@ class Log:
 
     def step(self):
         self.steps += 1
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
 
     def row(self, step: int, wandb=None, **more):
         """Report the means since the last row together with `more`."""
@@ -138,24 +134,23 @@ class Log:
             self.tokens_before += tokens * self.steps
             self.sums, self.steps, self.tokens = {}, 0, 0
         more = {name: float(value) for name, value in more.items()}
-        seconds = time.time() - self.start
-        done = step - self.first_step
+        if self.world.rank != 0:
+            return
+        seconds, done = time.time() - self.start, step - self.first_step
         speed = {"tokens_per_s": self.tokens_before / seconds} if self.tokens_before else {}
-        if self.world.rank == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **more, **speed}) + "\n")
-            if wandb is not None:
-                wandb.log({**more, **speed}, step=step)
-            left = seconds / done * (self.total_steps - step) if done else 0
-            text = "  ".join(f"{name} {value:.4g}" for name, value in more.items())
-            pace = f"  {speed['tokens_per_s']:,.0f} tokens/s" if speed else ""
-            Logger(f"step {step}/{self.total_steps}  {text}{pace}  {left / 60:.1f} min left")
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **more, **speed}) + "\n")
+        if wandb is not None:
+            wandb.log({**more, **speed}, step=step)
+        left = seconds / done * (self.total_steps - step) if done else 0
+        text = "  ".join(f"{name} {value:.4g}" for name, value in more.items())
+        pace = f"  {speed['tokens_per_s']:,.0f} tokens/s" if speed else ""
+        Logger(f"step {step}/{self.total_steps}  {text}{pace}  {left / 60:.1f} min left")
 
     def close(self):
-        """End the progress bar and draw all rows, those before a resume included, as NAME.png
-        beside NAME.jsonl."""
-        if self.bar is not None:
-            self.bar.close()
+        """End the progress bar and draw NAME.png from NAME.jsonl, whose rows include those before a
+        resume."""
+        self.bar.close()
         if self.world.rank == 0:
             rows = [json.loads(line) for line in read_lines(self.path)]
             draw_curves(rows, self.path.with_suffix(".png"))
@@ -163,9 +158,7 @@ class Log:
 
 def draw_curves(rows: list[dict], path: Path):
     """One panel per quantity over the steps, with its validation values (val_*) in the same panel.
-
-    Constants are left out, and so is tokens_per_s, a property of the machine. If nothing remains,
-    no file is written.
+    Constants and tokens_per_s, a property of the machine, are left out; without a panel, no file.
     """
     from matplotlib.figure import Figure        # needed once, at the end of a run
 
@@ -180,12 +173,11 @@ def draw_curves(rows: list[dict], path: Path):
     if not panels:
         return
 
-    n_columns = min(4, len(panels))
+    n_columns, axis = min(4, len(panels)), None
     n_rows = -(-len(panels) // n_columns)
     figure = Figure(figsize=(3.2 * n_columns, 2.4 * n_rows + 0.6), layout="constrained")
     figure.suptitle(path.stem)
     figure.supxlabel("step")
-    axis = None
     for place, (title, lines) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(n_rows, n_columns, place, title=title, sharex=axis)
         axis.spines[["top", "right"]].set_visible(False)
@@ -198,8 +190,7 @@ def draw_curves(rows: list[dict], path: Path):
 
 
 def init_wandb(args, name: str, progress):
-    """The wandb run, resumed if `progress` knows one; None without --use_wandb and on all but the
-    main process."""
+    """The wandb run, resumed if there is one; None without --use_wandb or off the main process."""
     if not args.use_wandb or not is_main_process():
         return None
     import wandb

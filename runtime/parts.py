@@ -19,10 +19,8 @@ from runtime.processes import StopSignal, World, patient_group
 
 
 class Parts:
-    """The parts of a file, in a folder beside it until all of them exist:
-
-        OUT.parts/about.json        what the parts are made from
-        OUT.parts/part-00000.json   the result of one part
+    """The parts of a file, in the folder OUT.parts until all exist; about.json there says what they
+    are made from.
 
         parts = Parts(out, about, n_parts, world)
         with main_process_first(world):
@@ -43,11 +41,9 @@ class Parts:
         self.stop = self.progress = None        # of `mine`
 
     def prepare(self) -> list[int]:
-        """Returns the missing parts. Raises ValueError if the file or parts of another file
-        exist."""
+        """The missing parts. Raises ValueError if the file or parts of another file exist."""
         if self.out.exists():
             raise ValueError(f"{self.out} exists already. Give another --out, or remove it")
-        self.folder.mkdir(parents=True, exist_ok=True)
         about = self.folder / "about.json"
         if about.exists():
             was = json.loads(about.read_text())
@@ -57,10 +53,11 @@ class Parts:
                 raise ValueError(
                     f"{self.folder} holds parts of another file: {'; '.join(changed)}. Resume with "
                     "the same settings, give another --out, or remove that folder")
-        elif any(self.folder.iterdir()):
+        elif self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} exists already and holds other files. Give another "
                              "--out, or remove it")
         else:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(about, lambda file: file.write(json.dumps(self.about, indent=2).encode()))
         return self.missing()
 
@@ -75,9 +72,8 @@ class Parts:
         """This process's share of the missing parts, until Ctrl-C. The caller writes each part
         before it takes the next one.
 
-        sizes   units of work in each part of the file; the caller reports them to `progress` as
-                they are done, and looks at `stop.requested` if a part takes long. None: one unit a
-                part
+        sizes   units of work in each part of the file, which the caller reports to `progress`; it
+                looks at `stop.requested` if a part takes long. None: one unit a part
         """
         if self.group:
             dist.barrier(self.group)        # all processes must see the same parts missing
@@ -96,15 +92,9 @@ class Parts:
     def write(self, part: int, result):
         write_atomic(self.path(part), lambda file: file.write(json.dumps(result).encode()))
 
-    def read(self, part: int):
-        return json.loads(self.path(part).read_bytes())
-
     def wait(self, why: str | None = None):
-        """Wait for the other processes. If parts are missing, end the script and print the command
-        that resumes it.
-
-        why     why this process stopped, if not because of Ctrl-C
-        """
+        """Wait for the other processes. If parts are missing, end the script with `why` it stopped,
+        if not by Ctrl-C, and the command that resumes it."""
         reasons = [why]
         if self.group:
             reasons = [None] * self.world.size
@@ -119,10 +109,10 @@ class Parts:
             sys.exit(1 if because else 130)
 
     def join(self, why: str | None = None) -> list | None:
-        """wait; then the results of all parts in order on the main process, None on the others."""
+        """wait, then return the results of all parts in order; None but on the main process."""
         self.wait(why)
         if self.world.rank == 0:
-            return [self.read(part) for part in range(self.n_parts)]
+            return [json.loads(self.path(part).read_bytes()) for part in range(self.n_parts)]
 
     def remove(self):
         """Remove the folder, once the file is written."""

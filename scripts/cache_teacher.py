@@ -9,9 +9,8 @@ runs without the teacher.
 
 two processes  torchrun --nproc_per_node 2 scripts/cache_teacher.py --ddp ...
 
-Give the validation file too: validation needs the teacher's outputs as well. An interrupted run
-loses one part at most; the same command resumes it, on any number of processes. distill/cache.py
-describes the files.
+Validation needs the teacher's outputs too, so give its file. An interrupted run loses one part at
+most; the same command resumes it, on any number of processes. distill/cache.py describes the files.
 """
 
 import dataclasses
@@ -60,14 +59,6 @@ class Samples:
             rows = chosen - self.firsts[files]
             stream = np.concatenate([self.files[i].sample(row) for i, row in zip(files, rows)])
             yield packed_batch(stream & ~flag, stream & flag > 0, self.lengths[chosen])
-
-
-class CacheParts(Parts):
-    """The parts of a cache are in its own folder, which CacheWriter prepares."""
-
-    def __init__(self, writer: CacheWriter, world):
-        super().__init__(writer.path, writer.about, len(writer.part_bytes), world)
-        self.missing, self.write = writer.missing, writer.write
 
 
 @torch.no_grad()
@@ -141,12 +132,11 @@ def main():
         teacher, tokenizer = load_model(args.teacher)
         config = teacher.config
         max_seq_len = args.max_seq_len or config.max_seq_len
-        if max_seq_len > config.max_seq_len:
-            raise ValueError(f"--max_seq_len {max_seq_len} exceeds the teacher's context length of "
-                             f"{config.max_seq_len}")
-        if args.top_k > config.vocab_size:
-            raise ValueError(f"--top_k {args.top_k} exceeds the vocabulary of {config.vocab_size} "
-                             "tokens")
+        for flag, value, limit, what in (
+                ("max_seq_len", max_seq_len, config.max_seq_len, "teacher's context length"),
+                ("top_k", args.top_k, config.vocab_size, "number of tokens in the vocabulary")):
+            if value > limit:
+                raise ValueError(f"--{flag} {value} exceeds {limit}, the {what}")
         head = teacher.head.detach().clone()            # fp32, before the weights are cast
         dtype = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
         teacher = teacher.to(world.device, dtype)
@@ -176,7 +166,8 @@ def main():
         return
 
     # 5. Write
-    parts = CacheParts(writer, world)
+    parts = Parts(writer.path, about, len(writer.part_bytes), world)
+    parts.missing = writer.missing          # the folder and its parts are the writer's
     n_tokens = [int((samples.lengths[layout.samples[layout.part(part)]] - 1).sum())
                 for part in range(parts.n_parts)]
     for part in parts.mine(missing, n_tokens, "tokens"):

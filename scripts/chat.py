@@ -10,7 +10,6 @@ Chat with any model. It answers token by token and remembers the conversation.
 /new starts a new conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 
 from interop.checkpoint import load_model
 from model.generate import column_major, generate_steps
-from runtime.args import check_ranges, parse_args
+from runtime.args import check_ranges, checking_input, make_parser, parse_args
 from runtime.precision import pick_device
 
 # The default of --weights: the newest file of the first of these patterns that has any.
@@ -29,11 +28,9 @@ USUAL = ("full_onpolicy_*.pth", "full_dist_*.pth", "full_sft_*.pth", "pretrain_*
 
 
 def newest(folder: Path) -> Path | None:
-    for pattern in USUAL:
-        found = [path for path in folder.glob(pattern) if not path.stem.endswith("_best")]
-        if found:
-            return max(found, key=lambda path: path.stat().st_mtime)
-    return None
+    found = [[path for path in folder.glob(pattern) if not path.stem.endswith("_best")]
+             for pattern in USUAL]
+    return max(next(filter(None, found), []), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def chat_prompt(model, tokenizer, messages, max_new_tokens):
@@ -47,8 +44,7 @@ def chat_prompt(model, tokenizer, messages, max_new_tokens):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--weights", default=None,
         help="model, in any known format; default: the newest distilled one in out/, or the newest")
@@ -71,11 +67,9 @@ def main():
         sys.exit("no weights in out/. Make some: bash quickstart.sh")
 
     device = pick_device(args.device)
-    try:
+    with checking_input():
         model, tokenizer = load_model(weights, device)
-        column_major(model)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))
+    column_major(model)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
                 "generator": torch.Generator(device).manual_seed(args.seed)}
     print(f"{weights}: {model.config}, {model.n_parameters() / 1e6:.2f} M parameters. "

@@ -6,8 +6,7 @@ Evaluation: one or several models on the same test files, side by side in one ta
     python scripts/evaluate.py --weights teacher=out/full_sft_128.pth SFT=out/a.pth,out/b.pth
     python scripts/evaluate.py --weights SmolLM2-135M-Instruct/ --data alpaca.json --samples 3
 
-A model is a path of any format that interop/checkpoint.py reads. evaluation/metrics.py says what is
-measured.
+interop/checkpoint.py lists the formats of models; evaluation/metrics.py says what is measured.
 """
 
 import json
@@ -18,7 +17,7 @@ from statistics import fmean
 # `python scripts/evaluate.py` looks for modules in scripts/ alone; ours are one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.metrics import measure, names_in, read_tests, tables
+from evaluation.metrics import measure, read_tests, tables
 from interop.checkpoint import load_model
 from model.generate import column_major, generate
 from runtime.args import check_ranges, checking_input, make_parser, parse_args
@@ -27,18 +26,16 @@ from runtime.precision import pick_device
 
 
 def named(specs: list[str]) -> dict[str, list[str]]:
-    """{label: paths of its seeds} of [LABEL=]PATH[,PATH...]. Raises ValueError if two models have
-    the same label."""
+    """{label: paths of its seeds} of [LABEL=]PATH[,PATH...]. Raises ValueError for equal labels."""
     models = {}
     for spec in specs:
         label, _, paths = spec.rpartition("=")
-        paths = paths.split(",")
-        first = Path(paths[0])
+        first = Path(paths.split(",")[0])
         label = label or (first.name if first.is_dir() else first.stem)
         if label in models:
             raise ValueError(f"two models are called {label}; name them: --weights "
-                             f"FIRST={','.join(models[label])} SECOND={','.join(paths)}")
-        models[label] = paths
+                             f"FIRST={','.join(models[label])} SECOND={paths}")
+        models[label] = paths.split(",")
     return models
 
 
@@ -60,10 +57,9 @@ def side_by_side(tests, answers: dict[str, list[str]]) -> str:
     shown = [[turn["content"] for turn in test["messages"][-2:]] for test in tests["conversations"]]
     shown = shown or [(text, "") for text in tests["texts"]]
     blocks = []
-    for i, (question, gold) in enumerate(shown[:max(map(len, answers.values()))]):
-        of_models = {"the file": gold, **{label: texts[i] for label, texts in answers.items()}}
+    for (question, gold), *given in zip(shown, *answers.values()):
         lines = [f"- **{label}**: {' '.join(text.split())}"
-                 for label, text in of_models.items() if text]
+                 for label, text in zip(["the file", *answers], [gold, *given]) if text]
         blocks.append("\n".join([f"> {question}".replace("\n", "\n> "), "", *lines]))
     return "\n\n".join(blocks)
 
@@ -77,50 +73,43 @@ def average(seeds: list[dict]) -> dict:
 
 def draw(results: dict[str, list[dict]], reference: str, path: Path) -> bool:
     """Bars of exact match per leaf and of the habits' KL; lines of the KL by position in the
-    answer, without the reference, whose KL is 0. What was not measured has no panel; without any
-    panel no file is written, and the result is False."""
+    answer, without the reference's, which is 0. False if nothing of this was measured."""
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
-    means, colors = {label: average(seeds) for label, seeds in results.items()}, {}
-    names = names_in(results, "leaves")
-    names = names if len(names) > 1 else []                 # a single leaf is the whole test
-    exact = {label: [mean["exact_match"], *(mean["leaves"][name] for name in names)]
-             for label, mean in means.items() if "exact_match" in mean}
-    habits = {label: mean["habits_kl"] for label, mean in means.items() if "habits_kl" in mean}
+    means = {label: average(seeds) for label, seeds in results.items()}
+    leaves = {label: mean["leaves"] for label, mean in means.items() if "leaves" in mean}
+    exact = {label: {"all": means[label]["exact_match"],
+                     **({name.rsplit("/", 1)[-1]: values[name] for name in sorted(values)}
+                        if len(values) > 1 else {})} for label, values in leaves.items()}
+    habits = {label: {"": mean["habits_kl"]} for label, mean in means.items()
+              if "habits_kl" in mean}
     curves = {label: mean["kl_by_position"] for label, mean in means.items()
               if "kl_by_position" in mean and label != reference}
-    panels = {name: width for name, width, values in
-              (("exact", 4.0, exact), ("habits", 1.0, habits), ("kl", 1.4, curves)) if values}
+    panels = [panel for panel in (
+        ("Held-out questions", "exact match, %", exact, 4.0),
+        ("Habits (less is better)", "KL(truth || model), nats", habits, 1.0),
+        (f"KL to {Path(reference).name}", "nats per token, by position", curves, 1.4)) if panel[2]]
     if not panels:
         return False
-    figure = Figure(figsize=(2.5 * sum(panels.values()), 4), layout="constrained")
-    axes = figure.subplot_mosaic([list(panels)], width_ratios=list(panels.values()))
-    width = 0.8 / len(results)
-    for i, label in enumerate(results):
-        colors[label] = f"C{i}"
-        if label in exact:
-            places = [x + i * width for x in range(len(names) + 1)]
-            axes["exact"].bar(places, exact[label], width, color=colors[label])
-        if label in habits:
-            axes["habits"].bar(label, habits[label], color=colors[label])
-        if label in curves:
-            axes["kl"].plot(*zip(*curves[label].items()), "o-", color=colors[label])
-    if exact:
-        labels = ["all", *(name.rsplit("/", 1)[-1] for name in names)]
-        axes["exact"].set_xticks([x + 0.4 - width / 2 for x in range(len(labels))], labels,
-                                 rotation=45, ha="right")
-        axes["exact"].set(ylabel="exact match, %", ylim=(0, 100), title="Held-out questions")
-    if habits:
-        axes["habits"].set(xticks=[], ylabel="KL(truth || model), nats",
-                           title="Habits (less is better)")
-    if curves:
-        axes["kl"].set(xlabel="position in the answer", ylabel="nats per token", ylim=(0, None),
-                       title=f"KL to {Path(reference).name}")
-    figure.legend([Patch(color=color) for color in colors.values()], list(colors),
-                  loc="outside lower left", ncols=len(colors), frameon=False)
-    for axis in axes.values():
+    ratios = [panel[-1] for panel in panels]
+    figure = Figure(figsize=(2.5 * sum(ratios), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=ratios)[0]
+    width, labels = 0.8 / len(results), list(results)
+    for axis, (title, ylabel, values, _) in zip(axes, panels):
+        axis.set(title=title, ylabel=ylabel)
         axis.spines[["top", "right"]].set_visible(False)
+        for label, of_label in values.items():
+            i, names = labels.index(label), list(of_label)
+            if values is curves:
+                axis.plot(names, list(of_label.values()), "o-", color=f"C{i}", label=label)
+            else:
+                axis.bar([x + i * width for x in range(len(names))], list(of_label.values()), width,
+                         color=f"C{i}", label=label)
+                axis.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names,
+                                rotation=45, ha="right")
+        axis.set_ylim(0, 100 if values is exact else None)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left",
+                  ncols=len(results), frameon=False)
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
     return True
 
@@ -164,9 +153,8 @@ def main():
         for label, paths in models.items():
             results[label] = []
             for path in paths:
-                model, tokenizer = reference, vocabulary
-                if path != path_of_reference:
-                    model, tokenizer = load_model(path, device)
+                model, tokenizer = ((reference, vocabulary) if path == path_of_reference
+                                    else load_model(path, device))
                 column_major(model)
                 comparable = (tokenizer.sha256 == vocabulary.sha256
                               and model.config.vocab_size == reference.config.vocab_size)

@@ -3,8 +3,7 @@
 The first half of sequence-level distillation (SeqKD): the teacher answers questions, and its
 answers become a file of conversations. The second half is fine-tuning on that file.
 
-    y = argmax p(y | question)      with --temperature 0, token by token; above 0, y ~ p(y |
-    question)
+    y = argmax p(y | question), token by token, or y ~ p(y | question) with --temperature
 
 Kim & Rush 2016, https://arxiv.org/abs/1606.07947, Sec. 3.2. With --only_right, rejection sampling:
 Yuan et al. 2023, https://arxiv.org/abs/2308.01825, Sec. 3.3.
@@ -16,16 +15,11 @@ Yuan et al. 2023, https://arxiv.org/abs/2308.01825, Sec. 3.3.
 
 two processes  torchrun --nproc_per_node 2 scripts/generate_answers.py --ddp ...
 
-A question is a conversation up to its last answer, or to its end if the last turn is the user's.
---teacher_data_path gives the teacher the same questions in another form, row by row: with a hint,
-or with privileged context. The file then holds the questions of --data_path and the answers to the
-others.
-
-An interrupted run loses one part at most. The same command resumes it, on any number of processes,
-to the same bytes (runtime/parts.py).
+--teacher_data_path gives the teacher the same questions, row by row, with a hint or privileged
+context; the file holds the questions of --data_path. An interrupted run loses one part at most; the
+same command resumes it, on any number of processes, to the same bytes.
 """
 
-import json
 import shlex
 import sys
 from collections import Counter
@@ -42,7 +36,7 @@ from dataset.formats import Question, read_questions
 from interop.checkpoint import load_model, sha256_of_model
 from model.generate import column_major, generate_steps
 from runtime.args import add_process_args, check_ranges, checking_input, make_parser, parse_args
-from runtime.files import file_sha256, write_atomic
+from runtime.files import file_sha256, write_jsonl
 from runtime.log import Logger
 from runtime.parts import Parts
 from runtime.precision import pick_dtype
@@ -61,12 +55,10 @@ LEFT_OUT = {"too long": "the question fills the teacher's max_seq_len",
             "empty": "empty", "wrong": "not the file's answer"}
 
 
-# ---- 1. Questions --------------------------------------------------------------------------------
-
 class Task(NamedTuple):
     question: Question      # as the student reads it
     messages: list[dict]    # as the teacher reads it
-    gold: str | None        # the answer in the files; None: neither has one
+    gold: str | None        # the answer in the files, if there is one
 
 
 def read_tasks(paths, teacher_paths, limit=0, only_right=False, skip_bad_lines=False) -> list[Task]:
@@ -75,35 +67,30 @@ def read_tasks(paths, teacher_paths, limit=0, only_right=False, skip_bad_lines=F
     tasks = []
     for path, teacher_path in zip(paths, teacher_paths or paths):
         questions = read_questions(path, skip_bad_lines, Logger)
-        others = questions
-        if teacher_path != path:
-            others = read_questions(teacher_path, skip_bad_lines, Logger)
+        others = (questions if teacher_path == path
+                  else read_questions(teacher_path, skip_bad_lines, Logger))
         if len(questions) != len(others):
             raise ValueError(f"{path} has {len(questions):,} rows, {teacher_path} {len(others):,}: "
                              "row by row they must hold the same questions")
-        for row, (question, other) in enumerate(zip(questions, others), start=1):
-            if limit and row > limit:
-                break
+        pairs = list(zip(questions, others))[:limit or None]
+        for row, (question, other) in enumerate(pairs, start=1):
             if question is None or other is None:       # a bad line on either side is left out
                 continue
-            if None not in (question.answer, other.answer) and question.answer != other.answer:
+            answers = {each.answer: None for each in (other, question) if each.answer is not None}
+            if len(answers) > 1:
                 raise ValueError(
                     f"row {row} of {path} and of {teacher_path} are no pair: the answer is "
                     f"{question.answer!r:.60} in the one, {other.answer!r:.60} in the other")
-            gold = other.answer if question.answer is None else question.answer
-            if only_right and gold is None:
+            if only_right and not answers:
                 raise ValueError(f"{path}, row {row} has no answer to compare the teacher's with; "
                                  "add it, or leave out --only_right")
-            tasks.append(Task(question, other.messages, gold))
+            tasks.append(Task(question, other.messages, next(iter(answers), None)))
     if not tasks:
         raise ValueError(f"no row of {', '.join(paths)} is left to be answered")
     return tasks
 
 
-# ---- 2. Answers ----------------------------------------------------------------------------------
-
 def part_slices(n_questions: int, batch_size: int, num_samples: int) -> list[slice]:
-    """The questions of each part."""
     n_answers = max(batch_size, -(-n_questions * num_samples // N_PARTS))
     size = max(1, min(BATCHES_PER_PART * batch_size, n_answers) // num_samples)
     return [slice(start, start + size) for start in range(0, n_questions, size)]
@@ -116,11 +103,8 @@ def generator_of(part: int, seed: int, device) -> torch.Generator:
 
 
 def answer(teacher, tokenizer, tasks, num_samples, parts, **sampling) -> list | None:
-    """The tokens of each answer, with the end-of-turn token where there is one, question by
-    question; None where the question leaves no room for an answer. None after Ctrl-C.
-
-    sampling    as generate_steps takes it
-    """
+    """The tokens of each answer, end of turn included, question by question; of one that leaves no
+    room for an answer None. None instead of the list after Ctrl-C. sampling: see generate_steps."""
     prompts = [ids for ids, _ in tokenizer.encode_chats([task.messages for task in tasks],
                                                         add_generation_prompt=True)
                for _ in range(num_samples)]
@@ -149,17 +133,17 @@ def to_rows(tasks, answers, tokenizer, only_right=False, keep_unfinished=False):
         finished = tokens[-1] == tokenizer.end_of_turn
         tokens = tokens[:-1] if finished else tokens
         text = text_of(tokens, tokenizer)
-        reason = why_not(text, finished, gold if only_right else None, keep_unfinished)
-        if reason:
-            counts[reason] += 1
-            continue
-        turn = {"role": "assistant", "content": text}
-        rows.append({"conversations": [*question.messages, turn], **question.others})
-        counts["written"] += 1
-        counts["endless"] += not finished
-        ids, targets = tokenizer.encode_chat([turn])
-        learned = [i for i, target in zip(ids, targets) if target]
-        counts["respelt"] += learned != [*tokens, tokenizer.end_of_turn]
+        reason = ("unfinished" if not finished and not keep_unfinished else
+                  "empty" if not text.strip() else          # the training scripts refuse it
+                  "wrong" if only_right and text.strip() != gold.strip() else "written")
+        counts[reason] += 1
+        if reason == "written":
+            turn = {"role": "assistant", "content": text}
+            rows.append({"conversations": [*question.messages, turn], **question.others})
+            counts["endless"] += not finished
+            ids, targets = tokenizer.encode_chat([turn])
+            learned = [i for i, target in zip(ids, targets) if target]
+            counts["respelt"] += learned != [*tokens, tokenizer.end_of_turn]
     return counts, rows
 
 
@@ -169,22 +153,10 @@ def text_of(tokens: list[int], tokenizer) -> str:
     return text.removeprefix(" ") if tokenizer.prefix_space else text
 
 
-def why_not(text: str, finished: bool, gold: str | None, keep_unfinished: bool) -> str | None:
-    """Why an answer is left out, a key of LEFT_OUT; None if it is kept. gold: what it must
-    equal."""
-    if not finished and not keep_unfinished:
-        return "unfinished"
-    if not text.strip():
-        return "empty"                  # the training scripts refuse empty answers
-    if gold is not None and text.strip() != gold.strip():
-        return "wrong"
-    return None
-
-
 def report(counts: Counter) -> str:
-    reasons = [f"{counts[reason]:,} {text}" for reason, text in LEFT_OUT.items() if counts[reason]]
+    reasons = ", ".join(f"{counts[key]:,} {text}" for key, text in LEFT_OUT.items() if counts[key])
     return (f"{counts['written']:,} of {counts['asked']:,} answers"
-            + (f"; left out: {', '.join(reasons)}" if reasons else ""))
+            + (f"; left out: {reasons}" if reasons else ""))
 
 
 def main():
@@ -273,10 +245,7 @@ def main():
         return
     counts = sum((Counter(of_part) for of_part, _ in results), Counter())
     if counts["written"]:
-        # surrogatepass: an id may hold half a character, which UTF-8 refuses.
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n"
-                        for _, rows in results for row in rows)
-        write_atomic(parts.out, lambda file: file.write(lines.encode(errors="surrogatepass")))
+        write_jsonl(parts.out, [row for _, rows in results for row in rows])
     parts.remove()
     if not counts["written"]:
         sys.exit(f"nothing to write: {report(counts)}")
@@ -288,10 +257,9 @@ def main():
         if counts[name]:
             Logger(f"{counts[name]:,} of those written {text}")
     # The student's folder is its own: train_sft.py could otherwise overwrite the teacher.
-    student_dir = f"{Path(args.out).with_suffix('')}_sft"
-    command = ["python", "train_sft.py", "--weights", args.teacher, "--data_path", args.out,
-               "--out_dir", student_dir]
-    Logger(f"Learn from them: {shlex.join(command)}")
+    Logger("Learn from them: " + shlex.join([
+        "python", "train_sft.py", "--weights", args.teacher, "--data_path", args.out, "--out_dir",
+        f"{Path(args.out).with_suffix('')}_sft"]))
 
 
 if __name__ == "__main__":

@@ -27,28 +27,26 @@ terminal. Scripts that train or prepare models also take `--config FILE.yaml ...
 any flag: a later file overrides earlier ones, and the command line overrides all."""
 
 
-class Parsed(Exception):
-    """Raised instead of parsing the command line."""
-
-
 def parser_of(script: str) -> ArgumentParser:
     """The parser of a script, run up to the line that parses the command line."""
+    found = []
+
     def stop(parser, *_):
-        raise Parsed(parser)
+        found.append(parser)
+        sys.exit()
 
     with patch("runtime.args.parse_args", stop), patch.object(ArgumentParser, "parse_args", stop), \
             patch.object(sys, "argv", [script]), patch.object(sys, "path", [str(ROOT), *sys.path]):
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
-        except Parsed as parsed:
-            return parsed.args[0]
-    raise ValueError(f"{script} parses no command line")
+        except SystemExit:
+            return found[0]
 
 
 def scripts() -> list[str]:
     """Paths of all scripts that have flags."""
-    found = [path for pattern in FOLDERS for path in sorted(ROOT.glob(pattern))]
-    texts = {path: path.read_text(encoding="utf-8") for path in found}
+    texts = {path: path.read_text(encoding="utf-8")
+             for pattern in FOLDERS for path in sorted(ROOT.glob(pattern))}
     return [str(path.relative_to(ROOT)) for path, text in texts.items()
             if "__main__" in text and ("ArgumentParser(" in text or "make_parser(" in text)]
 
@@ -57,8 +55,8 @@ def row(flag) -> list[str]:
     """Names, default and help of a flag, as cells of a table."""
     default = "" if flag.nargs == 0 or flag.default in (None, SUPPRESS) else flag.default
     default = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
-    choices = f"one of {', '.join(map(str, flag.choices))}" if flag.choices else ""
-    texts = ["required" if flag.required else "", (flag.help or "") % vars(flag), choices]
+    texts = ["required" if flag.required else "", (flag.help or "") % vars(flag),
+             f"one of {', '.join(map(str, flag.choices))}" if flag.choices else ""]
     names = ", ".join(f"`{name}`" for name in flag.option_strings or [flag.dest])
     cells = names, default and f"`{default}`", "; ".join(filter(None, texts))
     return [cell.replace("|", "\\|") for cell in cells]
@@ -77,14 +75,11 @@ def page() -> str:
         blocks.append(f"## {script}\n\n{purpose}\n\n    python {command}")
         for group in parser._action_groups:
             rows = [row(flag) for flag in group._group_actions if flag.dest != "help"]
-            if not rows:
-                continue
             same = first.setdefault(str((group.title, rows)), script)
-            if same != script:
-                blocks.append(f"**{group.title}**: as in {same}")
-            else:
-                table = markdown([["flag", "default", ""], *rows], "lll")
-                blocks.append(f"**{group.title}**\n\n{table}")
+            if rows:
+                text = (f": as in {same}" if same != script else
+                        "\n\n" + markdown([["flag", "default", ""], *rows], "lll"))
+                blocks.append(f"**{group.title}**{text}")
     return "\n\n".join(blocks) + "\n"
 
 

@@ -2,11 +2,8 @@
 画图：几次训练的曲线画在同一张图里。
 Plot: the curves of several runs in one picture, from the .jsonl log beside each run's weights.
 
-    python scripts/plot.py --logs distilled=out/a/full_dist_64.jsonl alone=out/b/full_dist_64.jsonl
-    \\
-        --out out/curves.png
-    python scripts/plot.py --logs out/a/full_dist_64.jsonl --only loss grad_norm --out
-    out/curves.png
+    python scripts/plot.py --logs distilled=out/a.jsonl alone=out/b.jsonl --out out/curves.png
+    python scripts/plot.py --logs out/a.jsonl --only loss grad_norm --out out/curves.png
 """
 
 import json
@@ -21,21 +18,14 @@ from runtime.files import read_lines, write_atomic
 
 
 def read_curves(path: Path) -> dict[str, dict[int, float]]:
-    """{quantity: {step: value}} of a log. Raises FileNotFoundError, or ValueError if it is no
-    log."""
-    if not path.exists():
-        raise FileNotFoundError(f"no log at {path}; a run writes NAME.jsonl beside its NAME.pth")
-    if path.suffix != ".jsonl":
-        raise ValueError(f"{path} is no log; a run writes NAME.jsonl beside its NAME.pth")
+    """{quantity: {step: value}} of a log."""
+    if not path.exists() or path.suffix != ".jsonl":
+        problem = f"{path} is no log" if path.exists() else f"no log at {path}"
+        raise ValueError(f"{problem}; a run writes NAME.jsonl beside its NAME.pth")
     curves = {}
-    for number, line in enumerate(read_lines(path), start=1):
-        try:
-            row = json.loads(line)
-            for name in row.keys() - {"step"}:
-                curves.setdefault(name, {})[row["step"]] = row[name]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}: no row of a training log: "
-                             f"{line.strip()[:80]}") from error
+    for row in map(json.loads, read_lines(path)):
+        for name in row.keys() - {"step"}:
+            curves.setdefault(name, {})[row["step"]] = row[name]
     return curves
 
 
@@ -45,11 +35,10 @@ def draw(runs: dict[str, dict], names: list[str], path: Path):
 
     figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        for i, (label, curves) in enumerate(runs.items()):
+        for label, curves in runs.items():
             curve = curves.get(name, {})
-            axis.plot(list(curve), list(curve.values()), ".-", color=f"C{i}", label=label)
+            axis.plot(list(curve), list(curve.values()), ".-", label=label)
         axis.set(title=name, xlabel="step")
-        axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
@@ -77,8 +66,7 @@ def main():
         if missing or not names:
             problem = (f"none of these logs has {', '.join(missing)}" if missing
                        else "these logs have no validation quantity in common")
-            raise ValueError(f"{problem}; name some of these with --only: "
-                             f"{', '.join(known) or '(they are empty)'}")
+            raise ValueError(f"{problem}; name some of these with --only: {', '.join(known)}")
     draw(runs, names, args.out)
     print(f"{args.out}: {', '.join(names)} of {', '.join(runs)}")
 

@@ -9,10 +9,11 @@ import signal
 import pytest
 from matplotlib.figure import Figure
 
-from helpers_run import TINY, complaint, start, succeed, wait_until
+from helpers_run import TINY, start, wait_until
 from evaluation.scores import Score
 from evaluation.metrics import kl_by_position, tables
 from scripts.evaluate import draw
+from scripts.plot import main as plot_main
 from runtime.log import draw_curves
 
 
@@ -66,13 +67,11 @@ def test_without_a_row_there_is_no_picture(tmp_path):
 
 
 def test_a_run_leaves_its_curves_beside_its_rows_also_when_it_is_stopped(data, tmp_path):
-    flags = {**TINY, "data_path": data / "sft_data.jsonl", "weights": "none", "dim": 32, "n_layers": 1, "n_heads": 2,
-             "log_interval": 1, "eval_interval": 0, "val_path": "none"}
-    succeed("train_sft.py", **flags, out_dir=tmp_path / "whole", max_steps=2, variables={"DRAW": 1})
-    assert (tmp_path / "whole/full_sft_32.png").read_bytes()[:4] == b"\x89PNG"
-
-    log = tmp_path / "stopped/full_sft_32.jsonl"
-    stopped = start("train_sft.py", **flags, out_dir=log.parent, max_steps=100_000, variables={"DRAW": 1})
+    flags = {**TINY, "data_path": data / "sft_data.jsonl", "weights": "none", "dim": 32,
+             "n_layers": 1, "n_heads": 2, "log_interval": 1, "eval_interval": 0, "val_path": "none"}
+    log = tmp_path / "full_sft_32.jsonl"
+    stopped = start("train_sft.py", **flags, out_dir=tmp_path, max_steps=100_000,
+                    variables={"DRAW": 1})
     wait_until(lambda: log.exists() and log.read_text())
     stopped.send(signal.SIGINT)
     assert stopped.wait().code == 130
@@ -133,16 +132,34 @@ def logs(folder):
     return [f"distilled={folder}/a.jsonl", f"alone={folder}/b.jsonl"]
 
 
-def test_plot_draws_what_the_validations_of_all_runs_have_in_common(tmp_path):
-    said = succeed("scripts/plot.py", logs=logs(tmp_path), out=tmp_path / "curves.png")
-    assert "val_ce of distilled, alone" in said and (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+@pytest.fixture
+def plot(monkeypatch, capsys):
+    """plot(logs=[...], out=path) is scripts/plot.py in this process. Returns what it printed."""
+    def run(logs, out, **more):
+        flags = [word for name, values in more.items() for word in (f"--{name}", *values)]
+        monkeypatch.setattr("sys.argv", ["plot.py", "--logs", *logs, "--out", str(out), *flags])
+        try:
+            plot_main()
+        except SystemExit as ended:
+            return f"{capsys.readouterr().err}{ended.code}"
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_plot_draws_what_the_validations_of_all_runs_have_in_common(plot, tmp_path):
+    picture = tmp_path / "curves.png"
+    assert "val_ce of distilled, alone" in plot(logs(tmp_path), picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("more, reason", [
-    ({"only": ["val_x"]}, "none of these logs has val_x; name some of these with --only: loss, val_ce, val_kl"),
-    ({"logs": ["nowhere.jsonl"]}, "no log at nowhere.jsonl; a run writes NAME.jsonl beside its NAME.pth"),
+    ({"only": ["val_x"]},
+     "none of these logs has val_x; name some of these with --only: loss, val_ce, val_kl"),
+    ({"logs": ["nowhere.jsonl"]},
+     "no log at nowhere.jsonl; a run writes NAME.jsonl beside its NAME.pth"),
     ({"logs": [__file__]}, "is no log; a run writes NAME.jsonl"),
     ({"out": "curves.txt"}, "--out curves.txt: a picture is written as FILE.png"),
 ])
-def test_plot_says_what_it_cannot_draw(more, reason, tmp_path):
-    assert reason in complaint("scripts/plot.py", **{"logs": logs(tmp_path), "out": tmp_path / "curves.png"} | more)
+def test_plot_says_what_it_cannot_draw(more, reason, plot, tmp_path):
+    assert reason in plot(**{"logs": logs(tmp_path), "out": tmp_path / "curves.png"} | more)

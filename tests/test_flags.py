@@ -27,13 +27,14 @@ def test_the_page_of_flags_is_up_to_date():
 
 @pytest.mark.parametrize("script", scripts())
 def test_every_flag_is_read_and_explained(script):
-    """As args.NAME or by its name in quotes; of a name with a prefix or suffix, f"{role}_budget", the
-    rest in quotes."""
+    """As args.NAME or by its name in quotes; of a name with a prefix, f"{role}_budget", the rest in
+    quotes. vars(args).items() reads all of them."""
     source = source_of(script)
-    quoted = set(re.findall(r'"(?:\{\w+\})?(\w+)"', source))
+    quoted = set(re.findall(r"""["'](?:\{\w+\})?(\w+)["']""", source))
     for flag in parser_of(script)._actions:
-        rest = flag.dest.partition("_")[2]
-        is_read = (re.search(rf"\bargs\.{flag.dest}\b", source)
-                   or quoted & {flag.dest, f"_{rest}", rest, rest.partition("_")[2]})
+        parts = flag.dest.split("_")
+        rests = {"_".join(parts[i:]) for i in range(len(parts))}
+        is_read = (re.search(rf"\bargs\.{flag.dest}\b", source) or "vars(args).items()" in source
+                   or quoted & (rests | {f"_{rest}" for rest in rests}))
         assert flag.dest == "help" or is_read, f"--{flag.dest} is never read"
         assert flag.help, f"--{flag.dest} has no help"

@@ -12,12 +12,14 @@ import signal
 import pytest
 import torch
 
+from dataset.formats import Question
 from helpers_run import ROOT, TINY, complaint, start, succeed, wait_until
 from interop.checkpoint import load_model, new_model, save_model
 from model.config import LMConfig
 from model.generate import generate
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
-from scripts.generate_answers import main, part_slices, read_tasks, text_of, why_not
+from scripts.generate_answers import (Task, generator_of, main, part_slices, read_tasks, text_of,
+                                      to_rows)
 
 SCRIPT = "scripts/generate_answers.py"
 N = 32
@@ -133,12 +135,16 @@ def test_an_answer_is_the_text_that_encodes_to_its_tokens_where_a_space_is_put_b
 
 
 def test_a_question_is_a_conversation_up_to_its_last_answer_or_to_its_end(flags, tmp_path):
+    """One that leaves no room for an answer is left out and counted."""
     first = [question(1), {"role": "assistant", "content": "2"}]
     data = write(tmp_path / "mixed.jsonl", [
         {"conversations": first, "leaf": "sum"}, {"messages": [*first, question(2)]},
-        {"instruction": "Add.", "input": "1 + 1", "output": "2", "id": "a"}, {"question": "1 + 1"}])
+        {"instruction": "Add.", "input": "1 + 1", "output": "2", "id": "a"},
+        {"question": "1 " * 100}, {"question": "1 + 1"}])
     alone = flags | {"data_path": data, "teacher_data_path": None, "keep_unfinished": True}
-    succeed(SCRIPT, out=tmp_path / "out.jsonl", **alone)
+    printed = succeed(SCRIPT, out=tmp_path / "out.jsonl", **alone)
+    assert ("wrote 4 of 5 answers; left out: 1 the question fills the teacher's max_seq_len"
+            in printed)
     rows = read(tmp_path / "out.jsonl")
     assert [row["conversations"][:-1] for row in rows] == [
         [question(1)], [*first, question(2)], [{"role": "user", "content": "Add.\n1 + 1"}],
@@ -155,10 +161,10 @@ def test_samples_of_a_question_stand_together_and_are_not_all_the_same(sampled):
     assert sum(len(different) > 1 for different in answers.values()) > N / 2
 
 
-def test_another_seed_draws_other_answers(flags, tmp_path):
-    for seed in (1, 2):
-        succeed(SCRIPT, out=tmp_path / f"{seed}.jsonl", **flags, temperature=1, keep_unfinished=True, seed=seed, limit=6)
-    assert (tmp_path / "1.jsonl").read_bytes() != (tmp_path / "2.jsonl").read_bytes()
+def test_random_numbers_depend_on_the_seed_and_the_part_alone():
+    seeds = [generator_of(part, seed, "cpu").initial_seed()
+             for part, seed in ((0, 1), (0, 1), (1, 1), (0, 2))]
+    assert seeds[0] == seeds[1] and len(set(seeds)) == 3
 
 
 def test_only_right_answers_are_kept_if_asked(said, flags, tmp_path):
@@ -176,32 +182,30 @@ def test_only_right_answers_are_kept_if_asked(said, flags, tmp_path):
     assert f"{wrong} not the file's answer" in printed
 
 
-def test_a_question_that_leaves_no_room_for_an_answer_is_left_out_and_counted(flags, tmp_path):
-    data = write(tmp_path / "long.jsonl", [{"question": "1 " * 100}, {"question": "1 + 1"}])
-    alone = flags | {"data_path": data, "teacher_data_path": None, "keep_unfinished": True}
-    printed = succeed(SCRIPT, out=tmp_path / "out.jsonl", **alone)
-    assert "wrote 1 of 2 answers; left out: 1 the question fills the teacher's max_seq_len" in printed
-    assert [row["conversations"][0]["content"] for row in read(tmp_path / "out.jsonl")] == ["1 + 1"]
+def test_an_answer_is_left_out_if_it_is_empty_unfinished_or_not_the_gold_one(byte_tokenizer):
+    tokenizer = byte_tokenizer()
 
+    def what_becomes_of(text, finished=True, gold=None, keep=False):
+        tokens = tokenizer.encode(text) + [tokenizer.end_of_turn] * finished
+        task = Task(Question([], None, {}), [], gold)
+        counts, rows = to_rows([task], [tokens], tokenizer, gold is not None, keep)
+        assert len(rows) == counts["written"]
+        return [key for key in ("written", "unfinished", "empty", "wrong") if counts[key]]
 
-def test_an_answer_is_left_out_if_it_is_empty_unfinished_or_not_the_gold_one():
-    assert [why_not(text, True, None, False) for text in ("", " \n", "5")] == ["empty", "empty", None]
-    assert [why_not("5", False, None, keep) for keep in (False, True)] == ["unfinished", None]
-    assert [why_not(" 5", True, gold, False) for gold in ("5 ", "6")] == [None, "wrong"]
-
-
-def test_what_was_written_is_learned_by_the_config_of_the_lesson(written, folder, tmp_path):
-    printed = succeed("train_sft.py", config=ROOT / "configs/seqkd_tiny.yaml", weights=folder / "model.pth",
-                   data_path=written[0], **TINY | {"max_steps": 2, "batch_size": 4, "out_dir": tmp_path})
-    assert f"{len(read(written[0]))} samples of {written[0]}; validation: none" in printed
-    assert (tmp_path / "full_sft_32.pth").exists()
+    assert what_becomes_of("5") == what_becomes_of("5", finished=False, keep=True) == ["written"]
+    assert what_becomes_of("") == what_becomes_of(" \n") == ["empty"]
+    assert what_becomes_of("5", finished=False) == ["unfinished"]
+    assert what_becomes_of(" 5", gold="5 ") == ["written"]
+    assert what_becomes_of(" 5", gold="6") == ["wrong"]
 
 
 def test_the_command_that_is_printed_at_the_end_runs_and_leaves_the_teacher_as_it_was(written, folder):
-    """Two steps of it: the student starts from the teacher's weights."""
+    """Two steps of it: the student starts from the teacher's weights and learns all answers."""
     _, script, *words = shlex.split(written[1].splitlines()[-1].partition("Learn from them: ")[2])
     before = (folder / "model.pth").read_bytes()
-    printed = succeed(script, *words, **TINY | {"max_steps": 2, "batch_size": 4})
+    printed = succeed(script, *words, val_path="none",
+                      **TINY | {"max_steps": 2, "batch_size": 4})
+    assert f"{len(read(written[0]))} samples of {written[0]}" in printed
     assert f"from {folder}/model.pth" in printed and (folder / "written_sft/full_sft_32.pth").exists()
     assert (folder / "model.pth").read_bytes() == before
 
@@ -266,27 +270,22 @@ def test_a_bad_line_on_one_side_takes_its_partner_with_it(tmp_path):
         ("a", "A", "a"), ("c", "C", "c")]
 
 
-def test_what_cannot_be_answered_says_why(flags, tmp_path):
-    out = tmp_path / "out.jsonl"
-    printed = complaint(SCRIPT, out=out, **flags | {"data_path": "none.jsonl", "teacher_data_path": None})
-    assert "no file at none.jsonl" in printed
-    printed = complaint(SCRIPT, out=out, **flags | {"teacher": "none.pth"}, processes=2)
-    assert "no weights at none.pth" in printed
-    printed = complaint(SCRIPT, out=out, **flags | {"max_new_tokens": 1}, limit=1)
-    assert "nothing to write: 0 of 1 answers; left out: 1 no end" in printed and not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("more, reason", [
     ({"max_new_tokens": 0}, "--max_new_tokens 0 must be 1 or more"),
     ({"temperature": -1}, "--temperature -1.0 must be 0 or more"),
     ({"temperature": 1, "top_p": 0}, r"--top_p 0.0 must lie in (0, 1]"),
-    ({"num_samples": 2}, "need a --temperature above 0"), ({"top_k": 20}, "need a --temperature above 0"),
+    ({"num_samples": 2}, "need a --temperature above 0"),
     ({"data_path": ["a", "b"]}, "--teacher_data_path names 1 files, --data_path 2; they are pairs"),
+    ({"data_path": "none.jsonl"}, "no file at none.jsonl"),
+    ({"max_new_tokens": 1, "limit": 1}, "nothing to write: 0 of 1 answers; left out: 1 no end"),
 ])
-def test_a_flag_out_of_range_is_refused(more, reason, flags, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_answered_says_why(more, reason, flags, tmp_path, monkeypatch, capsys):
     given = flags | {"out": tmp_path / "out.jsonl"} | more
-    argv = [[f"--{name}", *map(str, value if isinstance(value, list) else [value])] for name, value in given.items()]
+    argv = [[f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            for name, value in given.items()]
     monkeypatch.setattr("sys.argv", [SCRIPT, *sum(argv, [])])
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr("signal.signal", lambda *_: None)       # pytest keeps its own
+    with pytest.raises(SystemExit) as ended:
         main()
-    assert reason in capsys.readouterr().err
+    assert reason in f"{capsys.readouterr().err}{ended.value.code}"
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,9 @@ import pytest
 
 from evaluation.metrics import read_tests
 from helpers_run import ROOT, TINY, complaint, load, quickstart, rows, succeed
-from interop.checkpoint import load_model
+from interop.checkpoint import load_model, save_model
+from interop.checkpoint import new_model as create_model
+from model.config import LMConfig
 
 
 @pytest.fixture
@@ -47,20 +49,23 @@ def pair(models):
     return {"student": models / "student.pth", "teacher": models / "teacher.pth", "size": "tiny"}
 
 
-@pytest.mark.parametrize("kind", ["", "_moe"])
-def test_the_lessons_follow_each_other_on_default_names(kind, flags, data, tmp_path):
-    """train_pretrain.py, train_sft.py, train_distillation.py: each finds what the one before left in --out_dir."""
-    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "use_moe": bool(kind) or None, "out_dir": tmp_path}
-    said = succeed("train_pretrain.py", **flags | sizes | {"data_path": data / "pretrain_data.jsonl"})
-    assert "val_loss" in said       # 5 % of the texts were held out
-    said = succeed("train_sft.py", **flags | sizes)
-    assert f"from {tmp_path}/pretrain_32{kind}.pth" in said
-    said = succeed("train_sft.py", **flags | sizes | {"dim": 128, "n_heads": 8, "weights": "none", "use_moe": None})
-    said = succeed("train_distillation.py", **flags | sizes, size="tiny")
-    assert f"from {tmp_path}/full_sft_32{kind}.pth" in said and f"from {tmp_path}/full_sft_128.pth" in said
+def test_the_lessons_follow_each_other_on_default_names(flags, data, tmp_path):
+    """Each finds what the one before left in --out_dir. quickstart.sh does the same without
+    experts."""
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "use_moe": True, "out_dir": tmp_path}
+    printed = succeed("train_pretrain.py",
+                      **flags | sizes | {"data_path": data / "pretrain_data.jsonl"})
+    assert "val_loss" in printed        # 5 % of the texts are held out
+    printed = succeed("train_sft.py", **flags | sizes)
+    assert f"from {tmp_path}/pretrain_32_moe.pth" in printed
+    dense = {"dim": 128, "n_heads": 8, "weights": "none", "use_moe": None}
+    succeed("train_sft.py", **flags | sizes | dense)
+    printed = succeed("train_distillation.py", **flags | sizes, size="tiny")
+    for name in ("full_sft_32_moe.pth", "full_sft_128.pth"):
+        assert f"from {tmp_path}/{name}" in printed
     names = {path.name for path in tmp_path.iterdir()}
-    for run in (f"pretrain_32{kind}", f"full_sft_32{kind}", f"full_dist_32{kind}"):
-        assert {f"{run}.pth", f"{run}_best.pth", f"{run}.json", f"{run}.jsonl", f"{run}.resume"} <= names
+    for run in ("pretrain_32_moe", "full_sft_32_moe", "full_sft_128", "full_dist_32_moe"):
+        assert {f"{run}{end}" for end in (".pth", "_best.pth", ".json", ".jsonl", ".resume")} <= names
     assert not [name for name in names if name.endswith(".tmp")]
 
 
@@ -76,8 +81,8 @@ def test_a_student_of_either_kind_learns_from_a_teacher_of_the_other(kind, teach
 def test_a_student_in_between_learns_first_and_then_teaches(flags, pair, models, tmp_path):
     """The teacher 48 x 4, then a new 64 x 3, then the weights of a 48 x 4 with experts, then the student 32 x 2."""
     chain = ["64x3", models / "teacher_moe.pth"]
-    said = succeed("train_distillation.py", **flags, **pair, out_dir=tmp_path, chain=chain)
-    assert re.findall(r"student (.*?): ", said) == ["64 x 3", "48 x 4, 4 experts", "32 x 2"]
+    printed = succeed("train_distillation.py", **flags, **pair, out_dir=tmp_path, chain=chain)
+    assert re.findall(r"student (.*?): ", printed) == ["64 x 3", "48 x 4, 4 experts", "32 x 2"]
     assert all((tmp_path / f"full_dist_{size}.pth").exists() for size in ("64", "48_moe", "32"))
 
     # The last student's teacher was the one before it, not the first.
@@ -89,8 +94,8 @@ def test_a_student_in_between_learns_first_and_then_teaches(flags, pair, models,
 
 def test_a_link_of_a_chain_starts_from_its_weights_if_they_lie_there(flags, pair, tmp_path):
     succeed("train_sft.py", **flags, weights="none", dim=48, n_layers=3, n_heads=4, out_dir=tmp_path)
-    said = succeed("train_distillation.py", **flags, **pair, chain=["48x3"], out_dir=tmp_path, processes=2)
-    assert re.search(rf"student 48 x 3: .* from {tmp_path}/full_sft_48.pth", said)
+    printed = succeed("train_distillation.py", **flags, **pair, chain=["48x3"], out_dir=tmp_path, processes=2)
+    assert re.search(rf"student 48 x 3: .* from {tmp_path}/full_sft_48.pth", printed)
 
 
 def test_wandb_works_without_a_network(flags, tmp_path):
@@ -159,16 +164,19 @@ def test_a_distillation_that_cannot_be_says_why(more, reason, flags, pair, refus
 
 
 def test_two_vocabularies_cannot_be_distilled_into_each_other(flags, pair, data, refused, tmp_path):
+    paths = []
     for text in ("pretrain_data", "sft_data"):
         vocabulary = tmp_path / f"{text}.json"
-        succeed("scripts/train_tokenizer.py", data=data / f"{text}.jsonl", vocab_size=300, out=vocabulary)
-        succeed("train_sft.py", **new_model(flags, tmp_path / text), tokenizer=vocabulary)
-    student, other = tmp_path / "pretrain_data/full_sft_32.pth", tmp_path / "sft_data/full_sft_32.pth"
-    given = flags | pair | {"student": student, "out_dir": tmp_path}
+        succeed("scripts/train_tokenizer.py", data=data / f"{text}.jsonl", vocab_size=300,
+                out=vocabulary)
+        paths.append(tmp_path / f"{text}.pth")
+        save_model(*create_model(LMConfig(dim=32, n_layers=1, n_heads=2, max_seq_len=128),
+                                 vocabulary), paths[-1])
+    given = flags | pair | {"student": paths[0], "out_dir": tmp_path}
     printed = refused("train_distillation.py", **given)
     assert "the teacher's vocabulary has 1024 tokens, the student's 300; " in printed
     assert "Train both with one tokenizer" in printed
-    printed = refused("train_distillation.py", **given | {"teacher": other})
+    printed = refused("train_distillation.py", **given | {"teacher": paths[1]})
     assert "the teacher's vocabulary has 300 tokens, the student's 300; " in printed
 
 
@@ -228,11 +236,11 @@ def test_chat_answers_forgets_on_new_and_leaves_on_quit(models):
 
 
 def test_chat_continues_a_conversation_longer_than_the_context(models):
-    given = {"weights": models / "student.pth", "max_new_tokens": 16}
-    printed = succeed("scripts/chat.py", **given, system="be brief", stdin="how does totiz feel?\n" * 12)
-    assert printed.count("model> ") == 12
-    printed = succeed("scripts/chat.py", **given, stdin="how does totiz feel? " * 40 + "\nhello\n")
-    assert "max_seq_len=128" in printed and printed.count("model> ") == 2   # too long; answered
+    """The thirteenth question alone exceeds it; the last one is answered again."""
+    questions = "how does totiz feel?\n" * 12 + "how does totiz feel? " * 40 + "\nhello\n"
+    printed = succeed("scripts/chat.py", weights=models / "student.pth", max_new_tokens=16,
+                      system="be brief", stdin=questions)
+    assert "max_seq_len=128" in printed and printed.count("model> ") == 14
 
 
 def test_a_script_runs_in_a_python_of_its_own_and_says_how_to_make_what_is_missing():
@@ -294,9 +302,9 @@ def test_evaluation_names_what_is_missing_or_ambiguous(models, data, refused, tm
 # -------------------------------------------------------------------------------------------- quickstart
 
 
-def steps(said) -> tuple[list[str], list[str]]:
+def steps(printed) -> tuple[list[str], list[str]]:
     """The outputs of the steps that quickstart.sh made, and of those that it found up to date."""
-    outputs = re.findall(r"^== (\S+)( is up to date)?$", said, flags=re.MULTILINE)
+    outputs = re.findall(r"^== (\S+)( is up to date)?$", printed, flags=re.MULTILINE)
     return [name for name, done in outputs if not done], [name for name, done in outputs if done]
 
 
@@ -307,18 +315,17 @@ def test_quickstart_ends_in_a_table_and_a_picture(clone):
     assert (clone / "out/smoke/report.png").stat().st_size > 10_000
 
 
-def test_quickstart_run_again_trains_nothing(clone):
-    said = quickstart(clone)
-    made, found = steps(said)
-    assert made == [] and len(found) == 10 and "\nstep " not in said
-
-
 def test_quickstart_repeats_only_what_depends_on_a_file_that_changed(clone):
+    """Run again, it trains nothing."""
     with open(clone / "out/smoke/dataset/sft_data_clean.jsonl", "a") as file:
         file.write('{"question": "2 + 3 =", "answer": "5"}\n')
     made, found = steps(quickstart(clone))
-    assert made == [f"out/smoke/right/{name}_64.pth" for name in ("full_sft", "sft_alone/full_sft", "full_dist")]
+    assert made == [f"out/smoke/right/{name}_64.pth"
+                    for name in ("full_sft", "sft_alone/full_sft", "full_dist")]
     assert len(found) == 7
+    printed = quickstart(clone)
+    made, found = steps(printed)
+    assert made == [] and len(found) == 10 and "\nstep " not in printed
 
 
 def test_quickstart_names_an_option_that_it_does_not_know():
