@@ -58,7 +58,7 @@ SIZES = {
 
 def plain_distillation_loss(hidden, head, targets, teacher, alpha, temperature, divergence,
                             kd_weight=None):
-    """(loss, CE, KD), summed over S positions; the default is the same, fused (distill/fused.py)."""
+    """(loss, CE, KD), summed over S positions; the default: the same, fused (distill/fused.py)."""
     logits = F.linear(hidden, head)                                     # student (S, V)
     teacher_logits = F.linear(teacher[0].states, teacher[0].head)       # teacher (S, V)
     ce = F.cross_entropy(logits.float(), targets, reduction="sum")
@@ -204,7 +204,7 @@ def main():
 
 
 def distill(teacher, student, train_loader, epochs, *, args, world):
-    """teacher: [Teacher, ...], or a student of before. student: (model, tokenizer). train_loader: files."""
+    """teacher: [Teacher, ...], or the student before. student: (model, tokenizer)."""
     student, tokenizer = student
     if isinstance(teacher, tuple):
         teacher = [Teacher(freeze(teacher[0], world), 1.0, teacher[1])]
