@@ -62,7 +62,8 @@ def plain_distillation_loss(hidden, head, targets, teacher, alpha, temperature, 
     logits = F.linear(hidden, head)                                     # student (S, V)
     teacher_logits = F.linear(teacher[0].states, teacher[0].head)       # teacher (S, V)
     ce = F.cross_entropy(logits.float(), targets, reduction="sum")
-    kd = distillation_loss_fn(logits, teacher_logits, temperature, "sum", divergence)   # T^2 * KL
+    kd = distillation_loss_fn(logits, teacher_logits, temperature, "none", divergence)  # T^2 * KL
+    kd = (kd if kd_weight is None else kd * kd_weight).sum()
     return alpha * ce + (1 - alpha) * kd, ce, kd
 
 
@@ -149,23 +150,23 @@ def main():
     add("--teacher_cache", nargs="+", action="extend", metavar="DIR[=WEIGHT]",
         help="offline distillation: teacher outputs cached by scripts/cache_teacher.py")
     add("--student", "--weights", default=None,
-        help="initial weights; default: --size's student; none: random")
+        help="initial weights; default: --size's student; the word none: random weights")
     add("--size", default="auto", choices=["auto", *SIZES],
-        help="row of SIZES for what is not given; auto: the first whose weights exist")
+        help="row of SIZES for all that you do not give; auto: the first whose weights exist")
     add("--dim", type=int, default=None, help="width of the student; default: --size's")
-    add("--n_layers", type=int, default=None, help="number of its layers; default: --size's")
-    add("--n_heads", type=int, default=None, help="number of its query heads; default: --size's")
-    add("--use_moe", action="store_true", help="its FFNs are mixtures of experts")
+    add("--n_layers", type=int, default=None, help="layers of the student; default: --size's")
+    add("--n_heads", type=int, default=None, help="query heads of the student; default: --size's")
+    add("--use_moe", action="store_true", help="mixtures of experts as the student's FFNs")
     add("--chain", nargs="*", default=[], metavar="WEIGHTS",
         help="teacher assistants from large to small: weight files, or sizes like 96x3")
-    add("--alpha", type=float, default=0.0, help="weight of CE in [0, 1]; KD has weight 1 - alpha")
+    add("--alpha", type=float, default=0.0, help="weight of CE in [0, 1]; KD: 1 - alpha")
     add("--divergence", default="forward_kl", choices=DIVERGENCES,
-        help="divergence from the teacher (distill/losses.py); uld: with another tokenizer")
+        help="divergence from the teacher (distill/losses.py); only uld takes another tokenizer")
     add("--temperature", type=float, default=1.0, help="softmax temperature of both models")
     add("--final_temperature", type=float, default=None,
         help="temperature at the last step, linear from --temperature; default: constant")
     add("--plain_loss", action="store_true",
-        help="the loss with all logits, as papers write it; default: the same, fused")
+        help="compute the loss from all logits at once; default: in chunks (fused)")
     add("--epochs", type=int, default=None, help="passes over the data; default: --size's")
     add("--batch_size", type=int, default=None,
         help="samples per micro-batch and process; default: --size's")

@@ -188,7 +188,7 @@ def main():
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
         help="files of conversations: prompts for the student; validation reads their answers")
     add("--teacher", default="out/full_sft_768.pth",
-        help="teacher weights; with --lora_rank and equal to --student: it without adapters")
+        help="teacher weights; those of --student with --lora_rank: it without its adapters")
     add("--teacher_data_path", nargs="+", default=None,
         help="context distillation: files with the same answers, row by row, to prompts with "
              "privileged context, which the teacher reads instead of --data_path")
@@ -197,7 +197,7 @@ def main():
         help="a divergence at each token, or MiniLLM's policy gradient of the sequence-level "
              "reverse KL")
     add("--divergence", default="jsd", choices=[name for name in DIVERGENCES if name != "uld"],
-        help="divergence from the teacher (distill/losses.py); minillm: reverse_kl")
+        help="divergence from the teacher (distill/losses.py); minillm always uses reverse_kl")
     add("--temperature", type=float, default=1.0, help="softmax temperature in the loss")
     add("--on_policy_fraction", type=float, default=1.0,
         help="fraction of steps on rollouts, in [0, 1]; the others are on the answers of the data")
@@ -207,8 +207,8 @@ def main():
     add("--top_k", type=int, default=0, help="sample from the k most likely tokens; 0: from all")
     add("--max_new_tokens", type=int, default=256, help="maximum length of an answer, in tokens")
     add("--sample_every", type=int, default=1,
-        help="number of steps per rollout phase; samples are up to N - 1 steps stale")
-    add("--rows", type=int, default=64, help="generation batch size, per process")
+        help="steps per rollout phase; samples are stale by up to this value - 1 steps")
+    add("--rows", type=int, default=64, help="rollouts generated at once, per process")
     add("--teacher_share", type=float, default=0.2,
         help="minillm: weight of the teacher in the sampling mixture, in (0, 1)")
     add("--epochs", type=int, default=1, help="passes over the prompts")

@@ -95,9 +95,9 @@ def main():
     add("--weights", default=None,
         help="initial weights; default: OUT_DIR/pretrain_DIM.pth; none: random")
     add("--dim", type=int, default=512, help="width of a randomly initialised model")
-    add("--n_layers", type=int, default=8, help="number of its layers")
-    add("--n_heads", type=int, default=8, help="number of its query heads; half as many KV heads")
-    add("--use_moe", action="store_true", help="its FFNs are mixtures of experts")
+    add("--n_layers", type=int, default=8, help="layers of a randomly initialised model")
+    add("--n_heads", type=int, default=8, help="query heads of it; half as many KV heads")
+    add("--use_moe", action="store_true", help="mixtures of experts as its FFNs")
     add("--dropout", type=float, default=0.0, help="dropout probability, in [0, 1)")
     add("--epochs", type=int, default=1, help="passes over the data")
     add("--batch_size", type=int, default=32, help="samples per micro-batch and process")

@@ -18,7 +18,7 @@ def add_divergence_args(parser):
         help="divide jsd by beta (1 - beta), so that its limits are the two KLs")
     add("--skew", type=float, default=0.1, help="mixing coefficient of the skew KLs, in (0, 1)")
     add("--pad_vocab", action="store_true",
-        help="ignore logits beyond the tokenizer's vocabulary, with which a model family pads it")
+        help="ignore the padding columns after the tokenizer's last token")
 
 
 def add_intermediate_args(parser, weights: bool = True):
@@ -67,7 +67,7 @@ def make_intermediate(args, student_config, teachers) -> IntermediateLosses:
 
 
 def describe_loss(args, student_config) -> str:
-    """0.50 CE + 0.50 * 4^2 * KL(student || teacher) at T=4"""
+    """0.50 CE + 0.50 * 4^2 * KL(teacher || student) at T=4"""
     _, divergence = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
     weights = [vars(args)[f"{name}_weight"] for name in INTERMEDIATE]
     names = f"feature {args.feature_loss.upper()}", "attention relations", "InfoNCE"

@@ -125,26 +125,29 @@ def uld(log_p, log_q):  # (N, V of the teacher), (N, V of the student) -> (N,)
     return (p - q).abs().sum(dim=-1)
 
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "akl", "uld")
+# The choices of --divergence: (beta, skew, normalised) -> (the function, the formula a run prints).
+# Add your own here; the losses and all lessons take it as it is.
+DIVERGENCES = {
+    "forward_kl": lambda beta, skew, normalised: (forward_kl, "KL(teacher || student)"),
+    "reverse_kl": lambda beta, skew, normalised: (reverse_kl, "KL(student || teacher)"),
+    "jsd": lambda beta, skew, normalised: (
+        partial(jsd, beta=beta, normalised=normalised),
+        f"JSD_{beta:g}(teacher, student)" + f" / {beta * (1 - beta):g}" * normalised),
+    "skew_kl": lambda beta, skew, normalised: (
+        partial(skew_kl, skew=skew),
+        f"KL(teacher || {skew:g} teacher + {1 - skew:g} student)"),
+    "skew_reverse_kl": lambda beta, skew, normalised: (
+        partial(skew_reverse_kl, skew=skew),
+        f"KL(student || {1 - skew:g} teacher + {skew:g} student)"),
+    "tvd": lambda beta, skew, normalised: (tvd, "TV(teacher, student)"),
+    "akl": lambda beta, skew, normalised: (akl, "AKL(teacher, student)"),
+    "uld": lambda beta, skew, normalised: (uld, "ULD(teacher, student)"),
+}
 
 
 def pick_divergence(name, beta=0.5, skew=0.1, jsd_normalised=False):
     """One of DIVERGENCES with its settings: (the function, the formula that a run prints)."""
-    rest = 1 - skew
-    divisor = f" / {beta * (1 - beta):g}" if jsd_normalised else ""
-    return {
-        "forward_kl": (forward_kl, "KL(teacher || student)"),
-        "reverse_kl": (reverse_kl, "KL(student || teacher)"),
-        "jsd": (partial(jsd, beta=beta, normalised=jsd_normalised),
-                f"JSD_{beta:g}(teacher, student){divisor}"),
-        "skew_kl": (partial(skew_kl, skew=skew),
-                    f"KL(teacher || {skew:g} teacher + {rest:g} student)"),
-        "skew_reverse_kl": (partial(skew_reverse_kl, skew=skew),
-                            f"KL(student || {rest:g} teacher + {skew:g} student)"),
-        "tvd": (tvd, "TV(teacher, student)"),
-        "akl": (akl, "AKL(teacher, student)"),
-        "uld": (uld, "ULD(teacher, student)"),
-    }[name]
+    return DIVERGENCES[name](beta, skew, jsd_normalised)
 
 
 def distillation_loss_fn(student_logits, teacher_logits, temperature=1.0, reduction="batchmean",

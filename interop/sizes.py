@@ -41,10 +41,11 @@ def fill_in(args, sizes: dict) -> list[tuple[str, LMConfig]]:
     found = [name for name, size in sizes.items()
              if all(Path(sft_weights(size[f"lm_config_{role}"], args.out_dir)).exists()
                     for role in roles)]
-    size = sizes[[*found, *sizes][0] if args.size == "auto" else args.size]
+    row = [*found, *sizes][0] if args.size == "auto" else args.size
+    size = sizes[row]
     for key in ("epochs", "batch_size", "learning_rate"):
         setattr(args, key, size[key] if vars(args)[key] is None else vars(args)[key])
-    Logger(f"{args.epochs} epochs, batch size {args.batch_size}, learning rate "
+    Logger(f"size {row}: {args.epochs} epochs, batch size {args.batch_size}, learning rate "
            f"{args.learning_rate:g}")
     if not args.teacher and not args.teacher_cache:
         args.teacher = [sft_weights(size["lm_config_teacher"], args.out_dir)]

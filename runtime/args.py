@@ -76,7 +76,7 @@ def add_training_args(parser: argparse.ArgumentParser):
     add("--lora_rank", type=int, default=0,
         help="rank of the adapters; 0 trains the weights themselves")
     add("--lora_alpha", type=float, default=None,
-        help="scale of the adapters times the rank; default: the rank")
+        help="adapters are scaled by this / rank; default: the rank")
     add("--lora_dropout", type=float, default=0.0,
         help="dropout on the adapters' inputs, in [0, 1)")
     add("--lora_targets", nargs="+", default=None,

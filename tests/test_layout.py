@@ -6,6 +6,7 @@ Laws of the layout: who may import whom, and that every lesson shows its loop in
 import ast
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -66,3 +67,9 @@ def test_the_difference_between_two_lessons_is_a_lecture():
     diff = subprocess.run(["diff", "train_sft.py", "train_distillation.py"], cwd=ROOT, capture_output=True, text=True)
     assert sum(line[:1] in ("<", ">") for line in diff.stdout.splitlines()) <= 200
     assert len((ROOT / "train_distillation.py").read_text().splitlines()) <= 280
+
+
+def test_lines_are_short_and_no_name_is_unused():
+    """See ruff.toml."""
+    checked = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
