@@ -2,7 +2,8 @@
 能力树的成绩：学生在弱叶子与全部叶子上的正确率，以及教师出的题有多少是对的。
 Scores of the ability tree in the embedded world: {LABEL: [{weak, all, written, kept, right, ...}]}.
 
-    python scripts/score_ability_tree.py --weights s=out/ability/student/full_sft_64.pth --json s.json
+    python scripts/score_ability_tree.py --json s.json \\
+        --weights s=out/ability/student/full_sft_64.pth
 
 weak, all       accuracy in %, mean over the scarce and over all leaves of the exam's questions
 written, kept   questions that the teacher wrote, and those that both agents kept; of the weights
