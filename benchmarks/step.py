@@ -31,7 +31,7 @@ from benchmarks import plain
 from benchmarks.measure import (TOLERANCE, add_result_args, compare, in_a_new_process, parse,
                                 peak_above, setting, table, timed, with_ratios, write_json)
 from dataset.lm_dataset import Batch, packed_batch, sample_key
-from distill.cache import VERSION, CacheWriter, TeacherCache, lay_out, pack, row_type
+from distill.cache import IDENTITY, VERSION, CacheWriter, TeacherCache, lay_out, pack, row_type
 from distill.fused import fused_distillation_loss
 from distill.teachers import Teacher, teacher_outputs
 from model.config import LMConfig
@@ -119,8 +119,8 @@ def write_cache(case: Case, form=None, saved=None) -> dict[str, float]:
     """Cache the teacher's outputs for all steps, as scripts/cache_teacher.py does; the seconds."""
     teacher, device = model_of(case, "teacher"), torch.device(case.device)
     samples = [sample for number in range(case.steps + 1) for sample in chats(case, number)]
-    about = {"version": VERSION, "top_k": 0, "temperature": 1.0, "vocab_size": case.vocab_size,
-             "dim": teacher.config.dim}
+    about = {**dict.fromkeys(IDENTITY), "version": VERSION, "top_k": 0, "temperature": 1.0,
+             "vocab_size": case.vocab_size, "dim": teacher.config.dim}
 
     def write():
         keys = np.array([sample_key(ids) for ids, _ in samples], np.uint64)
