@@ -15,7 +15,7 @@ The stages are rows of the table STAGES; --set changes single values, like --set
 
 When: a general student must learn a domain without forgetting. The curriculum costs 4.6 points of
 general accuracy, training on the domain alone 30.7. But a fixed mix of both forgets as little, and
-learns more of the domain (59.6 against 54.2 %, README).
+learns more of the domain (59.6 against 54.2 %, docs/curriculum.md).
 
     stage1_epoch-1.pth, ...   after each epoch
     stage1_best.pth           lowest validation CE, both sides weighted by the stage's last shares
