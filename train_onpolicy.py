@@ -35,7 +35,7 @@ import torch
 
 from dataset.lm_dataset import (MicroBatches, SFTDataset, in_order, make_loader, open_data,
                                 prompts_and_answers)
-from distill.flags import add_divergence_args
+from distill.flags import add_divergence_args, check_loss_args
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
 from distill.rollouts import (Rollout, WeightedBatch, as_line, count_step, is_on_policy, mean_stats,
@@ -218,6 +218,7 @@ def main():
     add_divergence_args(parser)
     add_training_args(parser)
     args = parse_args(parser)
+    check_loss_args(parser, args)
     check(parser, args)
 
     # 2. Processes and seeds
@@ -299,9 +300,7 @@ def check(parser, args):
     positive = [(flag, vars(args)[flag] >= 1, "be 1 or more")
                 for flag in ("num_samples", "max_new_tokens", "sample_every", "rows")]
     check_ranges(
-        parser, args, *positive, ("beta", 0 <= args.beta <= 1, "lie in [0, 1]"),
-        ("skew", 0 < args.skew < 1, "lie between 0 and 1; at 0 it is the plain KL"),
-        ("temperature", args.temperature > 0, "be above 0"),
+        parser, args, *positive,
         ("on_policy_fraction", 0 <= args.on_policy_fraction <= 1, "lie in [0, 1]"),
         ("generation_temperature", args.generation_temperature > 0, "be above 0"),
         ("top_p", 0 < args.top_p <= 1, "lie in (0, 1]"), ("top_k", args.top_k >= 0, "be 0 or more"),
