@@ -54,7 +54,8 @@ from runtime.args import (add_training_args, check_ranges, checking_input, lora_
 from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
 from runtime.files import keep_previous
 from runtime.log import LOG_FILES, Log, Logger, init_wandb
-from runtime.optim import decay_groups, give_gradient, take_gradient, trained_weights
+from runtime.optim import (OPTIMIZERS, give_gradient, parameter_groups, take_gradient,
+                           trained_weights)
 from runtime.precision import autocast, seed_everything
 from runtime.processes import (StopSignal, init_distributed_mode, main_process_first, parallelize,
                                sum_over_processes, sync_gradients)
@@ -211,8 +212,8 @@ def train_stage(name, data, *, args, world, teachers, student, tokenizer, held_o
         intermediate = make_intermediate(args, student.config, teachers)
         modules = {"model": parallelize(student, world),
                    "intermediate": parallelize(intermediate, world)}
-        optimizer = torch.optim.AdamW(decay_groups(modules, args.weight_decay),
-                                      lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+        optimizer = OPTIMIZERS[args.optimizer](parameter_groups(modules, args.weight_decay),
+                                               lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         gradnorm = GradNorm([GENERAL, DOMAIN], rate=0.005)
         progress = start_progress(args, data, args.epochs, student.adapted)

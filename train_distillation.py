@@ -39,7 +39,7 @@ from model.lora import WithoutAdapters
 from runtime.args import add_training_args, checking_input, lora_options, make_parser, parse_args
 from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
 from runtime.log import Log, Logger, init_wandb
-from runtime.optim import decay_groups, trained_weights
+from runtime.optim import OPTIMIZERS, parameter_groups, trained_weights
 from runtime.precision import autocast, seed_everything
 from runtime.processes import (StopSignal, full_tensor, init_distributed_mode, main_process_first,
                                parallelize, release_gathered, sync_gradients)
@@ -228,8 +228,8 @@ def distill(teacher, student, train_loader, epochs, *, args, world):
         intermediate = make_intermediate(args, student.config, teacher)
         modules = {"model": parallelize(student, world, args.shard, student.shard_units()),
                    "intermediate": parallelize(intermediate, world, args.shard)}
-        optimizer = torch.optim.AdamW(decay_groups(modules, args.weight_decay),
-                                      lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+        optimizer = OPTIMIZERS[args.optimizer](parameter_groups(modules, args.weight_decay),
+                                               lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         progress = start_progress(args, data, epochs, student.adapted)
         if args.resume:

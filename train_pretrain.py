@@ -26,7 +26,7 @@ from model.config import LMConfig
 from runtime.args import add_training_args, checking_input, lora_options, make_parser, parse_args
 from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
 from runtime.log import Log, Logger, init_wandb
-from runtime.optim import decay_groups, trained_weights
+from runtime.optim import OPTIMIZERS, parameter_groups, trained_weights
 from runtime.precision import autocast, seed_everything
 from runtime.processes import (StopSignal, full_tensor, init_distributed_mode, main_process_first,
                                parallelize, release_gathered, sync_gradients)
@@ -129,8 +129,8 @@ def main():
         # 5. Optimizer, and the step at which an interrupted run stopped
         name = run_name(args.out_dir, "pretrain", student)
         modules = {"model": parallelize(student, world, args.shard, student.shard_units())}
-        optimizer = torch.optim.AdamW(decay_groups(modules, args.weight_decay),
-                                      lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+        optimizer = OPTIMIZERS[args.optimizer](parameter_groups(modules, args.weight_decay),
+                                               lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         progress = start_progress(args, data, args.epochs, student.adapted)
         if args.resume:

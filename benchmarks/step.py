@@ -37,7 +37,7 @@ from distill.teachers import Teacher, teacher_outputs
 from model.config import LMConfig
 from model.transformer import Transformer
 from runtime.args import checking_input, make_parser
-from runtime.optim import decay_groups
+from runtime.optim import parameter_groups
 from runtime.precision import autocast, pick_dtype
 
 ALPHA, TEMPERATURE, WEIGHT_DECAY = 0.5, 2.0, 0.1
@@ -167,7 +167,7 @@ def our_form(case: Case, dtype=torch.float32, on_disk: bool = False) -> Form:
 def distillation_form(student, source, batches, dtype, alpha=0.0, temperature=1.0) -> Form:
     """The step of train_epoch in train_distillation.py. source: a model, or a TeacherCache."""
     device, teachers = batches[0].tokens.device, [Teacher(source)]
-    optimizer = torch.optim.AdamW(decay_groups({"model": student}, WEIGHT_DECAY),
+    optimizer = torch.optim.AdamW(parameter_groups({"model": student}, WEIGHT_DECAY),
                                   lr=plain.LEARNING_RATE, betas=(0.9, 0.95), fused=True)
 
     def loss(batch):

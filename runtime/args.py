@@ -65,7 +65,10 @@ def add_training_args(parser: argparse.ArgumentParser):
         help="total number of optimizer steps; 0: as many as --epochs make")
     add("--accumulation_steps", type=int, default=1,
         help="micro-batches per optimizer step and process")
-    add("--weight_decay", type=float, default=0.1, help="weight decay of AdamW, on matrices only")
+    add("--optimizer", default="adamw", choices=["adamw", "muon"],
+        help="muon (runtime/optim.py) for the matrices of the layers, AdamW for the rest; or AdamW "
+             "for all, as for adapters always")
+    add("--weight_decay", type=float, default=0.1, help="weight decay, on matrices only")
     add("--grad_clip", type=float, default=1.0,
         help="maximum L2 norm of the gradient; 0 disables clipping")
     add("--max_bad_steps", type=int, default=3,

@@ -192,6 +192,18 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def sharded_like(weight, full: torch.Tensor) -> torch.Tensor:
+    """The inverse of full_tensor: a tensor that all processes have, sharded as `weight` is."""
+    if not dist.is_initialized():
+        return full
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(weight, DTensor):
+        return full
+    everywhere = DTensor.from_local(full, weight.device_mesh, [Replicate()], run_check=False)
+    return everywhere.redistribute(placements=weight.placements)
+
+
 # -- stopping -------------------------------------------------------------------------------------
 
 

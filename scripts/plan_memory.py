@@ -34,7 +34,7 @@ from model.config import LMConfig
 from model.lora import add_lora, store_frozen
 from model.sizes import SIZES
 from runtime.args import check_ranges, checking_input, command_line, make_parser, parse_args
-from runtime.optim import decay_groups
+from runtime.optim import parameter_groups
 from runtime.precision import autocast
 
 USABLE, BUFFERS = 0.9, 10       # of a GPU's memory; (rows, V) in fp32, of a divergence by autograd
@@ -200,7 +200,7 @@ def measure(config: LMConfig, run: dict, device: str) -> int:
             add_lora(student, rank)
             store_frozen(student, dtype)
         student.grad_checkpoint = run.get("grad_checkpoint", False)
-        optimizer = torch.optim.AdamW(decay_groups({"model": student}, 0.1), fused=True)
+        optimizer = torch.optim.AdamW(parameter_groups({"model": student}, 0.1), fused=True)
         for micro_batch in range(4):
             tokens = torch.randint(config.vocab_size, (sum(lengths),), device=device)
             with autocast(torch.device(device), dtype):

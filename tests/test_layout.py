@@ -51,7 +51,7 @@ def test_a_folder_imports_only_what_lies_below_it(folder):
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_a_lesson_shows_its_loop_in_its_own_file(lesson):
     source = (ROOT / lesson).read_text()
-    steps = [r"torch\.optim\.AdamW\(", r"for step in ", r'group\["lr"\] = lr', r"for micro", r"sync_gradients\(",
+    steps = [r"OPTIMIZERS\[args\.optimizer\]\(", r"for step in ", r'group\["lr"\] = lr', r"for micro", r"sync_gradients\(",
              r"\.backward\(\)", r"clip_grad_norm_\(", r"scaler\.step\(optimizer\)", r"optimizer\.zero_grad\(",
              r"log\.row\(", r"save_model\(", r"stop\.agreed\(", r"save_resume\("]
     places = []

@@ -21,7 +21,7 @@ from model.lora import (LoRALinear, WithoutAdapters, add_lora, load_lora, lora_s
                         store_frozen, without_lora)
 from model.quantize import quantize
 from runtime.args import add_training_args, parse_args
-from runtime.optim import decay_groups
+from runtime.optim import parameter_groups
 
 TOKENS, LENGTHS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]), [5, 7]
 NEXT = torch.tensor([1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9])
@@ -187,7 +187,7 @@ def test_adapters_alone_train_and_all_of_them(make, kind):
     model = trained(make(kind))
     before = copy.deepcopy(model.state_dict())
     start = loss(model)
-    optimizer = torch.optim.AdamW(decay_groups({"model": model}, weight_decay=0.1), lr=0.01)
+    optimizer = torch.optim.AdamW(parameter_groups({"model": model}, weight_decay=0.1), lr=0.01)
     for _ in range(10):
         out = model(TOKENS, LENGTHS, at=torch.arange(12), return_hidden=True)
         (F.cross_entropy(out.logits, NEXT) + 0.01 * out.balance_loss).backward()

@@ -20,7 +20,7 @@ from model.config import LMConfig
 from model.lora import add_lora, lora_state
 from model.transformer import KVCache
 from runtime.files import keep_previous
-from runtime.optim import decay_groups, trained_weights
+from runtime.optim import parameter_groups, trained_weights
 from runtime.precision import autocast
 from runtime.processes import World, full_tensor, parallelize, release_gathered, sync_gradients
 
@@ -202,7 +202,7 @@ class Run(NamedTuple):
 
 def a_run(model, world, shard) -> Run:
     modules = {"model": parallelize(model, world, shard, model.shard_units())}
-    return Run(model, modules, torch.optim.AdamW(decay_groups(modules, 0.1), lr=0.1), world)
+    return Run(model, modules, torch.optim.AdamW(parameter_groups(modules, 0.1), lr=0.1), world)
 
 
 TOKENS, LENGTHS = torch.tensor([1, 5, 2, 11, 3, 3, 7]), [3, 4]
