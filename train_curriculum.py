@@ -51,7 +51,8 @@ from interop.sizes import init_student_model
 from model.config import LMConfig
 from runtime.args import (add_training_args, check_ranges, checking_input, lora_options,
                           make_parser, parse_args, resume_command)
-from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
+from runtime.checkpoint import (end_run, load_resume, save_resume, set_aside,
+                                start_progress)
 from runtime.files import keep_previous
 from runtime.log import LOG_FILES, Log, Logger, init_wandb
 from runtime.optim import decay_groups, give_gradient, take_gradient, trained_weights
@@ -214,7 +215,7 @@ def train_stage(name, data, *, args, world, teachers, student, tokenizer, held_o
                                       lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         gradnorm = GradNorm([GENERAL, DOMAIN], rate=0.005)
-        progress = start_progress(args, data, args.epochs, student.adapted)
+        progress = start_progress(args, name, data, args.epochs, student.adapted)
         if args.resume:
             progress = load_resume(f"{name}.resume", modules, optimizer, scaler, progress)
         if progress.steps_done:
@@ -327,8 +328,8 @@ def main():
             runs[number] = own, data
 
     if not args.resume:     # a later --resume must not find the stages of an earlier run
-        for path in out_dir.glob(f"stage[{args.start_stage}-3].resume*"):
-            path.unlink(missing_ok=True)
+        for number in range(args.start_stage, 4) if world.rank == 0 else ():
+            set_aside(out_dir / f"stage{number}")
         log_exam("the teacher itself", teacher, its_tokenizer, held_out, args.max_new_tokens, world)
 
     # 5. and 6. Train the stages one after the other

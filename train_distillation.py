@@ -230,7 +230,7 @@ def distill(teacher, student, train_loader, epochs, *, args, world):
         optimizer = torch.optim.AdamW(decay_groups(modules, args.weight_decay),
                                       lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-        progress = start_progress(args, data, epochs, student.adapted)
+        progress = start_progress(args, name, data, epochs, student.adapted)
         if args.resume:
             progress = load_resume(f"{name}.resume", modules, optimizer, scaler, progress)
 

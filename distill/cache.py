@@ -2,11 +2,13 @@
 离线蒸馏：教师只读一遍数据，输出缓存在磁盘上；训练时教师不必在内存里。
 Offline distillation (logit caching): the teacher reads the data once and its outputs go to disk.
 
-    DIR/about.json       teacher, tokenizer, data files, size of each file below; written last
+    DIR/about.json       teacher, tokenizer, data files, size of each file below and checksum of the
+                         next two; written last
     DIR/index.npz        position of each sample, by a hash of its tokens (dataset/lm_dataset.py)
     DIR/head.pth         (V, D) fp32, turns states into logits; not with top-k
     DIR/part-00000.bin   per supervised position the final hidden state in bf16, 2 D bytes, or the
-                         top-k log-probabilities and ids, 6 k bytes, less at k < D / 3
+                         top-k log-probabilities and ids, 6 k bytes, less at k < D / 3; 4 bytes of
+                         checksum, which depends on the part's number and the cache's identity
 
 The samples alone decide which part holds which sample, so any number of processes writes the same
 parts, and an interrupted run resumes at the missing ones.
@@ -15,6 +17,7 @@ parts, and an interrupted run resumes at the missing ones.
 import hashlib
 import json
 import shlex
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +25,10 @@ import numpy as np
 import torch
 
 from distill.fused import CHUNK_BYTES, Dense, TopK
-from runtime.files import write_atomic
+from runtime.checkpoint import load_verified
+from runtime.files import file_crc32, named_errors, write_atomic
 
-VERSION = 1                 # raise it when the meaning of a file changes
+VERSION = 2                 # raise it when the meaning of a file changes
 PART_BYTES = 64 << 20       # of a part, plus at most one sample: what an interruption costs
 N_PARTS = 16                # at least, if there are that many samples: processes share parts
 
@@ -48,6 +52,13 @@ def differences(was: dict, now: dict) -> dict[str, str]:
     return {field: f"{IDENTITY[field]} was {show(was, field)}, is {show(now, field)}"
             for field in fields if was[field] != now[field] and not
             (field == "files" and set(was[field].values()) == set(now[field].values()))}
+
+
+def checksum(about: dict, part: int, rows: np.ndarray) -> bytes:
+    """4 bytes that other rows, the rows of another part, or of another cache do not have."""
+    identity = [about[field] for field in IDENTITY if field != "files"]     # those may move
+    seed = json.dumps([*identity, sorted(set(about["files"].values())), part], sort_keys=True)
+    return zlib.crc32(rows.data, zlib.crc32(seed.encode())).to_bytes(4, "little")
 
 
 def command(about: dict, path, *more) -> str:
@@ -137,7 +148,7 @@ class CacheWriter:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         found = about_file(self.path)
-        was = json.loads(found.read_text()) if found.exists() else self.about
+        was = read_about(found) if found.exists() else self.about
         changed = differences(was, self.about)
         if (found == self.finished and "files" in changed
                 and changed.keys() <= {"files", "samples_sha256"}
@@ -160,7 +171,7 @@ class CacheWriter:
     def begin(self):
         """Write all other files, so that a run that is interrupted knows what is missing."""
         found = about_file(self.path)
-        if found.exists() and not damaged_files(self.path, json.loads(found.read_text()), "part-"):
+        if found.exists() and not damaged_files(self.path, read_about(found), "part-"):
             return
         order = np.argsort(self.layout.keys)
         starts = np.cumsum(self.layout.n_rows) - self.layout.n_rows
@@ -170,21 +181,23 @@ class CacheWriter:
         files = {"index.npz": lambda file: np.savez(file, **index)}
         if not self.about["top_k"]:
             files["head.pth"] = lambda file: torch.save(self.head, file)
-        sizes = {}
+        sizes, crc32 = {}, {}
         for name, write in files.items():
             write_atomic(self.path / name, write)
-            sizes[name] = size_of(self.path / name)
-        sizes |= {part_name(i): int(size) for i, size in enumerate(self.part_bytes)}
-        about = json.dumps(self.about | {"bytes": sizes}, indent=2)
+            sizes[name], crc32[name] = size_of(self.path / name), file_crc32(self.path / name)
+        sizes |= {part_name(i): int(size) + 4 for i, size in enumerate(self.part_bytes)}
+        about = json.dumps(self.about | {"bytes": sizes, "crc32": crc32}, indent=2)
         write_atomic(found, lambda file: file.write(about.encode()))
 
     def missing(self) -> list[int]:
         return [i for i, size in enumerate(self.part_bytes)
-                if size_of(self.path / part_name(i)) != size]
+                if size_of(self.path / part_name(i)) != size + 4]
 
     def write(self, part: int, rows: np.ndarray):
         assert rows.nbytes == self.part_bytes[part]
-        write_atomic(self.path / part_name(part), rows.tofile)
+        rows = rows.view(np.uint8)
+        data = rows.tobytes() + checksum(self.about, part, rows)
+        write_atomic(self.path / part_name(part), lambda file: file.write(data))
 
     def finish(self):
         """Mark the cache as complete."""
@@ -194,6 +207,16 @@ class CacheWriter:
 def about_file(path: Path) -> Path:
     finished = path / "about.json"
     return finished if finished.exists() else path / "unfinished.json"
+
+
+def read_about(file: Path) -> dict:
+    """Raises ValueError for a damaged file."""
+    with named_errors(file):
+        about = json.loads(file.read_bytes())
+        if about["version"] == VERSION:
+            [about[field] for field in (*IDENTITY, "teacher", "tokenizer", "vocab_size", "dim",
+                                        "skip_bad_lines", "bytes", "crc32")]
+        return about
 
 
 def part_name(i: int) -> str:
@@ -206,9 +229,11 @@ def size_of(path: Path) -> int:
 
 
 def damaged_files(path: Path, about: dict, skip: str = "none") -> list[str]:
-    """The missing files and those of the wrong size, except names that begin with `skip`."""
-    return [name for name, size in about["bytes"].items()
-            if size_of(path / name) != size and not name.startswith(skip)]
+    """The missing files and those of the wrong size or checksum, except names that begin with
+    `skip`. The checksum of a part is for TeacherCache.part."""
+    return [name for name, size in about["bytes"].items() if not name.startswith(skip) and (
+            size_of(path / name) != size or
+            name in about["crc32"] and file_crc32(path / name) != about["crc32"][name])]
 
 
 # -- reading -------------------------------------------------------------------------------------
@@ -232,7 +257,7 @@ class TeacherCache:
             raise FileNotFoundError(
                 f"no cached teacher outputs in {self}. Write them: python scripts/cache_teacher.py "
                 f"--teacher WEIGHTS --data_path FILES --cache_dir {self}")
-        self.about = about = json.loads(file.read_text())
+        self.about = about = read_about(file)
         if about["version"] != VERSION:
             raise ValueError(
                 f"{self} has format {about['version']}, this program reads {VERSION}. Write it "
@@ -249,7 +274,7 @@ class TeacherCache:
             self.keys, self.starts = index["keys"], index["starts"]     # (samples,), by rising key
             self.n_rows, self.part_ends = index["n_rows"], index["part_ends"]
         self.parts = {}                             # number -> (rows, row bytes), memory-mapped
-        self.head = None if self.top_k else torch.load(self.path / "head.pth", weights_only=True)
+        self.head = None if self.top_k else load_verified(self.path / "head.pth", mmap=False)
 
     def __str__(self):
         return str(self.path)
@@ -313,6 +338,10 @@ class TeacherCache:
 
     def part(self, i: int) -> np.ndarray:  # -> (rows, row bytes): bytes are copied fastest
         if i not in self.parts:
-            file = np.memmap(self.path / part_name(i), dtype=np.uint8, mode="r")
-            self.parts[i] = file.reshape(-1, self.row.itemsize).view(np.ndarray)
+            path = self.path / part_name(i)
+            file = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+            if checksum(self.about, i, file[:-4]) != file[-4:].tobytes():
+                raise ValueError(f"{path} is damaged, or a part of another cache. Remove it, and "
+                                 f"write it again: {command(self.about, self)}")
+            self.parts[i] = file[:-4].reshape(-1, self.row.itemsize)
         return self.parts[i]

@@ -20,6 +20,7 @@ from model.lora import TARGETS, Adapted, add_lora, load_lora, merge_lora, store_
 from model.quantize import quantize
 from model.tokenizer import DEFAULT, Tokenizer
 from model.transformer import Transformer
+from runtime.checkpoint import not_finite
 from runtime.files import file_sha256
 from runtime.log import Logger
 from runtime.processes import World, fully_shard, is_sharded
@@ -50,11 +51,16 @@ def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, To
     base = path.parent / lora["base"]
     if not base.exists():
         raise FileNotFoundError(f"{path} holds adapters to the missing weights {base}")
+    if detect_format(base) is native and native.read_about(base)[2]:
+        raise ValueError(f"{path} holds adapters to {base}, which holds adapters itself")
     model, tokenizer = load_model(base, device, dtype)
     if sha256_of_model(base) != lora["base_sha256"]:
         raise ValueError(f"{path} holds adapters to other weights than those now at {base}")
     add_lora(model, lora["rank"], lora["alpha"], targets=lora["targets"])
-    load_lora(model, native.read_state(path))
+    state = {piece.name: piece.tensor for piece in native.read_pieces(path, model.config)}
+    if wrong := not_finite(state):
+        raise ValueError(f"{path}: tensor {wrong} holds NaN or infinity")
+    load_lora(model, state)
     return merge_lora(model).eval(), tokenizer
 
 

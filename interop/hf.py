@@ -20,7 +20,7 @@ from interop.vocabulary import read_tokenizer_json, write_tokenizer
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from runtime.files import write_atomic
+from runtime.files import UNSIGNED, check_signature, replace_atomic, sign, write_atomic
 
 SHARD_BYTES = 4 << 30
 
@@ -178,10 +178,12 @@ def read_pieces(folder, config: LMConfig) -> Iterator[Piece]:
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     index = folder / "model.safetensors.index.json"
-    shards = [folder / "model.safetensors"]
-    if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        shards = [folder / name for name in sorted(names)]
+    shards = [folder / "model.safetensors"]         # before the index, as in transformers
+    if index.exists() and not shards[0].exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = [folder / name for name in names]
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{index} names {outside[0]!r}, which is not a file in its folder")
     elif not shards[0].exists():        # MiniMind's own export
         shards = sorted(folder.glob("pytorch_model*.bin")) or shards
     for shard in shards:
@@ -191,6 +193,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    check_signature(file)
     try:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
@@ -208,9 +211,9 @@ def to_pieces(tensors, config: LMConfig) -> Iterator[Piece]:
         number = re.search(r"experts\.(\d+)\.", source)
         name = re.sub(r"experts\.\d+\.", "experts.", source.removeprefix("transformer."))
         name = rename(name, OURS)
-        # Old files hold RoPE's frequencies and the causal mask. A tied head is stored twice.
+        # Old files hold RoPE's frequencies and the causal mask.
         is_buffer = source.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
-        if is_buffer or name == "output.weight" and config.tie_embeddings:
+        if is_buffer:
             continue
         if source.endswith("shared_expert_gate.weight"):
             if tensor.count_nonzero():
@@ -247,8 +250,12 @@ def write(model: Transformer, tokenizer: Tokenizer, folder, dtype: torch.dtype =
     for i, shard in enumerate(shards, 1):
         part = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         shard = {name: tensor.to(dtype).contiguous() for name, tensor in shard.items()}
-        data = save(shard, metadata={"format": "pt"})
-        write_atomic(folder / f"model{part}.safetensors", lambda opened: opened.write(data))
+
+        def to_file(temporary):
+            temporary.write_bytes(save(shard, {"format": "pt", "checksum": UNSIGNED.decode()}))
+            sign(temporary)
+
+        replace_atomic(folder / f"model{part}.safetensors", to_file)
         weight_map |= dict.fromkeys(shard, f"model{part}.safetensors")
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json",

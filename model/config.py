@@ -4,7 +4,14 @@ All sizes of a model in one place. A checkpoint has them as JSON beside the weig
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
+
+# Beyond any model's: a larger size is a damaged file or a slip.
+LARGEST = {"dim": 1 << 20, "n_layers": 1 << 12, "n_heads": 1 << 14, "n_kv_heads": 1 << 14,
+           "head_dim": 1 << 14, "hidden_dim": 1 << 22, "vocab_size": 1 << 24,
+           "max_seq_len": 1 << 30, "n_routed_experts": 1 << 14, "num_experts_per_tok": 1 << 14,
+           "n_shared_experts": 1 << 14}
 
 
 @dataclass
@@ -45,9 +52,16 @@ class LMConfig:
     aux_loss_alpha: float = 0.01        # weight of the balance loss
 
     def __post_init__(self):
-        for name in ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, largest in LARGEST.items():
+            value, least = getattr(self, name), 0 if name == "n_shared_experts" else 1
+            if value is not None and not (type(value) is int and least <= value <= largest):
+                raise ValueError(f"{name}={value} must be an integer of {least} to {largest:,}")
+        for name, value in {"rope_theta": self.rope_theta, "norm_eps": self.norm_eps,
+                            **(self.rope_scaling or {})}.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be a number above 0")
+        if not 0 <= self.aux_loss_alpha < math.inf:
+            raise ValueError(f"aux_loss_alpha={self.aux_loss_alpha} must be 0 or more")
         if self.architecture not in ("llama", "gpt2"):
             raise ValueError(f"architecture={self.architecture!r} is not llama or gpt2")
         if self.architecture == "gpt2":
@@ -67,7 +81,7 @@ class LMConfig:
             raise ValueError(f"head_dim={self.head_dim} is odd, but RoPE rotates pairs")
         if self.n_kv_heads is None:
             self.n_kv_heads = max(1, self.n_heads // 2)
-        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+        if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is no multiple of "
                              f"n_kv_heads={self.n_kv_heads}; each key/value head serves the same "
                              "number of query heads")

@@ -3,16 +3,27 @@
 Files that are written completely or not at all.
 """
 
+import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
+import time
+import zlib
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def replace_atomic(path: Path, write):
     """Call `write` with a temporary path, flush the file, then rename it to `path`. Several
-    processes may do so at once."""
+    processes may do so at once; what a killed one left is removed after ten minutes."""
+    for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError):
+            if time.time() - stale.stat().st_mtime > 600:
+                stale.unlink()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -30,6 +41,74 @@ def write_atomic(path: Path, write):
             write(file)
 
     replace_atomic(path, to_file)
+
+
+LOCKS = []              # open files: a lock ends with its process, however that ends
+
+
+def lock(name):
+    """Take NAME.lock for this process. Raises ValueError if another process has it. Without locks,
+    on Windows and some network disks, nothing is done."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    file = open(f"{name}.lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # not inherited by data workers
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return
+        file.seek(0)
+        raise ValueError(f"process {file.read()} is writing {name}.*: wait for it, stop it, or "
+                         "give another --out_dir") from None
+    file.truncate(0)
+    print(os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)
+    LOCKS.append(file)
+
+
+UNSIGNED = b"crc32:00000000"        # in the first bytes of a file that `sign` completes
+HEAD_BYTES = 4096
+
+
+def sign(path: Path):
+    """Replace the zeros of UNSIGNED by the checksum of the file as it is."""
+    signature = b"crc32:%08x" % file_crc32(path)
+    with open(path, "rb+") as file:
+        file.seek(file.read(HEAD_BYTES).index(UNSIGNED))
+        file.write(signature)
+
+
+def check_signature(path: Path):
+    """Raise ValueError if a signed file has changed; a file of another program has no signature."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    if (signature := re.search(rb"crc32:[0-9a-f]{8}", head)) and (
+            int(signature[0][6:], 16) != file_crc32(path, head.replace(signature[0], UNSIGNED))):
+        raise ValueError(f"{path} is cut short or damaged: it differs from its checksum")
+
+
+def file_crc32(path: Path, head: bytes | None = None) -> int:
+    """Of a file's bytes, at 2.9 GB/s. head: stands for its first ones."""
+    with open(path, "rb") as file:
+        crc = zlib.crc32(file.read(HEAD_BYTES) if head is None else head)
+        file.seek(HEAD_BYTES)
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+@contextmanager
+def named_errors(path):
+    """Errors in a file's content become ValueErrors that begin with its path."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{path} does not have the expected form: {error}") from error
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def write_jsonl(path, rows: list[dict]):

@@ -5,6 +5,7 @@ a common stop signal.
 """
 
 import atexit
+import ctypes
 import datetime
 import functools
 import os
@@ -47,6 +48,8 @@ def init_distributed_mode(ddp: bool | None = None, device: str = "auto", local_r
     if "RANK" not in os.environ:
         sys.exit(f"--ddp needs torchrun to start its processes. Type:\n"
                  f"    torchrun --nproc_per_node 2 {command_line()}")
+    if sys.platform == "linux":         # PR_SET_PDEATHSIG: save and stop when torchrun is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     local_rank = local_rank if local_rank >= 0 else int(os.environ["LOCAL_RANK"])
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", local_rank) if on_gpu else pick_device(device)
@@ -190,6 +193,19 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_rows(tensor: torch.Tensor):
+    """This process's rows of a sharded tensor and the number of the first; of any other tensor it
+    and None."""
+    if not dist.is_initialized():
+        return tensor, None
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return tensor, None
+    rows = -(-len(tensor) // dist.get_world_size())      # as torch.chunk divides them
+    return tensor.to_local(), dist.get_rank() * rows
 
 
 # -- stopping -------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from runtime import log  # noqa: E402
 os.environ["OMP_NUM_THREADS"] = "1"     # sums in one order: runs can be compared bit by bit
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["helpers_run", "torch._dynamo", "torch.distributed",
-                              "torch.distributed.fsdp", "torch.distributed.checkpoint",
+                              "torch.distributed.fsdp",
                               "evaluation.validation", "interop.sizes", "tiktoken", "yaml", "tqdm",
                               "matplotlib.figure", "matplotlib.backends.backend_agg"])
 

@@ -101,7 +101,7 @@ def test_a_run_that_shares_a_model_goes_on_with_another_number_of_processes(proc
     flags |= {"feature_weight": 0.1, "max_steps": 6, "save_interval": 3, "shard": "zero3"}
     succeed(script, **flags | split(processes), out_dir=tmp_path)
     unbroken, resume = load(tmp_path / f"{file}.pth"), tmp_path / f"{file}.resume"
-    assert len(list(resume.glob("*.distcp"))) == processes              # each wrote its own part
+    assert len(list(resume.glob("shard-*.pth"))) == processes              # each wrote its own part
     resume.rename(tmp_path / "gone")                                    # killed between the two renames of a save
     said = succeed(script, **flags | split(others) | {"shard": "zero2"}, out_dir=tmp_path, resume=True)
     assert f"resumed {resume} after step 3" in said
@@ -132,7 +132,7 @@ def test_a_shared_resume_folder_that_is_damaged_or_of_another_kind_is_named(data
     succeed(script, **shared)
     said = complaint(script, **flags, resume=True)
     assert f"{resume} belongs to a run with --shard; resume it as it began" in said
-    part = next(resume.glob("*.distcp"))
+    part = next(resume.glob("shard-*.pth"))
     part.write_bytes(part.read_bytes()[:100])
     assert f"{resume} cannot be read" in complaint(script, **shared, resume=True)
 

@@ -75,7 +75,7 @@ def lesson(samples, teacher):
 def writer_for(written, samples, teacher):
     """writer_for(folder, top_k=4) -> a CacheWriter of what the script wrote, with changes."""
     about = json.loads((written[0] / "about.json").read_text())
-    for name in ("bytes", "samples_sha256", "samples", "positions"):
+    for name in ("bytes", "crc32", "samples_sha256", "samples", "positions"):
         del about[name]
     keys = np.array(samples.batch(np.arange(len(samples))).keys, np.uint64)
 
@@ -150,7 +150,7 @@ def test_a_top_k_has_the_most_likely_tokens_at_its_temperature(flags, lesson, tm
     assert torch.allclose(cached.log_p, truth.gather(1, cached.ids), atol=1e-4)
     assert (cached.log_p.exp().sum(dim=-1) < 1).all()                   # the rest is the tail
     n_bytes = sum(size for name, size in cache.about["bytes"].items() if "part" in name)
-    assert n_bytes == cache.about["positions"] * 5 * 6
+    assert n_bytes == cache.about["positions"] * 5 * 6 + 16 * 4         # a checksum in each part
 
 
 def test_samples_are_found_in_any_order_and_by_any_subset(written, lesson):
@@ -214,7 +214,7 @@ def test_the_printed_size_is_the_size_on_disk(written):
         r"([\d,]+) positions x ([\d,]+) bytes = ([\d.]+) MB in 16 parts, and ([\d.]+) MB for",
         printed).groups()
     parts = sum(path.stat().st_size for path in folder.glob("part-*.bin"))
-    assert parts == int(positions.replace(",", "")) * int(row) and total == f"{parts / 1e6:.2f}"
+    assert parts - 16 * 4 == int(positions.replace(",", "")) * int(row) and total == f"{parts / 1e6:.2f}"
     rest = sum(map(len, contents(folder).values())) - parts - 1e6 * float(head)
     assert rest < 30 * len(TeacherCache(folder).keys) + 10_000          # index: 24 bytes a sample
 
@@ -244,7 +244,7 @@ def test_a_second_run_has_nothing_to_do_also_on_one_of_the_files(written, flags,
      r"teacher was \S+teacher.pth \(\w{8}\), is other.pth \(00000000\). Give another --cache_dir"),
     ({"top_k": 4}, "--top_k was 0, is 4"),
     ({"max_seq_len": 64, "temperature": 2.0}, "--max_seq_len was 128, is 64; --temp"),
-    ({"version": 2}, "holds another cache: format was 1, is 2. Give"),
+    ({"version": 3}, "holds another cache: format was 2, is 3. Give"),
 ])
 def test_a_folder_keeps_one_teacher_and_one_setting(copied, writer_for, changed, message):
     before, writer = contents(copied), writer_for(copied, **changed)
@@ -301,7 +301,7 @@ def test_no_cache_and_another_format_are_errors_with_the_command(tmp_path, copie
         TeacherCache(tmp_path / "none")
     about = json.loads((copied / "about.json").read_text())
     (copied / "about.json").write_text(json.dumps(about | {"version": 0}))
-    with pytest.raises(ValueError, match="has format 0, this program reads 1"):
+    with pytest.raises(ValueError, match="has format 0, this program reads 2"):
         TeacherCache(copied)
 
 
