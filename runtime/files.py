@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import time
 import zlib
 from contextlib import contextmanager, suppress
@@ -130,11 +131,19 @@ def keep_previous(path: Path):
         os.replace(path, previous)
 
 
-def read_lines(path: Path) -> list[str]:
-    """The complete lines of a log; a last line that a kill cut short is dropped."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def read_rows(path: Path, *keys) -> list[dict]:
+    """The rows of a log, one JSON object with these keys a line. A last line that a kill cut short
+    is dropped; a damaged one too, with a warning."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(True) if path.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            [row[key] for key in keys]
+            rows.append(row)
+        except (ValueError, TypeError, LookupError):
+            if line.endswith(b"\n"):
+                print(f"{path}, line {number} is damaged and left out", file=sys.stderr)
+    return rows
 
 
 def file_sha256(path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from runtime.args import resume_command
-from runtime.files import write_atomic
+from runtime.files import named_errors, write_atomic
 from runtime.log import Logger, ProgressBar
 from runtime.processes import StopSignal, World, patient_group
 
@@ -36,17 +36,21 @@ class Parts:
 
     def __init__(self, out, about: dict, n_parts: int, world: World):
         self.out, self.folder = Path(out), Path(f"{out}.parts")
+        self.removed = Path(f"{out}.parts.removed")
         self.about, self.n_parts = about, n_parts
         self.world, self.group = world, patient_group(world)
         self.stop = self.progress = None        # of `mine`
 
     def prepare(self) -> list[int]:
         """The missing parts. Raises ValueError if the file or parts of another file exist."""
-        if self.out.exists():
+        shutil.rmtree(self.removed, ignore_errors=True)
+        # With all parts there, a run was killed when it had written OUT, which is written again.
+        if self.out.exists() and not (self.folder.exists() and not self.missing()):
             raise ValueError(f"{self.out} exists already. Give another --out, or remove it")
         about = self.folder / "about.json"
         if about.exists():
-            was = json.loads(about.read_text())
+            with named_errors(about):
+                was = dict(json.loads(about.read_bytes()))
             changed = [f"{name} was {was.get(name)}, is {value}"
                        for name, value in self.about.items() if was.get(name) != value]
             if changed:
@@ -112,8 +116,16 @@ class Parts:
         """wait, then return the results of all parts in order; None but on the main process."""
         self.wait(why)
         if self.world.rank == 0:
-            return [json.loads(self.path(part).read_bytes()) for part in range(self.n_parts)]
+            return [self.read(part) for part in range(self.n_parts)]
+
+    def read(self, part: int):
+        try:
+            return json.loads(self.path(part).read_bytes())
+        except ValueError as error:
+            self.path(part).unlink()
+            sys.exit(f"{self.path(part)} was damaged ({error}). The same command makes it again")
 
     def remove(self):
-        """Remove the folder, once the file is written."""
-        shutil.rmtree(self.folder)
+        """Remove the folder, once the file is written: first its name, then its parts."""
+        self.folder.rename(self.removed)
+        shutil.rmtree(self.removed)

@@ -38,7 +38,7 @@ import yaml
 from dataset.formats import category, read_each
 from evaluation.tables import markdown, mean_and_spread
 from runtime.args import check_ranges, checking_input, did_you_mean, make_parser, resume_command
-from runtime.files import file_sha256, read_lines, write_atomic
+from runtime.files import file_sha256, read_rows, write_atomic
 from runtime.log import Logger
 
 OUT = "<out>"               # in a command: the folder of its own that a run writes into
@@ -150,7 +150,8 @@ class Jobs:
 
     def __init__(self, folder, processes: int):
         self.folder, self.ledger = Path(folder), ROOT / folder / "trials.jsonl"
-        self.records = {each["key"]: each for each in map(json.loads, read_lines(self.ledger))}
+        fields = ("key", "name", "command", "made", "seconds", "peak_mb")
+        self.records = {each["key"]: each for each in read_rows(self.ledger, *fields)}
         self.free, self.lock = threading.Semaphore(processes), threading.Lock()
         self.lock_of, self.children, self.stopping = {}, set(), False
 

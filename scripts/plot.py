@@ -6,7 +6,6 @@ Plot: the curves of several runs in one picture, from the .jsonl log beside each
     python scripts/plot.py --logs out/a.jsonl --only loss grad_norm --out out/curves.png
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from runtime.args import checking_input, make_parser, parse_args
-from runtime.files import read_lines, write_atomic
+from runtime.files import read_rows, write_atomic
 
 
 def read_curves(path: Path) -> dict[str, dict[int, float]]:
@@ -23,7 +22,7 @@ def read_curves(path: Path) -> dict[str, dict[int, float]]:
         problem = f"{path} is no log" if path.exists() else f"no log at {path}"
         raise ValueError(f"{problem}; a run writes NAME.jsonl beside its NAME.pth")
     curves = {}
-    for row in map(json.loads, read_lines(path)):
+    for row in read_rows(path, "step"):
         for name in row.keys() - {"step"}:
             curves.setdefault(name, {})[row["step"]] = row[name]
     return curves
