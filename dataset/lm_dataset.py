@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from dataset.formats import check_exists, holds_texts, read_conversations, read_texts
-from runtime.files import file_sha256, write_atomic
+from runtime.checkpoint import UNREADABLE
+from runtime.files import file_crc32, file_sha256, write_atomic
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
 CACHE_VERSION = 3           # raise it when the meaning of a cached file changes
@@ -57,6 +58,16 @@ class Batch(NamedTuple):
         return self.each(torch.Tensor.pin_memory)
 
 
+def read_index(stream: Path, index: Path) -> dict | None:
+    """The arrays that describe a file of tokens; None if one of the two is missing or damaged."""
+    try:
+        with np.load(index) as file:
+            arrays = dict(file)
+        return arrays if arrays["crc32"] == file_crc32(stream) else None
+    except UNREADABLE:
+        return None
+
+
 class TokenDataset:
     """Samples of token ids in one memory-mapped file; the top bit of an id marks a target.
 
@@ -76,14 +87,15 @@ class TokenDataset:
         self.flag = self.dtype(1 << (8 * self.dtype().itemsize - 1))
         stream, index = self.cache_files()
         self.key = stream.stem
-        if not index.exists():
+        arrays = read_index(stream, index)
+        if arrays is None:
             self.build(stream, index)
+            arrays = read_index(stream, index)
         # As a plain array: slicing a memmap takes seven times as long.
         self.stream = np.asarray(np.memmap(stream, dtype=self.dtype, mode="r"))
-        with np.load(index) as arrays:
-            self.ends, self.n_targets = arrays["ends"], arrays["n_targets"]     # (samples,)
-            self.rows = arrays["rows"]              # (samples,) number of each in the files
-            self.n_rows = int(arrays["n_rows"])     # samples of the files, also those left out
+        self.ends, self.n_targets = arrays["ends"], arrays["n_targets"]         # (samples,)
+        self.rows = arrays["rows"]                  # (samples,) number of each in the files
+        self.n_rows = int(arrays["n_rows"])         # samples of the files, also those left out
         self.lengths = np.diff(self.ends, prepend=0)
 
     def cache_files(self) -> tuple[Path, Path]:
@@ -114,7 +126,8 @@ class TokenDataset:
         stream.parent.mkdir(exist_ok=True)
         write_atomic(stream, np.concatenate(rows).tofile)
         write_atomic(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept,
-                                                  n_rows=len(samples)))
+                                                  n_rows=len(samples),
+                                                  crc32=file_crc32(stream)))
         self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} "
                  f"targets; {cut:,} cut to {self.max_seq_len} tokens, {len(samples) - len(rows):,} "
                  f"left out without a target; {time.time() - start:.1f} s")

@@ -8,8 +8,8 @@ Offline distillation (logit caching): the teacher reads the data once and its ou
     DIR/head.pth         (V, D) fp32, turns states into logits; not with top-k
     DIR/part-00000.bin   per supervised position the final hidden state in bf16, 2 D bytes, or the
                          top-k log-probabilities, ids and the log-probability of all
-                         other tokens, 6 k + 4 bytes, less at k < D / 3;
-                         4 bytes of checksum, which depends on the part and the identity of the cache
+                         other tokens, 6 k + 4 bytes, less at k < D / 3; at the end 4 bytes, a
+                         checksum of these, the part's number and the cache's identity
 
 The samples alone decide which part holds which sample, so any number of processes writes the same
 parts, and an interrupted run resumes at the missing ones.
