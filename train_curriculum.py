@@ -331,6 +331,8 @@ def main():
     if not args.resume:     # a later --resume must not find the stages of an earlier run
         for number in range(args.start_stage, 4) if world.rank == 0 else ():
             set_aside(out_dir / f"stage{number}")
+            for path in out_dir.glob(f"stage{number}.resume*"):
+                path.unlink()
         log_exam("the teacher itself", teacher, its_tokenizer, held_out, args.max_new_tokens, world)
 
     # 5. and 6. Train the stages one after the other

@@ -113,7 +113,8 @@ class Case(NamedTuple):
             model = Transformer(self.config()).requires_grad_(False).eval()
             if kind != "fp32":
                 quantize(model, kind)
-        model.load_state_dict(torch.load(Path(self.weights) / f"{kind}.pt"), assign=True)
+        state = torch.load(Path(self.weights) / f"{kind}.pt", weights_only=True)
+        model.load_state_dict(state, assign=True)
         return model.to(self.device)
 
 

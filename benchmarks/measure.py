@@ -96,7 +96,8 @@ def in_a_new_process(measure, case, form, saved=None) -> dict[str, float]:
 
 def deviation(form, saved: Path, truth_form, truth: Path, tolerance: float = TOLERANCE) -> float:
     """The largest |a - b| / |b| of all that was saved. Raises ValueError above the tolerance."""
-    ours, theirs = (torch.load(path, map_location="cpu") for path in (saved, truth))
+    ours, theirs = (torch.load(path, map_location="cpu", weights_only=True)
+                    for path in (saved, truth))
     relative = {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item()
                 for name in theirs}
     for name, value in relative.items():

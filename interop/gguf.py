@@ -96,7 +96,7 @@ class Header:
                 size = self.file.seek(0, 2)
             if max(ends, default=0) > size:
                 raise ValueError(f"a tensor ends at byte {max(ends)} of {size}")
-        except (struct.error, ValueError) as error:
+        except (struct.error, ValueError, LookupError, MemoryError, OverflowError) as error:
             raise ValueError(f"{path} is cut short, or no readable GGUF file: {error}") from error
         if (n_parts := self.fields.get("split.count", 1)) > 1:
             raise ValueError(f"{path} is one of {n_parts} parts; join: llama-gguf-split --merge")

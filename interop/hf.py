@@ -187,7 +187,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     elif not shards[0].exists():        # MiniMind's own export
         shards = sorted(folder.glob("pytorch_model*.bin")) or shards
     for shard in shards:
-        if not shard.exists():
+        if not shard.is_file():
             raise FileNotFoundError(f"{shard} is missing: the download of {folder} is not complete")
         yield from read_state(shard).items() if shard.suffix == ".bin" else read_safetensors(shard)
 

@@ -4,15 +4,7 @@ All sizes of a model in one place. A checkpoint has them as JSON beside the weig
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
-
-# Beyond any model's: a larger size is a damaged file or a slip.
-LARGEST = {"dim": 1 << 20, "n_layers": 1 << 12, "n_heads": 1 << 14, "n_kv_heads": 1 << 14,
-           "head_dim": 1 << 14, "hidden_dim": 1 << 22, "vocab_size": 1 << 24,
-           "max_seq_len": 1 << 30, "n_routed_experts": 1 << 14, "num_experts_per_tok": 1 << 14,
-           "n_shared_experts": 1 << 14}
-
 
 @dataclass
 class LMConfig:
@@ -52,16 +44,14 @@ class LMConfig:
     aux_loss_alpha: float = 0.01        # weight of the balance loss
 
     def __post_init__(self):
-        for name, largest in LARGEST.items():
-            value, least = getattr(self, name), 0 if name == "n_shared_experts" else 1
-            if value is not None and not (type(value) is int and least <= value <= largest):
-                raise ValueError(f"{name}={value} must be an integer of {least} to {largest:,}")
-        for name, value in {"rope_theta": self.rope_theta, "norm_eps": self.norm_eps,
-                            **(self.rope_scaling or {})}.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} must be a number above 0")
-        if not 0 <= self.aux_loss_alpha < math.inf:
-            raise ValueError(f"aux_loss_alpha={self.aux_loss_alpha} must be 0 or more")
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
+                     "vocab_size", "max_seq_len", "n_routed_experts", "num_experts_per_tok"):
+            value, largest = getattr(self, name), 1 << (12 if name == "n_layers" else 24)
+            if value is not None and not (type(value) is int and 1 <= value <= largest):
+                raise ValueError(f"{name}={value} must be an integer of 1 to {largest:,}")
+        for name, value in {**vars(self), **(self.rope_scaling or {})}.items():
+            if isinstance(value, float | int) and not 0 <= value < 1e30:        # nor NaN
+                raise ValueError(f"{name}={value} must be a number of 0 or more")
         if self.architecture not in ("llama", "gpt2"):
             raise ValueError(f"architecture={self.architecture!r} is not llama or gpt2")
         if self.architecture == "gpt2":

@@ -35,7 +35,6 @@ FREE_TO_CHANGE = {
 UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, LookupError, ArithmeticError, TypeError,
               pickle.UnpicklingError, struct.error, zlib.error, zipfile.BadZipFile)
 
-BLOCK_BYTES = 1 << 16           # of `fingerprint`
 PROGRESS = "progress.pt"        # in a sharded run's resume folder: what is not a tensor
 
 
@@ -97,35 +96,43 @@ def start_progress(args, name, data, epochs: int, adapted: dict | None = None) -
 
 
 def set_aside(name):
-    """Rename the files of an earlier run, NAME.* to NAME.previous.*; those of the run before it are
-    deleted."""
+    """Keep the files of an earlier run, NAME.*, as NAME.previous.* too, until the next run. Hard
+    links take no space, and NAME.* stay for a run that ends before its first save."""
     path, pattern = Path(name), glob.escape(Path(name).name)
     ends = (".pth", ".json*", ".png", ".resume*", "_best.*", "_final.*", "_epoch-*")
     files = [file for end in ends for file in path.parent.glob(pattern + end)
              if file.suffix != ".tmp"]
-    if not any(file.suffix in (".pth", ".resume") for file in files):
+    if not any(file.suffix == ".pth" for file in files):
         return
     for old in path.parent.glob(f"{pattern}.previous*"):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     for file in files:
-        file.rename(path.with_name(f"{path.name}.previous{file.name.removeprefix(path.name)}"))
-    Logger(f"*** {name}.* exist: the files of that run are now {name}.previous.*, until the next "
-           "run without --resume ***")
+        kept = path.with_name(f"{path.name}.previous{file.name.removeprefix(path.name)}")
+        if file.is_dir():
+            shutil.copytree(file, kept, copy_function=link_or_copy)
+        else:
+            link_or_copy(file, kept)
+    Logger(f"*** this run replaces {name}.*; the files of the earlier run are kept as "
+           f"{name}.previous.*, until the next run without --resume ***")
+
+
+def link_or_copy(source, target):
+    try:
+        os.link(source, target)
+    except OSError:                 # some file systems have no links
+        shutil.copy2(source, target)
 
 
 def fingerprint(path: Path) -> str:
-    """Distinguishes other weights, or another cache, at the same path by the files' sizes and the
-    checksum of 16 blocks of each, without reading them all."""
-    files = [path] if path.is_file() else sorted(
-        file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
-    crc = 0
+    """Distinguishes other weights, or another cache, at the same path without reading them all: a
+    checksum of each file's size and last 64 KB, where a .pth has the CRC-32 of all its records."""
+    files, crc = [path] if path.is_file() else sorted(path.iterdir()), 0
     for file in files:
-        size = file.stat().st_size
-        with open(file, "rb") as opened:
-            for i in range(16):         # the last one holds the CRC-32 of all records of a .pth
-                opened.seek(max(0, size - BLOCK_BYTES) * i // 15)
-                crc = zlib.crc32(opened.read(BLOCK_BYTES), crc)
-        crc = zlib.crc32(f"{file.name} {size}".encode(), crc)
+        if file.suffix in (".pth", ".gguf", ".safetensors", ".bin", ".json"):
+            with open(file, "rb") as opened:
+                size = opened.seek(0, os.SEEK_END)
+                opened.seek(max(0, size - (1 << 16)))
+                crc = zlib.crc32(opened.read() + b"%d" % size, crc)
     return f"{crc:08x}"
 
 
@@ -140,7 +147,7 @@ def save_resume(path, modules: dict, optimizer, scaler, progress: Progress):
     state = run_state(modules, optimizer)
     rest = {"scaler": scaler.state_dict(), "progress": asdict(progress)}
     wrong = not_finite(state)
-    if any_process(wrong is not None, True, device_of(optimizer)):
+    if any_process(wrong is not None, True, optimizer.param_groups[0]["params"][0].device):
         raise ValueError(f"{wrong or 'a tensor of another process'} holds NaN or infinity after "
                          f"step {progress.steps_done}; {path} stays as it was saved before")
     if sharded:
@@ -158,7 +165,7 @@ def load_resume(path, modules: dict, optimizer, scaler, progress: Progress) -> P
     Raises ValueError if the file belongs to a run with other settings.
     """
     path, sharded = Path(path), any(map(is_sharded, modules.values()))
-    state = read_resume(path, device_of(optimizer))
+    state = read_resume(path, optimizer.param_groups[0]["params"][0].device)
     if state is None:
         Logger(f"no {path} to resume: starting from the first step")
         if is_main_process():
@@ -207,10 +214,6 @@ def trained_state(module) -> dict:
     return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
 
-def device_of(optimizer) -> torch.device:
-    return optimizer.param_groups[0]["params"][0].device
-
-
 def load_verified(path, verify: bool = True, mmap: bool = True):
     """The tensors and plain values that torch.save wrote; no code runs. Compares the file's records
     with their CRC-32 at 2.8 GB/s, which torch.load does not. Raises ValueError."""
@@ -234,7 +237,7 @@ def is_finite(tensor) -> bool:
 def not_finite(state: dict) -> str | None:
     """The name of a tensor in a nested dict that holds NaN or infinity; None if there is none."""
     return next((name for name, tensor in tensors_of(state).items()
-                 if not is_finite(local_rows(tensor)[0])), None)
+                 if not is_finite(local_rows(tensor))), None)
 
 
 def read_resume(path: Path, device=torch.device("cpu")) -> dict | None:
@@ -267,7 +270,7 @@ def save_shards(path: Path, state: dict, rest: dict):
         write_atomic(temporary / PROGRESS, lambda file: torch.save(
             rest | {"processes": dist.get_world_size()}, file))
     dist.barrier()
-    rows = {name: local_rows(tensor)[0] for name, tensor in tensors_of(state).items()}
+    rows = {name: local_rows(tensor) for name, tensor in tensors_of(state).items()}
     write_atomic(temporary / f"shard-{rank}.pth",
                  lambda file: torch.save({"rank": rank, "rows": rows}, file))
     dist.barrier()
@@ -295,10 +298,11 @@ def copy_rows(shards: list[dict], tensors: dict[str, torch.Tensor]):
     """Fill this process's rows of each tensor from those of any number of other processes, whose
     rows follow each other; a tensor that is not sharded has the same value in all of them."""
     for name, tensor in tensors.items():
-        (mine, first), begin = local_rows(tensor), 0
-        if first is None:
+        mine, begin = local_rows(tensor), 0
+        if mine is tensor:
             mine.copy_(shards[0][name])
             continue
+        first = dist.get_rank() * -(-len(tensor) // dist.get_world_size())  # as torch.chunk divides
         for rows in (shard[name] for shard in shards):
             start, stop = max(first, begin), min(first + len(mine), begin + len(rows))
             if start < stop:

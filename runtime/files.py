@@ -3,7 +3,6 @@
 Files that are written completely or not at all.
 """
 
-import errno
 import glob
 import hashlib
 import json
@@ -48,52 +47,47 @@ LOCKS = []              # open files: a lock ends with its process, however that
 
 
 def lock(name):
-    """Take NAME.lock for this process. Raises ValueError if another process has it. Without locks,
-    on Windows and some network disks, nothing is done."""
-    try:
+    """Take NAME.lock for this process, where there are locks: not on Windows, nor on some network
+    disks. Raises ValueError if another process has it."""
+    with suppress(ImportError):
         import fcntl
-    except ImportError:
-        return
-    file = open(f"{name}.lock", "a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # not inherited by data workers
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
+
+        LOCKS.append(file := open(f"{name}.lock", "a+"))
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # data workers do not inherit it
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ValueError(f"process {file.read()} is writing {name}.*: wait for it, stop it, or "
+                             "give another --out_dir") from None
+        except OSError:
             return
-        file.seek(0)
-        raise ValueError(f"process {file.read()} is writing {name}.*: wait for it, stop it, or "
-                         "give another --out_dir") from None
-    file.truncate(0)
-    print(os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)
-    LOCKS.append(file)
+        file.truncate(0)
+        print(os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)
 
 
 UNSIGNED = b"crc32:00000000"        # in the first bytes of a file that `sign` completes
-HEAD_BYTES = 4096
+SIGNATURE = re.compile(rb"crc32:([0-9a-f]{8})")
 
 
 def sign(path: Path):
-    """Replace the zeros of UNSIGNED by the checksum of the file as it is."""
-    signature = b"crc32:%08x" % file_crc32(path)
+    """Replace the zeros of UNSIGNED by the file's checksum."""
     with open(path, "rb+") as file:
-        file.seek(file.read(HEAD_BYTES).index(UNSIGNED))
-        file.write(signature)
+        file.seek(file.read(4096).index(UNSIGNED))
+        file.write(b"crc32:%08x" % file_crc32(path))
 
 
 def check_signature(path: Path):
-    """Raise ValueError if a signed file has changed; a file of another program has no signature."""
+    """Raise ValueError if a signed file has changed; a file of another program is not signed."""
     with open(path, "rb") as file:
-        head = file.read(HEAD_BYTES)
-    if (signature := re.search(rb"crc32:[0-9a-f]{8}", head)) and (
-            int(signature[0][6:], 16) != file_crc32(path, head.replace(signature[0], UNSIGNED))):
+        signature = SIGNATURE.search(file.read(4096))
+    if signature and int(signature[1], 16) != file_crc32(path):
         raise ValueError(f"{path} is cut short or damaged: it differs from its checksum")
 
 
-def file_crc32(path: Path, head: bytes | None = None) -> int:
-    """Of a file's bytes, at 2.9 GB/s. head: stands for its first ones."""
+def file_crc32(path: Path) -> int:
+    """Of a file's bytes, its signature as UNSIGNED, at 2.9 GB/s."""
     with open(path, "rb") as file:
-        crc = zlib.crc32(file.read(HEAD_BYTES) if head is None else head)
-        file.seek(HEAD_BYTES)
+        crc = zlib.crc32(SIGNATURE.sub(UNSIGNED, file.read(4096), count=1))
         while block := file.read(1 << 20):
             crc = zlib.crc32(block, crc)
     return crc

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from runtime.args import resume_command
+from runtime.args import checking_input, resume_command
 from runtime.files import named_errors, write_atomic
 from runtime.log import Logger, ProgressBar
 from runtime.processes import StopSignal, World, patient_group
@@ -119,11 +119,8 @@ class Parts:
             return [self.read(part) for part in range(self.n_parts)]
 
     def read(self, part: int):
-        try:
+        with checking_input(), named_errors(f"{self.path(part)} is damaged, remove it"):
             return json.loads(self.path(part).read_bytes())
-        except ValueError as error:
-            self.path(part).unlink()
-            sys.exit(f"{self.path(part)} was damaged ({error}). The same command makes it again")
 
     def remove(self):
         """Remove the folder, once the file is written: first its name, then its parts."""

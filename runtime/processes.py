@@ -188,24 +188,20 @@ def release_gathered(modules: dict):
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor gathered from all processes, which must all call this; any other tensor
     unchanged."""
+    return tensor.full_tensor() if is_split(tensor) else tensor
+
+
+def local_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's rows of a sharded tensor; any other tensor unchanged."""
+    return tensor.to_local() if is_split(tensor) else tensor
+
+
+def is_split(tensor: torch.Tensor) -> bool:
     if not dist.is_initialized():
-        return tensor
+        return False
     from torch.distributed.tensor import DTensor
 
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local_rows(tensor: torch.Tensor):
-    """This process's rows of a sharded tensor and the number of the first; of any other tensor it
-    and None."""
-    if not dist.is_initialized():
-        return tensor, None
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(tensor, DTensor):
-        return tensor, None
-    rows = -(-len(tensor) // dist.get_world_size())      # as torch.chunk divides them
-    return tensor.to_local(), dist.get_rank() * rows
+    return isinstance(tensor, DTensor)
 
 
 # -- stopping -------------------------------------------------------------------------------------
