@@ -243,7 +243,7 @@ def not_finite(state: dict) -> str | None:
 def read_resume(path: Path, device=torch.device("cpu")) -> dict | None:
     """The newest state that all processes can read; None if there is no file. Of a sharded run's
     folder: its progress and, as `shards`, the tensors of each process. A file that cannot be read
-    is named, and the one before it is used. Raises ValueError if none can be read."""
+    is named and put aside, and the one before it is used. Raises ValueError if none can be read."""
     found = [file for file in (path, path.with_name(path.name + ".previous")) if file.exists()]
     for file in found:
         state, problem = None, "by another process"
@@ -254,6 +254,8 @@ def read_resume(path: Path, device=torch.device("cpu")) -> dict | None:
         except (OSError, ValueError, LookupError) as error:
             state, problem = None, error
         if not any_process(state is None, True, device):
+            if file != path and is_main_process():      # the next save keeps this one instead
+                keep_previous(path, ".damaged")
             return state
         Logger(f"{file} cannot be read ({problem}); trying the one before it")
     if found:

@@ -114,9 +114,9 @@ def write_jsonl(path, rows: list[dict]):
     write_atomic(Path(path), lambda file: file.write(lines.encode(errors="surrogatepass")))
 
 
-def keep_previous(path: Path):
+def keep_previous(path: Path, end: str = ".previous"):
     """Rename the file or folder at PATH to PATH.previous."""
-    previous = path.with_name(path.name + ".previous")
+    previous = path.with_name(path.name + end)
     if path.exists():
         if previous.is_dir():
             shutil.rmtree(previous)

@@ -107,6 +107,21 @@ def test_a_finished_file_and_a_folder_of_something_else_stay(tmp_path):
     assert (tmp_path / "new.parts/novel.txt").read_text() == "Once" and (tmp_path / "out").read_text() == "mine"
 
 
+def test_a_run_killed_while_it_cleans_up_is_complete_when_it_is_called_again(tmp_path, monkeypatch):
+    parts = Parts(tmp_path / "out", {"seed": 1}, 2, ALONE)
+    for part in parts.mine(parts.prepare()):
+        parts.write(part, part)
+    parts.out.write_text(str(parts.join()))                 # killed here
+    again = Parts(tmp_path / "out", {"seed": 1}, 2, ALONE)
+    assert again.prepare() == [] and list(again.mine([])) == [] and again.join() == [0, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        again.remove()                                      # or here
+    with pytest.raises(ValueError, match="out exists already"):
+        Parts(tmp_path / "out", {"seed": 1}, 2, ALONE).prepare()
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"] and parts.out.read_text() == "[0, 1]"
+
+
 def test_a_result_comes_back_as_it_was_even_with_half_a_character(tmp_path):
     parts = Parts(tmp_path / "out", {}, 2, ALONE)
     results = [{"id": "\ud83d", "n": [1, None]}, "水"]

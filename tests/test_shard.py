@@ -5,6 +5,7 @@ would have learned whole; and a run goes on with another number of processes.
 """
 
 import os
+import shutil
 import signal
 import socket
 from typing import Any, NamedTuple
@@ -127,14 +128,22 @@ def test_a_run_that_shares_a_model_and_is_killed_ends_as_the_unbroken_one(more, 
 
 def test_a_shared_resume_folder_that_is_damaged_or_of_another_kind_is_named(data, models, tmp_path):
     script, flags, file = lesson("sft", data, models)
-    flags |= {"max_steps": 2, "eval_interval": 0, "out_dir": tmp_path}
+    flags |= {"max_steps": 2, "save_interval": 1, "eval_interval": 0, "out_dir": tmp_path}
     shared, resume = flags | {"shard": "zero2"} | split(2), tmp_path / f"{file}.resume"
     succeed(script, **shared)
     said = complaint(script, **flags, resume=True)
     assert f"{resume} belongs to a run with --shard; resume it as it began" in said
-    part = next(resume.glob("shard-*.pth"))
-    part.write_bytes(part.read_bytes()[:100])
-    assert f"{resume} cannot be read" in complaint(script, **shared, resume=True)
+    weights = load(tmp_path / f"{file}.pth")
+    for damaged in (lambda file: file.write_bytes(file.read_bytes()[:100]), lambda file: file.unlink(),
+                    lambda file: file.write_bytes(file.read_bytes().replace(b"\x3f", b"\x3e")),
+                    lambda file: shutil.copy(resume / "shard-0.pth", file)):
+        damaged(resume / "shard-1.pth")
+        said = succeed(script, **shared, resume=True)           # both processes go back to the same step
+        assert f"{resume} cannot be read" in said and f"resumed {resume} after step 1" in said
+        assert same(load(tmp_path / f"{file}.pth"), weights)
+    for folder in tmp_path.glob(f"{file}.resume*"):
+        (folder / "progress.pt").write_bytes(b"no progress")
+    assert f"no readable resume file at {resume}" in complaint(script, **shared, resume=True)
 
 
 def test_a_resume_file_and_a_folder_of_that_name_put_each_other_aside(tmp_path):
