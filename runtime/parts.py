@@ -116,11 +116,8 @@ class Parts:
         """wait, then return the results of all parts in order; None but on the main process."""
         self.wait(why)
         if self.world.rank == 0:
-            return [self.read(part) for part in range(self.n_parts)]
-
-    def read(self, part: int):
-        with checking_input(), named_errors(f"{self.path(part)} is damaged, remove it"):
-            return json.loads(self.path(part).read_bytes())
+            with checking_input(), named_errors(f"{self.folder} holds a damaged part, remove it"):
+                return [json.loads(self.path(part).read_bytes()) for part in range(self.n_parts)]
 
     def remove(self):
         """Remove the folder, once the file is written: first its name, then its parts."""
