@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.args import resume_command
-from runtime.files import keep_previous, lock, write_atomic
+from runtime.files import delete, keep_previous, lock, write_atomic
 from runtime.log import Logger
 from runtime.processes import (World, any_process, is_main_process, is_sharded, local_rows,
                                unwrapped)
@@ -79,6 +79,9 @@ def start_progress(args, name, data, epochs: int, adapted: dict | None = None) -
     if is_main_process():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         lock(name)
+        for file in files_of(name):
+            if file.suffix == ".tmp":       # left by a run that was killed
+                delete(file)
         if not args.resume:
             set_aside(name)
     total_steps = args.max_steps or epochs * data.steps_per_epoch
@@ -98,14 +101,11 @@ def start_progress(args, name, data, epochs: int, adapted: dict | None = None) -
 def set_aside(name):
     """Keep the files of an earlier run, NAME.*, as NAME.previous.* too, until the next run. Hard
     links take no space, and NAME.* stay for a run that ends before its first save."""
-    path, pattern = Path(name), glob.escape(Path(name).name)
-    ends = (".pth", ".json*", ".png", ".resume*", "_best.*", "_final.*", "_epoch-*")
-    files = [file for end in ends for file in path.parent.glob(pattern + end)
-             if file.suffix != ".tmp"]
+    path, files = Path(name), files_of(name)
     if not any(file.suffix == ".pth" for file in files):
         return
-    for old in path.parent.glob(f"{pattern}.previous*"):
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    for old in path.parent.glob(f"{glob.escape(path.name)}.previous*"):
+        delete(old)
     for file in files:
         kept = path.with_name(f"{path.name}.previous{file.name.removeprefix(path.name)}")
         if file.is_dir():
@@ -114,6 +114,13 @@ def set_aside(name):
             link_or_copy(file, kept)
     Logger(f"*** this run replaces {name}.*; the files of the earlier run are kept as "
            f"{name}.previous.*, until the next run without --resume ***")
+
+
+def files_of(name) -> list[Path]:
+    """What a run writes: NAME.*, NAME_best.*, and of a stage of the curriculum two more."""
+    ends = (".pth*", ".json*", ".png*", ".resume*", "_best.*", "_final.*", "_epoch-*")
+    return [file for end in ends
+            for file in Path(name).parent.glob(glob.escape(Path(name).name) + end)]
 
 
 def link_or_copy(source, target):

@@ -118,11 +118,14 @@ def keep_previous(path: Path, end: str = ".previous"):
     """Rename the file or folder at PATH to PATH.previous."""
     previous = path.with_name(path.name + end)
     if path.exists():
-        if previous.is_dir():
-            shutil.rmtree(previous)
-        elif path.is_dir():
-            previous.unlink(missing_ok=True)
+        if previous.is_dir() or path.is_dir():
+            delete(previous)
         os.replace(path, previous)
+
+
+def delete(path: Path):
+    """A file or a folder, if it exists."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def read_rows(path: Path, *keys) -> list[dict]:
