@@ -21,7 +21,7 @@ from model.quantize import quantize
 from model.tokenizer import DEFAULT, Tokenizer
 from model.transformer import Transformer
 from runtime.checkpoint import not_finite
-from runtime.files import file_sha256
+from runtime.files import file_sha256, named_errors
 from runtime.log import Logger
 from runtime.processes import World, fully_shard, is_sharded
 
@@ -39,7 +39,8 @@ def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, To
     FileNotFoundError, and ValueError for what is cut short or cannot be reproduced exactly."""
     reader = detect_format(path)
     if reader is native and (lora := native.read_about(path)[2]):
-        return load_adapted(Path(path), lora, device, dtype)
+        with named_errors(path):
+            return load_adapted(Path(path), lora, device, dtype)
     config = reader.read_config(path)
     model = empty_model(config, device, dtype)
     fill(model, reader.read_pieces(path, config), path)

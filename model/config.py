@@ -47,10 +47,12 @@ class LMConfig:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
                      "vocab_size", "max_seq_len", "n_routed_experts", "num_experts_per_tok"):
             value, largest = getattr(self, name), 1 << (12 if name == "n_layers" else 24)
-            if value is not None and not (type(value) is int and 1 <= value <= largest):
+            is_size = type(value) is int and 1 <= value <= largest
+            if value != getattr(LMConfig, name) and not is_size:        # the default may be None
                 raise ValueError(f"{name}={value} must be an integer of 1 to {largest:,}")
         for name, value in {**vars(self), **(self.rope_scaling or {})}.items():
-            if isinstance(value, float | int) and not 0 <= value < 1e30:        # nor NaN
+            is_number = isinstance(value, float | int) and 0 <= value < 1e30     # NaN is none
+            if isinstance(getattr(LMConfig, name, 0.0), float | int) and not is_number:
                 raise ValueError(f"{name}={value} must be a number of 0 or more")
         if self.architecture not in ("llama", "gpt2"):
             raise ValueError(f"architecture={self.architecture!r} is not llama or gpt2")

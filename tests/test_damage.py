@@ -257,7 +257,7 @@ def test_an_index_names_files_in_its_folder_only(name, saved):
 @pytest.mark.parametrize("sizes", [
     {"n_layers": 10**9}, {"norm_eps": float("nan")}, {"rope_theta": float("inf")}, {"dim": -16}, {"hidden_dim": -24},
     {"vocab_size": 0}, {"n_kv_heads": 0}, {"dim": 16.0}, {"n_layers": True}, {"head_dim": 2**40}, {"aux_loss_alpha": -1.0},
-    {"rope_scaling": {"factor": float("nan")}}, {"n_heads": "4"}], ids=str)
+    {"dim": None}, {"n_layers": []}, {"norm_eps": None}, {"rope_scaling": {"factor": float("nan")}}, {"n_heads": "4"}], ids=str)
 def test_absurd_sizes_are_refused_by_name(sizes, saved):
     about = json.loads((saved / "run.json").read_text())
     about["config"] |= sizes
