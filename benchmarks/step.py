@@ -120,7 +120,7 @@ def write_cache(case: Case, form=None, saved=None) -> dict[str, float]:
     teacher, device = model_of(case, "teacher"), torch.device(case.device)
     samples = [sample for number in range(case.steps + 1) for sample in chats(case, number)]
     about = {**dict.fromkeys(IDENTITY), "version": VERSION, "top_k": 0, "temperature": 1.0,
-             "vocab_size": case.vocab_size, "dim": teacher.config.dim}
+             "files": {}, "vocab_size": case.vocab_size, "dim": teacher.config.dim}
 
     def write():
         keys = np.array([sample_key(ids) for ids, _ in samples], np.uint64)
