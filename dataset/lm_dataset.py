@@ -57,6 +57,7 @@ class TokenDataset:
 
     validated_on = None             # name of a validation file beside the data
     teacher = None                  # the same samples as a teacher reads them, see paired_with
+    across = False                  # whether its ids mean other tokens
 
     def __init__(self, paths, tokenizer, max_seq_len: int = 512, skip_bad_lines: bool = False,
                  log=print):
@@ -141,7 +142,7 @@ class TokenDataset:
             return batch
         its = self.teacher.batch(np.searchsorted(self.teacher.rows, self.rows[samples]))
         match = None
-        if self.teacher.tokenizer.sha256 != self.tokenizer.sha256:
+        if self.across:
             match = same_text(batch, self.tokenizer.n_bytes, its, self.teacher.tokenizer.n_bytes)
         return batch._replace(teacher=its, match=match)
 
@@ -157,7 +158,8 @@ class TokenDataset:
                 "belong together? The teacher's files must match the student's row by row")
         pair = self.view(np.flatnonzero(np.isin(self.rows, teacher.rows)))
         pair.teacher = teacher
-        if teacher.tokenizer.sha256 != self.tokenizer.sha256:
+        pair.across = self.tokenizer.conflict(teacher.tokenizer.ids) is not None
+        if pair.across:
             return pair
         for i, j in enumerate(np.searchsorted(teacher.rows, pair.rows)):
             own, its = pair.answer(i), teacher.answer(j)

@@ -60,6 +60,7 @@ class Joined(TokenDataset):
                                                 in zip(datasets, shifts)]))
         if first.teacher is not None:
             self.teacher = Joined([data.teacher for data in datasets])
+            self.across = first.across
 
     @property
     def key(self) -> str:

@@ -498,7 +498,7 @@ def test_a_category_is_sampled_by_what_it_lacks_and_a_tenth_at_least(
     metrics = {"general_loss": 1.0, "domain_loss": 2.0, "domain_accuracy": 0.6}
     found = metrics, {"domain/a": 1.0, "domain/b": 0.5}
     monkeypatch.setattr(train_curriculum, "evaluate_sides", lambda *_: found)
-    args = Namespace(share=stage.share, sampling="evaluation", pad_vocab=False, max_new_tokens=1)
+    args = Namespace(share=stage.share, sampling="evaluation", max_new_tokens=1)
     log, progress = SimpleNamespace(row=lambda *_, **__: None), Progress({}, 500, steps_done=100)
     rest = None, args, None, None, [], None, mixture, {}, progress, log
     assert validate(*rest) == pytest.approx(0.2 * 1 + 0.8 * 2)
