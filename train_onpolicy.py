@@ -33,7 +33,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from dataset.lm_dataset import (MicroBatches, SFTDataset, in_order, make_loader, open_data,
+from dataset.lm_dataset import (MicroBatches, PromptDataset, in_order, make_loader, open_data,
                                 prompts_and_answers)
 from distill.flags import add_divergence_args, check_loss_args
 from distill.fused import fused_distillation_loss
@@ -84,11 +84,11 @@ def train_epoch(epoch, wandb, *, teacher,
             micro_batches = [WeightedBatch(batch) for batch in batches[step]]
             if step in rollouts:
                 stats += rollout_stats(rollouts[step], age=step - steps[0])
-                micro_batches = rollout_batches(
+                micro_batches = count_step(rollout_batches(
                     rollouts[step], args.accumulation_steps, world.device,
-                    args.teacher_share if args.objective == "minillm" else None)
+                    args.teacher_share if args.objective == "minillm" else None), world)
             seed_everything(args.seed, step, world.rank)    # resuming repeats this step's dropout
-            for micro, (batch, kd_weight, ce_weight) in enumerate(count_step(micro_batches, world)):
+            for micro, (batch, kd_weight, ce_weight) in enumerate(micro_batches):
                 is_last = micro == len(micro_batches) - 1
                 with clock("teacher"), torch.no_grad(), autocast(world.device, world.dtype):
                     predictions = teacher_outputs([teacher], batch).predictions
@@ -241,8 +241,13 @@ def main():
         other_side = teacher_side([teacher], tokenizer, args.data_path, args.teacher_data_path,
                                   max_seq_len)
         train_data, val_data = open_data(
-            SFTDataset, args.data_path, tokenizer, max_seq_len, args.val_path,
+            PromptDataset, args.data_path, tokenizer, max_seq_len, args.val_path,
             args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, other_side)
+        n_missing = np.count_nonzero(~train_data.answered())
+        if n_missing and args.on_policy_fraction < 1:
+            raise ValueError(f"{train_data}: {n_missing:,} of {len(train_data):,} samples have no "
+                             f"answer, which {1 - args.on_policy_fraction:.0%} of the steps learn: "
+                             "--on_policy_fraction 1")
         data = MicroBatches(train_data.with_room(Logger), args.batch_size, args.accumulation_steps,
                             world.rank, world.size, args.seed)
 
