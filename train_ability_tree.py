@@ -122,11 +122,8 @@ def check_inputs(args):
     if reason := student.unreadable(teacher.ids):
         raise ValueError(f"--teacher {args.teacher} cannot read the tokens of --student "
                          f"{args.student}, {reason}: take two models of one family")
-    limit = min(load_config(path).max_seq_len for path in (args.student, args.teacher))
-    args.max_seq_len = args.max_seq_len or limit
-    if args.max_seq_len > limit:
-        raise ValueError(f"--max_seq_len {args.max_seq_len} exceeds the models' context length of "
-                         f"{limit}")
+    args.max_seq_len = args.max_seq_len or min(
+        load_config(path).max_seq_len for path in (args.student, args.teacher))
     for file in args.dataset_files:         # each by itself: rounds may have the same ids
         read_choices([file])
     for file in args.ability_files:

@@ -592,7 +592,7 @@ def refusal(monkeypatch, capsys, choices, tmp_path):
 
 @pytest.mark.parametrize("wrong, reason", [
     ({"set": ["2.balanc=none"]}, "a stage has no 'balanc'; did you mean 'balance'"),
-    ({"set": ["3.batch_size=1000"]}, "fewer than the 1000 of one step"),
+    ({"accumulation_steps": 1000}, "fewer than the 1000 micro-batches of one step"),
     ({"start_stage": 2}, "--start_stage 2 must have weights: --checkpoint_path .*stage1_final.pth"),
     ({"start_stage": 3, "end_stage": 2, "checkpoint_path": "x"}, "--end_stage 2 must be --start_"),
     ({"start_stage": 2, "checkpoint_path": "out/nothing.pth"}, "no weights at out/nothing.pth"),
