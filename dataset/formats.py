@@ -133,13 +133,11 @@ def _items(path):
                     raise ValueError from None
                 text, at = text[at:] + more, 0
                 continue
-            if mark not in ",]":
+            at = end + 1
+            if mark not in ",]" or mark == "]" and (text[at:] + file.read()).strip():
                 raise ValueError
             yield item
-            at = end + 1
             if mark == "]":
-                if (text[at:] + file.read()).strip():
-                    raise ValueError
                 return
 
 
@@ -236,13 +234,11 @@ def to_messages(row: dict) -> list[dict]:
 
 
 def to_prompts(row: dict) -> list[dict]:
-    """The same of a row whose last answer may be missing: then it is empty, for a student that
-    writes it."""
-    messages = _alternating(_turns(row, needs_answer=False))
-    if not messages or messages[-1]["role"] == "system":
-        raise ValueError("no turn of the user, so there is nothing to answer")
-    missing = [{"role": "assistant", "content": ""}] if messages[-1]["role"] == "user" else []
-    return messages + missing
+    """The same, also of a row without any answer: it gets an empty one, for a student to write."""
+    messages, answer, _ = to_question(row)
+    if answer is not None or any(message["role"] == "assistant" for message in messages):
+        return to_messages(row)
+    return [*messages, {"role": "assistant", "content": ""}]
 
 
 class Question(NamedTuple):
@@ -255,8 +251,10 @@ class Question(NamedTuple):
 def to_question(row: dict) -> Question:
     """One row of any format of to_messages, without its last answer, which may also be missing.
     Raises ValueError with the reason."""
-    messages = to_prompts(row)
-    answer = messages.pop()["content"] or None
+    messages = _alternating(_turns(row, needs_answer=False))
+    if not messages or messages[-1]["role"] == "system":
+        raise ValueError("no turn of the user, so there is nothing to answer")
+    answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
     is_conversation = any(key in row for key in CONVERSATION_KEYS)
     read = CONVERSATION_KEYS if is_conversation else COLUMN_KEYS
     return Question(messages, answer, {key: row[key] for key in row if key not in read})

@@ -101,7 +101,7 @@ class TokenDataset:
     def build(self, stream: Path, index: Path):
         start, n_rows, n_cut = time.time(), 0, 0
         length = self.max_seq_len + 1               # the last token is predicted, never read
-        sizes, n_targets, kept = array("q"), array("q"), array("q")
+        found = array("q")                          # size, targets and row of each sample
 
         def write(file):
             nonlocal n_rows, n_cut
@@ -112,25 +112,24 @@ class TokenDataset:
                 n_cut += len(ids) > len(row)
                 if is_target.any():
                     file.write(row)
-                    for values, value in ((sizes, len(row)), (n_targets, is_target.sum()),
-                                          (kept, n_rows - 1)):
-                        values.append(value)
-            if not kept:
+                    found.extend((len(row), is_target.sum(), n_rows - 1))
+            if not found:
                 raise ValueError(f"{self}: no sample has anything to learn within "
                                  f"max_seq_len={self.max_seq_len} tokens; raise --max_seq_len")
 
         stream.parent.mkdir(exist_ok=True)
         write_atomic(stream, write)
+        sizes, n_targets, rows = np.array(found).reshape(-1, 3).T
         ends = np.cumsum(sizes)
-        write_atomic(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept,
+        write_atomic(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=rows,
                                                   n_rows=n_rows))
-        self.log(f"{self}: {len(kept):,} samples, {ends[-1]:,} tokens, {sum(n_targets):,} "
-                 f"targets; {n_cut:,} cut to {self.max_seq_len} tokens, {n_rows - len(kept):,} "
+        self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} "
+                 f"targets; {n_cut:,} cut to {self.max_seq_len} tokens, {n_rows - len(rows):,} "
                  f"left out without a target; {time.time() - start:.1f} s")
 
     def blocks(self, convert, n_chars):
-        """convert(row) of all rows of the files, in lists of some BLOCK characters. A file becomes
-        20 times as large as Python's objects, so it is never in memory as a whole."""
+        """convert(row) of all rows, in lists of some BLOCK characters: as Python's objects, a file
+        is 20 times as large."""
         block, size = [], 0
         for path in self.paths:
             for value in read_one_by_one(path, convert, self.skip_bad_lines, self.log):
@@ -147,7 +146,7 @@ class TokenDataset:
     def __len__(self):
         return len(self.ends)
 
-    def answered(self) -> np.ndarray:  # -> (samples,) whether each has all its answers
+    def answered(self) -> np.ndarray:  # -> (samples,) whether each has an answer
         return np.ones(len(self), dtype=bool)
 
     def split(self, fraction: float, seed: int) -> tuple["TokenDataset", "TokenDataset"]:
@@ -315,22 +314,16 @@ class SFTDataset(TokenDataset):
 
 
 class PromptDataset(SFTDataset):
-    """Also rows without an answer, for a student that writes it. The end of turn stands in for
-    it."""
+    """Also rows without an answer, for a student that writes it: the end of turn stands for it."""
 
     convert = staticmethod(to_prompts)
 
     def answered(self):
-        """An answer of nothing but its end is none."""
-        def is_whole(sample):
-            is_target = sample & self.flag > 0
-            begins = is_target[1:] & ~is_target[:-1]
-            return not (sample[1:][begins] == self.tokenizer.end_of_turn | self.flag).any()
-
-        whole = np.array([is_whole(self.sample(i)) for i in range(len(self))], dtype=bool)
+        none = [self.tokenizer.end_of_turn | self.flag]
+        found = np.array([self.answer(i).tolist() != none for i in range(len(self))], dtype=bool)
         if self.teacher is not None:
-            whole &= self.teacher.answered()[np.searchsorted(self.teacher.rows, self.rows)]
-        return whole
+            found &= self.teacher.answered()[np.searchsorted(self.teacher.rows, self.rows)]
+        return found
 
 
 def dataset_of(paths) -> type[TokenDataset]:

@@ -133,9 +133,8 @@ def main():
     with checking_input():
         # 3. Teacher
         teacher, own = load_model(args.teacher)
-        config, tokenizer = teacher.config, own
-        if args.tokenizer:
-            tokenizer = load_tokenizer(args.tokenizer)
+        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else own
+        config = teacher.config
         if reason := tokenizer.unreadable(own.ids):
             raise ValueError(f"the teacher cannot read the tokens of {args.tokenizer}, {reason}: "
                              "distil it without a cache")

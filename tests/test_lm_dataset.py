@@ -287,11 +287,11 @@ def test_a_row_without_an_answer_is_a_prompt_and_never_validated(cache, tmp_path
     data = PromptDataset([write(tmp_path / "p.jsonl", rows)], tokenizer, 64, log=print)
     found = prompts_and_answers(data.batch(np.arange(4)))
     assert [[tokenizer.decode(answer) for _, answer in turns] for turns in found] == [
-        ["b<|im_end|>"], ["<|im_end|>"], ["<|im_end|>"], ["f<|im_end|>", "<|im_end|>"]]
+        ["b<|im_end|>"], ["<|im_end|>"], ["<|im_end|>"], ["f<|im_end|>"]]
     assert tokenizer.decode(found[1][0][0]).endswith("c<|im_end|>\n<|im_start|>assistant\n")
-    assert data.answered().tolist() == [True, False, False, False]
+    assert data.answered().tolist() == [True, False, False, True]
     train, val = open_data(PromptDataset, data.paths, tokenizer, 64, val_fraction=0.9)
-    assert (len(train), val.rows.tolist()) == (3, [0])
+    assert (train.rows.tolist(), val.rows.tolist()) == ([1, 2], [0, 3])
     alone = write(tmp_path / "q.jsonl", rows[1:3])
     assert open_data(PromptDataset, [alone], tokenizer, 64)[1] is None
 
