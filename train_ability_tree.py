@@ -33,6 +33,7 @@ from ability_tree.train import LESSON, add_lesson_args
 from ability_tree.tree import AbilityTree, compare
 from ability_tree.workflow import Workflow
 from evaluation.tables import markdown
+from interop.checkpoint import load_config, load_tokenizer
 from runtime.args import check_ranges, checking_input, make_parser, parse_args
 from runtime.files import write_atomic
 from runtime.log import Logger
@@ -112,10 +113,17 @@ def read_args():
 
 
 def check_inputs(args):
-    """Read each of the user's files once: an error is reported before the first step."""
+    """Read each of the user's files once: an error is reported before the first step. Without
+    --max_seq_len, the context length of both models."""
     for name in ("student", *ROLES):
         if vars(args)[name] and not Path(vars(args)[name]).exists():
             raise ValueError(f"--{name} {vars(args)[name]}: there is no such file")
+    student, teacher = (load_tokenizer(path) for path in (args.student, args.teacher))
+    if reason := student.unreadable(teacher.ids):
+        raise ValueError(f"--teacher {args.teacher} cannot read the tokens of --student "
+                         f"{args.student}, {reason}: take two models of one family")
+    args.max_seq_len = args.max_seq_len or min(
+        load_config(path).max_seq_len for path in (args.student, args.teacher))
     for file in args.dataset_files:         # each by itself: rounds may have the same ids
         read_choices([file])
     for file in args.ability_files:
@@ -223,7 +231,7 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
         logits = here / "E_teacher_logits/logits"
         learned = {"data": data, **hide, "max_seq_len": args.max_seq_len}
         workflow.step(f"{title}: logits", "generate_logits", logits.parent, teacher=args.teacher,
-                      **learned, out=logits)
+                      tokenizer=args.student, **learned, out=logits)
 
         # F. The student is distilled; the next round examines it
         trained = Path(args.models_dir, f"iteration_{number}_student_model")

@@ -42,8 +42,7 @@ from distill.flags import add_intermediate_args, check_loss_args, make_intermedi
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
 from distill.stages import Stage, describe_stage, edit_stages
-from distill.teachers import (Teacher, check_vocabulary, teacher_outputs, teacher_side,
-                              trim_padded_vocab)
+from distill.teachers import Teacher, share_vocabulary, teacher_outputs, teacher_side
 from evaluation.domains import evaluate_sides, forgetting, log_exam, show_samples, weighted_loss
 from evaluation.exam import read_exam
 from interop.checkpoint import load_teacher, prepare, save_model
@@ -86,7 +85,6 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
                 progress, log, stop):
     total_steps, weights = progress.total_steps, trained_weights(optimizer)
     divergence, _ = pick_divergence(args.divergence)
-    vocab_size = tokenizer.vocab_size if args.pad_vocab else None
     features, balanced = args.feature_weight > 0, args.balance != "none"
     steps = progress.steps_of(epoch, data.steps_per_epoch)
     loader = make_loader(data, steps.start, steps.stop, args.num_workers, world.device)
@@ -110,12 +108,11 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
                 if not batch.lengths:       # a small share leaves some processes without samples
                     continue
                 with torch.no_grad(), autocast(world.device, world.dtype):
-                    teacher = teacher_outputs(teachers, batch, vocab_size, return_hidden=features)
+                    teacher = teacher_outputs(teachers, batch, return_hidden=features)
                 with autocast(world.device, world.dtype), sync_gradients(modules, communicate):
                     out = modules["model"](batch.tokens, batch.lengths, at=batch.at,
                                            with_logits=False, return_hidden=features)
-                    head = trim_padded_vocab(student.head, vocab_size)
-                    loss, ce, kd = fused_distillation_loss(out.final, head, batch.targets,
+                    loss, ce, kd = fused_distillation_loss(out.final, student.head, batch.targets,
                                                            teacher.predictions, args.alpha,
                                                            args.temperature, divergence)
                     loss, ce, kd = (value / batch.step_targets for value in (loss, ce, kd))
@@ -188,9 +185,8 @@ def balance_gradients(balance, gradnorm, gradients, shares, losses):
 def validate(wandb, args, world, student, teachers, tokenizer, data, held_out, progress, log):
     """Log losses, exam grades and what was forgotten since the stage began; then sample the
     domain's weak categories more often. Returns the CE at the shares that the stage ends with."""
-    vocab_size = tokenizer.vocab_size if args.pad_vocab else None
     metrics, accuracy = evaluate_sides(student, teachers, tokenizer, held_out, world,
-                                       args.max_new_tokens, vocab_size)
+                                       args.max_new_tokens)
     metrics = metrics | forgetting(metrics, progress.memory.setdefault("start", metrics))
     log.row(progress.steps_done, wandb, **{f"val_{key}": x for key, x in metrics.items()})
     if accuracy and args.sampling == "evaluation" and progress.steps_done < progress.total_steps:
@@ -259,8 +255,6 @@ def main():
     add("--divergence", default="forward_kl",
         choices=[name for name in DIVERGENCES if name not in ("jsd", "uld")],
         help="divergence from the teacher in all stages (distill/losses.py)")
-    add("--pad_vocab", action="store_true", help="ignore logits beyond the tokenizer's "
-        "vocabulary, with which a model family pads it")
     add("--warmup_ratio", type=float, default=0.1,
         help="fraction of each stage's steps for warm-up, in [0, 1); --warmup_iters overrides it")
     add("--eval_samples", type=int, default=400,
@@ -303,7 +297,9 @@ def main():
         weights = args.checkpoint_path or args.student
         student, tokenizer = init_student_model(SIZES[args.recipe], weights=weights,
                                                 vocabulary=args.tokenizer or its_tokenizer)
-        check_vocabulary(teachers, student.config, tokenizer, args.divergence, args.pad_vocab)
+        if share_vocabulary(teachers, [(student, tokenizer)]):
+            raise ValueError("a curriculum's teacher reads the student's tokens; distil these two "
+                             "by train_distillation.py")
         prepare(student, weights, world, lora_options(args), args.grad_checkpoint, args.compile)
 
         # 4. Data. All stages are checked before the first begins.

@@ -52,7 +52,7 @@ class LocalAgent:
                    f"are longer than {limit:,} tokens and get no reply")
         replies = iter(generate(
             self.model, prompts, max_new_tokens, self.tokenizer.end_of_turn, rows=self.rows,
-            vocab_size=self.tokenizer.vocab_size, temperature=temperature,
+            temperature=temperature,
             generator=torch.Generator(self.device).manual_seed(seed)))
         return [self.tokenizer.decode(next(replies)).strip() if len(ids) <= limit else ""
                 for ids, _ in chats]

@@ -82,6 +82,7 @@ def main():
     add("--teacher", required=True, help="a checkpoint, a Hugging Face folder, a GGUF file")
     add_data_args(add)
     add("--out", required=True, help="folder of the outputs; bare conversations go to OUT.jsonl")
+    add("--tokenizer", help="the student's tokenizer: see scripts/cache_teacher.py")
     add("--top_k", type=int, default=0,
         help="keep only the k highest log-probabilities; 0: hidden states, which give all of them")
     add("--temperature", type=float, default=2.0,
@@ -95,8 +96,9 @@ def main():
         data_path = conversations(args.data, args.hide_options, args.skip_bad_lines,
                                   f"{args.out.rstrip('/')}.jsonl")
     become("scripts/cache_teacher.py", flags_of(
-        teacher=args.teacher, data_path=data_path, cache_dir=args.out, max_seq_len=args.max_seq_len,
-        top_k=args.top_k, temperature=args.temperature if args.top_k else None,
+        teacher=args.teacher, data_path=data_path, cache_dir=args.out, tokenizer=args.tokenizer,
+        max_seq_len=args.max_seq_len, top_k=args.top_k,
+        temperature=args.temperature if args.top_k else None,
         skip_bad_lines=args.skip_bad_lines, overwrite=args.overwrite,
         tokens_per_batch=args.tokens_per_batch, dtype=args.dtype, device=args.device, ddp=args.ddp,
         local_rank=args.local_rank))

@@ -7,6 +7,7 @@ then converts a row.
 
 import csv
 import json
+import re
 import reprlib
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -28,6 +29,7 @@ KNOWN_FORMATS = (
     "question, options, answer_idx; a row with only text is for train_pretrain.py; examples: "
     "dataset/dataset.md")
 
+BLOCK = 1 << 20                     # characters of a .json list that are read at once
 MAX_CSV_CELL = 4_000_000            # characters; Python's 131,072 are too few for some answers
 END_OF_TEXT = "<|endoftext|>"       # a line of a .txt file
 FINAL_ANSWER = "####"               # GSM8K: separates the calculation from the final number
@@ -97,14 +99,46 @@ def _rows_of_lines(path):
 
 
 def _rows_of_list(path):
+    number = 0
+    try:
+        for number, item in enumerate(_items(path), start=1):
+            yield number, _object_or_reason(item)
+        return
+    except (ValueError, RecursionError):
+        n_read = number                     # as a whole, to say where it is wrong
     with _open(path) as file:
         try:
             items = json.load(file)
         except json.JSONDecodeError as error:
             raise BadLine(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}. Fix it "
                           "there: a .json list is read completely or not at all.") from None
-    for number, item in enumerate(items, start=1):
+    for number, item in enumerate(items[n_read:], start=n_read + 1):
         yield number, _object_or_reason(item)
+
+
+def _items(path):
+    """The items of a JSON list while the file is read. Raises ValueError for anything else."""
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    with _open(path) as file:
+        text, at = file.read(BLOCK).lstrip(), 1
+        if text[:1] != "[":
+            raise ValueError
+        while True:
+            try:
+                item, end = decode(text, space.match(text, at).end())
+                end = space.match(text, end).end()
+                mark = text[end]            # or the next block has more of the item
+            except (ValueError, IndexError):
+                if not (more := file.read(max(BLOCK, len(text) - at))):
+                    raise ValueError from None
+                text, at = text[at:] + more, 0
+                continue
+            at = end + 1
+            if mark not in ",]" or mark == "]" and (text[at:] + file.read()).strip():
+                raise ValueError
+            yield item
+            if mark == "]":
+                return
 
 
 def _object_or_reason(row):
@@ -197,6 +231,14 @@ def to_messages(row: dict) -> list[dict]:
         raise ValueError("no turn of the assistant follows a user turn, so there is nothing to "
                          "learn")
     return messages
+
+
+def to_prompts(row: dict) -> list[dict]:
+    """The same, also of a row without any answer: it gets an empty one, for a student to write."""
+    messages, answer, _ = to_question(row)
+    if answer is not None or any(message["role"] == "assistant" for message in messages):
+        return to_messages(row)
+    return [*messages, {"role": "assistant", "content": ""}]
 
 
 class Question(NamedTuple):
@@ -375,7 +417,7 @@ def read_categories(path, skip_bad_lines=False) -> list[str]:
 def read_questions(path, skip_bad_lines=False, log=print) -> list[Question | None]:
     """Every question of a file, as to_question gives it, and None for each skipped bad line, so
     that two files stay aligned row by row."""
-    return _read_aligned(path, to_question, skip_bad_lines, log)
+    return list(_read_aligned(path, to_question, skip_bad_lines, log))
 
 
 def read_texts(path, skip_bad_lines=False, log=print) -> list[str]:
@@ -385,32 +427,37 @@ def read_texts(path, skip_bad_lines=False, log=print) -> list[str]:
 
 def read_each(path, convert: Callable, skip_bad_lines=False, log=print) -> list:
     """convert(row) of every row; a ValueError makes it a bad line."""
+    return list(read_one_by_one(path, convert, skip_bad_lines, log))
+
+
+def read_one_by_one(path, convert: Callable, skip_bad_lines=False, log=print) -> Iterator:
+    """The same while the file is read: it need not fit into memory."""
     converted = _read_aligned(path, convert, skip_bad_lines, log)
-    return [value for value in converted if value is not None]
+    return (value for value in converted if value is not None)
 
 
 def _read_aligned(path, convert, skip_bad_lines, log):
     unit = "item" if _kind(path) == "list" else "line"
-    found, bad = [], []
-    for number, row in read_rows(path):
+    n_found, bad = 0, []
+    for n_found, (number, row) in enumerate(read_rows(path), start=1):
         try:
             if isinstance(row, str):
                 raise ValueError(row)
-            found.append(convert(row))
+            value = convert(row)
         except ValueError as error:
             if not skip_bad_lines:
                 raise BadLine(f"{path}, {unit} {number}: {error}. Fix the {unit}, or pass "
                               "--skip_bad_lines to leave it out.") from None
-            found.append(None)
+            value = None
             bad.append(f"{unit} {number}: {error}")
+        yield value
     first_bad = "; ".join([*bad[:3], *["..."] * (len(bad) > 3)])
-    if not found:
+    if not n_found:
         raise ValueError(f"{path} is empty: there is no {unit} to learn from")
-    if len(bad) == len(found):
+    if len(bad) == n_found:
         raise ValueError(f"{path}: none of its {len(bad):,} {unit}s is good. {first_bad}")
     if bad:
-        log(f"{path}: left out {len(bad):,} of {len(found):,} {unit}s. {first_bad}")
-    return found
+        log(f"{path}: left out {len(bad):,} of {n_found:,} {unit}s. {first_bad}")
 
 
 def files_of(path: str | Path) -> list[Path]:

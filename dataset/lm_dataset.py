@@ -9,23 +9,25 @@ import copy
 import functools
 import hashlib
 import time
+from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from dataset.formats import check_exists, holds_texts, read_conversations, read_texts
+from dataset.formats import (check_exists, holds_texts, read_one_by_one, to_messages, to_prompts,
+                             to_text)
 from runtime.checkpoint import UNREADABLE
 from runtime.files import file_crc32, file_sha256, write_atomic
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
 CACHE_VERSION = 3           # raise it when the meaning of a cached file changes
+BLOCK = 1 << 20             # characters that are tokenised at once: enough for all threads
 
 
 class Batch(NamedTuple):
@@ -72,12 +74,13 @@ class TokenDataset:
     """Samples of token ids in one memory-mapped file; the top bit of an id marks a target.
 
     The file is identified by the text files' content, the tokenizer and the length limit.
-    Subclasses define encode() -> [(ids, which of them are targets), ...], all samples. Raises what
-    dataset/formats.py raises, and ValueError if nothing is left to learn.
+    Subclasses define encode(), which yields (ids, which of them are targets) of each sample. Raises
+    what dataset/formats.py raises, and ValueError if nothing is left to learn.
     """
 
     validated_on = None             # name of a validation file beside the data
     teacher = None                  # the same samples as a teacher reads them, see paired_with
+    across = False                  # whether its ids mean other tokens
 
     def __init__(self, paths, tokenizer, max_seq_len: int = 512, skip_bad_lines: bool = False,
                  log=print):
@@ -108,29 +111,46 @@ class TokenDataset:
         return CACHE / f"{name}.bin", CACHE / f"{name}.npz"
 
     def build(self, stream: Path, index: Path):
-        start = time.time()
-        samples, kept, rows, cut = self.encode(), [], [], 0
+        start, n_rows, n_cut = time.time(), 0, 0
         length = self.max_seq_len + 1               # the last token is predicted, never read
-        for number, (ids, targets) in enumerate(samples):
-            row = np.array(ids[:length], dtype=self.dtype)
-            row[1:][np.array(targets[1:length], dtype=bool)] |= self.flag
-            cut += len(ids) > len(row)
-            if (row & self.flag).any():
-                rows.append(row)
-                kept.append(number)
-        if not rows:
-            raise ValueError(f"{self}: no sample has anything to learn within "
-                             f"max_seq_len={self.max_seq_len} tokens; raise --max_seq_len")
-        ends = np.cumsum([len(row) for row in rows])
-        n_targets = np.array([np.count_nonzero(row & self.flag) for row in rows])
+        found = array("q")                          # size, targets and row of each sample
+
+        def write(file):
+            nonlocal n_rows, n_cut
+            for n_rows, (ids, targets) in enumerate(self.encode(), start=1):
+                row = np.array(ids[:length], dtype=self.dtype)
+                is_target = np.array(targets[1:length], dtype=bool)
+                row[1:][is_target] |= self.flag
+                n_cut += len(ids) > len(row)
+                if is_target.any():
+                    file.write(row)
+                    found.extend((len(row), is_target.sum(), n_rows - 1))
+            if not found:
+                raise ValueError(f"{self}: no sample has anything to learn within "
+                                 f"max_seq_len={self.max_seq_len} tokens; raise --max_seq_len")
+
         stream.parent.mkdir(exist_ok=True)
-        write_atomic(stream, np.concatenate(rows).tofile)
-        write_atomic(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept,
-                                                  n_rows=len(samples),
-                                                  crc32=file_crc32(stream)))
+        write_atomic(stream, write)
+        sizes, n_targets, rows = np.array(found).reshape(-1, 3).T
+        ends = np.cumsum(sizes)
+        write_atomic(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=rows,
+                                                  n_rows=n_rows, crc32=file_crc32(stream)))
         self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} "
-                 f"targets; {cut:,} cut to {self.max_seq_len} tokens, {len(samples) - len(rows):,} "
+                 f"targets; {n_cut:,} cut to {self.max_seq_len} tokens, {n_rows - len(rows):,} "
                  f"left out without a target; {time.time() - start:.1f} s")
+
+    def blocks(self, convert, n_chars):
+        """convert(row) of all rows, in lists of some BLOCK characters: as Python's objects, a file
+        is 20 times as large."""
+        block, size = [], 0
+        for path in self.paths:
+            for value in read_one_by_one(path, convert, self.skip_bad_lines, self.log):
+                block.append(value)
+                size += n_chars(value)
+                if size >= BLOCK:
+                    yield block
+                    block, size = [], 0
+        yield block
 
     def __str__(self):
         return ", ".join(map(str, self.paths))
@@ -138,10 +158,14 @@ class TokenDataset:
     def __len__(self):
         return len(self.ends)
 
+    def answered(self) -> np.ndarray:  # -> (samples,) whether each has an answer
+        return np.ones(len(self), dtype=bool)
+
     def split(self, fraction: float, seed: int) -> tuple["TokenDataset", "TokenDataset"]:
-        """Two views, the second with that fraction of the samples, chosen by the seed."""
-        order = permutation(len(self), seed, 0)
-        n_second = round(fraction * len(self))
+        """Two views, the second with that fraction of the answered samples, chosen by the seed."""
+        order, answered = permutation(len(self), seed, 0), self.answered()
+        order = order[np.argsort(~answered[order], kind="stable")]
+        n_second = round(fraction * answered.sum())
         return self.view(np.sort(order[n_second:])), self.view(np.sort(order[:n_second]))
 
     def view(self, samples: np.ndarray) -> "TokenDataset":
@@ -164,7 +188,7 @@ class TokenDataset:
             return batch
         its = self.teacher.batch(np.searchsorted(self.teacher.rows, self.rows[samples]))
         match = None
-        if self.teacher.tokenizer.sha256 != self.tokenizer.sha256:
+        if self.across:
             match = same_text(batch, self.tokenizer.n_bytes, its, self.teacher.tokenizer.n_bytes)
         return batch._replace(teacher=its, match=match)
 
@@ -180,11 +204,13 @@ class TokenDataset:
                 "belong together? The teacher's files must match the student's row by row")
         pair = self.view(np.flatnonzero(np.isin(self.rows, teacher.rows)))
         pair.teacher = teacher
-        if teacher.tokenizer.sha256 != self.tokenizer.sha256:
+        pair.across = self.tokenizer.conflict(teacher.tokenizer.ids) is not None
+        if pair.across:
             return pair
+        answered = pair.answered()
         for i, j in enumerate(np.searchsorted(teacher.rows, pair.rows)):
             own, its = pair.answer(i), teacher.answer(j)
-            if np.array_equal(own, its):
+            if np.array_equal(own, its) or not answered[i]:
                 continue
             n, shorter = min(len(own), len(its)), pair if len(own) < len(its) else teacher
             reason = "the answers differ; both files must hold the same answers row by row"
@@ -272,9 +298,8 @@ class PretrainDataset(TokenDataset):
     Every token is a target."""
 
     def encode(self):
-        texts = chain.from_iterable(read_texts(path, self.skip_bad_lines, self.log)
-                                    for path in self.paths)
-        return text_samples(list(texts), self.tokenizer, self.max_seq_len)
+        for texts in self.blocks(to_text, len):
+            yield from text_samples(texts, self.tokenizer, self.max_seq_len)
 
 
 def text_samples(texts, tokenizer, max_seq_len: int) -> list[tuple[list[int], list[bool]]]:
@@ -293,11 +318,24 @@ class SFTDataset(TokenDataset):
     """Each conversation is a sample; only the assistant's tokens and end of turn are targets."""
 
     validated_on = "val.jsonl"
+    convert = staticmethod(to_messages)
 
     def encode(self):
-        chats = chain.from_iterable(read_conversations(path, self.skip_bad_lines, self.log)
-                                    for path in self.paths)
-        return self.tokenizer.encode_chats(list(chats))
+        for chats in self.blocks(self.convert, lambda chat: sum(len(m["content"]) for m in chat)):
+            yield from self.tokenizer.encode_chats(chats)
+
+
+class PromptDataset(SFTDataset):
+    """Also rows without an answer, for a student that writes it: the end of turn stands for it."""
+
+    convert = staticmethod(to_prompts)
+
+    def answered(self):
+        none = [self.tokenizer.end_of_turn | self.flag]
+        found = np.array([self.answer(i).tolist() != none for i in range(len(self))], dtype=bool)
+        if self.teacher is not None:
+            found &= self.teacher.answered()[np.searchsorted(self.teacher.rows, self.rows)]
+        return found
 
 
 def dataset_of(paths) -> type[TokenDataset]:
@@ -339,6 +377,8 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
     with first:
         data = read(paths)
         val = read([val_path]) if val_path and val_path != "none" else None
+    if val is not None:
+        val = val.view(np.flatnonzero(val.answered()))
     if not val_path:
         # More than 1,000 samples make validation slower, and its result hardly more precise.
         data, val = data.split(min(val_fraction, 1000 / len(data)), seed=0)
@@ -377,7 +417,7 @@ class MicroBatches:
 
     Optimizer step k takes the k-th slice of the epoch's permutation. Its samples, from short to
     long, are dealt like cards to the micro-batches of all processes, so these are about equally
-    large. The remainder of an epoch is dropped.
+    large. The remainder of an epoch is dropped; fewer samples than a step are one smaller step.
     """
 
     def __init__(self, dataset: TokenDataset, batch_size: int, accumulation_steps: int = 1,
@@ -385,17 +425,17 @@ class MicroBatches:
         self.dataset, self.seed, self.rank = dataset, seed, rank
         self.accumulation_steps = self.per_step = accumulation_steps    # micro-batches per process
         self.hands = accumulation_steps * world_size                    # and of all processes
-        self.step_samples = batch_size * self.hands
+        self.step_samples = min(batch_size * self.hands, len(dataset))
+        if not self.step_samples:
+            raise ValueError(f"{dataset} has no samples left to train on")
         self.steps_per_epoch = len(dataset) // self.step_samples
-        if not self.steps_per_epoch:
-            raise ValueError(
-                f"{dataset} has {len(dataset)} samples, fewer than the {self.step_samples} of one "
-                f"step (batch size {batch_size} x {self.hands} micro-batches); lower --batch_size")
 
     def __getitem__(self, j: int) -> Batch:
         k, micro = divmod(j, self.accumulation_steps)
         samples = self.samples_of_step(k)
         hand = samples[self.rank * self.accumulation_steps + micro::self.hands]
+        if not len(hand):       # all processes communicate: a sample of weight 0
+            return self.dataset.batch(samples[:1], np.inf, np.inf)
         return self.dataset.batch(hand, int(self.dataset.n_targets[samples].sum()), len(samples))
 
     def samples_of_step(self, k: int) -> np.ndarray:  # -> (step_samples,) from short to long

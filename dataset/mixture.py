@@ -60,6 +60,7 @@ class Joined(TokenDataset):
                                                 in zip(datasets, shifts)]))
         if first.teacher is not None:
             self.teacher = Joined([data.teacher for data in datasets])
+            self.across = first.across
 
     @property
     def key(self) -> str:
@@ -88,7 +89,7 @@ class Mixture(MicroBatches):
     other part affects, and are reshuffled when all were used. A step depends only on the seed, the
     shares and `history`, so a run resumes by restore(history).
 
-    Raises ValueError for a share of an empty part, and fewer samples than one step takes.
+    Raises ValueError for a share of an empty part, and fewer samples than micro-batches.
     """
 
     def __init__(self, dataset: TokenDataset, parts: dict[str, np.ndarray], shares: np.ndarray,
@@ -103,10 +104,11 @@ class Mixture(MicroBatches):
         self.per_step = accumulation_steps * len(groups)
 
         n_samples = sum(map(len, self.parts))
-        if n_samples < self.step_samples:
+        self.step_samples = min(self.step_samples, n_samples)
+        if n_samples < self.hands:
             raise ValueError(f"the parts {', '.join(self.names)} of {dataset} have {n_samples} "
-                             f"samples, fewer than the {self.step_samples} of one step; lower "
-                             "--batch_size")
+                             f"samples, fewer than the {self.hands} micro-batches of one step; "
+                             "lower --accumulation_steps")
         self.steps_per_epoch = steps_per_epoch or n_samples // self.step_samples
 
         self.planned = np.array(shares, dtype=np.float64)               # (n_steps, parts)

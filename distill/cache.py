@@ -35,7 +35,7 @@ N_PARTS = 16                # at least, if there are that many samples: processe
 
 # The fields that make two caches different. A file is identified by its content, not by its path.
 IDENTITY = {"version": "format", "teacher_sha256": "teacher", "teacher_sizes": "its sizes",
-            "tokenizer_sha256": "tokenizer", "max_seq_len": "--max_seq_len", "top_k": "--top_k",
+            "ids": "tokenizer", "max_seq_len": "--max_seq_len", "top_k": "--top_k",
             "temperature": "--temperature", "dtype": "--dtype", "files": "data",
             "samples_sha256": "tokens of the samples"}
 
@@ -43,8 +43,10 @@ IDENTITY = {"version": "format", "teacher_sha256": "teacher", "teacher_sizes": "
 def differences(was: dict, now: dict) -> dict[str, str]:
     """{field of IDENTITY: "--top_k was 0, is 32"} between the about.json of two caches."""
     def show(about, field):
-        if field in ("teacher_sha256", "tokenizer_sha256"):
-            return f"{about[field.removesuffix('_sha256')]} ({about[field][:8]})"
+        if field == "teacher_sha256":
+            return f"{about['teacher']} ({about[field][:8]})"
+        if field == "ids":
+            return about["tokenizer"]
         if field == "files":
             return ", ".join(f"{path} ({sha256[:8]})" for path, sha256 in about[field].items())
         return about[field][:8] if field == "samples_sha256" else about[field]
@@ -65,7 +67,7 @@ def checksum(about: dict, part: int, rows: np.ndarray) -> bytes:
 def command(about: dict, path, *more) -> str:
     """The command that writes a cache with this about.json at PATH."""
     flags = ["--teacher", about["teacher"], "--data_path", *about["files"], "--cache_dir", path]
-    for name in ("max_seq_len", "top_k", "temperature", "dtype"):
+    for name in ("tokenizer", "max_seq_len", "top_k", "temperature", "dtype"):
         flags += [f"--{name}", about[name]]
     flags += ["--skip_bad_lines"] * about["skip_bad_lines"]
     return shlex.join(map(str, ["python", "scripts/cache_teacher.py", *flags, *more]))
@@ -133,8 +135,8 @@ class CacheWriter:
     """Writes a cache: `prepare`, `begin`, `write` each missing part in any process, `finish`. Until
     then the file DIR/unfinished.json stands for about.json.
 
-    about   the fields of IDENTITY except samples_sha256; teacher and tokenizer (paths), vocab_size
-            and dim (V and D of the teacher), skip_bad_lines
+    about   the fields of IDENTITY except samples_sha256 (ids: of the tokenizer); teacher and
+            tokenizer (paths), vocab_size and dim (V and D of the head), skip_bad_lines
     """
 
     def __init__(self, path, about: dict, layout: Layout, head: torch.Tensor):
@@ -248,6 +250,7 @@ class TeacherCache:
     head         (V, D) fp32; None with top-k
     top_k        tokens stored per position; 0: hidden states, which give all V logits
     temperature  of the top-k log-probabilities; 1 for states, which serve any temperature
+    n_tokens     number of tokens that get logits, the first ones (share_vocabulary)
     about        the content of about.json
 
     Raises FileNotFoundError if there is none, and ValueError if it is incomplete or damaged, with
@@ -273,7 +276,7 @@ class TeacherCache:
                              f"{command(about, self)}")
         self.row = row_type(about)
         self.top_k, self.temperature = about["top_k"], about["temperature"]
-        self.vocab_size = about["vocab_size"]
+        self.n_tokens = about["vocab_size"]
         with np.load(self.path / "index.npz") as index:
             self.keys, self.starts = index["keys"], index["starts"]     # (samples,), by rising key
             self.n_rows, self.part_ends = index["n_rows"], index["part_ends"]
@@ -293,8 +296,7 @@ class TeacherCache:
         self.head = None if self.head is None else self.head.to(device)
         return self
 
-    def check(self, tokenizer_sha256: str, tokenizer_path, max_seq_len: int, files: dict, keys,
-              names):
+    def check(self, tokenizer_path, max_seq_len: int, files: dict, keys, names):
         """Refuse samples that the teacher has not read: ValueError with the difference and the
         command that writes the cache again.
 
@@ -303,8 +305,7 @@ class TeacherCache:
         names   i -> a name of sample i, "file, sample n"
         """
         files = {str(path): sha256 for path, sha256 in files.items()}
-        run = self.about | {"tokenizer": tokenizer_path, "tokenizer_sha256": tokenizer_sha256,
-                            "max_seq_len": max_seq_len}
+        run = self.about | {"tokenizer": tokenizer_path, "max_seq_len": max_seq_len}
         wrong = list(differences(self.about, run).values())
         wrong += [f"{path} has changed since, or was never in it" for path, sha256 in files.items()
                   if sha256 not in self.about["files"].values()]
@@ -312,11 +313,11 @@ class TeacherCache:
         unknown = np.flatnonzero(self.keys[self.find(keys)] != keys)
         if len(unknown) and not wrong:
             wrong += [f"{names(int(unknown[0]))}: its tokens are not in it, nor are those of "
-                      f"{len(unknown) - 1:,} other samples"]
+                      f"{len(unknown) - 1:,} other samples, in the format of {tokenizer_path}; "
+                      f"it was written in that of {self.about['tokenizer']}"]
         if wrong:       # the command also names the cache's own files, to keep their outputs
             run["files"] = self.about["files"] | files
-            raise ValueError(f"{self} does not match this run: {'; '.join(wrong)}. Write it again, "
-                             "by a teacher with this run's tokenizer: "
+            raise ValueError(f"{self} does not match this run: {'; '.join(wrong)}. Write it again: "
                              f"{command(run, self, '--overwrite')}")
 
     def find(self, keys):  # (n,) -> (n,) places in the index
@@ -338,7 +339,7 @@ class TeacherCache:
             arrays = rows["ids"].astype(np.int64), rows["log_p"].copy(), rows["tail"].copy()
             return TopK(*(torch.from_numpy(array).to(self.device) for array in arrays))
         states = torch.from_numpy(rows["states"]).view(torch.bfloat16)
-        return Dense(states.to(self.device), self.head)
+        return Dense(states.to(self.device), self.head[:self.n_tokens])
 
     def part(self, i: int) -> np.ndarray:  # -> (rows, row bytes): bytes are copied fastest
         if i not in self.parts:

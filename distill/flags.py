@@ -17,8 +17,6 @@ def add_divergence_args(parser):
     add("--jsd_normalised", action="store_true",
         help="divide jsd by beta (1 - beta), so that its limits are the two KLs")
     add("--skew", type=float, default=0.1, help="mixing coefficient of the skew KLs, in (0, 1)")
-    add("--pad_vocab", action="store_true",
-        help="ignore the padding columns after the tokenizer's last token")
 
 
 def add_intermediate_args(parser, weights: bool = True):

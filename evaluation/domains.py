@@ -18,8 +18,8 @@ from runtime.precision import autocast
 from runtime.processes import World
 
 
-def evaluate_sides(model, teachers, tokenizer, held_out: dict, world: World, max_new_tokens: int,
-                   vocab_size: int | None = None) -> tuple[dict[str, float], dict[str, float]]:
+def evaluate_sides(model, teachers, tokenizer, held_out: dict, world: World,
+                   max_new_tokens: int) -> tuple[dict[str, float], dict[str, float]]:
     """Of each side that has something held out: SIDE_loss (CE with the labels) and SIDE_kl
     (KL(teacher || student)), nats per token; and of its exam SIDE_accuracy, and macro precision,
     recall and f1. Second, the accuracy of each category: {domain/CATEGORY: accuracy}.
@@ -29,8 +29,7 @@ def evaluate_sides(model, teachers, tokenizer, held_out: dict, world: World, max
     metrics, by_category = {}, {}
     for side, (data, exam) in held_out.items():
         batches = in_order(data, world.rank, world.size)
-        scores = evaluate(model, batches, world.device, dtype=world.dtype, teachers=teachers,
-                          vocab_size=vocab_size)
+        scores = evaluate(model, batches, world.device, dtype=world.dtype, teachers=teachers)
         metrics |= {f"{side}_loss": scores["val_ce"], f"{side}_kl": scores["val_kl"]}
         if exam:
             grades = grade(exam_answers(model, tokenizer, exam, max_new_tokens, world), exam)

@@ -88,7 +88,7 @@ def write_answers(model, tokenizer, questions, max_new_tokens: int) -> list[str]
         (question.messages for question in questions), add_generation_prompt=True)]
     fits = [len(prompt) < model.config.max_seq_len for prompt in prompts]
     answers = iter(generate(model, [prompt for prompt, fit in zip(prompts, fits) if fit],
-                            max_new_tokens, tokenizer.end_of_turn, vocab_size=tokenizer.vocab_size))
+                            max_new_tokens, tokenizer.end_of_turn))
     return [tokenizer.decode(next(answers)).strip() if fit else "" for fit in fits]
 
 

@@ -44,7 +44,12 @@ def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, To
     config = reader.read_config(path)
     model = empty_model(config, device, dtype)
     fill(model, reader.read_pieces(path, config), path)
-    return model.eval(), reader.read_tokenizer(path)
+    tokenizer = reader.read_tokenizer(path)
+    model.n_tokens = min(config.vocab_size, tokenizer.vocab_size)
+    if model.n_tokens < config.vocab_size:
+        Logger(f"{path}: {tokenizer.vocab_size:,} tokens and {config.vocab_size:,} rows; the rows "
+               "after the last token are padding and get no logits")
+    return model.eval(), tokenizer
 
 
 def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, Tokenizer]:

@@ -154,6 +154,32 @@ class Tokenizer:
         return hashlib.sha256(self._to_json().encode()).hexdigest()
 
     @cached_property
+    def ids(self) -> dict:
+        """What decides the ids of a text, as JSON holds it: a hash of all but the special tokens,
+        and these. The frame of conversations does not."""
+        parts = self.pattern, self.normalization, self.prefix_space, sorted(self.ranks.items())
+        return {"sha256": hashlib.sha256(repr(parts).encode()).hexdigest(),
+                "special_tokens": self.special_tokens}
+
+    def conflict(self, ids: dict) -> str | None:
+        """Where an id of another vocabulary's `ids` means something else; None: nowhere. Either may
+        have special tokens that the other lacks."""
+        if ids["sha256"] != self.ids["sha256"]:
+            return "they split texts into other tokens"
+        names = {i: name for name, i in self.special_tokens.items()}
+        return next((f"id {i} is {names[i]} and {name}" for name, i in
+                     ids["special_tokens"].items() if names.get(i, name) != name), None)
+
+    def unreadable(self, ids: dict) -> str | None:
+        """Why a model with another vocabulary's `ids` cannot read these texts and conversations."""
+        used = self._any_special.findall(" ".join(map(str, vars(self.chat).values())))
+        used = {*(self.special_tokens[name] for name in (*used, *self.matched)),
+                self.end_of_text, self.bos}
+        lacking = [name for name, i in self.special_tokens.items()
+                   if i in used and ids["special_tokens"].get(name) != i]
+        return self.conflict(ids) or (f"it lacks {', '.join(lacking)}" if lacking else None)
+
+    @cached_property
     def n_bytes(self) -> np.ndarray:
         """(vocab_size,) bytes of text in each token; a special token counts as one byte unless it
         is matched in texts."""

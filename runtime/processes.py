@@ -77,13 +77,14 @@ def patient_group(world: World):
 def main_process_first(world: World):
     """The main process runs the block alone, then the others do: it tokenises, they find the file.
     If it fails, the others fail with the same error instead of waiting for it."""
+    group = patient_group(world)        # 10 GB take longer than ten minutes
     if world.rank != 0:
-        dist.barrier()
+        dist.barrier(group)
     try:
         yield
     finally:
         if world.rank == 0 and world.size > 1:
-            dist.barrier()
+            dist.barrier(group)
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:

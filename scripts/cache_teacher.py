@@ -26,7 +26,7 @@ import torch
 
 from dataset.lm_dataset import dataset_of, packed_batch, sample_key
 from distill.cache import VERSION, CacheWriter, lay_out, pack, row_type
-from interop.checkpoint import load_model, sha256_of_model
+from interop.checkpoint import load_model, load_tokenizer, sha256_of_model
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.files import file_sha256
 from runtime.log import Logger
@@ -109,6 +109,9 @@ def main():
              "which gives all of them")
     add("--temperature", type=float, default=1.0,
         help="softmax temperature of the top-k, above 0, as in training; hidden states serve any")
+    add("--tokenizer", default=None,
+        help="the student's tokenizer if its conversations have another format: its file, or a "
+             "model that has one; default: the teacher's")
     add("--max_seq_len", type=int, default=None,
         help="maximum length of a sample, in tokens, as in training; default: the teacher's "
              "context length")
@@ -129,12 +132,17 @@ def main():
 
     with checking_input():
         # 3. Teacher
-        teacher, tokenizer = load_model(args.teacher)
+        teacher, own = load_model(args.teacher)
+        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else own
         config = teacher.config
+        if reason := tokenizer.unreadable(own.ids):
+            raise ValueError(f"the teacher cannot read the tokens of {args.tokenizer}, {reason}: "
+                             "distil it without a cache")
+        teacher.n_tokens = min(teacher.n_tokens, tokenizer.vocab_size)
         max_seq_len = args.max_seq_len or config.max_seq_len
         for flag, value, limit, what in (
                 ("max_seq_len", max_seq_len, config.max_seq_len, "teacher's context length"),
-                ("top_k", args.top_k, config.vocab_size, "number of tokens in the vocabulary")):
+                ("top_k", args.top_k, teacher.n_tokens, "number of tokens in the vocabulary")):
             if value > limit:
                 raise ValueError(f"--{flag} {value} exceeds {limit}, the {what}")
         head = teacher.head.detach().clone()            # fp32, before the weights are cast
@@ -147,9 +155,9 @@ def main():
         about = {"version": VERSION, "teacher": args.teacher,
                  "teacher_sha256": sha256_of_model(args.teacher),
                  "teacher_sizes": dataclasses.asdict(config), "tokenizer": str(tokenizer.path),
-                 "tokenizer_sha256": tokenizer.sha256, "max_seq_len": max_seq_len,
+                 "ids": tokenizer.ids, "max_seq_len": max_seq_len,
                  "top_k": args.top_k, "temperature": args.temperature,
-                 "dtype": str(world.dtype).removeprefix("torch."), "vocab_size": config.vocab_size,
+                 "dtype": str(world.dtype).removeprefix("torch."), "vocab_size": len(head),
                  "dim": config.dim, "skip_bad_lines": args.skip_bad_lines}
         with main_process_first(world):
             samples = Samples(args.data_path, tokenizer, max_seq_len, args.skip_bad_lines)

@@ -8,6 +8,7 @@ that a shell or torchrun would give it. `Shell` does the same for shell scripts:
 and a `torchrun` on the PATH whose runs are such forks.
 """
 
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -252,6 +253,20 @@ def rows(path: Path) -> list[dict]:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in found]
+
+
+def pad(source, out, vocab_size: int, tokenizer=None):
+    """The model with more rows after its last token, of logits as large as those of tokens; with another tokenizer. Returns `out`."""
+    from interop.checkpoint import build, load_model, save_model
+
+    model, own = load_model(source)
+    state, n = model.state_dict(), vocab_size - model.config.vocab_size
+    for key in ("tok_embeddings.weight", "output.weight"):
+        state[key] = torch.cat([state[key], state[key][:n]])
+    wide = build(dataclasses.replace(model.config, vocab_size=vocab_size))
+    wide.load_state_dict(state)
+    save_model(wide, tokenizer or own, out)
+    return out
 
 
 def load(path) -> dict:

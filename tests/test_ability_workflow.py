@@ -23,7 +23,9 @@ from ability_tree.prompts import ARROW
 from ability_tree.steps import write_rows
 from ability_tree.tree import AbilityTree
 from ability_tree.workflow import Workflow, sha256_of
-from helpers_run import ROOT, TINY, complaint, load, same, start, succeed, wait_until
+from helpers_run import ROOT, TINY, complaint, load, pad, same, start, succeed, wait_until
+from interop.checkpoint import new_model, save_model
+from model.config import LMConfig
 from runtime.args import resume_command
 
 STEPS = ["initial tree", "round 1: inference", "round 1: analyze", "round 1: generate",
@@ -372,7 +374,9 @@ def world(data, models, tmp_path_factory):
     lesson = write(folder / "lesson.jsonl", rows + answered)
     succeed("train_sft.py", **TINY | {"batch_size": 34}, weights="none", dim=64, n_layers=2,
             n_heads=2, max_steps=60, data_path=lesson, val_path="none", out_dir=folder / "teacher")
-    flags = {"teacher": folder / "teacher/full_sft_64.pth", "student": models / "student.pth",
+    # Both vocabularies are padded, as those of Qwen3-8B and Qwen3-0.6B are.
+    teacher = pad(folder / "teacher/full_sft_64.pth", folder / "teacher/wide.pth", 1100)
+    flags = {"teacher": teacher, "student": pad(models / "student.pth", folder / "wide.pth", 1050),
              "prompts": "miniworld", "agent_b": models / "student.pth", "hide_options": True,
              "dataset_files": data / "ability_dev.jsonl",
              "ability_files": data / "ability_paths.jsonl",
@@ -491,6 +495,18 @@ def test_a_mistake_in_a_file_is_reported_before_the_first_step(flag, world, tmp_
     ({"agent_a_url": "localhost", "agent_a_model": "big", "agent_a": None}, "must begin with http"),
 ])
 def test_a_wrong_flag_too(wrong, reason, world, tmp_path):
+    check_refusal(wrong, reason, world, tmp_path)
+
+
+def test_a_student_whose_tokens_the_teacher_cannot_read_is_refused_before_a_question_is_written(
+        world, byte_tokenizer, tmp_path):
+    model, tokenizer = new_model(LMConfig(dim=16, n_layers=1, n_heads=2), byte_tokenizer())
+    save_model(model, tokenizer, tmp_path / "bytes.pth")
+    check_refusal({"student": tmp_path / "bytes.pth"}, "split texts into other tokens", world,
+                  tmp_path)
+
+
+def check_refusal(wrong, reason, world, tmp_path):
     flags = world.flags | wrong | {"workflow_dir": tmp_path / "w"}
     output = complaint("train_ability_tree.py", **flags)
     assert reason in output and "==" not in output

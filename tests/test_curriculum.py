@@ -498,7 +498,7 @@ def test_a_category_is_sampled_by_what_it_lacks_and_a_tenth_at_least(
     metrics = {"general_loss": 1.0, "domain_loss": 2.0, "domain_accuracy": 0.6}
     found = metrics, {"domain/a": 1.0, "domain/b": 0.5}
     monkeypatch.setattr(train_curriculum, "evaluate_sides", lambda *_: found)
-    args = Namespace(share=stage.share, sampling="evaluation", pad_vocab=False, max_new_tokens=1)
+    args = Namespace(share=stage.share, sampling="evaluation", max_new_tokens=1)
     log, progress = SimpleNamespace(row=lambda *_, **__: None), Progress({}, 500, steps_done=100)
     rest = None, args, None, None, [], None, mixture, {}, progress, log
     assert validate(*rest) == pytest.approx(0.2 * 1 + 0.8 * 2)
@@ -592,7 +592,7 @@ def refusal(monkeypatch, capsys, choices, tmp_path):
 
 @pytest.mark.parametrize("wrong, reason", [
     ({"set": ["2.balanc=none"]}, "a stage has no 'balanc'; did you mean 'balance'"),
-    ({"set": ["3.batch_size=1000"]}, "fewer than the 1000 of one step"),
+    ({"accumulation_steps": 1000}, "fewer than the 1000 micro-batches of one step"),
     ({"start_stage": 2}, "--start_stage 2 must have weights: --checkpoint_path .*stage1_final.pth"),
     ({"start_stage": 3, "end_stage": 2, "checkpoint_path": "x"}, "--end_stage 2 must be --start_"),
     ({"start_stage": 2, "checkpoint_path": "out/nothing.pth"}, "no weights at out/nothing.pth"),

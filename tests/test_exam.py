@@ -144,7 +144,7 @@ def test_answers_stand_in_the_order_of_the_questions(tiny, tokenizer):
     assert answer(model, tokenizer, questions, max_new_tokens=6) == alone
     prompts = [tokenizer.encode_chat(questions[i].messages, add_generation_prompt=True)[0]
                for i in (0, 2, 4)]
-    words = generate(model, prompts, 6, tokenizer.end_of_turn, vocab_size=tokenizer.vocab_size)
+    words = generate(model, prompts, 6, tokenizer.end_of_turn)
     assert [alone[i] for i in (0, 2, 4)] == [tokenizer.decode(ids).strip() for ids in words]
 
 

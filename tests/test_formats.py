@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dataset import formats
 from dataset.formats import (BadLine, files_of, final_answer, read_categories, read_conversations,
                              read_questions, read_rows, read_texts, to_messages, to_question,
                              to_text)
@@ -300,6 +301,23 @@ def test_a_bad_line_names_file_line_value_and_the_way_out(tmp_path):
     assert str(error.value) == (
         f"{path}, line 3: conversations[1] has role 'robot' (known: system, user, human, "
         "assistant, gpt). Fix the line, or pass --skip_bad_lines to leave it out.")
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_a_list_is_read_block_by_block_as_json_reads_it(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "BLOCK", block)
+    text = '[ {"a": "x,]\\"y"} ,\n{"b": [1, {"c": 12345}]}, "小猫😀"\n] \n'
+    for cut in range(1, len(text) + 1):                 # also each text with a character left out
+        content = text[:cut] + text[cut + 1:]
+        path = written(tmp_path, "a.json", content)
+        try:
+            expected = list(enumerate(json.loads(content), start=1))
+        except ValueError:
+            with pytest.raises(BadLine, match="read completely or not at all"):
+                list(read_rows(path))
+        else:
+            assert [(n, row) for n, row in read_rows(path) if isinstance(row, dict)] == [
+                (n, item) for n, item in expected if isinstance(item, dict)]
 
 
 @pytest.mark.parametrize("name, content, reason", [

@@ -5,15 +5,18 @@ not depend on the number of processes and micro-batches.
 """
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dataset.lm_dataset import (MicroBatches, PretrainDataset, SFTDataset, batch_of_answers,
-                                in_order, make_loader, open_data, packed_batch,
+from dataset.lm_dataset import (MicroBatches, PretrainDataset, PromptDataset, SFTDataset,
+                                batch_of_answers, in_order, make_loader, open_data, packed_batch,
                                 prompts_and_answers)
+from helpers_run import ROOT
 
 
 def write(path, rows):
@@ -263,10 +266,69 @@ def test_the_seed_decides_the_order(sixty):
     assert first == again != other
 
 
-def test_too_small_a_file_stops_with_its_size_and_the_step_s(sixty):
-    with pytest.raises(ValueError,
-                       match="60 samples, fewer than the 64 of one step .*16 x 4 micro-batches"):
-        MicroBatches(sixty, batch_size=16, accumulation_steps=2, world_size=2)
+@pytest.mark.parametrize("n, sizes", [(9, [3, 2, 2, 2]), (3, [1, 1, 1, 0])])
+def test_fewer_samples_than_a_step_are_one_smaller_step(sixty, n, sizes):
+    few = sixty.view(np.arange(n))
+    data = MicroBatches(few, batch_size=16, accumulation_steps=2, world_size=2)
+    assert (data.step_samples, data.steps_per_epoch) == (n, 1)
+    hands = hands_of_step(few, 0, 16, 2, 2)
+    for hand, size in zip(hands, sizes, strict=True):       # a hand that is empty weighs nothing
+        assert len(hand.lengths) == max(size, 1)
+        expected = (few.n_targets.sum(), n) if size else (np.inf, np.inf)
+        assert (hand.step_targets, hand.step_samples) == expected
+    with pytest.raises(ValueError, match="sft.jsonl has no samples left to train on"):
+        MicroBatches(sixty.view(np.arange(0)), batch_size=16)
+
+
+# -- prompts without answers ---------------------------------------------------------------------
+
+def test_a_row_without_an_answer_is_a_prompt_and_never_validated(cache, tmp_path, tokenizer):
+    rows = [chat("a", "b"), chat("c"), {"prompt": "d"}, chat("e", "f", "g")]
+    data = PromptDataset([write(tmp_path / "p.jsonl", rows)], tokenizer, 64, log=print)
+    found = prompts_and_answers(data.batch(np.arange(4)))
+    assert [[tokenizer.decode(answer) for _, answer in turns] for turns in found] == [
+        ["b<|im_end|>"], ["<|im_end|>"], ["<|im_end|>"], ["f<|im_end|>"]]
+    assert tokenizer.decode(found[1][0][0]).endswith("c<|im_end|>\n<|im_start|>assistant\n")
+    assert data.answered().tolist() == [True, False, False, True]
+    train, val = open_data(PromptDataset, data.paths, tokenizer, 64, val_fraction=0.9)
+    assert (train.rows.tolist(), val.rows.tolist()) == ([1, 2], [0, 3])
+    alone = write(tmp_path / "q.jsonl", rows[1:3])
+    assert open_data(PromptDataset, [alone], tokenizer, 64)[1] is None
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+PEAK = """
+import sys
+from pathlib import Path
+from dataset import lm_dataset
+from model.tokenizer import Tokenizer
+
+def size(key):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+lm_dataset.CACHE, lm_dataset.BLOCK, tokenizer = Path(sys.argv[1]), 1 << 16, Tokenizer.load()
+for path in map(Path, sys.argv[2:]):
+    Path("/proc/self/clear_refs").write_text("5")       # the highest mark is set back to what is used now
+    before = size("VmRSS")
+    lm_dataset.dataset_of([path])([path], tokenizer, 128, log=str)
+    print((size("VmHWM") - before) / path.stat().st_size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_tokenising_a_file_takes_little_memory(tmp_path):
+    """4 MB, which took 20 times that as Python's objects. Some MB do not depend on the file: at 80 MB
+    it is 0.3 to 0.9 times the file. A small file first loads what is imported."""
+    rows = [chat(f"what is {i} and {i}?", f"it is {2 * i}, 也就是 {2 * i}") for i in range(30_000)]
+    for name, some in (("small", rows[:99]), ("large", rows)):
+        write(tmp_path / f"{name}.jsonl", some)
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    command = [sys.executable, "-c", PEAK, tmp_path / "cache", *(tmp_path / name for name in (
+        "small.jsonl", "large.jsonl", "list.json"))]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    _, *peaks = map(float, ended.stdout.split())
+    assert len(peaks) == 2 and max(peaks) < 4, ended
 
 
 # -- validation ----------------------------------------------------------------------------------

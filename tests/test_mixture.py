@@ -272,8 +272,8 @@ def test_the_history_gives_the_very_same_stream_again(sixty):
 
 @pytest.mark.parametrize("wrong, words", [
     (dict(parts=PARTS | {"law": np.array([])}), "part 'law' has no samples, but a share of 0.3"),
-    (dict(parts={name: part[:2] for name, part in PARTS.items()}),
-     "have 6 samples, fewer than the 8 of one step"),
+    (dict(parts={name: part[:2] for name, part in PARTS.items()}, accumulation_steps=8),
+     "have 6 samples, fewer than the 8 micro-batches of one step"),
 ])
 def test_what_cannot_be_mixed_is_refused(sixty, wrong, words):
     with pytest.raises(ValueError, match=words):

@@ -143,7 +143,7 @@ def test_ours_is_bit_by_bit_the_step_of_train_distillation(case, on_disk):
     form = our_form(case, on_disk=on_disk)
     args = Namespace(learning_rate=0.0, warmup_iters=0, grad_clip=0.0, accumulation_steps=1, seed=0,
                      final_temperature=None,
-                     divergence="forward_kl", beta=0.5, skew=0.1, jsd_normalised=False, plain_loss=False, pad_vocab=False,
+                     divergence="forward_kl", beta=0.5, skew=0.1, jsd_normalised=False, plain_loss=False,
                      feature_weight=0.0, log_interval=0, save_interval=0, eval_interval=0)
     losses, grads = [], {}
     optimizer = torch.optim.SGD(form.student.parameters(), lr=0.0)

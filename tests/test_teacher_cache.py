@@ -259,8 +259,7 @@ def test_a_folder_keeps_one_teacher_and_one_setting(copied, writer_for, changed,
 @pytest.fixture
 def checked(samples, flags):
     """What training checks a cache with."""
-    return {"tokenizer_sha256": samples.tokenizer.sha256, "tokenizer_path": "mine.json",
-            "max_seq_len": 128, "files": {path: file_sha256(path) for path in flags["data_path"]},
+    return {"tokenizer_path": "mine.json", "max_seq_len": 128, "files": {path: file_sha256(path) for path in flags["data_path"]},
             "keys": samples.batch(np.arange(len(samples))).keys,
             "names": lambda i: f"sft_data.jsonl, sample {i + 1}"}
 
@@ -272,11 +271,10 @@ def test_the_samples_it_was_written_for_are_accepted_also_from_moved_files(writt
 
 
 @pytest.mark.parametrize("changed, message", [
-    ({"tokenizer_sha256": "0123456789"}, r"tokenizer was \S+json \(\w{8}\), is mine.json \(01234567\)"),
     ({"max_seq_len": 64}, r"--max_seq_len was 128, is 64\. .* --max_seq_len 64 "),
     ({"files": {"dataset/x.jsonl": "0123"}}, r"match this run: dataset/x.jsonl has changed since, or"),
     ({"keys": (1, 2)}, r"sft_data.jsonl, sample 1: its tokens are not in it, nor .* 1 other"),
-], ids=["tokenizer", "max_seq_len", "file", "sample"])
+], ids=["max_seq_len", "file", "sample"])
 def test_what_the_teacher_has_not_read_is_refused_by_name(changed, message, written, checked):
     with pytest.raises(ValueError, match=message) as refused:
         TeacherCache(written[0]).check(**checked | changed)
