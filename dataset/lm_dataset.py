@@ -22,7 +22,7 @@ from dataset.formats import check_exists, holds_texts, read_conversations, read_
 from runtime.files import file_sha256, write_atomic
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
-CACHE_VERSION = 3           # raise it when the meaning of a cached file changes
+CACHE_VERSION = 4           # raise it when the meaning of a cached file changes
 
 
 class Batch(NamedTuple):
@@ -51,16 +51,20 @@ class TokenDataset:
     """Samples of token ids in one memory-mapped file; the top bit of an id marks a target.
 
     The file is identified by the text files' content, the tokenizer and the length limit.
-    Subclasses define encode() -> [(ids, which of them are targets), ...], all samples. Raises what
-    dataset/formats.py raises, and ValueError if nothing is left to learn.
+    Subclasses define encode() -> [(number in the files, ids, which of them are targets), ...], all
+    samples. Raises what dataset/formats.py raises, and ValueError if nothing is left to learn.
+
+    by_turns    each answer of a conversation is a sample of its own, as the tokenizer's chat may
+                require (model.tokenizer.Chat)
     """
 
     validated_on = None             # name of a validation file beside the data
     teacher = None                  # the same samples as a teacher reads them, see paired_with
 
     def __init__(self, paths, tokenizer, max_seq_len: int = 512, skip_bad_lines: bool = False,
-                 log=print):
+                 log=print, by_turns: bool = False):
         self.paths, self.tokenizer = [Path(path) for path in paths], tokenizer
+        self.by_turns = by_turns or tokenizer.chat.reframes
         self.max_seq_len, self.skip_bad_lines, self.log = max_seq_len, skip_bad_lines, log
         self.dtype = np.uint16 if tokenizer.vocab_size <= 1 << 15 else np.uint32
         self.flag = self.dtype(1 << (8 * self.dtype().itemsize - 1))
@@ -72,13 +76,14 @@ class TokenDataset:
         self.stream = np.asarray(np.memmap(stream, dtype=self.dtype, mode="r"))
         with np.load(index) as arrays:
             self.ends, self.n_targets = arrays["ends"], arrays["n_targets"]     # (samples,)
-            self.rows = arrays["rows"]              # (samples,) number of each in the files
+            self.rows = arrays["rows"]              # (samples,) number of each
             self.n_rows = int(arrays["n_rows"])     # samples of the files, also those left out
+            self.origins = arrays["origins"]        # (samples,) its conversation's number
         self.lengths = np.diff(self.ends, prepend=0)
 
     def cache_files(self) -> tuple[Path, Path]:
         key = hashlib.sha256(f"{type(self).__name__} {self.tokenizer.sha256} {self.max_seq_len} "
-                             f"{self.skip_bad_lines} {CACHE_VERSION}".encode())
+                             f"{self.skip_bad_lines} {self.by_turns} {CACHE_VERSION}".encode())
         for path in self.paths:
             check_exists(path)
             key.update(bytes.fromhex(file_sha256(path)))
@@ -89,7 +94,7 @@ class TokenDataset:
         start = time.time()
         samples, kept, rows, cut = self.encode(), [], [], 0
         length = self.max_seq_len + 1               # the last token is predicted, never read
-        for number, (ids, targets) in enumerate(samples):
+        for number, (_, ids, targets) in enumerate(samples):
             row = np.array(ids[:length], dtype=self.dtype)
             row[1:][np.array(targets[1:length], dtype=bool)] |= self.flag
             cut += len(ids) > len(row)
@@ -101,10 +106,11 @@ class TokenDataset:
                              f"max_seq_len={self.max_seq_len} tokens; raise --max_seq_len")
         ends = np.cumsum([len(row) for row in rows])
         n_targets = np.array([np.count_nonzero(row & self.flag) for row in rows])
+        origins = np.array([origin for origin, _, _ in samples])[kept]
         stream.parent.mkdir(exist_ok=True)
         write_atomic(stream, np.concatenate(rows).tofile)
         write_atomic(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept,
-                                                  n_rows=len(samples)))
+                                                  n_rows=len(samples), origins=origins))
         self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} "
                  f"targets; {cut:,} cut to {self.max_seq_len} tokens, {len(samples) - len(rows):,} "
                  f"left out without a target; {time.time() - start:.1f} s")
@@ -116,14 +122,15 @@ class TokenDataset:
         return len(self.ends)
 
     def split(self, fraction: float, seed: int) -> tuple["TokenDataset", "TokenDataset"]:
-        """Two views, the second with that fraction of the samples, chosen by the seed."""
-        order = permutation(len(self), seed, 0)
-        n_second = round(fraction * len(self))
-        return self.view(np.sort(order[n_second:])), self.view(np.sort(order[:n_second]))
+        """Two views, the second with that fraction of the conversations, chosen by the seed."""
+        origins, origin = np.unique(self.origins, return_inverse=True)
+        order = permutation(len(origins), seed, 0)
+        is_second = np.isin(origin, order[:round(fraction * len(origins))])
+        return self.view(np.flatnonzero(~is_second)), self.view(np.flatnonzero(is_second))
 
     def view(self, samples: np.ndarray) -> "TokenDataset":
         part = copy.copy(self)
-        for name in ("ends", "lengths", "n_targets", "rows"):
+        for name in ("ends", "lengths", "n_targets", "rows", "origins"):
             setattr(part, name, getattr(self, name)[samples])
         return part
 
@@ -251,7 +258,8 @@ class PretrainDataset(TokenDataset):
     def encode(self):
         texts = chain.from_iterable(read_texts(path, self.skip_bad_lines, self.log)
                                     for path in self.paths)
-        return text_samples(list(texts), self.tokenizer, self.max_seq_len)
+        samples = text_samples(list(texts), self.tokenizer, self.max_seq_len)
+        return [(number, *sample) for number, sample in enumerate(samples)]
 
 
 def text_samples(texts, tokenizer, max_seq_len: int) -> list[tuple[list[int], list[bool]]]:
@@ -274,7 +282,17 @@ class SFTDataset(TokenDataset):
     def encode(self):
         chats = chain.from_iterable(read_conversations(path, self.skip_bad_lines, self.log)
                                     for path in self.paths)
-        return self.tokenizer.encode_chats(list(chats))
+        turns = [(number, part) for number, messages in enumerate(chats)
+                 for part in (each_answer(messages) if self.by_turns else [messages])]
+        encoded = self.tokenizer.encode_chats(part for _, part in turns)
+        return [(number, *sample) for (number, _), sample in zip(turns, encoded)]
+
+
+def each_answer(messages: list[dict]) -> list[list[dict]]:
+    """A conversation per answer to be learned, which ends with it; earlier answers are context."""
+    context = [{**message, "train": False} for message in messages]
+    return [[*context[:i], message] for i, message in enumerate(messages)
+            if message["role"] == "assistant" and message.get("train", True)]
 
 
 def dataset_of(paths) -> type[TokenDataset]:
@@ -306,12 +324,14 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
         beside = Path(paths[0]).with_name(kind.validated_on)
         val_path = beside if beside.exists() else None
 
+    by_turns = tokenizer.chat.reframes or teacher is not None and teacher[1].chat.reframes
+
     def read(files):
-        data = kind(files, tokenizer, max_seq_len, skip_bad_lines, log)
+        data = kind(files, tokenizer, max_seq_len, skip_bad_lines, log, by_turns)
         if teacher is None:
             return data
         its_files = teacher[0] if other_prompts else files
-        return data.paired_with(kind(its_files, *teacher[1:], skip_bad_lines, log))
+        return data.paired_with(kind(its_files, *teacher[1:], skip_bad_lines, log, by_turns))
 
     with first:
         data = read(paths)

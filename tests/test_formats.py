@@ -13,6 +13,7 @@ import pytest
 from dataset.formats import (BadLine, files_of, final_answer, read_categories, read_conversations,
                              read_questions, read_rows, read_texts, to_messages, to_question,
                              to_text)
+from model.tokenizer import Tokenizer
 
 SUM = [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]
 PAGE = (Path(__file__).resolve().parents[1] / "dataset/dataset.md").read_text(encoding="utf-8")
@@ -48,6 +49,11 @@ def written(tmp_path, name, content):
     {"question": "2 + 3 =", "answer": "5"},
     {"prompt": "2 + 3 =", "response": "5"},
     {"ask": "2 + 3 =", "output": "5"},
+    {"prompt": "2 + 3 =", "completion": "5"},
+    {"prompt": SUM[:1], "completion": SUM[1:]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "2 + "}, {"type": "text", "text": "3 ="}]},
+                  {"role": "assistant", "content": [{"type": "text", "text": "5"}], "weight": 1, "tool_calls": None}]},
+    {"messages": json.dumps(SUM), "tools": "[]", "system_prompt": ""},
 ])
 def test_every_format_gives_the_same_conversation(row):
     assert to_messages(row) == SUM
@@ -212,6 +218,78 @@ def test_turns_that_do_not_alternate_are_refused_with_their_place(roles, reason)
         to_messages(turns(roles))
 
 
+@pytest.mark.parametrize("row", [
+    {"system": "s", "conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+    {"system_prompt": "s", "messages": turns("ua")["conversations"]},
+    {"system": "s0", "messages": turns("sua")["conversations"]},        # the same text, in both places
+    {"messages": [{"role": "developer", "content": "s"}, *turns("ua")["conversations"]]},
+    {"system_prompt": "s", "question": "u", "answer": "a"},
+    {"system": "s", "question": "u", "options": {"A": "a"}, "answer_idx": "A"},
+])
+def test_the_system_text_beside_a_conversation_or_a_question_is_its_system_turn(row):
+    messages = to_messages(row)
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert messages[0]["content"][0] == "s" and "system" not in to_question(row).others
+
+
+@pytest.mark.parametrize("marks, learned", [
+    (({"weight": 0}, {"weight": 1}), "a3"), (({"train": False}, {}), "a3"), (({}, {"loss": 0}), "a1"),
+    (({"weight": 1.0}, {"loss": None}), "a1 a3"), (({"weight": 1, "train": False}, {}), "a3"),
+])
+def test_a_turn_of_weight_0_is_context_and_none_of_its_tokens_a_target(marks, learned):
+    row = turns("uaua", key="messages")
+    for turn, keys in zip(row["messages"][1::2], marks):
+        turn |= keys
+    messages = to_messages(row)
+    assert contents(row) == ["u0", "a1", "u2", "a3"] and to_messages({"messages": messages}) == messages
+    tokenizer = Tokenizer.load()
+    ids, targets = tokenizer.encode_chat(messages)
+    found = tokenizer.decode(i for i, target in zip(ids, targets) if target)
+    assert found == "".join(f"{answer}<|im_end|>" for answer in learned.split())
+
+
+def test_the_answers_of_a_conversational_prompt_are_context():
+    row = {"prompt": turns("sua")["conversations"] + [{"role": "user", "content": "u3"}],
+           "completion": [{"role": "assistant", "content": "a4"}]}
+    assert [message["content"] for message in to_messages(row)
+            if message["role"] == "assistant" and message.get("train", True)] == ["a4"]
+    assert to_question({"prompt": row["prompt"]}).answer is None
+
+
+def test_reasoning_content_is_the_thought_of_its_answer():
+    row = {"messages": [SUM[0], {**SUM[1], "reasoning_content": "two and three"}]}
+    assert contents(row)[1] == "<think>\ntwo and three\n</think>\n\n5"
+
+
+def test_an_input_beside_options_is_part_of_the_question():
+    row = {"question": "Add.", "input": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"}
+    assert contents(row) == ["Add.\n2 + 3 =\nA. 4\nB. 5", "5"]
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"messages": SUM, "conversations": SUM}, "both 'conversations' and 'messages' are there"),
+    ({"messages": SUM, "system": "a", "system_prompt": "b"}, "both 'system' and 'system_prompt'"),
+    ({"messages": [{"role": "system", "content": "b"}, *SUM], "system": "a"}, r"messages\[0\] is a system turn"),
+    ({"messages": SUM, "tools": [{"name": "w"}]}, "the row has tools, and calls of tools are not read"),
+    ({"messages": [SUM[0], {**SUM[1], "tool_calls": [{"id": "1"}]}]}, r"messages\[1\] has tool_calls, and calls"),
+    ({"messages": [SUM[0], {"role": "tool", "content": "5"}]}, "has role 'tool'"),
+    ({"messages": [SUM[0], {**SUM[1], "weight": 0.5}]}, r"messages\[1\] has weight 0.5; a turn is context"),
+    ({"messages": [{**SUM[0], "train": True}, SUM[1]]}, r"messages\[0\] has train True; .* of the assistant alone"),
+    ({"messages": [SUM[0], {**SUM[1], "loss": False}]}, "every answer is marked as context"),
+    ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "image_url"}]}]}, r"messages\[1\] has the part {'type': 'image_url'"),
+    ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "text", "text": 5}]}]}, r"messages\[1\]: a part is 5, not a string"),
+    ({"messages": [{**SUM[0], "reasoning_content": "x"}, SUM[1]]}, r"messages\[0\] has reasoning_content, which belongs"),
+    ({"messages": [SUM[0], {"role": "assistant", "content": "<think>a</think>5", "reasoning_content": "x"}]}, "of its own"),
+    ({"messages": "[{]"}, "messages is a text that is no JSON list"),
+    ({"question": "a", "prompt": "b", "options": {"A": "a"}, "answer_idx": "A"}, "both 'question' and 'prompt'"),
+    ({"question": "a", "options": {"A": "a"}, "answer_idx": "A", "history": [["a", "b"]]}, "history is not read"),
+    ({"question": "a", "options": {"A": "a"}, "answer_idx": []}, r"answer_idx is \[\], which is none"),
+])
+def test_a_key_that_carries_meaning_is_honoured_or_refused(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        to_messages(row)
+
+
 @pytest.mark.parametrize("row, reason", [
     ({"foo": 1, "bar": 2}, r"no known format \(keys found: \['foo', 'bar'\]; known: conv"),
     ({"conversations": "hi"}, "conversations is 'hi', not a list of turns"),
@@ -268,6 +346,8 @@ def test_a_text_row_holds_text(row):
     ("lines_named.json", GOOD_LINE + "\n"),
     ("list.json", f" [\n{GOOD_LINE}\n]"),
     ("mark.json", f"\ufeff[{GOOD_LINE}]"),
+    ("object.json", f'{{"data": [\n{GOOD_LINE}]}}'),
+    ("rows_named.json", f'{{"messages": {json.dumps(SUM)}}}'),
     ("typed.csv", "\ufeffQuestion, Answer \r\n2 + 3 =,5\r\n,\r\n"),
     ("without_extension", GOOD_LINE),
 ])
@@ -299,7 +379,7 @@ def test_a_bad_line_names_file_line_value_and_the_way_out(tmp_path):
         read_conversations(path)
     assert str(error.value) == (
         f"{path}, line 3: conversations[1] has role 'robot' (known: system, user, human, "
-        "assistant, gpt). Fix the line, or pass --skip_bad_lines to leave it out.")
+        "assistant, gpt, developer). Fix the line, or pass --skip_bad_lines to leave it out.")
 
 
 @pytest.mark.parametrize("name, content, reason", [
@@ -314,6 +394,9 @@ def test_a_bad_line_names_file_line_value_and_the_way_out(tmp_path):
     ("story.txt", "Once", r"line 1: no known format .* only text is for train_pretrain\.py"),
     ("item.json", f"[{GOOD_LINE}, 5]", "item 2: .* Fix the item"),
     ("cut.json", "[" + GOOD_LINE, "cut.json, line 1, column .*: Expecting"),
+    ("keys.jsonl", '{"question": "a", "answer": "b", "answer": "c"}', "line 1: the key 'answer' stands twice in {'answer': 'c'"),
+    ("keys.json", '[{"question": "a", "answer": "b", "answer": "c"}]', "keys.json: the key 'answer' stands twice"),
+    ("lists.json", f'{{"data": [{GOOD_LINE}], "more": [{GOOD_LINE}]}}', r"an object with the keys \['data', 'more'\]. Keep one"),
     ("cells.csv", "question,answer\n1,2,3\n", "line 2: 3 cells .*, where the first record has 2"),
     ("quote.csv", 'question,answer\n1,2\n"3,4\n5,6\n', "line 3: not a CSV record"),
     ("twice.csv", "ask,output,Ask\n1,2,3\n", "line 1: two columns are called 'ask'"),
