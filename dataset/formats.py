@@ -253,6 +253,12 @@ def to_question(row: dict) -> Question:
     return Question(messages, answer, {key: row[key] for key in row if key not in read})
 
 
+def bare_question(row: dict) -> list[dict]:
+    """The messages of a multiple choice row without its options."""
+    left_out = ("options", "answer_idx", *RESPONSE_KEYS)
+    return to_question({key: row[key] for key in row if key not in left_out}).messages
+
+
 def to_text(row: dict) -> str:
     """The text of a pretraining row {"text": ...}. Raises ValueError with the reason."""
     if "text" not in row:
