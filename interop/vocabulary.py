@@ -11,8 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from os.path import commonprefix
 from pathlib import Path
 
@@ -116,11 +115,9 @@ DATE = datetime(2024, 7, 26)    # "today" of Llama 3.1, so that ids do not chang
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Without "a" * 10**10, which would fill the memory."""
+    intercepted_binops = {"*", "**"}
 
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context, operator, left, right):
+    def call_binop(self, context, operator, left, right):   # "a" * 10**10 would fill the memory
         raise jinja2.TemplateError(f"it computes {operator}")
 
 
@@ -135,23 +132,12 @@ def renderer(template: str, tokens: dict[str, str]) -> Callable[[list[dict], boo
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True,
                           extensions=["jinja2.ext.loopcontrols"])
     environment.globals |= {"raise_exception": refuse, "strftime_now": DATE.strftime}
-    # Marks for transformers around what the assistant writes.
+    # transformers' own marks around what the assistant writes
     template = re.sub(r"(\{%-?\s*)generation\b", r"\1if true", template)
-    template = re.sub(r"(\{%-?\s*)endgeneration\b", r"\1endif", template)
-
-    @cache
-    def program():
-        return environment.from_string(template)
-
-    def render(messages, prompt):
-        try:
-            return program().render(
-                messages=messages, add_generation_prompt=prompt, enable_thinking=False,
-                tools=None, documents=None, **tokens)
-        except Exception as error:                          # whatever a program may raise
-            raise ValueError(f"it raises {error!r}") from error
-
-    return render
+    program = environment.from_string(template.replace("endgeneration", "endif"))
+    return lambda messages, prompt: program.render(
+        messages=messages, add_generation_prompt=prompt, enable_thinking=False, tools=None,
+        documents=None, **tokens)
 
 
 def message(role: str, content: str) -> dict:
@@ -160,13 +146,9 @@ def message(role: str, content: str) -> dict:
 
 def between(text: str, *words: str) -> list[str]:
     """The parts of a text around these words."""
-    parts = []
-    for word in words:
-        part, found, text = text.partition(word)
-        if not found:
-            raise ValueError("it does not write every content as it is, in its place")
-        parts.append(part)
-    return [*parts, text]
+    if not all(word in text for word in words):
+        raise ValueError("it does not write every content as it is")
+    return re.split("|".join(words), text)
 
 
 def without(text: str, start: str) -> str:
@@ -191,83 +173,70 @@ def read_frame(render: Callable, special_tokens: Iterable[str], bos: str | None)
     # begin user| U |end assistant| A |end user| M |end prompt
     start, middle, after, prompt = between(render([user, answer, more], True), U, A, M)
     user_end = common_start(between(render([user], False), U)[1], prompt, names)
-    last, tail = between(render([user, answer], False), U, A)[1:]
-    rest = after[len(common_start(tail, after, names)):]
+    _, last, tail = between(render([user, answer], False), U, A)
+    rest = without(after, common_start(tail, after, names))
     header = start[len(start) - len(commonprefix([start[::-1], rest[::-1]])):]
     begin, end = start.removesuffix(header), after.removesuffix(header)
     assistant, prompt, last = (without(text, user_end) for text in (middle, prompt, last))
-    if not prompt:                                          # none is written: as the answer's turn
-        prompt = last
-    # A prompt that opens a thought is the truth, whatever follows it in a finished conversation.
-    if not last.startswith(prompt):
+    prompt = prompt or last                                 # some templates write none
+    if not last.startswith(prompt):     # the prompt counts, and the thought that it may open
         opens = prompt.count("<think>") > prompt.count("</think>")
         last = prompt + "\n</think>\n\n" * opens
-    if not last.startswith(assistant):
-        raise ValueError(f"a prompt is {prompt!r}, an answer's turn begins {assistant!r}")
 
-    first, second = between(render([message("system", S), user], True), S, U)[:2]
+    first, second, _ = between(render([message("system", S), user], True), S, U)
     system_end, default = second.removesuffix(header), None
-    if first.startswith(begin):
-        first = first[len(begin):]
-    else:                                                   # without a system turn there is one
-        default = without(begin, first).removesuffix(system_end)
-        begin = ""
+    if not first.startswith(begin):                         # without a system turn there is one
+        begin, default = "", without(begin, first).removesuffix(system_end)
 
-    thought = [message("assistant", f"<think>\n{T}\n</think>\n\n{A}"), more]
-    kept = between(render([user, *thought], True), U, A)[1].removeprefix(user_end + assistant)
-    spaced = message("user", f" {U} ")
-    if begin == (bos or ""):
-        begin = None
-    return Chat(f"{first}{{content}}{system_end}", f"{header}{{content}}{user_end}",
-                f"{assistant}{{content}}{end}", default_system=default,
-                before_answer=last[len(assistant):], trims=f" {U} " not in render([spaced], True),
-                begin=begin, prompt=None if prompt == last else prompt,
+    thought = message("assistant", f"<think>\n{T}\n</think>\n\n{A}")
+    kept = between(render([user, thought, more], True), U, A)[1].removeprefix(user_end + assistant)
+    return Chat(f"{without(first, begin)}{{content}}{system_end}",
+                f"{header}{{content}}{user_end}", f"{assistant}{{content}}{end}",
+                default_system=default, before_answer=without(last, assistant),
+                trims=f" {U} " not in render([message("user", f" {U} ")], True),
+                begin=None if begin == (bos or "") else begin,
+                prompt=None if prompt == last else prompt,
                 thoughts="all" if T in kept else "space" if kept else "none")
 
 
 def check_frame(tokenizer: Tokenizer, render: Callable):
-    """Raise ValueError if a conversation has other ids, or another text, than its template gives:
-    every prompt, and each answer that the template writes behind its own prompt."""
-    chat, (S, U, A, M, T) = tokenizer.chat, WORDS
-    thought = f"<think>\n{T}\n</think>\n\n"
+    """Raise ValueError if a prompt has other ids than its template's text, or another text around
+    white space and thoughts, or an answer another text than the template writes behind its prompt.
+    """
+    S, U, A, M, T = WORDS
     turns = [message("system", S), message("user", U), message("assistant", A),
              message("user", f"{M}? {M}\n{U}"), message("assistant", f"{A}, {M}."),
              message("user", T)]
-    probes = [turns[start:end] for start in (0, 1) for end in range(2, 7)]
-    probes += [[{**each, "content": f"{left}{each['content']} \n"} for each in turns[:end]]
-               for left in (" ", "\n") for end in (2, 4, 6)]
-    probes += [[turns[1], message("assistant", thought + A), turns[3], *more] for more in (
-               [], [message("assistant", thought + M)])]
-    # Some templates write a last answer in another way than behind their prompt, which counts.
+    spaced = [{**turn, "content": f"\n {turn['content']} \n"} for turn in turns]
+    thoughtful = [{**turn, "content": f"<think>\n{T}\n</think>\n\n{turn['content']}"}
+                  if turn["role"] == "assistant" else turn for turn in turns]
     is_written = render(turns[:3], False).startswith(render(turns[:2], True))
-    for messages in probes:
-        is_answer = messages[-1]["role"] == "assistant"
+    n_end = len(tokenizer.chat.assistant.split("{content}")[1])
+    for probe, start, end in product((turns, spaced, thoughtful), (0, 1), range(2, 7)):
+        messages, is_answer = probe[start:end], end % 2
+        if is_answer and not is_written:
+            continue
         theirs = render(messages, not is_answer)
-        is_prompt = not is_answer and theirs != render(messages, False)
-        ours = tokenizer.render(messages, is_prompt)
-        if is_answer:
-            if not is_written:
-                continue
-            end = chat.assistant.split("{content}")[1]
-            theirs, ours = theirs[:len(ours) - len(end)], ours[:len(ours) - len(end)]
-        at = len(commonprefix([theirs, ours]))
+        ids, _ = tokenizer.encode_chat(
+            messages, not is_answer and theirs != render(messages, False))
+        ours = tokenizer.decode(ids)
+        if is_answer:                                       # something may follow the last turn
+            theirs, ours = theirs[:len(ours) - n_end], ours[:-n_end]
         if theirs != ours:
+            at = len(commonprefix([theirs, ours]))
             raise ValueError(f"it writes {theirs[at:at + 40]!r} after {theirs[:at][-40:]!r}, where "
                              f"{ours[at:at + 40]!r} is expected")
-        # White space beside a header may join it, and an answer the end of its prompt.
-        is_exact = (messages[0]["content"] in (S, U) and (chat.reframes or T not in ours)
-                    and not (is_answer and chat.prompt))
-        ids = tokenizer.encode(theirs, allow_special=True)
-        if is_exact and ids != tokenizer.encode_chat(messages, is_prompt)[0][:len(ids)]:
+        is_exact = probe is turns and not is_answer
+        if is_exact and tokenizer.encode(theirs, allow_special=True) != ids:
             raise ValueError(f"{theirs[:200]!r} has other tokens as one text")
 
 
 def read_template(template: str | None, special_tokens: dict[str, int], tokens: dict[str, str],
                   bos: str | None, make: Callable[..., Tokenizer]) -> Tokenizer:
-    """make(chat=, end_of_text=, ...), with the frame that the chat template writes. Without one,
-    the names of the special tokens decide; --chat decides where a template has no such frame.
+    """make(chat=, end_of_text=, ...), with the frame that the chat template writes. --chat decides
+    where there is none, or no such frame; else the names of the special tokens.
 
-    tokens      the special tokens that a template may name: bos_token, eos_token, ..."""
+    tokens      the special tokens that a template may name: bos_token and eos_token"""
     if template and (ours := OURS.match(template)):
         about = json.loads(ours[1])
         return make(chat=Chat(**about["chat"]), end_of_text=about["end_of_text"])
@@ -275,10 +244,7 @@ def read_template(template: str | None, special_tokens: dict[str, int], tokens: 
     end = next((name for name in names if name in special_tokens), None)
     if end is None:
         raise ValueError(f"nothing ends a text: there is no special token {names}")
-    known = {"chatml": CHATML, "llama3": LLAMA3, "plain": PLAIN(end)}
-    chosen = os.environ.get(CHAT)
-    if chosen not in (None, *known):
-        raise ValueError(f"--chat {chosen} is not one of {', '.join(known)}")
+    known, chosen = {"chatml": CHATML, "llama3": LLAMA3, "plain": PLAIN(end)}, os.environ.get(CHAT)
     if template:
         try:
             render = renderer(template, tokens)
@@ -287,17 +253,16 @@ def read_template(template: str | None, special_tokens: dict[str, int], tokens: 
                              end_of_text=end, template={"chat_template": template, **tokens})
             check_frame(tokenizer, render)
             return tokenizer
-        except ValueError as error:
+        except Exception as error:                          # whatever a foreign program may raise
             if chosen is None:
-                raise ValueError(
-                    f"its chat template cannot be followed exactly: {error}. To format "
-                    f"conversations in another way: --chat {', '.join(known)}") from error
+                raise ValueError(f"its chat template cannot be followed exactly: {error}. Another "
+                                 f"format of conversations: --chat {', '.join(known)}") from error
             Logger(f"WARNING: --chat {chosen} replaces a chat template that cannot be followed: "
                    f"the model was made for other prompts ({error})")
     elif chosen is None:
-        chosen = ("llama3" if "<|start_header_id|>" in special_tokens and "<|eot_id|>" in
-                  special_tokens else "chatml" if {"<|im_start|>", "<|im_end|>"} <=
-                  special_tokens.keys() else "plain")
+        marks = {"llama3": {"<|start_header_id|>", "<|eot_id|>"},
+                 "chatml": {"<|im_start|>", "<|im_end|>"}, "plain": set()}
+        chosen = next(name for name in marks if marks[name] <= special_tokens.keys())
         Logger(f"no chat template: conversations are formatted as --chat {chosen}")
     return make(chat=known[chosen], end_of_text=end)
 

@@ -88,25 +88,19 @@ class Chat:
         """Whether an answer is framed in another way once another turn follows it."""
         return self.before_answer != "" or self.thoughts != "all"
 
-    def generation_prompt(self) -> str:
-        if self.prompt is not None:
-            return self.prompt
-        return self.assistant.split("{content}")[0] + self.before_answer
-
     def answer(self, content: str, is_last: bool) -> str:
         """The assistant's content as its template writes it: an earlier answer as `thoughts` says,
         the last with its own thought or else with before_answer."""
-        thought, *rest = content.split("</think>")
-        if rest and self.reframes:
-            if not is_last:
-                kept = {"all": content, "space": rest[-1], "none": rest[-1].lstrip("\n")}
-                return kept[self.thoughts]
-            before, _, after = (self.before_answer or EMPTY_THOUGHT).partition("\n</think>")
-            thought, content = thought.split("<think>")[-1].strip("\n"), rest[-1].lstrip("\n")
-            return f"{before}{thought}\n</think>{after}{content}"
-        if is_last and "</think>" in self.before_answer:
-            content = content.lstrip("\n")
-        return self.before_answer * is_last + content
+        thought, mark, _ = content.partition("</think>")
+        rest = content.rpartition("</think>")[2]
+        if not is_last:
+            return {"all": content, "space": rest, "none": rest.lstrip("\n") if mark else rest}[
+                self.thoughts]
+        if "</think>" not in self.before_answer + content * self.reframes:
+            return self.before_answer + content
+        before, end, after = (self.before_answer or EMPTY_THOUGHT).partition("\n</think>")
+        thought = thought.split("<think>")[-1].strip("\n") if mark else ""
+        return before + thought + end + after + rest.lstrip("\n")
 
     def messages(self, messages: list[dict]) -> list[dict]:
         """The messages with the default system message, and trimmed."""
@@ -165,8 +159,7 @@ class Tokenizer:
         twice, count = Counter([*special_tokens.values(), *ranks.values()]).most_common(1)[0]
         if count > 1:                                   # tiktoken would panic in Rust
             raise ValueError(f"id {twice} is used twice")
-        check_chat(chat, special_tokens, [end_of_text, *matched, *([bos] if bos else [])],
-                   is_known=template is None)
+        check_chat(chat, special_tokens, [end_of_text, *matched, *([bos] if bos else [])])
         missing = bytes(value for value in range(256) if bytes([value]) not in ranks)
         if missing and not drops_bytes:
             raise ValueError(f"no token for byte {missing[0]} ({len(missing)} are missing)")
@@ -189,11 +182,11 @@ class Tokenizer:
         # Headers are encoded apart from contents, so that a prompt is a prefix of its conversation.
         self._frames = {role: [self._encode(part, self._any_special)
                                for part in vars(chat)[role].split("{content}")] for role in ROLES}
-        prompt = chat.generation_prompt()
+        self._header = chat.assistant.split("{content}")[0]
+        prompt = self._header + chat.before_answer if chat.prompt is None else chat.prompt
         self._prompt = prompt, self._encode(prompt, self._any_special)
-        self._begin = [] if self.bos is None else [self.bos]
-        if chat.begin is not None:
-            self._begin = self._encode(chat.begin, self._any_special)
+        begin = (bos or "") if chat.begin is None else chat.begin
+        self._begin = self._encode(begin, self._any_special)
         self.end_of_turn = self._frames["assistant"][1][0]
 
     @cached_property
@@ -308,13 +301,12 @@ class Tokenizer:
             role, text = message["role"], message["content"]
             header, end = self._frames[role]
             if role == "assistant":
-                before = self.chat.assistant.split("{content}")[0]
-                text = before + self.chat.answer(text, left == 0)
+                before, text = self._header, self._header + self.chat.answer(text, left == 0)
                 if text.startswith(self._prompt[0]):
                     before, header = self._prompt
                 text = text[len(before):]
-            yield header, text, end, (role == "assistant" and message.get("train", True)
-                                      and (left == 0 or not self.chat.reframes))
+            is_framed = role == "assistant" and (left == 0 or not self.chat.reframes)
+            yield header, text, end, is_framed and message.get("train", True)
 
     def _join(self, turns, contents: Iterator[list[int]],
               add_generation_prompt: bool) -> tuple[list[int], list[bool]]:
@@ -388,17 +380,15 @@ def any_of(names: Iterable[str]) -> re.Pattern | None:
     return re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
 
 
-def check_chat(chat: Chat, special_tokens: dict[str, int], names: Iterable[str],
-               is_known: bool) -> None:
-    """Raise ValueError for a template that is not as Chat requires, or a missing special token: in
-    a known chat each <|name|> is one; others have such marks that are plain text."""
+def check_chat(chat: Chat, special_tokens: dict[str, int], names: Iterable[str]) -> None:
+    """Raise ValueError for a template that is not as Chat requires, or a missing special token."""
     templates = {role: vars(chat)[role] for role in ROLES}
     for role, template in templates.items():
         if template.count("{content}") != 1:
             raise ValueError(f"the {role}'s template {template!r} has to have {{content}} once")
-    marks = re.findall(r"<\|.*?\|>", " ".join([*templates.values(), chat.before_answer]))
-    for name in [*names, *marks * is_known]:
+    end = templates["assistant"].split("{content}")[1]
+    for name in [*names, *re.findall(r"<\|.*?\|>", end)[:1]]:
         if name not in special_tokens:
             raise ValueError(f"special token {name!r} is missing")
-    if not any_of(special_tokens).match(templates["assistant"].split("{content}")[1]):
+    if not any_of(special_tokens).match(end):
         raise ValueError(f"no special token ends the assistant's template {chat.assistant!r}")

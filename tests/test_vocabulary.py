@@ -264,11 +264,11 @@ def test_an_answer_has_one_thought_and_earlier_answers_have_none(all_names, tmp_
 
 @pytest.mark.parametrize("name, said", [
     ("UPPER", "it does not write every content as it is"),
-    ("FIRST_APART", "a prompt is '<|im_start|>assistant"),
+    ("FIRST_APART", "it writes '<|im_start|>assistant"),
     ("NO_SYSTEM", "no system"),
     ("NO_SYSTEM_ROLE", "it does not write every content as it is"),
     ("HUGE", "it computes *"),
-    ("SPIES", "SecurityError"),
+    ("SPIES", "is unsafe"),
 ])
 def test_a_template_that_cannot_be_followed_is_refused_with_the_way_out(all_names, tmp_path, monkeypatch, capsys, name, said):
     folder = folder_of(all_names, tmp_path, vars(helpers_templates)[name])
