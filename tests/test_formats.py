@@ -4,8 +4,10 @@ Laws of dataset/formats.py: every public format becomes the same messages, and a
 """
 
 import json
+import random
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import pytest
 from dataset.formats import (BadLine, files_of, final_answer, read_categories, read_conversations,
                              read_questions, read_rows, read_texts, to_messages, to_question,
                              to_text)
+from evaluation.exam import read_exam
+from evaluation.metrics import read_tests
 from model.tokenizer import Tokenizer
 
 SUM = [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]
@@ -61,7 +65,7 @@ def test_every_format_gives_the_same_conversation(row):
 
 def test_the_examples_of_the_page_are_what_the_code_reads():
     examples = re.findall(r"\| `(\{.+\})` \|$", PAGE, flags=re.MULTILINE)
-    assert [to_messages(json.loads(example)) for example in examples] == [SUM] * 4
+    assert [to_messages(json.loads(example)) for example in examples] == [SUM] * 5
 
 
 def test_the_exams_of_the_page_are_what_the_code_reads(tmp_path):
@@ -500,3 +504,76 @@ def test_reading_costs_little_more_than_parsing_the_json(tmp_path):
     parsing = min(seconds(lambda: [json.loads(line) for line in open(path)]) for _ in range(3))
     reading = min(seconds(lambda: read_conversations(path)) for _ in range(3))
     assert reading < 5 * parsing
+
+
+# ---- mutations ---------------------------------------------------------------------------------
+
+KINDS = [
+    {"conversations": SUM, "system": "s", "tools": None, "id": 7},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b",
+                   "reasoning_content": "c", "weight": 1, "tool_calls": []}]},
+    {"messages": json.dumps(SUM), "meta_info": {"a": [1]}},
+    {"instruction": "a", "input": "b", "output": "c", "system": "s", "history": []},
+    {"prompt": SUM[:1], "completion": SUM[1:]},
+    {"question": "a", "options": {"A": "b", "B": "c"}, "answer_idx": "B", "leaf": "x/y", "input": "d"},
+    {"text": "One two three."},
+    {"question": "a", "distribution": {"b": 0.5, "c": 0.5}, "conversations": SUM[:1]},
+]
+CSV = b'id,question,A,B,C,D,answer\n0,"2 + 3\n=",4,5,6,23,B\n1,1 + 1 =,1,2,3,4,\n'
+ODD = [None, True, 0, 2, -1.5, 1e400, "", " ", "\ud800", "x" * 300, [], {}, [None], [[]], {"a": {}}, ["a"], [{"type": "text"}],
+       [{"role": "user"}], [{"role": [], "content": {}}], "[", "[1]", '[{"role": 1}]', {"": ""}]
+
+
+def mutated(row, generator):
+    """A row with one place changed: another value, key or type, a turn twice or left out."""
+    row = json.loads(json.dumps(row))
+    places = []
+
+    def walk(value):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            places.append((value, key))
+            if isinstance(value[key], (dict, list)):
+                walk(value[key])
+
+    walk(row)
+    holder, key = generator.choice(places)
+    match generator.randrange(5):
+        case 0:
+            holder[key] = generator.choice(ODD)
+        case 1:
+            del holder[key]
+        case 2 if isinstance(holder, dict):
+            holder[generator.choice(["role", "from", "value", "messages", "options", "weight", "system", "tools", "train"])] = holder[key]
+        case 3 if isinstance(holder, list):
+            holder.insert(key, holder[key])
+        case _:
+            holder[key] = {str(i): holder[key] for i in range(2)} if generator.random() < 0.5 else [holder[key]]
+    return row
+
+
+def test_of_2000_mutated_rows_each_is_read_or_named_with_its_place(tmp_path):
+    """Also bytes of the line are changed: flipped, doubled, cut."""
+    generator, counts = random.Random(0), Counter()
+    for n in range(2000):
+        row = generator.choice(KINDS)
+        line = CSV if n % 8 == 0 else json.dumps(mutated(row, generator) if n % 4 else row).encode()
+        if n % 4 == 0:
+            at = generator.randrange(len(line))
+            middle = generator.choice([bytes([generator.randrange(256)]), b"", line[at:at + 9] * 2, b'"', b"\xff", b"["])
+            line = line[:at] + middle + line[at + generator.randrange(2):]
+        name = "rows.csv" if n % 8 == 0 else generator.choice(["rows.jsonl", "rows.json", "list.json", "object.json"])
+        wrapped = {"list.json": b"[%s]", "object.json": b'{"data": [%s]}'}.get(name, b"%s") % line
+        path = written(tmp_path, name, wrapped)
+        for read in (read_conversations, read_questions, read_texts, read_exam_of, lambda path: read_tests([path])):
+            try:
+                read(path)
+                counts["read"] += 1
+            except ValueError as error:
+                counts["named"] += 1
+                assert str(path) in str(error), error
+    print(f"2,000 mutated rows, {counts['read']:,} times read, {counts['named']:,} times named, 0 tracebacks")
+    assert counts.total() == 5 * 2000 and counts["read"] > 1000
+
+
+def read_exam_of(path):
+    return read_exam([path])

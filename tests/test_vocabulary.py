@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 
 from model.tokenizer import CHATML, LLAMA3, PATTERN, PLAIN, Chat, Tokenizer
 import helpers_templates
+from runtime.args import make_parser, parse_args
 from interop.vocabulary import (DATE, GPT2, LLAMA_3, PRE_TOKENIZERS, QWEN2, SMOLLM, from_gguf, merges_of,
                                       read_tokenizer_json, to_gguf, write_template, write_tokenizer)
 
@@ -276,7 +277,8 @@ def test_a_template_that_cannot_be_followed_is_refused_with_the_way_out(all_name
         read_tokenizer_json(folder)
     assert str(error.value).startswith(f"{folder}/tokenizer.json: its chat template") and said in str(error.value)
     assert "--chat chatml, llama3, plain" in str(error.value)
-    monkeypatch.setenv("MINIDISTILL_CHAT", "chatml")
+    monkeypatch.setenv("MINIDISTILL_CHAT", "none")                           # restored after the test
+    parse_args(make_parser(""), ["--chat", "chatml"])
     assert read_tokenizer_json(folder).chat == CHATML
     assert capsys.readouterr().out.count("WARNING: --chat chatml replaces") == 1
 
