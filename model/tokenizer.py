@@ -88,6 +88,13 @@ class Chat:
         """Whether an answer is framed in another way once another turn follows it."""
         return self.before_answer != "" or self.thoughts != "all"
 
+    @property
+    def lead(self) -> str:
+        """What an answer begins with before its content: the end of a thought that the prompt
+        opens, or a space."""
+        header = self.assistant.split("{content}")[0] + self.before_answer
+        return header.removeprefix(header if self.prompt is None else self.prompt)
+
     def answer(self, content: str, is_last: bool) -> str:
         """The assistant's content as its template writes it: an earlier answer as `thoughts` says,
         the last with its own thought or else with before_answer."""
