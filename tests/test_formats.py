@@ -130,6 +130,7 @@ def test_a_bad_record_of_an_exam_is_named(tmp_path, record, reason):
     ("#### 4\nNo:\n#### 5 \n", "5"),
     (" five\ncats ", "five\ncats"),
     ("five ####", "five ####"),
+    ("<think>\n#### 4\n</think>\n\n5", "5"),
 ])
 def test_the_final_answer_stands_after_the_last_four_hashes_or_is_all_there_is(text, final):
     assert final_answer(text) == final
