@@ -190,7 +190,7 @@ class TokenDataset:
             if np.array_equal(own[:n], its[:n]):
                 reason = (f"one answer is cut: with its prompt longer than {shorter.max_seq_len} "
                           f"tokens in {shorter}; shorten the prompt, or remove the row from both")
-            raise ValueError(f"sample {pair.rows[i] + 1} of {pair} and of {teacher}: {reason}")
+            raise ValueError(f"sample {pair.origins[i] + 1} of {pair} and of {teacher}: {reason}")
         return pair
 
     def with_room(self, log) -> "TokenDataset":
