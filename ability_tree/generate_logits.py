@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from ability_tree.steps import rows_of, write_rows
-from dataset.formats import CONVERSATION_KEYS, files_of, to_messages
+from dataset.formats import CONVERSATION_KEYS, bare_question, files_of, to_messages
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.log import Logger
 
@@ -39,7 +39,7 @@ def bare(row: dict) -> dict:
     """The row as a conversation; multiple choice as its question and the text of its answer."""
     messages = to_messages(row)
     if "options" in row and not any(key in row for key in CONVERSATION_KEYS):
-        messages[0] = {"role": "user", "content": row["question"]}
+        messages = [*bare_question(row), messages[-1]]
     return {"conversations": messages}
 
 

@@ -16,7 +16,7 @@ exceeds the context length with its longest option has null answer_idx and log_p
 from ability_tree.steps import (batches_of, read_choices, settings, sha256_of, work_in_parts,
                                 write_rows)
 from ability_tree.tree import wilson
-from dataset.formats import to_question
+from dataset.formats import bare_question, to_question
 from evaluation.scores import score_samples
 from interop.checkpoint import load_model, sha256_of_model
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
@@ -49,8 +49,7 @@ def reply(model, tokenizer, rows: list[dict], hide_options: bool) -> list[dict]:
 
 def prompt(row: dict, hide_options: bool) -> list[dict]:
     """The question and its options on lettered lines, or the bare question."""
-    bare = [{"role": "user", "content": row["question"]}]
-    return bare if hide_options else to_question(row).messages
+    return bare_question(row) if hide_options else to_question(row).messages
 
 
 def summary(replies: list[dict]) -> str:

@@ -10,22 +10,30 @@ import json
 import re
 import reprlib
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 CONVERSATION_KEYS = ("conversations", "messages")
 PROMPT_KEYS = ("question", "instruction", "prompt", "ask")
-RESPONSE_KEYS = ("output", "response", "answer")
-COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, "input", "system", "history", "options", "answer_idx")
+RESPONSE_KEYS = ("output", "response", "answer", "completion")
+SYSTEM_KEYS = ("system", "system_prompt")
+COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, *SYSTEM_KEYS, "input", "history", "options",
+               "answer_idx")
+# Keys of a turn with a meaning beside its role and content, or of a row:
+TARGET_KEYS = ("weight", "train", "loss")           # 0 or false: context, not to be learned
+THOUGHT_KEY = "reasoning_content"
+TOOL_KEYS = ("tool_calls", "function_call", "tools", "functions")       # refused
+BESIDE_TURNS = {*SYSTEM_KEYS, *TOOL_KEYS}
 EXAM_COLUMNS = ("question", "a", "b", "c", "d")     # multiple-choice CSV; "answer" holds a letter
 CATEGORY_KEYS = ("leaf", "category", "subject", "meta_info")
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
-         "gpt": "assistant"}
+         "gpt": "assistant", "developer": "system"}
 NEXT_ROLE = {"user": "assistant", "assistant": "user"}
 KNOWN_FORMATS = (
-    "conversations or messages; question/instruction/prompt/ask with output/response/answer; "
+    "conversations or messages; question/instruction/prompt/ask with output/response/answer/"
+    "completion; "
     "question, options, answer_idx; a row with only text is for train_pretrain.py; examples: "
     "dataset/dataset.md")
 
@@ -34,6 +42,7 @@ MAX_CSV_CELL = 4_000_000            # characters; Python's 131,072 are too few f
 END_OF_TEXT = "<|endoftext|>"       # a line of a .txt file
 FINAL_ANSWER = "####"               # GSM8K: separates the calculation from the final number
 EXTENSIONS = (".jsonl", ".json", ".csv", ".txt")
+ONE_LIST = re.compile(r'\{\s*"([^"]*)"\s*:\s*\[\s*\{')     # {"data": [{...}, ...]}
 READABLE = f"{', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]}"
 
 
@@ -61,8 +70,10 @@ def _kind(path) -> str:
     if extension in (".jsonl", ".csv", ".txt"):
         return extension
     with _open(path) as file:
-        first = file.read(4096).lstrip()[:1]
-    if first == "[":
+        start = file.read(4096).lstrip()
+    first, holds_list = start[:1], ONE_LIST.match(start)
+    is_row = holds_list and holds_list[1] in (*CONVERSATION_KEYS, *COLUMN_KEYS)
+    if first == "[" or holds_list and not is_row:
         return "list"
     if first == "{" or extension == ".json":
         return ".jsonl"
@@ -89,10 +100,12 @@ def _rows_of_lines(path):
             if line.isspace():
                 continue
             try:
-                row = _object_or_reason(json.loads(line.rstrip()))
+                row = _object_or_reason(json.loads(line.rstrip(), object_pairs_hook=_object))
             except json.JSONDecodeError as error:
                 around = _short(line.rstrip()[max(error.pos - 20, 0):error.pos + 20])
                 row = f"not a whole JSON object: {error.msg} in column {error.colno}, at {around}"
+            except BadLine as error:
+                row = str(error)
             except (ValueError, RecursionError) as error:   # 5,000 digits; 100,000 nested brackets
                 row = f"JSON that Python does not read: {error}"
             yield number, row
@@ -108,17 +121,26 @@ def _rows_of_list(path):
         n_read = number                     # as a whole, to say where it is wrong
     with _open(path) as file:
         try:
-            items = json.load(file)
+            items = json.load(file, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise BadLine(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}. Fix it "
                           "there: a .json list is read completely or not at all.") from None
+        except (ValueError, RecursionError) as error:
+            raise BadLine(f"{path}: {error}. Fix it: a .json list is read completely or not at "
+                          "all.") from None
+    if isinstance(items, dict):
+        if len(items) > 1:
+            raise BadLine(f"{path} holds an object with the keys {_short(list(items))}. Keep one: "
+                          "the list of rows.")
+        (items,) = items.values()
     for number, item in enumerate(items[n_read:], start=n_read + 1):
         yield number, _object_or_reason(item)
 
 
 def _items(path):
     """The items of a JSON list while the file is read. Raises ValueError for anything else."""
-    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
+    space = re.compile(r"\s*")
     with _open(path) as file:
         text, at = file.read(BLOCK).lstrip(), 1
         if text[:1] != "[":
@@ -139,6 +161,16 @@ def _items(path):
             yield item
             if mark == "]":
                 return
+
+
+def _object(pairs):
+    """A JSON object as a dict. A key that stands twice would lose its first value."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise BadLine(f"the key {_short(twice)} stands twice in {_short(row)}")
+    return row
 
 
 def _object_or_reason(row):
@@ -216,7 +248,8 @@ ROW_READERS = {".jsonl": _rows_of_lines, "list": _rows_of_list, ".csv": _rows_of
 
 def to_messages(row: dict) -> list[dict]:
     """One row of any format as [{"role", "content"}, ...]: an optional system turn, then user and
-    assistant alternating, the assistant last. Other keys (id, meta_info) are ignored.
+    assistant alternating, the assistant last. A turn that is not to be learned has "train": False.
+    Other keys (id, meta_info) are ignored.
 
         {"instruction": "Add.", "input": "2 + 3", "output": "5"}     user: "Add.\\n2 + 3"
         {"question": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"}
@@ -230,6 +263,8 @@ def to_messages(row: dict) -> list[dict]:
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("no turn of the assistant follows a user turn, so there is nothing to "
                          "learn")
+    if all("train" in message for message in messages if message["role"] == "assistant"):
+        raise ValueError("every answer is marked as context, so there is nothing to learn")
     return messages
 
 
@@ -256,8 +291,14 @@ def to_question(row: dict) -> Question:
         raise ValueError("no turn of the user, so there is nothing to answer")
     answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
     is_conversation = any(key in row for key in CONVERSATION_KEYS)
-    read = CONVERSATION_KEYS if is_conversation else COLUMN_KEYS
+    read = (*CONVERSATION_KEYS, *SYSTEM_KEYS) if is_conversation else COLUMN_KEYS
     return Question(messages, answer, {key: row[key] for key in row if key not in read})
+
+
+def bare_question(row: dict) -> list[dict]:
+    """The messages of a multiple choice row without its options."""
+    left_out = ("options", "answer_idx", *RESPONSE_KEYS)
+    return to_question({key: row[key] for key in row if key not in left_out}).messages
 
 
 def to_text(row: dict) -> str:
@@ -284,18 +325,22 @@ def category(row: dict, default: str) -> str:
 
 
 def final_answer(text: str) -> str:
-    """The text after the last ####, else all of it: "2 + 3 = <<2+3=5>>5\\n#### 5" -> "5".
-    GSM8K, Cobbe et al. 2021, https://arxiv.org/abs/2110.14168."""
+    """The text after the last ####, else all of it: "2 + 3 = <<2+3=5>>5\\n#### 5" -> "5"; without
+    the thought before it. GSM8K, Cobbe et al. 2021, https://arxiv.org/abs/2110.14168."""
+    text = text.rpartition("</think>")[2]
     return text.rpartition(FINAL_ANSWER)[2].strip() or text.strip()
 
 
 def _alternating(turns) -> list[dict]:
-    """Turns (where, role, content) as messages. Others are refused, not merged: a turn was lost
-    there. A user turn after the first may be empty: ShareGPT users press Enter to read on."""
+    """Turns (where, role, content, whether it is learned) as messages. Others are refused, not
+    merged: a turn was lost there. A user turn after the first may be empty: ShareGPT users press
+    Enter to read on."""
     messages, expected = [], "user"
-    for where, role, content in turns:
+    for where, role, content, is_learned in turns:
         _check_text(content, where)
         empty = not content or content.isspace()
+        if messages == [{"role": role, "content": content}]:
+            continue                        # a column "system" with the text of the system turn
         if role == "system" and messages:
             raise ValueError(f"{where} is a system turn, which may only come first")
         if role == "system":
@@ -306,20 +351,46 @@ def _alternating(turns) -> list[dict]:
                              "alternate, user first)")
         if empty and (role == "assistant" or len(messages) < 2):    # before it at most the system
             raise ValueError(f"{where} is an empty {role} turn")
-        messages.append({"role": role, "content": content})
+        context = {"train": False} if role == "assistant" and not is_learned else {}
+        messages.append({"role": role, "content": content, **context})
         expected = NEXT_ROLE[role]
     return messages
 
 
 def _turns(row, needs_answer):
     """The turns of a row of any format; without `needs_answer` the answer may be missing."""
-    for key in CONVERSATION_KEYS:
-        if key in row:
-            return _turns_of_list(row[key], key)
-    return (_turns_of_choice if "options" in row else _turns_of_columns)(row, needs_answer)
+    if key := _only_one(row, CONVERSATION_KEYS):
+        turns = _turns_of_list(row[key], key)
+    else:
+        turns = (_turns_of_choice if "options" in row else _turns_of_columns)(row, needs_answer)
+    if BESIDE_TURNS.isdisjoint(row):
+        return turns
+    _refuse_tools(row, "the row")
+    system = _only_one({key: row[key] for key in SYSTEM_KEYS if row.get(key)}, SYSTEM_KEYS)
+    return chain([(system, "system", row[system], True)], turns) if system else turns
 
 
-def _turns_of_list(turns, key):
+def _only_one(row, keys) -> str | None:
+    """The key of these that the row has."""
+    found = [key for key in keys if key in row]
+    if len(found) > 1:
+        raise ValueError(f"both {found[0]!r} and {found[1]!r} are there; remove or rename one")
+    return found[0] if found else None
+
+
+def _refuse_tools(holder, where):
+    for key in TOOL_KEYS:
+        if key in holder and holder[key] not in (None, "", "[]", [], {}):
+            raise ValueError(f"{where} has {key}, and calls of tools are not read; write them into "
+                             "the contents, or leave the row out")
+
+
+def _turns_of_list(turns, key, is_learned=True):
+    if isinstance(turns, str) and turns.lstrip()[:1] == "[":             # a column of a table
+        try:
+            turns = json.loads(turns, object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{key} is a text that is no JSON list: {error}") from None
     if not isinstance(turns, list):
         raise ValueError(f"{key} is {_short(turns)}, not a list of turns")
     for i, turn in enumerate(turns):
@@ -332,51 +403,84 @@ def _turns_of_list(turns, key):
                              "content, or from and value)") from None
         if role not in list(ROLES):
             raise ValueError(f"{where} has role {_short(role)} (known: {', '.join(ROLES)})")
-        yield where, ROLES[role], content
+        if len(turn) == 2 and isinstance(content, str):
+            yield where, ROLES[role], content, is_learned
+        else:
+            yield _whole_turn(where, ROLES[role], content, turn, is_learned)
+
+
+def _whole_turn(where, role, content, turn, is_learned):
+    """A turn whose content has parts, or that has more keys than role and content."""
+    _refuse_tools(turn, where)
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise ValueError(f"{where} has the part {_short(part)}; only parts of type text "
+                                 "are read")
+            _check_text(part.get("text"), f"{where}: a part")
+        content = "".join(part["text"] for part in content)
+    if thought := turn.get(THOUGHT_KEY):
+        _check_text(thought, f"{where}: {THOUGHT_KEY}")
+        if role != "assistant" or not isinstance(content, str) or "</think>" in content:
+            raise ValueError(f"{where} has {THOUGHT_KEY}, which belongs to an answer that is a "
+                             "text without a thought of its own")
+        content = "<think>\n" + thought.strip("\n") + f"\n</think>\n\n{content}"
+    for key in TARGET_KEYS:
+        if (value := turn.get(key)) is None:
+            continue
+        if value not in (0, 1) or value and (role != "assistant" or not is_learned):
+            raise ValueError(f"{where} has {key} {_short(value)}; a turn is context (0, false) or, "
+                             "of the assistant alone, learned (1, true)")
+        is_learned = bool(value)
+    return where, role, content, is_learned
 
 
 def _turns_of_columns(row, needs_answer):
-    prompts = [key for key in PROMPT_KEYS if key in row]
-    responses = [key for key in RESPONSE_KEYS if key in row]
-    if not prompts or needs_answer and not responses:
+    prompt, response = _only_one(row, PROMPT_KEYS), _only_one(row, RESPONSE_KEYS)
+    if not prompt or needs_answer and not response:
         raise ValueError(f"no known format (keys found: {_short(list(row))}; "
                          f"known: {KNOWN_FORMATS})")
-    for keys in (prompts, responses):
-        if len(keys) > 1:
-            raise ValueError(f"both {keys[0]!r} and {keys[1]!r} are there; rename one of them")
+    if prompt == "prompt" and isinstance(row[prompt], list):
+        yield from _turns_of_list(row[prompt], prompt, is_learned=False)
+    else:
+        yield prompt, "user", _question(row, row[prompt]), True
+    if response and isinstance(row[response], list):
+        yield from _turns_of_list(row[response], response)
+    elif response:
+        yield response, "assistant", row[response], True
+
+
+def _question(row, question) -> str:
+    """A question and the input below it."""
     if row.get("history"):
         raise ValueError("history is not read; write the earlier turns as conversations")
-    if row.get("system"):
-        yield "system", "system", row["system"]
-    (prompt,) = prompts
-    question = row[prompt]
-    if row.get("input"):
-        _check_text(row["input"], "input")
-        question = f"{question}\n{row['input']}" if question else row["input"]
-    yield prompt, "user", question
-    for response in responses:
-        yield response, "assistant", row[response]
+    if not row.get("input"):
+        return question
+    _check_text(row["input"], "input")
+    return f"{question}\n{row['input']}" if question else row["input"]
 
 
 def _turns_of_choice(row, needs_answer):
-    question, options, has_answer = row.get("question"), row["options"], "answer_idx" in row
+    key = _only_one(row, PROMPT_KEYS) or "question"
+    question, options, has_answer = row.get(key), row["options"], "answer_idx" in row
     if needs_answer and not has_answer:
         raise ValueError("options without 'answer_idx' (in CSV: with an empty answer, or without "
                          "that column), so there is nothing to learn")
     if not isinstance(options, dict):
         raise ValueError(f'options is {_short(options)}, not an object {{"A": ..., "B": ...}}')
-    _check_text(question, "question")
+    _check_text(question, key)
     for letter, text in options.items():
         _check_text(text, f"options[{_short(letter)}]")
-    if has_answer and row["answer_idx"] not in options:
+    if has_answer and row["answer_idx"] not in list(options):
         raise ValueError(f"answer_idx is {_short(row['answer_idx'])}, "
                          f"which is none of the options {_short(list(options))}")
     if not question.strip():
-        raise ValueError("question is empty")
-    lines = [question, *(f"{letter}. {text}" for letter, text in options.items())]
-    yield "question", "user", "\n".join(lines)
+        raise ValueError(f"{key} is empty")
+    lines = [_question(row, question),
+             *(f"{letter}. {text}" for letter, text in options.items())]
+    yield key, "user", "\n".join(lines), True
     if has_answer:
-        yield f"options[{row['answer_idx']!r}]", "assistant", options[row["answer_idx"]]
+        yield f"options[{row['answer_idx']!r}]", "assistant", options[row["answer_idx"]], True
 
 
 def _check_text(value, where):

@@ -26,7 +26,7 @@ from runtime.checkpoint import UNREADABLE
 from runtime.files import file_crc32, file_sha256, write_atomic
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
-CACHE_VERSION = 3           # raise it when the meaning of a cached file changes
+CACHE_VERSION = 4           # raise it when the meaning of a cached file changes
 BLOCK = 1 << 20             # characters that are tokenised at once: enough for all threads
 
 
@@ -74,8 +74,12 @@ class TokenDataset:
     """Samples of token ids in one memory-mapped file; the top bit of an id marks a target.
 
     The file is identified by the text files' content, the tokenizer and the length limit.
-    Subclasses define encode(), which yields (ids, which of them are targets) of each sample. Raises
-    what dataset/formats.py raises, and ValueError if nothing is left to learn.
+    Subclasses define encode(), which yields of each sample (number of its conversation in the files,
+    ids, which of them are targets). Raises what dataset/formats.py raises, and ValueError if nothing
+    is left to learn.
+
+    by_turns    each answer of a conversation is a sample of its own, as the tokenizer's chat may
+                require (model.tokenizer.Chat)
     """
 
     validated_on = None             # name of a validation file beside the data
@@ -83,8 +87,9 @@ class TokenDataset:
     across = False                  # whether its ids mean other tokens
 
     def __init__(self, paths, tokenizer, max_seq_len: int = 512, skip_bad_lines: bool = False,
-                 log=print):
+                 log=print, by_turns: bool = False):
         self.paths, self.tokenizer = [Path(path) for path in paths], tokenizer
+        self.by_turns = by_turns or tokenizer.chat.reframes
         self.max_seq_len, self.skip_bad_lines, self.log = max_seq_len, skip_bad_lines, log
         self.dtype = np.uint16 if tokenizer.vocab_size <= 1 << 15 else np.uint32
         self.flag = self.dtype(1 << (8 * self.dtype().itemsize - 1))
@@ -97,13 +102,14 @@ class TokenDataset:
         # As a plain array: slicing a memmap takes seven times as long.
         self.stream = np.asarray(np.memmap(stream, dtype=self.dtype, mode="r"))
         self.ends, self.n_targets = arrays["ends"], arrays["n_targets"]         # (samples,)
-        self.rows = arrays["rows"]                  # (samples,) number of each in the files
+        self.rows = arrays["rows"]                  # (samples,) number of each
         self.n_rows = int(arrays["n_rows"])         # samples of the files, also those left out
+        self.origins = arrays["origins"]            # (samples,) its conversation's number
         self.lengths = np.diff(self.ends, prepend=0)
 
     def cache_files(self) -> tuple[Path, Path]:
         key = hashlib.sha256(f"{type(self).__name__} {self.tokenizer.sha256} {self.max_seq_len} "
-                             f"{self.skip_bad_lines} {CACHE_VERSION}".encode())
+                             f"{self.skip_bad_lines} {self.by_turns} {CACHE_VERSION}".encode())
         for path in self.paths:
             check_exists(path)
             key.update(bytes.fromhex(file_sha256(path)))
@@ -113,28 +119,29 @@ class TokenDataset:
     def build(self, stream: Path, index: Path):
         start, n_rows, n_cut = time.time(), 0, 0
         length = self.max_seq_len + 1               # the last token is predicted, never read
-        found = array("q")                          # size, targets and row of each sample
+        found = array("q")                  # size, targets, number and origin of each sample
 
         def write(file):
             nonlocal n_rows, n_cut
-            for n_rows, (ids, targets) in enumerate(self.encode(), start=1):
+            for n_rows, (origin, ids, targets) in enumerate(self.encode(), start=1):
                 row = np.array(ids[:length], dtype=self.dtype)
                 is_target = np.array(targets[1:length], dtype=bool)
                 row[1:][is_target] |= self.flag
                 n_cut += len(ids) > len(row)
                 if is_target.any():
                     file.write(row)
-                    found.extend((len(row), is_target.sum(), n_rows - 1))
+                    found.extend((len(row), is_target.sum(), n_rows - 1, origin))
             if not found:
                 raise ValueError(f"{self}: no sample has anything to learn within "
                                  f"max_seq_len={self.max_seq_len} tokens; raise --max_seq_len")
 
         stream.parent.mkdir(exist_ok=True)
         write_atomic(stream, write)
-        sizes, n_targets, rows = np.array(found).reshape(-1, 3).T
+        sizes, n_targets, rows, origins = np.array(found).reshape(-1, 4).T
         ends = np.cumsum(sizes)
-        write_atomic(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=rows,
-                                                  n_rows=n_rows, crc32=file_crc32(stream)))
+        write_atomic(index, lambda file: np.savez(
+            file, ends=ends, n_targets=n_targets, rows=rows, origins=origins, n_rows=n_rows,
+            crc32=file_crc32(stream)))
         self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} "
                  f"targets; {n_cut:,} cut to {self.max_seq_len} tokens, {n_rows - len(rows):,} "
                  f"left out without a target; {time.time() - start:.1f} s")
@@ -162,15 +169,18 @@ class TokenDataset:
         return np.ones(len(self), dtype=bool)
 
     def split(self, fraction: float, seed: int) -> tuple["TokenDataset", "TokenDataset"]:
-        """Two views, the second with that fraction of the answered samples, chosen by the seed."""
-        order, answered = permutation(len(self), seed, 0), self.answered()
+        """Two views, the second with that fraction of the conversations that have an answer, chosen
+        by the seed."""
+        origins, origin = np.unique(self.origins, return_inverse=True)
+        answered = np.isin(origins, self.origins[self.answered()])
+        order = permutation(len(origins), seed, 0)
         order = order[np.argsort(~answered[order], kind="stable")]
-        n_second = round(fraction * answered.sum())
-        return self.view(np.sort(order[n_second:])), self.view(np.sort(order[:n_second]))
+        is_second = np.isin(origin, order[:round(fraction * answered.sum())])
+        return self.view(np.flatnonzero(~is_second)), self.view(np.flatnonzero(is_second))
 
     def view(self, samples: np.ndarray) -> "TokenDataset":
         part = copy.copy(self)
-        for name in ("ends", "lengths", "n_targets", "rows"):
+        for name in ("ends", "lengths", "n_targets", "rows", "origins"):
             setattr(part, name, getattr(self, name)[samples])
         return part
 
@@ -202,6 +212,12 @@ class TokenDataset:
             raise ValueError(
                 f"{self} has {self.n_rows:,} samples and {teacher} {teacher.n_rows:,}: which "
                 "belong together? The teacher's files must match the student's row by row")
+        ours, theirs = self.tokenizer.chat.lead, teacher.tokenizer.chat.lead
+        if ours != theirs:              # same_text counts the bytes of answers from their start
+            raise ValueError(
+                f"answers begin with {ours!r} in the student's chat format and {theirs!r} in the "
+                "teacher's; give the student's folder the teacher's chat_template, or take a "
+                "student of the same format")
         pair = self.view(np.flatnonzero(np.isin(self.rows, teacher.rows)))
         pair.teacher = teacher
         pair.across = self.tokenizer.conflict(teacher.tokenizer.ids) is not None
@@ -217,7 +233,7 @@ class TokenDataset:
             if np.array_equal(own[:n], its[:n]):
                 reason = (f"one answer is cut: with its prompt longer than {shorter.max_seq_len} "
                           f"tokens in {shorter}; shorten the prompt, or remove the row from both")
-            raise ValueError(f"sample {pair.rows[i] + 1} of {pair} and of {teacher}: {reason}")
+            raise ValueError(f"sample {pair.origins[i] + 1} of {pair} and of {teacher}: {reason}")
         return pair
 
     def with_room(self, log) -> "TokenDataset":
@@ -298,8 +314,9 @@ class PretrainDataset(TokenDataset):
     Every token is a target."""
 
     def encode(self):
-        for texts in self.blocks(to_text, len):
-            yield from text_samples(texts, self.tokenizer, self.max_seq_len)
+        samples = (sample for texts in self.blocks(to_text, len)
+                   for sample in text_samples(texts, self.tokenizer, self.max_seq_len))
+        return ((number, *sample) for number, sample in enumerate(samples))
 
 
 def text_samples(texts, tokenizer, max_seq_len: int) -> list[tuple[list[int], list[bool]]]:
@@ -321,8 +338,13 @@ class SFTDataset(TokenDataset):
     convert = staticmethod(to_messages)
 
     def encode(self):
+        number = 0
         for chats in self.blocks(self.convert, lambda chat: sum(len(m["content"]) for m in chat)):
-            yield from self.tokenizer.encode_chats(chats)
+            turns = [(origin, part) for origin, messages in enumerate(chats, start=number)
+                     for part in (each_answer(messages) if self.by_turns else [messages])]
+            encoded = self.tokenizer.encode_chats(part for _, part in turns)
+            yield from ((origin, *sample) for (origin, _), sample in zip(turns, encoded))
+            number += len(chats)
 
 
 class PromptDataset(SFTDataset):
@@ -336,6 +358,13 @@ class PromptDataset(SFTDataset):
         if self.teacher is not None:
             found &= self.teacher.answered()[np.searchsorted(self.teacher.rows, self.rows)]
         return found
+
+
+def each_answer(messages: list[dict]) -> list[list[dict]]:
+    """A conversation per answer to be learned, which ends with it; earlier answers are context."""
+    context = [{**message, "train": False} for message in messages]
+    return [[*context[:i], message] for i, message in enumerate(messages)
+            if message["role"] == "assistant" and message.get("train", True)]
 
 
 def dataset_of(paths) -> type[TokenDataset]:
@@ -367,12 +396,14 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
         beside = Path(paths[0]).with_name(kind.validated_on)
         val_path = beside if beside.exists() else None
 
+    by_turns = tokenizer.chat.reframes or teacher is not None and teacher[1].chat.reframes
+
     def read(files):
-        data = kind(files, tokenizer, max_seq_len, skip_bad_lines, log)
+        data = kind(files, tokenizer, max_seq_len, skip_bad_lines, log, by_turns)
         if teacher is None:
             return data
         its_files = teacher[0] if other_prompts else files
-        return data.paired_with(kind(its_files, *teacher[1:], skip_bad_lines, log))
+        return data.paired_with(kind(its_files, *teacher[1:], skip_bad_lines, log, by_turns))
 
     with first:
         data = read(paths)

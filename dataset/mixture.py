@@ -55,7 +55,7 @@ class Joined(TokenDataset):
         row_begins = np.cumsum([0, *(data.n_rows for data in datasets)])
         self.n_rows = int(row_begins[-1])
         for name, shifts in (("ends", begins), ("rows", row_begins), ("lengths", 0 * begins),
-                             ("n_targets", 0 * begins)):
+                             ("n_targets", 0 * begins), ("origins", row_begins)):
             setattr(self, name, np.concatenate([getattr(data, name) + shift for data, shift
                                                 in zip(datasets, shifts)]))
         if first.teacher is not None:

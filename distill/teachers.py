@@ -159,7 +159,7 @@ def check_cache(cache: TeacherCache, data):
     cache.check(data.tokenizer.path, data.max_seq_len,
                 {path: file_sha256(path) for path in data.paths},
                 (sample_key(data.sample(i)) for i in range(len(data))),
-                lambda i: f"{data}, sample {data.rows[i] + 1}")
+                lambda i: f"{data}, sample {data.origins[i] + 1}")
 
 
 def progressive_distillation(large_model, medium_model, small_model, train_loader, epochs=5, *,

@@ -24,7 +24,7 @@ from statistics import fmean
 
 import numpy as np
 
-from dataset.formats import BadLine, read_rows, to_messages, to_text
+from dataset.formats import BadLine, read_rows, to_messages, to_question, to_text
 from dataset.lm_dataset import text_samples
 from evaluation.scores import Score, score, score_answers, score_samples
 from evaluation.tables import markdown, mean_and_spread
@@ -78,12 +78,12 @@ def read_tests(paths, limit: int = 0) -> dict[str, list]:
 def to_distribution(row: dict) -> dict:
     """{question, distribution} of a row. Raises ValueError with the reason if it is none."""
     p = row["distribution"]
-    if not isinstance(p, dict) or not p or min(p.values()) <= 0 or abs(sum(p.values()) - 1) > 1e-3:
+    numbers = [value for value in p.values() if isinstance(value, (int, float)) and value > 0] \
+        if isinstance(p, dict) else []
+    if not numbers or len(numbers) < len(p) or abs(sum(numbers) - 1) > 1e-3:
         raise ValueError(f"distribution {p} must give each answer a probability above 0, and 1 "
                          "in all")
-    answer = {"role": "assistant", "content": next(iter(p))}
-    question, *_ = to_messages({"conversations": [*row.get("conversations", []), answer]})
-    return {"question": question["content"], "distribution": p}
+    return {"question": to_question(row).messages[-1]["content"], "distribution": p}
 
 
 def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:

@@ -88,6 +88,10 @@ def config_of(theirs: dict) -> LMConfig:
     family = theirs["model_type"]
     if family not in (known := [*dict.fromkeys(FAMILIES.values()), "minimind", "gpt2"]):
         raise ValueError(f"model_type {family!r} is none of {', '.join(known)}")
+    if theirs.get("quantization_config"):
+        method = theirs["quantization_config"].get("quant_method", "of some kind")
+        raise ValueError(f"the weights are quantised ({method}); name the folder of the model that "
+                         "they were made from, and quantise that: scripts/convert.py --quantize")
     # Qwen2-MoE may declare the biases of Qwen2; in the others attention_bias adds one to wo, too.
     supported = (GPT2_SUPPORTED if family == "gpt2" else SUPPORTED if family == "qwen2_moe" else
                  SUPPORTED | {"attention_bias": (False,)})

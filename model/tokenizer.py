@@ -47,6 +47,8 @@ SPECIAL_TOKENS = {text: i for i, text in enumerate((
 ))}
 ROLES = ("system", "user", "assistant")
 
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+
 N_THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -57,8 +59,18 @@ class Chat:
     after the assistant's content begins with the special token that ends the turn.
 
         default_system  system message of conversations without one; None: they get none
-        before_answer   put before the final answer, and before one that is to be generated
+        before_answer   put before the last answer only: the empty thought of models that think
         trims           whether white space around a content is removed
+        begin           text before the first turn; None: the tokenizer's bos
+        prompt          beginning of an assistant's turn that is to be generated; None: as the last
+                        answer's turn, up to its content
+        thoughts        what earlier answers keep of a content's "<think>...</think>": "all";
+                        "none"; "space": the line ends after it
+
+    The rule: an answer is trained, and sampled, after exactly the text that a chat puts before it.
+    Qwen3 puts its empty thought before the last answer alone, and no thought into earlier ones, so
+    an answer that another turn follows is not framed as it was generated. Of such chats only a
+    conversation's last answer is a target; SFTDataset makes a conversation of each answer.
     """
 
     system: str
@@ -67,6 +79,35 @@ class Chat:
     default_system: str | None = None
     before_answer: str = ""
     trims: bool = False
+    begin: str | None = None
+    prompt: str | None = None
+    thoughts: str = "all"
+
+    @property
+    def reframes(self) -> bool:
+        """Whether an answer is framed in another way once another turn follows it."""
+        return self.before_answer != "" or self.thoughts != "all"
+
+    @property
+    def lead(self) -> str:
+        """What an answer begins with before its content: the end of a thought that the prompt
+        opens, or a space."""
+        header = self.assistant.split("{content}")[0] + self.before_answer
+        return header.removeprefix(header if self.prompt is None else self.prompt)
+
+    def answer(self, content: str, is_last: bool) -> str:
+        """The assistant's content as its template writes it: an earlier answer as `thoughts` says,
+        the last with its own thought or else with before_answer."""
+        thought, mark, _ = content.partition("</think>")
+        rest = content.rpartition("</think>")[2]
+        if not is_last:
+            return {"all": content, "space": rest, "none": rest.lstrip("\n") if mark else rest}[
+                self.thoughts]
+        if "</think>" not in self.before_answer + content * self.reframes:
+            return self.before_answer + content
+        before, end, after = (self.before_answer or EMPTY_THOUGHT).partition("\n</think>")
+        thought = thought.split("<think>")[-1].strip("\n") if mark else ""
+        return before + thought + end + after + rest.lstrip("\n")
 
     def messages(self, messages: list[dict]) -> list[dict]:
         """The messages with the default system message, and trimmed."""
@@ -90,7 +131,7 @@ def PLAIN(end: str) -> Chat:
 
 DEFAULT_OPTIONS = {"chat": asdict(CHATML), "end_of_text": "<|endoftext|>", "bos": None,
                    "matched": [], "normalization": None, "prefix_space": False,
-                   "drops_bytes": False}
+                   "drops_bytes": False, "template": None}
 
 
 class Tokenizer:
@@ -109,6 +150,8 @@ class Tokenizer:
         normalization   None, or "NFC" before splitting
         prefix_space    put a space before every non-empty text (SentencePiece); decode keeps it
         drops_bytes     skip bytes without a token, instead of requiring all 256
+        template        the files' own chat template, of which `chat` is the verified frame, and the
+                        special tokens that it names, as in tokenizer_config.json; for exports
 
     end_of_turn is the id that ends an answer, vocab_size the highest id + 1, and sha256 identifies
     the vocabulary in caches and checkpoints.
@@ -118,7 +161,8 @@ class Tokenizer:
                  path: Path | None = None, *, chat: Chat = CHATML,
                  end_of_text: str = "<|endoftext|>", bos: str | None = None,
                  matched: Iterable[str] = (), normalization: str | None = None,
-                 prefix_space: bool = False, drops_bytes: bool = False):
+                 prefix_space: bool = False, drops_bytes: bool = False,
+                 template: dict | None = None):
         twice, count = Counter([*special_tokens.values(), *ranks.values()]).most_common(1)[0]
         if count > 1:                                   # tiktoken would panic in Rust
             raise ValueError(f"id {twice} is used twice")
@@ -131,10 +175,10 @@ class Tokenizer:
         self.pattern, self.special_tokens, self.ranks = pattern, special_tokens, ranks
         options = {"chat": asdict(chat), "end_of_text": end_of_text, "bos": bos,
                    "matched": list(matched), "normalization": normalization,
-                   "prefix_space": prefix_space, "drops_bytes": drops_bytes}
+                   "prefix_space": prefix_space, "drops_bytes": drops_bytes, "template": template}
         self.options = {key: value for key, value in options.items()
                         if value != DEFAULT_OPTIONS[key]}
-        self.path, self.chat, self.matched = path, chat, tuple(matched)
+        self.path, self.chat, self.matched, self.template = path, chat, tuple(matched), template
         self.normalization, self.prefix_space = normalization, prefix_space
         self.drops_bytes, self._missing = drops_bytes, missing
         self.vocab_size = max(*special_tokens.values(), *ranks.values()) + 1
@@ -145,13 +189,17 @@ class Tokenizer:
         # Headers are encoded apart from contents, so that a prompt is a prefix of its conversation.
         self._frames = {role: [self._encode(part, self._any_special)
                                for part in vars(chat)[role].split("{content}")] for role in ROLES}
-        self._before_answer = self._encode(chat.before_answer, self._any_special)
+        self._header = chat.assistant.split("{content}")[0]
+        prompt = self._header + chat.before_answer if chat.prompt is None else chat.prompt
+        self._prompt = prompt, self._encode(prompt, self._any_special)
+        begin = (bos or "") if chat.begin is None else chat.begin
+        self._begin = self._encode(begin, self._any_special)
         self.end_of_turn = self._frames["assistant"][1][0]
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the file that save writes."""
-        return hashlib.sha256(self._to_json().encode()).hexdigest()
+        """Hash of the file that save writes, without its template: no id depends on that."""
+        return hashlib.sha256(self._to_json(without="template").encode()).hexdigest()
 
     @cached_property
     def ids(self) -> dict:
@@ -260,8 +308,10 @@ class Tokenizer:
             ids    <|im_start|> user \\n 2+3= <|im_end|> \\n <|im_start|> assistant \\n 5 <|im_end|>
             targets     .        .   .   .       .       .       .           .      .  T     T
 
-        add_generation_prompt ends with "<|im_start|>assistant\\n", for the model to continue.
-        Raises ValueError for an unknown role and for a content that is not text.
+        A message with "train": False is context: none of its tokens is a target. Nor is an earlier
+        answer of a chat that `reframes`. add_generation_prompt ends with
+        "<|im_start|>assistant\\n", for the model to continue. Raises ValueError for an unknown role
+        and for a content that is not text.
         """
         return self.encode_chats([messages], add_generation_prompt)[0]
 
@@ -273,34 +323,42 @@ class Tokenizer:
                 if message["role"] not in ROLES or not isinstance(message["content"], str):
                     raise ValueError(f"conversation {number}, message {i}: {message} does not have "
                                      f"one of the roles {', '.join(ROLES)} and a text as content")
-        conversations = [self.chat.messages(messages) for messages in conversations]
-        contents = (message["content"] for messages in conversations for message in messages)
-        contents = iter(self.encode_batch(contents))
-        return [self._frame(messages, contents, add_generation_prompt)
-                for messages in conversations]
+        framed = [list(self._frame(messages)) for messages in conversations]
+        contents = iter(self.encode_batch(text for turns in framed for _, text, _, _ in turns))
+        return [self._join(turns, contents, add_generation_prompt) for turns in framed]
 
-    def _frame(self, messages: list[dict], contents: Iterator[list[int]],
-               add_generation_prompt: bool) -> tuple[list[int], list[bool]]:
-        ids = [] if self.bos is None else [self.bos]
-        targets = [False] * len(ids)
+    def _frame(self, messages: list[dict]) -> Iterator[tuple[list[int], str, list[int], bool]]:
+        """(ids before the content, content, ids after it, whether it is a target) of each turn."""
+        messages = self.chat.messages(messages)
         for left, message in enumerate(messages, start=1 - len(messages)):
-            header, end = self._frames[message["role"]]
+            role, text = message["role"], message["content"]
+            header, end = self._frames[role]
+            if role == "assistant":
+                before, text = self._header, self._header + self.chat.answer(text, left == 0)
+                if text.startswith(self._prompt[0]):
+                    before, header = self._prompt
+                text = text[len(before):]
+            is_framed = role == "assistant" and (left == 0 or not self.chat.reframes)
+            yield header, text, end, is_framed and message.get("train", True)
+
+    def _join(self, turns, contents: Iterator[list[int]],
+              add_generation_prompt: bool) -> tuple[list[int], list[bool]]:
+        ids = list(self._begin)
+        targets = [False] * len(ids)
+        for header, _, end, is_target in turns:
             content = next(contents)
-            n_targets = len(content) + 1 if message["role"] == "assistant" else 0
-            if n_targets and left == 0:
-                header = header + self._before_answer
+            n_targets = len(content) + 1 if is_target else 0
             ids += [*header, *content, *end]
             targets += [False] * len(header) + [True] * n_targets
             targets += [False] * (len(content) + len(end) - n_targets)
         if add_generation_prompt:
-            prompt = self._frames["assistant"][0] + self._before_answer
-            ids += prompt
-            targets += [False] * len(prompt)
+            ids += self._prompt[1]
+            targets += [False] * len(self._prompt[1])
         return ids, targets
 
-    def render(self, messages: list[dict]) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """The conversation as encode_chat formats it, for people to read."""
-        return self.decode(self.encode_chat(messages)[0])
+        return self.decode(self.encode_chat(messages, add_generation_prompt)[0])
 
     # -- the vocabulary file ------------------------------------------------------------------
 
@@ -328,14 +386,15 @@ class Tokenizer:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda file: file.write(self._to_json().encode()))
 
-    def _to_json(self) -> str:
+    def _to_json(self, without: str = "") -> str:
         """One token per line, such as [272, " t"], or [416, [228, 189]] for the bytes of an
         incomplete character, which JSON cannot hold. Options that are not the default follow."""
         to_json = json.JSONEncoder(ensure_ascii=False).encode
         special_tokens = dict(sorted(self.special_tokens.items(), key=lambda item: item[1]))
         tokens = sorted(self.ranks.items(), key=lambda item: item[1])
         lines = ",\n".join(to_json([i, as_text_or_bytes(token)]) for token, i in tokens)
-        options = "".join(f',\n"{key}": {to_json(value)}' for key, value in self.options.items())
+        options = "".join(f',\n"{key}": {to_json(value)}' for key, value in self.options.items()
+                          if key != without)
         return (f'{{\n"pattern": {to_json(self.pattern)},\n'
                 f'"special_tokens": {to_json(special_tokens)},\n'
                 f'"tokens": [\n{lines}\n]{options}\n}}\n')
@@ -360,9 +419,9 @@ def check_chat(chat: Chat, special_tokens: dict[str, int], names: Iterable[str])
     for role, template in templates.items():
         if template.count("{content}") != 1:
             raise ValueError(f"the {role}'s template {template!r} has to have {{content}} once")
-    marks = re.findall(r"<\|.*?\|>", " ".join([*templates.values(), chat.before_answer]))
-    for name in [*names, *marks]:
+    end = templates["assistant"].split("{content}")[1]
+    for name in [*names, *re.findall(r"<\|.*?\|>", end)[:1]]:
         if name not in special_tokens:
             raise ValueError(f"special token {name!r} is missing")
-    if not any_of(special_tokens).match(templates["assistant"].split("{content}")[1]):
+    if not any_of(special_tokens).match(end):
         raise ValueError(f"no special token ends the assistant's template {chat.assistant!r}")

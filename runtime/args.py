@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 WORKFLOW = "MINIDISTILL_WORKFLOW"   # environment variable: the command this process is a step of
+CHAT = "MINIDISTILL_CHAT"           # environment variable: --chat
 
 
 def command_line() -> str:
@@ -178,6 +179,9 @@ def parse_args(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace
     parser.add_argument("--config", nargs="+", default=[], metavar="YAML",
         help="YAML files with values for any flag; a later file overrides earlier ones, the "
              "command line overrides all")
+    parser.add_argument("--chat", default=None, choices=["chatml", "llama3", "plain"],
+        help="format of conversations for a model whose chat template is missing or cannot be "
+             "followed exactly (plain: Alpaca's); other models keep their own")
     only_config = argparse.ArgumentParser(add_help=False)
     only_config.add_argument("--config", nargs="+", default=[])
     files, _ = only_config.parse_known_args(argv)
@@ -195,6 +199,8 @@ def parse_args(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace
     parser.set_defaults(**values)
     args = parser.parse_args(argv)
     vars(args).update({key: value for key, value in several.items() if getattr(args, key) is None})
+    if args.chat:
+        os.environ[CHAT] = args.chat        # where tokenizers are read, here and in child processes
     if "lora_alpha" in args:
         check_training_args(parser, args)
     return args

@@ -7,6 +7,7 @@ not depend on the number of processes and micro-batches.
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dataset.lm_dataset import (MicroBatches, PretrainDataset, PromptDataset, SF
                                 batch_of_answers, in_order, make_loader, open_data, packed_batch,
                                 prompts_and_answers)
 from helpers_run import ROOT
+from model.tokenizer import CHATML, PATTERN, Tokenizer
 
 
 def write(path, rows):
@@ -403,3 +405,41 @@ def test_a_loader_gives_the_micro_batches_of_its_steps(sixty):
     for threads in (0, 1, 3):
         loaded = [batch.tokens.tolist() for batch in make_loader(data, 2, 5, threads)]
         assert loaded == [data[j].tokens.tolist() for j in range(4, 10)]
+
+
+# -- each answer behind the prompt that it gets in use ---------------------------------------------
+
+def thinking(tokenizer):
+    chat = replace(CHATML, before_answer="<think>\n\n</think>\n\n", thoughts="none")
+    return Tokenizer(PATTERN, tokenizer.special_tokens, tokenizer.ranks, chat=chat)
+
+
+def test_of_a_thinking_chat_every_answer_is_a_sample_behind_its_own_prompt(cache, tmp_path, tokenizer):
+    """Prompts are what on-policy distillation samples from."""
+    ours, rows = thinking(tokenizer), [chat("2 + 3 ?", "5", "sure?", "yes."), chat("a", "b")]
+    rows[0]["messages"][3]["train"] = False
+    rows.append(chat("2 + 3 ?", "5", "sure?", "yes."))
+    data = SFTDataset([write(tmp_path / "sft.jsonl", rows)], ours, log=print)
+    assert data.origins.tolist() == [0, 1, 2, 2]
+    found = prompts_and_answers(data.batch(np.arange(4)))
+    messages = [row["messages"] for row in rows]
+    expected = [(messages[0][:1], "5"), (messages[1][:1], "b"), (messages[2][:1], "5"), (messages[2][:3], "yes.")]
+    for turns, (asked, answer) in zip(found, expected):
+        prompt = ours.encode_chat(asked, add_generation_prompt=True)[0]
+        assert turns == [(prompt, [*ours.encode(answer), ours.end_of_turn])]
+    one, other = data.split(0.34, seed=0)
+    assert len(one) + len(other) == 4 and not set(one.origins.tolist()) & set(other.origins.tolist())
+
+
+def test_two_chats_of_which_one_thinks_are_paired_answer_by_answer(cache, tmp_path, tokenizer):
+    path = write(tmp_path / "sft.jsonl", [chat("2 + 3 ?", "5", "sure?", "yes.")] * 20)
+    ours, theirs = thinking(tokenizer), tokenizer
+    for student, teacher in ((ours, theirs), (theirs, ours)):
+        data, val = open_data(SFTDataset, [path], student, 128, teacher=([path], teacher, 128))
+        batch = data.batch(np.arange(4))
+        assert batch.targets.tolist() == batch.teacher.targets.tolist()
+        assert len(data) + len(val) == 40 and (batch.match >= 0).all()
+    opens = replace(ours.chat, prompt="<|im_start|>assistant\n<think>\n")           # "\n</think>\n\n" is learned
+    opens = Tokenizer(PATTERN, tokenizer.special_tokens, tokenizer.ranks, chat=opens)
+    with pytest.raises(ValueError, match=r"answers begin with '' .* and '\\n</think>\\n\\n' in the teacher's"):
+        open_data(SFTDataset, [path], tokenizer, 128, teacher=([path], opens, 128))

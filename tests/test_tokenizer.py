@@ -183,7 +183,7 @@ def test_the_empty_thought_stands_before_the_last_answer_and_the_next_one_and_is
     thought, plain = "<think>\n\n</think>\n\n", with_bytes()
     text, learned = framed(tokenizer, SUM)
     assert text == framed(plain, SUM)[0].replace(" 10", thought + " 10")
-    assert learned == framed(plain, SUM)[1]
+    assert learned == " 10 😀<|im_end|>"                # the 5 was written behind an empty thought, which is gone
     assert framed(tokenizer, SUM[:4], add_generation_prompt=True)[0] == framed(plain, SUM[:4], True)[0] + thought
     assert tokenizer.encode("<think>") not in ([3], [4]) and 3 in tokenizer.encode_chat(SUM)[0]
 
