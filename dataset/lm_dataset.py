@@ -74,9 +74,9 @@ class TokenDataset:
     """Samples of token ids in one memory-mapped file; the top bit of an id marks a target.
 
     The file is identified by the text files' content, the tokenizer and the length limit.
-    Subclasses define encode(), which yields of each sample (number of its conversation in the files,
-    ids, which of them are targets). Raises what dataset/formats.py raises, and ValueError if nothing
-    is left to learn.
+    Subclasses define encode(), which yields for each sample (number of its conversation in the
+    files, ids, which of them are targets). Raises what dataset/formats.py raises, and ValueError if
+    nothing is left to learn.
 
     by_turns    each answer of a conversation is a sample of its own, as the tokenizer's chat may
                 require (model.tokenizer.Chat)

@@ -438,7 +438,7 @@ def test_two_chats_of_which_one_thinks_are_paired_answer_by_answer(cache, tmp_pa
         data, val = open_data(SFTDataset, [path], student, 128, teacher=([path], teacher, 128))
         batch = data.batch(np.arange(4))
         assert batch.targets.tolist() == batch.teacher.targets.tolist()
-        assert len(data) + len(val) == 40 and (batch.match >= 0).all()
+        assert len(data) + len(val) == 40 and batch.match is None
     opens = replace(ours.chat, prompt="<|im_start|>assistant\n<think>\n")           # "\n</think>\n\n" is learned
     opens = Tokenizer(PATTERN, tokenizer.special_tokens, tokenizer.ranks, chat=opens)
     with pytest.raises(ValueError, match=r"answers begin with '' .* and '\\n</think>\\n\\n' in the teacher's"):
