@@ -56,7 +56,7 @@ class Workflow:
         manifest = {"command": [f"ability_tree.{module}", *flags_of(**same)],
                     "processes": len(self.gpus) if resume_flag else "any",
                     "inputs": {str(path): sha256_of(Path(path)) for path in inputs}}
-        last = json.loads(file.read_text()) if file.exists() else None
+        last = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         if last == manifest | {"outputs": outputs_of(folder)}:
             Logger(f"== {title}: finished earlier, {folder}")
             return

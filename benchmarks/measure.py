@@ -48,7 +48,7 @@ def peak(device) -> int:  # -> bytes
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # macOS
 
 
@@ -58,7 +58,7 @@ def peak_above(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):             # not Linux: the old peak stays, nothing large was freed yet
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = peak(device)
     yield lambda: max(PAGE, peak(device) - before)
 

@@ -137,7 +137,7 @@ class CacheWriter:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         found = about_file(self.path)
-        was = json.loads(found.read_text()) if found.exists() else self.about
+        was = json.loads(found.read_text(encoding="utf-8")) if found.exists() else self.about
         changed = differences(was, self.about)
         if (found == self.finished and "files" in changed
                 and changed.keys() <= {"files", "samples_sha256"}
@@ -160,7 +160,7 @@ class CacheWriter:
     def begin(self):
         """Write all other files, so that a run that is interrupted knows what is missing."""
         found = about_file(self.path)
-        if found.exists() and not damaged_files(self.path, json.loads(found.read_text()), "part-"):
+        if found.exists() and not damaged_files(self.path, json.loads(found.read_bytes()), "part-"):
             return
         order = np.argsort(self.layout.keys)
         starts = np.cumsum(self.layout.n_rows) - self.layout.n_rows
@@ -232,7 +232,7 @@ class TeacherCache:
             raise FileNotFoundError(
                 f"no cached teacher outputs in {self}. Write them: python scripts/cache_teacher.py "
                 f"--teacher WEIGHTS --data_path FILES --cache_dir {self}")
-        self.about = about = json.loads(file.read_text())
+        self.about = about = json.loads(file.read_text(encoding="utf-8"))
         if about["version"] != VERSION:
             raise ValueError(
                 f"{self} has format {about['version']}, this program reads {VERSION}. Write it "

@@ -5,7 +5,6 @@ The flags of the distillation loss that several lessons share, and what they bui
 
 from distill.features import IntermediateLosses
 from distill.losses import pick_divergence
-from runtime.args import check_ranges
 
 INTERMEDIATE = ("feature", "attention", "contrastive")
 
@@ -41,20 +40,16 @@ def add_intermediate_args(parser, weights: bool = True):
         help="temperature of the InfoNCE similarities, above 0")
 
 
-def check_loss_args(parser, args):
-    """Ranges of the flags that a lesson has. Exits with a message."""
-    def lies(flag, valid):
-        return vars(args).get(flag) is None or valid(vars(args)[flag])
+def one_minus(text: str) -> float:
+    """The type of --kd_weight, which is 1 - alpha."""
+    return 1 - float(text)
 
-    check_ranges(parser, args, *((flag, lies(flag, valid), needed) for flag, valid, needed in (
-        ("alpha", lambda x: 0 <= x <= 1, "lie in [0, 1]: it is the weight of CE"),
-        ("beta", lambda x: 0 <= x <= 1, "lie in [0, 1]"),
-        ("skew", lambda x: 0 < x < 1, "lie between 0 and 1; at 0 it is the plain KL"),
-        ("temperature", lambda x: x > 0, "be above 0"),
-        ("final_temperature", lambda x: x > 0, "be above 0"),
-        ("contrastive_temperature", lambda x: x > 0, "be above 0"),
-        ("divergence", lambda x: x != "uld" or args.alpha > 0,
-         "be combined with labels, --alpha 0.5: it compares how sure the two are, not of what"))))
+
+def check_loss_args(parser, args):
+    """Exits with a message if the divergence cannot do without labels."""
+    if args.divergence == "uld" and args.alpha == 0:
+        parser.error("--divergence uld must be combined with labels, --alpha 0.5: it compares how "
+                     "sure the two are, not of what")
 
 
 def make_intermediate(args, student_config, teachers) -> IntermediateLosses:

@@ -180,7 +180,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     index = folder / "model.safetensors.index.json"
     shards = [folder / "model.safetensors"]
     if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         shards = [folder / name for name in sorted(names)]
     elif not shards[0].exists():        # MiniMind's own export
         shards = sorted(folder.glob("pytorch_model*.bin")) or shards

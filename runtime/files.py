@@ -55,7 +55,8 @@ def read_lines(path: Path) -> list[str]:
     """The complete lines of a log; a last line that a kill cut short is dropped."""
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
 
 
 def file_sha256(path) -> str:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from runtime.files import read_lines, write_atomic
+from runtime.precision import sum_dtype
 from runtime.processes import World, is_main_process, sum_over_processes
 
 LOG_FILES = []          # into which Logger writes too
@@ -126,7 +127,8 @@ class Log:
     def row(self, step: int, wandb=None, **more):
         """Report the means since the last row together with `more`."""
         if self.steps:
-            sums = torch.stack([torch.as_tensor(value, dtype=torch.float64)
+            dtype = sum_dtype(self.world.device)
+            sums = torch.stack([torch.as_tensor(value, dtype=dtype)
                                 for value in (*self.sums.values(), self.tokens)])
             sums = sums.to(self.world.device)
             *means, tokens = (sum_over_processes(sums) / self.steps).tolist()
@@ -138,7 +140,7 @@ class Log:
             return
         seconds, done = time.time() - self.start, step - self.first_step
         speed = {"tokens_per_s": self.tokens_before / seconds} if self.tokens_before else {}
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **more, **speed}) + "\n")
         if wandb is not None:
             wandb.log({**more, **speed}, step=step)

@@ -46,7 +46,7 @@ class Parts:
             raise ValueError(f"{self.out} exists already. Give another --out, or remove it")
         about = self.folder / "about.json"
         if about.exists():
-            was = json.loads(about.read_text())
+            was = json.loads(about.read_text(encoding="utf-8"))
             changed = [f"{name} was {was.get(name)}, is {value}"
                        for name, value in self.about.items() if was.get(name) != value]
             if changed:

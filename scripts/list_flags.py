@@ -31,7 +31,7 @@ def parser_of(script: str) -> ArgumentParser:
     """The parser of a script, run up to the line that parses the command line."""
     found = []
 
-    def stop(parser, *_):
+    def stop(parser, *_, **__):
         found.append(parser)
         sys.exit()
 

@@ -237,7 +237,7 @@ def test_padded_columns_are_refused_and_with_pad_vocab_left_out(flags, tmp_path)
 
 @pytest.mark.parametrize("more, reason", [
     ({"beta": 1.5}, "--beta 1.5 must lie in [0, 1]"),
-    ({"skew": 0.0}, "--skew 0.0 must lie between 0 and 1"),
+    ({"skew": 0.0}, "--skew 0.0 must lie in (0, 1)"),
     ({"contrastive_temperature": 0.0}, "--contrastive_temperature 0.0 must be above 0"),
     ({"feature_weight": 1.0, "layer_map": "1:9"}, "'1:9'"),
     ({"attention_weight": 1.0, "relation_heads": 5}, "n_relation_heads=5"),
