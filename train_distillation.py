@@ -17,7 +17,6 @@ two processes  torchrun --nproc_per_node 2 train_distillation.py --ddp
 """
 
 import math
-from argparse import SUPPRESS
 from functools import partial
 
 import torch
@@ -25,8 +24,8 @@ import torch.nn.functional as F
 
 from dataset.lm_dataset import MicroBatches, dataset_of, in_order, make_loader, open_data
 from distill.features import feature_distillation_loss      # noqa: F401  readers look for it here
-from distill.flags import (add_divergence_args, add_intermediate_args, check_loss_args,
-                           check_teachers, describe_loss, make_intermediate, one_minus)
+from distill.flags import (add_divergence_args, add_intermediate_args, check_chain,
+                           check_loss_args, check_teachers, describe_loss, make_intermediate)
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
 from distill.teachers import (Teacher, check_caches, check_vocabulary, make_teachers,
@@ -140,8 +139,7 @@ def train_epoch(epoch, wandb, alpha=0.0, temperature=1.0, *, teachers,
 def main():
     # 1. Arguments
     parser = make_parser(__doc__)
-    lesson = parser.add_argument_group("lesson")
-    add, either = lesson.add_argument, lesson.add_mutually_exclusive_group().add_argument
+    add = parser.add_argument_group("lesson").add_argument
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
         help="files of conversations, or of plain texts, in the formats of dataset/dataset.md")
     add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]",
@@ -162,9 +160,7 @@ def main():
     add("--use_moe", action="store_true", help="mixtures of experts as the student's FFNs")
     add("--chain", nargs="*", default=[], metavar="WEIGHTS",
         help="teacher assistants from large to small: weight files, or sizes like 96x3")
-    either("--alpha", type=float, default=0.0, help="weight of CE in [0, 1]; KD: 1 - alpha")
-    either("--kd_weight", type=one_minus, dest="alpha", default=SUPPRESS,
-        help="the same as a weight of KD, 1 - alpha")
+    add("--alpha", type=float, default=0.0, help="weight of CE in [0, 1]; KD: 1 - alpha")
     add("--divergence", default="forward_kl", choices=DIVERGENCES,
         help="divergence from the teacher (distill/losses.py); only uld takes another tokenizer")
     add("--temperature", type=float, default=1.0, help="softmax temperature of both models")
@@ -203,6 +199,7 @@ def main():
             students.append((student, tokenizer))
         teachers = teachers or [Teacher(WithoutAdapters(student), 1.0, tokenizer)]
         check_teachers(teachers, args)
+        check_chain(students, args)
 
     # 4. to 6. Distil one after the other: large -> medium -> small
     progressive_distillation(teachers, students[:-1], students[-1], args.data_path, args.epochs,

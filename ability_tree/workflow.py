@@ -88,7 +88,9 @@ class Workflow:
         if torch.cuda.is_available():
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
         # In a session of its own, so that a terminal's Ctrl-C reaches the step once, from here.
-        self.child = subprocess.Popen([*launcher, *command], cwd=ROOT, env=os.environ | variables,
+        # Paths are relative to the current folder; the modules are found in the repo.
+        variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        self.child = subprocess.Popen([*launcher, *command], env=os.environ | variables,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                       start_new_session=True)
         if self.signal:

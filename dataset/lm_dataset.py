@@ -8,6 +8,7 @@ batch follow each other without padding. Targets are the assistant's tokens and 
 import copy
 import functools
 import hashlib
+import os
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from dataset.formats import check_exists, holds_texts, read_conversations, read_
 from runtime.files import file_sha256, write_atomic
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
+USER_CACHE = Path(os.path.expanduser("~/.cache/minidistill"))       # where the repo is read-only
 CACHE_VERSION = 3           # raise it when the meaning of a cached file changes
 
 
@@ -92,8 +94,11 @@ class TokenDataset:
         for path in self.paths:
             check_exists(path)
             key.update(bytes.fromhex(file_sha256(path)))
-        name = f"{self.paths[0].name}-{key.hexdigest()[:16]}"
-        return CACHE / f"{name}.bin", CACHE / f"{name}.npz"
+        name, folder = f"{self.paths[0].name}-{key.hexdigest()[:16]}", CACHE
+        if not (folder / f"{name}.npz").exists() and not may_write(folder):
+            self.log(f"{folder} cannot be written: the tokens are cached in {USER_CACHE}")
+            folder = USER_CACHE
+        return folder / f"{name}.bin", folder / f"{name}.npz"
 
     def build(self, stream: Path, index: Path):
         start = time.time()
@@ -111,7 +116,7 @@ class TokenDataset:
                              f"max_seq_len={self.max_seq_len} tokens; raise --max_seq_len")
         ends = np.cumsum([len(row) for row in rows])
         n_targets = np.array([np.count_nonzero(row & self.flag) for row in rows])
-        stream.parent.mkdir(exist_ok=True)
+        stream.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(stream, np.concatenate(rows).tofile)
         write_atomic(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept,
                                                   n_rows=len(samples)))
@@ -193,6 +198,14 @@ class TokenDataset:
     def answer(self, i: int) -> np.ndarray:  # -> (n_targets[i],) ids
         sample = self.sample(i)[1:]
         return sample[sample & self.flag > 0]
+
+
+def may_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def packed_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int = 0) -> Batch:

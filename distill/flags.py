@@ -3,14 +3,22 @@
 The flags of the distillation loss that several lessons share, and what they build.
 """
 
+from argparse import SUPPRESS
+
+import torch
+
 from distill.features import IntermediateLosses
 from distill.losses import pick_divergence
+from distill.teachers import Teacher, teacher_side
 
 INTERMEDIATE = ("feature", "attention", "contrastive")
 
 
 def add_divergence_args(parser):
     add = parser.add_argument_group("divergence (distill/losses.py)").add_argument
+    if parser.get_default("alpha") is not None:
+        add("--kd_weight", type=one_minus, dest="alpha", default=SUPPRESS,
+            help="weight of KD in [0, 1]: another form of --alpha 1 - KD_WEIGHT")
     add("--beta", type=float, default=0.5,
         help="interpolation of jsd in [0, 1]: 0 forward KL, 1 reverse KL")
     add("--jsd_normalised", action="store_true",
@@ -59,6 +67,16 @@ def make_intermediate(args, student_config, teachers) -> IntermediateLosses:
         student_config, teacher_config, **weights, feature_loss=args.feature_loss,
         layer_map=args.layer_map, relation_heads=args.relation_heads,
         contrastive_temperature=args.contrastive_temperature)
+
+
+def check_chain(students, args):
+    """Whether each student can teach the next, before the first is trained."""
+    with torch.random.fork_rng(devices=[]):         # as if no weight had been initialised here
+        for (teacher, its_tokenizer), (student, tokenizer) in zip(students, students[1:]):
+            teachers = [Teacher(teacher, 1.0, its_tokenizer)]
+            make_intermediate(args, student.config, teachers)
+            teacher_side(teachers, tokenizer, args.data_path, args.teacher_data_path,
+                         student.context_length(args.max_seq_len))
 
 
 def describe_loss(args, student_config) -> str:

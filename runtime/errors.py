@@ -27,7 +27,6 @@ KNOWN = {
     "No CUDA GPUs|not compiled with CUDA|NVIDIA driver|no kernel image": "try --device cpu",
     "Dist[A-Z][a-z]*Error|gloo/|NCCL": "a process has lost the others; see what the first said",
     r"wandb\.": "log in (wandb login), log locally (WANDB_MODE=offline), or leave out --use_wandb",
-    "PytorchStreamWriter": "the file could not be written; free some space",
     "PanicException": "the tokenizers library cannot use this tokenizer",
     "ModuleNotFoundError": "pip install -r requirements.txt"}
 
@@ -51,10 +50,12 @@ def shorten(kind, error, trace):
 
 def in_one_line(error: BaseException) -> str | None:
     """What went wrong, where, and the way out; None for an error of the program."""
-    text = f"{' '.join(str(error).split()):.400}"
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     paths = [frame.f_locals.get("path") for frame in frames]
     path = next((path for path in reversed(paths) if isinstance(path, (str, Path))), None)
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        error = error.__context__           # torch.save, when the disk is full
+    text = f"{' '.join(str(error).split()):.400}".rstrip('. ')
     if isinstance(error, FileNotFoundError) and error.errno is None:      # with a message of ours
         return f"{error}"
     if isinstance(error, OSError):
