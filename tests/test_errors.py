@@ -5,18 +5,13 @@ script; what a student's edit does wrong keeps its traceback. No value of a flag
 """
 
 import ast
-import copy
 import errno
 import io
-import json
-import random
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from dataset import lm_dataset
 from dataset.lm_dataset import SFTDataset
@@ -24,11 +19,10 @@ from helpers_run import ROOT, TINY, complaint, run
 from interop import hf
 from interop.checkpoint import load_model
 from model.tokenizer import Tokenizer
-from runtime import precision
-from runtime.args import ALIASES, RANGES, make_parser, parse_args
+from runtime.args import make_parser
 from runtime.errors import in_one_line, shorten
 from runtime.precision import pick_device, pick_dtype
-from scripts.list_flags import parser_of, scripts
+from scripts.list_flags import scripts
 
 CPU = torch.device("cpu")
 LESSONS = [script for script in scripts() if script.startswith("train_")]
