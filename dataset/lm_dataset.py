@@ -12,7 +12,7 @@ import os
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -95,7 +95,9 @@ class TokenDataset:
             check_exists(path)
             key.update(bytes.fromhex(file_sha256(path)))
         name, folder = f"{self.paths[0].name}-{key.hexdigest()[:16]}", CACHE
-        if not (folder / f"{name}.npz").exists() and not may_write(folder):
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / f"{name}.npz").exists() and not os.access(folder, os.W_OK):
             self.log(f"{folder} cannot be written: the tokens are cached in {USER_CACHE}")
             folder = USER_CACHE
         return folder / f"{name}.bin", folder / f"{name}.npz"
@@ -198,14 +200,6 @@ class TokenDataset:
     def answer(self, i: int) -> np.ndarray:  # -> (n_targets[i],) ids
         sample = self.sample(i)[1:]
         return sample[sample & self.flag > 0]
-
-
-def may_write(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
 
 
 def packed_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int = 0) -> Batch:

@@ -15,10 +15,11 @@ INTERMEDIATE = ("feature", "attention", "contrastive")
 
 
 def add_divergence_args(parser):
-    add = parser.add_argument_group("divergence (distill/losses.py)").add_argument
     if parser.get_default("alpha") is not None:
-        add("--kd_weight", type=one_minus, dest="alpha", default=SUPPRESS,
-            help="weight of KD in [0, 1]: another form of --alpha 1 - KD_WEIGHT")
+        parser.add_argument_group("another form of --alpha").add_argument(
+            "--kd_weight", type=lambda text: 1 - float(text), dest="alpha", default=SUPPRESS,
+            help="weight of KD, 1 - alpha, in [0, 1]")
+    add = parser.add_argument_group("divergence (distill/losses.py)").add_argument
     add("--beta", type=float, default=0.5,
         help="interpolation of jsd in [0, 1]: 0 forward KL, 1 reverse KL")
     add("--jsd_normalised", action="store_true",
@@ -46,11 +47,6 @@ def add_intermediate_args(parser, weights: bool = True):
         help="heads of the relations; must divide all widths of q, k and v")
     add("--contrastive_temperature", type=float, default=0.1,
         help="temperature of the InfoNCE similarities, above 0")
-
-
-def one_minus(text: str) -> float:
-    """The type of --kd_weight, which is 1 - alpha."""
-    return 1 - float(text)
 
 
 def check_loss_args(parser, args):

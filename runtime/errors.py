@@ -15,11 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Folders that read files of other programs, where a wrong type or a missing key is the file's.
 READERS = {"ability_tree", "dataset", "interop"}
 
-NOT_WRITABLE = "give a folder that you may write to, such as --out_dir FOLDER"
 WAY_OUT = {errno.ENOSPC: "free some space; --resume continues from the last save",
-           errno.EDQUOT: "free some space; --resume continues from the last save",
-           errno.EACCES: NOT_WRITABLE, errno.EROFS: NOT_WRITABLE, errno.EPERM: NOT_WRITABLE,
-           errno.ENAMETOOLONG: "shorten the name"}
+           errno.ENAMETOOLONG: "shorten the name", **dict.fromkeys(
+               (errno.EACCES, errno.EROFS, errno.EPERM), "give a folder that you may write to")}
 # In the name of an error's class, or in the text of a RuntimeError -> the way out.
 KNOWN = {
     "out of memory|alloc_cpu|MemoryError": "lower --batch_size (with more --accumulation_steps) "

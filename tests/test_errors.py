@@ -51,7 +51,7 @@ OF_THE_MACHINE = {
     "a folder": (lambda path: open(path.parent, encoding="utf-8"), "{folder}: Is a directory"),
     "a long name": (lambda path: open(path.with_name("x" * 300), encoding="utf-8"), "x: File name too long; shorten"),
     "a file as a folder": (lambda path: (path / "out").mkdir(), "{path}/out: Not a directory"),
-    "no permission": (raises(PermissionError(errno.EACCES, "Permission denied", "a")), "a: Permission denied; .*--out_dir"),
+    "no permission": (raises(PermissionError(errno.EACCES, "Permission denied", "a")), "a: Permission denied; give a folder"),
     "not UTF-8": (lambda path: path.read_text(encoding="utf-8"), "{path} is not UTF-8"),
     "no memory of the GPU": (raises(torch.OutOfMemoryError("CUDA out of memory. Tried")), "out of memory.*--batch_size"),
     "no memory": (lambda path: torch.empty(1 << 50), "--batch_size"),
