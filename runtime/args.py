@@ -260,10 +260,11 @@ def check_values(parser, args, ranges: dict[str, str]):
             low, high = map(float, interval[1:-1].split(","))
             inside = (low < value < high or value == low and interval[0] == "["
                       or value == high and interval[-1] == "]")
-            needed = ("be finite, and below 2^53" if not abs(value) < 2 ** 53 else
+            finite = abs(value) < (2 ** 53 if isinstance(value, int) else math.inf)
+            needed = ("be finite, an integer below 2^53" if not finite else
                       f"lie in {interval}" if high < math.inf else
                       f"be {low:g} or more" if interval[0] == "[" else f"be above {low:g}")
-            if not inside or not abs(value) < 2 ** 53:
+            if not inside or not finite:
                 parser.error(f"--{name} {value} must {needed}")
 
 
