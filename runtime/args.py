@@ -27,7 +27,7 @@ RANGES = {name: interval for interval, names in {
     "[1, 1000]": "parallel processes repeats threads",
     "[1, 1000000]": "dim n_heads n_layers vocab_size",
     "[0, inf)": "budget chars grad_clip interval learning_rate limit max_steps power round rpm "
-                "samples seed size smoothing test top_k train warmup_iters weakest weight "
+                "samples seed size smoothing steps test top_k train warmup_iters weakest weight "
                 "weight_decay",
     "[0, 10000]": "lora_rank measure num_workers",
     "(0, inf)": "gpu_gb lora_alpha max_mb temperature",
@@ -254,18 +254,23 @@ def check_values(parser, args, ranges: dict[str, str]):
         for value in given if isinstance(given, list) else [given]:
             if value == "" != parser.get_default(name):
                 parser.error(f"--{name} is empty")
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                continue
-            interval = ranges.get(name) or ranges.get(name.rpartition("_")[2], "(-inf, inf)")
-            low, high = map(float, interval[1:-1].split(","))
-            inside = (low < value < high or value == low and interval[0] == "["
-                      or value == high and interval[-1] == "]")
-            finite = abs(value) < (2 ** 53 if isinstance(value, int) else math.inf)
-            needed = ("be finite, an integer below 2^53" if not finite else
-                      f"lie in {interval}" if high < math.inf else
-                      f"be {low:g} or more" if interval[0] == "[" else f"be above {low:g}")
-            if not inside or not finite:
+            if needed := out_of_range(name, value, ranges):
                 parser.error(f"--{name} {value} must {needed}")
+
+
+def out_of_range(name: str, value, ranges: dict[str, str] = RANGES) -> str | None:
+    """What a number must do, such as "lie in [0, 1]"; None for one that does, and for no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not abs(value) < (2 ** 53 if isinstance(value, int) else math.inf):
+        return "be finite, an integer below 2^53"
+    interval = ranges.get(name) or ranges.get(name.rpartition("_")[2], "(-inf, inf)")
+    low, high = map(float, interval[1:-1].split(","))
+    if (low < value < high or value == low and interval[0] == "["
+            or value == high and interval[-1] == "]"):
+        return None
+    return (f"lie in {interval}" if high < math.inf else
+            f"be {low:g} or more" if interval[0] == "[" else f"be above {low:g}")
 
 
 def in_repo(value):

@@ -49,7 +49,7 @@ def out_of_range(name: str) -> list[str]:
         return []
     low, high = map(float, interval[1:-1].split(","))
     step = (interval[0] == "[") * 1
-    return [f"{low - step:g}", *([f"{high + 1:g}"] if high < 1e9 else ["9" * 30])]
+    return [f"{low - step:g}", *([f"{high + 1:g}"] if high < 1e9 else [])]
 
 
 def test_no_bad_value_of_a_flag_is_accepted_or_ends_in_a_traceback(capsys):
@@ -61,9 +61,10 @@ def test_no_bad_value_of_a_flag_is_accepted_or_ends_in_a_traceback(capsys):
                 continue
             bad = ["no such value"] if flag.choices or flag.type in (int, float) else []
             bad += out_of_range(flag.dest) if flag.type in (int, float) else []
+            bad += ["9" * 30] if flag.type is int else []
             bad += ["nan", "inf", "-inf", "1e999"] if flag.type in (int, float) else []
             bad += [""] if flag.type is None and not flag.choices and flag.default != "" else []
-            for value in (value for value in bad if rng.random() < 0.3):     # of 2,037
+            for value in (value for value in bad if rng.random() < 0.3):     # of 2,000
                 tried += 1
                 if refusal(capsys, script, *needed(parser), f"{flag.option_strings[0]}={value}") is None:
                     accepted.append((script, flag.dest, value))
