@@ -9,6 +9,7 @@ import errno
 import io
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch
 from dataset import lm_dataset
 from dataset.lm_dataset import SFTDataset
 from helpers_run import ROOT, TINY, complaint, run
-from interop import hf
+from interop import hf, vocabulary
 from interop.checkpoint import load_model
 from model.tokenizer import Tokenizer
 from runtime.args import make_parser
@@ -95,6 +96,16 @@ def test_a_key_that_a_foreign_file_lacks_is_the_fault_of_the_file(tmp_path, monk
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr(hf, "read_config", lambda path: exec(compile("{}['rope']", hf.__file__, "exec"), {"path": path}))
     assert "has not the expected form: KeyError 'rope' in hf.py" in in_one_line(caught(load_model, tmp_path))
+
+
+def test_a_panic_of_the_tokenizers_library_names_the_file(tmp_path, monkeypatch):
+    def from_file(path):
+        panic(path)
+
+    monkeypatch.setattr(vocabulary, "tokenizers", SimpleNamespace(Tokenizer=SimpleNamespace(from_file=from_file)))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{tmp_path}/tokenizer.json.*cannot read it: index out of range"):
+        vocabulary.read_tokenizer_json(tmp_path)
 
 
 # ---- in whole runs -------------------------------------------------------------------------------
