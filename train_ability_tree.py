@@ -92,14 +92,8 @@ def read_args():
     args = parse_args(parser)
 
     n_files = args.rounds, 1
-    ranges = [(name, vars(args)[name] >= 1, "be 1 or more") for name in ("rounds", "n_samples")]
-    ranges += [(name, vars(args)[name] > 0, "be above 0") for name in (
-        "write_temperature", "temperature")]
-    ranges += [(name, 0 <= vars(args)[name] <= 1, "lie in [0, 1]") for name in (
-        "floor", "alpha_ce")]
     check_ranges(
-        parser, args, *ranges, ("power", args.power >= 0, "be 0 or more"),
-        ("replay_share", 0 <= args.replay_share < 1, "lie in [0, 1): at 1 nothing is learned"),
+        parser, args,
         ("write", not args.write or args.prompts == "miniworld", "go with --prompts miniworld"),
         ("dataset_files", len(args.dataset_files) in n_files, "be one file, or one per round"),
         ("ability_files", len(args.ability_files) in n_files or not args.ability_files

@@ -38,7 +38,7 @@ import torch
 from dataset.domains import DOMAIN, GENERAL, mix_sides, open_sides
 from dataset.lm_dataset import make_loader
 from distill.balance import GradNorm, equal_norms, without_conflict
-from distill.flags import add_intermediate_args, check_loss_args, make_intermediate
+from distill.flags import add_intermediate_args, make_intermediate
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
 from distill.stages import Stage, describe_stage, edit_stages
@@ -268,10 +268,8 @@ def main():
     add_intermediate_args(parser, weights=False)
     add_training_args(parser)
     parser.set_defaults(val_fraction=0.1, eval_interval=0, weight_decay=0.01)
-    args = parse_args(parser)
-    check_loss_args(parser, args)
-    check_ranges(parser, args, ("warmup_ratio", 0 <= args.warmup_ratio < 1, "lie in [0, 1)"),
-                 ("val_fraction", 0 <= args.val_fraction < 1, "lie in [0, 1)"),
+    args = parse_args(parser, n_samples="[0, inf)")
+    check_ranges(parser, args,
                  ("end_stage", args.end_stage >= args.start_stage, "be --start_stage or later"),
                  ("start_stage", args.start_stage == 1 or args.checkpoint_path, "have weights: "
                   f"--checkpoint_path {args.out_dir}/stage{args.start_stage - 1}_final.pth"),

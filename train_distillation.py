@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 from dataset.lm_dataset import MicroBatches, dataset_of, in_order, make_loader, open_data
 from distill.features import feature_distillation_loss      # noqa: F401  readers look for it here
-from distill.flags import (add_divergence_args, add_intermediate_args, check_loss_args,
-                           check_teachers, describe_loss, make_intermediate)
+from distill.flags import (add_divergence_args, add_intermediate_args, check_chain,
+                           check_loss_args, check_teachers, describe_loss, make_intermediate)
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
 from distill.teachers import (Teacher, check_caches, make_teachers, progressive_distillation,
@@ -198,6 +198,7 @@ def main():
             args.teacher_data_path = args.teacher_data_path or args.data_path
         teachers = teachers or [Teacher(WithoutAdapters(student), 1.0, tokenizer)]
         check_teachers(teachers, args)
+        check_chain(students, args)
 
     # 4. to 6. Distil one after the other: large -> medium -> small
     progressive_distillation(teachers, students[:-1], students[-1], args.data_path, args.epochs,

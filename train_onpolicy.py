@@ -35,7 +35,7 @@ import torch
 
 from dataset.lm_dataset import (MicroBatches, PromptDataset, in_order, make_loader, open_data,
                                 prompts_and_answers)
-from distill.flags import add_divergence_args, check_loss_args
+from distill.flags import add_divergence_args
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
 from distill.rollouts import (Rollout, WeightedBatch, as_line, count_step, is_on_policy, mean_stats,
@@ -45,8 +45,7 @@ from evaluation.validation import evaluate
 from interop.checkpoint import load_model, load_teacher, prepare, run_name, save_model
 from model.generate import Guide, sample
 from model.lora import WithoutAdapters
-from runtime.args import (add_training_args, check_ranges, checking_input, lora_options,
-                          make_parser, parse_args)
+from runtime.args import add_training_args, checking_input, lora_options, make_parser, parse_args
 from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
 from runtime.log import Clock, Log, Logger, init_wandb
 from runtime.optim import decay_groups, trained_weights
@@ -216,7 +215,6 @@ def main():
     add_divergence_args(parser)
     add_training_args(parser)
     args = parse_args(parser)
-    check_loss_args(parser, args)
     check(parser, args)
 
     # 2. Processes and seeds
@@ -301,16 +299,9 @@ def check(parser, args):
     if args.teacher == args.student and not args.teacher_data_path:
         Logger("teacher and student are the same model with the same prompts, so the KD loss is "
                "zero. --teacher_data_path gives the teacher prompts with privileged context")
-    positive = [(flag, vars(args)[flag] >= 1, "be 1 or more")
-                for flag in ("num_samples", "max_new_tokens", "sample_every", "rows")]
-    check_ranges(
-        parser, args, *positive,
-        ("on_policy_fraction", 0 <= args.on_policy_fraction <= 1, "lie in [0, 1]"),
-        ("generation_temperature", args.generation_temperature > 0, "be above 0"),
-        ("top_p", 0 < args.top_p <= 1, "lie in (0, 1]"), ("top_k", args.top_k >= 0, "be 0 or more"),
-        ("teacher_share", 0 < args.teacher_share < 1, "lie between 0 and 1"),
-        ("sample_every", args.save_interval % args.sample_every == 0,
-         f"divide --save_interval {args.save_interval}: no resume file holds rollouts"))
+    if args.save_interval % args.sample_every:
+        parser.error(f"--sample_every {args.sample_every} must divide --save_interval "
+                     f"{args.save_interval}: no resume file holds rollouts")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from glob import escape
 from pathlib import Path
 from time import monotonic
@@ -26,6 +27,7 @@ from model.generate import column_major, generate
 from runtime.log import Logger
 from runtime.precision import pick_dtype
 
+MAX_BODY = 1 << 24          # bytes of a reply; the longest answers have some 100,000
 MAX_FAILURES = 10           # failed requests in a row: the endpoint is down, not the request
 FATAL = (401, 403, 404)     # wrong key, no permission, wrong model name: every request would fail
 
@@ -84,9 +86,12 @@ class EndpointAgent:
             raise ValueError("an endpoint needs the openai package: pip install openai") from None
         self.openai, self.url, self.model = openai, url.rstrip("/"), model
         self.name, self.key = f"{model} at {urlsplit(url).hostname}", read_key(key_env)
+        hooks = {"request": [self.wait_for_turn, partial(bound_time, timeout)],
+                 "response": [bound_size]}
         self.client = openai.OpenAI(
             base_url=self.url, api_key=self.key, timeout=timeout, max_retries=retries,
-            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self.wait_for_turn]}))
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=openai.DefaultHttpxClient(event_hooks=hooks))
         self.parallel = max(1, parallel // n_processes)
         self.path, self.replies, spent = open_replies(Path(replies), rank)
         self.budget, self.left = budget, (budget - spent) // n_processes        # tokens
@@ -143,7 +148,7 @@ class EndpointAgent:
         except self.openai.APIStatusError as error:
             status, problem = error.status_code, f"{error.status_code} {error.response.text}"
         except self.openai.APIError as error:               # no connection, or no reply in time
-            problem = f"{error} ({type(error.__cause__).__name__})"
+            problem = f"{error} ({error.__cause__!r})"
         except ValueError as error:                         # no completion
             problem = str(error)
         if problem is None:
@@ -170,6 +175,33 @@ class EndpointAgent:
         return text.replace(self.key, "***") if len(self.key) >= 8 else text
 
 
+def bound_time(seconds: float, request):
+    """A request hook: the whole attempt may take so many seconds, not only each read. No attempt
+    shares its connection, whose reads end at its deadline."""
+    deadline = monotonic() + seconds
+    request.headers["Connection"] = "close"
+
+    def watch(event, info):
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            stream = info["return_value"]
+            read = stream.read
+            stream.read = lambda size, timeout: read(size, max(1e-3, deadline - monotonic()))
+
+    request.extensions["trace"] = watch
+
+
+def bound_size(response):
+    """A response hook: a reply has at most MAX_BODY bytes, and is not compressed."""
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise ValueError("a compressed reply, which was not requested")
+    body = bytearray()
+    for part in response.iter_raw():
+        body += part
+        if len(body) > MAX_BODY:
+            raise ValueError(f"a reply of more than {MAX_BODY:,} bytes")
+    response._content = bytes(body)
+
+
 def read_key(key_env: str | None) -> str:
     """The API key. Messages do not repeat key_env: it may be the key itself, by mistake."""
     if key_env is None:
@@ -189,8 +221,10 @@ def read_completion(body: str, messages: list[dict]) -> tuple[str, int]:
         # JSON may hold half an emoji, of a reply that was cut; UTF-8 cannot.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
         if usage := completion.get("usage"):
-            return text, int(usage["total_tokens"])
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            if type(usage["total_tokens"]) is not int or usage["total_tokens"] < 0:
+                raise ValueError
+            return text, usage["total_tokens"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"no chat completion: {body}") from None
     prompt = "".join(message["content"] for message in messages)
     return text, -(-len((prompt + text).encode(errors="replace")) // 3)     # about 3 bytes a token

@@ -21,8 +21,7 @@ from ability_tree.prompts import PROMPTS
 from ability_tree.steps import (add_request_args, batches_of, beside, read_abilities, seed_of,
                                 write_rows)
 from ability_tree.tree import AbilityTree, key_of, spell
-from runtime.args import (add_process_args, check_ranges, checking_input, make_parser,
-                          parse_args)
+from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.log import Logger
 from runtime.processes import init_distributed_mode, patient_group
 
@@ -97,11 +96,9 @@ def main():
     add("--max_tries", type=int, default=3, help="maximum number of requests per ability")
     add_agent_args(parser, "agent")
     add_process_args(parser, dtype=False)
-    args = parse_args(parser)
+    args = parse_args(parser, breadth="[2, inf)", temperature="[0, inf)")
     if bool(args.domain) == bool(args.ability_files):
         parser.error("give a --domain that an agent divides, or --ability_files; one of the two")
-    check_ranges(parser, args, ("depth", args.depth >= 1, "be 1 or more"),
-                 ("breadth", args.breadth >= 2, "be 2 or more"))
     if Path(args.out).exists():             # checked before any process can have written it
         parser.error(f"{args.out} exists already. Give another --out, or remove it")
     world = init_distributed_mode(args.ddp, args.device, args.local_rank)

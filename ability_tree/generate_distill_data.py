@@ -25,8 +25,7 @@ from ability_tree.steps import (add_request_args, finish_questions, read_abiliti
                                 rows_of, seed_of, settings, sha256_of, table, work_in_parts)
 from ability_tree.tree import AbilityTree, key_of, spell
 from dataset.formats import to_question
-from runtime.args import (add_process_args, check_ranges, checking_input, make_parser,
-                          parse_args)
+from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.log import Logger
 from runtime.processes import init_distributed_mode
 
@@ -222,10 +221,8 @@ def main():
     add("--max_tries", type=int, default=4, help="maximum number of requests per question")
     add_agent_args(parser, "teacher")
     add_process_args(parser, dtype=False)
-    args = parse_args(parser)
-    check_ranges(parser, args, ("n_samples", args.n_samples >= 1, "be 1 or more"),
-                 ("n_options", 2 <= args.n_options <= len(LETTERS), f"be 2 to {len(LETTERS)}"),
-                 ("temperature", args.temperature > 0, "be above 0, or a retry gives the same"))
+    # A temperature of 0 is out of range: a retry would give the same.
+    args = parse_args(parser, n_options=f"[2, {len(LETTERS)}]")
     world = init_distributed_mode(args.ddp, args.device, args.local_rank)
 
     # 2. Leaves, their seed questions, and the teacher

@@ -13,6 +13,7 @@ ability_tree.train the same --data and --hide_options, and this --out as its --l
 
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,7 +74,10 @@ def become(script: str, flags: list[str]):
     """Become `python SCRIPT FLAGS`: a child would not receive Ctrl-C and torchrun's signals."""
     if os.environ.get("RANK", "0") == "0":
         Logger(f"python {script} {shlex.join(flags)}")
-    os.execv(sys.executable, [sys.executable, str(ROOT / script), *flags])
+    command = [sys.executable, str(ROOT / script), *flags]
+    if os.name == "nt":             # there, the workflow would not wait for what execv starts
+        sys.exit(subprocess.call(command))
+    os.execv(sys.executable, command)
 
 
 def main():

@@ -79,7 +79,7 @@ def main():
     for role in ROLES:
         add_agent_args(parser, role)
     add_process_args(parser, dtype=False)
-    args = parse_args(parser)
+    args = parse_args(parser, temperature="[0, inf)")
     if args.write and args.prompts != "miniworld":
         parser.error("--write needs --prompts miniworld; with json the agents choose a letter")
     world = init_distributed_mode(args.ddp, args.device, args.local_rank)

@@ -56,7 +56,7 @@ class Workflow:
         manifest = {"command": [f"ability_tree.{module}", *flags_of(**same)],
                     "processes": len(self.gpus) if resume_flag else "any",
                     "inputs": {str(path): sha256_of(Path(path)) for path in inputs}}
-        last = json.loads(file.read_text()) if file.exists() else None
+        last = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         if last == manifest | {"outputs": outputs_of(folder)}:
             Logger(f"== {title}: finished earlier, {folder}")
             return
@@ -88,7 +88,9 @@ class Workflow:
         if torch.cuda.is_available():
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
         # In a session of its own, so that a terminal's Ctrl-C reaches the step once, from here.
-        self.child = subprocess.Popen([*launcher, *command], cwd=ROOT, env=os.environ | variables,
+        # Paths are relative to the current folder; the modules are found in the repo.
+        variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        self.child = subprocess.Popen([*launcher, *command], env=os.environ | variables,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                       start_new_session=True)
         if self.signal:

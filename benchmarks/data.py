@@ -36,7 +36,8 @@ class PlainChats(Dataset):
     """A Dataset as textbooks write it. Item i is (max_seq_len,) ids and (max_seq_len,) targets."""
 
     def __init__(self, path, tokenizer, max_seq_len):
-        self.chats = [json.loads(line)["conversations"] for line in path.read_text().splitlines()]
+        self.chats = [json.loads(line)["conversations"]
+                      for line in path.read_text(encoding="utf-8").splitlines()]
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
         self.begin = tokenizer.encode("<|im_start|>assistant\n", allow_special=True)
 
@@ -80,7 +81,7 @@ def write_chats(path: Path, n: int):
     rng, world = Random(SEED), World(SEED)
     known = [pair for leaf in LEAVES.values() for fact in leaf(world)
              for pair in fact.answers.items()]
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for _ in range(n):
             turns = rng.choices(known, k=rng.randint(1, MOST_TURNS))
             chat = [{"role": role, "content": content} for turn in turns

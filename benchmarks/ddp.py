@@ -82,7 +82,7 @@ def measure(case: Case, form: Form, saved: Path | None) -> dict[str, list[float]
             start_processes(work, (n, port, case, form, saved, Path(folder)), n, start_method=START)
         except ProcessExitedException as error:
             raise ValueError(f"{error}, most likely for lack of memory: {case}") from None
-        found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(n)]
+        found = [json.loads((Path(folder) / f"{rank}.json").read_bytes()) for rank in range(n)]
     # The mean over processes: how long one waits for another is part of the cost.
     steps = zip(*(each["seconds"] for each in found))
     return {"seconds": [statistics.mean(step) for step in steps],
@@ -123,7 +123,8 @@ def work(rank: int, n: int, port: int, case: Case, form: Form, saved: Path | Non
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seconds.append(clock.now() - start)
-    (folder / f"{rank}.json").write_text(json.dumps({"seconds": seconds[1:], "peak": above()}))
+    found = json.dumps({"seconds": seconds[1:], "peak": above()})
+    (folder / f"{rank}.json").write_text(found, encoding="utf-8")
     dist.barrier()          # the first to leave would break the others' connections
 
 

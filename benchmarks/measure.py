@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from evaluation.tables import markdown
+from runtime.args import RANGES, check_values
 from runtime.files import write_atomic
 
 TOLERANCE = 1e-4            # relative, per tensor; fp32 sums in another order differ by 1e-6
@@ -48,7 +49,7 @@ def peak(device) -> int:  # -> bytes
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # macOS
 
 
@@ -58,7 +59,7 @@ def peak_above(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):             # not Linux: the old peak stays, nothing large was freed yet
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = peak(device)
     yield lambda: max(PAGE, peak(device) - before)
 
@@ -130,10 +131,7 @@ def add_result_args(parser, repeats: int = 3):
 def parse(parser, argv, *counts: str):
     """args; counts are flags that must be 1 or more. Exits with a message."""
     args = parser.parse_args(argv)
-    for name in ("repeats", "threads", *counts):
-        value = vars(args)[name]
-        if min(value if isinstance(value, (list, tuple)) else [value]) < 1:
-            parser.error(f"--{name} {value} must be 1 or more")
+    check_values(parser, args, RANGES | dict.fromkeys(counts, "[1, inf)"))
     if args.json and not Path(args.json).parent.is_dir():
         parser.error(f"no folder for {args.json}; make it: mkdir -p {Path(args.json).parent}")
     return args

@@ -8,11 +8,12 @@ batch follow each other without padding. Targets are the assistant's tokens and 
 import copy
 import functools
 import hashlib
+import os
 import time
 from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from runtime.checkpoint import UNREADABLE
 from runtime.files import file_crc32, file_sha256, write_atomic
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
+USER_CACHE = Path(os.path.expanduser("~/.cache/minidistill"))       # where the repo is read-only
 CACHE_VERSION = 4           # raise it when the meaning of a cached file changes
 BLOCK = 1 << 20             # characters that are tokenised at once: enough for all threads
 
@@ -113,8 +115,13 @@ class TokenDataset:
         for path in self.paths:
             check_exists(path)
             key.update(bytes.fromhex(file_sha256(path)))
-        name = f"{self.paths[0].name}-{key.hexdigest()[:16]}"
-        return CACHE / f"{name}.bin", CACHE / f"{name}.npz"
+        name, folder = f"{self.paths[0].name}-{key.hexdigest()[:16]}", CACHE
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / f"{name}.npz").exists() and not os.access(folder, os.W_OK):
+            self.log(f"{folder} cannot be written: the tokens are cached in {USER_CACHE}")
+            folder = USER_CACHE
+        return folder / f"{name}.bin", folder / f"{name}.npz"
 
     def build(self, stream: Path, index: Path):
         start, n_rows, n_cut = time.time(), 0, 0
@@ -135,7 +142,7 @@ class TokenDataset:
                 raise ValueError(f"{self}: no sample has anything to learn within "
                                  f"max_seq_len={self.max_seq_len} tokens; raise --max_seq_len")
 
-        stream.parent.mkdir(exist_ok=True)
+        stream.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(stream, write)
         sizes, n_targets, rows, origins = np.array(found).reshape(-1, 4).T
         ends = np.cumsum(sizes)

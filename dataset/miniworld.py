@@ -6,10 +6,10 @@ skills with exact answers and 3 habits, whose answers are sampled, are leaves of
     python dataset/miniworld.py [--smoke]          dataset.md describes the world and its files
 """
 
-import argparse
 import hashlib
 import json
 import os
+import sys
 from itertools import combinations, permutations, product
 from pathlib import Path
 from random import Random
@@ -525,7 +525,10 @@ def generate(out_dir, seed=0, label_noise=0.3, **sizes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Generate the embedded data.")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # python looks here alone
+    from runtime.args import make_parser, parse_args
+
+    parser = make_parser(__doc__)
     arg = parser.add_argument
     arg("--out_dir", default="dataset", help="output folder, created if absent")
     arg("--seed", type=int, default=0, help="random seed; another seed gives other names and facts")
@@ -535,7 +538,7 @@ def main():
     for name in sizes:
         arg(f"--{name}", type=int, default=FULL[name], help="number of rows")
     arg("--smoke", action="store_true", help="a few hundred rows per file; overrides the sizes")
-    args = parser.parse_args()
+    args = parse_args(parser)
     sizes = SMOKE if args.smoke else {name: vars(args)[name] for name in sizes}
     n_rows = generate(args.out_dir, args.seed, args.label_noise, **sizes)
     print(f"{'file':26} {'rows':>6}  first row")

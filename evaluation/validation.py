@@ -7,7 +7,7 @@ import torch
 
 from distill.fused import COMPARED, COMPARED_ACROSS, compare, fused_distillation_loss
 from distill.teachers import teacher_outputs
-from runtime.precision import autocast
+from runtime.precision import autocast, sum_dtype
 from runtime.processes import is_sharded, sum_over_processes, unwrapped
 
 
@@ -23,7 +23,7 @@ def evaluate(model, val_loader, device, *, teachers=(), temperature=1.0, across=
     """
     names = ("loss",) if not teachers else COMPARED_ACROSS if across else COMPARED
     model.eval()
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(names) + 1, dtype=sum_dtype(device), device=device)
     for batch in val_loader:
         batch = batch.to(device)
         with autocast(device, dtype):

@@ -7,6 +7,7 @@ beside it, a Hugging Face folder, a .gguf, MiniMind's .pth without a .json, or l
 import dataclasses
 import hashlib
 import importlib
+import re
 from pathlib import Path
 
 import torch
@@ -194,6 +195,10 @@ def detect_format(path):
     """The module of interop/ that reads PATH. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     if not path.exists():
+        if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
+            raise FileNotFoundError(f"no weights at {path}. If it is a model of Hugging Face:\n"
+                                    f"    hf download {path} --local-dir {path.name}\n"
+                                    f"Then name the folder, {path.name}")
         script = next((SCRIPTS[prefix] for prefix in SCRIPTS if path.name.startswith(prefix)), None)
         advice = f"Train them: python {script} --help" if script else "Is the path right?"
         raise FileNotFoundError(f"no weights at {path}. {advice}")

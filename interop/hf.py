@@ -184,7 +184,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     index = folder / "model.safetensors.index.json"
     shards = [folder / "model.safetensors"]         # before the index, as in transformers
     if index.exists() and not shards[0].exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         shards = [folder / name for name in names]
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{index} names {outside[0]!r}, which is not a file in its folder")

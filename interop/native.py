@@ -85,7 +85,7 @@ def read_about(path) -> tuple[LMConfig, Path, dict | None]:
     if not beside.exists():
         raise FileNotFoundError(f"no {beside} beside the weights, with their sizes: copy it, too")
     try:
-        about = json.loads(beside.read_text())
+        about = json.loads(beside.read_text(encoding="utf-8"))
         config = LMConfig.from_dict(about["config"])
         return config, beside.parent / about["tokenizer"], about.get("lora")
     except (ValueError, KeyError, TypeError) as error:

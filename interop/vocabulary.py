@@ -403,7 +403,9 @@ def read_tokenizer_json(path: str | Path) -> Tokenizer:
     with named_errors(file):
         try:
             library = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:                          # the library raises nothing narrower
+        except BaseException as error:      # the library raises nothing narrower, and panics
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise ValueError(f"the tokenizers library cannot read it: {error}") from error
         library.no_truncation()
         library.no_padding()

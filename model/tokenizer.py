@@ -170,6 +170,8 @@ class Tokenizer:
         missing = bytes(value for value in range(256) if bytes([value]) not in ranks)
         if missing and not drops_bytes:
             raise ValueError(f"no token for byte {missing[0]} ({len(missing)} are missing)")
+        if not pattern:
+            raise ValueError("the pattern is empty, and would leave out every text")
         self._encoding = tiktoken.Encoding("minidistill", pat_str=pattern, mergeable_ranks=ranks,
                                            special_tokens=special_tokens)
         self.pattern, self.special_tokens, self.ranks = pattern, special_tokens, ranks

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from runtime.files import read_rows, write_atomic, write_jsonl
+from runtime.precision import sum_dtype
 from runtime.processes import World, full_tensor, is_main_process, sum_over_processes
 
 LOG_FILES = []          # into which Logger writes too
@@ -166,7 +167,8 @@ class Log:
         """Report the means since the last row together with `more`. What is not finite is shown,
         but not written."""
         if self.steps:
-            sums = torch.stack([torch.as_tensor(value, dtype=torch.float64)
+            dtype = sum_dtype(self.world.device)
+            sums = torch.stack([torch.as_tensor(value, dtype=dtype)
                                 for value in (*self.sums.values(), self.tokens)])
             *sums, tokens = sum_over_processes(sums.to(self.world.device)).tolist()
             n_finite = self.steps - self.skipped
@@ -181,7 +183,7 @@ class Log:
         finite = {name: value for name, value in more.items() if math.isfinite(value)}
         pace = self.show(step, more, self.tokens_before)
         speed = {"tokens_per_s": pace} if pace else {}
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite, **speed}) + "\n")
         if wandb is not None:
             wandb.log({**finite, **speed}, step=step)

@@ -51,8 +51,8 @@ def init_distributed_mode(ddp: bool | None = None, device: str = "auto", local_r
     if sys.platform == "linux":         # PR_SET_PDEATHSIG: save and stop when torchrun is killed
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     local_rank = local_rank if local_rank >= 0 else int(os.environ["LOCAL_RANK"])
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", local_rank) if on_gpu else pick_device(device)
+    on_gpu = pick_device(device).type == "cuda"
+    device = pick_device(f"cuda:{local_rank}" if on_gpu else "cpu")     # gloo has no mps
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)

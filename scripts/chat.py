@@ -20,7 +20,7 @@ import torch
 
 from interop.checkpoint import load_model
 from model.generate import column_major, generate_steps
-from runtime.args import check_ranges, checking_input, make_parser, parse_args
+from runtime.args import checking_input, make_parser, parse_args
 from runtime.precision import pick_device
 
 # The default of --weights: the newest file of the first of these patterns that has any.
@@ -58,10 +58,7 @@ def main():
     add("--top_k", type=int, default=0, help="sample from the k most likely tokens; 0: from all")
     add("--seed", type=int, default=0, help="random seed of the sampling")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
-    args = parse_args(parser)
-    check_ranges(parser, args, ("temperature", args.temperature >= 0, "be 0 or more"),
-                 ("top_p", 0 < args.top_p <= 1, "lie in (0, 1]"),
-                 ("top_k", args.top_k >= 0, "be 0 or more"))
+    args = parse_args(parser, temperature="[0, inf)")
     weights = args.weights or newest(Path(__file__).resolve().parents[1] / "out")
     if weights is None:
         sys.exit("no weights in out/. Make some: bash quickstart.sh")

@@ -70,7 +70,7 @@ def read(path) -> Namespace:
     """A plan. Raises ValueError that names the file, the row and the nearest known key."""
     if not Path(path).exists():
         raise ValueError(f"no config file at {path}")
-    plan = build(PLAN, yaml.safe_load(Path(path).read_text()), path)
+    plan = build(PLAN, yaml.safe_load(Path(path).read_text(encoding="utf-8")), path)
     for section, keys in (("made", MADE), ("columns", COLUMN)):
         vars(plan)[section] = {name: build(keys, each, f"{path}: {name}")
                                for name, each in vars(plan)[section].items()}
@@ -178,7 +178,7 @@ class Jobs:
                 status, used = self.execute(command.replace(OUT, str(folder)), log)
             if status or not (ROOT / made).exists():
                 raise ValueError(f"{name} ended with status {status} and did not make {made}:\n"
-                                 f"{log.read_text()[-2000:]}")
+                                 f"{log.read_text(encoding='utf-8')[-2000:]}")
             for path in log.parent.rglob("*.resume*"):      # most of the disk space
                 path.unlink()
             unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
@@ -186,7 +186,7 @@ class Jobs:
                       "seconds": round(used.ru_utime + used.ru_stime, 2),
                       "peak_mb": round(used.ru_maxrss * unit / 2 ** 20)}
             Logger(f"{name}: {record['seconds']:.0f} s, {record['peak_mb']} MB")
-            with self.lock, self.ledger.open("a") as file:
+            with self.lock, self.ledger.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
                 self.records[key] = record
             return record
@@ -198,8 +198,8 @@ class Jobs:
                 raise KeyboardInterrupt
             shutil.rmtree(log.parent, ignore_errors=True)   # an interrupted run has too few seconds
             log.parent.mkdir(parents=True)
-            log.write_text(f"python {command}\n")
-            with log.open("a") as file:
+            log.write_text(f"python {command}\n", encoding="utf-8")
+            with log.open("a", encoding="utf-8") as file:
                 child = subprocess.Popen(
                     [sys.executable, *shlex.split(command)], cwd=ROOT, stdout=file, stderr=file,
                     env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
@@ -273,7 +273,7 @@ class Comparison:
         path, found = f"{OUT}/scores.json", [{} for _ in records]
         for test, command in tests.items():
             done = self.run(name, f"{command} --json {path}", path, {"weights": weights})
-            scores = json.loads((ROOT / done["made"]).read_text())
+            scores = json.loads((ROOT / done["made"]).read_text(encoding="utf-8"))
             for number, each in enumerate(found):
                 each[test] = scores[str(number)][0]
         return found

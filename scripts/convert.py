@@ -27,7 +27,7 @@ from interop import Piece, fill
 from interop.checkpoint import empty_model, load_model, save_model
 from model.quantize import quantize
 from model.transformer import Transformer
-from runtime.args import checking_input, parse_args
+from runtime.args import checking_input, make_parser, parse_args
 from runtime.log import Logger
 
 # --dtype of each kind of --out; "" is a Hugging Face folder.
@@ -87,8 +87,7 @@ def check(args) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", metavar="PATH", help="model to convert, in any known format")
     source.add_argument("--student_from", metavar="PATH", help="model of which --layers are kept")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.metrics import measure, read_tests, tables
 from interop.checkpoint import load_model
 from model.generate import column_major, generate
-from runtime.args import check_ranges, checking_input, make_parser, parse_args
+from runtime.args import checking_input, make_parser, parse_args
 from runtime.files import write_atomic
 from runtime.precision import pick_device
 
@@ -133,9 +133,7 @@ def main():
     add("--report", default=None,
         help="Markdown file for the tables; the picture is beside it, with the suffix .png")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    args = parse_args(parser)
-    check_ranges(parser, args, *((name, vars(args)[name] >= 0, "be 0 or more")
-                                 for name in ("limit", "samples", "max_new_tokens")))
+    args = parse_args(parser, max_new_tokens="[0, inf)")
     device = pick_device(args.device)
 
     with checking_input():

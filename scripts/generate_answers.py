@@ -35,7 +35,7 @@ import torch
 from dataset.formats import Question, read_questions
 from interop.checkpoint import load_model, sha256_of_model
 from model.generate import column_major, generate_steps
-from runtime.args import add_process_args, check_ranges, checking_input, make_parser, parse_args
+from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.files import file_sha256, write_jsonl
 from runtime.log import Logger
 from runtime.parts import Parts
@@ -188,12 +188,7 @@ def main():
     add("--seed", type=int, default=1337, help="random seed of the sampling")
     add("--batch_size", type=int, default=64, help="sequences generated at once, per process")
     add_process_args(parser)
-    args = parse_args(parser)
-    check_ranges(parser, args, *(
-        (name, valid(vars(args)[name]), needed) for needed, valid, names in (
-            ("be 1 or more", lambda x: x >= 1, ("max_new_tokens", "num_samples", "batch_size")),
-            ("be 0 or more", lambda x: x >= 0, ("limit", "temperature", "top_k")),
-            ("lie in (0, 1]", lambda x: 0 < x <= 1, ("top_p",))) for name in names))
+    args = parse_args(parser, temperature="[0, inf)")
     if args.temperature == 0 and (args.top_p, args.top_k, args.num_samples) != (1.0, 0, 1):
         parser.error("--top_p, --top_k and --num_samples need a --temperature above 0: greedy "
                      "decoding has one answer")

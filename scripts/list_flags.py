@@ -32,7 +32,7 @@ def parser_of(script: str) -> ArgumentParser:
     """The parser of a script, run up to the line that parses the command line."""
     found = []
 
-    def stop(parser, *_):
+    def stop(parser, *_, **__):
         found.append(parser)
         sys.exit()
 
@@ -48,7 +48,7 @@ def scripts() -> list[str]:
     """Paths of all scripts that have flags."""
     texts = {path: path.read_text(encoding="utf-8")
              for pattern in FOLDERS for path in sorted(ROOT.glob(pattern))}
-    return [str(path.relative_to(ROOT)) for path, text in texts.items()
+    return [path.relative_to(ROOT).as_posix() for path, text in texts.items()
             if "__main__" in text and ("ArgumentParser(" in text or "make_parser(" in text)]
 
 

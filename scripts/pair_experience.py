@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.formats import read_each, to_messages, to_question
 from evaluation.tables import aligned
-from runtime.args import check_ranges, checking_input, make_parser, parse_args
+from runtime.args import checking_input, make_parser, parse_args
 from runtime.files import write_jsonl
 
 PROMPT = "Here is how such a task is done:\n\n{demonstration}\n\nNow it is your turn.\n\n{question}"
@@ -138,8 +138,6 @@ def main():
     args = parse_args(parser)
     shown_chars = args.max_demonstration_chars
     shown_chars = args.max_chars if shown_chars is None else shown_chars
-    check_ranges(parser, args, ("test_share", 0 < args.test_share < 1, "lie in (0, 1)"), *(
-        (name, vars(args)[name] >= 0, "be 0 or more") for name in (*PARTS, "max_chars")))
     if args.apart and not args.apart.groups:
         parser.error(f"--apart {args.apart.pattern!r} has no group: put what tells rows apart in "
                      "parentheses, as in '(\\d+)/'")

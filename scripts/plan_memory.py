@@ -33,7 +33,7 @@ from interop.checkpoint import build, empty_model, load_config
 from model.config import LMConfig
 from model.lora import add_lora, store_frozen
 from model.sizes import SIZES
-from runtime.args import check_ranges, checking_input, command_line, make_parser, parse_args
+from runtime.args import checking_input, command_line, make_parser, parse_args
 from runtime.optim import decay_groups
 from runtime.precision import autocast
 
@@ -181,7 +181,7 @@ def measure(config: LMConfig, run: dict, device: str) -> int:
     def peak() -> int:
         if device.startswith("cuda"):
             return torch.cuda.max_memory_allocated(device)
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+        return 1024 * int(re.search(rb"VmHWM:\s*(\d+)", Path("/proc/self/status").read_bytes())[1])
 
     torch.set_num_threads(1)
     dtype = getattr(torch, run["dtype"])
@@ -192,7 +192,7 @@ def measure(config: LMConfig, run: dict, device: str) -> int:
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before = peak()
         with torch.device(device):
             student, teacher = build(config), build(config).to(dtype).eval().requires_grad_(False)
@@ -268,9 +268,7 @@ def main():
         help=f"number of small pairs, of {len(MEASURED)}, that are trained to print planned and "
              "measured memory; default: all; on a CPU, Linux only")
     add("--device", default="cpu", help="device of --measure: cpu, cuda, cuda:1, ...")
-    args = parse_args(parser)
-    check_ranges(parser, args, *((name, vars(args)[name] > 0, "be above 0") for name in (
-        "batch_size", "max_seq_len", "processes", "rows", "gpu_gb")))
+    args = parse_args(parser, max_new_tokens="[0, inf)")
     if args.teacher == "self" and not args.lora_rank:
         parser.error("--teacher self is the student without its adapters: give a --lora_rank, or "
                      "--teacher copy")

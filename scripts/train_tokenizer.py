@@ -10,7 +10,6 @@ needs the teacher's vocabulary, not a new one.
     python scripts/train_tokenizer.py --data dataset/*.jsonl --out out/tokenizer.json
 """
 
-import argparse
 import json
 import sys
 import time
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.formats import END_OF_TEXT
 from interop.vocabulary import to_bytes
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
-from runtime.args import parse_args
+from runtime.args import make_parser, parse_args
 
 SMALLEST = len(SPECIAL_TOKENS) + 256
 
@@ -130,8 +129,7 @@ def report(tokenizer: Tokenizer, texts_of: dict[Path, list[str]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, nargs="+", required=True, metavar="FILE",
         help="files to read: .jsonl, .json (every string in them) or plain text, in UTF-8")

@@ -115,15 +115,19 @@ def execute(argv, variables, stdin, output, cache, cwd=None):
     if not os.environ.get("DRAW"):      # a picture that nobody looks at takes half a second
         log.draw_curves = lambda *arguments, **named: None
 
-    if argv[0] == "-c":
-        sys.argv = ["-c", *argv[2:]]
-        exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
-    elif argv[0] == "-m":
-        sys.argv = argv[1:]
-        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = argv
-        runpy.run_path(argv[0], run_name="__main__")
+    try:
+        if argv[0] == "-c":
+            sys.argv = ["-c", *argv[2:]]
+            exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
+        elif argv[0] == "-m":
+            sys.argv = argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = argv
+            runpy.run_path(argv[0], run_name="__main__")
+    except Exception:           # as Python does, but multiprocessing does not
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def start(script, *more, processes=1, variables=None, stdin="", cwd=None, **flags) -> Started:

@@ -229,7 +229,7 @@ def test_what_is_not_as_its_step_left_it_is_done_again(pretend, tmp_path):
     ({"rounds": 0, "dataset_files": "dev_1"}, "--rounds 0 must be 1 or more"),
     ({"power": -1}, "--power -1.0 must be 0 or more"),
     ({"temperature": 0}, "--temperature 0.0 must be above 0"),
-    ({"replay_share": 1}, "at 1 nothing is learned"),
+    ({"replay_share": 1}, "--replay_share 1.0 must lie in [0, 1)"),
     ({"alpha_ce": 2}, "--alpha_ce 2.0 must lie in [0, 1]"),
     ({"prompts": "json", "write": True}, "--write True must go with --prompts miniworld"),
     ({"ability_files": ["a", "b", "c"]}, "must be one file, or one per round"),

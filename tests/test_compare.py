@@ -325,7 +325,7 @@ def parser_of(script: str):
     class Found(Exception):
         pass
 
-    def stop(parser, argv=None):
+    def stop(parser, argv=None, **ranges):
         raise Found(parser)
 
     if script not in PARSERS:

@@ -328,7 +328,7 @@ def test_a_file_smaller_than_a_step_is_a_smaller_step(kind, divide, flags, model
 
 @pytest.mark.parametrize("more, reason", [
     ({"beta": 1.5}, "--beta 1.5 must lie in [0, 1]"),
-    ({"skew": 0.0}, "--skew 0.0 must lie between 0 and 1"),
+    ({"skew": 0.0}, "--skew 0.0 must lie in (0, 1)"),
     ({"contrastive_temperature": 0.0}, "--contrastive_temperature 0.0 must be above 0"),
     ({"feature_weight": 1.0, "layer_map": "1:9"}, "'1:9'"),
     ({"attention_weight": 1.0, "relation_heads": 5}, "n_relation_heads=5"),

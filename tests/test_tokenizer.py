@@ -306,6 +306,7 @@ SPOILED = (
     (lambda content: content["tokens"].append([2, "zzz"]), "id 2 is used twice"),
     (lambda content: content["special_tokens"].pop("<|im_end|>"), "special token '<|im_end|>' is missing"),
     (lambda content: content.update(pattern="("), ""),
+    (lambda content: content.update(pattern=""), "the pattern is empty"),
     (lambda content: content.update(eos="a"), "not a vocabulary file: "),
     (lambda content: content.pop("tokens"), "not a vocabulary file: 'tokens'"),
     (lambda content: content.update(bos="<s>"), "special token '<s>' is missing"),
