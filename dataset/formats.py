@@ -18,7 +18,7 @@ PROMPT_KEYS = ("question", "instruction", "prompt", "ask")
 RESPONSE_KEYS = ("output", "response", "answer")
 COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, "input", "system", "history", "options", "answer_idx")
 EXAM_COLUMNS = ("question", "a", "b", "c", "d")     # multiple-choice CSV; "answer" holds a letter
-CATEGORY_KEYS = ("leaf", "category", "subject", "meta_info")
+CATEGORY_KEYS = ("leaf", "category", "subject", "department", "meta_info")
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant"}
@@ -236,7 +236,7 @@ def holds_texts(path) -> bool:
 
 
 def category(row: dict, default: str) -> str:
-    """The first text among a row's leaf, category, subject and meta_info; else `default`."""
+    """The first text among a row's CATEGORY_KEYS; else `default`."""
     names = (row[key] for key in CATEGORY_KEYS if key in row)
     return next((name for name in names if isinstance(name, str) and name.strip()), default)
 
