@@ -1,5 +1,5 @@
 """
-考试：带标准答案的问题，让模型作答，再按类打分（准确率与宏平均的精确率、召回率、F1；长答案用词元 F1）。
+考试：带标准答案的问题，让模型作答，再打分：选项与短答案分对错，长答案算词元 F1。
 Exams: a model answers questions with known answers, and its answers are graded: options and short
 answers are correct or not; a text is graded by its token F1.
 """
