@@ -10,7 +10,7 @@ write questions for them, let two agents check these, distil, and begin again.
              D validate   those that two agents answer alike stay     iteration_n/D_validated_data/
              E logits     the teacher's distributions of the answers  iteration_n/E_teacher_logits/
              F train      the student learns, by                      iteration_n_student_model/
-                          train_distillation.py
+                          train_distillation.py                       final_model/, checkpoint-K/
     the end  A, B         the tree before and after, and a table per leaf
 
 Each step is a command (`python -m ability_tree.NAME --help`); its log is iteration_n/NAME.log. The
@@ -20,6 +20,8 @@ one process    python train_ability_tree.py --config configs/ability_tiny.yaml
 two processes  python train_ability_tree.py --config configs/ability_tiny.yaml --gpus 0 1
 """
 
+import json
+import shutil
 from pathlib import Path
 from random import Random
 
@@ -34,7 +36,7 @@ from ability_tree.tree import AbilityTree, compare
 from ability_tree.workflow import Workflow
 from evaluation.tables import markdown
 from runtime.args import check_ranges, checking_input, make_parser, parse_args
-from runtime.files import write_atomic
+from runtime.files import read_lines, write_atomic
 from runtime.log import Logger
 
 ROLES = ("teacher", "agent_a", "agent_b")
@@ -154,6 +156,18 @@ def replay(old: list, new: Path, share: float, seed: int, path: Path) -> list[Pa
     return [path] if n else []
 
 
+def keep_checkpoint(student: Path):
+    """Move what resumes a finished training from final_model/ to checkpoint-K/ beside it, with K
+    the number of its steps."""
+    if files := list(student.parent.glob("*.resume*")):
+        n_steps = json.loads(read_lines(student.with_suffix(".jsonl"))[-1])["step"]
+        folder = student.parent.with_name(f"checkpoint-{n_steps}")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for file in files:
+            file.replace(folder / file.name)
+
+
 def report(before: AbilityTree, after: AbilityTree, n_rounds: int, folder: Path) -> str:
     """Markdown: a row per leaf, and the number of questions of each round."""
     counts = [["round", "written", "kept"]]
@@ -174,11 +188,13 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
     hide = {"hide_options": args.hide_options}
     teacher, agent_a, agent_b = (agent_flags(args, role) for role in ROLES)
 
-    tree = args.initial_tree
-    if tree is None:
-        tree = folder / "initial_ability_tree/tree.json"
-        workflow.step("initial tree", "create_initial_tree", tree.parent,
-                      ability_files=args.ability_files, out=tree)
+    made, tree = args.initial_tree, folder / "initial_ability_tree.json"
+    if made is None:
+        made = folder / "initial_ability_tree/tree.json"
+        workflow.step("initial tree", "create_initial_tree", made.parent,
+                      ability_files=args.ability_files, out=made)
+    if not tree.exists() or tree.read_bytes() != Path(made).read_bytes():
+        write_atomic(tree, lambda file: file.write(Path(made).read_bytes()))
 
     for number in range(1, args.rounds + 2):
         here, title, seed = folder / f"iteration_{number}", f"round {number}", args.seed + number
@@ -226,12 +242,13 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
                       **learned, out=logits)
 
         # F. The student is distilled; the next round examines it
-        trained = Path(args.models_dir, f"iteration_{number}_student_model")
+        trained = Path(args.models_dir, f"iteration_{number}_student_model/final_model")
         workflow.step(f"{title}: train", "train", trained, log=here / "train.log",
                       resume_flag="--resume", student=student, logits=logits, **learned,
                       out_dir=trained, seed=seed, **{name: vars(args)[name] for name in LESSON})
         student = next(path for path in sorted(trained.glob("full_dist_*.pth"))
                        if not path.stem.endswith("_best"))
+        keep_checkpoint(student)
 
 
 def main():

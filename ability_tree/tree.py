@@ -249,14 +249,14 @@ def percent(accuracy: float | None) -> str:
 
 
 def compare(before: AbilityTree, after: AbilityTree) -> str:
-    """A Markdown table: a row per leaf of either tree, and one for all. A change has its 95 %
-    interval and is bold where that excludes 0."""
-    old, new = ({key_of(path): (path, leaf) for path, leaf in tree.leaves().items()}
+    """A Markdown table: a row per branch and leaf of either tree, and one for all. A change has its
+    95 % interval and is bold where that excludes 0."""
+    old, new = ({key_of(path): (path, node) for path, node in tree.walk() if node is not tree}
                 for tree in (before, after))
     pairs = []
     for key, (path, _) in (new | {key: old[key] for key in old if key not in new}).items():
         then, now = (leaves[key][1] if key in leaves else AbilityTree("") for leaves in (old, new))
-        pairs.append((spell(path[1:] or path).replace("|", "\\|"), then, now))
+        pairs.append((spell(path[1:]).replace("|", "\\|"), then, now))
     rows = [["ability", "asked", "accuracy", "change, points (95 %)"]]
     for name, then, now in [*pairs, ("all", before, after)]:
         points = "–"
