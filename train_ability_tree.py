@@ -28,13 +28,16 @@ from random import Random
 import torch
 
 from ability_tree.agents import add_agent_args, make_agent
-from ability_tree.generate_distill_data import add_share_args, question_text
+from ability_tree.generate_distill_data import (add_share_args, plan, question_text,
+                                                seeds_of_leaves)
 from ability_tree.generate_logits import bare
+from ability_tree.prompts import PROMPTS
 from ability_tree.steps import add_request_args, read_abilities, read_choices, rows_of, write_rows
 from ability_tree.train import LESSON, add_lesson_args
 from ability_tree.tree import AbilityTree, compare
 from ability_tree.workflow import Workflow
 from evaluation.tables import markdown
+from interop.checkpoint import load_config, load_tokenizer
 from runtime.args import check_ranges, checking_input, make_parser, parse_args
 from runtime.files import read_lines, write_atomic
 from runtime.log import Logger
@@ -98,8 +101,10 @@ def read_args():
         "write_temperature", "temperature")]
     ranges += [(name, 0 <= vars(args)[name] <= 1, "lie in [0, 1]") for name in (
         "floor", "alpha_ce")]
+    n_gpus = torch.cuda.device_count() or max(args.gpus) + 1
     check_ranges(
-        parser, args, *ranges, ("power", args.power >= 0, "be 0 or more"),
+        parser, args, *ranges, ("gpus", 0 <= min(args.gpus) <= max(args.gpus) < n_gpus,
+                                f"be numbers below {n_gpus}"), ("power", args.power >= 0, "be 0 or more"),
         ("replay_share", 0 <= args.replay_share < 1, "lie in [0, 1): at 1 nothing is learned"),
         ("write", not args.write or args.prompts == "miniworld", "go with --prompts miniworld"),
         ("dataset_files", len(args.dataset_files) in n_files, "be one file, or one per round"),
@@ -114,20 +119,32 @@ def read_args():
 
 
 def check_inputs(args):
-    """Read each of the user's files once: an error is reported before the first step."""
+    """Read each of the user's files once: what a later step would refuse is reported before the
+    first step."""
     for name in ("student", *ROLES):
         if vars(args)[name] and not Path(vars(args)[name]).exists():
             raise ValueError(f"--{name} {vars(args)[name]}: there is no such file")
-    for file in args.dataset_files:         # each by itself: rounds may have the same ids
-        read_choices([file])
-    for file in args.ability_files:
-        read_abilities([file])
-    read_choices(args.seed_questions)
-    read_abilities(args.seed_abilities)
+    for name in ("student", "teacher"):
+        limit = load_config(vars(args)[name]).max_seq_len
+        load_tokenizer(vars(args)[name])
+        if limit < (args.max_seq_len or 0):
+            raise ValueError(f"--max_seq_len {args.max_seq_len} exceeds the {name}'s context length "
+                             f"of {limit}")
+    abilities = list(map(read_abilities, ([file] for file in args.ability_files)))
+    if args.initial_tree:
+        tree = AbilityTree.load(args.initial_tree)
+    else:
+        tree = AbilityTree.from_paths(path for paths in abilities for path in paths.values())
+    # Each file by itself: rounds may have the same ids.
+    ids = {str(row["id"]) for file in args.dataset_files for row in read_choices([file])}
+    for path in (paths[name] for paths in abilities for name in paths if name in ids):
+        tree.find(path)
+    leaves = dict.fromkeys(tree.leaves(), 1.0)
+    seeds = seeds_of_leaves(read_choices(args.seed_questions), read_abilities(args.seed_abilities),
+                            leaves)
+    plan(leaves, seeds, 1, 4, PROMPTS[args.prompts].writes_wrong_options)
     rows_of(args.exclude, question_text)
     rows_of(args.old_data, bare)
-    if args.initial_tree:
-        AbilityTree.load(args.initial_tree)
     for role in ROLES:
         flags = agent_flags(args, role)
         if flags[f"{role}_url"]:

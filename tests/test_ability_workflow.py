@@ -494,10 +494,19 @@ def test_a_mistake_in_a_file_is_reported_before_the_first_step(flag, world, tmp_
 @pytest.mark.parametrize("wrong, reason", [
     ({"agent_b": "gone.pth"}, "--agent_b gone.pth: there is no such file"),
     ({"initial_tree": "gone.json"}, "no ability tree at gone.json"),
+    ({"gpus": -1}, "--gpus [-1] must be numbers below"),
+    ({"max_seq_len": 256}, "--max_seq_len 256 exceeds the student's context length of 128"),
+    # Known at the start, though step B or C would be the first to miss it
+    ({"initial_tree": {"name": "miniworld", "children": [{"name": "sky"}]}},
+     "the ability tree has no miniworld / "),
+    ({"seed_abilities": {"id": "no question", "ability_path": ["miniworld"]}},
+     "seed questions belong to no leaf"),
     ({"teacher_url": "http://localhost:1/v1"}, "--teacher_url needs the model's name"),
     ({"agent_a_url": "localhost", "agent_a_model": "big", "agent_a": None}, "must begin with http"),
 ])
 def test_a_wrong_flag_too(wrong, reason, world, tmp_path):
+    wrong = {name: write(tmp_path / f"{name}.jsonl", [value]) if isinstance(value, dict) else value
+             for name, value in wrong.items()}
     flags = world.flags | wrong | {"workflow_dir": tmp_path / "w"}
     output = complaint("train_ability_tree.py", **flags)
     assert reason in output and "==" not in output
