@@ -103,8 +103,9 @@ def read_args():
         "floor", "alpha_ce")]
     n_gpus = torch.cuda.device_count() or max(args.gpus) + 1
     check_ranges(
-        parser, args, *ranges, ("gpus", 0 <= min(args.gpus) <= max(args.gpus) < n_gpus,
-                                f"be numbers below {n_gpus}"), ("power", args.power >= 0, "be 0 or more"),
+        parser, args, *ranges,
+        ("gpus", all(0 <= gpu < n_gpus for gpu in args.gpus), f"be numbers below {n_gpus}"),
+        ("power", args.power >= 0, "be 0 or more"),
         ("replay_share", 0 <= args.replay_share < 1, "lie in [0, 1): at 1 nothing is learned"),
         ("write", not args.write or args.prompts == "miniworld", "go with --prompts miniworld"),
         ("dataset_files", len(args.dataset_files) in n_files, "be one file, or one per round"),
@@ -128,8 +129,8 @@ def check_inputs(args):
         limit = load_config(vars(args)[name]).max_seq_len
         load_tokenizer(vars(args)[name])
         if limit < (args.max_seq_len or 0):
-            raise ValueError(f"--max_seq_len {args.max_seq_len} exceeds the {name}'s context length "
-                             f"of {limit}")
+            raise ValueError(f"--max_seq_len {args.max_seq_len} exceeds the context length of the "
+                             f"{name}, {limit}")
     abilities = list(map(read_abilities, ([file] for file in args.ability_files)))
     if args.initial_tree:
         tree = AbilityTree.load(args.initial_tree)

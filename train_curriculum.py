@@ -263,8 +263,6 @@ def main():
         help="divergence from the teacher in all stages (distill/losses.py)")
     add("--pad_vocab", action="store_true", help="ignore logits beyond the tokenizer's "
         "vocabulary, with which a model family pads it")
-    add("--warmup_ratio", type=float, default=0.1,
-        help="fraction of each stage's steps for warm-up, in [0, 1); --warmup_iters overrides it")
     add("--eval_samples", type=int, default=400,
         help="maximum number of held-out samples, and of questions, of each side; 0: all")
     add("--max_new_tokens", type=int, default=32, help="maximum length of an exam answer, tokens")
@@ -275,11 +273,10 @@ def main():
         help="the same as --dtype float16")
     add_intermediate_args(parser, weights=False)
     add_training_args(parser)
-    parser.set_defaults(val_fraction=0.1, eval_interval=0, weight_decay=0.01)
+    parser.set_defaults(val_fraction=0.1, eval_interval=0, weight_decay=0.01, warmup_iters=0.1)
     args = parse_args(parser)
     check_loss_args(parser, args)
-    check_ranges(parser, args, ("warmup_ratio", 0 <= args.warmup_ratio < 1, "lie in [0, 1)"),
-                 ("val_fraction", 0 <= args.val_fraction < 1, "lie in [0, 1)"),
+    check_ranges(parser, args, ("val_fraction", 0 <= args.val_fraction < 1, "lie in [0, 1)"),
                  ("end_stage", args.end_stage >= args.start_stage, "be --start_stage or later"),
                  ("start_stage", args.start_stage == 1 or args.checkpoint_path, "have weights: "
                   f"--checkpoint_path {args.out_dir}/stage{args.start_stage - 1}_final.pth"),
@@ -330,7 +327,6 @@ def main():
             data = mix_sides(dataset, sides, stage, args.accumulation_steps, world.rank,
                              world.size, args.seed)
             own = Namespace(**vars(args) | asdict(stage) | {"max_steps": len(data.shares)})
-            own.warmup_iters = args.warmup_iters or round(args.warmup_ratio * own.max_steps)
             make_intermediate(own, student.config, teachers)
             runs[number] = own, data
 

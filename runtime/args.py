@@ -68,7 +68,8 @@ def add_training_args(parser: argparse.ArgumentParser):
     add("--weight_decay", type=float, default=0.1, help="weight decay of AdamW, on matrices only")
     add("--grad_clip", type=float, default=1.0,
         help="maximum L2 norm of the gradient; 0 disables clipping")
-    add("--warmup_iters", type=int, default=0, help="steps of linear warm-up before the cosine")
+    add("--warmup_iters", "--warmup_ratio", type=float, default=0,
+        help="linear warm-up before the cosine, in steps; below 1: a fraction of all steps")
     add("--seed", type=int, default=1337,
         help="random seed of initial weights, shuffling and dropout")
 

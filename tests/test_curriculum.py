@@ -629,7 +629,6 @@ def refusal(monkeypatch, capsys, choices, tmp_path):
     ({"val_path": "none"}, "needs held-out questions of the domain.* --set 3.sampling=uniform"),
     ({"set": [*SMALL, "2.sampling=evaluation"], "val_fraction": 0}, "--set 2.sampling=uniform"),
     ({"val_fraction": 1.5}, r"--val_fraction 1.5 must lie in \[0, 1\)"),
-    ({"warmup_ratio": 1}, r"--warmup_ratio 1.0 must lie in \[0, 1\)"),
     ({"max_seq_len": 256}, "--max_seq_len 256 exceeds the model's context length of 128"),
     ({"set": [*SMALL, "3.attention_weight=1"], "relation_heads": 5}, "relation_heads"),
     ({"set": [*SMALL, "3.feature_weight=1"], "layer_map": "1:9"}, "'1:9' is no"),
