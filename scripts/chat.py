@@ -64,7 +64,7 @@ def main():
                  ("top_k", args.top_k >= 0, "be 0 or more"))
     weights = args.weights or newest(Path(__file__).resolve().parents[1] / "out")
     if weights is None:
-        sys.exit("no weights in out/. Make some: bash quickstart.sh")
+        sys.exit("no weights in out/. Make some: python quickstart.py")
 
     device = pick_device(args.device)
     with checking_input():

@@ -139,7 +139,7 @@ def check(path: str, plan):
         for word in filled(text, values).split():
             is_file = Path(word).suffix in (".py", ".pth", ".json", ".jsonl", ".yaml")
             if is_file and OUT not in word and not (ROOT / word).exists():
-                raise ValueError(f"{path}: {name}: no file at {word}; bash quickstart.sh makes "
+                raise ValueError(f"{path}: {name}: no file at {word}; python quickstart.py makes "
                                  "data, teacher and start; docs/ has the commands of the others")
 
 
