@@ -9,14 +9,16 @@ import copy
 import functools
 import hashlib
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from dataset.formats import check_exists, holds_texts, read_conversations, read_texts
 from runtime.files import file_sha256, write_atomic
@@ -41,10 +43,18 @@ class Batch(NamedTuple):
     # (S,) the place in `teacher.at` that has seen the same text, or -1. None: place i matches i
     match: torch.Tensor | None = None
 
+    def each(self, change) -> "Batch":
+        """`change` applied to each tensor, also of the teacher's batch."""
+        tensors = {name: change(value) for name, value in self._asdict().items()
+                   if isinstance(value, torch.Tensor)}
+        return self._replace(**tensors, teacher=self.teacher and self.teacher.each(change))
+
     def to(self, device) -> "Batch":
-        tensors = {name: value.to(device, non_blocking=True)
-                   for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
-        return self._replace(**tensors, teacher=self.teacher and self.teacher.to(device))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """In page-locked memory, from which `to` copies while a GPU computes."""
+        return self.each(torch.Tensor.pin_memory)
 
 
 class TokenDataset:
@@ -327,14 +337,30 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
 
 
 def make_loader(data, first_step: int, last_step: int, num_workers: int = 0, device: str = "cpu"):
-    """An iterator over this process's micro-batches of steps first_step ... last_step - 1."""
+    """An iterator over this process's micro-batches of steps first_step ... last_step - 1, which
+    num_workers threads prepare ahead. Unlike processes, threads share the memory map, start at
+    once, and receive no signals of their own."""
     wanted = range(first_step * data.per_step, last_step * data.per_step)
-    return iter(DataLoader(data, batch_size=None, sampler=wanted, num_workers=num_workers,
-                           pin_memory=torch.device(device).type == "cuda"))
+    pin = torch.device(device).type == "cuda"
+    if not num_workers:
+        yield from map(partial(micro_batch, data, pin), wanted)
+        return
+    with ThreadPoolExecutor(num_workers) as pool:
+        ahead = deque()
+        for j in wanted:
+            ahead.append(pool.submit(micro_batch, data, pin, j))
+            if len(ahead) > num_workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
-class MicroBatches(Dataset):
-    """All micro-batches of one process in order; item j is a Batch (DataLoader: batch_size=None).
+def micro_batch(data, pin: bool, j: int) -> Batch:
+    return data[j].pinned() if pin else data[j]
+
+
+class MicroBatches:
+    """All micro-batches of one process in order; item j is a Batch.
 
     Optimizer step k takes the k-th slice of the epoch's permutation. Its samples, from short to
     long, are dealt like cards to the micro-batches of all processes, so these are about equally

@@ -201,10 +201,12 @@ class Mixture(MicroBatches):
 
     def shuffle(self, part: int, number: int) -> np.ndarray:
         # Cached per part: with dozens of parts, shuffling at every step would cost all samples.
-        if self.shuffles[part][0] != number:
+        cached, order = self.shuffles[part]         # read once: other threads shuffle too
+        if cached != number:
             seed = seed_of(self.names[part], self.seed)
-            self.shuffles[part] = number, permutation(len(self.parts[part]), seed, number)
-        return self.shuffles[part][1]
+            order = permutation(len(self.parts[part]), seed, number)
+            self.shuffles[part] = number, order
+        return order
 
 
 @functools.cache

@@ -106,12 +106,14 @@ class GradNorm:
         norms = norms_of(gradients)
         self.weights = self.weights.to(next(iter(norms.values())).device)
         balanced = scaled(gradients, shares, norms, dict(zip(self.domains, self.weights)))
-        self.update(norms, self.lag([name for name in gradients if shares[name] > 0], losses))
+        present = [name for name in gradients if shares[name] > 0]
+        if all(math.isfinite(losses[name]) for name in present):    # else the step is skipped
+            self.update(norms, self.lag(present, losses))
         return balanced
 
     def lag(self, present, losses) -> dict[str, float]:
         for domain in present:
-            if not 0 < losses[domain] < math.inf:
+            if losses[domain] <= 0:
                 raise ValueError(f"the loss of domain {domain!r} is {losses[domain]}; gradnorm "
                                  "needs positive losses. Balance by norm or pcgrad instead")
             self.first_losses.setdefault(domain, losses[domain])

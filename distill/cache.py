@@ -6,7 +6,8 @@ Offline distillation (logit caching): the teacher reads the data once and its ou
     DIR/index.npz        position of each sample, by a hash of its tokens (dataset/lm_dataset.py)
     DIR/head.pth         (V, D) fp32, turns states into logits; not with top-k
     DIR/part-00000.bin   per supervised position the final hidden state in bf16, 2 D bytes, or the
-                         top-k log-probabilities and ids, 6 k bytes, less at k < D / 3
+                         top-k log-probabilities, ids and the log-probability of all
+                         other tokens, 6 k + 4 bytes, less at k < D / 3
 
 The samples alone decide which part holds which sample, so any number of processes writes the same
 parts, and an interrupted run resumes at the missing ones.
@@ -24,7 +25,7 @@ import torch
 from distill.fused import CHUNK_BYTES, Dense, TopK
 from runtime.files import write_atomic
 
-VERSION = 1                 # raise it when the meaning of a file changes
+VERSION = 2                 # raise it when the meaning of a file changes
 PART_BYTES = 64 << 20       # of a part, plus at most one sample: what an interruption costs
 N_PARTS = 16                # at least, if there are that many samples: processes share parts
 
@@ -66,7 +67,8 @@ def row_type(about: dict) -> np.dtype:
     if not about["top_k"]:
         return np.dtype([("states", "<i2", (about["dim"],))])
     ids = "<u2" if about["vocab_size"] <= 1 << 16 else "<u4"
-    return np.dtype([("log_p", "<f4", (about["top_k"],)), ("ids", ids, (about["top_k"],))])
+    return np.dtype([("log_p", "<f4", (about["top_k"],)), ("ids", ids, (about["top_k"],)),
+                     ("tail", "<f4")])
 
 
 def pack(about: dict, states, head) -> np.ndarray:  # (S, D), (V, D) -> (S,) rows
@@ -80,9 +82,12 @@ def pack(about: dict, states, head) -> np.ndarray:  # (S, D), (V, D) -> (S,) row
         logits = states[start:start + size].to(head.dtype) @ head.T
         logits = logits.float() / about["temperature"]                      # (C, V)
         top = logits.topk(about["top_k"], dim=-1)                           # (C, k), descending
-        log_p = top.values - logits.logsumexp(dim=-1, keepdim=True)
-        rows["log_p"][start:start + size] = log_p.cpu().numpy()
-        rows["ids"][start:start + size] = top.indices.cpu().numpy()
+        log_sum = logits.logsumexp(dim=-1, keepdim=True)
+        tail = logits.scatter_(-1, top.indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        chunk = rows[start:start + size]
+        chunk["log_p"] = (top.values - log_sum).cpu().numpy()
+        chunk["ids"] = top.indices.cpu().numpy()
+        chunk["tail"] = (tail - log_sum).squeeze(-1).cpu().numpy()
     return rows
 
 
@@ -306,8 +311,8 @@ class TeacherCache:
                                zip(parts.tolist(), begins.tolist(), n_rows.tolist())])
         rows = rows.view(self.row)[:, 0]                                            # (S,)
         if self.top_k:
-            return TopK(torch.from_numpy(rows["ids"].astype(np.int64)).to(self.device),
-                        torch.from_numpy(rows["log_p"].copy()).to(self.device))
+            arrays = rows["ids"].astype(np.int64), rows["log_p"].copy(), rows["tail"].copy()
+            return TopK(*(torch.from_numpy(array).to(self.device) for array in arrays))
         states = torch.from_numpy(rows["states"]).view(torch.bfloat16)
         return Dense(states.to(self.device), self.head)
 

@@ -27,9 +27,10 @@ class Dense(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """A teacher's output as its top-k tokens; the tail probability forms one more bucket."""
+    """A teacher's output as its top-k tokens; all others, its tail, form one more bucket."""
     ids: torch.Tensor               # (S, k)
     log_p: torch.Tensor             # (S, k), at the temperature of the run
+    tail: torch.Tensor              # (S,) log-probability of the tail: 1 - sum(p) would lose it
 
 
 class Fused(NamedTuple):
@@ -193,7 +194,7 @@ def by_autograd(logits, chunks, rows, targets, alpha, temperature, divergence, k
 def in_buckets(top: TopK, rows, log_q):  # (C, V) -> (C, k + 1) twice
     """Teacher and student over the teacher's top-k tokens and one bucket for the tail."""
     ids, log_p = top.ids[rows], top.log_p[rows].float()
-    tail_p = (1 - log_p.exp().sum(dim=-1, keepdim=True)).clamp_min(0).log().clamp_min(MIN_LOG_P)
+    tail_p = top.tail[rows, None].float().clamp_min(MIN_LOG_P)
     tail_q = log_q.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True).clamp_min(MIN_LOG_P)
     return torch.cat([log_p, tail_p], dim=-1), torch.cat([log_q.gather(-1, ids), tail_q], dim=-1)
 

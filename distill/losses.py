@@ -170,8 +170,10 @@ def distillation_loss_fn(student_logits, teacher_logits, temperature=1.0, reduct
             f"student logits {tuple(student_logits.shape)} and teacher logits "
             f"{tuple(teacher_logits.shape)} differ; both models must share one vocabulary and read "
             "the same tokens. For two vocabularies: divergence=uld")
-    log_q = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    log_p = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
+    # A logit of -inf masks its token. Where both models mask it, -inf - -inf would be NaN.
+    lowest = torch.finfo(torch.float32).min
+    log_q, log_p = (F.log_softmax(logits.float() / temperature, dim=-1).clamp_min(lowest)
+                    for logits in (student_logits, teacher_logits.detach()))
     loss = divergence(log_p, log_q) * temperature ** 2
     if reduction == "none":
         return loss

@@ -68,6 +68,8 @@ def add_training_args(parser: argparse.ArgumentParser):
     add("--weight_decay", type=float, default=0.1, help="weight decay of AdamW, on matrices only")
     add("--grad_clip", type=float, default=1.0,
         help="maximum L2 norm of the gradient; 0 disables clipping")
+    add("--max_bad_steps", type=int, default=3,
+        help="steps in a row without a finite gradient, which are skipped, until the run ends")
     add("--warmup_iters", "--warmup_ratio", type=float, default=0,
         help="linear warm-up before the cosine, in steps; below 1: a fraction of all steps")
     add("--seed", type=int, default=1337,
@@ -98,7 +100,7 @@ def add_training_args(parser: argparse.ArgumentParser):
              "1,000 samples")
     add("--skip_bad_lines", action="store_true", help="skip and count lines that cannot be used")
     add("--num_workers", type=int, default=1,
-        help="data loading processes; 0: the training process itself")
+        help="threads that prepare batches; 0: the training thread itself")
 
     add = parser.add_argument_group("hardware").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")

@@ -24,7 +24,7 @@ FREE_TO_CHANGE = {
     "out_dir", "data_path", "config", "resume", "max_steps", "epochs", "batch_size", "device",
     "ddp", "accumulation_steps", "shard", "grad_checkpoint", "compile", "local_rank", "num_workers",
     "log_interval", "save_interval", "eval_interval", "val_path", "use_wandb", "wandb_project",
-    "tokenizer", "start_stage", "end_stage", "set"}
+    "tokenizer", "start_stage", "end_stage", "set", "max_bad_steps"}
 
 # What torch.load raises for a file that is empty, cut short, or of another kind.
 UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
@@ -61,8 +61,8 @@ class Progress:
 
     def is_best(self, loss: float) -> bool:
         """Whether this is the lowest validation loss so far; it is remembered."""
-        better = loss < self.best
-        self.best = min(loss, self.best)
+        better = loss < self.best           # of NaN: False
+        self.best = loss if better else self.best
         return better
 
 

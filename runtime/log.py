@@ -5,6 +5,7 @@ process.
 """
 
 import json
+import math
 import sys
 import time
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ import torch
 from tqdm import tqdm
 
 from runtime.files import read_lines, write_atomic
-from runtime.processes import World, is_main_process, sum_over_processes
+from runtime.processes import World, full_tensor, is_main_process, sum_over_processes
 
 LOG_FILES = []          # into which Logger writes too
 SECONDS = 10            # between two lines of ProgressBar
+SECONDS_WITHOUT_ROW = 30        # until Log shows a line
 
 
 def Logger(content):
@@ -98,13 +100,16 @@ class Log:
     """Rows of numbers: a progress bar or plain lines, a JSONL file, and wandb if requested.
 
     Values are added per step as sums over this process's tokens and reported as means over the
-    steps since the last row; nothing is copied from the device in between.
+    steps since the last row, without those that were skipped; see `is_finite`.
     """
 
     def __init__(self, name, progress, world: World):
         self.path, self.total_steps, self.world = Path(f"{name}.jsonl"), progress.total_steps, world
-        self.first_step, self.start = progress.steps_done, time.time()
-        self.sums, self.steps, self.tokens, self.tokens_before = {}, 0, 0, 0
+        self.progress, self.first_step = progress, progress.steps_done
+        self.start, self.printed = time.time(), 0.0
+        self.values, self.sums = {}, {}             # of this step; of the steps since the last row
+        self.steps = self.skipped = self.tokens = self.tokens_before = 0
+        self.skipped_in_a_row = self.skipped_in_all = 0
         self.bar = progress_bar(world, total=self.total_steps, initial=self.first_step, unit="step")
         if world.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,40 +122,87 @@ class Log:
         processes."""
         self.tokens += tokens
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+            self.values[name] = self.values.get(name, 0.0) + value.detach()
+
+    def is_finite(self, grad_norm, scaler, max_bad_steps: int) -> bool:
+        """Whether the gradient of this step is finite, on all processes. If not, its update must be
+        skipped; after max_bad_steps in a row the script ends, and its files stay as they are.
+
+        In float16 a gradient may overflow because of the loss scale, which the scaler then lowers:
+        such a step does not count.
+        """
+        if full_tensor(grad_norm).isfinite():
+            self.skipped_in_a_row = 0
+            return True
+        values = torch.stack([torch.as_tensor(value) for value in self.values.values()])
+        bad = sum_over_processes((~values.isfinite()).float().to(self.world.device)).tolist()
+        terms = [name for name, n_processes in zip(self.values, bad) if n_processes]
+        self.values, self.skipped = {}, self.skipped + 1
+        self.skipped_in_all += 1
+        self.skipped_in_a_row += scaler.get_scale() <= 1.0      # 1.0: nothing is scaled
+        what = f"the {', '.join(terms)} of" if terms else "the gradient, but not the loss, of"
+        what = f"{what} step {self.progress.steps_done + 1} is not finite"
+        if self.skipped_in_a_row < max_bad_steps:
+            Logger(f"{what}: its update is skipped")
+            return False
+        cause = "the teacher's outputs" if "kd" in terms and "ce" not in terms else (
+            "a learning rate that is too high: lower --learning_rate, or raise --warmup_iters")
+        self.close()
+        sys.exit(f"{what}, nor are those before it, {max_bad_steps} in a row (--max_bad_steps). "
+                 f"Likely cause: {cause}. The files stay as they were last saved.")
 
     def step(self):
-        self.steps += 1
+        """One optimizer step is done. Without a row for 30 s, and after the first step, a line on
+        the terminal shows this process's loss."""
+        for name, value in self.values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.values, self.steps = {}, self.steps + 1
         self.bar.update()
+        if self.world.rank == 0 and time.time() - self.printed > SECONDS_WITHOUT_ROW:
+            n_finite = max(1, self.steps - self.skipped)
+            means = {name: float(value) / n_finite for name, value in self.sums.items()}
+            self.show(self.progress.steps_done, means, self.tokens_before + self.tokens)
 
     def row(self, step: int, wandb=None, **more):
-        """Report the means since the last row together with `more`."""
+        """Report the means since the last row together with `more`. What is not finite is shown,
+        but not written."""
         if self.steps:
             sums = torch.stack([torch.as_tensor(value, dtype=torch.float64)
                                 for value in (*self.sums.values(), self.tokens)])
-            sums = sums.to(self.world.device)
-            *means, tokens = (sum_over_processes(sums) / self.steps).tolist()
-            more = dict(zip(self.sums, means)) | more
-            self.tokens_before += tokens * self.steps
-            self.sums, self.steps, self.tokens = {}, 0, 0
+            *sums, tokens = sum_over_processes(sums.to(self.world.device)).tolist()
+            n_finite = self.steps - self.skipped
+            more = {name: value / n_finite for name, value in zip(self.sums, sums)} | more
+            if self.skipped:
+                more["skipped_steps"] = self.skipped
+            self.tokens_before += tokens
+            self.sums, self.steps, self.skipped, self.tokens = {}, 0, 0, 0
         more = {name: float(value) for name, value in more.items()}
         if self.world.rank != 0:
             return
-        seconds, done = time.time() - self.start, step - self.first_step
-        speed = {"tokens_per_s": self.tokens_before / seconds} if self.tokens_before else {}
+        finite = {name: value for name, value in more.items() if math.isfinite(value)}
+        pace = self.show(step, more, self.tokens_before)
+        speed = {"tokens_per_s": pace} if pace else {}
         with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **more, **speed}) + "\n")
+            file.write(json.dumps({"step": step, **finite, **speed}) + "\n")
         if wandb is not None:
-            wandb.log({**more, **speed}, step=step)
+            wandb.log({**finite, **speed}, step=step)
+
+    def show(self, step: int, values: dict, tokens: float) -> float:
+        """Print a line; return the tokens per second since the start."""
+        self.printed = time.time()
+        seconds, done = self.printed - self.start, step - self.first_step
         left = seconds / done * (self.total_steps - step) if done else 0
-        text = "  ".join(f"{name} {value:.4g}" for name, value in more.items())
-        pace = f"  {speed['tokens_per_s']:,.0f} tokens/s" if speed else ""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        pace = f"  {tokens / seconds:,.0f} tokens/s" if tokens else ""
         Logger(f"step {step}/{self.total_steps}  {text}{pace}  {left / 60:.1f} min left")
+        return tokens / seconds
 
     def close(self):
         """End the progress bar and draw NAME.png from NAME.jsonl, whose rows include those before a
         resume."""
         self.bar.close()
+        if self.skipped_in_all:
+            Logger(f"{self.skipped_in_all} steps were skipped: their gradients were not finite")
         if self.world.rank == 0:
             rows = [json.loads(line) for line in read_lines(self.path)]
             draw_curves(rows, self.path.with_suffix(".png"))

@@ -196,13 +196,15 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM request a stop; the loop finishes its step, saves and exits. A second
-    Ctrl-C exits at once."""
+    """Ctrl-C, SIGTERM and SIGHUP, of a terminal that closes, request a stop; the loop finishes its
+    step, saves and exits. A second Ctrl-C exits at once. A signal that nohup ignores stays so."""
 
     def __init__(self):
         self.requested = self.stopped = False
-        signal.signal(signal.SIGINT, self.receive)
-        signal.signal(signal.SIGTERM, self.receive)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):            # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         if self.requested and number == signal.SIGINT:

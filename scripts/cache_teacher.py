@@ -93,7 +93,7 @@ def check_room(writer: CacheWriter, missing: list[int]):
         raise ValueError(
             f"{megabytes(needed)} do not fit in the {megabytes(free)} that are free at "
             f"{writer.path}. Give another --cache_dir, fewer files, or --top_k K, which takes "
-            f"{row_type(about | {'top_k': 1}).itemsize} K bytes a position")
+            f"{row_type(about | {'top_k': 1}).itemsize - 4} K + 4 bytes a position")
 
 
 def main():

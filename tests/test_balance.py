@@ -298,7 +298,14 @@ def test_a_run_that_stops_and_resumes_continues_identically():
     assert resumed.state_dict() == straight.state_dict()
 
 
-@pytest.mark.parametrize("loss", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_changes_no_weight(loss):
+    gradnorm = GradNorm(["general", "specialist"])
+    gradnorm(random_step(), HALVES, {"general": 1.0, "specialist": loss})
+    assert gradnorm.state_dict() == GradNorm(["general", "specialist"]).state_dict()
+
+
+@pytest.mark.parametrize("loss", [0.0, -1.0])
 def test_a_loss_that_is_not_positive_is_named_with_its_domain(loss):
     with pytest.raises(ValueError, match=f"'specialist' is {loss}"):
         GradNorm(["general", "specialist"])(random_step(), HALVES,

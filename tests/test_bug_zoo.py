@@ -165,7 +165,7 @@ def test_the_tail_of_a_top_k_dropped():
     wrong = forward_kl((p_top / p_top.sum()).log(), (q_top / q_top.sum()).log())
     assert wrong.item() == pytest.approx(0, abs=1e-6)
 
-    top = TopK(ids=torch.tensor([[0, 1]]), log_p=p_top.log())
+    top = TopK(torch.tensor([[0, 1]]), p_top.log(), tail=torch.tensor([0.25]).log())
     ours = fused_distillation_loss(q.log(), torch.eye(4), torch.tensor([0]), top).loss
     assert ours.item() == pytest.approx(0.75 * math.log(10) + 0.25 * math.log(0.25 / 0.925), rel=1e-5)
 

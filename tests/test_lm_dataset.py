@@ -338,5 +338,6 @@ def test_open_data_pairs_other_prompts_and_holds_out_pairs(cache, tmp_path, toke
 
 def test_a_loader_gives_the_micro_batches_of_its_steps(sixty):
     data = MicroBatches(sixty, batch_size=4, accumulation_steps=2)
-    loaded = [batch.tokens.tolist() for batch in make_loader(data, 2, 5)]
-    assert loaded == [data[j].tokens.tolist() for j in range(4, 10)]
+    for threads in (0, 1, 3):
+        loaded = [batch.tokens.tolist() for batch in make_loader(data, 2, 5, threads)]
+        assert loaded == [data[j].tokens.tolist() for j in range(4, 10)]

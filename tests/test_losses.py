@@ -343,6 +343,21 @@ def test_none_is_a_loss_per_token_sum_adds_them_and_batchmean_divides_by_all_tok
         assert torch.allclose(grid.flatten(), row.flatten())
 
 
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_token_that_both_models_mask_changes_nothing(name):
+    """Its logits are -inf; -inf - -inf would be NaN."""
+    divergence = pick_divergence(name)[0]
+    student = torch.tensor([[1.0, 0.5, -1.0], [0.0, 0.2, 0.1]], requires_grad=True)
+    teacher = torch.tensor([[0.3, 0.9, 0.0], [2.0, 0.0, 0.5]])
+    masked = torch.full((2, 1), -torch.inf)
+    plain = distillation_loss_fn(student, teacher, 2.0, divergence=divergence)
+    found = distillation_loss_fn(torch.cat([student, masked], 1), torch.cat([teacher, masked], 1),
+                                 2.0, divergence=divergence)
+    assert found.item() == pytest.approx(plain.item(), rel=1e-6)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (plain, found)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "batchmean"])
 def test_no_token_gives_0_and_a_gradient_of_0_not_nan(reduction):
     student = torch.empty(0, 5, requires_grad=True)

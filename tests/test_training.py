@@ -3,6 +3,7 @@
 Laws of a run: however a step is split and however often a run is interrupted, the result is the same.
 """
 
+import math
 import os
 import random
 import signal
@@ -59,6 +60,61 @@ def test_eight_samples_give_one_gradient_however_they_are_split(name, more, kind
             assert (g - expected).abs().max() <= 4e-6 * expected.abs().max()
 
 
+# ----------------------------------------------------------------------------------------- a gradient that is not finite
+
+BREAKS = """
+import os, runpy, sys, torch
+sys.path.insert(0, os.getcwd())
+clip, step, sys.argv = torch.nn.utils.clip_grad_norm_, 0, sys.argv[1:]
+from distill import fused
+
+def broken(weights, limit):                     # of one process; DDP gives its NaN to the others
+    global step
+    step += 1
+    if step in BAD_STEPS:
+        weights[0].grad[0] = float("nan")
+    return clip(weights, limit)
+
+torch.nn.utils.clip_grad_norm_ = broken
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing(data, models, tmp_path):
+    script, flags, file = lesson("distillation", data, models)
+    code = BREAKS.replace("BAD_STEPS", "(2, 4)")
+    said = succeed("-c", code, script, **flags, max_steps=4, save_interval=1, log_interval=4, out_dir=tmp_path)
+    assert "step 2 is not finite: its update is skipped" in said and "2 steps were skipped" in said
+    before, after = (load(tmp_path / f"{file}.resume{end}") for end in (".previous", ""))
+    assert (before["progress"]["steps_done"], after["progress"]["steps_done"]) == (3, 4)
+    assert same([before["model"], before["optimizer"]["state"]], [after["model"], after["optimizer"]["state"]])
+    written = rows(tmp_path / f"{file}.jsonl")
+    assert all(math.isfinite(value) for row in written for value in row.values())
+    assert [row["step"] for row in written if "skipped_steps" in row] == [2, 4]
+
+
+@pytest.mark.parametrize("name, processes", [("pretrain", 1), ("sft", 1), ("distillation", 2)])
+def test_a_run_that_diverges_ends_with_an_error_and_keeps_its_files(name, processes, data, models, tmp_path):
+    script, flags, file = lesson(name, data, models)
+    flags |= {"save_interval": 2, "eval_interval": 0, "out_dir": tmp_path, "processes": processes}
+    succeed(script, **flags, max_steps=2)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pth", ".resume")}
+    said = complaint(script, **flags | {"learning_rate": 1e30, "save_interval": 100}, max_steps=10, max_bad_steps=2)
+    assert "is not finite" in said and "2 in a row" in said and "--learning_rate" in said
+    assert kept.items() <= {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in kept}.items()
+
+
+def test_a_teacher_that_gives_nan_is_named_as_the_cause(data, models, tmp_path):
+    script, flags, _ = lesson("distillation", data, models)
+    code = BREAKS.replace("BAD_STEPS", "()").replace("def broken", """
+of = fused.Chunks.teacher_log_p
+fused.Chunks.teacher_log_p = lambda *these: of(*these) * float("nan")
+
+def broken""")
+    said = complaint("-c", code, script, **flags, max_steps=9, out_dir=tmp_path)
+    assert "the loss, kd of step 3 is not finite" in said and "the teacher's outputs" in said
+
+
 # ------------------------------------------------------------------------------------------------- interrupted, resumed
 
 STEPS = {"max_steps": 40, "save_interval": 2, "log_interval": 3, "eval_interval": 5}
@@ -78,7 +134,7 @@ def all_that_is_left(folder, file) -> list:
     ("pretrain", "", {"processes": 2}),
     ("sft", "", {"weights": "none", "dim": 32, "n_layers": 2, "n_heads": 2, "dropout": 0.1, "num_workers": 1}),
     ("distillation", "_moe", {"processes": 2, "feature_weight": 0.1, "alpha": 0.5, "final_temperature": 2}),
-], ids=["pretrain, 2 processes", "sft, dropout and a loader process", "distillation, 2 processes"])
+], ids=["pretrain, 2 processes", "sft, dropout and a loader thread", "distillation, 2 processes"])
 def test_a_run_killed_three_times_ends_as_the_unbroken_one(name, kind, more, data, models, tmp_path):
     script, flags, file = lesson(name, data, models, kind)
     flags = flags | STEPS | more
@@ -110,11 +166,11 @@ def test_a_chain_killed_at_its_second_student_goes_on_there(data, models, tmp_pa
         assert same(all_that_is_left(tmp_path / "unbroken", student), all_that_is_left(tmp_path / "broken", student))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_asked_to_stop_saves_and_can_go_on(number, processes, data, models, tmp_path):
     script, flags, file = lesson("sft", data, models)
-    flags |= {"processes": processes, "max_steps": 60, "log_interval": 1, "save_interval": 1000}
+    flags |= {"processes": processes, "max_steps": 60, "log_interval": 1, "save_interval": 1000, "num_workers": 1}
     succeed(script, **flags, out_dir=tmp_path / "unbroken")
 
     asked = start(script, **flags, out_dir=tmp_path / "stopped")
