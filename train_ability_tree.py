@@ -37,7 +37,7 @@ from ability_tree.train import LESSON, add_lesson_args
 from ability_tree.tree import AbilityTree, compare
 from ability_tree.workflow import Workflow
 from evaluation.tables import markdown
-from interop.checkpoint import load_config, load_tokenizer
+from interop.checkpoint import load_config
 from runtime.args import check_ranges, checking_input, make_parser, parse_args
 from runtime.files import read_lines, write_atomic
 from runtime.log import Logger
@@ -127,7 +127,6 @@ def check_inputs(args):
             raise ValueError(f"--{name} {vars(args)[name]}: there is no such file")
     for name in ("student", "teacher"):
         limit = load_config(vars(args)[name]).max_seq_len
-        load_tokenizer(vars(args)[name])
         if limit < (args.max_seq_len or 0):
             raise ValueError(f"--max_seq_len {args.max_seq_len} exceeds the context length of the "
                              f"{name}, {limit}")
