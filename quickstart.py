@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.stdout.reconfigure(errors="replace")        # a console without Chinese characters
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--seeds", type=int, default=1)
@@ -29,7 +30,7 @@ os.chdir(Path(__file__).resolve().parent)
 signal.signal(signal.SIGINT, lambda *_: None)       # Ctrl-C is the command's: it saves and stops
 
 # 1. Environment
-PYTHON = ".venv/Scripts/python.exe" if os.name == "nt" else ".venv/bin/python"
+PYTHON = Path(".venv", "Scripts/python.exe" if os.name == "nt" else "bin/python").absolute()
 os.environ |= {"OMP_NUM_THREADS": "1",  # one thread per process: two processes use two cores
                "USE_LIBUV": "0"}        # torchrun on Windows
 
@@ -44,7 +45,7 @@ def run(command: str | list[str]):
         sys.exit(status if status > 0 else 128 - status)
 
 
-if not Path(PYTHON).exists():
+if not PYTHON.exists():
     subprocess.run([sys.executable, "-m", "venv", ".venv"], check=True)
 installed, needed = Path(".venv/.installed"), Path("requirements.txt")
 if not installed.exists() or needed.stat().st_mtime > installed.stat().st_mtime:
