@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 
 from dataset.domains import DOMAIN, GENERAL, mix_sides, open_sides
+from dataset.formats import CATEGORY_KEYS
 from dataset.lm_dataset import make_loader
 from distill.balance import GradNorm, equal_norms, without_conflict
 from distill.flags import add_intermediate_args, make_intermediate
@@ -45,7 +46,7 @@ from distill.stages import Stage, describe_stage, edit_stages
 from distill.teachers import Teacher, share_vocabulary, teacher_outputs, teacher_side
 from evaluation.domains import evaluate_sides, forgetting, log_exam, show_samples, weighted_loss
 from evaluation.exam import read_exam
-from interop.checkpoint import load_teacher, prepare, save_model
+from interop.checkpoint import load_teacher, prepare, save_model, weight_file
 from interop.sizes import init_student_model
 from model.config import LMConfig
 from runtime.args import (add_training_args, check_ranges, checking_input, lora_options,
@@ -98,13 +99,13 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
         #    optimizer step, so any split into micro-batches and processes gives the same step.
         #    A balanced step has micro-batches of each side, divided by that side's tokens.
         seed_everything(args.seed, step, world.rank)    # resuming repeats this step's dropout
-        gradients, norms, losses, n_targets, n_tokens = {}, {}, {}, {}, 0
+        gradients, norms, losses, n_targets, n_samples, n_tokens = {}, {}, {}, {}, {}, 0
         for side in (GENERAL, DOMAIN) if balanced else ("both",):
             losses[side] = Counter()
             for micro in range(args.accumulation_steps):
                 batch = next(loader).to(world.device)
                 communicate = not balanced and micro == args.accumulation_steps - 1
-                n_targets[side] = batch.step_targets
+                n_targets[side], n_samples[side] = batch.step_targets, batch.step_samples
                 if not batch.lengths:       # a small share leaves some processes without samples
                     continue
                 with torch.no_grad(), autocast(world.device, world.dtype):
@@ -130,7 +131,8 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
         log.add(n_tokens, **{term: sum(share * losses[side][term] for side, share in shares.items())
                              for term in terms})
         if balanced:
-            gradient, norms = balance_gradients(args.balance, gradnorm, gradients, shares, losses)
+            gradient, norms = balance_gradients(args.balance, gradnorm, gradients, shares, losses,
+                                                n_samples)
             give_gradient(weights, gradient)
             norms = {f"grad_{side}": norm / scaler.get_scale() for side, norm in norms.items()}
 
@@ -169,15 +171,17 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
             return
 
 
-def balance_gradients(balance, gradnorm, gradients, shares, losses):
+def balance_gradients(balance, gradnorm, gradients, shares, losses, n_samples):
     """One gradient from those of both sides (distill/balance.py), and the norm of what each
-    contributes, before (SIDE) and after (SIDE_balanced)."""
-    if balance == "gradnorm":       # compares how fast the losses fall, over all processes
+    contributes, before (SIDE) and after (SIDE_balanced). shares: of the tokens."""
+    if balance == "norm":           # the domain counts by its share of samples, as planned
+        found = equal_norms(gradients, shares, n_samples)
+    elif balance == "gradnorm":     # compares how fast the losses fall, over all processes
         means = {side: sum_over_processes(grad.new_tensor(float(losses[side]["loss"]))).item()
                  for side, grad in gradients.items()}
         found = gradnorm(gradients, shares, means)
     else:
-        found = {"norm": equal_norms, "pcgrad": without_conflict}[balance](gradients, shares)
+        found = without_conflict(gradients, shares)
     after = {f"{side}_balanced": norm for side, norm in found.after.items()}
     return found.gradient, found.before | after
 
@@ -185,18 +189,17 @@ def balance_gradients(balance, gradnorm, gradients, shares, losses):
 def validate(wandb, args, world, student, teachers, tokenizer, data, held_out, progress, log):
     """Log losses, exam grades and what was forgotten since the stage began; then sample the
     domain's weak categories more often. Returns the CE at the shares that the stage ends with."""
-    metrics, accuracy = evaluate_sides(student, teachers, tokenizer, held_out, world,
-                                       args.max_new_tokens)
+    metrics, found = evaluate_sides(student, teachers, tokenizer, held_out, world,
+                                    args.max_new_tokens)
     metrics = metrics | forgetting(metrics, progress.memory.setdefault("start", metrics))
     log.row(progress.steps_done, wandb, **{f"val_{key}": x for key, x in metrics.items()})
-    if accuracy and args.sampling == "evaluation" and progress.steps_done < progress.total_steps:
+    if found and args.sampling == "evaluation" and progress.steps_done < progress.total_steps:
         # A category without questions counts as the domain's mean.
-        scores = {name: accuracy.get(name, metrics["domain_accuracy"]) for name in data.names
-                  if name != GENERAL}
+        scores = {name: found.get(name, found[DOMAIN]) for name in data.names if name != GENERAL}
         weights = {name: max(0.1, 1 - score) for name, score in scores.items()}
         data.reweigh(progress.steps_done, weights)
         progress.memory["history"] = data.history
-        Logger("accuracy -> share of the domain's samples from now on: " + "; ".join(
+        Logger("score -> share of the domain's samples from now on: " + "; ".join(
             f"{name} {scores[name]:.0%} -> {weight / sum(weights.values()):.0%}"
             for name, weight in weights.items()))
     return weighted_loss(metrics, args.share[1])
@@ -251,12 +254,11 @@ def main():
     add("--set", nargs="+", default=[], metavar="STAGE.NAME=VALUE", help="changes of that row")
     add("--start_stage", type=int, default=1, choices=[1, 2, 3], help="first stage to run")
     add("--end_stage", type=int, default=3, choices=[1, 2, 3], help="last stage to run")
-    add("--checkpoint_path", help="initial weights of --start_stage, such as stage1_best.pth")
+    add("--checkpoint_path", type=weight_file,
+        help="initial weights of --start_stage, such as out/stage1_best")
     add("--divergence", default="forward_kl",
         choices=[name for name in DIVERGENCES if name not in ("jsd", "uld")],
         help="divergence from the teacher in all stages (distill/losses.py)")
-    add("--warmup_ratio", type=float, default=0.1,
-        help="fraction of each stage's steps for warm-up, in [0, 1); --warmup_iters overrides it")
     add("--eval_samples", type=int, default=400,
         help="maximum number of held-out samples, and of questions, of each side; 0: all")
     add("--max_new_tokens", type=int, default=32, help="maximum length of an exam answer, tokens")
@@ -267,7 +269,7 @@ def main():
         help="the same as --dtype float16")
     add_intermediate_args(parser, weights=False)
     add_training_args(parser)
-    parser.set_defaults(val_fraction=0.1, eval_interval=0, weight_decay=0.01)
+    parser.set_defaults(val_fraction=0.1, eval_interval=0, weight_decay=0.01, warmup_iters=0.1)
     args = parse_args(parser, n_samples="[0, inf)")
     check_ranges(parser, args,
                  ("end_stage", args.end_stage >= args.start_stage, "be --start_stage or later"),
@@ -315,10 +317,13 @@ def main():
             if stage.sampling == "evaluation" and not held_out.get(DOMAIN, (None, None))[1]:
                 raise ValueError("sampling by evaluation needs held-out questions of the domain: "
                                  f"--val_path, --val_fraction, or --set {number}.sampling=uniform")
+            if stage.sampling == "evaluation" and len(sides[DOMAIN]) == 1:
+                Logger(f"stage {number}: sampling by evaluation has no effect, because all samples "
+                       f"of the domain have one category, {next(iter(sides[DOMAIN]))!r} (keys: "
+                       f"{', '.join(CATEGORY_KEYS)})")
             data = mix_sides(dataset, sides, stage, args.accumulation_steps, world.rank,
                              world.size, args.seed)
             own = Namespace(**vars(args) | asdict(stage) | {"max_steps": len(data.shares)})
-            own.warmup_iters = args.warmup_iters or round(args.warmup_ratio * own.max_steps)
             make_intermediate(own, student.config, teachers)
             runs[number] = own, data
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from evaluation.tables import aligned, markdown, width_of
 from runtime.args import checking_input, did_you_mean, make_parser, parse_args
 from runtime.files import write_atomic
+from runtime.pictures import save_picture
 
 Z = 1.959964        # 95 % of a normal distribution lie within this many standard deviations
 BAR = 20            # characters of a bar: 5 % each
 
-# From weak to strong, distinct for colour-blind readers too; and fonts with Chinese characters.
+# From weak to strong, distinct for colour-blind readers too.
 COLOURS, UNTESTED, INK = ("#c8553d", "#f0dfb4", "#2b7a94"), "#e3e3e3", "#2f2f2f"
-FONTS = ("Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei")
 
 
 def wilson(correct: int, asked: int) -> tuple[float, float]:
@@ -241,8 +241,7 @@ class AbilityTree:
         """A row per node: name and counts, the 95 % interval in the colour of the posterior mean,
         the accuracy as a dot, and as a ring the accuracy `before`."""
         Path(png).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(png), lambda file: picture(self, before).savefig(
-            file, format="png", dpi=120, bbox_inches="tight"))
+        save_picture(picture(self, before), png, bbox_inches="tight")
 
 
 def percent(accuracy: float | None) -> str:
@@ -250,14 +249,14 @@ def percent(accuracy: float | None) -> str:
 
 
 def compare(before: AbilityTree, after: AbilityTree) -> str:
-    """A Markdown table: a row per leaf of either tree, and one for all. A change has its 95 %
-    interval and is bold where that excludes 0."""
-    old, new = ({key_of(path): (path, leaf) for path, leaf in tree.leaves().items()}
+    """A Markdown table: a row per branch and leaf of either tree, and one for all. A change has its
+    95 % interval and is bold where that excludes 0."""
+    old, new = ({key_of(path): (path, node) for path, node in tree.walk() if node is not tree}
                 for tree in (before, after))
     pairs = []
     for key, (path, _) in (new | {key: old[key] for key in old if key not in new}).items():
         then, now = (leaves[key][1] if key in leaves else AbilityTree("") for leaves in (old, new))
-        pairs.append((spell(path[1:] or path).replace("|", "\\|"), then, now))
+        pairs.append((spell(path[1:]).replace("|", "\\|"), then, now))
     rows = [["ability", "asked", "accuracy", "change, points (95 %)"]]
     for name, then, now in [*pairs, ("all", before, after)]:
         points = "–"
@@ -272,7 +271,6 @@ def compare(before: AbilityTree, after: AbilityTree) -> str:
 
 def picture(tree: AbilityTree, before: AbilityTree | None):
     """The figure of AbilityTree.draw; its height follows the number of nodes."""
-    from matplotlib import font_manager, rc_context
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
@@ -281,24 +279,21 @@ def picture(tree: AbilityTree, before: AbilityTree | None):
     left = 6.5 * max(map(width_of, names)) + 8      # points that the names take, left of the axis
     old = {key_of(path): node for path, node in before.walk()} if before else {}
     colour = LinearSegmentedColormap.from_list("ability", COLOURS)
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = ["DejaVu Sans", *(name for name in FONTS if name in installed)]
-    with rc_context({"font.family": fonts, "text.parse_math": False}):
-        figure = Figure(figsize=(5, 0.26 * len(nodes) + 0.6))
-        axis = figure.add_subplot()
-        for y, (path, node) in enumerate(nodes):
-            then = old.get(key_of(path))
-            axis.plot([100 * bound for bound in node.interval()], [y, y], linewidth=5,
-                      color=colour(node.posterior()) if node.asked else UNTESTED)
-            if then and then.asked:
-                axis.plot(100 * then.accuracy, y, "o", color=INK, markerfacecolor="white")
-            if node.asked:
-                axis.plot(100 * node.accuracy, y, "o", color=INK, markersize=5)
-            axis.annotate(names[y], (-3, y), (-left, 0), textcoords="offset points", va="center")
-            axis.text(104, y, f"{node.correct}/{node.asked}", va="center")
-        axis.set(xlim=(-3, 103), ylim=(len(nodes) - 0.5, -0.5), yticks=[], xticks=range(0, 101, 25),
-                 xlabel="● accuracy, %   " + "○ before   " * bool(before) + "▬ 95 % interval")
-        axis.spines[:].set_visible(False)
+    figure = Figure(figsize=(5, 0.26 * len(nodes) + 0.6))
+    axis = figure.add_subplot()
+    for y, (path, node) in enumerate(nodes):
+        then = old.get(key_of(path))
+        axis.plot([100 * bound for bound in node.interval()], [y, y], linewidth=5,
+                  color=colour(node.posterior()) if node.asked else UNTESTED)
+        if then and then.asked:
+            axis.plot(100 * then.accuracy, y, "o", color=INK, markerfacecolor="white")
+        if node.asked:
+            axis.plot(100 * node.accuracy, y, "o", color=INK, markersize=5)
+        axis.annotate(names[y], (-3, y), (-left, 0), textcoords="offset points", va="center")
+        axis.text(104, y, f"{node.correct}/{node.asked}", va="center")
+    axis.set(xlim=(-3, 103), ylim=(len(nodes) - 0.5, -0.5), yticks=[], xticks=range(0, 101, 25),
+             xlabel="● accuracy, %   " + "○ before   " * bool(before) + "▬ 95 % interval")
+    axis.spines[:].set_visible(False)
     return figure
 
 

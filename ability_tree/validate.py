@@ -110,18 +110,18 @@ def main():
         return solve(agent, PROMPTS[args.prompts], batch, args.max_new_tokens, args.temperature,
                      seed)
 
-    def pairs(part, batch):
+    def both(part, batch):
         a = answers(agents[0], batch, seed_of(args.seed, 0, part))
         b = a if once else answers(agents[1], batch, seed_of(args.seed, 1, part))
         return list(zip(a, b))
 
-    parts, results = work_in_parts(args.out, about, batches_of(rows, PART), pairs, world)
+    parts, results = work_in_parts(args.out, about, batches_of(rows, PART), both, world)
     if results is None:
         return
 
     # 4. Files and counts
-    kept, rejected, counts = [], [], {}
-    for row, pair in zip(rows, sum(results, []), strict=True):
+    kept, rejected, counts, pairs = [], [], {}, sum(results, [])
+    for row, pair in zip(rows, pairs, strict=True):
         leaf, reason = spell(abilities[str(row["id"])]), reason_to_reject(row["answer_idx"], pair)
         asked, n_kept = counts.get(leaf, (0, 0))
         counts[leaf] = asked + 1, n_kept + (reason is None)
@@ -131,6 +131,10 @@ def main():
             letters = {role: letter for role, (letter, _) in zip(ROLES, pair)}
             rejected.append({**row, "leaf": leaf, **letters, "reason": reason})
     Logger(table(["asked", "kept"], [(leaf, *counts[leaf]) for leaf in sorted(counts)], rejected))
+    for i, (role, agent) in enumerate(zip(ROLES, agents)):      # the teacher itself, by default
+        n = sum(pair[i][0] == row["answer_idx"] for row, pair in zip(rows, pairs))
+        Logger(f"{role}, {agent.name}: {n:,} of {len(rows):,} answered as written "
+               f"({n / len(rows):.1%})")
     Logger(f"kept {len(kept):,} of {len(rows):,} questions ({len(kept) / len(rows):.1%})")
     finish_questions(parts, kept, [abilities[str(row["id"])] for row in kept], rejected)
 

@@ -26,7 +26,7 @@ from dataset.lm_dataset import packed_batch
 from model.config import LMConfig
 from model.transformer import Transformer
 from runtime.args import checking_input, make_parser
-from runtime.files import write_atomic
+from runtime.pictures import save_picture
 from runtime.precision import pick_dtype, seed_everything
 
 AXES = {        # name: (what grows, default values)
@@ -119,7 +119,7 @@ def draw(rows, path: Path):
         axes.set_title(AXES[group][0], fontsize=9)
     figure.supylabel("relative to the first value")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_picture(figure, path)
 
 
 def width_and_layers(text: str) -> tuple[int, int]:

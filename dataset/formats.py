@@ -26,7 +26,7 @@ THOUGHT_KEY = "reasoning_content"
 TOOL_KEYS = ("tool_calls", "function_call", "tools", "functions")       # refused
 BESIDE_TURNS = {*SYSTEM_KEYS, *TOOL_KEYS}
 EXAM_COLUMNS = ("question", "a", "b", "c", "d")     # multiple-choice CSV; "answer" holds a letter
-CATEGORY_KEYS = ("leaf", "category", "subject", "meta_info")
+CATEGORY_KEYS = ("leaf", "category", "subject", "department", "meta_info")
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant", "developer": "system"}
@@ -319,7 +319,7 @@ def holds_texts(path) -> bool:
 
 
 def category(row: dict, default: str) -> str:
-    """The first text among a row's leaf, category, subject and meta_info; else `default`."""
+    """The first text among a row's CATEGORY_KEYS; else `default`."""
     names = (row[key] for key in CATEGORY_KEYS if key in row)
     return next((name for name in names if isinstance(name, str) and name.strip()), default)
 

@@ -26,7 +26,7 @@ class Stage:
     growth: str = "linear"          # how the share changes: dataset/mixture.py
     balance: str = "none"           # of the domains' gradients: distill/balance.py
     sampling: str = "uniform"       # within the domain; evaluation: a category in proportion to
-                                    # max(0.1, 1 - its accuracy)
+                                    # max(0.1, 1 - its score)
     feature_weight: float = 0.0     # of the intermediate-layer losses: distill/features.py
     attention_weight: float = 0.0
     contrastive_weight: float = 0.0

@@ -159,17 +159,25 @@ def prepare(model: Transformer, base, world: World, lora: dict | None = None,
 
 def adapt(model: Transformer, base, rank: int, alpha: float | None, dropout: float,
           targets=None) -> Adapted:
-    """add_lora to a model that was loaded from `base`."""
+    """add_lora to a model that was loaded from `base`. If that holds adapters of the same rank,
+    alpha and targets, these are trained on."""
     if str(base) == "none":
         raise ValueError("--lora_rank adapts pretrained weights: --weights or --student FILE")
-    if detect_format(base) is native and native.read_about(base)[2]:
-        raise ValueError(f"{base} holds adapters itself. Merge them into their weights, and adapt "
-                         f"those: python scripts/convert.py --weights {base} --out NEW.pth")
     targets = targets or TARGETS
+    wanted = {"rank": rank, "alpha": rank if alpha is None else alpha, "targets": list(targets)}
+    lora = native.read_about(base)[2] if detect_format(base) is native else None
+    weights = base
+    if lora:
+        if differ := [key for key, value in wanted.items() if lora[key] != value]:
+            raise ValueError(f"{base} holds adapters of {differ[0]} {lora[differ[0]]}, not "
+                             f"{wanted[differ[0]]}. Merge them into their weights, and adapt those:"
+                             f" python scripts/convert.py --weights {base} --out NEW.pth")
+        weights = Path(base).parent / lora["base"]
+        model.load_state_dict(load_model(weights)[0].state_dict())      # without the adapters
     report = add_lora(model, rank, alpha, dropout, targets)
-    model.adapted = {"rank": rank, "alpha": rank if alpha is None else alpha,
-                     "targets": list(targets), "base": str(base),
-                     "base_sha256": sha256_of_model(base)}
+    if lora:
+        load_lora(model, native.read_state(base))
+    model.adapted = wanted | {"base": str(weights), "base_sha256": sha256_of_model(weights)}
     return report
 
 
@@ -190,6 +198,12 @@ def sha256_of_model(path) -> str:
 
 
 # -- formats ---------------------------------------------------------------------------------------
+
+def weight_file(path: str) -> str:
+    """PATH, or PATH.pth where only that exists."""
+    alone = f"{path}.pth"
+    return alone if Path(alone).exists() and not Path(path).exists() else path
+
 
 def detect_format(path):
     """The module of interop/ that reads PATH. Raises FileNotFoundError or ValueError."""

@@ -110,7 +110,8 @@ def add_training_args(parser: argparse.ArgumentParser):
         help="maximum L2 norm of the gradient; 0 disables clipping")
     add("--max_bad_steps", type=int, default=3,
         help="steps in a row without a finite gradient, which are skipped, until the run ends")
-    add("--warmup_iters", type=int, default=0, help="steps of linear warm-up before the cosine")
+    add("--warmup_iters", "--warmup_ratio", type=float, default=0,
+        help="linear warm-up before the cosine, in steps; below 1: a fraction of all steps")
     add("--seed", type=int, default=1337,
         help="random seed of initial weights, shuffling and dropout")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from runtime.files import read_rows, write_atomic, write_jsonl
+from runtime.files import read_rows, write_jsonl
 from runtime.precision import sum_dtype
 from runtime.processes import World, full_tensor, is_main_process, sum_over_processes
 
@@ -214,6 +214,8 @@ def draw_curves(rows: list[dict], path: Path):
     """
     from matplotlib.figure import Figure        # needed once, at the end of a run
 
+    from runtime.pictures import save_picture
+
     panels = {}                     # {"loss": {"loss": {step: value}, "val_loss": {step: value}}}
     for row in rows:
         for name, value in row.items():
@@ -238,7 +240,7 @@ def draw_curves(rows: list[dict], path: Path):
             axis.plot(list(line), list(line.values()), ".-", color=color, label=label)
         if any(name.startswith("val_") for name in lines):
             axis.legend(frameon=False)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_picture(figure, path)
 
 
 def init_wandb(args, name: str, progress):

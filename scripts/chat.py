@@ -61,7 +61,7 @@ def main():
     args = parse_args(parser, temperature="[0, inf)")
     weights = args.weights or newest(Path(__file__).resolve().parents[1] / "out")
     if weights is None:
-        sys.exit("no weights in out/. Make some: bash quickstart.sh")
+        sys.exit("no weights in out/. Make some: python quickstart.py")
 
     device = pick_device(args.device)
     with checking_input():

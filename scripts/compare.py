@@ -40,6 +40,7 @@ from evaluation.tables import markdown, mean_and_spread
 from runtime.args import check_ranges, checking_input, did_you_mean, make_parser, resume_command
 from runtime.files import file_sha256, read_rows, write_atomic
 from runtime.log import Logger
+from runtime.pictures import save_picture
 
 OUT = "<out>"               # in a command: the folder of its own that a run writes into
 FIRST_SEED = 1337           # of the reported runs; candidates are tuned with the seed before it
@@ -138,7 +139,7 @@ def check(path: str, plan):
         for word in filled(text, values).split():
             is_file = Path(word).suffix in (".py", ".pth", ".json", ".jsonl", ".yaml")
             if is_file and OUT not in word and not (ROOT / word).exists():
-                raise ValueError(f"{path}: {name}: no file at {word}; bash quickstart.sh makes "
+                raise ValueError(f"{path}: {name}: no file at {word}; python quickstart.py makes "
                                  "data, teacher and start; docs/ has the commands of the others")
 
 
@@ -405,7 +406,7 @@ def draw(results: dict, plan, path: Path):
         axis.set_title(title, pad=16)
         axis.set(xlabel=plan.picture, xlim=(0, 100), ylim=(len(plan.rows) - 0.5, -0.5))
     axes[0].set_yticks(range(len(plan.rows)), [row.name for row in plan.rows])
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_picture(figure, path)
 
 
 def write_parts(files: dict, folder: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ from interop.checkpoint import load_model
 from model.generate import column_major, generate
 from runtime.args import checking_input, make_parser, parse_args
 from runtime.files import write_atomic
+from runtime.pictures import save_picture
 from runtime.precision import pick_device
 
 
@@ -110,7 +111,7 @@ def draw(results: dict[str, list[dict]], reference: str, path: Path) -> bool:
         axis.set_ylim(0, 100 if values is exact else None)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left",
                   ncols=len(results), frameon=False)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_picture(figure, path)
     return True
 
 

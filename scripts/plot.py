@@ -13,7 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from runtime.args import checking_input, make_parser, parse_args
-from runtime.files import read_rows, write_atomic
+from runtime.files import read_rows
+from runtime.pictures import save_picture
 
 
 def read_curves(path: Path) -> dict[str, dict[int, float]]:
@@ -39,7 +40,7 @@ def draw(runs: dict[str, dict], names: list[str], path: Path):
             axis.plot(list(curve), list(curve.values()), ".-", label=label)
         axis.set(title=name, xlabel="step")
     axis.legend(frameon=False)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_picture(figure, path)
 
 
 def main():

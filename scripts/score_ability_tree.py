@@ -75,7 +75,7 @@ def main():
     with checking_input():
         rows = read_each(args.data, dict)
         for label, _, path in (each.partition("=") for each in args.weights):
-            leaves, models = exam(path, rows), Path(path).absolute().parents[1]
+            leaves, models = exam(path, rows), Path(path).absolute().parents[2]
             own = questions(models.parent / "workflow") if models.name == "models" else {}
             scores[label] = [{"weak": mean(leaves[leaf] for leaf in SCARCE),
                               "all": mean(leaves.values()), **own}]

@@ -190,7 +190,7 @@ sys.exit(code)
 
 
 class Shell:
-    """`Shell(folder).run("bash quickstart.sh --smoke", cwd)`: a shell command in which `python` and
+    """`Shell(folder).run("bash scripts/run_skd.sh", cwd)`: a shell command in which `python` and
     `torchrun` start forks of the fork server. folder gets the two programs and a socket."""
 
     def __init__(self, folder: Path):
@@ -200,8 +200,6 @@ class Shell:
             client = folder / name
             client.write_text(CLIENT.format(python=sys.executable, variable=SHELL))
             client.chmod(0o755)
-        # quickstart.sh activates its environment; this one is complete.
-        (folder / "activate").write_text(f'export PATH="{folder}:$PATH"\n')
         self.listener = socket.socket(socket.AF_UNIX)
         self.address = tempfile.mkdtemp(prefix="sh-") + "/socket"    # such paths must be short
         self.listener.bind(self.address)
@@ -242,10 +240,11 @@ class Shell:
         return Ended(ended.returncode, ended.stdout)
 
 
-def quickstart(folder, shell: Shell | None = None) -> str:
-    """`bash quickstart.sh --smoke` in a copy of the repo whose environment is complete."""
-    ended = (shell or Shell(folder / ".venv/bin")).run(["bash", "quickstart.sh", "--smoke"], folder)
-    assert ended.code == 0, ended.output
+def quickstart(folder, code=0) -> str:
+    """`python quickstart.py --smoke` in a copy of the repo whose environment is complete."""
+    words = [sys.executable, "quickstart.py", "--smoke"]
+    ended = Shell(folder / ".venv/bin").run(words, folder)
+    assert ended.code == code, ended.output
     return ended.output
 
 

@@ -33,7 +33,7 @@ STEPS = ["initial tree", "round 1: inference", "round 1: analyze", "round 1: gen
          "round 2: analyze"]
 A, C, D = (f"iteration_1/{name}" for name in ("A_student_reply", "C_distill_data",
                                               "D_validated_data"))
-STUDENT = "models/iteration_1_student_model"
+STUDENT = "models/iteration_1_student_model/final_model"
 
 
 def read(path) -> list[dict]:
@@ -166,7 +166,7 @@ def flag(command: list[str], name: str) -> str:
 def test_the_student_of_a_round_is_examined_and_trained_in_the_next(pretend, tmp_path):
     done = pretend()
     weights = [tmp_path / "student", *(
-        tmp_path / f"models/iteration_{n}_student_model/full_dist_32.pth" for n in (1, 2))]
+        tmp_path / f"models/iteration_{n}_student_model/final_model/full_dist_32.pth" for n in (1, 2))]
     exams = [done[f"round {number}: inference"] for number in (1, 2, 3)]
     assert [flag(exam, "weights") for exam in exams] == list(map(str, weights))
     assert [Path(flag(exam, "questions")).name for exam in exams] == ["dev_1", "dev_2", "dev_2"]
@@ -188,7 +188,9 @@ def test_a_given_tree_is_where_the_first_round_begins(pretend, tmp_path, capsys)
     mine = tmp_path / "mine.json"
     AbilityTree.from_paths([("world", "day")]).save(mine)
     done = pretend(initial_tree=mine)
-    assert "initial tree" not in done and flag(done["round 1: analyze"], "tree") == str(mine)
+    copy = tmp_path / "workflow/initial_ability_tree.json"
+    assert "initial tree" not in done and flag(done["round 1: analyze"], "tree") == str(copy)
+    assert copy.read_bytes() == mine.read_bytes()
     # Without ability files, the teacher finds the leaves.
     analyze = pretend(initial_tree=mine, ability_files=[])["round 1: analyze"]
     assert "--abilities" not in analyze and flag(analyze, "agent") == str(tmp_path / "teacher")
@@ -427,12 +429,14 @@ def test_a_round_leaves_trees_questions_a_student_and_a_log_for_each_step(round_
     replies = read(workflow / A / "replies.jsonl")
     assert [reply["id"] for reply in replies] == [row["id"] for row in exam]
 
-    trees = [AbilityTree.load(workflow / folder / "tree.json") for folder in (
-        "initial_ability_tree", "iteration_1/B_student_tree", "iteration_2/B_student_tree")]
+    trees = [AbilityTree.load(workflow / f"{name}.json") for name in (
+        "initial_ability_tree", "iteration_1/B_student_tree/tree", "iteration_2/B_student_tree/tree")]
     assert [tree.asked for tree in trees] == [0, len(exam), len(exam)]
     for leaf in trees[2].leaves().values():
         assert [row["round"] for row in leaf.history] == [1, 2]
 
+    log = (here / "validate.log").read_text()
+    assert f"agent_a, {round_1.flags['teacher']}: " in log and "% " not in log.split("as written")[0]
     kept, rejected = (read(workflow / D / name) for name in ("valid.jsonl", "valid_rejected.jsonl"))
     ids = {row["id"] for row in kept}
     assert kept and rejected and len({row["id"] for row in wrote}) == len(wrote) <= 100
@@ -449,7 +453,10 @@ def test_a_round_leaves_trees_questions_a_student_and_a_log_for_each_step(round_
         {"role": "user", "content": kept[0]["question"]},
         {"role": "assistant", "content": kept[0]["options"][kept[0]["answer_idx"]]}]
 
-    student = load(round_1.folder / STUDENT / "full_dist_32.pth")
+    models = round_1.folder / STUDENT
+    assert {path.name for path in models.parent.iterdir()} == {"final_model", "checkpoint-40"}
+    assert (models.parent / "checkpoint-40/full_dist_32.resume").exists()
+    student = load(models / "full_dist_32.pth")
     assert not same(load(round_1.flags["student"]), student)
     logs = [path.read_text().strip() for path in workflow.rglob("*.log")]
     assert len(logs) == len(STEPS) and all(log and log in round_1.output for log in logs)
@@ -491,6 +498,13 @@ def test_a_mistake_in_a_file_is_reported_before_the_first_step(flag, world, tmp_
 @pytest.mark.parametrize("wrong, reason", [
     ({"agent_b": "gone.pth"}, "--agent_b gone.pth: there is no such file"),
     ({"initial_tree": "gone.json"}, "no ability tree at gone.json"),
+    ({"gpus": -1}, "--gpus [-1] must be numbers below"),
+    ({"max_seq_len": 256}, "--max_seq_len 256 exceeds the context length of the student, 128"),
+    # Known at the start, though step B or C would be the first to miss it
+    ({"initial_tree": {"name": "miniworld", "children": [{"name": "sky"}]}},
+     "the ability tree has no miniworld / "),
+    ({"seed_abilities": {"id": "no question", "ability_path": ["miniworld"]}},
+     "seed questions belong to no leaf"),
     ({"teacher_url": "http://localhost:1/v1"}, "--teacher_url needs the model's name"),
     ({"agent_a_url": "localhost", "agent_a_model": "big", "agent_a": None}, "must begin with http"),
 ])
@@ -507,6 +521,8 @@ def test_a_student_whose_tokens_the_teacher_cannot_read_is_refused_before_a_ques
 
 
 def check_refusal(wrong, reason, world, tmp_path):
+    wrong = {name: write(tmp_path / f"{name}.jsonl", [value]) if isinstance(value, dict) else value
+             for name, value in wrong.items()}
     flags = world.flags | wrong | {"workflow_dir": tmp_path / "w"}
     output = complaint("train_ability_tree.py", **flags)
     assert reason in output and "==" not in output

@@ -220,7 +220,7 @@ def test_seqkd_learns_the_replay_beside_the_answers(tools):
 
 @pytest.mark.parametrize("launcher, script", LAUNCHERS.items())
 def test_what_a_launch_script_starts_runs_in_two_processes(launcher, script, tools, data, models, tmp_path):
-    """The tiny recipe with the user's flags, on a few rows, for two steps: torchrun itself is quickstart.sh's to test."""
+    """The tiny recipe with the user's flags, on a few rows, for two steps: torchrun itself is quickstart.py's to test."""
     config = ROOT / "configs" / launcher.replace("scripts/run_", "").replace("onpolicy_kd", "onpolicy").replace(
         ".sh", "_tiny.yaml")
     student, told = data / "experience_student.jsonl", data / "experience_teacher.jsonl"

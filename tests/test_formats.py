@@ -482,7 +482,7 @@ def test_a_folder_with_nothing_to_read_is_an_error_that_names_what_is_read(tmp_p
     ({"leaf": "math/sum", "category": "math", "subject": "sums", "meta_info": "m"}, "math/sum"),
     ({"meta_info": "m", "subject": "sums", "category": "math"}, "math"),
     ({"meta_info": "m", "subject": "sums", "leaf": ""}, "sums"),
-    ({"meta_info": "m", "subject": None}, "m"),
+    ({"meta_info": "m", "subject": None}, "m"), ({"meta_info": "m", "department": "内科"}, "内科"),
     ({"meta_info": {"source": "m"}}, "exam"),
     ({}, "exam"),
 ])

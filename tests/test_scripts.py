@@ -50,7 +50,7 @@ def pair(models):
 
 
 def test_the_lessons_follow_each_other_on_default_names(flags, data, tmp_path):
-    """Each finds what the one before left in --out_dir. quickstart.sh does the same without
+    """Each finds what the one before left in --out_dir. quickstart.py does the same without
     experts."""
     sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "use_moe": True, "out_dir": tmp_path}
     printed = succeed("train_pretrain.py",
@@ -302,7 +302,7 @@ def test_evaluation_names_what_is_missing_or_ambiguous(models, data, refused, tm
 
 
 def steps(printed) -> tuple[list[str], list[str]]:
-    """The outputs of the steps that quickstart.sh made, and of those that it found up to date."""
+    """The outputs of the steps that quickstart.py made, and of those that it found up to date."""
     outputs = re.findall(r"^== (\S+)( is up to date)?$", printed, flags=re.MULTILINE)
     return [name for name, done in outputs if not done], [name for name, done in outputs if done]
 
@@ -327,6 +327,13 @@ def test_quickstart_repeats_only_what_depends_on_a_file_that_changed(clone):
     assert made == [] and len(found) == 10 and "\nstep " not in printed
 
 
+def test_quickstart_stops_at_the_first_command_that_fails(clone):
+    rows = clone / "out/smoke/dataset/sft_data_clean.jsonl"
+    rows.write_bytes(rows.read_bytes() + b"{\n")
+    made, found = steps(quickstart(clone, code=1))
+    assert made == ["out/smoke/right/full_sft_64.pth"] and len(found) == 4
+
+
 def test_quickstart_names_an_option_that_it_does_not_know():
-    ended = subprocess.run(["bash", "quickstart.sh", "--smok"], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2 and "unknown option --smok; known: --seeds N" in ended.stderr
+    ended = subprocess.run([sys.executable, "quickstart.py", "--smok"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and "unrecognized arguments: --smok" in ended.stderr

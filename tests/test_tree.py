@@ -227,15 +227,17 @@ def test_a_bar_is_full_where_the_interval_leaves_no_doubt_and_columns_are_straig
     assert lines["内科学"].index("0/0") + 3 == lines["herb"].index("0/0")   # 3 of 2 columns each
 
 
-def test_the_comparison_has_a_row_per_leaf_of_either_tree_and_bold_changes(tree):
+def test_the_comparison_has_a_row_per_branch_and_leaf_of_either_tree_and_bold_changes(tree):
     after = AbilityTree.from_paths([("World", "Math", "Add"), ("world", "art | craft")])
     after.update(results(ADD, 2, 50), round=1)
     table = [[cell.strip() for cell in line.strip("| ").split(" | ")]
              for line in compare(tree, after).splitlines()]
     assert table[2:] == [
+        ["Math", "12 → 50", "83 % → 4 %", "**-79 (-92 .. -50)**"],
         ["Math / Add", "10 → 50", "90 % → 4 %", "**-86 (-95 .. -54)**"],
         ["art \\| craft", "0 → 0", "– → –", "–"],
         ["math / mul", "2 → 0", "50 % → –", "–"],
+        ["clinic", "0 → 0", "– → –", "–"],
         ["clinic / herb", "0 → 0", "– → –", "–"],
         ["all", "12 → 50", "83 % → 4 %", "**-79 (-92 .. -50)**"]]
 
