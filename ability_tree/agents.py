@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from evaluation.exam import write_answers
 from interop.checkpoint import load_model, sha256_of_model
-from model.generate import column_major, generate
+from model.generate import column_major
 from runtime.log import Logger
 from runtime.precision import pick_dtype
 
@@ -45,19 +46,9 @@ class LocalAgent:
         column_major(self.model)
 
     def generate(self, conversations, max_new_tokens, temperature=0.0, seed=0):
-        """A conversation that fills the context gets "" and is logged."""
-        chats = self.tokenizer.encode_chats(conversations, add_generation_prompt=True)
-        limit = self.model.config.max_seq_len - 1
-        prompts = [ids for ids, _ in chats if len(ids) <= limit]
-        if len(prompts) < len(chats):
-            Logger(f"{self.name}: {len(chats) - len(prompts):,} of {len(chats):,} conversations "
-                   f"are longer than {limit:,} tokens and get no reply")
-        replies = iter(generate(
-            self.model, prompts, max_new_tokens, self.tokenizer.end_of_turn, rows=self.rows,
-            temperature=temperature,
-            generator=torch.Generator(self.device).manual_seed(seed)))
-        return [self.tokenizer.decode(next(replies)).strip() if len(ids) <= limit else ""
-                for ids, _ in chats]
+        return write_answers(self.model, self.tokenizer, conversations, max_new_tokens,
+                             rows=self.rows, temperature=temperature,
+                             generator=torch.Generator(self.device).manual_seed(seed))
 
 
 class EndpointAgent:

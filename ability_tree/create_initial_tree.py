@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from ability_tree.agents import OutOfBudget, add_agent_args, make_agent
 from ability_tree.prompts import PROMPTS
-from ability_tree.steps import (add_request_args, batches_of, beside, read_abilities, seed_of,
-                                write_rows)
+from ability_tree.steps import add_request_args, batches_of, beside, read_abilities, seed_of
 from ability_tree.tree import AbilityTree, key_of, spell
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
+from runtime.files import write_jsonl
 from runtime.log import Logger
 from runtime.processes import init_distributed_mode, patient_group
 
@@ -124,7 +124,7 @@ def main():
     # 3. Files
     if world.rank == 0:
         if rejected:
-            write_rows(beside(args.out, "rejected"), rejected)
+            write_jsonl(beside(args.out, "rejected"), rejected)
             Logger(f"{len(rejected):,} replies rejected: {beside(args.out, 'rejected')}")
         tree.save(args.out)
         Logger(f"{tree.text()}\nwrote {args.out}: {len(tree.leaves()):,} leaves")

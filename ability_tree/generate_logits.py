@@ -17,9 +17,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ability_tree.steps import rows_of, write_rows
+from ability_tree.steps import rows_of
 from dataset.formats import CONVERSATION_KEYS, bare_question, files_of, to_messages
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
+from runtime.files import write_jsonl
 from runtime.log import Logger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,7 @@ def conversations(paths, hide_options: bool, skip_bad_lines: bool, out: str) -> 
     """The files to train on: these, or with hide_options OUT with their bare conversations."""
     if not hide_options:
         return [str(file) for path in paths for file in files_of(path)]
-    write_rows(out, rows_of(paths, bare, skip_bad_lines))       # complete, the same by each process
+    write_jsonl(out, rows_of(paths, bare, skip_bad_lines))      # complete, the same by each process
     return [out]
 
 

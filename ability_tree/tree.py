@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evaluation.tables import aligned, markdown, width_of
 from runtime.args import checking_input, did_you_mean, make_parser, parse_args
-from runtime.files import write_atomic
+from runtime.files import write_text
 from runtime.pictures import save_picture
 
 Z = 1.959964        # 95 % of a normal distribution lie within this many standard deviations
@@ -192,9 +192,7 @@ class AbilityTree:
 
     def save(self, path):
         """As JSON. Everything but names, children and history is there for people to read."""
-        text = json.dumps(self.to_json(), ensure_ascii=False, indent=1)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(path), lambda file: file.write(f"{text}\n".encode()))
+        write_text(path, json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n")
 
     def to_json(self) -> dict:
         row = {"name": self.name, "asked": self.asked, "correct": self.correct,

@@ -19,7 +19,7 @@ import torch
 
 from ability_tree.generate_logits import ROOT, flags_of, listed
 from runtime.args import WORKFLOW, resume_command
-from runtime.files import file_sha256, keep_previous, write_atomic
+from runtime.files import file_sha256, keep_previous, write_text
 from runtime.log import Logger
 
 MANIFEST = "manifest.json"
@@ -68,11 +68,11 @@ class Workflow:
             for path in folder.iterdir():
                 if path.is_file() and path.name != MANIFEST:
                     path.unlink()
-        write_manifest(file, manifest)
+        write_text(file, json.dumps(manifest, indent=2))
         command = [f"ability_tree.{module}", *flags_of(**flags)]
         command += [resume_flag] if again and resume_flag else []
         self.run(title, command, log or folder.parent / f"{module}.log")
-        write_manifest(file, manifest | {"outputs": outputs_of(folder)})
+        write_text(file, json.dumps(manifest | {"outputs": outputs_of(folder)}, indent=2))
         self.exit_if_stopped(title)
 
     def run(self, title: str, command: list[str], log: Path):
@@ -110,11 +110,6 @@ class Workflow:
         if self.signal:
             Logger(f"stopped at {title}; finished steps are kept. Resume with: {resume_command(1)}")
             sys.exit(130)
-
-
-def write_manifest(file: Path, manifest: dict):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, lambda out: out.write(json.dumps(manifest, indent=2).encode()))
 
 
 def sha256_of(path: Path) -> str:

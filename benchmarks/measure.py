@@ -24,7 +24,7 @@ import torch
 
 from evaluation.tables import markdown
 from runtime.args import RANGES, check_values
-from runtime.files import write_atomic
+from runtime.files import write_text
 
 TOLERANCE = 1e-4            # relative, per tensor; fp32 sums in another order differ by 1e-6
 PAGE = 4096                 # bytes; no measurement of memory is finer
@@ -132,8 +132,6 @@ def parse(parser, argv, *counts: str):
     """args; counts are flags that must be 1 or more. Exits with a message."""
     args = parser.parse_args(argv)
     check_values(parser, args, RANGES | dict.fromkeys(counts, "[1, inf)"))
-    if args.json and not Path(args.json).parent.is_dir():
-        parser.error(f"no folder for {args.json}; make it: mkdir -p {Path(args.json).parent}")
     return args
 
 
@@ -152,5 +150,4 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
 def write_json(args, rows: list[dict]):
     if args.json:
         content = {"setting": vars(args), "torch": torch.__version__, "rows": rows}
-        text = json.dumps(content, indent=2).encode()
-        write_atomic(Path(args.json), lambda file: file.write(text))
+        write_text(args.json, json.dumps(content, indent=2))

@@ -35,6 +35,7 @@ from distill.cache import IDENTITY, VERSION, CacheWriter, TeacherCache, lay_out,
 from distill.fused import fused_distillation_loss
 from distill.teachers import Teacher, teacher_outputs
 from model.config import LMConfig
+from model.sizes import SIZES
 from model.transformer import Transformer
 from runtime.args import checking_input, make_parser
 from runtime.optim import decay_groups
@@ -55,16 +56,10 @@ def small(dim, n_layers) -> LMConfig:
     return LMConfig(dim=dim, n_layers=n_layers, max_seq_len=LONGEST)
 
 
-def qwen3(dim, n_layers, n_heads, hidden_dim, tied=False) -> LMConfig:
-    return LMConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=8, head_dim=128,
-                    hidden_dim=hidden_dim, vocab_size=151936, max_seq_len=40960, norm_eps=1e-6,
-                    rope_theta=1e6, tie_embeddings=tied, qk_norm=True)
-
-
 SHAPES = {"A": Shape(small(512, 8), small(768, 8), 8),
           "B": Shape(small(256, 4), small(512, 8), 16),
           "document": Shape(small(512, 8), small(768, 16), 32),
-          "qwen3": Shape(qwen3(1024, 28, 16, 3072, tied=True), qwen3(4096, 36, 32, 12288), 4),
+          "qwen3": Shape(SIZES["0.6B"], SIZES["8B"], 4),
           "test": Shape(small(32, 2), small(48, 2), 3)}
 
 

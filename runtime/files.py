@@ -43,6 +43,12 @@ def write_atomic(path: Path, write):
     replace_atomic(path, to_file)
 
 
+def write_text(path, text: str):
+    """A complete file; its folder is created. A text may hold half a character: surrogatepass."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(Path(path), lambda file: file.write(text.encode(errors="surrogatepass")))
+
+
 LOCKS = []              # open files: a lock ends with its process, however that ends
 
 
@@ -107,11 +113,8 @@ def named_errors(path):
 
 
 def write_jsonl(path, rows: list[dict]):
-    """One JSON object a line; the folder is created."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # surrogatepass: a text may hold half a character, which UTF-8 refuses.
-    write_atomic(Path(path), lambda file: file.write(lines.encode(errors="surrogatepass")))
+    """One JSON object a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def keep_previous(path: Path, end: str = ".previous"):

@@ -18,13 +18,13 @@ import shutil
 import sys
 from pathlib import Path
 
-# `python scripts/cache_teacher.py` looks for modules in scripts/ alone; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 import numpy as np
 import torch
 
-from dataset.lm_dataset import dataset_of, packed_batch, sample_key
+from dataset.lm_dataset import by_length, dataset_of, sample_key
+from dataset.mixture import Joined
 from distill.cache import VERSION, CacheWriter, lay_out, pack, row_type
 from interop.checkpoint import load_model, load_tokenizer, sha256_of_model
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
@@ -33,32 +33,6 @@ from runtime.log import Logger
 from runtime.parts import Parts
 from runtime.precision import autocast
 from runtime.processes import init_distributed_mode, main_process_first
-
-
-class Samples:
-    """The samples of several files, numbered consecutively, tokenised as in training."""
-
-    def __init__(self, paths, tokenizer, max_seq_len, skip_bad_lines):
-        self.files = [dataset_of([path])([path], tokenizer, max_seq_len, skip_bad_lines, Logger)
-                      for path in paths]
-        self.firsts = np.cumsum([0, *map(len, self.files)])
-        self.lengths = np.concatenate([file.lengths for file in self.files])        # (n,) tokens
-        self.n_targets = np.concatenate([file.n_targets for file in self.files])    # (n,)
-        self.keys = np.array([sample_key(file.sample(i)) for file in self.files
-                              for i in range(len(file))], np.uint64)
-
-    def batches(self, samples: np.ndarray, tokens_per_batch: int):
-        """Batches of these samples, in their order."""
-        flag, start = self.files[0].flag, 0
-        for end in range(1, len(samples) + 1):
-            n_tokens = self.lengths[samples[start:end + 1]].sum()       # with the next sample
-            if end < len(samples) and n_tokens <= tokens_per_batch:
-                continue
-            chosen, start = samples[start:end], end
-            files = np.searchsorted(self.firsts, chosen, side="right") - 1
-            rows = chosen - self.firsts[files]
-            stream = np.concatenate([self.files[i].sample(row) for i, row in zip(files, rows)])
-            yield packed_batch(stream & ~flag, stream & flag > 0, self.lengths[chosen])
 
 
 @torch.no_grad()
@@ -160,9 +134,11 @@ def main():
                  "dtype": str(world.dtype).removeprefix("torch."), "vocab_size": len(head),
                  "dim": config.dim, "skip_bad_lines": args.skip_bad_lines}
         with main_process_first(world):
-            samples = Samples(args.data_path, tokenizer, max_seq_len, args.skip_bad_lines)
+            data = Joined([dataset_of([path])([path], tokenizer, max_seq_len, args.skip_bad_lines,
+                                              Logger) for path in args.data_path])
+            keys = [sample_key(data.sample(i)) for i in range(len(data))]
             about["files"] = {path: file_sha256(path) for path in args.data_path}
-            layout = lay_out(samples.keys, samples.lengths, samples.n_targets,
+            layout = lay_out(np.array(keys, np.uint64), data.lengths, data.n_targets,
                              row_type(about).itemsize)
             writer = CacheWriter(args.cache_dir, about, layout, head)
             missing = writer.prepare(args.overwrite)
@@ -176,10 +152,12 @@ def main():
     # 5. Write
     parts = Parts(writer.path, about, len(writer.part_bytes), world)
     parts.missing = writer.missing          # the folder and its parts are the writer's
-    n_tokens = [int((samples.lengths[layout.samples[layout.part(part)]] - 1).sum())
-                for part in range(parts.n_parts)]
+    samples = [layout.samples[layout.part(part)] for part in range(parts.n_parts)]
+    n_tokens = [int((data.lengths[chosen] - 1).sum()) for chosen in samples]
     for part in parts.mine(missing, n_tokens, "tokens"):
-        batches = samples.batches(layout.samples[layout.part(part)], args.tokens_per_batch)
+        chosen = samples[part]
+        batches = (data.batch(chosen[places])
+                   for places in by_length(data.lengths[chosen], args.tokens_per_batch))
         rows = teacher_rows(teacher, batches, about, world, parts)
         if rows is None:
             break

@@ -18,8 +18,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-# `python scripts/convert.py` searches scripts/ for modules; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 import torch
 

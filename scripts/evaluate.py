@@ -14,14 +14,13 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-# `python scripts/evaluate.py` looks for modules in scripts/ alone; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 from evaluation.metrics import measure, read_tests, tables
 from interop.checkpoint import load_model
 from model.generate import column_major, generate
 from runtime.args import checking_input, make_parser, parse_args
-from runtime.files import write_atomic
+from runtime.files import write_text
 from runtime.pictures import save_picture
 from runtime.precision import pick_device
 
@@ -174,13 +173,12 @@ def main():
         text += f"\n\n{side_by_side(tests, answers)}"
     print(text)
     if args.json:
-        write_atomic(Path(args.json),
-                     lambda file: file.write(json.dumps(results, indent=2).encode()))
+        write_text(args.json, json.dumps(results, indent=2))
     if args.report:
         report, picture = Path(args.report), Path(args.report).with_suffix(".png")
         if draw(results, name, picture):
             text += f"\n\n![the same as a picture]({picture.name})"
-        write_atomic(report, lambda file: file.write(f"# Results\n\n{text}\n".encode()))
+        write_text(report, f"# Results\n\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-# `python scripts/generate_answers.py` looks for modules in scripts/ alone; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 import numpy as np
 import torch

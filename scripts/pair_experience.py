@@ -30,8 +30,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-# `python scripts/pair_experience.py` looks for modules in scripts/ alone; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 from dataset.formats import read_each, to_messages, to_question
 from evaluation.tables import aligned

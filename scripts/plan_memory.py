@@ -21,8 +21,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-# `python scripts/plan_memory.py` looks for modules in scripts/ alone; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 import torch
 

@@ -18,24 +18,22 @@ from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
-# Run as a script, Python looks for modules in scripts/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
-from dataset.formats import read_each
+from dataset.formats import bare_question, read_each
 from dataset.miniworld import LEAVES, SCARCE, World, reverse, sort
-from evaluation.scores import score_answers
+from evaluation.exam import ExamQuestion, choose_options, grade
 from interop.checkpoint import load_model
 from runtime.args import checking_input, make_parser
-from runtime.files import write_atomic
+from runtime.files import write_text
 
 
 def exam(weights: str, rows: list[dict]) -> dict[str, float]:
     """{leaf: % of its questions whose most likely option is the answer}"""
-    questions, leaves = [(row["question"], list(row["options"].values())) for row in rows], {}
-    for row, log_p in zip(rows, score_answers(*load_model(weights), questions)):
-        answer = list(row["options"])[log_p.index(max(log_p))]
-        leaves.setdefault(row["meta_info"], []).append(100 * (answer == row["answer_idx"]))
-    return {leaf: mean(scores) for leaf, scores in leaves.items()}
+    questions = [ExamQuestion(bare_question(row), row["options"][row["answer_idx"]],
+                              list(row["options"].values()), row["meta_info"]) for row in rows]
+    by_leaf = grade(choose_options(*load_model(weights), questions), questions).by_category
+    return {leaf: 100 * share for leaf, share in by_leaf.items()}
 
 
 def right_answer(question: str, known: dict[str, str]) -> str | None:
@@ -81,7 +79,7 @@ def main():
                               "all": mean(leaves.values()), **own}]
     text = json.dumps(scores, indent=2)
     print(text)
-    write_atomic(Path(args.json), lambda file: file.write(text.encode()))
+    write_text(args.json, text)
 
 
 if __name__ == "__main__":

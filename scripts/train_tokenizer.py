@@ -19,8 +19,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-# `python scripts/train_tokenizer.py` searches scripts/ for modules; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 from dataset.formats import END_OF_TEXT
 from interop.vocabulary import to_bytes
@@ -59,13 +58,8 @@ def all_texts(path: Path) -> Iterator[str]:
             else:
                 while lines := file.readlines(1 << 16):
                     yield "".join(line for line in lines if line.strip() != END_OF_TEXT)
-    except FileNotFoundError as error:
-        raise SystemExit(f"--data {path}: no such file") from error
     except json.JSONDecodeError as error:
         raise SystemExit(f"{path}, line {number}: not JSON ({error})") from error
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{path}: not UTF-8 ({error}); convert it: iconv -f gb18030 -t utf-8"
-                         ) from error
 
 
 def read_texts(path: Path, max_bytes: float) -> list[str]:

@@ -17,11 +17,13 @@ from ability_tree.create_initial_tree import divided, grow
 from ability_tree.generate_distill_data import (Wanted, largest_remainder, new_question, plan,
                                                 seeds_of_leaves, write_part)
 from ability_tree.prompts import PROMPTS
-from ability_tree.steps import kind_of, read_abilities, table, write_rows
+from ability_tree.steps import kind_of, read_abilities, table
 from ability_tree.tree import AbilityTree
 from ability_tree.validate import choose, reason_to_reject, solve
+from dataset.formats import bare_question
 from evaluation.scores import score_answers
 from helpers_run import complaint, run, start, succeed
+from runtime.files import write_jsonl
 from runtime.processes import World
 
 JSON, MINIWORLD = PROMPTS["json"], PROMPTS["miniworld"]
@@ -58,7 +60,7 @@ def add_row(number, a, b):
 
 
 def write(path, rows) -> Path:
-    write_rows(path, rows)
+    write_jsonl(path, rows)
     return path
 
 
@@ -334,7 +336,7 @@ def test_weights_choose_the_likeliest_option_after_the_bare_question(models):
              "options": {letter: f"{n * i:02}" for i, letter in enumerate("ABCD", 1)}}
             for n in range(3, 9)]
     log_p = score_answers(agent.model, agent.tokenizer,
-                          [(row["question"], row["options"].values()) for row in rows])
+                          [(bare_question(row), row["options"].values()) for row in rows])
     expected = [("ABCD"[of_row.index(max(of_row))], None) for of_row in log_p]
     assert choose(agent, rows) == expected and len(set(expected)) > 1
     endless = rows[0] | {"question": "m " * 200}
