@@ -175,8 +175,8 @@ class TokenDataset:
         ours, theirs = self.tokenizer.chat.lead, teacher.tokenizer.chat.lead
         if ours != theirs:              # same_text counts the bytes of answers from their start
             raise ValueError(f"answers begin with {ours!r} in the student's chat format and "
-                             f"{theirs!r} in the teacher's; give the student's folder the teacher's "
-                             "chat_template, or take a student of the same format")
+                             f"{theirs!r} in the teacher's; give the student's folder the "
+                             "chat_template of the teacher")
         pair = self.view(np.flatnonzero(np.isin(self.rows, teacher.rows)))
         pair.teacher = teacher
         if teacher.tokenizer.sha256 != self.tokenizer.sha256:
