@@ -26,7 +26,7 @@ from distill.balance import GradNorm
 from distill.stages import Stage, describe_stage, edit_stages
 from evaluation.domains import forgetting, weighted_loss
 from evaluation.exam import read_exam
-from helpers_run import ROOT, load, rows, run, same, succeed
+from helpers_run import ROOT, load, rows, run, same, complaint, succeed
 from interop.checkpoint import load_model, load_tokenizer, new_model, save_model
 from model.config import LMConfig
 from runtime.checkpoint import Progress
