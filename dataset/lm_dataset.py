@@ -221,10 +221,9 @@ class TokenDataset:
                 "belong together? The teacher's files must match the student's row by row")
         ours, theirs = self.tokenizer.chat.lead, teacher.tokenizer.chat.lead
         if ours != theirs:              # same_text counts the bytes of answers from their start
-            raise ValueError(
-                f"answers begin with {ours!r} in the student's chat format and {theirs!r} in the "
-                "teacher's; give the student's folder the teacher's chat_template, or take a "
-                "student of the same format")
+            raise ValueError(f"answers begin with {ours!r} in the student's chat format and "
+                             f"{theirs!r} in the teacher's; give the student's folder the "
+                             "chat_template of the teacher")
         pair = self.view(np.flatnonzero(np.isin(self.rows, teacher.rows)))
         pair.teacher = teacher
         pair.across = self.tokenizer.conflict(teacher.tokenizer.ids) is not None

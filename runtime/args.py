@@ -23,9 +23,9 @@ CHAT = "MINIDISTILL_CHAT"           # environment variable: --chat
 # write_temperature, log_interval. Infinity only says that there is no bound: no value is infinite.
 RANGES = {name: interval for interval, names in {
     "[1, inf)": "accumulation_steps batch_size depth epochs max_bad_steps max_new_tokens "
-                "max_seq_len max_tries n_samples n_seeds num_samples relation_heads rounds rows "
-                "sample_every tokens_per_batch",
-    "[1, 1000]": "parallel processes repeats threads",
+                "max_seq_len max_tries n_samples n_seeds num_samples relation_heads repeats rounds "
+                "rows sample_every threads tokens_per_batch",
+    "[1, 1000]": "parallel processes",
     "[1, 1000000]": "dim n_heads n_layers vocab_size",
     "[0, inf)": "budget chars grad_clip interval learning_rate limit max_steps power round rpm "
                 "samples seed size smoothing steps test top_k train warmup_iters weakest weight "

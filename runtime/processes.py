@@ -210,14 +210,14 @@ def is_split(tensor: torch.Tensor) -> bool:
 
 class StopSignal:
     """Ctrl-C, SIGTERM and SIGHUP, of a terminal that closes, request a stop; the loop finishes its
-    step, saves and exits. A second Ctrl-C exits at once. A signal that nohup ignores stays so."""
+    step, saves and exits. A second Ctrl-C exits at once. nohup ignores SIGHUP, and so it stays."""
 
     def __init__(self):
         self.requested = self.stopped = False
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):            # Windows has no SIGHUP
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.receive)
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.receive)          # Windows has none
 
     def receive(self, number, frame):
         if self.requested and number == signal.SIGINT:

@@ -235,6 +235,28 @@ def test_padded_columns_are_left_out(more, flags, wide, data, tmp_path):
         assert close(narrow, learned(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("objective", ["gkd", "minillm"])
+def test_padding_is_neither_sampled_nor_graded(objective, flags, wide, data, tmp_path):
+    for name, each in (("out", flags), ("padded", wide)):
+        succeed("train_onpolicy.py", **each | {"data_path": data / "experience_student.jsonl", "out_dir": tmp_path / name, "size": None},
+                objective=objective, max_new_tokens=6)
+    a, b = ([{key: x for key, x in row.items() if "share" not in key} for row in rows(tmp_path / name / "full_onpolicy_32.jsonl")]
+            for name in ("out", "padded"))
+    assert all(one == pytest.approx(two, rel=1e-5) for one, two in zip(a, b, strict=True))
+
+
+def test_an_evaluation_has_no_padding_either(flags, wide, data, tmp_path):
+    found = {}
+    for name, each in (("plain", flags), ("padded", wide)):
+        succeed("scripts/evaluate.py", weights=[f"{who}={each[who]}" for who in ("teacher", "student")], limit=40,
+                data=[data / "test.jsonl", data / "mcq_test.jsonl"], json=tmp_path / name)
+        found[name] = {who: seeds[0] for who, seeds in json.loads((tmp_path / name).read_text()).items()}
+    for who in ("teacher", "student"):
+        for key in ("exact_match", "perplexity", "agreement", "kl", "multiple_choice"):
+            assert found["padded"][who][key] == pytest.approx(found["plain"][who][key], rel=1e-4), key
+    assert found["padded"]["student"]["kl"] > 0.1
+
+
 @pytest.mark.parametrize("more", [{}, {"top_k": 1024}, {"top_k": 5}], ids=str)
 def test_a_cache_has_no_padding_either(more, flags, wide, tmp_path):
     for name, each in (("out", flags), ("padded", wide)):
