@@ -22,11 +22,12 @@ from typing import NamedTuple
 from ability_tree.agents import add_agent_args, identity_of, make_agent
 from ability_tree.prompts import LETTERS, PROMPTS, folded, name_of, nonempty
 from ability_tree.steps import (add_request_args, finish_questions, read_abilities, read_choices,
-                                rows_of, seed_of, settings, sha256_of, table, work_in_parts)
+                                rows_of, settings, sha256_of, table, work_in_parts)
 from ability_tree.tree import AbilityTree, key_of, spell
 from dataset.formats import to_question
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.log import Logger
+from runtime.precision import seed_of
 from runtime.processes import init_distributed_mode
 
 PART = 64           # questions of a part, at least; it has whole leaves

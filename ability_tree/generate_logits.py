@@ -100,13 +100,10 @@ def main():
     with checking_input():
         data_path = conversations(args.data, args.hide_options, args.skip_bad_lines,
                                   f"{args.out.rstrip('/')}.jsonl")
-    become("scripts/cache_teacher.py", flags_of(
-        teacher=args.teacher, data_path=data_path, cache_dir=args.out, tokenizer=args.tokenizer,
-        max_seq_len=args.max_seq_len, top_k=args.top_k,
-        temperature=args.temperature if args.top_k else None,
-        skip_bad_lines=args.skip_bad_lines, overwrite=args.overwrite,
-        tokens_per_batch=args.tokens_per_batch, dtype=args.dtype, device=args.device, ddp=args.ddp,
-        local_rank=args.local_rank))
+    args.temperature = args.temperature if args.top_k else None
+    given = {name: value for name, value in vars(args).items()
+             if name not in ("config", "data", "hide_options", "out")}
+    become("scripts/cache_teacher.py", flags_of(**given, data_path=data_path, cache_dir=args.out))
 
 
 if __name__ == "__main__":

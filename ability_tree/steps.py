@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from ability_tree.agents import OutOfBudget
 from ability_tree.prompts import PROMPTS
 from dataset.formats import files_of, read_each, to_messages
@@ -30,11 +28,6 @@ def add_request_args(parser, temperature: float | None = None):
     if temperature is not None:
         add("--temperature", type=float, default=temperature, help="of sampling; 0: greedy")
     return add
-
-
-def seed_of(*numbers: int) -> int:
-    """A seed that depends on these numbers alone, not on processes or time."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def batches_of(items: list, size: int) -> list[list]:

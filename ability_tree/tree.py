@@ -180,9 +180,6 @@ class AbilityTree:
         The floor, in equal parts for all n leaves, tests strong leaves again, or nobody would
         notice that they are forgotten. power 0: equal shares; above 1: mostly the weakest leaves.
         """
-        if smoothing <= 0 or power < 0 or not 0 <= floor <= 1:
-            raise ValueError(f"smoothing {smoothing:g} must be above 0, power {power:g} 0 or more, "
-                             f"floor {floor:g} in 0..1")
         weakness = {path: 1 - leaf.posterior(smoothing) for path, leaf in self.leaves().items()}
         most = max(weakness.values())       # divided by it, one stays 1 where high powers underflow
         weakness = {path: (weak / most) ** power for path, weak in weakness.items()}
@@ -301,18 +298,15 @@ def main():
     add("tree", metavar="TREE.json", help="the ability tree to show")
     add("--compare", metavar="BEFORE.json", help="an earlier tree: adds a table of the changes")
     add("--png", metavar="FILE.png", help="file of a picture; with --compare, of both trees")
-    add("--weakest", type=int, default=5, metavar="N",
-        help="number of the weakest leaves to list with their shares of new questions; 0: none")
     args = parse_args(parser)
 
     with checking_input():
         tree = AbilityTree.load(args.tree)
         before = AbilityTree.load(args.compare) if args.compare else None
     print(tree.text())
-    if args.weakest:
-        print("\nweakest leaves and their shares of new questions:")
-        for path in tree.weakest(args.weakest):
-            print(f"{tree.weights()[path]:7.1%}  {spell(path)}")
+    print("\nweakest leaves and their shares of new questions:")
+    for path in tree.weakest(5):
+        print(f"{tree.weights()[path]:7.1%}  {spell(path)}")
     if before:
         print(f"\n{args.compare} → {args.tree}\n\n{compare(before, tree)}")
     if args.png:

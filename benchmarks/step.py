@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import plain
 from benchmarks.measure import (TOLERANCE, add_result_args, compare, in_a_new_process, parse,
-                                peak_above, setting, table, timed, with_ratios, write_json)
+                                setting, table, timed, with_ratios, write_json)
 from dataset.lm_dataset import Batch, packed_batch, sample_key
 from distill.cache import IDENTITY, VERSION, CacheWriter, TeacherCache, lay_out, pack, row_type
 from distill.fused import fused_distillation_loss
@@ -38,6 +38,7 @@ from model.config import LMConfig
 from model.sizes import SIZES
 from model.transformer import Transformer
 from runtime.args import checking_input, make_parser
+from runtime.log import peak_above
 from runtime.optim import decay_groups
 from runtime.precision import autocast, pick_dtype
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only dataset/
 
-from runtime.args import checking_input, make_parser, parse_args
+from runtime.args import make_parser, parse_args
 from runtime.files import write_text
 
 # ---- 1. The tables of the world ----------------------------------------------------------------
@@ -510,12 +510,7 @@ def build(seed, label_noise, n):
 
 def generate(out_dir, seed=0, label_noise=0.3, **sizes):
     """Write every file of the world into out_dir: {file name: number of rows}. The same seed and
-    sizes (see SIZES) give the same bytes. Raises ValueError for a size or a share out of range."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size}: a file needs a row; the default is {FULL[name]}")
-    if not 0 <= label_noise <= 1:
-        raise ValueError(f"label_noise={label_noise} is not a share; give 0 to 1, say 0.3")
+    sizes (see SIZES) give the same bytes."""
     files = build(seed, label_noise, SimpleNamespace(**FULL | sizes))
     for name, rows in files.items():
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
@@ -536,10 +531,9 @@ def main():
     for name in sizes:
         arg(f"--{name}", type=int, default=FULL[name], help="number of rows")
     arg("--smoke", action="store_true", help="a few hundred rows per file; overrides the sizes")
-    args = parse_args(parser)
+    args = parse_args(parser, size="[1, inf)")
     sizes = SMOKE if args.smoke else {name: vars(args)[name] for name in sizes}
-    with checking_input():
-        n_rows = generate(args.out_dir, args.seed, args.label_noise, **sizes)
+    n_rows = generate(args.out_dir, args.seed, args.label_noise, **sizes)
     print(f"{'file':26} {'rows':>6}  first row")
     for name, n in n_rows.items():
         lines = Path(args.out_dir, name).read_text(encoding="utf-8").splitlines()

@@ -28,10 +28,10 @@ RANGES = {name: interval for interval, names in {
     "[1, 1000]": "parallel processes",
     "[1, 1000000]": "dim n_heads n_layers vocab_size",
     "[0, inf)": "budget chars grad_clip interval learning_rate limit max_steps power round rpm "
-                "samples seed size smoothing steps test top_k train warmup_iters weakest weight "
+                "samples seed size steps test top_k train warmup_iters weakest weight "
                 "weight_decay",
     "[0, 10000]": "lora_rank measure num_workers",
-    "(0, inf)": "gpu_gb lora_alpha max_mb temperature",
+    "(0, inf)": "gpu_gb lora_alpha max_mb smoothing temperature",
     "[0, 1]": "alpha alpha_ce beta floor label_noise on_policy_fraction",
     "[0, 1)": "dropout replay_share val_fraction warmup_ratio",
     "(0, 1)": "skew teacher_share test_share",

@@ -6,9 +6,10 @@ process.
 
 import json
 import math
+import re
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from runtime.processes import World, full_tensor, is_main_process, sum_over_proc
 LOG_FILES = []          # into which Logger writes too
 SECONDS = 10            # between two lines of ProgressBar
 SECONDS_WITHOUT_ROW = 30        # until Log shows a line
+PAGE = 4096             # bytes; no measurement of memory is finer
 
 
 def Logger(content):
@@ -95,6 +97,28 @@ class Clock:
         shares = {f"share_{phase}": seconds / total for phase, seconds in self.seconds.items()}
         self.seconds = {}
         return shares
+
+
+def peak(device) -> int:  # -> bytes
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))[1])
+    import resource                         # macOS
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@contextmanager
+def peak_above(device):
+    """with peak_above(device) as above: ...; above() is the peak in bytes above what was in use."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):             # not Linux: the old peak stays, nothing large was freed yet
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = peak(device)
+    yield lambda: max(PAGE, peak(device) - before)
 
 
 class Log:

@@ -94,12 +94,9 @@ def main():
     add("--tokens_per_batch", type=int, default=8192, help="tokens per forward pass of the teacher")
     add_process_args(parser)
     args = parse_args(parser)
-    if args.top_k < 0 or args.tokens_per_batch < 1:
-        parser.error(f"--top_k {args.top_k} must be 0 or more, --tokens_per_batch "
-                     f"{args.tokens_per_batch} 1 or more")
-    if args.temperature <= 0 or args.temperature != 1.0 and not args.top_k:
-        parser.error(f"--temperature {args.temperature:g} must be above 0, and needs a --top_k: "
-                     "hidden states, the default, serve any temperature")
+    if args.temperature != 1.0 and not args.top_k:
+        parser.error(f"--temperature {args.temperature:g} needs a --top_k: hidden states, the "
+                     "default, serve any temperature")
 
     # 2. Processes
     world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)

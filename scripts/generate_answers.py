@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
-import numpy as np
 import torch
 
 from dataset.formats import Question, read_questions
@@ -38,7 +37,7 @@ from runtime.args import add_process_args, checking_input, make_parser, parse_ar
 from runtime.files import file_sha256, write_jsonl
 from runtime.log import Logger
 from runtime.parts import Parts
-from runtime.precision import pick_dtype
+from runtime.precision import pick_dtype, seed_of
 from runtime.processes import init_distributed_mode, main_process_first
 
 BATCHES_PER_PART = 8    # at most: the last answers of a part leave rows of the batch empty
@@ -93,12 +92,6 @@ def part_slices(n_questions: int, batch_size: int, num_samples: int) -> list[sli
     n_answers = max(batch_size, -(-n_questions * num_samples // N_PARTS))
     size = max(1, min(BATCHES_PER_PART * batch_size, n_answers) // num_samples)
     return [slice(start, start + size) for start in range(0, n_questions, size)]
-
-
-def generator_of(part: int, seed: int, device) -> torch.Generator:
-    """Random numbers that depend on the seed and the part alone."""
-    mixed = np.random.SeedSequence((seed, part)).generate_state(1)[0]
-    return torch.Generator(device).manual_seed(int(mixed))
 
 
 def answer(teacher, tokenizer, tasks, num_samples, parts, **sampling) -> list | None:
@@ -224,10 +217,11 @@ def main():
     # 5. Generate
     sizes = [args.num_samples * len(tasks[each]) for each in slices]
     for part in parts.mine(missing, sizes, "answers"):
+        generator = torch.Generator(world.device).manual_seed(seed_of(args.seed, part))
         answers = answer(teacher, tokenizer, tasks[slices[part]], args.num_samples, parts,
                          max_new_tokens=args.max_new_tokens, rows=args.batch_size,
                          temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                         generator=generator_of(part, args.seed, world.device))
+                         generator=generator)
         if answers is None:
             break
         parts.write(part, to_rows(tasks[slices[part]], answers, tokenizer, args.only_right,

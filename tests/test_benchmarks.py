@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks import data, ddp, generate, loss, measure, scaling, step
-from benchmarks.measure import TOLERANCE, deviation, peak_above, timed
+from benchmarks.measure import TOLERANCE, deviation, timed
+from runtime.log import peak_above
 
 CPU = torch.device("cpu")
 

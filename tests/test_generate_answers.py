@@ -18,7 +18,8 @@ from interop.checkpoint import load_model, new_model, save_model
 from model.config import LMConfig
 from model.generate import generate
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
-from scripts.generate_answers import (Task, generator_of, main, part_slices, read_tasks, text_of,
+from runtime.precision import seed_of
+from scripts.generate_answers import (Task, main, part_slices, read_tasks, text_of,
                                       to_rows)
 
 SCRIPT = "scripts/generate_answers.py"
@@ -162,7 +163,7 @@ def test_samples_of_a_question_stand_together_and_are_not_all_the_same(sampled):
 
 
 def test_random_numbers_depend_on_the_seed_and_the_part_alone():
-    seeds = [generator_of(part, seed, "cpu").initial_seed()
+    seeds = [seed_of(seed, part)
              for part, seed in ((0, 1), (0, 1), (1, 1), (0, 2))]
     assert seeds[0] == seeds[1] and len(set(seeds)) == 3
 

@@ -306,7 +306,7 @@ def test_no_cache_and_another_format_are_errors_with_the_command(tmp_path, copie
 
 @pytest.mark.parametrize("flag, value, message", [
     ("top_k", -1, "--top_k -1 must be 0 or more"),
-    ("temperature", 2, "--temperature 2 must be above 0"),
+    ("temperature", 2, "--temperature 2 needs a --top_k"),
     ("top_k", 10**6, "--top_k 1000000 "),
     ("max_seq_len", 999, "--max_seq_len 999 "),
 ])
