@@ -33,7 +33,7 @@ MAX_FAILURES = 10           # failed requests in a row: the endpoint is down, no
 FATAL = (401, 403, 404)     # wrong key, no permission, wrong model name: every request would fail
 
 
-class OutOfBudget(RuntimeError):
+class OutOfBudget(ValueError):
     """An agent has used its tokens. Its replies so far are in its file."""
 
 

@@ -113,11 +113,8 @@ def main():
             tree = AbilityTree.from_paths([[args.domain]])
             agent = make_agent(vars(args), "agent", world.device)
             generate = divided(agent, args.max_new_tokens, args.temperature, world)
-            try:
-                rejected = grow(tree, generate, PROMPTS[args.prompts], args.depth, args.breadth,
-                                args.max_tries, args.seed)
-            except OutOfBudget as error:
-                sys.exit(f"stopped: {error}")
+            rejected = grow(tree, generate, PROMPTS[args.prompts], args.depth, args.breadth,
+                            args.max_tries, args.seed)
             if not tree.children:
                 reasons = "; ".join(dict.fromkeys(reject["reason"] for reject in rejected))
                 sys.exit(f"{tree.name} was not divided: {reasons or 'the list of parts is empty'}")

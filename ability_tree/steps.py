@@ -121,18 +121,14 @@ def finish_questions(parts, rows: list[dict], abilities: list, rejected: list[di
            f"rejected: {rejects}")
 
 
-def kind_of(reason: str) -> str:
-    """The part of a reason before the colon; rejects are counted by it."""
-    return reason.partition(":")[0]
-
-
 def table(columns: list[str], rows: list[tuple], rejected: list[dict]) -> str:
     """A line per leaf, (name, number, number, ...), with the number of its rejected replies by
-    reason, then the totals. `rejected` has rows with "leaf" and "reason"."""
+    reason (its part before a colon), then the totals. `rejected` has rows with "leaf" and "reason".
+    """
     reasons = {}
     for reject in rejected:
         for leaf in (reject["leaf"], "all"):
-            reasons.setdefault(leaf, Counter())[kind_of(reject["reason"])] += 1
+            reasons.setdefault(leaf, Counter())[reject["reason"].partition(":")[0]] += 1
     lines = [["leaf", *columns, "rejected"]]
     for leaf, *numbers in [*rows, ("all", *map(sum, zip(*(row[1:] for row in rows))))]:
         # By frequency, then by name, so that the order of the processes does not show.

@@ -235,8 +235,31 @@ class AbilityTree:
     def draw(self, png, before: "AbilityTree | None" = None):
         """A row per node: name and counts, the 95 % interval in the colour of the posterior mean,
         the accuracy as a dot, and as a ring the accuracy `before`."""
+        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.figure import Figure
+
+        nodes = list(self.walk())
+        names = ["    " * (len(path) - 1) + node.name for path, node in nodes]
+        left = 6.5 * max(map(width_of, names)) + 8      # points left of the axis, for the names
+        old = {key_of(path): node for path, node in before.walk()} if before else {}
+        colour = LinearSegmentedColormap.from_list("ability", COLOURS)
+        figure = Figure(figsize=(5, 0.26 * len(nodes) + 0.6))
+        axis = figure.add_subplot()
+        for y, (path, node) in enumerate(nodes):
+            then = old.get(key_of(path))
+            axis.plot([100 * bound for bound in node.interval()], [y, y], linewidth=5,
+                      color=colour(node.posterior()) if node.asked else UNTESTED)
+            if then and then.asked:
+                axis.plot(100 * then.accuracy, y, "o", color=INK, markerfacecolor="white")
+            if node.asked:
+                axis.plot(100 * node.accuracy, y, "o", color=INK, markersize=5)
+            axis.annotate(names[y], (-3, y), (-left, 0), textcoords="offset points", va="center")
+            axis.text(104, y, f"{node.correct}/{node.asked}", va="center")
+        axis.set(xlim=(-3, 103), ylim=(len(nodes) - 0.5, -0.5), yticks=[], xticks=range(0, 101, 25),
+                 xlabel="● accuracy, %   " + "○ before   " * bool(before) + "▬ 95 % interval")
+        axis.spines[:].set_visible(False)
         Path(png).parent.mkdir(parents=True, exist_ok=True)
-        save_picture(picture(self, before), png, bbox_inches="tight")
+        save_picture(figure, png, bbox_inches="tight")
 
 
 def percent(accuracy: float | None) -> str:
@@ -262,34 +285,6 @@ def compare(before: AbilityTree, after: AbilityTree) -> str:
         rows.append([name, f"{then.asked} → {now.asked}",
                      f"{percent(then.accuracy)} → {percent(now.accuracy)}", points])
     return markdown(rows)
-
-
-def picture(tree: AbilityTree, before: AbilityTree | None):
-    """The figure of AbilityTree.draw; its height follows the number of nodes."""
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-
-    nodes = list(tree.walk())
-    names = ["    " * (len(path) - 1) + node.name for path, node in nodes]
-    left = 6.5 * max(map(width_of, names)) + 8      # points that the names take, left of the axis
-    old = {key_of(path): node for path, node in before.walk()} if before else {}
-    colour = LinearSegmentedColormap.from_list("ability", COLOURS)
-    figure = Figure(figsize=(5, 0.26 * len(nodes) + 0.6))
-    axis = figure.add_subplot()
-    for y, (path, node) in enumerate(nodes):
-        then = old.get(key_of(path))
-        axis.plot([100 * bound for bound in node.interval()], [y, y], linewidth=5,
-                  color=colour(node.posterior()) if node.asked else UNTESTED)
-        if then and then.asked:
-            axis.plot(100 * then.accuracy, y, "o", color=INK, markerfacecolor="white")
-        if node.asked:
-            axis.plot(100 * node.accuracy, y, "o", color=INK, markersize=5)
-        axis.annotate(names[y], (-3, y), (-left, 0), textcoords="offset points", va="center")
-        axis.text(104, y, f"{node.correct}/{node.asked}", va="center")
-    axis.set(xlim=(-3, 103), ylim=(len(nodes) - 0.5, -0.5), yticks=[], xticks=range(0, 101, 25),
-             xlabel="● accuracy, %   " + "○ before   " * bool(before) + "▬ 95 % interval")
-    axis.spines[:].set_visible(False)
-    return figure
 
 
 def main():

@@ -129,6 +129,5 @@ def hashed(path: Path, size: int, mtime: int) -> str:
 
 def outputs_of(folder: Path) -> dict[str, str]:
     """Of what the next step may read, unlike resume files: {name in the folder: hash}"""
-    names = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))
-             if path.is_file() and path.name != MANIFEST}
-    return {name: sha256_of(path) for name, path in names.items() if ".resume" not in name}
+    return {name: sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
+            and ".resume" not in (name := str(path.relative_to(folder))) and path.name != MANIFEST}

@@ -35,21 +35,6 @@ from runtime.precision import autocast
 from runtime.processes import init_distributed_mode, main_process_first
 
 
-@torch.no_grad()
-def teacher_rows(teacher, batches, about, world, parts: Parts) -> np.ndarray | None:
-    """The teacher's outputs at the supervised positions of these batches; None after Ctrl-C."""
-    rows = []
-    for batch in batches:
-        if parts.stop.requested:
-            return None
-        batch = batch.to(world.device)
-        with autocast(world.device, world.dtype):
-            out = teacher(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
-        rows.append(pack(about, out.final, teacher.head))                           # (S, D) -> (S,)
-        parts.progress.add(len(batch.tokens))
-    return np.concatenate(rows)
-
-
 def megabytes(size: float) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
 
@@ -152,13 +137,18 @@ def main():
     samples = [layout.samples[layout.part(part)] for part in range(parts.n_parts)]
     n_tokens = [int((data.lengths[chosen] - 1).sum()) for chosen in samples]
     for part in parts.mine(missing, n_tokens, "tokens"):
-        chosen = samples[part]
-        batches = (data.batch(chosen[places])
-                   for places in by_length(data.lengths[chosen], args.tokens_per_batch))
-        rows = teacher_rows(teacher, batches, about, world, parts)
-        if rows is None:
-            break
-        writer.write(part, rows)
+        rows = []
+        for places in by_length(data.lengths[samples[part]], args.tokens_per_batch):
+            if parts.stop.requested:
+                break
+            batch = data.batch(samples[part][places]).to(world.device)
+            with torch.no_grad():
+                with autocast(world.device, world.dtype):
+                    out = teacher(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
+                rows.append(pack(about, out.final, teacher.head))           # (S, D) -> (S,)
+            parts.progress.add(len(batch.tokens))
+        else:
+            writer.write(part, np.concatenate(rows))
 
     # 6. Finish
     parts.wait()

@@ -16,6 +16,7 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
+from evaluation.exam import write_answers
 from evaluation.metrics import measure, read_tests, tables
 from interop.checkpoint import load_model
 from model.generate import column_major, generate
@@ -42,13 +43,11 @@ def named(specs: list[str]) -> dict[str, list[str]]:
 def sample_answers(model, tokenizer, tests, n: int, max_new_tokens: int) -> list[str]:
     """Greedy answers to the first n conversations, or continuations of n texts after 16 tokens."""
     if tests["conversations"]:
-        prompts = [tokenizer.encode_chat(test["messages"][:-1], add_generation_prompt=True)[0]
-                   for test in tests["conversations"][:n]]
-    else:
-        begin = [] if tokenizer.bos is None else [tokenizer.bos]
-        prompts = [begin + tokenizer.encode(text)[:16] for text in tests["texts"][:n]]
-    stop = tokenizer.end_of_turn if tests["conversations"] else tokenizer.end_of_text
-    answers = generate(model, prompts, max_new_tokens, stop) if prompts else []
+        asked = [test["messages"][:-1] for test in tests["conversations"][:n]]
+        return write_answers(model, tokenizer, asked, max_new_tokens)
+    begin = [] if tokenizer.bos is None else [tokenizer.bos]
+    prompts = [begin + tokenizer.encode(text)[:16] for text in tests["texts"][:n]]
+    answers = generate(model, prompts, max_new_tokens, tokenizer.end_of_text)
     return [tokenizer.decode(ids) for ids in answers]
 
 

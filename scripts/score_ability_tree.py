@@ -45,8 +45,7 @@ def right_answer(question: str, known: dict[str, str]) -> str | None:
 
 
 def share_right(rows: list[dict]) -> float:
-    world = World(0)
-    known = {question: answer for make in LEAVES.values() for fact in make(world)
+    known = {question: answer for make in LEAVES.values() for fact in make(World(0))
              for question, answer in fact.answers.items()}
     return 100 * mean(right_answer(row["question"], known) == row["options"][row["answer_idx"]]
                       for row in rows)
@@ -77,9 +76,7 @@ def main():
             own = questions(models.parent / "workflow") if models.name == "models" else {}
             scores[label] = [{"weak": mean(leaves[leaf] for leaf in SCARCE),
                               "all": mean(leaves.values()), **own}]
-    text = json.dumps(scores, indent=2)
-    print(text)
-    write_text(args.json, text)
+    write_text(args.json, json.dumps(scores, indent=2))
 
 
 if __name__ == "__main__":
