@@ -132,10 +132,6 @@ def to_rows(tasks, answers, tokenizer, only_right=False, keep_unfinished=False):
         if reason == "written":
             turn = {"role": "assistant", "content": text}
             rows.append({"conversations": [*question.messages, turn], **question.others})
-            counts["endless"] += not finished
-            ids, targets = tokenizer.encode_chat([turn])
-            learned = [i for i, target in zip(ids, targets) if target]
-            counts["respelt"] += learned != [*tokens, tokenizer.end_of_turn]
     return counts, rows
 
 
@@ -240,10 +236,6 @@ def main():
     new_tokens = sum(results[part][0].get("tokens", 0) for part in missing)
     Logger(f"wrote {report(counts)}; {parts.progress.seconds():.1f} s, "
            f"{new_tokens / parts.progress.seconds():,.0f} tokens/s")
-    for name, text in (("endless", "have no end"),
-                       ("respelt", "have other tokens when their text is encoded again")):
-        if counts[name]:
-            Logger(f"{counts[name]:,} of those written {text}")
     # The student's folder is its own: train_sft.py could otherwise overwrite the teacher.
     Logger("Learn from them: " + shlex.join([
         "python", "train_sft.py", "--weights", args.teacher, "--data_path", args.out, "--out_dir",

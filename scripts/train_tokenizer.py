@@ -10,7 +10,7 @@ needs the teacher's vocabulary, not a new one.
     python scripts/train_tokenizer.py --data dataset/*.jsonl --out out/tokenizer.json
 """
 
-import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -21,15 +21,16 @@ from tokenizers import models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
-from dataset.formats import END_OF_TEXT
+from dataset.formats import read_rows
 from interop.vocabulary import to_bytes
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
-from runtime.args import make_parser, parse_args
+from runtime.args import checking_input, make_parser, parse_args
 
 SMALLEST = len(SPECIAL_TOKENS) + 256
 
 MAX_TOKEN_BYTES = 16                # five Chinese characters; repeated phrases are no tokens
 LABELS = {"id", "role", "from"}     # keys whose strings are not text
+NOT_UTF8 = re.compile("[\udc80-\udcff]")     # how read_rows shows such bytes
 
 
 # -- 1. text of any file ---------------------------------------------------------------------------
@@ -46,20 +47,15 @@ def strings(value) -> Iterator[str]:
 
 
 def all_texts(path: Path) -> Iterator[str]:
-    """The texts in a .jsonl, a .json, or a plain text (in blocks of lines of about 64 KB)."""
-    number = 0
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".jsonl":
-                for number, line in enumerate(file, 1):
-                    yield from strings(json.loads(line)) if line.strip() else ()
-            elif path.suffix == ".json":
-                yield from strings(json.load(file))
-            else:
-                while lines := file.readlines(1 << 16):
-                    yield "".join(line for line in lines if line.strip() != END_OF_TEXT)
-    except json.JSONDecodeError as error:
-        raise SystemExit(f"{path}, line {number}: not JSON ({error})") from error
+    """The texts in a file that dataset/formats.py reads. Raises ValueError with file and line."""
+    for number, row in read_rows(path):
+        if isinstance(row, str):
+            raise ValueError(f"{path}, line {number}: {row}")
+        for text in strings(row):
+            if NOT_UTF8.search(text):
+                raise ValueError(f"{path}, line {number} is not UTF-8; convert the file: "
+                                 "iconv -f gb18030 -t utf-8")
+            yield text
 
 
 def read_texts(path: Path, max_bytes: float) -> list[str]:
@@ -126,14 +122,15 @@ def main() -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, nargs="+", required=True, metavar="FILE",
-        help="files to read: .jsonl, .json (every string in them) or plain text, in UTF-8")
+        help="files to read: rows (every string in them) or plain text, in UTF-8")
     add("--max_mb", type=float, default=100, help="maximum amount of text per file, in MB")
     add("--vocab_size", type=int, default=6400, help=f"number of ids, at least {SMALLEST}")
     add("--out", type=Path, default=Path("out/tokenizer.json"), help="vocabulary file to write")
     args = parse_args(parser)
 
     start = time.perf_counter()
-    texts_of = {path: read_texts(path, args.max_mb * 1e6) for path in args.data}
+    with checking_input():
+        texts_of = {path: read_texts(path, args.max_mb * 1e6) for path in args.data}
     tokenizer = train((text for texts in texts_of.values() for text in texts), args.vocab_size)
     tokenizer.save(args.out)
     seconds = time.perf_counter() - start

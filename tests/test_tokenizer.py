@@ -410,5 +410,5 @@ def test_the_script_reads_every_kind_of_file_and_reports_each(tmp_path, monkeypa
 def test_a_bad_line_of_the_data_is_named(tmp_path, monkeypatch):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "a"}\n{"text"\n')
-    with pytest.raises(SystemExit, match=f"^{path}, line 2: not JSON"):
+    with pytest.raises(SystemExit, match=f"^{path}, line 2: not a whole JSON object"):
         run_script(monkeypatch, "--data", path, "--out", tmp_path / "out.json")
