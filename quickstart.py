@@ -79,17 +79,17 @@ def step(output: str, inputs: list[str], command: str):
     inputs. An interrupted training run resumes, unless its settings have changed."""
     command = " ".join(command.split())
     mark, key = done / output.replace("/", "_"), f"{command} {checksum(*inputs)}"
-    was = mark.read_text() if mark.exists() else ""
+    was = mark.read_text(encoding="utf-8") if mark.exists() else ""
     if Path(output).exists() and was == f"{key} {checksum(output)}":
         print(f"== {output} is up to date")
         return
     if not was.startswith(key):
         for path in Path(output).parent.glob(f"{Path(output).stem}.resume*"):
             path.unlink()
-    mark.write_text(key)
+    mark.write_text(key, encoding="utf-8")
     print(f"\n== {output}")
     run(command)
-    mark.write_text(f"{key} {checksum(output)}")
+    mark.write_text(f"{key} {checksum(output)}", encoding="utf-8")
 
 
 train = "torchrun --nproc_per_node 2"

@@ -24,7 +24,7 @@ from statistics import fmean
 
 import numpy as np
 
-from dataset.formats import BadLine, bare_question, read_one_by_one, to_messages, to_question, to_text
+from dataset.formats import BadLine, bare_question, read_rows, to_messages, to_question, to_text
 from dataset.lm_dataset import text_samples
 from evaluation.scores import Score, score, score_answers, score_samples
 from evaluation.tables import markdown, mean_and_spread
@@ -53,23 +53,26 @@ def read_tests(paths, limit: int = 0) -> dict[str, list]:
     file, the line and the reason."""
     tests = {"conversations": [], "choices": [], "distributions": [], "texts": []}
     for path in paths:
-        for kind, test in islice(read_one_by_one(path, to_test), limit or None):
-            tests[kind].append(test)
+        for number, row in islice(read_rows(path), limit or None):
+            try:
+                if isinstance(row, str):
+                    raise ValueError(row)
+                if "distribution" in row:
+                    tests["distributions"].append(to_distribution(row))
+                elif "text" in row and "options" not in row:
+                    tests["texts"].append(to_text(row))
+                else:
+                    messages = to_messages(row)     # raises ValueError for a bad row of choices too
+                    kind, test = "conversations", {"messages": messages,
+                                                   "leaf": row.get("leaf", "all")}
+                    if "options" in row:
+                        kind, test = "choices", row
+                    tests[kind].append(test)
+            except ValueError as error:
+                raise BadLine(f"{path}, line {number}: {error}") from error
     if not any(tests.values()):
         raise BadLine(f"{', '.join(paths)}: nothing to test on")
     return tests
-
-
-def to_test(row: dict) -> tuple[str, dict | str]:
-    """(kind, test) of a row. Raises ValueError with the reason if it is none."""
-    if "distribution" in row:
-        return "distributions", to_distribution(row)
-    if "text" in row and "options" not in row:
-        return "texts", to_text(row)
-    messages = to_messages(row)             # raises ValueError for a bad row of choices too
-    if "options" in row:
-        return "choices", row
-    return "conversations", {"messages": messages, "leaf": row.get("leaf", "all")}
 
 
 def to_distribution(row: dict) -> dict:

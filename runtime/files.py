@@ -58,7 +58,7 @@ def lock(name):
     with suppress(ImportError):
         import fcntl
 
-        LOCKS.append(file := open(f"{name}.lock", "a+"))
+        LOCKS.append(file := open(f"{name}.lock", "a+", encoding="utf-8"))
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # data workers do not inherit it
         except (BlockingIOError, PermissionError):
