@@ -75,8 +75,13 @@ class EndpointAgent:
             import openai           # needed for endpoints only
         except ImportError:
             raise ValueError("an endpoint needs the openai package: pip install openai") from None
+        # Without a key, the package would send the user's OPENAI_API_KEY.
+        key = os.environ.get(key_env, "").strip() if key_env else "none"
+        if not key:             # key_env is not repeated: it may be the key itself, by mistake
+            raise ValueError("*_key_env names an environment variable with the API key; there is "
+                             "none of this name, or it is empty. Type: export NAME=KEY")
         self.openai, self.url, self.model = openai, url.rstrip("/"), model
-        self.name, self.key = f"{model} at {urlsplit(url).hostname}", read_key(key_env)
+        self.name, self.key = f"{model} at {urlsplit(url).hostname}", key
         hooks = {"request": [self.wait_for_turn, partial(bound_time, timeout)],
                  "response": [bound_size]}
         self.client = openai.OpenAI(
@@ -191,17 +196,6 @@ def bound_size(response):
         if len(body) > MAX_BODY:
             raise ValueError(f"a reply of more than {MAX_BODY:,} bytes")
     response._content = bytes(body)
-
-
-def read_key(key_env: str | None) -> str:
-    """The API key. Messages do not repeat key_env: it may be the key itself, by mistake."""
-    if key_env is None:
-        return "none"           # without one, the package would send the user's OPENAI_API_KEY
-    key = os.environ.get(key_env, "").strip()
-    if not key:
-        raise ValueError("*_key_env names an environment variable with the API key; there is none "
-                         "of this name, or it is empty. Type: export NAME=KEY")
-    return key
 
 
 def read_completion(body: str, messages: list[dict]) -> tuple[str, int]:

@@ -149,12 +149,11 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
     with peak_above(device) as above:
         call(model, prompts, [min(2, size) for size in sizes])
         answers, seconds = timed(lambda: call(model, prompts, sizes), device)
-    figures = {"seconds": seconds, "peak": above(),
-               "weights_mb": sum(weight.nbytes for weight in model.parameters()) / 2 ** 20}
     if saved:
         tokens = torch.tensor([token for answer in answers for token in answer])
         torch.save({"tokens": tokens.double()}, saved)
-    return figures
+    return {"seconds": seconds, "peak": above(),
+            "weights_mb": sum(weight.nbytes for weight in model.parameters()) / 2 ** 20}
 
 
 COLUMNS = {"case": "{case}", "form": "{form}", "seconds": "{seconds:.2f}",

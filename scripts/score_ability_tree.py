@@ -6,9 +6,8 @@ Scores of the ability tree in the embedded world: {LABEL: [{weak, all, written, 
         --weights s=out/ability/student/full_sft_64.pth
 
 weak, all       accuracy in %, mean over the scarce and over all leaves of the exam's questions
-written, kept   questions that the teacher wrote, and those that both agents kept; of the weights
-                FOLDER/models/*/*.pth those in FOLDER/workflow. right, right_kept: % with the
-                world's answer
+written, kept   questions that the teacher wrote and that both agents kept, in FOLDER/workflow for
+                FOLDER/models/*/*.pth; right, right_kept: % with the world's answer
 """
 
 import json
