@@ -299,9 +299,6 @@ def main():
         tree = AbilityTree.load(args.tree)
         before = AbilityTree.load(args.compare) if args.compare else None
     print(tree.text())
-    print("\nweakest leaves and their shares of new questions:")
-    for path in tree.weakest(5):
-        print(f"{tree.weights()[path]:7.1%}  {spell(path)}")
     if before:
         print(f"\n{args.compare} → {args.tree}\n\n{compare(before, tree)}")
     if args.png:

@@ -106,18 +106,6 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-# -- 3. report ------------------------------------------------------------------------------
-
-def report(tokenizer: Tokenizer, texts_of: dict[Path, list[str]]) -> None:
-    """Bytes per token of each file and of all of them."""
-    rows = [(path.name, sum(len(text.encode()) for text in texts),
-             sum(map(len, tokenizer.encode_batch(texts)))) for path, texts in texts_of.items()]
-    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    print(f"{'file':32} {'MB':>8} {'tokens':>12} {'bytes/token':>12}")
-    for name, n_bytes, n_tokens in rows:
-        print(f"{name:32} {n_bytes / 1e6:8.2f} {n_tokens:12,} {n_bytes / max(n_tokens, 1):12.2f}")
-
-
 def main() -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -130,13 +118,14 @@ def main() -> None:
 
     start = time.perf_counter()
     with checking_input():
-        texts_of = {path: read_texts(path, args.max_mb * 1e6) for path in args.data}
-    tokenizer = train((text for texts in texts_of.values() for text in texts), args.vocab_size)
+        texts = [text for path in args.data for text in read_texts(path, args.max_mb * 1e6)]
+    tokenizer = train(texts, args.vocab_size)
     tokenizer.save(args.out)
     seconds = time.perf_counter() - start
-    print(f"{args.out}: {tokenizer.vocab_size:,} tokens in {seconds:.1f} s, "
-          f"sha256 {tokenizer.sha256}")
-    report(tokenizer, texts_of)
+    per_token = sum(len(text.encode()) for text in texts) / sum(
+        map(len, tokenizer.encode_batch(texts)))
+    print(f"{args.out}: {tokenizer.vocab_size:,} tokens in {seconds:.1f} s, {per_token:.2f} bytes "
+          f"of the text per token, sha256 {tokenizer.sha256}")
 
 
 if __name__ == "__main__":

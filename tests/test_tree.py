@@ -264,7 +264,7 @@ def test_any_tree_can_be_drawn(tmp_path):
         shutil.rmtree(tmp_path / "new")
 
 
-def test_the_command_shows_the_tree_its_weakest_leaves_and_the_changes(
+def test_the_command_shows_the_tree_and_the_changes(
         tree, tmp_path, monkeypatch, capsys):
     before, after, png = (str(tmp_path / name) for name in ("old.json", "new.json", "tree.png"))
     tree.save(before)
@@ -275,7 +275,6 @@ def test_the_command_shows_the_tree_its_weakest_leaves_and_the_changes(
     main()
     printed = capsys.readouterr().out
     assert tree.text() in printed and compare(AbilityTree.load(before), tree) in printed
-    assert "world / math / add\n" in printed
     assert (tmp_path / "tree.png").exists()
 
     monkeypatch.setattr("sys.argv", ["tree", str(tmp_path / "none.json")])
