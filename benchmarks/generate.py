@@ -12,6 +12,7 @@ The fp32 forms must write the same tokens. int8 and int4 are other weights and m
 """
 
 import copy
+import math
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -166,10 +167,8 @@ def rows_of(case: Case, repeats: int) -> list[dict]:
     """A row for each form."""
     # Tolerance 0: another token is another answer. Where two tokens are equally likely, rounding
     # may decide, and the run stops though nothing is wrong: take another --seed.
-    figures = compare(measure, case, FORMS, repeats, tolerance=0.0)
-    for form in QUANTISED:                                  # each alone: their tokens may differ
-        figures |= compare(measure, case, [form], repeats)
-    rows = with_ratios(figures, case=case.name)
+    tolerances = dict.fromkeys(FORMS, 0.0) | dict.fromkeys(QUANTISED, math.inf)
+    rows = with_ratios(compare(measure, case, tolerances, repeats, tolerances), case=case.name)
     return [row | {"tokens_per_s": sum(case.sizes()) / row["seconds"]} for row in rows]
 
 
