@@ -30,7 +30,7 @@ from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
 from distill.teachers import (Teacher, check_caches, make_teachers, progressive_distillation,
                               share_vocabulary, teacher_outputs, teacher_side)
-from evaluation.validation import evaluate
+from evaluation.validation import evaluate, gradient_norms
 from interop.checkpoint import freeze, load_teacher, prepare, run_name, save_model
 from interop.sizes import fill_in, init_student_model, init_teacher_model   # noqa: F401
 from model.config import LMConfig
@@ -121,7 +121,9 @@ def train_epoch(epoch, wandb, alpha=0.0, temperature=1.0, *, teachers,
             scores = evaluate(student, val_loader, world.device, dtype=world.dtype,
                               teachers=teachers, temperature=temperature,
                               across=args.divergence == "uld")
-            log.row(step + 1, wandb, **scores)
+            norms = gradient_norms(student, modules, weights, next(in_order(val_data)), world,
+                                   teachers, alpha, T, divergence)
+            log.row(step + 1, wandb, **scores, **norms)
             if progress.is_best(scores["val_uld" if "val_uld" in scores else "val_kl"]):
                 save_model(student, tokenizer, f"{name}_best.pth")
         stopping = stop.agreed(step + 1, world)

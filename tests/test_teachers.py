@@ -60,27 +60,29 @@ def test_the_plain_and_the_fused_loss_teach_the_same(more, flags, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_loss_is_the_sum_of_its_terms(processes, flags, data, tmp_path):
+def test_a_validation_shows_the_gradient_norm_of_each_term(processes, flags, data, tmp_path):
     terms = {"alpha": 0.5, "temperature": 2.0, "feature_weight": 1.0, "attention_weight": 1.0, "relation_heads": 2,
              "contrastive_weight": 1.0, "processes": processes}
     succeed(SCRIPT, **flags | terms | {"val_path": data / "val.jsonl"})
     row, validation = rows(tmp_path / f"out/{FILE}.jsonl")
     for term in ("ce", "kd", "feature", "attention", "contrastive"):
-        assert row[term] > 0
+        assert row[term] > 0 and validation[f"grad_{term}"] > 0
     assert validation["val_kl"] > 0 and 0 < validation["val_entropy"] < np.log(1024) and 0 <= validation["val_agreement"] <= 1
     whole = 0.5 * row["ce"] + 0.5 * row["kd"] + row["feature"] + row["attention"] + row["contrastive"]
     assert row["loss"] == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_validation_and_training_have_the_same_divergence(processes, flags, tmp_path):
+def test_the_gradient_norm_of_the_only_term_is_the_gradient_norm(processes, flags, tmp_path):
     """Training and validation on the same eight rows, at a learning rate of 0."""
     eight = tmp_path / "eight.jsonl"
     eight.write_text("".join(flags["data_path"].read_text().splitlines(keepends=True)[:8]))
     succeed(SCRIPT, **flags | {"data_path": eight, "val_path": eight, "learning_rate": 0.0, "batch_size": 8 // processes},
             processes=processes)
     row, validation = rows(tmp_path / f"out/{FILE}.jsonl")
+    assert validation["grad_kd"] == pytest.approx(row["grad_norm"], rel=1e-5)
     assert validation["val_kl"] == pytest.approx(row["kd"], rel=1e-5)   # at T = 1 the divergence is the true KL
+    assert "grad_ce" not in validation                                  # a term of weight 0 has none
 
 
 # -- several teachers ------------------------------------------------------------------------------------------
