@@ -6,9 +6,7 @@ Resume files: a run that is interrupted at any step and resumed ends with the sa
 import glob
 import math
 import os
-import pickle
 import shutil
-import struct
 import sys
 import zipfile
 import zlib
@@ -30,10 +28,6 @@ FREE_TO_CHANGE = {
     "ddp", "accumulation_steps", "shard", "grad_checkpoint", "compile", "local_rank", "num_workers",
     "log_interval", "save_interval", "eval_interval", "val_path", "use_wandb", "wandb_project",
     "tokenizer", "start_stage", "end_stage", "set", "max_bad_steps"}
-
-# What zipfile and torch.load raise for a file that is empty, damaged, or of another kind.
-UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, LookupError, ArithmeticError, TypeError,
-              pickle.UnpicklingError, struct.error, zlib.error, zipfile.BadZipFile)
 
 PROGRESS = "progress.pt"        # in a sharded run's resume folder: what is not a tensor
 
@@ -79,9 +73,6 @@ def start_progress(args, name, data, epochs: int, adapted: dict | None = None) -
     if is_main_process():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         lock(name)
-        for file in files_of(name):
-            if file.suffix == ".tmp":       # left by a run that was killed
-                delete(file)
         if not args.resume:
             set_aside(name)
     total_steps = args.max_steps or epochs * data.steps_per_epoch
@@ -119,8 +110,8 @@ def set_aside(name):
 def files_of(name) -> list[Path]:
     """What a run writes: NAME.*, NAME_best.*, and of a stage of the curriculum two more."""
     ends = (".pth*", ".json*", ".png*", ".resume*", "_best.*", "_final.*", "_epoch-*")
-    return [file for end in ends
-            for file in Path(name).parent.glob(glob.escape(Path(name).name) + end)]
+    found = (Path(name).parent.glob(glob.escape(Path(name).name) + end) for end in ends)
+    return [file for files in found for file in files if file.suffix != ".tmp"]
 
 
 def link_or_copy(source, target):
@@ -229,7 +220,7 @@ def load_verified(path, verify: bool = True, mmap: bool = True):
             if damaged := verify and records.testzip():
                 raise ValueError(f"{damaged} differs from its checksum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except UNREADABLE as error:
+    except Exception as error:          # a damaged file makes zipfile and torch.load raise any
         raise ValueError(f"{path} is cut short, or no weight file at all, or damaged "
                          f"({type(error).__name__}: {str(error)[:100]})") from error
 

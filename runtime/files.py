@@ -49,20 +49,19 @@ LOCKS = []              # open files: a lock ends with its process, however that
 def lock(name):
     """Take NAME.lock for this process, where there are locks: not on Windows, nor on some network
     disks. Raises ValueError if another process has it."""
-    with suppress(ImportError):
+    LOCKS.append(file := open(f"{name}.lock", "a+", encoding="utf-8"))
+    try:
         import fcntl
 
-        LOCKS.append(file := open(f"{name}.lock", "a+"))
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # data workers do not inherit it
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise ValueError(f"process {file.read()} is writing {name}.*: wait for it, stop it, or "
-                             "give another --out_dir") from None
-        except OSError:
-            return
-        file.truncate(0)
-        print(os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # data workers do not inherit it
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ValueError(f"process {file.read()} is writing {name}.*: wait for it, stop it, or "
+                         "give another --out_dir") from None
+    except (ImportError, OSError):
+        return
+    file.truncate(0)
+    print(os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)
 
 
 UNSIGNED = b"crc32:00000000"        # in the first bytes of a file that `sign` completes
@@ -116,8 +115,8 @@ def write_jsonl(path, rows: list[dict]):
 
 def keep_previous(path: Path, end: str = ".previous"):
     """Rename the file or folder at PATH to PATH.previous."""
-    previous = path.with_name(path.name + end)
     if path.exists():
+        previous = path.with_name(path.name + end)
         if previous.is_dir() or path.is_dir():
             delete(previous)
         os.replace(path, previous)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from runtime.args import checking_input, resume_command
 from runtime.files import named_errors, write_atomic
-from runtime.log import Logger, ProgressBar
+from runtime.log import Logger, Pace
 from runtime.processes import StopSignal, World, patient_group
 
 
@@ -84,14 +84,13 @@ class Parts:
         mine = missing[self.world.rank::self.world.size]
         self.stop = StopSignal()
         total = sum(sizes[part] for part in mine) if sizes else len(mine)
-        self.progress = ProgressBar(total, unit, self.world)
+        self.progress = Pace(total, unit, self.world)
         for part in mine:
             if self.stop.requested:
                 break
             yield part
             if not sizes:
                 self.progress.add(1)
-        self.progress.close()
 
     def write(self, part: int, result):
         write_atomic(self.path(part), lambda file: file.write(json.dumps(result).encode()))

@@ -240,12 +240,11 @@ def test_a_config_that_shards_runs_in_one_process(script, config, capsys):
 
 def test_defaults_and_configs_name_the_files_of_the_repo_from_any_folder(tmp_path, monkeypatch):
     repo = tmp_path / "repo"
-    for folder in ("runtime", "dataset", "configs", "out"):
+    for folder in ("dataset", "configs", "out"):
         (repo / folder).mkdir(parents=True)
-    (repo / "runtime/args.py").touch()
     (repo / "mine.jsonl").touch()
     (repo / "configs/c.yaml").write_text("val_path: mine.jsonl\nweights: out/exp/a.pth\n")
-    monkeypatch.setattr("sys.argv", [str(repo / "train_sft.py")])
+    monkeypatch.setattr("runtime.args.ROOT", repo)
     monkeypatch.chdir(repo)
     given = parse("train_sft.py", "--config", "configs/c.yaml")
     assert (given.data_path, given.out_dir, given.val_path) == (["./dataset/sft_data.jsonl"], "out", "mine.jsonl")
