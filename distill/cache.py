@@ -27,7 +27,7 @@ import torch
 
 from distill.fused import CHUNK_BYTES, Dense, TopK
 from runtime.checkpoint import load_verified
-from runtime.files import file_crc32, named_errors, write_atomic
+from runtime.files import file_crc32, named_errors, write_atomic, write_json
 
 VERSION = 2                 # raise it when the meaning of a file changes
 PART_BYTES = 64 << 20       # of a part, plus at most one sample: what an interruption costs
@@ -193,8 +193,7 @@ class CacheWriter:
             write_atomic(self.path / name, write)
             sizes[name], crc32[name] = size_of(self.path / name), file_crc32(self.path / name)
         sizes |= {part_name(i): int(size) + 4 for i, size in enumerate(self.part_bytes)}
-        about = json.dumps(self.about | {"bytes": sizes, "crc32": crc32}, indent=2)
-        write_atomic(found, lambda file: file.write(about.encode()))
+        write_json(found, self.about | {"bytes": sizes, "crc32": crc32})
 
     def missing(self) -> list[int]:
         return [i for i, size in enumerate(self.part_bytes)

@@ -20,9 +20,9 @@ from interop.vocabulary import read_tokenizer_json, write_tokenizer
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from runtime.files import UNSIGNED, check_signature, replace_atomic, sign, write_atomic
+from runtime.files import UNSIGNED, check_signature, replace_atomic, sign, write_json
 
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 4 << 30       # of a file, plus at most one tensor
 
 FAMILIES = {        # use_moe, with shared experts, qk_norm, attention_bias
     (False, False, False, False): "llama",
@@ -250,8 +250,11 @@ def write(model: Transformer, tokenizer: Tokenizer, folder, dtype: torch.dtype =
     without it the folder is no model. Raises ValueError for a model that no family can hold."""
     folder, config = Path(folder), write_config(model.config, tokenizer, dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    shards, weight_map = list(in_shards(their_tensors(model), dtype)), {}
-    for i, shard in enumerate(shards, 1):
+    shards, weight_map, size = {}, {}, 0
+    for name, tensor in their_tensors(model):
+        shards.setdefault(size // SHARD_BYTES, {})[name] = tensor
+        size += tensor.numel() * dtype.itemsize
+    for i, shard in enumerate(shards.values(), 1):
         part = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         shard = {name: tensor.to(dtype).contiguous() for name, tensor in shard.items()}
 
@@ -268,23 +271,6 @@ def write(model: Transformer, tokenizer: Tokenizer, folder, dtype: torch.dtype =
     write_json(folder / "generation_config.json",
                {key: config[key] for key in ("bos_token_id", "eos_token_id")})
     write_json(folder / "config.json", config)
-
-
-def write_json(path: Path, value: dict):
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    write_atomic(path, lambda file: file.write(text.encode()))
-
-
-def in_shards(tensors, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each file, which has at most SHARD_BYTES, or a single tensor."""
-    shard, size = {}, 0
-    for name, tensor in tensors:
-        if shard and size + tensor.numel() * dtype.itemsize > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.numel() * dtype.itemsize
-    yield shard
 
 
 def their_tensors(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:

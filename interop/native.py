@@ -19,9 +19,8 @@ from model.lora import lora_state
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from runtime.checkpoint import is_finite, load_verified
-from runtime.files import replace_atomic, write_atomic
+from runtime.files import replace_atomic, write_json
 from runtime.processes import full_tensor, is_main_process
-
 
 DESCRIPTION = "archive/about.json"      # record of the .pth: what the .json beside it must say
 
@@ -50,8 +49,7 @@ def write(model: Transformer, tokenizer: Tokenizer, path):
     if model.adapted:
         base = os.path.relpath(model.adapted["base"], path.parent)
         about["lora"] = model.adapted | {"base": base}
-    text = json.dumps(about, indent=2)
-    write_atomic(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    write_json(path.with_suffix(".json"), about)
 
     def to_file(temporary):
         with open(temporary, "wb") as file:

@@ -105,6 +105,10 @@ def named_errors(path):
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
+def write_json(path: Path, value):
+    write_atomic(path, lambda file: file.write(json.dumps(value, indent=2).encode()))
+
+
 def write_jsonl(path, rows: list[dict]):
     """One JSON object a line; the folder is created."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

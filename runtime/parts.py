@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from runtime.args import checking_input, resume_command
-from runtime.files import named_errors, write_atomic
+from runtime.files import named_errors, write_atomic, write_json
 from runtime.log import Logger, Pace
 from runtime.processes import StopSignal, World, patient_group
 
@@ -62,7 +62,7 @@ class Parts:
                              "--out, or remove it")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(about, lambda file: file.write(json.dumps(self.about, indent=2).encode()))
+            write_json(about, self.about)
         return self.missing()
 
     def path(self, part: int) -> Path:
