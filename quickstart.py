@@ -80,16 +80,17 @@ def step(output: str, inputs: list[str], command: str):
     command = " ".join(command.split())
     mark = done / output.replace("/", "_")
     begun, key = Path(f"{mark}.begun"), f"{command} {checksum(*inputs)}"
-    if Path(output).exists() and mark.exists() and mark.read_text() == f"{key} {checksum(output)}":
+    made = mark.read_text(encoding="utf-8") if mark.exists() else ""
+    if Path(output).exists() and made == f"{key} {checksum(output)}":
         print(f"== {output} is up to date")
         return
-    if not begun.exists() or begun.read_text() != key:
+    if not begun.exists() or begun.read_text(encoding="utf-8") != key:
         for path in Path(output).parent.glob(f"{Path(output).stem}.resume*"):
             path.unlink()
-    begun.write_text(key)
+    begun.write_text(key, encoding="utf-8")
     print(f"\n== {output}")
     run(command)
-    mark.write_text(f"{key} {checksum(output)}")
+    mark.write_text(f"{key} {checksum(output)}", encoding="utf-8")
 
 
 train = "torchrun --nproc_per_node 2"

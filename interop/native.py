@@ -104,6 +104,6 @@ def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
     beside = Path(path).with_suffix(".json")
     with zipfile.ZipFile(path) as records:          # weights of an older version do not tell
         if DESCRIPTION in records.namelist() and (
-                records.read(DESCRIPTION).decode() != description(json.loads(beside.read_text()))):
+                records.read(DESCRIPTION).decode() != description(json.loads(beside.read_bytes()))):
             raise ValueError(f"{beside} is not the one that was saved with these weights: it was "
                              "edited, or a save was interrupted. --resume writes both again")

@@ -326,13 +326,14 @@ class Transformer(nn.Module):
         return [part for layer in self.layers for part in (layer.attention, layer.ffn)]
 
     def logits(self, final):  # (S, D) -> (S, n_tokens)
-        return self.output(final)[:, :self.n_tokens]
+        logits = self.output(final)     # a slice of all of it would be copied by its backward
+        return logits[:, :self.n_tokens] if self.n_tokens < logits.shape[1] else logits
 
     @property
     def head(self):  # -> (n_tokens, D), a view
         """The matrix that turns final hidden states into logits, for losses that run it."""
         weight = self.output.dequantised() if self.config.quantization else self.output.weight
-        return weight[:self.n_tokens]
+        return weight[:self.n_tokens] if self.n_tokens < len(weight) else weight
 
     def n_parameters(self) -> int:
         """Tied weights count once, two 4-bit weights in a byte as two, and scales not at all."""

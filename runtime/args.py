@@ -5,6 +5,7 @@ Arguments: the flags that all training scripts share, and the YAML files of --co
 
 import argparse
 import difflib
+import math
 import os
 import shlex
 import sys
@@ -264,14 +265,14 @@ def out_of_range(name: str, value, ranges: dict[str, str] = RANGES) -> str | Non
     """What a number must do, such as "lie in [0, 1]"; None for one that does, and for no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    if not abs(value) < 2 ** 53:
-        return "be finite, and below 2^53"
+    if not abs(value) < (2 ** 53 if isinstance(value, int) else math.inf):
+        return "be finite, an integer below 2^53"
     interval = ranges.get(name) or ranges.get(name.rpartition("_")[2], "(-inf, inf)")
     low, high = map(float, interval[1:-1].split(","))
     if (low < value < high or value == low and interval[0] == "["
             or value == high and interval[-1] == "]"):
         return None
-    return (f"lie in {interval}" if high < float("inf") else
+    return (f"lie in {interval}" if high < math.inf else
             f"be {low:g} or more" if interval[0] == "[" else f"be above {low:g}")
 
 

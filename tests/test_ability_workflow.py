@@ -499,7 +499,7 @@ def test_a_mistake_in_a_file_is_reported_before_the_first_step(flag, world, tmp_
     ({"agent_b": "gone.pth"}, "--agent_b gone.pth: there is no such file"),
     ({"initial_tree": "gone.json"}, "no ability tree at gone.json"),
     ({"gpus": -1}, "--gpus [-1] must be numbers below"),
-    ({"max_seq_len": 256}, "--max_seq_len 256 exceeds the context length of the student, 128"),
+    ({"max_seq_len": 256}, "--max_seq_len 256 exceeds the context length of the models, 128"),
     # Known at the start, though step B or C would be the first to miss it
     ({"initial_tree": {"name": "miniworld", "children": [{"name": "sky"}]}},
      "the ability tree has no miniworld / "),

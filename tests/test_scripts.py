@@ -173,10 +173,10 @@ def test_two_vocabularies_cannot_be_distilled_into_each_other(flags, pair, data,
                                  vocabulary), paths[-1])
     given = flags | pair | {"student": paths[0], "out_dir": tmp_path}
     printed = refused("train_distillation.py", **given)
-    assert "the teacher's vocabulary has 1024 tokens, the student's 300; " in printed
+    assert "the teacher's vocabulary has 1024 tokens, the student's 300, and they split texts into other tokens" in printed
     assert "Train both with one tokenizer" in printed
     printed = refused("train_distillation.py", **given | {"teacher": paths[1]})
-    assert "the teacher's vocabulary has 300 tokens, the student's 300; " in printed
+    assert "the teacher's vocabulary has 300 tokens, the student's 300, and they split texts into other tokens" in printed
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"no weights", None],
