@@ -19,6 +19,7 @@ import torch.distributed as dist
 from runtime.args import resume_command
 from runtime.files import delete, keep_previous, lock, write_atomic
 from runtime.log import Logger
+from runtime.optim import trained_weights
 from runtime.processes import World, any_process, is_main_process, local_rows, unwrapped
 
 # Flags that a resumed run may change; what they change in the mathematics is checked by itself.
@@ -165,52 +166,42 @@ def load_resume(path, modules: dict, optimizer, scaler, progress: Progress) -> P
     saved = Progress(**state["progress"])
     changed = [f"{key} was {saved.settings.get(key)}, is {value}"
                for key, value in progress.settings.items() if saved.settings.get(key) != value]
-    # AdamW creates its moments in its first step. One with zero gradients and learning rate 0
-    # changes no weight.
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for weight in group["params"]:
-            weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    tensors, found = tensors_of(run_state(modules, optimizer)), tensors_of(state)
-    if shapes(tensors) != shapes(found):
-        changed.append("the model had other sizes")
     if changed:
         raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}. "
                          "Start anew without --resume, or in another --out_dir.")
-    for name, tensor in tensors.items():
-        copy_rows(found[name], tensor)
+    for name, module in modules.items():
+        own = unwrapped(module).state_dict()
+        own |= {key: split_like(own[key], whole) for key, whole in state[name].items()}
+        unwrapped(module).load_state_dict(own)
+    weights = trained_weights(optimizer)
+    for i, moments in state["optimizer"]["state"].items():
+        moments |= {key: split_like(weights[i], whole) for key, whole in moments.items()}
+    optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     Logger(f"resumed {path} after step {saved.steps_done}")
     return saved
 
 
-def shapes(tensors: dict) -> dict:
-    return {name: tensor.shape for name, tensor in tensors.items()}
+def split_like(tensor, whole):
+    """This process's part of the whole, if the tensor is sharded; a scalar stays whole."""
+    if not hasattr(tensor, "full_tensor") or not whole.dim():
+        return whole
+    from torch.distributed.tensor import distribute_tensor
 
-
-@torch.no_grad()
-def copy_rows(whole, tensor):
-    """Fill a tensor, or this process's rows of a sharded one, from the whole."""
-    mine = local_rows(tensor)
-    if mine is not tensor:
-        first = dist.get_rank() * -(-len(tensor) // dist.get_world_size())  # as torch.chunk divides
-        whole = whole[first:first + len(mine)]
-    mine.copy_(whole)
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def run_state(modules: dict, optimizer) -> dict:
-    """The tensors of a run, not copied: weights that train, and the optimizer's state."""
-    weights = {name: trained_state(unwrapped(module)) for name, module in modules.items()}
-    return weights | {"optimizer": optimizer.state_dict()}
-
-
-def trained_state(module) -> dict:
-    """A module's state without frozen weights, which come from their own file."""
-    frozen = {name for name, weight in module.named_parameters(remove_duplicate=False)
-              if not weight.requires_grad}
-    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+    """The tensors of a run, not copied: weights that train, and the optimizer's state. Frozen
+    weights come from their own file."""
+    state = {"optimizer": optimizer.state_dict()}
+    for name, module in modules.items():
+        module = unwrapped(module)
+        frozen = {key for key, weight in module.named_parameters(remove_duplicate=False)
+                  if not weight.requires_grad}
+        state[name] = {key: tensor for key, tensor in module.state_dict().items()
+                       if key not in frozen}
+    return state
 
 
 def load_verified(path, mmap: bool = True):
