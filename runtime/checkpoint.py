@@ -136,7 +136,6 @@ def save_resume(path, modules: dict, optimizer, scaler, progress: Progress):
                          f"step {progress.steps_done}; {path} stays as it was saved before")
     state = gather(state) | {"scaler": scaler.state_dict(), "progress": asdict(progress)}
     if is_main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
         keep_previous(path)
         write_atomic(path, lambda file: torch.save(state, file))
 
@@ -194,14 +193,14 @@ def split_like(tensor, whole):
 def run_state(modules: dict, optimizer) -> dict:
     """The tensors of a run, not copied: weights that train, and the optimizer's state. Frozen
     weights come from their own file."""
-    state = {"optimizer": optimizer.state_dict()}
+    state = {}
     for name, module in modules.items():
         module = unwrapped(module)
         frozen = {key for key, weight in module.named_parameters(remove_duplicate=False)
                   if not weight.requires_grad}
         state[name] = {key: tensor for key, tensor in module.state_dict().items()
                        if key not in frozen}
-    return state
+    return state | {"optimizer": optimizer.state_dict()}
 
 
 def load_verified(path, mmap: bool = True):
@@ -240,7 +239,7 @@ def read_resume(path: Path, device=torch.device("cpu")) -> dict | None:
             state = load_verified(file, mmap=dist.is_initialized())     # in memory once for all
             if wrong := not_finite(state):
                 raise ValueError(f"{wrong} holds NaN or infinity")
-        except (OSError, ValueError, LookupError) as error:
+        except ValueError as error:
             state, problem = None, error
         if not any_process(state is None, True, device):
             if file != path and is_main_process():      # the next save keeps this one instead

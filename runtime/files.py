@@ -18,8 +18,10 @@ from pathlib import Path
 
 
 def replace_atomic(path: Path, write):
-    """Call `write` with a temporary path, flush the file, then rename it to `path`. Several
-    processes may do so at once; what a killed one left is removed after ten minutes."""
+    """Call `write` with a temporary path, flush the file, then rename it to `path`; the folder is
+    created. Several processes may do so at once; what a killed one left is removed after ten
+    minutes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError):
             if time.time() - stale.stat().st_mtime > 600:
@@ -41,6 +43,12 @@ def write_atomic(path: Path, write):
             write(file)
 
     replace_atomic(path, to_file)
+
+
+def write_text(path, text: str):
+    """A complete file; its folder is created. A text may hold half a character: surrogatepass."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(Path(path), lambda file: file.write(text.encode(errors="surrogatepass")))
 
 
 LOCKS = []              # open files: a lock ends with its process, however that ends
@@ -105,16 +113,13 @@ def named_errors(path):
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
-def write_json(path: Path, value):
-    write_atomic(path, lambda file: file.write(json.dumps(value, indent=2).encode()))
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2))
 
 
 def write_jsonl(path, rows: list[dict]):
-    """One JSON object a line; the folder is created."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # surrogatepass: a text may hold half a character, which UTF-8 refuses.
-    write_atomic(Path(path), lambda file: file.write(lines.encode(errors="surrogatepass")))
+    """One JSON object a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def keep_previous(path: Path, end: str = ".previous"):

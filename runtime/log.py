@@ -96,9 +96,8 @@ class Log:
         self.start, self.printed = time.time(), 0.0
         self.values, self.sums = {}, {}             # of this step; of the steps since the last row
         self.steps = self.skipped = self.tokens = self.tokens_before = 0
-        self.skipped_in_a_row = self.skipped_in_all = 0
+        self.skipped_in_a_row = 0
         if world.rank == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             old = read_rows(self.path, "step") if self.first_step else []
             write_jsonl(self.path, [row for row in old if row["step"] <= self.first_step])
 
@@ -123,7 +122,6 @@ class Log:
         bad = sum_over_processes((~values.isfinite()).float().to(self.world.device)).tolist()
         terms = [name for name, n_processes in zip(self.values, bad) if n_processes]
         self.values, self.skipped = {}, self.skipped + 1
-        self.skipped_in_all += 1
         self.skipped_in_a_row += scaler.get_scale() <= 1.0      # 1.0: nothing is scaled
         what = f"the {', '.join(terms)} of" if terms else "the gradient, but not the loss, of"
         what = f"{what} step {self.progress.steps_done + 1} is not finite"
@@ -184,8 +182,6 @@ class Log:
 
     def close(self):
         """Draw NAME.png from NAME.jsonl, whose rows include those before a resume."""
-        if self.skipped_in_all:
-            Logger(f"{self.skipped_in_all} steps were skipped: their gradients were not finite")
         if self.world.rank == 0:
             draw_curves(read_rows(self.path, "step"), self.path.with_suffix(".png"))
 

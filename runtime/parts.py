@@ -61,7 +61,6 @@ class Parts:
             raise ValueError(f"{self.folder} exists already and holds other files. Give another "
                              "--out, or remove it")
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(about, self.about)
         return self.missing()
 
