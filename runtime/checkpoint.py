@@ -88,9 +88,13 @@ def start_progress(args, name, data, epochs: int, adapted: dict | None = None) -
 
 
 def set_aside(name):
-    """Keep the files of an earlier run, NAME.*, as NAME.previous.* too, until the next run. Hard
-    links take no space, and NAME.* stay for a run that ends before its first save."""
-    path, files = Path(name), files_of(name)
+    """Keep what an earlier run wrote, NAME.* and, of the curriculum, NAME_epoch-* and the like, as
+    NAME.previous.* too, until the next run. Hard links take no space, and NAME.* stay for a run
+    that ends before its first save."""
+    path = Path(name)
+    ends = (".pth*", ".json*", ".png*", ".resume*", "_best.*", "_final.*", "_epoch-*")
+    files = [file for end in ends for file in path.parent.glob(glob.escape(path.name) + end)
+             if file.is_file() and file.suffix != ".tmp"]
     if not any(file.suffix == ".pth" for file in files):
         return
     for old in path.parent.glob(f"{glob.escape(path.name)}.previous*"):
@@ -103,13 +107,6 @@ def set_aside(name):
             shutil.copy2(file, kept)
     Logger(f"*** this run replaces {name}.*; the files of the earlier run are kept as "
            f"{name}.previous.*, until the next run without --resume ***")
-
-
-def files_of(name) -> list[Path]:
-    """What a run writes: NAME.*, NAME_best.*, and of a stage of the curriculum two more."""
-    ends = (".pth*", ".json*", ".png*", ".resume*", "_best.*", "_final.*", "_epoch-*")
-    found = (Path(name).parent.glob(glob.escape(Path(name).name) + end) for end in ends)
-    return [file for files in found for file in files if file.suffix != ".tmp"]
 
 
 def fingerprint(path: Path) -> str:
