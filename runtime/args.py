@@ -19,19 +19,17 @@ from runtime.errors import ROOT, in_one_line, report_errors
 WORKFLOW = "MINIDISTILL_WORKFLOW"   # environment variable: the command this process is a step of
 CHAT = "MINIDISTILL_CHAT"           # environment variable: --chat
 
-# Where the values of a flag lie. A flag is found by its name, or else by the last word of it:
-# write_temperature, log_interval. Infinity only says that there is no bound: no value is infinite.
+# Where the values of a flag lie, if not in [0, inf). A flag is found by its name, or else by the
+# last word of it: write_temperature. Infinity only says that there is no bound.
 RANGES = {name: interval for interval, names in {
-    "[1, inf)": "accumulation_steps batch_size depth epochs max_bad_steps max_new_tokens "
-                "max_seq_len max_tries n_samples n_seeds num_samples relation_heads repeats rounds "
-                "rows sample_every threads tokens_per_batch",
+    "[-1, inf)": "local_rank",
+    "[1, inf)": "accumulation_steps batch_size depth dim epochs max_bad_steps max_new_tokens "
+                "max_seq_len max_tries n_heads n_layers n_samples n_seeds num_samples "
+                "relation_heads repeats rounds rows sample_every threads tokens_per_batch "
+                "vocab_size",
     "[1, 1000]": "parallel processes",
-    "[1, 1000000]": "dim n_heads n_layers vocab_size",
-    "[0, inf)": "budget chars grad_clip interval learning_rate limit max_steps power round rpm "
-                "samples seed size smoothing steps test top_k train warmup_iters weakest weight "
-                "weight_decay",
     "[0, 10000]": "lora_rank measure num_workers",
-    "(0, inf)": "gpu_gb lora_alpha max_mb temperature",
+    "(0, inf)": "gpu_gb lora_alpha max_mb smoothing temperature",
     "[0, 1]": "alpha alpha_ce beta floor label_noise on_policy_fraction",
     "[0, 1)": "dropout replay_share val_fraction warmup_ratio",
     "(0, 1)": "skew teacher_share test_share",
@@ -267,7 +265,7 @@ def out_of_range(name: str, value, ranges: dict[str, str] = RANGES) -> str | Non
         return None
     if not abs(value) < (2 ** 53 if isinstance(value, int) else math.inf):
         return "be finite, an integer below 2^53"
-    interval = ranges.get(name) or ranges.get(name.rpartition("_")[2], "(-inf, inf)")
+    interval = ranges.get(name) or ranges.get(name.rpartition("_")[2], "[0, inf)")
     low, high = map(float, interval[1:-1].split(","))
     if (low < value < high or value == low and interval[0] == "["
             or value == high and interval[-1] == "]"):
