@@ -115,8 +115,9 @@ def write_cache(case: Case, form=None, saved=None) -> dict[str, float]:
     """Cache the teacher's outputs for all steps, as scripts/cache_teacher.py does; the seconds."""
     teacher, device = model_of(case, "teacher"), torch.device(case.device)
     samples = [sample for number in range(case.steps + 1) for sample in chats(case, number)]
-    about = {**dict.fromkeys(IDENTITY), "version": VERSION, "top_k": 0, "temperature": 1.0,
-             "files": {}, "vocab_size": case.vocab_size, "dim": teacher.config.dim}
+    about = {**dict.fromkeys((*IDENTITY, "teacher", "tokenizer", "skip_bad_lines")), "files": {},
+             "version": VERSION, "top_k": 0, "temperature": 1.0, "vocab_size": case.vocab_size,
+             "dim": teacher.config.dim}
 
     def write():
         keys = np.array([sample_key(ids) for ids, _ in samples], np.uint64)
@@ -129,7 +130,6 @@ def write_cache(case: Case, form=None, saved=None) -> dict[str, float]:
             batch = packed([samples[i] for i in layout.samples[layout.part(part)]]).to(device)
             states = teacher(batch.tokens, batch.lengths, at=batch.at, with_logits=False).final
             writer.write(part, pack(about, states, writer.head))
-        writer.finish()
 
     return {"write_seconds": timed(write, device)[1]}
 

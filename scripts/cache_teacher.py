@@ -127,7 +127,7 @@ def main():
             if missing:
                 check_room(writer, missing)
             writer.begin()
-    if not missing and writer.finished.exists():
+    if not missing:
         Logger(f"{args.cache_dir} is complete for these files; nothing to do")
         return
 
@@ -152,8 +152,6 @@ def main():
 
     # 6. Finish
     parts.wait()
-    if world.rank == 0:
-        writer.finish()
     seconds, done = parts.progress.seconds(), sum(n_tokens[part] for part in missing)
     Logger(f"wrote {len(missing)} parts, {megabytes(writer.part_bytes[missing].sum())}, in "
            f"{seconds:.1f} s ({done / seconds:,.0f} tokens/s). Use them: "
