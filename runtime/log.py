@@ -167,7 +167,8 @@ class Log:
         if self.world.rank == 0 and time.time() - self.printed > SECONDS_WITHOUT_ROW:
             n_finite = max(1, self.steps - self.skipped)
             means = {name: float(value) / n_finite for name, value in self.sums.items()}
-            self.show(self.progress.steps_done, means, self.tokens_before + self.tokens)
+            tokens = self.tokens_before + self.world.size * self.tokens
+            self.show(self.progress.steps_done, means, tokens)
 
     def row(self, step: int, wandb=None, **more):
         """Report the means since the last row together with `more`. What is not finite is shown,
