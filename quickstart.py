@@ -42,6 +42,7 @@ def run(command: str | list[str]):
     python = {"python": [PYTHON], "torchrun": [PYTHON, "-m", "torch.distributed.run"]}
     status = subprocess.Popen([*python[words[0]], *words[1:]]).wait()
     if status:
+        print("\n== stopped here; the same command continues", flush=True)
         sys.exit(status if status > 0 else 128 - status)
 
 

@@ -27,6 +27,7 @@ import torch
 
 from distill.fused import CHUNK_BYTES, Dense, TopK
 from runtime.checkpoint import load_verified
+from runtime.errors import FileError
 from runtime.files import file_crc32, named_errors, write_atomic, write_json
 
 VERSION = 2                 # raise it when the meaning of a file changes
@@ -332,7 +333,7 @@ class TeacherCache:
             path = self.path / part_name(i)
             file = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
             if checksum(self.about, i, file[:-4]) != file[-4:].tobytes():
-                raise ValueError(f"{path} is damaged, or a part of another cache. Remove it, and "
-                                 f"write it again: {command(self.about, self)}")
+                raise FileError(f"{path} is damaged, or a part of another cache. Remove it, and "
+                                f"write it again: {command(self.about, self)}")
             self.parts[i] = file[:-4].reshape(-1, self.row.itemsize)
         return self.parts[i]

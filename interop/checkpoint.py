@@ -46,7 +46,10 @@ def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, To
     model = empty_model(config, device, dtype)
     fill(model, reader.read_pieces(path, config), path)
     tokenizer = reader.read_tokenizer(path)
-    model.n_tokens = min(config.vocab_size, tokenizer.vocab_size)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, its weights "
+                         f"only {config.vocab_size:,} rows: they do not belong together")
+    model.n_tokens = tokenizer.vocab_size
     if model.n_tokens < config.vocab_size:
         Logger(f"{path}: {tokenizer.vocab_size:,} tokens and {config.vocab_size:,} rows; the rows "
                "after the last token are padding and get no logits")

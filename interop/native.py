@@ -9,6 +9,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from model.lora import lora_state
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from runtime.checkpoint import is_finite, load_verified
-from runtime.files import named_errors, replace_atomic, write_json
+from runtime.errors import FileError
+from runtime.files import file_crc32, named_errors, replace_atomic, write_json
 from runtime.processes import full_tensor, is_main_process
 
 DESCRIPTION = "archive/about.json"      # record of the .pth: what the .json beside it must say
@@ -33,7 +35,7 @@ def write(model: Transformer, tokenizer: Tokenizer, path):
     for name, weight in (lora_state(model) if model.adapted else model.state_dict()).items():
         weight = full_tensor(weight)
         if not is_finite(weight):
-            raise ValueError(f"{name} holds NaN or infinity; {path} stays as it was saved before")
+            raise FileError(f"{name} holds NaN or infinity; {path} stays as it was saved before")
         if is_main_process():       # int8 and int4 stay
             state[name] = (weight.float() if weight.is_floating_point() else weight).cpu()
     if not is_main_process():
@@ -54,15 +56,15 @@ def write(model: Transformer, tokenizer: Tokenizer, path):
         with open(temporary, "wb") as file:
             torch.save(state, file)
         with zipfile.ZipFile(temporary, "a") as records:    # torch.load does not look at it
-            records.writestr(zipfile.ZipInfo(DESCRIPTION), description(about))
+            records.writestr(zipfile.ZipInfo(DESCRIPTION), description(about, vocabulary))
 
     replace_atomic(path, to_file)
 
 
-def description(about: dict) -> str:
-    """All of a .json that gives the weights their meaning. An adapter's base may move."""
+def description(about: dict, vocabulary: Path) -> str:
+    """All that gives the weights their meaning. An adapter's base may move."""
     lora = {key: value for key, value in about.get("lora", {}).items() if key != "base"}
-    return json.dumps([about["config"], about["tokenizer"], lora], sort_keys=True)
+    return json.dumps([about["config"], lora, file_crc32(vocabulary)], sort_keys=True)
 
 
 def read_config(path) -> LMConfig:
@@ -70,10 +72,7 @@ def read_config(path) -> LMConfig:
 
 
 def read_tokenizer(path) -> Tokenizer:
-    vocabulary = read_about(path)[1]
-    if not vocabulary.exists():
-        raise FileNotFoundError(f"no {vocabulary}, the vocabulary of {path}: copy it, too")
-    return Tokenizer.load(vocabulary)
+    return Tokenizer.load(read_about(path)[1])
 
 
 def read_about(path) -> tuple[LMConfig, Path, dict | None]:
@@ -83,8 +82,17 @@ def read_about(path) -> tuple[LMConfig, Path, dict | None]:
         raise FileNotFoundError(f"no {beside} beside the weights, with their sizes: copy it, too")
     with named_errors(beside):
         about = json.loads(beside.read_text(encoding="utf-8"))
-        config = LMConfig.from_dict(about["config"])
-        return config, beside.parent / about["tokenizer"], about.get("lora")
+        vocabulary = beside.parent / about["tokenizer"]
+        if not vocabulary.exists():
+            raise FileNotFoundError(f"no {vocabulary}, the vocabulary of {path}: copy it, too")
+        saved = None
+        with suppress(OSError, KeyError, zipfile.BadZipFile):   # of an older version, or damaged
+            with zipfile.ZipFile(path) as records:
+                saved = records.read(DESCRIPTION).decode()
+        if saved not in (None, description(about, vocabulary)):
+            raise ValueError(f"it or {vocabulary} is not the one that was saved with {path}: it was "
+                             "edited or damaged, or a save was interrupted. --resume writes all")
+        return LMConfig.from_dict(about["config"]), vocabulary, about.get("lora")
 
 
 def read_state(path) -> dict[str, torch.Tensor]:
@@ -98,9 +106,3 @@ def read_state(path) -> dict[str, torch.Tensor]:
 def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
     for name, tensor in read_state(path).items():
         yield Piece(name, tensor, source=name)
-    beside = Path(path).with_suffix(".json")
-    with zipfile.ZipFile(path) as records:          # weights of an older version do not tell
-        if DESCRIPTION in records.namelist() and (
-                records.read(DESCRIPTION).decode() != description(json.loads(beside.read_bytes()))):
-            raise ValueError(f"{beside} is not the one that was saved with these weights: it was "
-                             "edited, or a save was interrupted. --resume writes both again")

@@ -90,6 +90,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            hints = (f"; did you mean {did_you_mean(word, self._option_string_actions)}?"
+                     for word in unknown if word.startswith("--"))
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{next(hints, '')}")
+        return found
+
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
     report_errors()

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.args import resume_command
+from runtime.errors import FileError
 from runtime.files import delete, keep_previous, lock, write_atomic
 from runtime.log import Logger
 from runtime.optim import trained_weights
@@ -129,7 +130,7 @@ def save_resume(path, modules: dict, optimizer, scaler, progress: Progress):
     path, state = Path(path), run_state(modules, optimizer)
     wrong = not_finite(state)
     if any_process(wrong is not None, True, optimizer.param_groups[0]["params"][0].device):
-        raise ValueError(f"{wrong or 'a tensor of another process'} holds NaN or infinity after "
+        raise FileError(f"{wrong or 'a tensor of another process'} holds NaN or infinity after "
                          f"step {progress.steps_done}; {path} stays as it was saved before")
     state = gather(state) | {"scaler": scaler.state_dict(), "progress": asdict(progress)}
     if is_main_process():

@@ -29,6 +29,10 @@ KNOWN = {
     "ModuleNotFoundError": "pip install -r requirements.txt"}
 
 
+class FileError(ValueError):
+    """A file that cannot be used or written in the middle of a run: its message ends the script."""
+
+
 def report_errors():
     """From here on, the errors that in_one_line knows end the script with one line and status 1.
     Characters that the console lacks are printed as question marks."""
@@ -54,7 +58,8 @@ def in_one_line(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
         error = error.__context__           # torch.save, when the disk is full
     text = f"{' '.join(str(error).split()):.400}".rstrip('. ')
-    if isinstance(error, FileNotFoundError) and error.errno is None:      # with a message of ours
+    is_ours = isinstance(error, FileNotFoundError) and error.errno is None
+    if is_ours or isinstance(error, FileError):
         return f"{error}"
     if isinstance(error, OSError):
         advice = f"; {WAY_OUT[error.errno]}" if error.errno in WAY_OUT else ""

@@ -209,7 +209,7 @@ class StopSignal:
 
     def receive(self, number, frame):
         if self.requested and number == signal.SIGINT:
-            signal.default_int_handler(number, frame)
+            sys.exit("interrupted twice: this step is not saved")
         self.requested = True
 
     def agreed(self, step: int, world: World, every: int = 8) -> bool:
