@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -278,9 +278,8 @@ class Tokenizer:
             return [self.encode(text) for text in texts]
         size = 1 + len(texts) // (4 * N_THREADS)
         shares = [texts[start:start + size] for start in range(0, len(texts), size)]
-        with ThreadPoolExecutor(N_THREADS) as pool:
-            encoded = pool.map(lambda share: [self.encode(text) for text in share], shares)
-            return [ids for share in encoded for ids in share]
+        encoded = threads(os.getpid()).map(lambda share: [self.encode(text) for text in share], shares)
+        return [ids for share in encoded for ids in share]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Incomplete characters and ids without a token become U+FFFD."""
@@ -400,6 +399,12 @@ class Tokenizer:
         return (f'{{\n"pattern": {to_json(self.pattern)},\n'
                 f'"special_tokens": {to_json(special_tokens)},\n'
                 f'"tokens": [\n{lines}\n]{options}\n}}\n')
+
+
+@cache
+def threads(process_id: int) -> ThreadPoolExecutor:
+    """One pool for all texts: tiktoken keeps memory for each new thread. A fork needs its own."""
+    return ThreadPoolExecutor(N_THREADS)
 
 
 def as_text_or_bytes(token: bytes) -> str | list[int]:

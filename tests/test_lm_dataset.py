@@ -309,7 +309,7 @@ from model.tokenizer import Tokenizer
 def size(key):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 
-lm_dataset.CACHE, lm_dataset.BLOCK, tokenizer = Path(sys.argv[1]), 1 << 16, Tokenizer.load()
+lm_dataset.CACHE, tokenizer = Path(sys.argv[1]), Tokenizer.load()
 for path in map(Path, sys.argv[2:]):
     Path("/proc/self/clear_refs").write_text("5")       # the highest mark is set back to what is used now
     before = size("VmRSS")
