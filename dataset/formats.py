@@ -11,7 +11,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,6 @@ COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, *SYSTEM_KEYS, "input", "history", "
                "answer_idx")
 # Keys of a turn with a meaning beside its role and content, or of a row:
 TARGET_KEYS = ("weight", "train", "loss")           # 0 or false: context, not to be learned
-THOUGHT_KEY = "reasoning_content"
 TOOL_KEYS = ("tool_calls", "function_call", "tools", "functions")       # refused
 EXAM_COLUMNS = ("question", "a", "b", "c", "d")     # multiple-choice CSV; "answer" holds a letter
 CATEGORY_KEYS = ("leaf", "category", "subject", "department", "meta_info")
@@ -188,7 +187,8 @@ def _rows_of_txt(path):
         marked = any(line.strip() == END_OF_TEXT for line in islice(file, 10_000))
         file.seek(0)
         text, first = [], 0
-        for number, line in enumerate(file, start=1):
+        last_end = END_OF_TEXT if marked else "\n"
+        for number, line in enumerate(chain(file, [last_end]), start=1):
             if line.strip() == END_OF_TEXT if marked else line.isspace():
                 if text:
                     yield first, {"text": "".join(text).rstrip("\n")}
@@ -196,8 +196,6 @@ def _rows_of_txt(path):
             elif text or not line.isspace():
                 first = first if text else number
                 text.append(line)
-        if text:
-            yield first, {"text": "".join(text).rstrip("\n")}
 
 
 ROW_READERS = {".jsonl": _rows_of_lines, "list": _rows_of_list, ".csv": _rows_of_csv,
@@ -220,11 +218,8 @@ def to_messages(row: dict) -> list[dict]:
     messages = _alternating(_turns(row, needs_answer=True))
     if messages and messages[-1]["role"] == "user":
         messages.pop()                          # a question without an answer teaches nothing
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError("no turn of the assistant follows a user turn, so there is nothing to "
-                         "learn")
-    if all("train" in message for message in messages if message["role"] == "assistant"):
-        raise ValueError("every answer is marked as context, so there is nothing to learn")
+    if not any(turn["role"] == "assistant" and "train" not in turn for turn in messages):
+        raise ValueError("no turn of the assistant is to be learned")
     return messages
 
 
@@ -318,15 +313,16 @@ def _alternating(turns) -> list[dict]:
 def _turns(row, needs_answer):
     """The turns of a row of any format; without `needs_answer` the answer may be missing."""
     _refuse_tools(row, "the row")
-    if system := _only_one([key for key in SYSTEM_KEYS if row.get(key)]):
+    if system := _only_one({key: row[key] for key in row if row[key]}, SYSTEM_KEYS):
         yield system, "system", row[system], True
-    if key := _only_one([key for key in CONVERSATION_KEYS if key in row]):
+    if key := _only_one(row, CONVERSATION_KEYS):
         yield from _turns_of_list(row[key], key)
     else:
         yield from (_turns_of_choice if "options" in row else _turns_of_columns)(row, needs_answer)
 
 
-def _only_one(found) -> str | None:
+def _only_one(row, keys) -> str | None:
+    found = [key for key in keys if key in row]
     if len(found) > 1:
         raise ValueError(f"both {found[0]!r} and {found[1]!r} are there; remove or rename one")
     return found[0] if found else None
@@ -362,16 +358,15 @@ def _turn(turn, where, is_learned):
     _refuse_tools(turn, where)
     for part in content if isinstance(content, list) else []:
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise ValueError(f"{where} has the part {_short(part)}; only parts of type text are "
-                             "read")
+            raise ValueError(f"{where} has the part {_short(part)}, which is no text")
         _check_text(part.get("text"), f"{where}: a part")
     if isinstance(content, list):
         content = "".join(part["text"] for part in content)
-    if thought := turn.get(THOUGHT_KEY):
-        _check_text(thought, f"{where}: {THOUGHT_KEY}")
+    if thought := turn.get("reasoning_content"):
+        _check_text(thought, f"{where}: reasoning_content")
         if role != "assistant" or not isinstance(content, str) or "</think>" in content:
-            raise ValueError(f"{where} has {THOUGHT_KEY}, which belongs to an answer that is a "
-                             "text without a thought of its own")
+            raise ValueError(f"{where} has reasoning_content, which belongs to an answer that "
+                             "is a text without a thought of its own")
         content = "<think>\n" + thought.strip("\n") + f"\n</think>\n\n{content}"
     for key in TARGET_KEYS:
         if (value := turn.get(key)) is None:
@@ -384,8 +379,7 @@ def _turn(turn, where, is_learned):
 
 
 def _turns_of_columns(row, needs_answer):
-    prompt, response = (_only_one([key for key in keys if key in row])
-                        for keys in (PROMPT_KEYS, RESPONSE_KEYS))
+    prompt, response = _only_one(row, PROMPT_KEYS), _only_one(row, RESPONSE_KEYS)
     if not prompt or needs_answer and not response:
         raise ValueError(f"no known format (keys found: {_short(list(row))}; known: conversations "
                          f"or messages; {'/'.join(PROMPT_KEYS)} with {'/'.join(RESPONSE_KEYS)}; "
@@ -412,7 +406,7 @@ def _question(row, question) -> str:
 
 
 def _turns_of_choice(row, needs_answer):
-    key = _only_one([key for key in PROMPT_KEYS if key in row]) or "question"
+    key = _only_one(row, PROMPT_KEYS) or "question"
     question, options, has_answer = row.get(key), row["options"], "answer_idx" in row
     if needs_answer and not has_answer:
         raise ValueError("options without 'answer_idx' (in CSV: with an empty answer, or without "

@@ -14,7 +14,6 @@ from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -148,8 +147,8 @@ class TokenDataset:
         write_atomic(index, lambda file: np.savez(
             file, ends=ends, n_targets=n_targets[rows], rows=rows, origins=origins[rows],
             n_rows=len(sizes), crc32=file_crc32(stream)))
-        self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} targets; "
-                 f"{(uncut > sizes).sum():,} cut to {self.max_seq_len} tokens, "
+        self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} "
+                 f"targets; {(uncut > sizes).sum():,} cut to {self.max_seq_len} tokens, "
                  f"{len(sizes) - len(rows):,} left out without a target; "
                  f"{time.time() - start:.1f} s")
 
@@ -388,8 +387,6 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
     if other_prompts and val_path not in (None, "none"):
         raise ValueError(f"--val_path {val_path} has no prompts for the teacher; leave it out for "
                          "--val_fraction")
-    if not 0.0 <= val_fraction < 1.0:
-        raise ValueError(f"--val_fraction {val_fraction} must lie in [0, 1)")
     if not val_path and kind.validated_on and not other_prompts:
         beside = Path(paths[0]).with_name(kind.validated_on)
         val_path = beside if beside.exists() else None
@@ -420,25 +417,24 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
 
 def make_loader(data, first_step: int, last_step: int, num_workers: int = 0, device: str = "cpu"):
     """An iterator over this process's micro-batches of steps first_step ... last_step - 1, which
-    num_workers threads prepare ahead. Unlike processes, threads share the memory map, start at
-    once, and receive no signals of their own."""
+    num_workers threads prepare ahead. Threads share the memory map, and receive no signals."""
     wanted = range(first_step * data.per_step, last_step * data.per_step)
     pin = torch.device(device).type == "cuda"
+
+    def micro_batch(j):
+        return data[j].pinned() if pin else data[j]
+
     if not num_workers:
-        yield from map(partial(micro_batch, data, pin), wanted)
+        yield from map(micro_batch, wanted)
         return
     with ThreadPoolExecutor(num_workers) as pool:
         ahead = deque()
         for j in wanted:
-            ahead.append(pool.submit(micro_batch, data, pin, j))
+            ahead.append(pool.submit(micro_batch, j))
             if len(ahead) > num_workers:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-
-
-def micro_batch(data, pin: bool, j: int) -> Batch:
-    return data[j].pinned() if pin else data[j]
 
 
 class MicroBatches:

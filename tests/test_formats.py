@@ -280,7 +280,7 @@ def test_an_input_beside_options_is_part_of_the_question():
     ({"messages": [SUM[0], {"role": "tool", "content": "5"}]}, "has role 'tool'"),
     ({"messages": [SUM[0], {**SUM[1], "weight": 0.5}]}, r"messages\[1\] has weight 0.5; a turn is context"),
     ({"messages": [{**SUM[0], "train": True}, SUM[1]]}, r"messages\[0\] has train True; .* of the assistant alone"),
-    ({"messages": [SUM[0], {**SUM[1], "loss": False}]}, "every answer is marked as context"),
+    ({"messages": [SUM[0], {**SUM[1], "loss": False}]}, "no turn of the assistant is to be learned"),
     ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "image_url"}]}]}, r"messages\[1\] has the part {'type': 'image_url'"),
     ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "text", "text": 5}]}]}, r"messages\[1\]: a part is 5, not a string"),
     ({"messages": [{**SUM[0], "reasoning_content": "x"}, SUM[1]]}, r"messages\[0\] has reasoning_content, which belongs"),

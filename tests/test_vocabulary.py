@@ -268,7 +268,6 @@ def test_an_answer_has_one_thought_and_earlier_answers_have_none(all_names, tmp_
     ("FIRST_APART", "it writes '<|im_start|>assistant"),
     ("NO_SYSTEM", "no system"),
     ("NO_SYSTEM_ROLE", "it does not write every content as it is"),
-    ("HUGE", "it computes *"),
     ("SPIES", "is unsafe"),
 ])
 def test_a_template_that_cannot_be_followed_is_refused_with_the_way_out(all_names, tmp_path, monkeypatch, capsys, name, said):
