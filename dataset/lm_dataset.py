@@ -365,12 +365,8 @@ def each_answer(messages: list[dict]) -> list[list[dict]]:
 
 
 def dataset_of(paths) -> type[TokenDataset]:
-    """The class for these files: texts, or conversations. Raises ValueError for a mix of both."""
-    texts = [path for path in paths if holds_texts(path)]
-    if texts and len(texts) < len(paths):
-        other = next(path for path in paths if path not in texts)
-        raise ValueError(f"{texts[0]} holds texts, {other} conversations; give files of one kind")
-    return PretrainDataset if texts else SFTDataset
+    """The class for these files: texts, or conversations, which refuse texts among them."""
+    return PretrainDataset if all(map(holds_texts, paths)) else SFTDataset
 
 
 def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fraction: float = 0.05,

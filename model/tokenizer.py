@@ -257,22 +257,19 @@ class Tokenizer:
             text = unicodedata.normalize(self.normalization, text)
         if self._missing:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            if any(byte in text.encode() for byte in self._missing):
-                return self._encode_without_missing(text)
-        return self._encoding.encode_ordinary(text)
-
-    def _encode_without_missing(self, text: str) -> list[int]:
-        """Bytes without a token, on which tiktoken panics, are removed from their piece, whose
-        other bytes may then be joined, as in Hugging Face's library."""
-        pieces = regex.findall(self.pattern, text, regex.V1)    # V1 has && in a class, as Rust has
-        pieces = (piece.encode().translate(None, self._missing) for piece in pieces)
+        if not any(byte in text.encode() for byte in self._missing):
+            return self._encoding.encode_ordinary(text)
+        # Bytes without a token, on which tiktoken panics, are removed from their piece, whose other
+        # bytes may then be joined, as in Hugging Face's library. V1 has && in a class, as Rust has.
+        pieces = (piece.encode().translate(None, self._missing)
+                  for piece in regex.findall(self.pattern, text, regex.V1))
         return [i for piece in pieces if piece for i in self._encoding._encode_single_piece(piece)]
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of each text, over threads. Each gets many texts at a time; tiktoken's own batch call
         gives one and takes 7 times as long for short texts."""
         texts = list(texts)
-        if len(texts) < 32:                 # starting threads takes longer
+        if len(texts) < 32:                 # handing them to threads takes longer
             return [self.encode(text) for text in texts]
         size = 1 + len(texts) // (4 * N_THREADS)
         shares = [texts[start:start + size] for start in range(0, len(texts), size)]
@@ -351,10 +348,6 @@ class Tokenizer:
                 text = text[len(before):]
             is_framed = role == "assistant" and (left == 0 or not self.chat.reframes)
             yield header, text, end, is_framed and message.get("train", True)
-
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """The conversation as encode_chat formats it, for people to read."""
-        return self.decode(self.encode_chat(messages, add_generation_prompt)[0])
 
     # -- the vocabulary file ------------------------------------------------------------------
 
