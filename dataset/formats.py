@@ -24,6 +24,7 @@ COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, *SYSTEM_KEYS, "input", "history", "
 # Keys of a turn with a meaning beside its role and content, or of a row:
 TARGET_KEYS = ("weight", "train", "loss")           # 0 or false: context, not to be learned
 TOOL_KEYS = ("tool_calls", "function_call", "tools", "functions")       # refused
+BESIDE_TURNS = {*SYSTEM_KEYS, *TOOL_KEYS}
 EXAM_COLUMNS = ("question", "a", "b", "c", "d")     # multiple-choice CSV; "answer" holds a letter
 CATEGORY_KEYS = ("leaf", "category", "subject", "department", "meta_info")
 
@@ -290,11 +291,10 @@ def _alternating(turns) -> list[dict]:
     """Turns (where, role, content, whether it is learned) as messages. Others are refused, not
     merged: a turn was lost there. A user turn after the first may be empty: ShareGPT users press
     Enter to read on."""
-    messages = []
+    messages, expected = [], "user"
     for where, role, content, is_learned in turns:
         _check_text(content, where)
         empty = not content or content.isspace()
-        expected = "assistant" if messages and messages[-1]["role"] == "user" else "user"
         if messages == [{"role": role, "content": content}]:
             continue                        # a column "system" with the text of the system turn
         if role == "system" and messages:
@@ -307,14 +307,16 @@ def _alternating(turns) -> list[dict]:
         context = {"train": False} if role == "assistant" and not is_learned else {}
         if not empty or role != "system":
             messages.append({"role": role, "content": content, **context})
+            expected = "assistant" if role == "user" else "user"
     return messages
 
 
 def _turns(row, needs_answer):
     """The turns of a row of any format; without `needs_answer` the answer may be missing."""
-    _refuse_tools(row, "the row")
-    if system := _only_one({key: row[key] for key in row if row[key]}, SYSTEM_KEYS):
-        yield system, "system", row[system], True
+    if not BESIDE_TURNS.isdisjoint(row):
+        _refuse_tools(row, "the row")
+        if system := _only_one({key: row[key] for key in row if row[key]}, SYSTEM_KEYS):
+            yield system, "system", row[system], True
     if key := _only_one(row, CONVERSATION_KEYS):
         yield from _turns_of_list(row[key], key)
     else:
@@ -348,13 +350,15 @@ def _turns_of_list(turns, key, is_learned=True):
 def _turn(turn, where, is_learned):
     try:
         names = ("role", "content") if "role" in turn else ("from", "value")
-        role, content = (turn[name] for name in names)
+        role, content = turn[names[0]], turn[names[1]]
     except (TypeError, KeyError):               # not a dict, or without these keys
         raise ValueError(f"{where} is {_short(turn)}, not a turn (known keys: role and content, "
                          "or from and value)") from None
-    if role not in list(ROLES):
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{where} has role {_short(role)} (known: {', '.join(ROLES)})")
     role = ROLES[role]
+    if len(turn) == 2 and isinstance(content, str):         # nearly all, and fast
+        return where, role, content, is_learned
     _refuse_tools(turn, where)
     for part in content if isinstance(content, list) else []:
         if not isinstance(part, dict) or part.get("type") != "text":
