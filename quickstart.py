@@ -78,16 +78,15 @@ def step(output: str, inputs: list[str], command: str):
     """Run the command, unless OUTPUT exists unchanged and was made by this command from these
     inputs. An interrupted training run resumes, unless its settings have changed."""
     command = " ".join(command.split())
-    mark = done / output.replace("/", "_")
-    begun, key = Path(f"{mark}.begun"), f"{command} {checksum(*inputs)}"
-    made = mark.read_text(encoding="utf-8") if mark.exists() else ""
-    if Path(output).exists() and made == f"{key} {checksum(output)}":
+    mark, key = done / output.replace("/", "_"), f"{command} {checksum(*inputs)}"
+    was = mark.read_text(encoding="utf-8") if mark.exists() else ""
+    if Path(output).exists() and was == f"{key} {checksum(output)}":
         print(f"== {output} is up to date")
         return
-    if not begun.exists() or begun.read_text(encoding="utf-8") != key:
+    if not was.startswith(key):
         for path in Path(output).parent.glob(f"{Path(output).stem}.resume*"):
             path.unlink()
-    begun.write_text(key, encoding="utf-8")
+    mark.write_text(key, encoding="utf-8")
     print(f"\n== {output}")
     run(command)
     mark.write_text(f"{key} {checksum(output)}", encoding="utf-8")

@@ -31,14 +31,14 @@ from ability_tree.generate_distill_data import (add_share_args, plan, question_t
                                                 seeds_of_leaves)
 from ability_tree.generate_logits import bare
 from ability_tree.prompts import PROMPTS
-from ability_tree.steps import add_request_args, read_abilities, read_choices, rows_of, write_rows
+from ability_tree.steps import add_request_args, read_abilities, read_choices, rows_of
 from ability_tree.train import LESSON, add_lesson_args
 from ability_tree.tree import AbilityTree, compare
 from ability_tree.workflow import Workflow
 from evaluation.tables import markdown
 from interop.checkpoint import load_config, load_tokenizer
 from runtime.args import check_ranges, checking_input, make_parser, parse_args
-from runtime.files import read_rows, write_atomic
+from runtime.files import read_rows, write_jsonl, write_text
 from runtime.log import Logger
 
 ROLES = ("teacher", "agent_a", "agent_b")
@@ -165,7 +165,7 @@ def replay(old: list, new: Path, share: float, seed: int, path: Path) -> list[Pa
     n = min(len(rows), round(len(new.read_bytes().splitlines()) * share / (1 - share)))
     sample = Random(seed).sample(rows, n)
     if n and not (path.exists() and rows_of([path], dict) == sample):
-        write_rows(path, sample)
+        write_jsonl(path, sample)
     return [path] if n else []
 
 
@@ -207,7 +207,7 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
         workflow.step("initial tree", "create_initial_tree", made.parent,
                       ability_files=args.ability_files, out=made)
     if not tree.exists() or tree.read_bytes() != Path(made).read_bytes():
-        write_atomic(tree, lambda file: file.write(Path(made).read_bytes()))
+        shutil.copyfile(made, tree)
 
     for number in range(1, args.rounds + 2):
         here, title, seed = folder / f"iteration_{number}", f"round {number}", args.seed + number
@@ -274,7 +274,7 @@ def main():
         trees, student = rounds(args, workflow, folder)
     text = report(trees[0], trees[-1], args.rounds, folder)
     Logger(f"\n{text}")
-    write_atomic(folder / "report.md", lambda file: file.write(text.encode()))
+    write_text(folder / "report.md", text)
     trees[-1].draw(folder / "report.png", trees[0])
     Logger(f"{folder}/report.md, {folder}/report.png; the student: {student}")
 

@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from evaluation.exam import write_answers
 from interop.checkpoint import load_model, sha256_of_model
-from model.generate import column_major, generate
+from model.generate import column_major
 from runtime.log import Logger
 from runtime.precision import pick_dtype
 
@@ -32,7 +33,7 @@ MAX_FAILURES = 10           # failed requests in a row: the endpoint is down, no
 FATAL = (401, 403, 404)     # wrong key, no permission, wrong model name: every request would fail
 
 
-class OutOfBudget(RuntimeError):
+class OutOfBudget(ValueError):
     """An agent has used its tokens. Its replies so far are in its file."""
 
 
@@ -45,19 +46,9 @@ class LocalAgent:
         column_major(self.model)
 
     def generate(self, conversations, max_new_tokens, temperature=0.0, seed=0):
-        """A conversation that fills the context gets "" and is logged."""
-        chats = self.tokenizer.encode_chats(conversations, add_generation_prompt=True)
-        limit = self.model.config.max_seq_len - 1
-        prompts = [ids for ids, _ in chats if len(ids) <= limit]
-        if len(prompts) < len(chats):
-            Logger(f"{self.name}: {len(chats) - len(prompts):,} of {len(chats):,} conversations "
-                   f"are longer than {limit:,} tokens and get no reply")
-        replies = iter(generate(
-            self.model, prompts, max_new_tokens, self.tokenizer.end_of_turn, rows=self.rows,
-            temperature=temperature,
-            generator=torch.Generator(self.device).manual_seed(seed)))
-        return [self.tokenizer.decode(next(replies)).strip() if len(ids) <= limit else ""
-                for ids, _ in chats]
+        return write_answers(self.model, self.tokenizer, conversations, max_new_tokens,
+                             rows=self.rows, temperature=temperature,
+                             generator=torch.Generator(self.device).manual_seed(seed))
 
 
 class EndpointAgent:
@@ -84,8 +75,13 @@ class EndpointAgent:
             import openai           # needed for endpoints only
         except ImportError:
             raise ValueError("an endpoint needs the openai package: pip install openai") from None
+        # Without a key, the package would send the user's OPENAI_API_KEY.
+        key = os.environ.get(key_env, "").strip() if key_env else "none"
+        if not key:             # key_env is not repeated: it may be the key itself, by mistake
+            raise ValueError("*_key_env names an environment variable with the API key; there is "
+                             "none of this name, or it is empty. Type: export NAME=KEY")
         self.openai, self.url, self.model = openai, url.rstrip("/"), model
-        self.name, self.key = f"{model} at {urlsplit(url).hostname}", read_key(key_env)
+        self.name, self.key = f"{model} at {urlsplit(url).hostname}", key
         hooks = {"request": [self.wait_for_turn, partial(bound_time, timeout)],
                  "response": [bound_size]}
         self.client = openai.OpenAI(
@@ -200,17 +196,6 @@ def bound_size(response):
         if len(body) > MAX_BODY:
             raise ValueError(f"a reply of more than {MAX_BODY:,} bytes")
     response._content = bytes(body)
-
-
-def read_key(key_env: str | None) -> str:
-    """The API key. Messages do not repeat key_env: it may be the key itself, by mistake."""
-    if key_env is None:
-        return "none"           # without one, the package would send the user's OPENAI_API_KEY
-    key = os.environ.get(key_env, "").strip()
-    if not key:
-        raise ValueError("*_key_env names an environment variable with the API key; there is none "
-                         "of this name, or it is empty. Type: export NAME=KEY")
-    return key
 
 
 def read_completion(body: str, messages: list[dict]) -> tuple[str, int]:

@@ -17,9 +17,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ability_tree.steps import rows_of, write_rows
+from ability_tree.steps import rows_of
 from dataset.formats import CONVERSATION_KEYS, bare_question, files_of, to_messages
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
+from runtime.files import write_jsonl
 from runtime.log import Logger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,7 @@ def conversations(paths, hide_options: bool, skip_bad_lines: bool, out: str) -> 
     """The files to train on: these, or with hide_options OUT with their bare conversations."""
     if not hide_options:
         return [str(file) for path in paths for file in files_of(path)]
-    write_rows(out, rows_of(paths, bare, skip_bad_lines))       # complete, the same by each process
+    write_jsonl(out, rows_of(paths, bare, skip_bad_lines))      # complete, the same by each process
     return [out]
 
 
@@ -99,13 +100,10 @@ def main():
     with checking_input():
         data_path = conversations(args.data, args.hide_options, args.skip_bad_lines,
                                   f"{args.out.rstrip('/')}.jsonl")
-    become("scripts/cache_teacher.py", flags_of(
-        teacher=args.teacher, data_path=data_path, cache_dir=args.out, tokenizer=args.tokenizer,
-        max_seq_len=args.max_seq_len, top_k=args.top_k,
-        temperature=args.temperature if args.top_k else None,
-        skip_bad_lines=args.skip_bad_lines, overwrite=args.overwrite,
-        tokens_per_batch=args.tokens_per_batch, dtype=args.dtype, device=args.device, ddp=args.ddp,
-        local_rank=args.local_rank))
+    args.temperature = args.temperature if args.top_k else None
+    given = {name: value for name, value in vars(args).items()
+             if name not in ("config", "data", "hide_options", "out")}
+    become("scripts/cache_teacher.py", flags_of(**given, data_path=data_path, cache_dir=args.out))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evaluation.tables import aligned, markdown, width_of
 from runtime.args import checking_input, did_you_mean, make_parser, parse_args
-from runtime.files import write_atomic
+from runtime.files import write_text
 from runtime.pictures import save_picture
 
 Z = 1.959964        # 95 % of a normal distribution lie within this many standard deviations
@@ -180,9 +180,6 @@ class AbilityTree:
         The floor, in equal parts for all n leaves, tests strong leaves again, or nobody would
         notice that they are forgotten. power 0: equal shares; above 1: mostly the weakest leaves.
         """
-        if smoothing <= 0 or power < 0 or not 0 <= floor <= 1:
-            raise ValueError(f"smoothing {smoothing:g} must be above 0, power {power:g} 0 or more, "
-                             f"floor {floor:g} in 0..1")
         weakness = {path: 1 - leaf.posterior(smoothing) for path, leaf in self.leaves().items()}
         most = max(weakness.values())       # divided by it, one stays 1 where high powers underflow
         weakness = {path: (weak / most) ** power for path, weak in weakness.items()}
@@ -192,9 +189,7 @@ class AbilityTree:
 
     def save(self, path):
         """As JSON. Everything but names, children and history is there for people to read."""
-        text = json.dumps(self.to_json(), ensure_ascii=False, indent=1)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(path), lambda file: file.write(f"{text}\n".encode()))
+        write_text(path, json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n")
 
     def to_json(self) -> dict:
         row = {"name": self.name, "asked": self.asked, "correct": self.correct,
@@ -240,8 +235,31 @@ class AbilityTree:
     def draw(self, png, before: "AbilityTree | None" = None):
         """A row per node: name and counts, the 95 % interval in the colour of the posterior mean,
         the accuracy as a dot, and as a ring the accuracy `before`."""
+        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.figure import Figure
+
+        nodes = list(self.walk())
+        names = ["    " * (len(path) - 1) + node.name for path, node in nodes]
+        left = 6.5 * max(map(width_of, names)) + 8      # points left of the axis, for the names
+        old = {key_of(path): node for path, node in before.walk()} if before else {}
+        colour = LinearSegmentedColormap.from_list("ability", COLOURS)
+        figure = Figure(figsize=(5, 0.26 * len(nodes) + 0.6))
+        axis = figure.add_subplot()
+        for y, (path, node) in enumerate(nodes):
+            then = old.get(key_of(path))
+            axis.plot([100 * bound for bound in node.interval()], [y, y], linewidth=5,
+                      color=colour(node.posterior()) if node.asked else UNTESTED)
+            if then and then.asked:
+                axis.plot(100 * then.accuracy, y, "o", color=INK, markerfacecolor="white")
+            if node.asked:
+                axis.plot(100 * node.accuracy, y, "o", color=INK, markersize=5)
+            axis.annotate(names[y], (-3, y), (-left, 0), textcoords="offset points", va="center")
+            axis.text(104, y, f"{node.correct}/{node.asked}", va="center")
+        axis.set(xlim=(-3, 103), ylim=(len(nodes) - 0.5, -0.5), yticks=[], xticks=range(0, 101, 25),
+                 xlabel="● accuracy, %   " + "○ before   " * bool(before) + "▬ 95 % interval")
+        axis.spines[:].set_visible(False)
         Path(png).parent.mkdir(parents=True, exist_ok=True)
-        save_picture(picture(self, before), png, bbox_inches="tight")
+        save_picture(figure, png, bbox_inches="tight")
 
 
 def percent(accuracy: float | None) -> str:
@@ -269,52 +287,18 @@ def compare(before: AbilityTree, after: AbilityTree) -> str:
     return markdown(rows)
 
 
-def picture(tree: AbilityTree, before: AbilityTree | None):
-    """The figure of AbilityTree.draw; its height follows the number of nodes."""
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-
-    nodes = list(tree.walk())
-    names = ["    " * (len(path) - 1) + node.name for path, node in nodes]
-    left = 6.5 * max(map(width_of, names)) + 8      # points that the names take, left of the axis
-    old = {key_of(path): node for path, node in before.walk()} if before else {}
-    colour = LinearSegmentedColormap.from_list("ability", COLOURS)
-    figure = Figure(figsize=(5, 0.26 * len(nodes) + 0.6))
-    axis = figure.add_subplot()
-    for y, (path, node) in enumerate(nodes):
-        then = old.get(key_of(path))
-        axis.plot([100 * bound for bound in node.interval()], [y, y], linewidth=5,
-                  color=colour(node.posterior()) if node.asked else UNTESTED)
-        if then and then.asked:
-            axis.plot(100 * then.accuracy, y, "o", color=INK, markerfacecolor="white")
-        if node.asked:
-            axis.plot(100 * node.accuracy, y, "o", color=INK, markersize=5)
-        axis.annotate(names[y], (-3, y), (-left, 0), textcoords="offset points", va="center")
-        axis.text(104, y, f"{node.correct}/{node.asked}", va="center")
-    axis.set(xlim=(-3, 103), ylim=(len(nodes) - 0.5, -0.5), yticks=[], xticks=range(0, 101, 25),
-             xlabel="● accuracy, %   " + "○ before   " * bool(before) + "▬ 95 % interval")
-    axis.spines[:].set_visible(False)
-    return figure
-
-
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("tree", metavar="TREE.json", help="the ability tree to show")
     add("--compare", metavar="BEFORE.json", help="an earlier tree: adds a table of the changes")
     add("--png", metavar="FILE.png", help="file of a picture; with --compare, of both trees")
-    add("--weakest", type=int, default=5, metavar="N",
-        help="number of the weakest leaves to list with their shares of new questions; 0: none")
     args = parse_args(parser)
 
     with checking_input():
         tree = AbilityTree.load(args.tree)
         before = AbilityTree.load(args.compare) if args.compare else None
     print(tree.text())
-    if args.weakest:
-        print("\nweakest leaves and their shares of new questions:")
-        for path in tree.weakest(args.weakest):
-            print(f"{tree.weights()[path]:7.1%}  {spell(path)}")
     if before:
         print(f"\n{args.compare} → {args.tree}\n\n{compare(before, tree)}")
     if args.png:

@@ -19,7 +19,7 @@ import torch
 
 from ability_tree.generate_logits import ROOT, flags_of, listed
 from runtime.args import WORKFLOW, resume_command
-from runtime.files import file_sha256, keep_previous, write_atomic
+from runtime.files import file_sha256, keep_previous, write_text
 from runtime.log import Logger
 
 MANIFEST = "manifest.json"
@@ -68,11 +68,11 @@ class Workflow:
             for path in folder.iterdir():
                 if path.is_file() and path.name != MANIFEST:
                     path.unlink()
-        write_manifest(file, manifest)
+        write_text(file, json.dumps(manifest, indent=2))
         command = [f"ability_tree.{module}", *flags_of(**flags)]
         command += [resume_flag] if again and resume_flag else []
         self.run(title, command, log or folder.parent / f"{module}.log")
-        write_manifest(file, manifest | {"outputs": outputs_of(folder)})
+        write_text(file, json.dumps(manifest | {"outputs": outputs_of(folder)}, indent=2))
         self.exit_if_stopped(title)
 
     def run(self, title: str, command: list[str], log: Path):
@@ -112,11 +112,6 @@ class Workflow:
             sys.exit(130)
 
 
-def write_manifest(file: Path, manifest: dict):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, lambda out: out.write(json.dumps(manifest, indent=2).encode()))
-
-
 def sha256_of(path: Path) -> str:
     """Of a file; of a folder, of the names and hashes of its files."""
     if not path.exists():
@@ -134,6 +129,5 @@ def hashed(path: Path, size: int, mtime: int) -> str:
 
 def outputs_of(folder: Path) -> dict[str, str]:
     """Of what the next step may read, unlike resume files: {name in the folder: hash}"""
-    names = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))
-             if path.is_file() and path.name != MANIFEST}
-    return {name: sha256_of(path) for name, path in names.items() if ".resume" not in name}
+    return {name: sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
+            and ".resume" not in (name := str(path.relative_to(folder))) and path.name != MANIFEST}

@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch.multiprocessing import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import (add_result_args, deviation, parse, peak_above, table, with_ratios,
+from benchmarks.measure import (add_result_args, deviation, parse, table, with_ratios,
                                 write_json)
-from benchmarks.scaling import random_batch, width_and_layers
+from benchmarks.scaling import add_step_args, random_batch
 from model.config import LMConfig
 from model.transformer import Transformer
 from runtime.args import checking_input, make_parser
-from runtime.log import Clock
+from runtime.log import Clock, peak_above
 from runtime.optim import decay_groups
 from runtime.precision import autocast, seed_everything
 from runtime.processes import init_distributed_mode, parallelize, sync_gradients
@@ -161,15 +161,8 @@ def main(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--processes", type=int, default=2, help="2 or more; on GPUs one each")
-    add("--model", type=width_and_layers, default=(512, 8), metavar="WIDTHxLAYERS",
-        help="width and number of layers")
-    add("--vocab", type=int, default=6400, help="vocabulary size")
-    add("--tokens", type=int, default=512, help="tokens of a micro-batch, a multiple of --length")
-    add("--length", type=int, default=256, help="tokens of a sample")
+    add_step_args(parser, model=(512, 8), tokens=512, steps=3)
     add("--accumulation", type=int, default=4, help="micro-batches per step and process")
-    add("--steps", type=int, default=3, help="timed steps per run, after one; their median counts")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"],
-        help="dtype of the matrix products; gradients are communicated in fp32")
     add_result_args(parser)
     args = parse(parser, argv, "model", "vocab", "tokens", "length", "accumulation", "steps")
     if args.processes < 2:

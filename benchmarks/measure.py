@@ -9,14 +9,11 @@ unless that is None. A case is a NamedTuple with `device` and `threads` among it
 """
 
 import json
-import re
-import resource
 import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,10 +21,9 @@ import torch
 
 from evaluation.tables import markdown
 from runtime.args import RANGES, check_values
-from runtime.files import write_atomic
+from runtime.files import write_text
 
 TOLERANCE = 1e-4            # relative, per tensor; fp32 sums in another order differ by 1e-6
-PAGE = 4096                 # bytes; no measurement of memory is finer
 
 
 def timed(call, device):  # -> (its result, seconds)
@@ -42,26 +38,6 @@ def timed(call, device):  # -> (its result, seconds)
     start = time.process_time()
     result = call()
     return result, time.process_time() - start
-
-
-def peak(device) -> int:  # -> bytes
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # macOS
-
-
-@contextmanager
-def peak_above(device):
-    """with peak_above(device) as above: ...; above() is the peak in bytes above what was in use."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):             # not Linux: the old peak stays, nothing large was freed yet
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = peak(device)
-    yield lambda: max(PAGE, peak(device) - before)
 
 
 def compare(measure, case, forms, repeats: int, tolerance=TOLERANCE) -> dict[str, dict[str, float]]:
@@ -132,8 +108,6 @@ def parse(parser, argv, *counts: str):
     """args; counts are flags that must be 1 or more. Exits with a message."""
     args = parser.parse_args(argv)
     check_values(parser, args, RANGES | dict.fromkeys(counts, "[1, inf)"))
-    if args.json and not Path(args.json).parent.is_dir():
-        parser.error(f"no folder for {args.json}; make it: mkdir -p {Path(args.json).parent}")
     return args
 
 
@@ -152,5 +126,4 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
 def write_json(args, rows: list[dict]):
     if args.json:
         content = {"setting": vars(args), "torch": torch.__version__, "rows": rows}
-        text = json.dumps(content, indent=2).encode()
-        write_atomic(Path(args.json), lambda file: file.write(text))
+        write_text(args.json, json.dumps(content, indent=2))

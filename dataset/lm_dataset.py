@@ -23,7 +23,6 @@ import torch
 
 from dataset.formats import (check_exists, holds_texts, read_one_by_one, to_messages, to_prompts,
                              to_text)
-from runtime.checkpoint import UNREADABLE
 from runtime.files import file_crc32, file_sha256, write_atomic
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
@@ -68,7 +67,7 @@ def read_index(stream: Path, index: Path) -> dict | None:
         with np.load(index) as file:
             arrays = dict(file)
         return arrays if arrays["crc32"] == file_crc32(stream) else None
-    except UNREADABLE:
+    except Exception:           # whatever zipfile raises for a damaged file
         return None
 
 

@@ -3,7 +3,7 @@
 Offline distillation (logit caching): the teacher reads the data once and its outputs go to disk.
 
     DIR/about.json       teacher, tokenizer, data files, size of each file below and checksum of the
-                         next two; written last
+                         next two; written before the parts
     DIR/index.npz        position of each sample, by a hash of its tokens (dataset/lm_dataset.py)
     DIR/head.pth         (V, D) fp32, turns states into logits; not with top-k
     DIR/part-00000.bin   per supervised position the final hidden state in bf16, 2 D bytes, or the
@@ -27,7 +27,7 @@ import torch
 
 from distill.fused import CHUNK_BYTES, Dense, TopK
 from runtime.checkpoint import load_verified
-from runtime.files import file_crc32, named_errors, write_atomic
+from runtime.files import file_crc32, named_errors, write_atomic, write_json
 
 VERSION = 2                 # raise it when the meaning of a file changes
 PART_BYTES = 64 << 20       # of a part, plus at most one sample: what an interruption costs
@@ -132,8 +132,7 @@ def lay_out(keys, lengths, n_rows, row_bytes: int) -> Layout:
 
 
 class CacheWriter:
-    """Writes a cache: `prepare`, `begin`, `write` each missing part in any process, `finish`. Until
-    then the file DIR/unfinished.json stands for about.json.
+    """Writes a cache: `prepare`, `begin`, `write` each missing part in any process.
 
     about   the fields of IDENTITY except samples_sha256 (ids: of the tokenizer); teacher and
             tokenizer (paths), vocab_size and dim (V and D of the head), skip_bad_lines
@@ -146,7 +145,6 @@ class CacheWriter:
         content = layout.keys.tobytes() + layout.n_rows.tobytes() + layout.cuts.tobytes()
         self.about = about | {"samples_sha256": hashlib.sha256(content).hexdigest(),
                               "samples": len(layout.keys), "positions": int(layout.n_rows.sum())}
-        self.finished = self.path / "about.json"
 
     def prepare(self, overwrite: bool = False) -> list[int]:
         """The missing parts; none if the cache is complete, or has these files and more.
@@ -154,11 +152,10 @@ class CacheWriter:
         Raises ValueError if DIR holds another cache; `overwrite` deletes that one.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        found = about_file(self.path)
+        found = self.path / "about.json"
         was = read_about(found) if found.exists() else self.about
         changed = differences(was, self.about)
-        if (found == self.finished and "files" in changed
-                and changed.keys() <= {"files", "samples_sha256"}
+        if ("files" in changed and changed.keys() <= {"files", "samples_sha256"}
                 and set(self.about["files"].values()) < set(was["files"].values())):
             TeacherCache(self.path)                                 # raises if a file is damaged
             return []
@@ -171,14 +168,13 @@ class CacheWriter:
             for file in (found, self.path / "index.npz", self.path / "head.pth",
                          *self.path.glob("part-*.bin")):
                 file.unlink(missing_ok=True)
-        for temporary in (*self.path.glob("part-*.tmp"), *self.path.glob("head.pth.*.tmp")):
-            temporary.unlink()
         return self.missing()
 
     def begin(self):
         """Write all other files, so that a run that is interrupted knows what is missing."""
-        found = about_file(self.path)
-        if found.exists() and not damaged_files(self.path, read_about(found), "part-"):
+        found = self.path / "about.json"
+        if found.exists() and not ({"index.npz", "head.pth"}
+                                   & {*damaged_files(self.path, read_about(found))}):
             return
         order = np.argsort(self.layout.keys)
         starts = np.cumsum(self.layout.n_rows) - self.layout.n_rows
@@ -193,8 +189,7 @@ class CacheWriter:
             write_atomic(self.path / name, write)
             sizes[name], crc32[name] = size_of(self.path / name), file_crc32(self.path / name)
         sizes |= {part_name(i): int(size) + 4 for i, size in enumerate(self.part_bytes)}
-        about = json.dumps(self.about | {"bytes": sizes, "crc32": crc32}, indent=2)
-        write_atomic(found, lambda file: file.write(about.encode()))
+        write_json(found, self.about | {"bytes": sizes, "crc32": crc32})
 
     def missing(self) -> list[int]:
         return [i for i, size in enumerate(self.part_bytes)
@@ -206,22 +201,14 @@ class CacheWriter:
         data = rows.tobytes() + checksum(self.about, part, rows)
         write_atomic(self.path / part_name(part), lambda file: file.write(data))
 
-    def finish(self):
-        """Mark the cache as complete."""
-        about_file(self.path).rename(self.finished)
-
-
-def about_file(path: Path) -> Path:
-    finished = path / "about.json"
-    return finished if finished.exists() else path / "unfinished.json"
-
 
 def read_about(file: Path) -> dict:
-    """Raises ValueError for a damaged file."""
+    """Raises ValueError for a damaged file, by the field that is missing."""
     with named_errors(file):
         about = json.loads(file.read_bytes())
         if about["version"] == VERSION:
-            differences(about, about)           # a KeyError names a missing field
+            [about[field] for field in (*IDENTITY, "teacher", "tokenizer", "vocab_size", "dim",
+                                        "skip_bad_lines", "bytes", "crc32")]
         return about
 
 
@@ -234,12 +221,11 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1
 
 
-def damaged_files(path: Path, about: dict, skip: str = "none") -> list[str]:
-    """The missing files and those of the wrong size or checksum, except names that begin with
-    `skip`. The checksum of a part is for TeacherCache.part."""
-    return [name for name, size in about["bytes"].items() if not name.startswith(skip) and (
-            size_of(path / name) != size or
-            name in about["crc32"] and file_crc32(path / name) != about["crc32"][name])]
+def damaged_files(path: Path, about: dict) -> list[str]:
+    """The missing files and those of the wrong size or checksum. The checksum of a part is for
+    TeacherCache.part."""
+    return [name for name, size in about["bytes"].items() if size_of(path / name) != size
+            or name in about["crc32"] and file_crc32(path / name) != about["crc32"][name]]
 
 
 # -- reading -------------------------------------------------------------------------------------
@@ -259,7 +245,7 @@ class TeacherCache:
 
     def __init__(self, path):
         self.path, self.device = Path(path), torch.device("cpu")
-        file = about_file(self.path)
+        file = self.path / "about.json"
         if not file.exists():
             raise FileNotFoundError(
                 f"no cached teacher outputs in {self}. Write them: python scripts/cache_teacher.py "
@@ -270,7 +256,7 @@ class TeacherCache:
                 f"{self} has format {about['version']}, this program reads {VERSION}. Write it "
                 "again: python scripts/cache_teacher.py --overwrite ...")
         damaged, n_files = damaged_files(self.path, about), len(about["bytes"])
-        if damaged or file.name != "about.json":
+        if damaged:
             raise ValueError(f"{self} is incomplete, {n_files - len(damaged)} of {n_files} files; "
                              f"missing or damaged: {', '.join(damaged[:3])}. Complete it: "
                              f"{command(about, self)}")

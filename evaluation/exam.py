@@ -11,8 +11,9 @@ from statistics import fmean
 from typing import NamedTuple
 
 from dataset.formats import category, files_of, final_answer, read_each, to_question
-from evaluation.scores import score_samples
+from evaluation.scores import score_answers
 from model.generate import generate
+from runtime.log import Logger
 
 SHORT = 10      # words of the longest answer that is correct or not; a longer one is a text
 # A word: one Chinese or Japanese character, or a run of other letters and digits.
@@ -68,31 +69,27 @@ def answer(model, tokenizer, questions: list[ExamQuestion], max_new_tokens: int)
     or one generated token, gets the answer "", which is wrong.
     """
     chosen = iter(choose_options(model, tokenizer, [one for one in questions if one.options]))
-    free = [question for question in questions if not question.options]
+    free = [question.messages for question in questions if not question.options]
     written = iter(write_answers(model, tokenizer, free, max_new_tokens))
     return [next(chosen if question.options else written) for question in questions]
 
 
 def choose_options(model, tokenizer, questions: list[ExamQuestion]) -> list[str]:
-    samples = [tokenizer.encode_chats([*question.messages, {"role": "assistant", "content": option}]
-                                      for option in question.options) for question in questions]
-    fits = [max(len(ids) for ids, _ in options) - 1 <= model.config.max_seq_len
-            for options in samples]                                 # the last token is not read
-    scores = iter(score_samples(model, [sample for options, fit in zip(samples, fits) if fit
-                                        for sample in options]))
-    answers = []
-    for question, fit in zip(questions, fits):
-        log_p = [next(scores).log_p for _ in question.options] if fit else []
-        answers.append(question.options[log_p.index(max(log_p))] if fit else "")
-    return answers
+    scores = score_answers(model, tokenizer, [(question.messages, question.options)
+                                              for question in questions])
+    return [question.options[log_p.index(max(log_p))] if log_p else ""
+            for question, log_p in zip(questions, scores)]
 
 
-def write_answers(model, tokenizer, questions, max_new_tokens: int) -> list[str]:
-    prompts = [ids for ids, _ in tokenizer.encode_chats(
-        (question.messages for question in questions), add_generation_prompt=True)]
-    fits = [len(prompt) < model.config.max_seq_len for prompt in prompts]
-    answers = iter(generate(model, [prompt for prompt, fit in zip(prompts, fits) if fit],
-                            max_new_tokens, tokenizer.end_of_turn))
+def write_answers(model, tokenizer, conversations, max_new_tokens: int, **sampling) -> list[str]:
+    """sampling: see model.generate.generate."""
+    chats = tokenizer.encode_chats(conversations, add_generation_prompt=True)
+    fits = [len(ids) < model.config.max_seq_len for ids, _ in chats]
+    if not all(fits):
+        Logger(f"{fits.count(False):,} of {len(fits):,} conversations are longer than "
+               f"{model.config.max_seq_len - 1:,} tokens and get no reply")
+    answers = iter(generate(model, [ids for (ids, _), fit in zip(chats, fits) if fit],
+                            max_new_tokens, tokenizer.end_of_turn, **sampling))
     return [tokenizer.decode(next(answers)).strip() if fit else "" for fit in fits]
 
 

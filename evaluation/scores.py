@@ -35,13 +35,17 @@ def score(model, tokenizer, conversations, reference=None,
     return score_samples(model, tokenizer.encode_chats(conversations), reference, tokens_per_batch)
 
 
-def score_answers(model, tokenizer, questions) -> list[list[float]]:
-    """Nats per candidate answer: [(question, [answer, ...]), ...] -> one list per question."""
-    conversations = [[{"role": "user", "content": question},
-                      {"role": "assistant", "content": answer}]
-                     for question, answers in questions for answer in answers]
-    scores = iter(score(model, tokenizer, conversations))
-    return [[next(scores).log_p for _ in answers] for _, answers in questions]
+def score_answers(model, tokenizer, questions) -> list[list[float] | None]:
+    """Nats per candidate answer: [(messages, [answer, ...]), ...] -> a list per question, or None
+    where the question with its longest answer exceeds the model's max_seq_len."""
+    samples = [tokenizer.encode_chats([*messages, {"role": "assistant", "content": answer}]
+                                      for answer in answers) for messages, answers in questions]
+    limit = model.config.max_seq_len + 1                    # the last token is not read
+    fits = [max(len(ids) for ids, _ in answers) <= limit for answers in samples]
+    scores = iter(score_samples(model, [sample for answers, fit in zip(samples, fits) if fit
+                                        for sample in answers]))
+    return [[next(scores).log_p for _ in answers] if fit else None
+            for answers, fit in zip(samples, fits)]
 
 
 @torch.inference_mode()

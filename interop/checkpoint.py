@@ -216,8 +216,6 @@ def detect_format(path):
         script = next((SCRIPTS[prefix] for prefix in SCRIPTS if path.name.startswith(prefix)), None)
         advice = f"Train them: python {script} --help" if script else "Is the path right?"
         raise FileNotFoundError(f"no weights at {path}. {advice}")
-    if path.suffix in (".json", ".resume"):
-        raise ValueError(f"{path} is not a weight file; name {path.with_suffix('.pth')}")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} alone has no sizes and tokenizer; name its folder, {path.parent}")
     if path.is_dir():

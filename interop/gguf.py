@@ -331,7 +331,6 @@ def write(model: Transformer, tokenizer: Tokenizer, path, dtype: str = "float16"
             writer.write_tensors_to_file()
         sign(temporary)
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     replace_atomic(Path(path), to_file)
 
 

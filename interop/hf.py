@@ -20,9 +20,9 @@ from interop.vocabulary import read_tokenizer_json, write_tokenizer
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from runtime.files import UNSIGNED, check_signature, replace_atomic, sign, write_atomic
+from runtime.files import UNSIGNED, check_signature, replace_atomic, sign, write_json
 
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 4 << 30       # of a file, plus at most one tensor
 
 FAMILIES = {        # use_moe, with shared experts, qk_norm, attention_bias
     (False, False, False, False): "llama",
@@ -64,14 +64,16 @@ NAMES |= {f"layers.*.{ours}": f"model.layers.*.{theirs}" for ours, theirs in {
     "ffn.router": "mlp.gate", "ffn.shared.w1": "mlp.shared_expert.gate_proj",
     "ffn.shared.w2": "mlp.shared_expert.down_proj", "ffn.shared.w3": "mlp.shared_expert.up_proj",
 }.items()}
-GPT2_NAMES = {"tok_embeddings": "wte", "pos_embeddings": "wpe", "norm": "ln_f", "output": "lm_head"}
-GPT2_NAMES |= {f"layers.*.{ours}": f"h.*.{theirs}" for ours, theirs in {
+GPT2_NAMES = {"tok_embeddings": "transformer.wte", "pos_embeddings": "transformer.wpe",
+              "norm": "transformer.ln_f", "output": "lm_head"}
+GPT2_NAMES |= {f"layers.*.{ours}": f"transformer.h.*.{theirs}" for ours, theirs in {
     "attention_norm": "ln_1", "attention.wqkv": "attn.c_attn", "attention.wo": "attn.c_proj",
     "ffn_norm": "ln_2", "ffn.w1": "mlp.c_fc", "ffn.w2": "mlp.c_proj"}.items()}
 STACKS = {f"layers.*.ffn.{w}": f"model.layers.*.mlp.experts.{theirs}.weight"
           for w, theirs in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))}
 
-OURS = {theirs: ours for table in (NAMES, GPT2_NAMES, STACKS) for ours, theirs in table.items()}
+OURS = {theirs.removeprefix("transformer."): ours
+        for table in (NAMES, GPT2_NAMES, STACKS) for ours, theirs in table.items()}
 OURS |= {theirs.replace("shared_expert.", "shared_experts."): ours for theirs, ours in OURS.items()
          if "shared_expert." in theirs}     # MiniMind's
 
@@ -215,10 +217,8 @@ def to_pieces(tensors, config: LMConfig) -> Iterator[Piece]:
         number = re.search(r"experts\.(\d+)\.", source)
         name = re.sub(r"experts\.\d+\.", "experts.", source.removeprefix("transformer."))
         name = rename(name, OURS)
-        # Old files hold RoPE's frequencies and the causal mask.
-        is_buffer = source.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
-        if is_buffer:
-            continue
+        if source.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
+            continue                    # old files hold RoPE's frequencies and the causal mask
         if source.endswith("shared_expert_gate.weight"):
             if tensor.count_nonzero():
                 raise ValueError(f"{source} is not zero: a learned gate is not supported")
@@ -249,9 +249,11 @@ def write(model: Transformer, tokenizer: Tokenizer, folder, dtype: torch.dtype =
     """Write the folder that AutoModelForCausalLM and AutoTokenizer read. config.json comes last:
     without it the folder is no model. Raises ValueError for a model that no family can hold."""
     folder, config = Path(folder), write_config(model.config, tokenizer, dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards, weight_map = list(in_shards(their_tensors(model), dtype)), {}
-    for i, shard in enumerate(shards, 1):
+    shards, weight_map, size = {}, {}, 0
+    for name, tensor in their_tensors(model):
+        shards.setdefault(size // SHARD_BYTES, {})[name] = tensor
+        size += tensor.numel() * dtype.itemsize
+    for i, shard in enumerate(shards.values(), 1):
         part = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         shard = {name: tensor.to(dtype).contiguous() for name, tensor in shard.items()}
 
@@ -270,23 +272,6 @@ def write(model: Transformer, tokenizer: Tokenizer, folder, dtype: torch.dtype =
     write_json(folder / "config.json", config)
 
 
-def write_json(path: Path, value: dict):
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    write_atomic(path, lambda file: file.write(text.encode()))
-
-
-def in_shards(tensors, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each file, which has at most SHARD_BYTES, or a single tensor."""
-    shard, size = {}, 0
-    for name, tensor in tensors:
-        if shard and size + tensor.numel() * dtype.itemsize > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.numel() * dtype.itemsize
-    yield shard
-
-
 def their_tensors(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights under their names and in their order, made one at a time."""
     config = model.config
@@ -294,24 +279,23 @@ def their_tensors(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
     is_gpt2 = config.architecture == "gpt2"
     table = GPT2_NAMES if is_gpt2 else NAMES | STACKS if config.use_moe else NAMES
     for name, weight in weights.items():
-        if is_gpt2:
-            if "attention.wk" in name or "attention.wv" in name:
-                continue                            # written with wq
-            if "attention.wq" in name:
-                weight = torch.cat([weights[name.replace("wq", part)] for part in QKV])
-            if name.startswith("layers") and weight.dim() == 2:
-                weight = weight.T
-            theirs = rename(name.replace("attention.wq.", "attention.wqkv."), table)
-            yield theirs if theirs == "lm_head.weight" else f"transformer.{theirs}", weight
-        elif weight.dim() == 3:
+        if is_gpt2 and ("attention.wk" in name or "attention.wv" in name):
+            continue                                # written with wq
+        if is_gpt2 and "attention.wq" in name:
+            weight = torch.cat([weights[name.replace("wq", part)] for part in QKV])
+            name = name.replace("wq", "wqkv")
+        theirs = rename(name, table)
+        if is_gpt2 and name.startswith("layers") and weight.dim() == 2:
+            weight = weight.T
+        elif not is_gpt2 and is_rotated(name):
+            weight = to_half_split(weight, config.head_dim)
+        elif name.endswith("shared.w2.weight"):
+            # Qwen2-MoE multiplies its shared expert by sigmoid(gate . x), 1/2 for a gate of 0.
+            weight = weight * 2
+            gate = theirs.replace("expert.down_proj", "expert_gate")
+            yield gate, weight.new_zeros(1, config.dim)
+        if weight.dim() == 3:
             for e, expert in enumerate(weight):
-                yield rename(name, table).replace("experts.", f"experts.{e}."), expert
+                yield theirs.replace("experts.", f"experts.{e}."), expert
         else:
-            if name.endswith("shared.w2.weight"):
-                # Qwen2-MoE multiplies its shared expert by sigmoid(gate . x), 1/2 for a gate of 0.
-                weight = weight * 2
-                gate = rename(name, table).replace("expert.down_proj", "expert_gate")
-                yield gate, weight.new_zeros(1, config.dim)
-            if is_rotated(name):
-                weight = to_half_split(weight, config.head_dim)
-            yield rename(name, table), weight
+            yield theirs, weight

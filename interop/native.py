@@ -19,9 +19,8 @@ from model.lora import lora_state
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from runtime.checkpoint import is_finite, load_verified
-from runtime.files import replace_atomic, write_atomic
+from runtime.files import named_errors, replace_atomic, write_json
 from runtime.processes import full_tensor, is_main_process
-
 
 DESCRIPTION = "archive/about.json"      # record of the .pth: what the .json beside it must say
 
@@ -42,7 +41,6 @@ def write(model: Transformer, tokenizer: Tokenizer, path):
     if "output.weight" in state and model.config.tie_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]         # one tensor, stored once
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     vocabulary = path.parent / f"tokenizer-{tokenizer.sha256[:8]}.json"
     if not vocabulary.exists():
         tokenizer.save(vocabulary)
@@ -50,8 +48,7 @@ def write(model: Transformer, tokenizer: Tokenizer, path):
     if model.adapted:
         base = os.path.relpath(model.adapted["base"], path.parent)
         about["lora"] = model.adapted | {"base": base}
-    text = json.dumps(about, indent=2)
-    write_atomic(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    write_json(path.with_suffix(".json"), about)
 
     def to_file(temporary):
         with open(temporary, "wb") as file:
@@ -84,12 +81,10 @@ def read_about(path) -> tuple[LMConfig, Path, dict | None]:
     beside = Path(path).with_suffix(".json")
     if not beside.exists():
         raise FileNotFoundError(f"no {beside} beside the weights, with their sizes: copy it, too")
-    try:
+    with named_errors(beside):
         about = json.loads(beside.read_text(encoding="utf-8"))
         config = LMConfig.from_dict(about["config"])
         return config, beside.parent / about["tokenizer"], about.get("lora")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{beside} does not describe a model: {error!r}") from error
 
 
 def read_state(path) -> dict[str, torch.Tensor]:

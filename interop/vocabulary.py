@@ -499,7 +499,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path):
               "pad_token": name_of[tokenizer.end_of_text],
               "chat_template": write_template(tokenizer), **(tokenizer.template or {})}
     config = json.dumps(config, ensure_ascii=False, indent=1)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("tokenizer.json", library.to_str(pretty=True)),
                        ("tokenizer_config.json", config)):
         write_atomic(folder / name, lambda file: file.write(text.encode()))

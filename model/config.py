@@ -6,6 +6,7 @@ All sizes of a model in one place. A checkpoint has them as JSON beside the weig
 import dataclasses
 from dataclasses import dataclass
 
+
 @dataclass
 class LMConfig:
     """Sizes of the decoder in model/transformer.py.

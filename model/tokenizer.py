@@ -371,9 +371,7 @@ class Tokenizer:
             raise ValueError(f"{path}: not a vocabulary file: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, lambda file: file.write(self._to_json().encode()))
+        write_atomic(Path(path), lambda file: file.write(self._to_json().encode()))
 
     def _to_json(self, without: str = "") -> str:
         """One token per line, such as [272, " t"], or [416, [228, 189]] for the bytes of an

@@ -14,24 +14,22 @@ from pathlib import Path
 
 import yaml
 
-from runtime.errors import in_one_line, report_errors
+from runtime.errors import ROOT, in_one_line, report_errors
 
 WORKFLOW = "MINIDISTILL_WORKFLOW"   # environment variable: the command this process is a step of
 CHAT = "MINIDISTILL_CHAT"           # environment variable: --chat
 
-# Where the values of a flag lie. A flag is found by its name, or else by the last word of it:
-# write_temperature, log_interval. Infinity only says that there is no bound: no value is infinite.
+# Where the values of a flag lie, if not in [0, inf). A flag is found by its name, or else by the
+# last word of it: write_temperature. Infinity only says that there is no bound.
 RANGES = {name: interval for interval, names in {
-    "[1, inf)": "accumulation_steps batch_size depth epochs max_bad_steps max_new_tokens "
-                "max_seq_len max_tries n_samples n_seeds num_samples relation_heads repeats rounds "
-                "rows sample_every threads tokens_per_batch",
+    "[-1, inf)": "local_rank",
+    "[1, inf)": "accumulation_steps batch_size depth dim epochs max_bad_steps max_new_tokens "
+                "max_seq_len max_tries n_heads n_layers n_samples n_seeds num_samples "
+                "relation_heads repeats rounds rows sample_every threads tokens_per_batch "
+                "vocab_size",
     "[1, 1000]": "parallel processes",
-    "[1, 1000000]": "dim n_heads n_layers vocab_size",
-    "[0, inf)": "budget chars grad_clip interval learning_rate limit max_steps power round rpm "
-                "samples seed size smoothing steps test top_k train warmup_iters weakest weight "
-                "weight_decay",
     "[0, 10000]": "lora_rank measure num_workers",
-    "(0, inf)": "gpu_gb lora_alpha max_mb temperature",
+    "(0, inf)": "gpu_gb lora_alpha max_mb smoothing temperature",
     "[0, 1]": "alpha alpha_ce beta floor label_noise on_policy_fraction",
     "[0, 1)": "dropout replay_share val_fraction warmup_ratio",
     "(0, 1)": "skew teacher_share test_share",
@@ -142,21 +140,15 @@ def add_training_args(parser: argparse.ArgumentParser):
     add("--num_workers", type=int, default=1,
         help="threads that prepare batches; 0: the training thread itself")
 
-    add = parser.add_argument_group("hardware").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
-        help="autocast dtype; trainable weights, optimizer state and losses stay in fp32. bfloat16 "
-             "falls back to float32 where the hardware has none")
+    add = add_process_args(parser)
     add("--grad_checkpoint", action="store_true",
         help="activation checkpointing: recompute each layer in the backward pass; much less "
              "memory, a third more work")
     add("--compile", action="store_true",
         help="torch.compile each layer; on a GPU in bfloat16 only")
-    add("--ddp", action="store_true", help="several processes, started by torchrun")
     add("--shard", default="none", choices=["none", "zero2", "zero3"],
         help="what --ddp shards over the processes. zero2: gradients and optimizer state; zero3: "
              "weights too, also a frozen teacher's")
-    add("--local_rank", type=int, default=-1, help="GPU of this process; -1: set by torchrun")
 
     add = parser.add_argument_group("output").add_argument
     add("--out_dir", "--output_dir", default="out",
@@ -174,15 +166,17 @@ def add_training_args(parser: argparse.ArgumentParser):
 
 
 def add_process_args(parser: argparse.ArgumentParser, dtype: bool = True):
-    """The flags of a script that runs a model in several processes without training it."""
+    """The flags of a script that runs a model in several processes; returns the add_argument of
+    their group."""
     add = parser.add_argument_group("hardware").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     if dtype:
         add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
-            help="dtype of the matrix products; bfloat16 falls back to float32 where the hardware "
-                 "has none")
+            help="dtype of the matrix products (autocast); trainable weights, optimizer state and "
+                 "losses stay in fp32. bfloat16 falls back to float32 where the hardware has none")
     add("--ddp", action="store_true", help="several processes, started by torchrun")
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: set by torchrun")
+    return add
 
 
 def lora_options(args) -> dict | None:
@@ -271,7 +265,7 @@ def out_of_range(name: str, value, ranges: dict[str, str] = RANGES) -> str | Non
         return None
     if not abs(value) < (2 ** 53 if isinstance(value, int) else math.inf):
         return "be finite, an integer below 2^53"
-    interval = ranges.get(name) or ranges.get(name.rpartition("_")[2], "(-inf, inf)")
+    interval = ranges.get(name) or ranges.get(name.rpartition("_")[2], "[0, inf)")
     low, high = map(float, interval[1:-1].split(","))
     if (low < value < high or value == low and interval[0] == "["
             or value == high and interval[-1] == "]"):
@@ -286,10 +280,8 @@ def in_repo(value):
     if isinstance(value, list):
         return [in_repo(each) for each in value]
     if isinstance(value, (str, Path)) and (first := Path(value).parts[:1]):
-        repo = next((folder for folder in Path(sys.argv[0]).resolve().parents
-                     if (folder / "runtime/args.py").exists()), Path.cwd())
-        if os.path.exists(repo / first[0]) and not os.path.exists(first[0]):
-            return type(value)(repo / value)
+        if os.path.exists(ROOT / first[0]) and not os.path.exists(first[0]):
+            return type(value)(ROOT / value)
     return value
 
 
@@ -337,11 +329,10 @@ def entries(document) -> list:
 
 def read_value(parser, flag, node, words: dict, where: str):
     """A YAML value, converted and checked as on the command line (YAML reads 5e-6 as text)."""
-    several, is_list = flag and flag.nargs in ("+", "*"), isinstance(node, yaml.SequenceNode)
-    switch = flag and flag.nargs == 0
+    several, switch = flag and flag.nargs in ("+", "*"), flag and flag.nargs == 0
     words = {"true": flag.const, "false": flag.default} if switch else words
     values = []
-    for each in node.value if several and is_list else [node]:
+    for each in node.value if several and isinstance(node, yaml.SequenceNode) else [node]:
         if not isinstance(each, yaml.ScalarNode):
             parser.error(f"{where} takes {'plain values' if several else 'one value'}")
         if not each.value.strip() or each.tag.endswith(":null"):
@@ -353,12 +344,9 @@ def read_value(parser, flag, node, words: dict, where: str):
         values.append(words.get(each.value.lower(), each.value))
     if switch or flag is None:
         return values[0]
+    if flag.nargs == "+" and not values:
+        parser.error(f"{where} is an empty list")
     try:
-        values = [parser._get_value(flag, each) for each in values]
-        for each in values:
-            parser._check_value(flag, each)
+        return parser._get_values(flag, values)
     except argparse.ArgumentError as error:
         parser.error(f"{where}: {error}")
-    if several and not values and flag.nargs == "+":
-        parser.error(f"{where} is an empty list")
-    return values if several else values[0]

@@ -6,9 +6,7 @@ Resume files: a run that is interrupted at any step and resumed ends with the sa
 import glob
 import math
 import os
-import pickle
 import shutil
-import struct
 import sys
 import zipfile
 import zlib
@@ -21,8 +19,8 @@ import torch.distributed as dist
 from runtime.args import resume_command
 from runtime.files import delete, keep_previous, lock, write_atomic
 from runtime.log import Logger
-from runtime.processes import (World, any_process, is_main_process, is_sharded, local_rows,
-                               unwrapped)
+from runtime.optim import trained_weights
+from runtime.processes import World, any_process, is_main_process, local_rows, unwrapped
 
 # Flags that a resumed run may change; what they change in the mathematics is checked by itself.
 FREE_TO_CHANGE = {
@@ -30,12 +28,6 @@ FREE_TO_CHANGE = {
     "ddp", "accumulation_steps", "shard", "grad_checkpoint", "compile", "local_rank", "num_workers",
     "log_interval", "save_interval", "eval_interval", "val_path", "use_wandb", "wandb_project",
     "tokenizer", "start_stage", "end_stage", "set", "max_bad_steps"}
-
-# What zipfile and torch.load raise for a file that is empty, damaged, or of another kind.
-UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, LookupError, ArithmeticError, TypeError,
-              pickle.UnpicklingError, struct.error, zlib.error, zipfile.BadZipFile)
-
-PROGRESS = "progress.pt"        # in a sharded run's resume folder: what is not a tensor
 
 
 @dataclass
@@ -79,9 +71,6 @@ def start_progress(args, name, data, epochs: int, adapted: dict | None = None) -
     if is_main_process():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         lock(name)
-        for file in files_of(name):
-            if file.suffix == ".tmp":       # left by a run that was killed
-                delete(file)
         if not args.resume:
             set_aside(name)
     total_steps = args.max_steps or epochs * data.steps_per_epoch
@@ -99,35 +88,25 @@ def start_progress(args, name, data, epochs: int, adapted: dict | None = None) -
 
 
 def set_aside(name):
-    """Keep the files of an earlier run, NAME.*, as NAME.previous.* too, until the next run. Hard
-    links take no space, and NAME.* stay for a run that ends before its first save."""
-    path, files = Path(name), files_of(name)
+    """Keep what an earlier run wrote, NAME.* and, of the curriculum, NAME_epoch-* and the like, as
+    NAME.previous.* too, until the next run. Hard links take no space, and NAME.* stay for a run
+    that ends before its first save."""
+    path = Path(name)
+    ends = (".pth*", ".json*", ".png*", ".resume*", "_best.*", "_final.*", "_epoch-*")
+    files = [file for end in ends for file in path.parent.glob(glob.escape(path.name) + end)
+             if file.is_file() and file.suffix != ".tmp"]
     if not any(file.suffix == ".pth" for file in files):
         return
     for old in path.parent.glob(f"{glob.escape(path.name)}.previous*"):
         delete(old)
     for file in files:
         kept = path.with_name(f"{path.name}.previous{file.name.removeprefix(path.name)}")
-        if file.is_dir():
-            shutil.copytree(file, kept, copy_function=link_or_copy)
-        else:
-            link_or_copy(file, kept)
+        try:
+            os.link(file, kept)
+        except OSError:             # some file systems have no links
+            shutil.copy2(file, kept)
     Logger(f"*** this run replaces {name}.*; the files of the earlier run are kept as "
            f"{name}.previous.*, until the next run without --resume ***")
-
-
-def files_of(name) -> list[Path]:
-    """What a run writes: NAME.*, NAME_best.*, and of a stage of the curriculum two more."""
-    ends = (".pth*", ".json*", ".png*", ".resume*", "_best.*", "_final.*", "_epoch-*")
-    return [file for end in ends
-            for file in Path(name).parent.glob(glob.escape(Path(name).name) + end)]
-
-
-def link_or_copy(source, target):
-    try:
-        os.link(source, target)
-    except OSError:                 # some file systems have no links
-        shutil.copy2(source, target)
 
 
 def fingerprint(path: Path) -> str:
@@ -145,33 +124,35 @@ def fingerprint(path: Path) -> str:
 
 def save_resume(path, modules: dict, optimizer, scaler, progress: Progress):
     """Everything that an interrupted run needs. The file before it is kept as PATH.previous. All
-    processes call this.
-
-    A sharded run writes a folder, with one file per process. Raises ValueError, before anything is
-    replaced, for a tensor with NaN or infinity.
-    """
-    path, sharded = Path(path), any(map(is_sharded, modules.values()))
-    state = run_state(modules, optimizer)
-    rest = {"scaler": scaler.state_dict(), "progress": asdict(progress)}
+    processes call this, and the main one writes. Raises ValueError, before anything is replaced,
+    for a tensor with NaN or infinity."""
+    path, state = Path(path), run_state(modules, optimizer)
     wrong = not_finite(state)
     if any_process(wrong is not None, True, optimizer.param_groups[0]["params"][0].device):
         raise ValueError(f"{wrong or 'a tensor of another process'} holds NaN or infinity after "
                          f"step {progress.steps_done}; {path} stays as it was saved before")
-    if sharded:
-        save_shards(path, state, rest)
-    elif is_main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    state = gather(state) | {"scaler": scaler.state_dict(), "progress": asdict(progress)}
+    if is_main_process():
         keep_previous(path)
-        write_atomic(path, lambda file: torch.save(state | rest, file))
+        write_atomic(path, lambda file: torch.save(state, file))
+
+
+def gather(value):
+    """A nested dict whose sharded tensors are whole, in the memory of the main process alone. They
+    are gathered one at a time. All processes call this."""
+    if isinstance(value, dict):
+        return {key: gather(each) for key, each in value.items()}
+    if not hasattr(value, "full_tensor"):
+        return value
+    whole = value.full_tensor()
+    return whole.cpu() if is_main_process() else None
 
 
 def load_resume(path, modules: dict, optimizer, scaler, progress: Progress) -> Progress:
-    """Restore a run in place from the newest file that can be read; without one it starts at step
-    0.
-
-    Raises ValueError if the file belongs to a run with other settings.
-    """
-    path, sharded = Path(path), any(map(is_sharded, modules.values()))
+    """Restore a run in place from the newest file that can be read, on any number of processes,
+    sharded or not; without one it starts at step 0. Raises ValueError if the file belongs to a run
+    with other settings."""
+    path = Path(path)
     state = read_resume(path, optimizer.param_groups[0]["params"][0].device)
     if state is None:
         Logger(f"no {path} to resume: starting from the first step")
@@ -184,52 +165,50 @@ def load_resume(path, modules: dict, optimizer, scaler, progress: Progress) -> P
     if changed:
         raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}. "
                          "Start anew without --resume, or in another --out_dir.")
-    if sharded != ("shards" in state):
-        raise ValueError(f"{path} belongs to a run {'without' if sharded else 'with'} --shard; "
-                         "resume it as it began (with --shard, on any number of processes), or "
-                         "start anew without --resume")
-    if sharded:
-        # AdamW creates its moments in its first step. One with zero gradients and learning rate 0
-        # changes no weight.
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-            for weight in group["params"]:
-                weight.grad = torch.zeros_like(weight)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        copy_rows(state["shards"], tensors_of(run_state(modules, optimizer)))
-    else:
-        for name, module in modules.items():
-            module = unwrapped(module)
-            module.load_state_dict(module.state_dict() | state[name])
-        optimizer.load_state_dict(state["optimizer"])
+    for name, module in modules.items():
+        own = unwrapped(module).state_dict()
+        own |= {key: split_like(own[key], whole) for key, whole in state[name].items()}
+        unwrapped(module).load_state_dict(own)
+    weights = trained_weights(optimizer)
+    for i, moments in state["optimizer"]["state"].items():
+        moments |= {key: split_like(weights[i], whole) for key, whole in moments.items()}
+    optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     Logger(f"resumed {path} after step {saved.steps_done}")
     return saved
 
 
+def split_like(tensor, whole):
+    """This process's part of the whole, if the tensor is sharded; a scalar stays whole."""
+    if not hasattr(tensor, "full_tensor") or not whole.dim():
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
 def run_state(modules: dict, optimizer) -> dict:
-    """The tensors of a run, not copied: weights that train, and the optimizer's state."""
-    weights = {name: trained_state(unwrapped(module)) for name, module in modules.items()}
-    return weights | {"optimizer": optimizer.state_dict()}
+    """The tensors of a run, not copied: weights that train, and the optimizer's state. Frozen
+    weights come from their own file."""
+    state = {}
+    for name, module in modules.items():
+        module = unwrapped(module)
+        frozen = {key for key, weight in module.named_parameters(remove_duplicate=False)
+                  if not weight.requires_grad}
+        state[name] = {key: tensor for key, tensor in module.state_dict().items()
+                       if key not in frozen}
+    return state | {"optimizer": optimizer.state_dict()}
 
 
-def trained_state(module) -> dict:
-    """A module's state without frozen weights, which come from their own file."""
-    frozen = {name for name, weight in module.named_parameters(remove_duplicate=False)
-              if not weight.requires_grad}
-    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
-
-
-def load_verified(path, verify: bool = True, mmap: bool = True):
+def load_verified(path, mmap: bool = True):
     """The tensors and plain values that torch.save wrote; no code runs. Compares the file's records
     with their CRC-32 at 2.8 GB/s, which torch.load does not. Raises ValueError."""
     try:
         with zipfile.ZipFile(path) as records:
-            if damaged := verify and records.testzip():
+            if damaged := records.testzip():
                 raise ValueError(f"{damaged} differs from its checksum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except UNREADABLE as error:
+    except Exception as error:          # a damaged file makes zipfile and torch.load raise any
         raise ValueError(f"{path} is cut short, or no weight file at all, or damaged "
                          f"({type(error).__name__}: {str(error)[:100]})") from error
 
@@ -248,17 +227,16 @@ def not_finite(state: dict) -> str | None:
 
 
 def read_resume(path: Path, device=torch.device("cpu")) -> dict | None:
-    """The newest state that all processes can read; None if there is no file. Of a sharded run's
-    folder: its progress and, as `shards`, the tensors of each process. A file that cannot be read
-    is named and put aside, and the one before it is used. Raises ValueError if none can be read."""
+    """The newest state that all processes can read; None if there is no file. A file that cannot be
+    read is named and put aside, and the one before it is used. Raises ValueError if none can."""
     found = [file for file in (path, path.with_name(path.name + ".previous")) if file.exists()]
     for file in found:
         state, problem = None, "by another process"
         try:
-            state = read_shards(file) if file.is_dir() else load_verified(file, mmap=False)
+            state = load_verified(file, mmap=dist.is_initialized())     # in memory once for all
             if wrong := not_finite(state):
                 raise ValueError(f"{wrong} holds NaN or infinity")
-        except (OSError, ValueError, LookupError) as error:
+        except ValueError as error:
             state, problem = None, error
         if not any_process(state is None, True, device):
             if file != path and is_main_process():      # the next save keeps this one instead
@@ -268,55 +246,6 @@ def read_resume(path: Path, device=torch.device("cpu")) -> dict | None:
     if found:
         raise ValueError(f"no readable resume file at {path}; start anew without --resume")
     return None
-
-
-def save_shards(path: Path, state: dict, rest: dict):
-    """A folder into which each process writes its rows of the tensors. All processes call this."""
-    temporary, rank = path.with_name(path.name + ".tmp"), dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)        # left by a run killed while saving
-        temporary.mkdir(parents=True)
-        write_atomic(temporary / PROGRESS, lambda file: torch.save(
-            rest | {"processes": dist.get_world_size()}, file))
-    dist.barrier()
-    rows = {name: local_rows(tensor) for name, tensor in tensors_of(state).items()}
-    write_atomic(temporary / f"shard-{rank}.pth",
-                 lambda file: torch.save({"rank": rank, "rows": rows}, file))
-    dist.barrier()
-    if rank == 0:
-        keep_previous(path)
-        os.replace(temporary, path)
-
-
-def read_shards(folder: Path) -> dict:
-    """What save_shards wrote, the tensors mapped from their files. The processes share the work of
-    comparing checksums."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    state = load_verified(folder / PROGRESS)
-    shards = [load_verified(folder / f"shard-{i}.pth", verify=i % size == rank)
-              for i in range(state["processes"])]
-    if [shard["rank"] for shard in shards] != list(range(len(shards))):
-        raise ValueError("its files have been exchanged")
-    if wrong := not_finite(dict(enumerate(shards[rank::size]))):
-        raise ValueError(f"{wrong} holds NaN or infinity")
-    return state | {"shards": [shard["rows"] for shard in shards]}
-
-
-@torch.no_grad()
-def copy_rows(shards: list[dict], tensors: dict[str, torch.Tensor]):
-    """Fill this process's rows of each tensor from those of any number of other processes, whose
-    rows follow each other; a tensor that is not sharded has the same value in all of them."""
-    for name, tensor in tensors.items():
-        mine, begin = local_rows(tensor), 0
-        if mine is tensor:
-            mine.copy_(shards[0][name])
-            continue
-        first = dist.get_rank() * -(-len(tensor) // dist.get_world_size())  # as torch.chunk divides
-        for rows in (shard[name] for shard in shards):
-            start, stop = max(first, begin), min(first + len(mine), begin + len(rows))
-            if start < stop:
-                mine[start - first:stop - first] = rows[start - begin:stop - begin]
-            begin += len(rows)
 
 
 def tensors_of(state: dict, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -18,8 +18,10 @@ from pathlib import Path
 
 
 def replace_atomic(path: Path, write):
-    """Call `write` with a temporary path, flush the file, then rename it to `path`. Several
-    processes may do so at once; what a killed one left is removed after ten minutes."""
+    """Call `write` with a temporary path, flush the file, then rename it to `path`; the folder is
+    created. Several processes may do so at once; what a killed one left is removed after ten
+    minutes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError):
             if time.time() - stale.stat().st_mtime > 600:
@@ -43,26 +45,31 @@ def write_atomic(path: Path, write):
     replace_atomic(path, to_file)
 
 
+def write_text(path, text: str):
+    """A complete file; its folder is created. A text may hold half a character: surrogatepass."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(Path(path), lambda file: file.write(text.encode(errors="surrogatepass")))
+
+
 LOCKS = []              # open files: a lock ends with its process, however that ends
 
 
 def lock(name):
     """Take NAME.lock for this process, where there are locks: not on Windows, nor on some network
     disks. Raises ValueError if another process has it."""
-    with suppress(ImportError):
+    LOCKS.append(file := open(f"{name}.lock", "a+", encoding="utf-8"))
+    try:
         import fcntl
 
-        LOCKS.append(file := open(f"{name}.lock", "a+", encoding="utf-8"))
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # data workers do not inherit it
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise ValueError(f"process {file.read()} is writing {name}.*: wait for it, stop it, or "
-                             "give another --out_dir") from None
-        except OSError:
-            return
-        file.truncate(0)
-        print(os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # data workers do not inherit it
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ValueError(f"process {file.read()} is writing {name}.*: wait for it, stop it, or "
+                         "give another --out_dir") from None
+    except (ImportError, OSError):
+        return
+    file.truncate(0)
+    print(os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)
 
 
 UNSIGNED = b"crc32:00000000"        # in the first bytes of a file that `sign` completes
@@ -106,18 +113,19 @@ def named_errors(path):
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2))
+
+
 def write_jsonl(path, rows: list[dict]):
-    """One JSON object a line; the folder is created."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # surrogatepass: a text may hold half a character, which UTF-8 refuses.
-    write_atomic(Path(path), lambda file: file.write(lines.encode(errors="surrogatepass")))
+    """One JSON object a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def keep_previous(path: Path, end: str = ".previous"):
     """Rename the file or folder at PATH to PATH.previous."""
-    previous = path.with_name(path.name + end)
     if path.exists():
+        previous = path.with_name(path.name + end)
         if previous.is_dir() or path.is_dir():
             delete(previous)
         os.replace(path, previous)

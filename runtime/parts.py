@@ -13,8 +13,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from runtime.args import checking_input, resume_command
-from runtime.files import named_errors, write_atomic
-from runtime.log import Logger, ProgressBar
+from runtime.files import named_errors, write_atomic, write_json
+from runtime.log import Logger, Pace
 from runtime.processes import StopSignal, World, patient_group
 
 
@@ -61,8 +61,7 @@ class Parts:
             raise ValueError(f"{self.folder} exists already and holds other files. Give another "
                              "--out, or remove it")
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(about, lambda file: file.write(json.dumps(self.about, indent=2).encode()))
+            write_json(about, self.about)
         return self.missing()
 
     def path(self, part: int) -> Path:
@@ -84,14 +83,13 @@ class Parts:
         mine = missing[self.world.rank::self.world.size]
         self.stop = StopSignal()
         total = sum(sizes[part] for part in mine) if sizes else len(mine)
-        self.progress = ProgressBar(total, unit, self.world)
+        self.progress = Pace(total, unit, self.world)
         for part in mine:
             if self.stop.requested:
                 break
             yield part
             if not sizes:
                 self.progress.add(1)
-        self.progress.close()
 
     def write(self, part: int, result):
         write_atomic(self.path(part), lambda file: file.write(json.dumps(result).encode()))

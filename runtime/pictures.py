@@ -12,7 +12,6 @@ from runtime.log import Logger
 # Of Linux, macOS and Windows. Of a collection of fonts matplotlib knows the first, so Noto is JP.
 FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
          "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei")
-HINT = "to see them, install a font: apt-get install fonts-noto-cjk"
 
 
 def chinese_fonts() -> list[str]:
@@ -54,4 +53,5 @@ def save_picture(figure, path: Path, **more):
                      lambda file: figure.savefig(file, format="png", dpi=120, **more))
     if numbers:
         key = ", ".join(f"[{number}] {text}" for text, number in numbers.items())
-        Logger(f"{path}: no installed font has the characters of {key}; {HINT}")
+        Logger(f"{path}: no installed font has the characters of {key}; to see them, install a "
+               "font: apt-get install fonts-noto-cjk")

@@ -58,9 +58,14 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed that depends on these numbers alone, not on processes or time."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def seed_everything(*seed: int):
     """Seed Python, NumPy and PyTorch from one or several integers."""
-    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    mixed = seed_of(*seed)
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)

@@ -157,11 +157,7 @@ def unwrapped(module):
 
 
 def is_sharded(module) -> bool:
-    if not dist.is_initialized():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
+    return hasattr(module, "set_reshard_after_backward")        # of FSDPModule
 
 
 @contextmanager
@@ -187,22 +183,14 @@ def release_gathered(modules: dict):
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor gathered from all processes, which must all call this; any other tensor
-    unchanged."""
-    return tensor.full_tensor() if is_split(tensor) else tensor
+    """A sharded tensor (DTensor) gathered from all processes, which must all call this; any other
+    tensor unchanged."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def local_rows(tensor: torch.Tensor) -> torch.Tensor:
     """This process's rows of a sharded tensor; any other tensor unchanged."""
-    return tensor.to_local() if is_split(tensor) else tensor
-
-
-def is_split(tensor: torch.Tensor) -> bool:
-    if not dist.is_initialized():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 # -- stopping -------------------------------------------------------------------------------------

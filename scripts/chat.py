@@ -13,8 +13,7 @@ Chat with any model. It answers token by token and remembers the conversation.
 import sys
 from pathlib import Path
 
-# `python scripts/chat.py` searches scripts/ for modules; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 import torch
 

@@ -38,7 +38,7 @@ import yaml
 from dataset.formats import category, read_each
 from evaluation.tables import markdown, mean_and_spread
 from runtime.args import check_ranges, checking_input, did_you_mean, make_parser, resume_command
-from runtime.files import file_sha256, read_rows, write_atomic
+from runtime.files import file_sha256, read_rows, write_jsonl, write_text
 from runtime.log import Logger
 from runtime.pictures import save_picture
 
@@ -412,15 +412,10 @@ def draw(results: dict, plan, path: Path):
 def write_parts(files: dict, folder: Path) -> dict[str, str]:
     """The plan's parts of data files: the first rows whose leaf has a prefix. {name: path}"""
     for name, part in files.items():
-        rows = [json.dumps(row, ensure_ascii=False) + "\n"
-                for row in read_each(ROOT / part["of"], dict)
+        rows = [row for row in read_each(ROOT / part["of"], dict)
                 if category(row, "").startswith(part.get("leaf", ""))]
-        write_text(ROOT / folder / f"{name}.jsonl", "".join(rows[:part.get("rows")]))
+        write_jsonl(ROOT / folder / f"{name}.jsonl", rows[:part.get("rows")])
     return {name: str(folder / f"{name}.jsonl") for name in files}
-
-
-def write_text(path: Path, text: str):
-    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def main(argv=None):

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))       # `python scripts/list_flags.py` looks in sc
 
 from evaluation.tables import markdown
 from runtime.args import make_parser, parse_args
-from runtime.files import write_atomic
+from runtime.files import write_text
 
 FOLDERS = ("train_*.py", "scripts/*.py", "ability_tree/*.py", "dataset/*.py", "benchmarks/*.py")
 HEAD = """# Flags
@@ -89,7 +89,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
     args = parse_args(parser)
     text = page()
-    write_atomic(args.out, lambda file: file.write(text.encode()))
+    write_text(args.out, text)
     print(f"{args.out}: {text.count(chr(10) + '## ')} scripts")
 
 

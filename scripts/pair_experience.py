@@ -30,11 +30,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-# `python scripts/pair_experience.py` looks for modules in scripts/ alone; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 from dataset.formats import read_each, to_messages, to_question
-from evaluation.tables import aligned
 from runtime.args import checking_input, make_parser, parse_args
 from runtime.files import write_jsonl
 
@@ -188,7 +186,7 @@ def main():
                 for number, row in enumerate(rows, start=1)]
         parts = hold_out(rows, args.test_share, rng)
 
-        demonstrations, pairs, counts = defaultdict(list), {}, {}
+        demonstrations, pairs = defaultdict(list), {}
         for row in sorted(parts["train"], key=by_group):
             if not shown_chars or len(row.text) <= shown_chars:
                 demonstrations[row.same].append(row)
@@ -198,14 +196,9 @@ def main():
             if not pairs[part]:
                 raise ValueError(f"nothing to write. {part}: {summary}")
             print(f"{part}: {summary}")
-            counts[part] = Counter(row.same for row, _ in pairs[part])
 
     for (part, side), path in paths.items():
         write_jsonl(path, [line_of(*pair, side) for pair in pairs[part]])
-    print(aligned([[*PARTS, "demonstrations", args.same], *(
-        [*(f"{counts[part][value]:,}" for part in PARTS), f"{len(demonstrations[value]):,}",
-         f"{value!r:.60}"] for value, _ in sum(counts.values(), Counter()).most_common(20))],
-        "rrrl"))
     print(f"Learn from them: python train_distillation.py --data_path {paths['train', 'student']} "
           f"--teacher_data_path {paths['train', 'teacher']} ...")
 

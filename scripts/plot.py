@@ -9,8 +9,7 @@ Plot: the curves of several runs in one picture, from the .jsonl log beside each
 import sys
 from pathlib import Path
 
-# `python scripts/plot.py` looks for modules in scripts/ alone; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 from runtime.args import checking_input, make_parser, parse_args
 from runtime.files import read_rows

@@ -20,11 +20,11 @@ import pytest
 import train_ability_tree
 from ability_tree.generate_logits import flags_of
 from ability_tree.prompts import ARROW
-from ability_tree.steps import write_rows
 from ability_tree.tree import AbilityTree
 from ability_tree.workflow import Workflow, sha256_of
 from helpers_run import ROOT, TINY, complaint, load, pad, same, start, succeed, wait_until
 from interop.checkpoint import new_model, save_model
+from runtime.files import write_jsonl
 from model.config import LMConfig
 from runtime.args import resume_command
 
@@ -41,7 +41,7 @@ def read(path) -> list[dict]:
 
 
 def write(path, rows) -> Path:
-    write_rows(path, rows)
+    write_jsonl(path, rows)
     return path
 
 

@@ -20,7 +20,7 @@ import torch
 
 from ability_tree import agents
 from ability_tree.agents import (EndpointAgent, LocalAgent, OutOfBudget, add_agent_args, make_agent)
-from evaluation.exam import ExamQuestion, write_answers
+from evaluation import exam
 from interop.checkpoint import load_model, save_model
 from runtime.args import parse_args
 
@@ -139,7 +139,8 @@ def agent(tmp_path):
 def log(monkeypatch):
     """The lines of the log."""
     lines = []
-    monkeypatch.setattr(agents, "Logger", lines.append)
+    for module in (agents, exam):
+        monkeypatch.setattr(module, "Logger", lines.append)
     return lines
 
 
@@ -437,8 +438,7 @@ def test_a_local_agent_decodes_greedily_and_has_no_reply_where_there_is_no_room(
     texts = ["2 + 3 =", "too long " * 9, "what is 3 plus 4?"]
     local = LocalAgent(weights, CPU)
     replies = local.generate(asks(*texts), 6)
-    questions = [ExamQuestion(says(text), "", None, "") for text in texts]
-    assert replies == write_answers(model, tokenizer, questions, 6)
+    assert replies == exam.write_answers(model, tokenizer, asks(*texts), 6)
     assert replies[0] != replies[2] and replies[1] == ""
     assert "1 of 3 conversations are longer than 79 tokens" in log[0]
     local.rows = 1

@@ -130,5 +130,5 @@ def test_a_json_that_describes_no_model_is_named(saved):
     with pytest.raises(ValueError, match=r"full_sft_16\.json.*unknown model sizes.*n_hats"):
         load_config(saved[2])
     saved[2].with_suffix(".json").write_text('{"config": ')
-    with pytest.raises(ValueError, match=r"full_sft_16\.json does not describe a model: JSONDecodeError"):
+    with pytest.raises(ValueError, match=r"full_sft_16\.json: Expecting value"):
         load_config(saved[2])

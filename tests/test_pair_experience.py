@@ -166,9 +166,6 @@ def test_fewer_pairs_are_the_first_of_all_pairs(flags, tmp_path, succeed):
     everything, few = files(flags["out_dir"]), files(tmp_path / "few")
     assert all(few[name] == everything[name][:3 if "train" in name else 2] for name in NAMES)
     assert "train: 3 pairs of 16 rows; left out: 13 more than requested" in printed
-    assert printed.splitlines()[-4:-1] == [
-        "train  test  demonstrations  kind",
-        "    1     2               8  'heat'", "    2     0               8  'wash'"]
 
 
 def test_a_text_may_be_as_long_as_max_chars(flags, tmp_path, succeed):

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from helpers_run import complaint, start, succeed, wait_until
-from runtime.log import ProgressBar
+from runtime.log import Pace
 from runtime.parts import Parts
 from runtime.precision import pick_device
 from runtime.processes import World
@@ -137,7 +137,7 @@ def test_progress_tells_what_is_done_and_what_is_left(capsys, monkeypatch):
     """Half of 8 answers and 100 tokens in 20 seconds, by each of 2 processes: 0.4 answers/s, and 20 seconds to go."""
     clock = iter([0.0, 5.0, 5.0, 20.0, 20.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    progress = ProgressBar(8, "answers", World(0, 2, ALONE.device))
+    progress = Pace(8, "answers", World(0, 2, ALONE.device))
     progress.add(1, tokens=30)                      # after five seconds: no line yet
     progress.add(3, tokens=70)
     assert capsys.readouterr().out == "4/8 answers of this process  0.4 answers/s  10 tokens/s  0.3 min left\n"

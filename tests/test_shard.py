@@ -103,7 +103,6 @@ def test_a_run_that_shares_a_model_goes_on_with_another_number_of_processes(proc
     flags |= {"feature_weight": 0.1, "max_steps": 6, "save_interval": 3, "shard": "zero3"}
     succeed(script, **flags | split(processes), out_dir=tmp_path)
     unbroken, resume = load(tmp_path / f"{file}.pth"), tmp_path / f"{file}.resume"
-    assert len(list(resume.glob("shard-*.pth"))) == processes              # each wrote its own part
     resume.rename(tmp_path / "gone")                                    # killed between the two renames of a save
     said = succeed(script, **flags | split(others) | {"shard": "zero2"}, out_dir=tmp_path, resume=True)
     assert f"resumed {resume} after step 3" in said
@@ -127,22 +126,32 @@ def test_a_run_that_shares_a_model_and_is_killed_ends_as_the_unbroken_one(more, 
     assert rows(tmp_path / "unbroken" / f"{file}.jsonl") == rows(broken / f"{file}.jsonl")
 
 
-def test_a_shared_resume_folder_that_is_damaged_or_of_another_kind_is_named(data, models, tmp_path):
+@pytest.mark.parametrize("shard, other", [("zero3", None), (None, "zero2")])
+def test_a_run_that_shares_a_model_goes_on_alone_and_one_alone_is_shared(shard, other, data, models, tmp_path):
     script, flags, file = lesson("sft", data, models)
-    flags |= {"max_steps": 2, "save_interval": 1, "eval_interval": 0, "out_dir": tmp_path}
-    shared, resume = flags | {"shard": "zero2"} | split(2), tmp_path / f"{file}.resume"
-    succeed(script, **shared)
-    said = complaint(script, **flags, resume=True)
-    assert f"{resume} belongs to a run with --shard; resume it as it began" in said
+    flags |= {"max_steps": 6, "save_interval": 3, "out_dir": tmp_path}
+    alone = {"batch_size": 8}
+    succeed(script, **flags | ({"shard": shard} | split(2) if shard else alone))
+    unbroken, resume = load(tmp_path / f"{file}.pth"), tmp_path / f"{file}.resume"
+    resume.unlink()
+    said = succeed(script, **flags | ({"shard": other} | split(2) if other else alone), resume=True)
+    assert f"resumed {resume} after step 3" in said
+    assert_close(load(tmp_path / f"{file}.pth"), unbroken)
+
+
+def test_where_a_shared_run_cannot_read_its_resume_file_all_processes_take_the_one_before(data, models, tmp_path):
+    script, flags, file = lesson("sft", data, models)
+    flags |= {"max_steps": 2, "save_interval": 1, "eval_interval": 0, "out_dir": tmp_path, "shard": "zero2", **split(2)}
+    resume = tmp_path / f"{file}.resume"
+    succeed(script, **flags)
     weights = load(tmp_path / f"{file}.pth")
-    part = resume / "shard-1.pth"
-    part.write_bytes(part.read_bytes()[:100])
-    said = succeed(script, **shared, resume=True)               # both processes go back to the same step
+    resume.write_bytes(resume.read_bytes()[:100])
+    said = succeed(script, **flags, resume=True)
     assert f"{resume} cannot be read" in said and f"resumed {resume} after step 1" in said
     assert same(load(tmp_path / f"{file}.pth"), weights)
-    for folder in tmp_path.glob(f"{file}.resume*"):
-        (folder / "progress.pt").write_bytes(b"no progress")
-    assert f"no readable resume file at {resume}" in complaint(script, **shared, resume=True)
+    for path in tmp_path.glob(f"{file}.resume*"):
+        path.write_bytes(b"no progress")
+    assert f"no readable resume file at {resume}" in complaint(script, **flags, resume=True)
 
 
 def test_a_resume_file_and_a_folder_of_that_name_put_each_other_aside(tmp_path):
@@ -272,18 +281,14 @@ def law_of_uneven_rows(world, model, others, folder):
     save_resume(folder / "run.resume", run.modules, run.optimizer, *more)
     dist.barrier()
     written = {name: full_tensor(tensor) for name, tensor in tensors_of(run_state(run.modules, run.optimizer)).items()}
-    shards = read_resume(folder / "run.resume")["shards"]
-    assert {len(rows["model.tok_embeddings.weight"]) for rows in shards} == {6, 7}
-    whole = {name: tensor if tensor.dim() == 0 else torch.cat([rows[name] for rows in shards])
-             for name, tensor in written.items()}
-    assert same(whole, written)
+    assert same(tensors_of(read_resume(folder / "run.resume")), written)
     again = a_run(others, world, "zero2")
     load_resume(folder / "run.resume", again.modules, again.optimizer, *more)
     found = tensors_of(run_state(again.modules, again.optimizer))
     assert same({name: full_tensor(tensor) for name, tensor in found.items()}, written)
 
 
-def test_a_resume_folder_holds_all_rows_also_where_they_do_not_divide_evenly(tiny, tmp_path):
+def test_a_resume_file_holds_all_rows_also_where_they_do_not_divide_evenly(tiny, tmp_path):
     on_two_processes(law_of_uneven_rows, tiny(vocab_size=13).train(), tiny(vocab_size=13, seed=1).train(), tmp_path)
 
 

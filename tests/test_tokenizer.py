@@ -393,7 +393,7 @@ def run_script(monkeypatch, *arguments):
     main()
 
 
-def test_the_script_reads_every_kind_of_file_and_reports_each(tmp_path, monkeypatch, capsys):
+def test_the_script_reads_every_kind_of_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": TEXT}) + "\n\n" + json.dumps({"question": TEXT}))
     (tmp_path / "c.json").write_text(json.dumps([{"instruction": TEXT, "broken": "\ud83d"}]))
@@ -403,12 +403,12 @@ def test_the_script_reads_every_kind_of_file_and_reports_each(tmp_path, monkeypa
     run_script(monkeypatch, "--data", *files, "--vocab_size", 350, "--out", out)
     printed = capsys.readouterr().out
     assert "350 tokens in" in printed
-    assert all(f"\n{name} " in printed for name in ("a.txt", "b.jsonl", "c.json", "all"))
+    assert "bytes of the text per token" in printed
     assert Tokenizer.load(out).vocab_size == 350
 
 
 def test_a_bad_line_of_the_data_is_named(tmp_path, monkeypatch):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "a"}\n{"text"\n')
-    with pytest.raises(SystemExit, match=f"^{path}, line 2: not JSON"):
+    with pytest.raises(SystemExit, match=f"^{path}, line 2: not a whole JSON object"):
         run_script(monkeypatch, "--data", path, "--out", tmp_path / "out.json")
