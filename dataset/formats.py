@@ -10,6 +10,7 @@ import json
 import re
 import reprlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,6 @@ COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, *SYSTEM_KEYS, "input", "history", "
                "answer_idx")
 # Keys of a turn with a meaning beside its role and content, or of a row:
 TARGET_KEYS = ("weight", "train", "loss")           # 0 or false: context, not to be learned
-THOUGHT_KEY = "reasoning_content"
 TOOL_KEYS = ("tool_calls", "function_call", "tools", "functions")       # refused
 BESIDE_TURNS = {*SYSTEM_KEYS, *TOOL_KEYS}
 EXAM_COLUMNS = ("question", "a", "b", "c", "d")     # multiple-choice CSV; "answer" holds a letter
@@ -30,19 +30,13 @@ CATEGORY_KEYS = ("leaf", "category", "subject", "department", "meta_info")
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant", "developer": "system"}
-NEXT_ROLE = {"user": "assistant", "assistant": "user"}
-KNOWN_FORMATS = (
-    "conversations or messages; question/instruction/prompt/ask with output/response/answer/"
-    "completion; "
-    "question, options, answer_idx; a row with only text is for train_pretrain.py; examples: "
-    "dataset/dataset.md")
 
-BLOCK = 1 << 20                     # characters of a .json list that are read at once
 MAX_CSV_CELL = 4_000_000            # characters; Python's 131,072 are too few for some answers
 END_OF_TEXT = "<|endoftext|>"       # a line of a .txt file
 FINAL_ANSWER = "####"               # GSM8K: separates the calculation from the final number
 EXTENSIONS = (".jsonl", ".json", ".csv", ".txt")
-ONE_LIST = re.compile(r'\{\s*"([^"]*)"\s*:\s*\[\s*\{')     # {"data": [{...}, ...]}
+LIST = re.compile(r'\s*(\{\s*"([^"]*)"\s*:\s*(?=\[\s*\{))?\[\s*')     # [... or {"data": [{...
+COMMA = re.compile(r"\s*,\s*")
 READABLE = f"{', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]}"
 
 
@@ -70,12 +64,11 @@ def _kind(path) -> str:
     if extension in (".jsonl", ".csv", ".txt"):
         return extension
     with _open(path) as file:
-        start = file.read(4096).lstrip()
-    first, holds_list = start[:1], ONE_LIST.match(start)
-    is_row = holds_list and holds_list[1] in (*CONVERSATION_KEYS, *COLUMN_KEYS)
-    if first == "[" or holds_list and not is_row:
+        start = file.read(4096)
+    found = LIST.match(start)
+    if found and found[2] not in (*CONVERSATION_KEYS, *COLUMN_KEYS):
         return "list"
-    if first == "{" or extension == ".json":
+    if start.lstrip()[:1] == "{" or extension == ".json":
         return ".jsonl"
     raise ValueError(f"{path} is not a kind of file that is read here. Convert it to {READABLE}.")
 
@@ -104,63 +97,30 @@ def _rows_of_lines(path):
             except json.JSONDecodeError as error:
                 around = _short(line.rstrip()[max(error.pos - 20, 0):error.pos + 20])
                 row = f"not a whole JSON object: {error.msg} in column {error.colno}, at {around}"
-            except BadLine as error:
-                row = str(error)
-            except (ValueError, RecursionError) as error:   # 5,000 digits; 100,000 nested brackets
-                row = f"JSON that Python does not read: {error}"
+            except (ValueError, RecursionError) as error:   # a key twice, 100,000 nested brackets
+                row = f"JSON that is not read: {error}"
             yield number, row
 
 
 def _rows_of_list(path):
-    number = 0
-    try:
-        for number, item in enumerate(_items(path), start=1):
-            yield number, _object_or_reason(item)
-        return
-    except (ValueError, RecursionError):
-        n_read = number                     # as a whole, to say where it is wrong
+    """Item by item: as Python's objects, all items take several times the memory of the text."""
     with _open(path) as file:
-        try:
-            items = json.load(file, object_pairs_hook=_object)
-        except json.JSONDecodeError as error:
-            raise BadLine(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}. Fix it "
-                          "there: a .json list is read completely or not at all.") from None
-        except (ValueError, RecursionError) as error:
-            raise BadLine(f"{path}: {error}. Fix it: a .json list is read completely or not at "
-                          "all.") from None
-    if isinstance(items, dict):
-        if len(items) > 1:
-            raise BadLine(f"{path} holds an object with the keys {_short(list(items))}. Keep one: "
-                          "the list of rows.")
-        (items,) = items.values()
-    for number, item in enumerate(items[n_read:], start=n_read + 1):
-        yield number, _object_or_reason(item)
-
-
-def _items(path):
-    """The items of a JSON list while the file is read. Raises ValueError for anything else."""
+        text = file.read()
     decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
-    space = re.compile(r"\s*")
-    with _open(path) as file:
-        text, at = file.read(BLOCK).lstrip(), 1
-        if text[:1] != "[":
-            raise ValueError
-        while True:
-            try:
-                item, end = decode(text, space.match(text, at).end())
-                end = space.match(text, end).end()
-                mark = text[end]            # or the next block has more of the item
-            except (ValueError, IndexError):
-                if not (more := file.read(max(BLOCK, len(text) - at))):
-                    raise ValueError from None
-                text, at = text[at:] + more, 0
-                continue
-            at = end + 1
-            if mark not in ",]" or mark == "]" and (text[at:] + file.read()).strip():
-                raise ValueError
-            yield item
-            if mark == "]":
-                return
+    begin, number = LIST.match(text), 0
+    at, more = begin.end(), text[begin.end():][:1] != "]"
+    try:
+        while more:
+            item, at = decode(text, at)
+            number += 1
+            yield number, _object_or_reason(item)
+            if more := COMMA.match(text, at):
+                at = more.end()
+        if "".join(text[at:].split()) != ("]}" if begin[1] else "]"):
+            raise json.JSONDecodeError("Expecting ',' or the end of the only list", text, at)
+    except (ValueError, RecursionError) as error:
+        raise BadLine(f"{path}, item {number + 1}: {error}. Fix it there: a .json list is read "
+                      "completely or not at all.") from None
 
 
 def _object(pairs):
@@ -169,7 +129,7 @@ def _object(pairs):
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadLine(f"the key {_short(twice)} stands twice in {_short(row)}")
+        raise ValueError(f"the key {_short(twice)} stands twice in {_short(row)}")
     return row
 
 
@@ -228,7 +188,8 @@ def _rows_of_txt(path):
         marked = any(line.strip() == END_OF_TEXT for line in islice(file, 10_000))
         file.seek(0)
         text, first = [], 0
-        for number, line in enumerate(file, start=1):
+        last_end = END_OF_TEXT if marked else "\n"
+        for number, line in enumerate(chain(file, [last_end]), start=1):
             if line.strip() == END_OF_TEXT if marked else line.isspace():
                 if text:
                     yield first, {"text": "".join(text).rstrip("\n")}
@@ -236,8 +197,6 @@ def _rows_of_txt(path):
             elif text or not line.isspace():
                 first = first if text else number
                 text.append(line)
-        if text:
-            yield first, {"text": "".join(text).rstrip("\n")}
 
 
 ROW_READERS = {".jsonl": _rows_of_lines, "list": _rows_of_list, ".csv": _rows_of_csv,
@@ -260,11 +219,8 @@ def to_messages(row: dict) -> list[dict]:
     messages = _alternating(_turns(row, needs_answer=True))
     if messages and messages[-1]["role"] == "user":
         messages.pop()                          # a question without an answer teaches nothing
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError("no turn of the assistant follows a user turn, so there is nothing to "
-                         "learn")
-    if all("train" in message for message in messages if message["role"] == "assistant"):
-        raise ValueError("every answer is marked as context, so there is nothing to learn")
+    if not any(turn["role"] == "assistant" and "train" not in turn for turn in messages):
+        raise ValueError("no turn of the assistant is to be learned")
     return messages
 
 
@@ -343,35 +299,31 @@ def _alternating(turns) -> list[dict]:
             continue                        # a column "system" with the text of the system turn
         if role == "system" and messages:
             raise ValueError(f"{where} is a system turn, which may only come first")
-        if role == "system":
-            messages += [] if empty else [{"role": role, "content": content}]
-            continue
-        if role != expected:
+        if role not in (expected, "system"):
             raise ValueError(f"{where} has role {role}, expected {expected} (user and assistant "
                              "alternate, user first)")
-        if empty and (role == "assistant" or len(messages) < 2):    # before it at most the system
+        if empty and (role == "assistant" or role == "user" and len(messages) < 2):
             raise ValueError(f"{where} is an empty {role} turn")
         context = {"train": False} if role == "assistant" and not is_learned else {}
-        messages.append({"role": role, "content": content, **context})
-        expected = NEXT_ROLE[role]
+        if not empty or role != "system":
+            messages.append({"role": role, "content": content, **context})
+            expected = "assistant" if role == "user" else "user"
     return messages
 
 
 def _turns(row, needs_answer):
     """The turns of a row of any format; without `needs_answer` the answer may be missing."""
+    if not BESIDE_TURNS.isdisjoint(row):
+        _refuse_tools(row, "the row")
+        if system := _only_one({key: row[key] for key in row if row[key]}, SYSTEM_KEYS):
+            yield system, "system", row[system], True
     if key := _only_one(row, CONVERSATION_KEYS):
-        turns = _turns_of_list(row[key], key)
+        yield from _turns_of_list(row[key], key)
     else:
-        turns = (_turns_of_choice if "options" in row else _turns_of_columns)(row, needs_answer)
-    if BESIDE_TURNS.isdisjoint(row):
-        return turns
-    _refuse_tools(row, "the row")
-    system = _only_one({key: row[key] for key in SYSTEM_KEYS if row.get(key)}, SYSTEM_KEYS)
-    return chain([(system, "system", row[system], True)], turns) if system else turns
+        yield from (_turns_of_choice if "options" in row else _turns_of_columns)(row, needs_answer)
 
 
 def _only_one(row, keys) -> str | None:
-    """The key of these that the row has."""
     found = [key for key in keys if key in row]
     if len(found) > 1:
         raise ValueError(f"both {found[0]!r} and {found[1]!r} are there; remove or rename one")
@@ -386,44 +338,39 @@ def _refuse_tools(holder, where):
 
 
 def _turns_of_list(turns, key, is_learned=True):
-    if isinstance(turns, str) and turns.lstrip()[:1] == "[":             # a column of a table
-        try:
+    if isinstance(turns, str):                                          # a column of a table
+        with suppress(ValueError, RecursionError):
             turns = json.loads(turns, object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{key} is a text that is no JSON list: {error}") from None
     if not isinstance(turns, list):
         raise ValueError(f"{key} is {_short(turns)}, not a list of turns")
     for i, turn in enumerate(turns):
-        where = f"{key}[{i}]"
-        try:
-            names = ("role", "content") if "role" in turn else ("from", "value")
-            role, content = (turn[name] for name in names)
-        except (TypeError, KeyError):           # not a dict, or without these keys
-            raise ValueError(f"{where} is {_short(turn)}, not a turn (known keys: role and "
-                             "content, or from and value)") from None
-        if role not in list(ROLES):
-            raise ValueError(f"{where} has role {_short(role)} (known: {', '.join(ROLES)})")
-        if len(turn) == 2 and isinstance(content, str):
-            yield where, ROLES[role], content, is_learned
-        else:
-            yield _whole_turn(where, ROLES[role], content, turn, is_learned)
+        yield _turn(turn, f"{key}[{i}]", is_learned)
 
 
-def _whole_turn(where, role, content, turn, is_learned):
-    """A turn whose content has parts, or that has more keys than role and content."""
+def _turn(turn, where, is_learned):
+    try:
+        names = ("role", "content") if "role" in turn else ("from", "value")
+        role, content = turn[names[0]], turn[names[1]]
+    except (TypeError, KeyError):               # not a dict, or without these keys
+        raise ValueError(f"{where} is {_short(turn)}, not a turn (known keys: role and content, "
+                         "or from and value)") from None
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"{where} has role {_short(role)} (known: {', '.join(ROLES)})")
+    role = ROLES[role]
+    if len(turn) == 2 and isinstance(content, str):         # nearly all, and fast
+        return where, role, content, is_learned
     _refuse_tools(turn, where)
+    for part in content if isinstance(content, list) else []:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise ValueError(f"{where} has the part {_short(part)}, which is no text")
+        _check_text(part.get("text"), f"{where}: a part")
     if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text":
-                raise ValueError(f"{where} has the part {_short(part)}; only parts of type text "
-                                 "are read")
-            _check_text(part.get("text"), f"{where}: a part")
         content = "".join(part["text"] for part in content)
-    if thought := turn.get(THOUGHT_KEY):
-        _check_text(thought, f"{where}: {THOUGHT_KEY}")
+    if thought := turn.get("reasoning_content"):
+        _check_text(thought, f"{where}: reasoning_content")
         if role != "assistant" or not isinstance(content, str) or "</think>" in content:
-            raise ValueError(f"{where} has {THOUGHT_KEY}, which belongs to an answer that is a "
-                             "text without a thought of its own")
+            raise ValueError(f"{where} has reasoning_content, which belongs to an answer that "
+                             "is a text without a thought of its own")
         content = "<think>\n" + thought.strip("\n") + f"\n</think>\n\n{content}"
     for key in TARGET_KEYS:
         if (value := turn.get(key)) is None:
@@ -438,8 +385,10 @@ def _whole_turn(where, role, content, turn, is_learned):
 def _turns_of_columns(row, needs_answer):
     prompt, response = _only_one(row, PROMPT_KEYS), _only_one(row, RESPONSE_KEYS)
     if not prompt or needs_answer and not response:
-        raise ValueError(f"no known format (keys found: {_short(list(row))}; "
-                         f"known: {KNOWN_FORMATS})")
+        raise ValueError(f"no known format (keys found: {_short(list(row))}; known: conversations "
+                         f"or messages; {'/'.join(PROMPT_KEYS)} with {'/'.join(RESPONSE_KEYS)}; "
+                         "question, options, answer_idx; a row with only text is for "
+                         "train_pretrain.py; examples: dataset/dataset.md)")
     if prompt == "prompt" and isinstance(row[prompt], list):
         yield from _turns_of_list(row[prompt], prompt, is_learned=False)
     else:
@@ -515,32 +464,23 @@ def read_categories(path, skip_bad_lines=False) -> list[str]:
     extension. Logs nothing, as read_conversations does."""
     stem = Path(path).stem
     return read_each(path, lambda row: to_messages(row) and category(row, stem), skip_bad_lines,
-                     log=lambda line: None)
+                     log=str)
 
 
 def read_questions(path, skip_bad_lines=False, log=print) -> list[Question | None]:
     """Every question of a file, as to_question gives it, and None for each skipped bad line, so
     that two files stay aligned row by row."""
-    return list(_read_aligned(path, to_question, skip_bad_lines, log))
-
-
-def read_texts(path, skip_bad_lines=False, log=print) -> list[str]:
-    """Every text of a pretraining file: {"text"} rows, or the texts of a .txt."""
-    return read_each(path, to_text, skip_bad_lines, log)
+    return list(read_one_by_one(path, to_question, skip_bad_lines, log))
 
 
 def read_each(path, convert: Callable, skip_bad_lines=False, log=print) -> list:
     """convert(row) of every row; a ValueError makes it a bad line."""
-    return list(read_one_by_one(path, convert, skip_bad_lines, log))
+    converted = read_one_by_one(path, convert, skip_bad_lines, log)
+    return [value for value in converted if value is not None]
 
 
 def read_one_by_one(path, convert: Callable, skip_bad_lines=False, log=print) -> Iterator:
-    """The same while the file is read: it need not fit into memory."""
-    converted = _read_aligned(path, convert, skip_bad_lines, log)
-    return (value for value in converted if value is not None)
-
-
-def _read_aligned(path, convert, skip_bad_lines, log):
+    """The same while the file is read, and None for each skipped bad line."""
     unit = "item" if _kind(path) == "list" else "line"
     n_found, bad = 0, []
     for n_found, (number, row) in enumerate(read_rows(path), start=1):

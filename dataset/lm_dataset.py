@@ -14,7 +14,7 @@ from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from runtime.files import file_crc32, file_sha256, write_atomic
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
 USER_CACHE = Path(os.path.expanduser("~/.cache/minidistill"))       # where the repo is read-only
 CACHE_VERSION = 4           # raise it when the meaning of a cached file changes
-BLOCK = 1 << 20             # characters that are tokenised at once: enough for all threads
+BLOCK = 512                 # conversations or texts that are tokenised at once, by all threads
 
 
 class Batch(NamedTuple):
@@ -123,47 +123,39 @@ class TokenDataset:
         return folder / f"{name}.bin", folder / f"{name}.npz"
 
     def build(self, stream: Path, index: Path):
-        start, n_rows, n_cut = time.time(), 0, 0
-        length = self.max_seq_len + 1               # the last token is predicted, never read
-        found = array("q")                  # size, targets, number and origin of each sample
+        start, length = time.time(), self.max_seq_len + 1   # the last token is only predicted
+        found = array("q")                  # size, targets, origin and uncut size of each sample
 
         def write(file):
-            nonlocal n_rows, n_cut
-            for n_rows, (origin, ids, targets) in enumerate(self.encode(), start=1):
+            for origin, ids, targets in self.encode():
                 row = np.array(ids[:length], dtype=self.dtype)
                 is_target = np.array(targets[1:length], dtype=bool)
                 row[1:][is_target] |= self.flag
-                n_cut += len(ids) > len(row)
                 if is_target.any():
                     file.write(row)
-                    found.extend((len(row), is_target.sum(), n_rows - 1, origin))
-            if not found:
+                found.extend((len(row), is_target.sum(), origin, len(ids)))
+            if not any(found[1::4]):
                 raise ValueError(f"{self}: no sample has anything to learn within "
                                  f"max_seq_len={self.max_seq_len} tokens; raise --max_seq_len")
 
         stream.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(stream, write)
-        sizes, n_targets, rows, origins = np.array(found).reshape(-1, 4).T
-        ends = np.cumsum(sizes)
+        sizes, n_targets, origins, uncut = np.array(found).reshape(-1, 4).T
+        rows = np.flatnonzero(n_targets)
+        ends = np.cumsum(sizes[rows])
         write_atomic(index, lambda file: np.savez(
-            file, ends=ends, n_targets=n_targets, rows=rows, origins=origins, n_rows=n_rows,
-            crc32=file_crc32(stream)))
+            file, ends=ends, n_targets=n_targets[rows], rows=rows, origins=origins[rows],
+            n_rows=len(sizes), crc32=file_crc32(stream)))
         self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} "
-                 f"targets; {n_cut:,} cut to {self.max_seq_len} tokens, {n_rows - len(rows):,} "
-                 f"left out without a target; {time.time() - start:.1f} s")
+                 f"targets; {(uncut > sizes).sum():,} cut to {self.max_seq_len} tokens, "
+                 f"{len(sizes) - len(rows):,} left out without a target; "
+                 f"{time.time() - start:.1f} s")
 
-    def blocks(self, convert, n_chars):
-        """convert(row) of all rows, in lists of some BLOCK characters: as Python's objects, a file
-        is 20 times as large."""
-        block, size = [], 0
-        for path in self.paths:
-            for value in read_one_by_one(path, convert, self.skip_bad_lines, self.log):
-                block.append(value)
-                size += n_chars(value)
-                if size >= BLOCK:
-                    yield block
-                    block, size = [], 0
-        yield block
+    def read(self, convert):
+        """convert(row) of every row of the files, one by one: as Python's objects, a file takes 20
+        times its size."""
+        return (value for path in self.paths for value in
+                read_one_by_one(path, convert, self.skip_bad_lines, self.log) if value is not None)
 
     def __str__(self):
         return ", ".join(map(str, self.paths))
@@ -319,9 +311,10 @@ class PretrainDataset(TokenDataset):
     Every token is a target."""
 
     def encode(self):
-        samples = (sample for texts in self.blocks(to_text, len)
-                   for sample in text_samples(texts, self.tokenizer, self.max_seq_len))
-        return ((number, *sample) for number, sample in enumerate(samples))
+        texts, number = self.read(to_text), count()
+        while block := list(islice(texts, BLOCK)):
+            for sample in text_samples(block, self.tokenizer, self.max_seq_len):
+                yield next(number), *sample
 
 
 def text_samples(texts, tokenizer, max_seq_len: int) -> list[tuple[list[int], list[bool]]]:
@@ -343,13 +336,11 @@ class SFTDataset(TokenDataset):
     convert = staticmethod(to_messages)
 
     def encode(self):
-        number = 0
-        for chats in self.blocks(self.convert, lambda chat: sum(len(m["content"]) for m in chat)):
-            turns = [(origin, part) for origin, messages in enumerate(chats, start=number)
-                     for part in (each_answer(messages) if self.by_turns else [messages])]
-            encoded = self.tokenizer.encode_chats(part for _, part in turns)
-            yield from ((origin, *sample) for (origin, _), sample in zip(turns, encoded))
-            number += len(chats)
+        turns = ((origin, part) for origin, messages in enumerate(self.read(self.convert))
+                 for part in (each_answer(messages) if self.by_turns else [messages]))
+        while block := list(islice(turns, BLOCK)):
+            encoded = self.tokenizer.encode_chats(part for _, part in block)
+            yield from ((origin, *sample) for (origin, _), sample in zip(block, encoded))
 
 
 class PromptDataset(SFTDataset):
@@ -373,12 +364,8 @@ def each_answer(messages: list[dict]) -> list[list[dict]]:
 
 
 def dataset_of(paths) -> type[TokenDataset]:
-    """The class for these files: texts, or conversations. Raises ValueError for a mix of both."""
-    texts = [path for path in paths if holds_texts(path)]
-    if texts and len(texts) < len(paths):
-        other = next(path for path in paths if path not in texts)
-        raise ValueError(f"{texts[0]} holds texts, {other} conversations; give files of one kind")
-    return PretrainDataset if texts else SFTDataset
+    """The class for these files: texts, or conversations, which refuse texts among them."""
+    return PretrainDataset if all(map(holds_texts, paths)) else SFTDataset
 
 
 def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fraction: float = 0.05,
@@ -395,8 +382,6 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
     if other_prompts and val_path not in (None, "none"):
         raise ValueError(f"--val_path {val_path} has no prompts for the teacher; leave it out for "
                          "--val_fraction")
-    if not 0.0 <= val_fraction < 1.0:
-        raise ValueError(f"--val_fraction {val_fraction} must lie in [0, 1)")
     if not val_path and kind.validated_on and not other_prompts:
         beside = Path(paths[0]).with_name(kind.validated_on)
         val_path = beside if beside.exists() else None
@@ -427,25 +412,24 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
 
 def make_loader(data, first_step: int, last_step: int, num_workers: int = 0, device: str = "cpu"):
     """An iterator over this process's micro-batches of steps first_step ... last_step - 1, which
-    num_workers threads prepare ahead. Unlike processes, threads share the memory map, start at
-    once, and receive no signals of their own."""
+    num_workers threads prepare ahead. Threads share the memory map, and receive no signals."""
     wanted = range(first_step * data.per_step, last_step * data.per_step)
     pin = torch.device(device).type == "cuda"
+
+    def micro_batch(j):
+        return data[j].pinned() if pin else data[j]
+
     if not num_workers:
-        yield from map(partial(micro_batch, data, pin), wanted)
+        yield from map(micro_batch, wanted)
         return
     with ThreadPoolExecutor(num_workers) as pool:
         ahead = deque()
         for j in wanted:
-            ahead.append(pool.submit(micro_batch, data, pin, j))
+            ahead.append(pool.submit(micro_batch, j))
             if len(ahead) > num_workers:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-
-
-def micro_batch(data, pin: bool, j: int) -> Batch:
-    return data[j].pinned() if pin else data[j]
 
 
 class MicroBatches:

@@ -4,6 +4,7 @@ Teachers: one or several models in memory, or their cached outputs on disk; and 
 are possible.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,13 +40,12 @@ class TeacherOutputs(NamedTuple):
 
 
 def path_and_weight(spec: str) -> tuple[str, float]:
-    """'PATH=WEIGHT', or 'PATH' with weight 1."""
+    """'PATH=WEIGHT', or 'PATH' with weight 1, which may hold a "=" too."""
     path, _, weight = spec.rpartition("=")
-    try:
-        return (spec, 1.0) if not path or Path(spec).exists() else (path, float(weight))
-    except ValueError:
-        raise ValueError(f"{spec}: {weight!r} is not a number; write PATH=WEIGHT, or PATH "
-                         "alone") from None
+    with suppress(ValueError):
+        if path and not Path(spec).exists():
+            return path, float(weight)
+    return spec, 1.0
 
 
 def make_teachers(models, caches, device, load) -> list[Teacher]:
@@ -147,19 +147,13 @@ def teacher_side(teachers, tokenizer, paths, teacher_paths, max_seq_len: int):
 
 
 def check_caches(teachers, data):
-    """Each cache of the teachers against the training and validation data (or None)."""
-    for teacher in teachers:
-        for part in data:
-            if teacher.is_cached and part is not None:
-                check_cache(teacher.source, part)
-
-
-def check_cache(cache: TeacherCache, data):
-    """Refuse a cache that was not written for these samples."""
-    cache.check(data.tokenizer.path, data.max_seq_len,
-                {path: file_sha256(path) for path in data.paths},
-                (sample_key(data.sample(i)) for i in range(len(data))),
-                lambda i: f"{data}, sample {data.origins[i] + 1}")
+    """Refuse caches that were not written for the training and validation data (or None)."""
+    for cache in (teacher.source for teacher in teachers if teacher.is_cached):
+        for part in (part for part in data if part is not None):
+            cache.check(part.tokenizer.path, part.max_seq_len,
+                        {path: file_sha256(path) for path in part.paths},
+                        (sample_key(part.sample(i)) for i in range(len(part))),
+                        lambda i: f"{part}, sample {part.origins[i] + 1}")
 
 
 def progressive_distillation(large_model, medium_model, small_model, train_loader, epochs=5, *,

@@ -87,8 +87,7 @@ def unmade_tokens(ranks: dict[bytes, int], merges: dict[bytes, tuple]) -> list[b
 
 
 def check_merges(ranks: dict[bytes, int], merges: list[tuple], ignore_merges: bool):
-    """
-    Raise ValueError where tiktoken would join other tokens than the merges do. tiktoken needs no
+    """Raise ValueError where tiktoken would join other tokens than the merges do. tiktoken needs no
     merges: it joins any two tokens whose union is a token, the lowest id first. The ids are equal
     if the merges are in the order of the ids, and each token has the one of merges_of.
 
@@ -109,16 +108,8 @@ def check_merges(ranks: dict[bytes, int], merges: list[tuple], ignore_merges: bo
 # -- chat templates --------------------------------------------------------------------------------
 
 OURS = re.compile(r"\{#- MiniDistill (\{.*?\}) -#\}", re.DOTALL)
-MAX_TEMPLATE = 100_000          # characters; the longest known one has 30,000
 WORDS = ("Sfjord", "Uglyph", "Anymph", "Mquartz", "Tvex")       # contents that no template writes
 DATE = datetime(2024, 7, 26)    # "today" of Llama 3.1, so that ids do not change tomorrow
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = {"*", "**"}
-
-    def call_binop(self, context, operator, left, right):   # "a" * 10**10 would fill the memory
-        raise jinja2.TemplateError(f"it computes {operator}")
 
 
 def renderer(template: str, tokens: dict[str, str]) -> Callable[[list[dict], bool], str]:
@@ -127,10 +118,8 @@ def renderer(template: str, tokens: dict[str, str]) -> Callable[[list[dict], boo
     def refuse(reason):
         raise jinja2.TemplateError(reason)
 
-    if len(template) > MAX_TEMPLATE:
-        raise ValueError(f"it has {len(template):,} characters")
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True,
-                          extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
     environment.globals |= {"raise_exception": refuse, "strftime_now": DATE.strftime}
     # transformers' own marks around what the assistant writes
     template = re.sub(r"(\{%-?\s*)generation\b", r"\1if true", template)
@@ -288,14 +277,12 @@ def write_template(tokenizer: Tokenizer) -> str:
     if tokenizer.template:
         return tokenizer.template["chat_template"]
     chat = tokenizer.chat
-    name_of = {i: name for name, i in tokenizer.special_tokens.items()}
-    default = "" if chat.default_system is None else chat.system.replace(
-        "{content}", chat.default_system.strip() if chat.trims else chat.default_system)
-    values = {"bos": name_of.get(tokenizer.bos, ""), "default_system": default,
+    default = (chat.system.replace("{content}", each["content"]) for each in chat.messages([]))
+    values = {"bos": tokenizer.names.get(tokenizer.bos, ""), "default_system": "".join(default),
               "before_answer": chat.before_answer, "trims": chat.trims,
               "frames": {role: vars(chat)[role].split("{content}") for role in ROLES}}
     quoted = json.JSONEncoder(ensure_ascii=False).encode
-    about = quoted({"chat": vars(chat), "end_of_text": name_of[tokenizer.end_of_text]})
+    about = quoted({"chat": vars(chat), "end_of_text": tokenizer.names[tokenizer.end_of_text]})
     about = about.replace("#}", "#\\u007d")                   # which would end the comment
     lines = [f"{{%- set {name} = {quoted(value)} %}}" for name, value in values.items()]
     return "\n".join([f"{{#- MiniDistill {about} -#}}", *lines, TEMPLATE])
@@ -388,8 +375,6 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict:
 
 # -- Hugging Face ----------------------------------------------------------------------------------
 
-TOKEN_KEYS = ("bos_token", "eos_token")          # those that templates name
-
 def read_tokenizer_json(path: str | Path) -> Tokenizer:
     """The vocabulary of a folder, or of a tokenizer.json and the files beside it:
     tokenizer_config.json, chat_template.jinja, and added_tokens.json in older folders.
@@ -417,9 +402,8 @@ def read_tokenizer_json(path: str | Path) -> Tokenizer:
             template = jinja.read_text(encoding="utf-8")
         if isinstance(template, list):                          # several, with names
             template = {each["name"]: each["template"] for each in template}.get("default")
-        named = {key: config.get(key) for key in TOKEN_KEYS}
         tokens = {key: token["content"] if isinstance(token, dict) else token
-                  for key, token in named.items() if token is not None}
+                  for key in ("bos_token", "eos_token") if (token := config.get(key)) is not None}
         add_declared(library, config.get("added_tokens_decoder", {}), older)
         tokenizer = from_library(library, tokens=tokens, chat_template=template, path=file)
         check_against_library(tokenizer, library)
@@ -507,9 +491,8 @@ def check_against_library(tokenizer: Tokenizer, library: tokenizers.Tokenizer):
 def write_tokenizer(tokenizer: Tokenizer, folder: str | Path):
     """Write tokenizer.json and tokenizer_config.json for AutoTokenizer. Raises ValueError, before
     it writes, if the ids would differ."""
-    folder = Path(folder)
-    name_of = {i: name for name, i in tokenizer.special_tokens.items()}
-    library = to_library(tokenizer, name_of)
+    folder, name_of = Path(folder), tokenizer.names
+    library = to_library(tokenizer)
     check_against_library(tokenizer, library)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               "bos_token": name_of.get(tokenizer.bos), "eos_token": name_of[tokenizer.end_of_turn],
@@ -521,7 +504,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path):
         write_atomic(folder / name, lambda file: file.write(text.encode()))
 
 
-def to_library(tokenizer: Tokenizer, name_of: dict[int, str]) -> tokenizers.Tokenizer:
+def to_library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The vocabulary as one of the tokenizers library."""
     merges = merges_of(tokenizer.ranks)
     # Special tokens too: the library gives those outside the vocabulary the ids after it.
@@ -538,9 +521,9 @@ def to_library(tokenizer: Tokenizer, name_of: dict[int, str]) -> tokenizers.Toke
         library.normalizer = normalizers.NFC()
     if tokenizer.prefix_space:
         library.normalizer = normalizers.Prepend(" ")
-    if (bos := name_of.get(tokenizer.bos)) is not None:
+    if (bos := tokenizer.names.get(tokenizer.bos)) is not None:
         library.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", "$B:1"], special_tokens=[(bos, tokenizer.bos)])
     library.add_tokens([AddedToken(name, normalized=False, special=name not in tokenizer.matched)
-                        for _, name in sorted(name_of.items())])
+                        for _, name in sorted(tokenizer.names.items())])
     return library

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +54,7 @@ N_THREADS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Chat:
-    """
-    How a conversation is formatted: a template per role, with "{content}" once in each. The part
+    """How a conversation is formatted: a template per role, with "{content}" once in each. The part
     after the assistant's content begins with the special token that ends the turn.
 
         default_system  system message of conversations without one; None: they get none
@@ -135,8 +134,7 @@ DEFAULT_OPTIONS = {"chat": asdict(CHATML), "end_of_text": "<|endoftext|>", "bos"
 
 
 class Tokenizer:
-    """
-    A vocabulary, and the functions that use it. Raises ValueError for what cannot work.
+    """A vocabulary, and the functions that use it. Raises ValueError for what cannot work.
 
         pattern         regex that splits a text into pieces (Rust syntax)
         special_tokens  name -> id; no text can produce these ids
@@ -183,6 +181,7 @@ class Tokenizer:
         self.path, self.chat, self.matched, self.template = path, chat, tuple(matched), template
         self.normalization, self.prefix_space = normalization, prefix_space
         self.drops_bytes, self._missing = drops_bytes, missing
+        self.names = {i: name for name, i in special_tokens.items()}
         self.vocab_size = max(*special_tokens.values(), *ranks.values()) + 1
         self.end_of_text = special_tokens[end_of_text]
         self.bos = None if bos is None else special_tokens[bos]
@@ -216,9 +215,8 @@ class Tokenizer:
         have special tokens that the other lacks."""
         if ids["sha256"] != self.ids["sha256"]:
             return "they split texts into other tokens"
-        names = {i: name for name, i in self.special_tokens.items()}
-        return next((f"id {i} is {names[i]} and {name}" for name, i in
-                     ids["special_tokens"].items() if names.get(i, name) != name), None)
+        return next((f"id {i} is {self.names[i]} and {name}" for name, i in
+                     ids["special_tokens"].items() if self.names.get(i, name) != name), None)
 
     def unreadable(self, ids: dict) -> str | None:
         """Why a model with another vocabulary's `ids` cannot read these texts and conversations."""
@@ -259,28 +257,25 @@ class Tokenizer:
             text = unicodedata.normalize(self.normalization, text)
         if self._missing:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            if any(byte in text.encode() for byte in self._missing):
-                return self._encode_without_missing(text)
-        return self._encoding.encode_ordinary(text)
-
-    def _encode_without_missing(self, text: str) -> list[int]:
-        """Bytes without a token, on which tiktoken panics, are removed from their piece, whose
-        other bytes may then be joined, as in Hugging Face's library."""
-        pieces = regex.findall(self.pattern, text, regex.V1)    # V1 has && in a class, as Rust has
-        pieces = (piece.encode().translate(None, self._missing) for piece in pieces)
+        if not any(byte in text.encode() for byte in self._missing):
+            return self._encoding.encode_ordinary(text)
+        # Bytes without a token, on which tiktoken panics, are removed from their piece, whose other
+        # bytes may then be joined, as in Hugging Face's library. V1 has && in a class, as Rust has.
+        pieces = (piece.encode().translate(None, self._missing)
+                  for piece in regex.findall(self.pattern, text, regex.V1))
         return [i for piece in pieces if piece for i in self._encoding._encode_single_piece(piece)]
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of each text, over threads. Each gets many texts at a time; tiktoken's own batch call
         gives one and takes 7 times as long for short texts."""
         texts = list(texts)
-        if len(texts) < 32:                 # starting threads takes longer
+        if len(texts) < 32:                 # handing them to threads takes longer
             return [self.encode(text) for text in texts]
         size = 1 + len(texts) // (4 * N_THREADS)
         shares = [texts[start:start + size] for start in range(0, len(texts), size)]
-        with ThreadPoolExecutor(N_THREADS) as pool:
-            encoded = pool.map(lambda share: [self.encode(text) for text in share], shares)
-            return [ids for share in encoded for ids in share]
+        pool = threads(os.getpid())
+        encoded = pool.map(lambda share: [self.encode(text) for text in share], shares)
+        return [ids for share in encoded for ids in share]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Incomplete characters and ids without a token become U+FFFD."""
@@ -327,7 +322,18 @@ class Tokenizer:
                                      f"one of the roles {', '.join(ROLES)} and a text as content")
         framed = [list(self._frame(messages)) for messages in conversations]
         contents = iter(self.encode_batch(text for turns in framed for _, text, _, _ in turns))
-        return [self._join(turns, contents, add_generation_prompt) for turns in framed]
+        encoded = []
+        for turns in framed:
+            ids, targets = list(self._begin), [False] * len(self._begin)
+            for header, _, end, is_target in turns:
+                content = next(contents)
+                n_targets = len(content) + 1 if is_target else 0
+                ids += [*header, *content, *end]
+                targets += [False] * len(header) + [True] * n_targets
+                targets += [False] * (len(content) + len(end) - n_targets)
+            prompt = self._prompt[1] if add_generation_prompt else []
+            encoded.append((ids + prompt, targets + [False] * len(prompt)))
+        return encoded
 
     def _frame(self, messages: list[dict]) -> Iterator[tuple[list[int], str, list[int], bool]]:
         """(ids before the content, content, ids after it, whether it is a target) of each turn."""
@@ -342,25 +348,6 @@ class Tokenizer:
                 text = text[len(before):]
             is_framed = role == "assistant" and (left == 0 or not self.chat.reframes)
             yield header, text, end, is_framed and message.get("train", True)
-
-    def _join(self, turns, contents: Iterator[list[int]],
-              add_generation_prompt: bool) -> tuple[list[int], list[bool]]:
-        ids = list(self._begin)
-        targets = [False] * len(ids)
-        for header, _, end, is_target in turns:
-            content = next(contents)
-            n_targets = len(content) + 1 if is_target else 0
-            ids += [*header, *content, *end]
-            targets += [False] * len(header) + [True] * n_targets
-            targets += [False] * (len(content) + len(end) - n_targets)
-        if add_generation_prompt:
-            ids += self._prompt[1]
-            targets += [False] * len(self._prompt[1])
-        return ids, targets
-
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """The conversation as encode_chat formats it, for people to read."""
-        return self.decode(self.encode_chat(messages, add_generation_prompt)[0])
 
     # -- the vocabulary file ------------------------------------------------------------------
 
@@ -398,6 +385,12 @@ class Tokenizer:
         return (f'{{\n"pattern": {to_json(self.pattern)},\n'
                 f'"special_tokens": {to_json(special_tokens)},\n'
                 f'"tokens": [\n{lines}\n]{options}\n}}\n')
+
+
+@cache
+def threads(process_id: int) -> ThreadPoolExecutor:
+    """One pool for all texts: tiktoken keeps memory for each new thread. A fork needs its own."""
+    return ThreadPoolExecutor(N_THREADS)
 
 
 def as_text_or_bytes(token: bytes) -> str | list[int]:

@@ -88,7 +88,6 @@ MARKED = PHI4.replace("{{ '<|im_start|>' + m['role'] + '<|im_sep|>' + m['content
     "{{ '<|im_start|>' + m['role'] + '<|im_sep|>' }}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}")
 UPPER = CHATML_LOOP.replace("m['content']", "m['content'].upper()") + CHATML_PROMPT
 FIRST_APART = CHATML_LOOP.replace("'<|im_start|>'", "('' if loop.first else '~') + '<|im_start|>'") + CHATML_PROMPT
-HUGE = CHATML_LOOP + "{{ 'a' * 9999999999 }}"
 SPIES = CHATML_LOOP + "{{ messages.__class__.__mro__[1].__subclasses__() }}"
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML_LOOP + CHATML_PROMPT
 NO_SYSTEM_ROLE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"

@@ -355,9 +355,10 @@ def test_texts_teach_the_same_from_disk_as_from_memory(flags, tmp_path):
     assert close(learned(tmp_path / "disk"), learned(tmp_path / "memory"), 2e-2)
 
 
-def test_texts_and_conversations_together_are_refused_and_both_named(data, files):
-    with pytest.raises(ValueError, match="texts.jsonl holds texts, .*sft_data.jsonl conversations; give files of one"):
-        dataset_of([data / "sft_data.jsonl", files / "texts.jsonl"])
+def test_texts_among_conversations_are_refused(data, files, cache, byte_tokenizer):
+    paths = [data / "sft_data.jsonl", files / "texts.jsonl"]
+    with pytest.raises(ValueError, match=r"texts.jsonl, line 1: no known format .* only text is for train_pretrain\.py"):
+        dataset_of(paths)(paths, byte_tokenizer())
 
 
 def test_samples_longer_than_the_context_of_the_teacher_are_refused(flags, tiny, byte_tokenizer, tmp_path):

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dataset import formats
 from dataset.formats import (BadLine, files_of, final_answer, read_categories, read_conversations,
-                             read_questions, read_rows, read_texts, to_messages, to_question,
+                             read_each, read_questions, read_rows, to_messages, to_question,
                              to_text)
 from evaluation.exam import read_exam
 from evaluation.metrics import read_tests
@@ -281,12 +280,12 @@ def test_an_input_beside_options_is_part_of_the_question():
     ({"messages": [SUM[0], {"role": "tool", "content": "5"}]}, "has role 'tool'"),
     ({"messages": [SUM[0], {**SUM[1], "weight": 0.5}]}, r"messages\[1\] has weight 0.5; a turn is context"),
     ({"messages": [{**SUM[0], "train": True}, SUM[1]]}, r"messages\[0\] has train True; .* of the assistant alone"),
-    ({"messages": [SUM[0], {**SUM[1], "loss": False}]}, "every answer is marked as context"),
+    ({"messages": [SUM[0], {**SUM[1], "loss": False}]}, "no turn of the assistant is to be learned"),
     ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "image_url"}]}]}, r"messages\[1\] has the part {'type': 'image_url'"),
     ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "text", "text": 5}]}]}, r"messages\[1\]: a part is 5, not a string"),
     ({"messages": [{**SUM[0], "reasoning_content": "x"}, SUM[1]]}, r"messages\[0\] has reasoning_content, which belongs"),
     ({"messages": [SUM[0], {"role": "assistant", "content": "<think>a</think>5", "reasoning_content": "x"}]}, "of its own"),
-    ({"messages": "[{]"}, "messages is a text that is no JSON list"),
+    ({"messages": "[{]"}, r"messages is '\[\{\]', not a list of turns"),
     ({"question": "a", "prompt": "b", "options": {"A": "a"}, "answer_idx": "A"}, "both 'question' and 'prompt'"),
     ({"question": "a", "options": {"A": "a"}, "answer_idx": "A", "history": [["a", "b"]]}, "history is not read"),
     ({"question": "a", "options": {"A": "a"}, "answer_idx": []}, r"answer_idx is \[\], which is none"),
@@ -364,7 +363,7 @@ def test_every_kind_of_file_gives_the_same_conversation(tmp_path, name, content)
 def test_a_blank_line_ends_a_paragraph_and_a_paragraph_is_numbered_by_its_first_line(tmp_path):
     path = written(tmp_path, "story.txt", "\nOnce\nthere was\n\n \nThe end")
     assert list(read_rows(path)) == [(2, {"text": "Once\nthere was"}), (6, {"text": "The end"})]
-    assert read_texts(path) == ["Once\nthere was", "The end"]
+    assert read_each(path, to_text) == ["Once\nthere was", "The end"]
 
 
 def test_where_lines_endoftext_stand_a_blank_line_is_part_of_the_text(tmp_path):
@@ -388,9 +387,7 @@ def test_a_bad_line_names_file_line_value_and_the_way_out(tmp_path):
         "assistant, gpt, developer). Fix the line, or pass --skip_bad_lines to leave it out.")
 
 
-@pytest.mark.parametrize("block", [1, 7, 64])
-def test_a_list_is_read_block_by_block_as_json_reads_it(block, tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "BLOCK", block)
+def test_a_list_is_read_item_by_item_as_json_reads_it(tmp_path):
     text = '[ {"a": "x,]\\"y"} ,\n{"b": [1, {"c": 12345}]}, "小猫😀"\n] \n'
     for cut in range(1, len(text) + 1):                 # also each text with a character left out
         content = text[:cut] + text[cut + 1:]
@@ -409,17 +406,17 @@ def test_a_list_is_read_block_by_block_as_json_reads_it(block, tmp_path, monkeyp
     ("cut.jsonl", GOOD_LINE[:-3], "line 1: not a whole JSON object"),
     ("two.jsonl", GOOD_LINE + GOOD_LINE, "line 1: not a whole JSON object: Extra data"),
     ("number.jsonl", "5", "line 1: 5 is not a JSON object"),
-    pytest.param("deep.jsonl", "[" * 100_000, "line 1: JSON that Python does not read", id="deep"),
+    pytest.param("deep.jsonl", "[" * 100_000, "line 1: JSON that is not read", id="deep"),
     pytest.param("long.jsonl", "9" * 5_000, "line 1: ", id="long"),
     ("gbk.jsonl", '{"question": "和", "answer": "5"}'.encode("gbk"),
      r"line 1: question holds '\\udcba'"),
     ("gbk.csv", "question,answer\n和,5".encode("gbk"), r"line 2: .* \(a byte that is not UTF-8"),
     ("story.txt", "Once", r"line 1: no known format .* only text is for train_pretrain\.py"),
     ("item.json", f"[{GOOD_LINE}, 5]", "item 2: .* Fix the item"),
-    ("cut.json", "[" + GOOD_LINE, "cut.json, line 1, column .*: Expecting"),
-    ("keys.jsonl", '{"question": "a", "answer": "b", "answer": "c"}', "line 1: the key 'answer' stands twice in {'answer': 'c'"),
-    ("keys.json", '[{"question": "a", "answer": "b", "answer": "c"}]', "keys.json: the key 'answer' stands twice"),
-    ("lists.json", f'{{"data": [{GOOD_LINE}], "more": [{GOOD_LINE}]}}', r"an object with the keys \['data', 'more'\]. Keep one"),
+    ("cut.json", "[" + GOOD_LINE, "cut.json, item 2: Expecting .*: line 1 column"),
+    ("keys.jsonl", '{"question": "a", "answer": "b", "answer": "c"}', "line 1: .* the key 'answer' stands twice in {'answer': 'c'"),
+    ("keys.json", '[{"question": "a", "answer": "b", "answer": "c"}]', "keys.json, item 1: the key 'answer' stands twice"),
+    ("lists.json", f'{{"data": [{GOOD_LINE}], "more": [{GOOD_LINE}]}}', "item 2: Expecting .* the end of the only list"),
     ("cells.csv", "question,answer\n1,2,3\n", "line 2: 3 cells .*, where the first record has 2"),
     ("quote.csv", 'question,answer\n1,2\n"3,4\n5,6\n', "line 3: not a CSV record"),
     ("twice.csv", "ask,output,Ask\n1,2,3\n", "line 1: two columns are called 'ask'"),
@@ -509,7 +506,7 @@ def test_a_missing_file_of_ours_ends_with_the_command_that_makes_it():
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl.* python dataset/miniworld\.py$"):
         read_conversations(ours)
     with pytest.raises(FileNotFoundError, match="^no file at theirs.jsonl. Check the path.$"):
-        read_texts("theirs.jsonl")
+        read_each("theirs.jsonl", to_text)
 
 
 def test_reading_costs_little_more_than_parsing_the_json(tmp_path):
@@ -583,7 +580,8 @@ def test_of_2000_mutated_rows_each_is_read_or_named_with_its_place(tmp_path):
         name = "rows.csv" if n % 8 == 0 else generator.choice(["rows.jsonl", "rows.json", "list.json", "object.json"])
         wrapped = {"list.json": b"[%s]", "object.json": b'{"data": [%s]}'}.get(name, b"%s") % line
         path = written(tmp_path, name, wrapped)
-        for read in (read_conversations, read_questions, read_texts, read_exam_of, lambda path: read_tests([path])):
+        for read in (read_conversations, read_questions, read_exam_of, lambda path: read_tests([path]),
+                     lambda path: read_each(path, to_text)):
             try:
                 read(path)
                 counts["read"] += 1

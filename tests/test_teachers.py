@@ -362,7 +362,7 @@ def test_settings_that_cannot_be_are_refused_with_their_value(more, reason, flag
     assert reason in complaint(SCRIPT, **flags | more)
 
 
-@pytest.mark.parametrize("spec, reason", [("{}=much", "'much' is not a number"), ("{}=0", "must be above 0")])
+@pytest.mark.parametrize("spec, reason", [("{}=much", "no weights at"), ("{}=0", "must be above 0")])
 def test_a_weight_that_is_none_is_refused(spec, reason, flags):
     assert reason in complaint(SCRIPT, **flags | {"teacher": spec.format(flags["teacher"])})
 

@@ -268,7 +268,6 @@ def test_an_answer_has_one_thought_and_earlier_answers_have_none(all_names, tmp_
     ("FIRST_APART", "it writes '<|im_start|>assistant"),
     ("NO_SYSTEM", "no system"),
     ("NO_SYSTEM_ROLE", "it does not write every content as it is"),
-    ("HUGE", "it computes *"),
     ("SPIES", "is unsafe"),
 ])
 def test_a_template_that_cannot_be_followed_is_refused_with_the_way_out(all_names, tmp_path, monkeypatch, capsys, name, said):
@@ -313,7 +312,7 @@ def test_the_template_that_is_written_formats_as_the_chat_does():
         tokenizer = Tokenizer(PATTERN, shipped.special_tokens, shipped.ranks, chat=chat, bos="<|reserved_2|>")
         template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(write_template(tokenizer))
         for messages in ([], turns[:1], turns, [{"role": "system", "content": "Be brief."}, *turns]):
-            assert template.render(messages=messages) == tokenizer.render(messages)
+            assert template.render(messages=messages) == tokenizer.decode(tokenizer.encode_chat(messages)[0])
             ids, _ = tokenizer.encode_chat(messages, add_generation_prompt=True)
             assert template.render(messages=messages, add_generation_prompt=True) == tokenizer.decode(ids)
 
@@ -325,7 +324,7 @@ def test_between_chat_tokens_the_ids_of_a_conversation_are_those_of_its_text(lib
         library = libraries[family]
         tokenizer = read_tokenizer_json(saved(library, tmp_path / family))
         ids, _ = tokenizer.encode_chat(messages)
-        assert library.encode(tokenizer.render(messages), add_special_tokens=False).ids == ids
+        assert library.encode(tokenizer.decode(tokenizer.encode_chat(messages)[0]), add_special_tokens=False).ids == ids
 
 
 # -- refused ---------------------------------------------------------------------------------------
