@@ -90,7 +90,7 @@ def read_about(path) -> tuple[LMConfig, Path, dict | None]:
             with zipfile.ZipFile(path) as records:
                 saved = records.read(DESCRIPTION).decode()
         if saved not in (None, description(about, vocabulary)):
-            raise ValueError(f"it or {vocabulary} is not the one that was saved with {path}: it was "
+            raise ValueError(f"it, or {vocabulary}, is not what was saved with {path}: it was "
                              "edited or damaged, or a save was interrupted. --resume writes all")
         return LMConfig.from_dict(about["config"]), vocabulary, about.get("lora")
 
