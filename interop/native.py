@@ -72,7 +72,10 @@ def read_config(path) -> LMConfig:
 
 
 def read_tokenizer(path) -> Tokenizer:
-    return Tokenizer.load(read_about(path)[1])
+    vocabulary = read_about(path)[1]
+    if not vocabulary.exists():
+        raise FileNotFoundError(f"no {vocabulary}, the vocabulary of {path}: copy it, too")
+    return Tokenizer.load(vocabulary)
 
 
 def read_about(path) -> tuple[LMConfig, Path, dict | None]:
@@ -82,17 +85,13 @@ def read_about(path) -> tuple[LMConfig, Path, dict | None]:
         raise FileNotFoundError(f"no {beside} beside the weights, with their sizes: copy it, too")
     with named_errors(beside):
         about = json.loads(beside.read_text(encoding="utf-8"))
-        vocabulary = beside.parent / about["tokenizer"]
-        if not vocabulary.exists():
-            raise FileNotFoundError(f"no {vocabulary}, the vocabulary of {path}: copy it, too")
-        saved = None
-        with suppress(OSError, KeyError, zipfile.BadZipFile):   # of an older version, or damaged
-            with zipfile.ZipFile(path) as records:
-                saved = records.read(DESCRIPTION).decode()
-        if saved not in (None, description(about, vocabulary)):
-            raise ValueError(f"it, or {vocabulary}, is not what was saved with {path}: it was "
-                             "edited or damaged, or a save was interrupted. --resume writes all")
-        return LMConfig.from_dict(about["config"]), vocabulary, about.get("lora")
+        config, vocabulary = LMConfig.from_dict(about["config"]), beside.parent / about["tokenizer"]
+        with suppress(OSError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(path) as records:
+            if records.read(DESCRIPTION).decode() != description(about, vocabulary):
+                raise ValueError(
+                    f"it, or {vocabulary}, is not what was saved with {path}: it was edited or "
+                    "damaged, or a save was interrupted. --resume writes all again")
+        return config, vocabulary, about.get("lora")
 
 
 def read_state(path) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import shlex
 import sys
 from contextlib import contextmanager
@@ -88,15 +89,10 @@ class Parser(argparse.ArgumentParser):
     """Its errors are one line, without the list of all flags."""
 
     def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: (--\w+)", message):
+            hint = did_you_mean(unknown[1], self._option_string_actions)
+            message = f"{message}; did you mean {hint}?"
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def parse_args(self, args=None, namespace=None):
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            hints = (f"; did you mean {did_you_mean(word, self._option_string_actions)}?"
-                     for word in unknown if word.startswith("--"))
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{next(hints, '')}")
-        return found
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:

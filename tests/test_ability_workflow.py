@@ -498,7 +498,7 @@ def test_a_mistake_in_a_file_is_reported_before_the_first_step(flag, world, tmp_
 @pytest.mark.parametrize("wrong, reason", [
     ({"agent_b": "gone.pth"}, "--agent_b gone.pth: there is no such file"),
     ({"initial_tree": "gone.json"}, "no ability tree at gone.json"),
-    ({"gpus": -1}, "--gpus [-1] must be numbers below"),
+    ({"gpus": -1}, "--gpus -1 must be 0 or more"),
     ({"max_seq_len": 256}, "--max_seq_len 256 exceeds the context length of the models, 128"),
     # Known at the start, though step B or C would be the first to miss it
     ({"initial_tree": {"name": "miniworld", "children": [{"name": "sky"}]}},

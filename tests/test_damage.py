@@ -192,10 +192,24 @@ def test_weights_and_json_of_two_saves_never_pass_as_one_model(saved, tiny, byte
     load_model(saved / "run.pth")
     save_model(tiny(vocab_size=288, max_seq_len=96, rope_theta=5e4), byte_tokenizer(), saved / "run.pth")
     (saved / "run.pth").write_bytes(weights)                # another model with tensors of the same names and shapes
-    with pytest.raises(ValueError, match="run.json is not the one that was saved with these weights.*--resume writes both"):
+    with pytest.raises(ValueError, match="run.json: .* is not what was saved with .*run.pth"):
         load_model(saved / "run.pth")
     torch.save(load(saved / "run.pth"), saved / "run.pth")  # a plain state dict, as old versions wrote
     load_model(saved / "run.pth")
+
+
+def test_another_vocabulary_under_the_same_name_is_refused(saved):
+    vocabulary = saved / json.loads((saved / "run.json").read_text())["tokenizer"]
+    text = vocabulary.read_bytes()
+    vocabulary.write_bytes(text.replace(b'"a"', b'"~"', 1).replace(b'[97, "~"]', b'[97, "a"]') + b" ")
+    with pytest.raises(ValueError, match="tokenizer-.*.json, is not what was saved with .*run.pth"):
+        load_model(saved / "run.pth")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_weights_have_rows_is_refused(saved, tiny, byte_tokenizer):
+    save_model(tiny(vocab_size=288), byte_tokenizer(end_of_text=5_000), saved / "run.pth")
+    with pytest.raises(ValueError, match="tokenizer has 5,001 tokens, its weights only 288 rows"):
+        load_model(saved / "run.pth")
 
 
 def test_a_tied_head_that_differs_is_refused(saved):
@@ -250,7 +264,7 @@ def test_absurd_sizes_are_refused_by_name(sizes, saved):
 def test_adapters_of_themselves_and_of_adapters_are_refused(saved):
     about = json.loads((saved / "run.json").read_text())
     for name, base in (("a", "a"), ("b", "c"), ("c", "b")):
-        shutil.copy(saved / "run.pth", saved / f"{name}.pth")
+        torch.save(load(saved / "run.pth"), saved / f"{name}.pth")      # without a record of its .json
         lora = {"rank": 1, "alpha": 1, "targets": ["wq"], "base": f"{base}.pth", "base_sha256": ""}
         (saved / f"{name}.json").write_text(json.dumps(about | {"lora": lora}))
     for name in ("a", "b"):

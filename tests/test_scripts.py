@@ -192,8 +192,7 @@ def test_a_damaged_weight_file_is_named(content, models, tmp_path):
 def test_the_weights_of_other_sizes_than_the_file_beside_says_are_refused(models, tmp_path):
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     shutil.copy(tmp_path / "teacher.json", tmp_path / "student.json")
-    with pytest.raises(ValueError, match=rf"{tmp_path}/student.pth: tensor tok_embeddings.weight has the "
-                                         r"shape \(1024, 32\)"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/student.json: .* is not what was saved with .*/student.pth"):
         load_model(tmp_path / "student.pth")
     (tmp_path / "student.json").unlink()
     with pytest.raises((ValueError, FileNotFoundError), match=f"no {tmp_path}/student.json beside the weights"):
