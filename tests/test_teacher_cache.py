@@ -180,12 +180,15 @@ def test_parts_follow_from_the_samples_and_not_from_their_order():
 
 def test_an_interrupted_run_resumes_in_two_processes_with_the_same_bytes(written, flags, tmp_path):
     folder = tmp_path / "ended"
-    under_way = start(SCRIPT, cache_dir=folder, **flags)
-    wait_until(lambda: len(list(folder.glob("part-*.bin"))) >= 3)
-    under_way.send(signal.SIGINT)
-    ended = under_way.wait()
+    for _ in range(5):              # all 16 parts take a third of a second: some runs end before
+        shutil.rmtree(folder, ignore_errors=True)
+        under_way = start(SCRIPT, cache_dir=folder, **flags)
+        wait_until(lambda: list(folder.glob("part-*.bin")))
+        under_way.send(signal.SIGINT)
+        if (ended := under_way.wait()).code:
+            break
     done = {name: time for name, time in times(folder).items() if name.startswith("part-")}
-    assert ended.code == 130 and 3 <= len(done) < 16, ended.output
+    assert ended.code == 130 and 1 <= len(done) < 16, ended.output
     assert re.search(rf"{len(done)} of 16 parts.*: python {SCRIPT}", ended.output)
     with pytest.raises(ValueError, match=f"incomplete, {len(done) + 2} of 18 files; .*Complete it: py"):
         TeacherCache(folder)
