@@ -10,7 +10,7 @@ write questions for them, let two agents check these, distil, and begin again.
              D validate   those that two agents answer alike stay     iteration_n/D_validated_data/
              E logits     the teacher's distributions of the answers  iteration_n/E_teacher_logits/
              F train      the student learns, by                      iteration_n_student_model/
-                          train_distillation.py
+                          train_distillation.py                       final_model/, checkpoint-K/
     the end  A, B         the tree before and after, and a table per leaf
 
 Each step is a command (`python -m ability_tree.NAME --help`); its log is iteration_n/NAME.log. The
@@ -20,21 +20,25 @@ one process    python train_ability_tree.py --config configs/ability_tiny.yaml
 two processes  python train_ability_tree.py --config configs/ability_tiny.yaml --gpus 0 1
 """
 
+import shutil
 from pathlib import Path
 from random import Random
 
 import torch
 
 from ability_tree.agents import add_agent_args, make_agent
-from ability_tree.generate_distill_data import add_share_args, question_text
+from ability_tree.generate_distill_data import (add_share_args, plan, question_text,
+                                                seeds_of_leaves)
 from ability_tree.generate_logits import bare
-from ability_tree.steps import add_request_args, read_abilities, read_choices, rows_of, write_rows
+from ability_tree.prompts import PROMPTS
+from ability_tree.steps import add_request_args, read_abilities, read_choices, rows_of
 from ability_tree.train import LESSON, add_lesson_args
 from ability_tree.tree import AbilityTree, compare
 from ability_tree.workflow import Workflow
 from evaluation.tables import markdown
+from interop.checkpoint import load_config, load_tokenizer
 from runtime.args import check_ranges, checking_input, make_parser, parse_args
-from runtime.files import write_atomic
+from runtime.files import read_rows, write_jsonl, write_text
 from runtime.log import Logger
 
 ROLES = ("teacher", "agent_a", "agent_b")
@@ -91,14 +95,10 @@ def read_args():
     args = parse_args(parser)
 
     n_files = args.rounds, 1
-    ranges = [(name, vars(args)[name] >= 1, "be 1 or more") for name in ("rounds", "n_samples")]
-    ranges += [(name, vars(args)[name] > 0, "be above 0") for name in (
-        "write_temperature", "temperature")]
-    ranges += [(name, 0 <= vars(args)[name] <= 1, "lie in [0, 1]") for name in (
-        "floor", "alpha_ce")]
+    n_gpus = torch.cuda.device_count() or max(args.gpus) + 1
     check_ranges(
-        parser, args, *ranges, ("power", args.power >= 0, "be 0 or more"),
-        ("replay_share", 0 <= args.replay_share < 1, "lie in [0, 1): at 1 nothing is learned"),
+        parser, args,
+        ("gpus", all(0 <= gpu < n_gpus for gpu in args.gpus), f"be numbers below {n_gpus}"),
         ("write", not args.write or args.prompts == "miniworld", "go with --prompts miniworld"),
         ("dataset_files", len(args.dataset_files) in n_files, "be one file, or one per round"),
         ("ability_files", len(args.ability_files) in n_files or not args.ability_files
@@ -112,20 +112,35 @@ def read_args():
 
 
 def check_inputs(args):
-    """Read each of the user's files once: an error is reported before the first step."""
+    """Read each of the user's files once: what a later step would refuse is reported before the
+    first step. Without --max_seq_len, it is the context length of both models."""
     for name in ("student", *ROLES):
         if vars(args)[name] and not Path(vars(args)[name]).exists():
             raise ValueError(f"--{name} {vars(args)[name]}: there is no such file")
-    for file in args.dataset_files:         # each by itself: rounds may have the same ids
-        read_choices([file])
-    for file in args.ability_files:
-        read_abilities([file])
-    read_choices(args.seed_questions)
-    read_abilities(args.seed_abilities)
+    student, teacher = (load_tokenizer(path) for path in (args.student, args.teacher))
+    if reason := student.unreadable(teacher.ids):
+        raise ValueError(f"--teacher {args.teacher} cannot read the tokens of --student "
+                         f"{args.student}, {reason}: take two models of one family")
+    limit = min(load_config(path).max_seq_len for path in (args.student, args.teacher))
+    args.max_seq_len = args.max_seq_len or limit
+    if args.max_seq_len > limit:
+        raise ValueError(f"--max_seq_len {args.max_seq_len} exceeds the context length of the "
+                         f"models, {limit}")
+    abilities = list(map(read_abilities, ([file] for file in args.ability_files)))
+    if args.initial_tree:
+        tree = AbilityTree.load(args.initial_tree)
+    else:
+        tree = AbilityTree.from_paths(path for paths in abilities for path in paths.values())
+    # Each file by itself: rounds may have the same ids.
+    ids = {str(row["id"]) for file in args.dataset_files for row in read_choices([file])}
+    for path in (paths[name] for paths in abilities for name in paths if name in ids):
+        tree.find(path)
+    leaves = dict.fromkeys(tree.leaves(), 1.0)
+    seeds = seeds_of_leaves(read_choices(args.seed_questions), read_abilities(args.seed_abilities),
+                            leaves)
+    plan(leaves, seeds, 1, 4, PROMPTS[args.prompts].writes_wrong_options)
     rows_of(args.exclude, question_text)
     rows_of(args.old_data, bare)
-    if args.initial_tree:
-        AbilityTree.load(args.initial_tree)
     for role in ROLES:
         flags = agent_flags(args, role)
         if flags[f"{role}_url"]:
@@ -150,8 +165,20 @@ def replay(old: list, new: Path, share: float, seed: int, path: Path) -> list[Pa
     n = min(len(rows), round(len(new.read_bytes().splitlines()) * share / (1 - share)))
     sample = Random(seed).sample(rows, n)
     if n and not (path.exists() and rows_of([path], dict) == sample):
-        write_rows(path, sample)
+        write_jsonl(path, sample)
     return [path] if n else []
+
+
+def keep_checkpoint(student: Path):
+    """Move what resumes a finished training from final_model/ to checkpoint-K/ beside it, with K
+    the number of its steps."""
+    if files := list(student.parent.glob("*.resume*")):
+        n_steps = read_rows(student.with_suffix(".jsonl"), "step")[-1]["step"]
+        folder = student.parent.with_name(f"checkpoint-{n_steps}")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for file in files:
+            file.replace(folder / file.name)
 
 
 def report(before: AbilityTree, after: AbilityTree, n_rounds: int, folder: Path) -> str:
@@ -174,11 +201,13 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
     hide = {"hide_options": args.hide_options}
     teacher, agent_a, agent_b = (agent_flags(args, role) for role in ROLES)
 
-    tree = args.initial_tree
-    if tree is None:
-        tree = folder / "initial_ability_tree/tree.json"
-        workflow.step("initial tree", "create_initial_tree", tree.parent,
-                      ability_files=args.ability_files, out=tree)
+    made, tree = args.initial_tree, folder / "initial_ability_tree.json"
+    if made is None:
+        made = folder / "initial_ability_tree/tree.json"
+        workflow.step("initial tree", "create_initial_tree", made.parent,
+                      ability_files=args.ability_files, out=made)
+    if not tree.exists() or tree.read_bytes() != Path(made).read_bytes():
+        shutil.copyfile(made, tree)
 
     for number in range(1, args.rounds + 2):
         here, title, seed = folder / f"iteration_{number}", f"round {number}", args.seed + number
@@ -223,15 +252,16 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
         logits = here / "E_teacher_logits/logits"
         learned = {"data": data, **hide, "max_seq_len": args.max_seq_len}
         workflow.step(f"{title}: logits", "generate_logits", logits.parent, teacher=args.teacher,
-                      **learned, out=logits)
+                      tokenizer=args.student, **learned, out=logits)
 
         # F. The student is distilled; the next round examines it
-        trained = Path(args.models_dir, f"iteration_{number}_student_model")
+        trained = Path(args.models_dir, f"iteration_{number}_student_model/final_model")
         workflow.step(f"{title}: train", "train", trained, log=here / "train.log",
                       resume_flag="--resume", student=student, logits=logits, **learned,
                       out_dir=trained, seed=seed, **{name: vars(args)[name] for name in LESSON})
         student = next(path for path in sorted(trained.glob("full_dist_*.pth"))
                        if not path.stem.endswith("_best"))
+        keep_checkpoint(student)
 
 
 def main():
@@ -244,7 +274,7 @@ def main():
         trees, student = rounds(args, workflow, folder)
     text = report(trees[0], trees[-1], args.rounds, folder)
     Logger(f"\n{text}")
-    write_atomic(folder / "report.md", lambda file: file.write(text.encode()))
+    write_text(folder / "report.md", text)
     trees[-1].draw(folder / "report.png", trees[0])
     Logger(f"{folder}/report.md, {folder}/report.png; the student: {student}")
 

@@ -36,22 +36,23 @@ from pathlib import Path
 import torch
 
 from dataset.domains import DOMAIN, GENERAL, mix_sides, open_sides
+from dataset.formats import CATEGORY_KEYS
 from dataset.lm_dataset import make_loader
 from distill.balance import GradNorm, equal_norms, without_conflict
-from distill.flags import add_intermediate_args, check_loss_args, make_intermediate
+from distill.flags import add_intermediate_args, make_intermediate
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
 from distill.stages import Stage, describe_stage, edit_stages
-from distill.teachers import (Teacher, check_vocabulary, teacher_outputs, teacher_side,
-                              trim_padded_vocab)
+from distill.teachers import Teacher, share_vocabulary, teacher_outputs, teacher_side
 from evaluation.domains import evaluate_sides, forgetting, log_exam, show_samples, weighted_loss
 from evaluation.exam import read_exam
-from interop.checkpoint import load_teacher, prepare, save_model
+from interop.checkpoint import load_teacher, prepare, save_model, weight_file
 from interop.sizes import init_student_model
 from model.config import LMConfig
 from runtime.args import (add_training_args, check_ranges, checking_input, lora_options,
                           make_parser, parse_args, resume_command)
-from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
+from runtime.checkpoint import (end_run, load_resume, save_resume, set_aside,
+                                start_progress)
 from runtime.files import keep_previous
 from runtime.log import LOG_FILES, Log, Logger, init_wandb
 from runtime.optim import (OPTIMIZERS, give_gradient, parameter_groups, take_gradient,
@@ -86,7 +87,6 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
                 progress, log, stop):
     total_steps, weights = progress.total_steps, trained_weights(optimizer)
     divergence, _ = pick_divergence(args.divergence)
-    vocab_size = tokenizer.vocab_size if args.pad_vocab else None
     features, balanced = args.feature_weight > 0, args.balance != "none"
     steps = progress.steps_of(epoch, data.steps_per_epoch)
     loader = make_loader(data, steps.start, steps.stop, args.num_workers, world.device)
@@ -100,22 +100,21 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
         #    optimizer step, so any split into micro-batches and processes gives the same step.
         #    A balanced step has micro-batches of each side, divided by that side's tokens.
         seed_everything(args.seed, step, world.rank)    # resuming repeats this step's dropout
-        gradients, norms, losses, n_targets, n_tokens = {}, {}, {}, {}, 0
+        gradients, norms, losses, n_targets, n_samples, n_tokens = {}, {}, {}, {}, {}, 0
         for side in (GENERAL, DOMAIN) if balanced else ("both",):
             losses[side] = Counter()
             for micro in range(args.accumulation_steps):
                 batch = next(loader).to(world.device)
                 communicate = not balanced and micro == args.accumulation_steps - 1
-                n_targets[side] = batch.step_targets
+                n_targets[side], n_samples[side] = batch.step_targets, batch.step_samples
                 if not batch.lengths:       # a small share leaves some processes without samples
                     continue
                 with torch.no_grad(), autocast(world.device, world.dtype):
-                    teacher = teacher_outputs(teachers, batch, vocab_size, return_hidden=features)
+                    teacher = teacher_outputs(teachers, batch, return_hidden=features)
                 with autocast(world.device, world.dtype), sync_gradients(modules, communicate):
                     out = modules["model"](batch.tokens, batch.lengths, at=batch.at,
                                            with_logits=False, return_hidden=features)
-                    head = trim_padded_vocab(student.head, vocab_size)
-                    loss, ce, kd = fused_distillation_loss(out.final, head, batch.targets,
+                    loss, ce, kd = fused_distillation_loss(out.final, student.head, batch.targets,
                                                            teacher.predictions, args.alpha,
                                                            args.temperature, divergence)
                     loss, ce, kd = (value / batch.step_targets for value in (loss, ce, kd))
@@ -133,7 +132,8 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
         log.add(n_tokens, **{term: sum(share * losses[side][term] for side, share in shares.items())
                              for term in terms})
         if balanced:
-            gradient, norms = balance_gradients(args.balance, gradnorm, gradients, shares, losses)
+            gradient, norms = balance_gradients(args.balance, gradnorm, gradients, shares, losses,
+                                                n_samples)
             give_gradient(weights, gradient)
             norms = {f"grad_{side}": norm / scaler.get_scale() for side, norm in norms.items()}
 
@@ -172,15 +172,17 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
             return
 
 
-def balance_gradients(balance, gradnorm, gradients, shares, losses):
+def balance_gradients(balance, gradnorm, gradients, shares, losses, n_samples):
     """One gradient from those of both sides (distill/balance.py), and the norm of what each
-    contributes, before (SIDE) and after (SIDE_balanced)."""
-    if balance == "gradnorm":       # compares how fast the losses fall, over all processes
+    contributes, before (SIDE) and after (SIDE_balanced). shares: of the tokens."""
+    if balance == "norm":           # the domain counts by its share of samples, as planned
+        found = equal_norms(gradients, shares, n_samples)
+    elif balance == "gradnorm":     # compares how fast the losses fall, over all processes
         means = {side: sum_over_processes(grad.new_tensor(float(losses[side]["loss"]))).item()
                  for side, grad in gradients.items()}
         found = gradnorm(gradients, shares, means)
     else:
-        found = {"norm": equal_norms, "pcgrad": without_conflict}[balance](gradients, shares)
+        found = without_conflict(gradients, shares)
     after = {f"{side}_balanced": norm for side, norm in found.after.items()}
     return found.gradient, found.before | after
 
@@ -188,19 +190,17 @@ def balance_gradients(balance, gradnorm, gradients, shares, losses):
 def validate(wandb, args, world, student, teachers, tokenizer, data, held_out, progress, log):
     """Log losses, exam grades and what was forgotten since the stage began; then sample the
     domain's weak categories more often. Returns the CE at the shares that the stage ends with."""
-    vocab_size = tokenizer.vocab_size if args.pad_vocab else None
-    metrics, accuracy = evaluate_sides(student, teachers, tokenizer, held_out, world,
-                                       args.max_new_tokens, vocab_size)
+    metrics, found = evaluate_sides(student, teachers, tokenizer, held_out, world,
+                                    args.max_new_tokens)
     metrics = metrics | forgetting(metrics, progress.memory.setdefault("start", metrics))
     log.row(progress.steps_done, wandb, **{f"val_{key}": x for key, x in metrics.items()})
-    if accuracy and args.sampling == "evaluation" and progress.steps_done < progress.total_steps:
+    if found and args.sampling == "evaluation" and progress.steps_done < progress.total_steps:
         # A category without questions counts as the domain's mean.
-        scores = {name: accuracy.get(name, metrics["domain_accuracy"]) for name in data.names
-                  if name != GENERAL}
+        scores = {name: found.get(name, found[DOMAIN]) for name in data.names if name != GENERAL}
         weights = {name: max(0.1, 1 - score) for name, score in scores.items()}
         data.reweigh(progress.steps_done, weights)
         progress.memory["history"] = data.history
-        Logger("accuracy -> share of the domain's samples from now on: " + "; ".join(
+        Logger("score -> share of the domain's samples from now on: " + "; ".join(
             f"{name} {scores[name]:.0%} -> {weight / sum(weights.values()):.0%}"
             for name, weight in weights.items()))
     return weighted_loss(metrics, args.share[1])
@@ -216,7 +216,7 @@ def train_stage(name, data, *, args, world, teachers, student, tokenizer, held_o
                                                lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         gradnorm = GradNorm([GENERAL, DOMAIN], rate=0.005)
-        progress = start_progress(args, data, args.epochs, student.adapted)
+        progress = start_progress(args, name, data, args.epochs, student.adapted)
         if args.resume:
             progress = load_resume(f"{name}.resume", modules, optimizer, scaler, progress)
         if progress.steps_done:
@@ -255,14 +255,11 @@ def main():
     add("--set", nargs="+", default=[], metavar="STAGE.NAME=VALUE", help="changes of that row")
     add("--start_stage", type=int, default=1, choices=[1, 2, 3], help="first stage to run")
     add("--end_stage", type=int, default=3, choices=[1, 2, 3], help="last stage to run")
-    add("--checkpoint_path", help="initial weights of --start_stage, such as stage1_best.pth")
+    add("--checkpoint_path", type=weight_file,
+        help="initial weights of --start_stage, such as out/stage1_best")
     add("--divergence", default="forward_kl",
         choices=[name for name in DIVERGENCES if name not in ("jsd", "uld")],
         help="divergence from the teacher in all stages (distill/losses.py)")
-    add("--pad_vocab", action="store_true", help="ignore logits beyond the tokenizer's "
-        "vocabulary, with which a model family pads it")
-    add("--warmup_ratio", type=float, default=0.1,
-        help="fraction of each stage's steps for warm-up, in [0, 1); --warmup_iters overrides it")
     add("--eval_samples", type=int, default=400,
         help="maximum number of held-out samples, and of questions, of each side; 0: all")
     add("--max_new_tokens", type=int, default=32, help="maximum length of an exam answer, tokens")
@@ -273,11 +270,9 @@ def main():
         help="the same as --dtype float16")
     add_intermediate_args(parser, weights=False)
     add_training_args(parser)
-    parser.set_defaults(val_fraction=0.1, eval_interval=0, weight_decay=0.01)
-    args = parse_args(parser)
-    check_loss_args(parser, args)
-    check_ranges(parser, args, ("warmup_ratio", 0 <= args.warmup_ratio < 1, "lie in [0, 1)"),
-                 ("val_fraction", 0 <= args.val_fraction < 1, "lie in [0, 1)"),
+    parser.set_defaults(val_fraction=0.1, eval_interval=0, weight_decay=0.01, warmup_iters=0.1)
+    args = parse_args(parser, n_samples="[0, inf)")
+    check_ranges(parser, args,
                  ("end_stage", args.end_stage >= args.start_stage, "be --start_stage or later"),
                  ("start_stage", args.start_stage == 1 or args.checkpoint_path, "have weights: "
                   f"--checkpoint_path {args.out_dir}/stage{args.start_stage - 1}_final.pth"),
@@ -303,7 +298,9 @@ def main():
         weights = args.checkpoint_path or args.student
         student, tokenizer = init_student_model(SIZES[args.recipe], weights=weights,
                                                 vocabulary=args.tokenizer or its_tokenizer)
-        check_vocabulary(teachers, student.config, tokenizer, args.divergence, args.pad_vocab)
+        if share_vocabulary(teachers, [(student, tokenizer)]):
+            raise ValueError("a curriculum's teacher reads the student's tokens; distil these two "
+                             "by train_distillation.py")
         prepare(student, weights, world, lora_options(args), args.grad_checkpoint, args.compile)
 
         # 4. Data. All stages are checked before the first begins.
@@ -321,16 +318,21 @@ def main():
             if stage.sampling == "evaluation" and not held_out.get(DOMAIN, (None, None))[1]:
                 raise ValueError("sampling by evaluation needs held-out questions of the domain: "
                                  f"--val_path, --val_fraction, or --set {number}.sampling=uniform")
+            if stage.sampling == "evaluation" and len(sides[DOMAIN]) == 1:
+                Logger(f"stage {number}: sampling by evaluation has no effect, because all samples "
+                       f"of the domain have one category, {next(iter(sides[DOMAIN]))!r} (keys: "
+                       f"{', '.join(CATEGORY_KEYS)})")
             data = mix_sides(dataset, sides, stage, args.accumulation_steps, world.rank,
                              world.size, args.seed)
             own = Namespace(**vars(args) | asdict(stage) | {"max_steps": len(data.shares)})
-            own.warmup_iters = args.warmup_iters or round(args.warmup_ratio * own.max_steps)
             make_intermediate(own, student.config, teachers)
             runs[number] = own, data
 
     if not args.resume:     # a later --resume must not find the stages of an earlier run
-        for path in out_dir.glob(f"stage[{args.start_stage}-3].resume*"):
-            path.unlink(missing_ok=True)
+        for number in range(args.start_stage, 4) if world.rank == 0 else ():
+            set_aside(out_dir / f"stage{number}")
+            for path in out_dir.glob(f"stage{number}.resume*"):
+                path.unlink()
         log_exam("the teacher itself", teacher, its_tokenizer, held_out, args.max_new_tokens, world)
 
     # 5. and 6. Train the stages one after the other

@@ -24,13 +24,12 @@ import torch.nn.functional as F
 
 from dataset.lm_dataset import MicroBatches, dataset_of, in_order, make_loader, open_data
 from distill.features import feature_distillation_loss      # noqa: F401  readers look for it here
-from distill.flags import (add_divergence_args, add_intermediate_args, check_loss_args,
-                           check_teachers, describe_loss, make_intermediate)
+from distill.flags import (add_divergence_args, add_intermediate_args, check_chain,
+                           check_loss_args, check_teachers, describe_loss, make_intermediate)
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
-from distill.teachers import (Teacher, check_caches, check_vocabulary, make_teachers,
-                              progressive_distillation, teacher_outputs, teacher_side,
-                              trim_padded_vocab)
+from distill.teachers import (Teacher, check_caches, make_teachers, progressive_distillation,
+                              share_vocabulary, teacher_outputs, teacher_side)
 from evaluation.validation import evaluate, gradient_norms
 from interop.checkpoint import freeze, load_teacher, prepare, run_name, save_model
 from interop.sizes import fill_in, init_student_model, init_teacher_model   # noqa: F401
@@ -73,7 +72,6 @@ def train_epoch(epoch, wandb, alpha=0.0, temperature=1.0, *, teachers,
     total_steps, weights = progress.total_steps, trained_weights(optimizer)
     divergence, _ = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
     loss_fn = plain_distillation_loss if args.plain_loss else fused_distillation_loss
-    vocab_size = tokenizer.vocab_size if args.pad_vocab else None
     features = args.feature_weight > 0
     for step in progress.steps_of(epoch, data.steps_per_epoch):
         # 1. Learning rate: linear warm-up, then cosine
@@ -89,13 +87,13 @@ def train_epoch(epoch, wandb, alpha=0.0, temperature=1.0, *, teachers,
         for micro in range(args.accumulation_steps):
             batch, is_last = next(loader).to(world.device), micro == args.accumulation_steps - 1
             with torch.no_grad(), autocast(world.device, world.dtype):
-                teacher = teacher_outputs(teachers, batch, vocab_size, return_hidden=features)
+                teacher = teacher_outputs(teachers, batch, return_hidden=features)
             with autocast(world.device, world.dtype), sync_gradients(modules, is_last):
                 out = modules["model"](batch.tokens, batch.lengths, at=batch.at,
                                        with_logits=False, return_hidden=features)
-                head = trim_padded_vocab(student.head, vocab_size)
-                loss, ce, kd = loss_fn(out.final, head, batch.targets, teacher.predictions,
-                                       alpha, T, divergence, kd_weight=teacher.matched)
+                loss, ce, kd = loss_fn(out.final, student.head, batch.targets,
+                                       teacher.predictions, alpha, T, divergence,
+                                       kd_weight=teacher.matched)
                 loss, ce, kd = (value / batch.step_targets for value in (loss, ce, kd))
                 intermediate, terms = modules["intermediate"](batch, out, teacher.out)
                 balance = out.balance_loss / batch.step_samples
@@ -121,10 +119,10 @@ def train_epoch(epoch, wandb, alpha=0.0, temperature=1.0, *, teachers,
         if val_data is not None and progress.is_due(args.eval_interval):
             val_loader = in_order(val_data, world.rank, world.size)
             scores = evaluate(student, val_loader, world.device, dtype=world.dtype,
-                              teachers=teachers, vocab_size=vocab_size, temperature=temperature,
+                              teachers=teachers, temperature=temperature,
                               across=args.divergence == "uld")
             norms = gradient_norms(student, modules, weights, next(in_order(val_data)), world,
-                                   teachers, alpha, T, divergence, vocab_size)
+                                   teachers, alpha, T, divergence)
             log.row(step + 1, wandb, **scores, **norms)
             if progress.is_best(scores["val_uld" if "val_uld" in scores else "val_kl"]):
                 save_model(student, tokenizer, f"{name}_best.pth")
@@ -194,11 +192,13 @@ def main():
         students = []
         for weights, config in chain:
             student, tokenizer = init_student_model(config, weights=weights, vocabulary=vocabulary)
-            check_vocabulary(teachers, student.config, tokenizer, args.divergence, args.pad_vocab)
             prepare(student, weights, world, lora_options(args), args.grad_checkpoint, args.compile)
             students.append((student, tokenizer))
+        if share_vocabulary(teachers, students, args.divergence):
+            args.teacher_data_path = args.teacher_data_path or args.data_path
         teachers = teachers or [Teacher(WithoutAdapters(student), 1.0, tokenizer)]
         check_teachers(teachers, args)
+        check_chain(students, args)
 
     # 4. to 6. Distil one after the other: large -> medium -> small
     progressive_distillation(teachers, students[:-1], students[-1], args.data_path, args.epochs,
@@ -219,7 +219,7 @@ def distill(teacher, student, train_loader, epochs, *, args, world):
         train_data, val_data = open_data(
             dataset_of(train_loader), train_loader, tokenizer, max_seq_len, args.val_path,
             args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, other_side)
-        check_caches(teacher, (train_data, val_data), args.pad_vocab)
+        check_caches(teacher, (train_data, val_data))
         data = MicroBatches(train_data, args.batch_size, args.accumulation_steps, world.rank,
                             world.size, args.seed)
 
@@ -231,7 +231,7 @@ def distill(teacher, student, train_loader, epochs, *, args, world):
         optimizer = OPTIMIZERS[args.optimizer](parameter_groups(modules, args.weight_decay),
                                                lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-        progress = start_progress(args, data, epochs, student.adapted)
+        progress = start_progress(args, name, data, epochs, student.adapted)
         if args.resume:
             progress = load_resume(f"{name}.resume", modules, optimizer, scaler, progress)
 

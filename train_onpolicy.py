@@ -33,21 +33,19 @@ from functools import partial
 import numpy as np
 import torch
 
-from dataset.lm_dataset import (MicroBatches, SFTDataset, in_order, make_loader, open_data,
+from dataset.lm_dataset import (MicroBatches, PromptDataset, in_order, make_loader, open_data,
                                 prompts_and_answers)
-from distill.flags import add_divergence_args, check_loss_args
+from distill.flags import add_divergence_args
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
 from distill.rollouts import (Rollout, WeightedBatch, as_line, count_step, is_on_policy, mean_stats,
                               rollout_batches, rollout_stats, rounds)
-from distill.teachers import (Teacher, check_vocabulary, teacher_outputs, teacher_side,
-                              trim_padded_vocab)
+from distill.teachers import Teacher, share_vocabulary, teacher_outputs, teacher_side
 from evaluation.validation import evaluate
 from interop.checkpoint import load_model, load_teacher, prepare, run_name, save_model
 from model.generate import Guide, sample
 from model.lora import WithoutAdapters
-from runtime.args import (add_training_args, check_ranges, checking_input, lora_options,
-                          make_parser, parse_args)
+from runtime.args import add_training_args, checking_input, lora_options, make_parser, parse_args
 from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
 from runtime.log import Clock, Log, Logger, init_wandb
 from runtime.optim import OPTIMIZERS, parameter_groups, trained_weights
@@ -62,7 +60,6 @@ def train_epoch(epoch, wandb, *, teacher,
                 loader, progress, log, stop):
     total_steps, weights = progress.total_steps, trained_weights(optimizer)
     divergence, _ = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
-    vocab_size = tokenizer.vocab_size if args.pad_vocab else None
     clock, stats = Clock(world.device), Counter()
     for steps in rounds(progress.steps_of(epoch, data.steps_per_epoch), args.sample_every):
         # 0. Rollouts: the student answers the prompts of all steps of a round at once.
@@ -86,24 +83,23 @@ def train_epoch(epoch, wandb, *, teacher,
             micro_batches = [WeightedBatch(batch) for batch in batches[step]]
             if step in rollouts:
                 stats += rollout_stats(rollouts[step], age=step - steps[0])
-                micro_batches = rollout_batches(
+                micro_batches = count_step(rollout_batches(
                     rollouts[step], args.accumulation_steps, world.device,
-                    args.teacher_share if args.objective == "minillm" else None)
+                    args.teacher_share if args.objective == "minillm" else None), world)
             seed_everything(args.seed, step, world.rank)    # resuming repeats this step's dropout
-            for micro, (batch, kd_weight, ce_weight) in enumerate(count_step(micro_batches, world)):
+            for micro, (batch, kd_weight, ce_weight) in enumerate(micro_batches):
                 is_last = micro == len(micro_batches) - 1
                 with clock("teacher"), torch.no_grad(), autocast(world.device, world.dtype):
-                    predictions = teacher_outputs([teacher], batch, vocab_size).predictions
+                    predictions = teacher_outputs([teacher], batch).predictions
                 with clock("student"):
                     with autocast(world.device, world.dtype), sync_gradients(modules, is_last):
                         out = modules["model"](batch.tokens, batch.lengths, at=batch.at,
                                                with_logits=False)
-                        head = trim_padded_vocab(student.head, vocab_size)
                         # The policy gradient is a weighted CE. Twice the mean of both is their sum.
                         alpha = 0.5 if ce_weight is not None else 0.0
                         loss, _, kd = fused_distillation_loss(
-                            out.final, head, batch.targets, predictions, alpha, args.temperature,
-                            divergence, kd_weight=kd_weight, ce_weight=ce_weight)
+                            out.final, student.head, batch.targets, predictions, alpha,
+                            args.temperature, divergence, kd_weight=kd_weight, ce_weight=ce_weight)
                         loss = loss / (1 - alpha) / batch.step_targets
                         balance = out.balance_loss / batch.step_samples
                         total = loss + student.config.aux_loss_alpha * balance
@@ -133,7 +129,7 @@ def train_epoch(epoch, wandb, *, teacher,
             if val_data is not None and progress.is_due(args.eval_interval):
                 val_loader = in_order(val_data, world.rank, world.size)
                 scores = evaluate(student, val_loader, world.device, dtype=world.dtype,
-                                  teachers=[teacher], vocab_size=vocab_size)
+                                  teachers=[teacher])
                 log.row(step + 1, wandb, **scores)
                 if progress.is_best(scores["val_kl"]):
                     save_model(student, tokenizer, f"{name}_best.pth")
@@ -171,7 +167,7 @@ def sample_rollouts(batches, student, teacher, tokenizer, max_seq_len, args, wor
     with autocast(world.device, world.dtype):
         for i, answer in sample(
                 student, prompts, limits, tokenizer.end_of_turn, rows=args.rows, dtype=world.dtype,
-                guide=guide, vocab_size=tokenizer.vocab_size,
+                guide=guide,
                 any_busy=partial(any_process, sharded=args.shard != "none", device=world.device),
                 temperature=args.generation_temperature, top_p=args.top_p, top_k=args.top_k):
             answers[i] = answer
@@ -219,7 +215,6 @@ def main():
     add_divergence_args(parser)
     add_training_args(parser)
     args = parse_args(parser)
-    check_loss_args(parser, args)
     check(parser, args)
 
     # 2. Processes and seeds
@@ -236,15 +231,21 @@ def main():
         else:
             model, its_tokenizer = load_teacher(args.teacher, world, args.shard, args.compile)
             teacher = Teacher(model, 1.0, its_tokenizer)
-        check_vocabulary([teacher], student.config, tokenizer, args.divergence, args.pad_vocab)
+        if share_vocabulary([teacher], [(student, tokenizer)]):
+            args.teacher_data_path = args.teacher_data_path or args.data_path
 
         # 4. Data: the prompts, and the answers for what is not on-policy
         max_seq_len = student.context_length(args.max_seq_len)
         other_side = teacher_side([teacher], tokenizer, args.data_path, args.teacher_data_path,
                                   max_seq_len)
         train_data, val_data = open_data(
-            SFTDataset, args.data_path, tokenizer, max_seq_len, args.val_path,
+            PromptDataset, args.data_path, tokenizer, max_seq_len, args.val_path,
             args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, other_side)
+        n_missing = np.count_nonzero(~train_data.answered())
+        if n_missing and args.on_policy_fraction < 1:
+            raise ValueError(f"{train_data}: {n_missing:,} of {len(train_data):,} samples have no "
+                             f"answer, which {1 - args.on_policy_fraction:.0%} of the steps learn: "
+                             "--on_policy_fraction 1")
         data = MicroBatches(train_data.with_room(Logger), args.batch_size, args.accumulation_steps,
                             world.rank, world.size, args.seed)
 
@@ -254,7 +255,7 @@ def main():
         optimizer = OPTIMIZERS[args.optimizer](parameter_groups(modules, args.weight_decay),
                                                lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-        progress = start_progress(args, data, args.epochs, student.adapted)
+        progress = start_progress(args, name, data, args.epochs, student.adapted)
         if args.resume:
             progress = load_resume(f"{name}.resume", modules, optimizer, scaler, progress)
 
@@ -298,16 +299,9 @@ def check(parser, args):
     if args.teacher == args.student and not args.teacher_data_path:
         Logger("teacher and student are the same model with the same prompts, so the KD loss is "
                "zero. --teacher_data_path gives the teacher prompts with privileged context")
-    positive = [(flag, vars(args)[flag] >= 1, "be 1 or more")
-                for flag in ("num_samples", "max_new_tokens", "sample_every", "rows")]
-    check_ranges(
-        parser, args, *positive,
-        ("on_policy_fraction", 0 <= args.on_policy_fraction <= 1, "lie in [0, 1]"),
-        ("generation_temperature", args.generation_temperature > 0, "be above 0"),
-        ("top_p", 0 < args.top_p <= 1, "lie in (0, 1]"), ("top_k", args.top_k >= 0, "be 0 or more"),
-        ("teacher_share", 0 < args.teacher_share < 1, "lie between 0 and 1"),
-        ("sample_every", args.save_interval % args.sample_every == 0,
-         f"divide --save_interval {args.save_interval}: no resume file holds rollouts"))
+    if args.save_interval % args.sample_every:
+        parser.error(f"--sample_every {args.sample_every} must divide --save_interval "
+                     f"{args.save_interval}: no resume file holds rollouts")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def main():
         optimizer = OPTIMIZERS[args.optimizer](parameter_groups(modules, args.weight_decay),
                                                lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-        progress = start_progress(args, data, args.epochs, student.adapted)
+        progress = start_progress(args, name, data, args.epochs, student.adapted)
         if args.resume:
             progress = load_resume(f"{name}.resume", modules, optimizer, scaler, progress)
 

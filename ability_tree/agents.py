@@ -12,6 +12,7 @@ import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from glob import escape
 from pathlib import Path
 from time import monotonic
@@ -21,16 +22,18 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from evaluation.exam import write_answers
 from interop.checkpoint import load_model, sha256_of_model
-from model.generate import column_major, generate
+from model.generate import column_major
 from runtime.log import Logger
 from runtime.precision import pick_dtype
 
+MAX_BODY = 1 << 24          # bytes of a reply; the longest answers have some 100,000
 MAX_FAILURES = 10           # failed requests in a row: the endpoint is down, not the request
 FATAL = (401, 403, 404)     # wrong key, no permission, wrong model name: every request would fail
 
 
-class OutOfBudget(RuntimeError):
+class OutOfBudget(ValueError):
     """An agent has used its tokens. Its replies so far are in its file."""
 
 
@@ -43,19 +46,9 @@ class LocalAgent:
         column_major(self.model)
 
     def generate(self, conversations, max_new_tokens, temperature=0.0, seed=0):
-        """A conversation that fills the context gets "" and is logged."""
-        chats = self.tokenizer.encode_chats(conversations, add_generation_prompt=True)
-        limit = self.model.config.max_seq_len - 1
-        prompts = [ids for ids, _ in chats if len(ids) <= limit]
-        if len(prompts) < len(chats):
-            Logger(f"{self.name}: {len(chats) - len(prompts):,} of {len(chats):,} conversations "
-                   f"are longer than {limit:,} tokens and get no reply")
-        replies = iter(generate(
-            self.model, prompts, max_new_tokens, self.tokenizer.end_of_turn, rows=self.rows,
-            vocab_size=self.tokenizer.vocab_size, temperature=temperature,
-            generator=torch.Generator(self.device).manual_seed(seed)))
-        return [self.tokenizer.decode(next(replies)).strip() if len(ids) <= limit else ""
-                for ids, _ in chats]
+        return write_answers(self.model, self.tokenizer, conversations, max_new_tokens,
+                             rows=self.rows, temperature=temperature,
+                             generator=torch.Generator(self.device).manual_seed(seed))
 
 
 class EndpointAgent:
@@ -82,11 +75,19 @@ class EndpointAgent:
             import openai           # needed for endpoints only
         except ImportError:
             raise ValueError("an endpoint needs the openai package: pip install openai") from None
+        # Without a key, the package would send the user's OPENAI_API_KEY.
+        key = os.environ.get(key_env, "").strip() if key_env else "none"
+        if not key:             # key_env is not repeated: it may be the key itself, by mistake
+            raise ValueError("*_key_env names an environment variable with the API key; there is "
+                             "none of this name, or it is empty. Type: export NAME=KEY")
         self.openai, self.url, self.model = openai, url.rstrip("/"), model
-        self.name, self.key = f"{model} at {urlsplit(url).hostname}", read_key(key_env)
+        self.name, self.key = f"{model} at {urlsplit(url).hostname}", key
+        hooks = {"request": [self.wait_for_turn, partial(bound_time, timeout)],
+                 "response": [bound_size]}
         self.client = openai.OpenAI(
             base_url=self.url, api_key=self.key, timeout=timeout, max_retries=retries,
-            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self.wait_for_turn]}))
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=openai.DefaultHttpxClient(event_hooks=hooks))
         self.parallel = max(1, parallel // n_processes)
         self.path, self.replies, spent = open_replies(Path(replies), rank)
         self.budget, self.left = budget, (budget - spent) // n_processes        # tokens
@@ -143,7 +144,7 @@ class EndpointAgent:
         except self.openai.APIStatusError as error:
             status, problem = error.status_code, f"{error.status_code} {error.response.text}"
         except self.openai.APIError as error:               # no connection, or no reply in time
-            problem = f"{error} ({type(error.__cause__).__name__})"
+            problem = f"{error} ({error.__cause__!r})"
         except ValueError as error:                         # no completion
             problem = str(error)
         if problem is None:
@@ -170,15 +171,31 @@ class EndpointAgent:
         return text.replace(self.key, "***") if len(self.key) >= 8 else text
 
 
-def read_key(key_env: str | None) -> str:
-    """The API key. Messages do not repeat key_env: it may be the key itself, by mistake."""
-    if key_env is None:
-        return "none"           # without one, the package would send the user's OPENAI_API_KEY
-    key = os.environ.get(key_env, "").strip()
-    if not key:
-        raise ValueError("*_key_env names an environment variable with the API key; there is none "
-                         "of this name, or it is empty. Type: export NAME=KEY")
-    return key
+def bound_time(seconds: float, request):
+    """A request hook: the whole attempt may take so many seconds, not only each read. No attempt
+    shares its connection, whose reads end at its deadline."""
+    deadline = monotonic() + seconds
+    request.headers["Connection"] = "close"
+
+    def watch(event, info):
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            stream = info["return_value"]
+            read = stream.read
+            stream.read = lambda size, timeout: read(size, max(1e-3, deadline - monotonic()))
+
+    request.extensions["trace"] = watch
+
+
+def bound_size(response):
+    """A response hook: a reply has at most MAX_BODY bytes, and is not compressed."""
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise ValueError("a compressed reply, which was not requested")
+    body = bytearray()
+    for part in response.iter_raw():
+        body += part
+        if len(body) > MAX_BODY:
+            raise ValueError(f"a reply of more than {MAX_BODY:,} bytes")
+    response._content = bytes(body)
 
 
 def read_completion(body: str, messages: list[dict]) -> tuple[str, int]:
@@ -189,8 +206,10 @@ def read_completion(body: str, messages: list[dict]) -> tuple[str, int]:
         # JSON may hold half an emoji, of a reply that was cut; UTF-8 cannot.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
         if usage := completion.get("usage"):
-            return text, int(usage["total_tokens"])
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            if type(usage["total_tokens"]) is not int or usage["total_tokens"] < 0:
+                raise ValueError
+            return text, usage["total_tokens"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"no chat completion: {body}") from None
     prompt = "".join(message["content"] for message in messages)
     return text, -(-len((prompt + text).encode(errors="replace")) // 3)     # about 3 bytes a token

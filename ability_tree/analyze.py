@@ -18,10 +18,12 @@ from ability_tree.agents import add_agent_args, identity_of, make_agent
 from ability_tree.inference import prompt
 from ability_tree.prompts import PROMPTS
 from ability_tree.steps import (add_request_args, batches_of, beside, read_abilities, read_choices,
-                                rows_of, seed_of, settings, sha256_of, work_in_parts, write_rows)
+                                rows_of, settings, sha256_of, work_in_parts)
 from ability_tree.tree import AbilityTree, compare, spell
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
+from runtime.files import write_jsonl
 from runtime.log import Logger
+from runtime.precision import seed_of
 from runtime.processes import init_distributed_mode
 
 PART = 64           # questions in one call of the agent
@@ -116,9 +118,9 @@ def main():
     results = sum(results, [])
     if found := [each for each in results if "reason" not in each]:
         paths |= {str(each["id"]): tuple(each["ability_path"]) for each in found}
-        write_rows(beside(args.out, "ability"), found)
+        write_jsonl(beside(args.out, "ability"), found)
     if rejected := [each for each in results if "reason" in each]:
-        write_rows(beside(args.out, "rejected"), rejected)
+        write_jsonl(beside(args.out, "rejected"), rejected)
         Logger(f"{len(rejected):,} questions have no leaf and do not count: "
                f"{beside(args.out, 'rejected')}")
 

@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 from ability_tree.agents import OutOfBudget, add_agent_args, make_agent
 from ability_tree.prompts import PROMPTS
-from ability_tree.steps import (add_request_args, batches_of, beside, read_abilities, seed_of,
-                                write_rows)
+from ability_tree.steps import add_request_args, batches_of, beside, read_abilities
 from ability_tree.tree import AbilityTree, key_of, spell
-from runtime.args import (add_process_args, check_ranges, checking_input, make_parser,
-                          parse_args)
+from runtime.args import add_process_args, checking_input, make_parser, parse_args
+from runtime.files import write_jsonl
 from runtime.log import Logger
+from runtime.precision import seed_of
 from runtime.processes import init_distributed_mode, patient_group
 
 PART = 16           # abilities in one call of the agent
@@ -97,11 +97,9 @@ def main():
     add("--max_tries", type=int, default=3, help="maximum number of requests per ability")
     add_agent_args(parser, "agent")
     add_process_args(parser, dtype=False)
-    args = parse_args(parser)
+    args = parse_args(parser, breadth="[2, inf)", temperature="[0, inf)")
     if bool(args.domain) == bool(args.ability_files):
         parser.error("give a --domain that an agent divides, or --ability_files; one of the two")
-    check_ranges(parser, args, ("depth", args.depth >= 1, "be 1 or more"),
-                 ("breadth", args.breadth >= 2, "be 2 or more"))
     if Path(args.out).exists():             # checked before any process can have written it
         parser.error(f"{args.out} exists already. Give another --out, or remove it")
     world = init_distributed_mode(args.ddp, args.device, args.local_rank)
@@ -115,11 +113,8 @@ def main():
             tree = AbilityTree.from_paths([[args.domain]])
             agent = make_agent(vars(args), "agent", world.device)
             generate = divided(agent, args.max_new_tokens, args.temperature, world)
-            try:
-                rejected = grow(tree, generate, PROMPTS[args.prompts], args.depth, args.breadth,
-                                args.max_tries, args.seed)
-            except OutOfBudget as error:
-                sys.exit(f"stopped: {error}")
+            rejected = grow(tree, generate, PROMPTS[args.prompts], args.depth, args.breadth,
+                            args.max_tries, args.seed)
             if not tree.children:
                 reasons = "; ".join(dict.fromkeys(reject["reason"] for reject in rejected))
                 sys.exit(f"{tree.name} was not divided: {reasons or 'the list of parts is empty'}")
@@ -127,7 +122,7 @@ def main():
     # 3. Files
     if world.rank == 0:
         if rejected:
-            write_rows(beside(args.out, "rejected"), rejected)
+            write_jsonl(beside(args.out, "rejected"), rejected)
             Logger(f"{len(rejected):,} replies rejected: {beside(args.out, 'rejected')}")
         tree.save(args.out)
         Logger(f"{tree.text()}\nwrote {args.out}: {len(tree.leaves()):,} leaves")

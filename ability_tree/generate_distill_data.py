@@ -22,12 +22,12 @@ from typing import NamedTuple
 from ability_tree.agents import add_agent_args, identity_of, make_agent
 from ability_tree.prompts import LETTERS, PROMPTS, folded, name_of, nonempty
 from ability_tree.steps import (add_request_args, finish_questions, read_abilities, read_choices,
-                                rows_of, seed_of, settings, sha256_of, table, work_in_parts)
+                                rows_of, settings, sha256_of, table, work_in_parts)
 from ability_tree.tree import AbilityTree, key_of, spell
-from dataset.formats import to_question
-from runtime.args import (add_process_args, check_ranges, checking_input, make_parser,
-                          parse_args)
+from dataset.formats import bare_question
+from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.log import Logger
+from runtime.precision import seed_of
 from runtime.processes import init_distributed_mode
 
 PART = 64           # questions of a part, at least; it has whole leaves
@@ -75,8 +75,7 @@ def seeds_of_leaves(rows: list[dict], abilities: dict[str, tuple],
 
 def question_text(row: dict) -> str:
     """The question of a row of any format, without its options."""
-    messages = to_question(row).messages
-    return row["question"] if "options" in row else messages[-1]["content"]
+    return bare_question(row)[-1]["content"]
 
 
 def plan(shares: dict[tuple, float], seeds: dict[tuple, list[dict]], n_samples: int, n_options: int,
@@ -222,10 +221,8 @@ def main():
     add("--max_tries", type=int, default=4, help="maximum number of requests per question")
     add_agent_args(parser, "teacher")
     add_process_args(parser, dtype=False)
-    args = parse_args(parser)
-    check_ranges(parser, args, ("n_samples", args.n_samples >= 1, "be 1 or more"),
-                 ("n_options", 2 <= args.n_options <= len(LETTERS), f"be 2 to {len(LETTERS)}"),
-                 ("temperature", args.temperature > 0, "be above 0, or a retry gives the same"))
+    # A temperature of 0 is out of range: a retry would give the same.
+    args = parse_args(parser, n_options=f"[2, {len(LETTERS)}]")
     world = init_distributed_mode(args.ddp, args.device, args.local_rank)
 
     # 2. Leaves, their seed questions, and the teacher

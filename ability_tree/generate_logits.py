@@ -13,12 +13,14 @@ ability_tree.train the same --data and --hide_options, and this --out as its --l
 
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
-from ability_tree.steps import rows_of, write_rows
-from dataset.formats import CONVERSATION_KEYS, files_of, to_messages
+from ability_tree.steps import rows_of
+from dataset.formats import CONVERSATION_KEYS, bare_question, files_of, to_messages
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
+from runtime.files import write_jsonl
 from runtime.log import Logger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +41,7 @@ def bare(row: dict) -> dict:
     """The row as a conversation; multiple choice as its question and the text of its answer."""
     messages = to_messages(row)
     if "options" in row and not any(key in row for key in CONVERSATION_KEYS):
-        messages[0] = {"role": "user", "content": row["question"]}
+        messages = [*bare_question(row), messages[-1]]
     return {"conversations": messages}
 
 
@@ -47,7 +49,7 @@ def conversations(paths, hide_options: bool, skip_bad_lines: bool, out: str) -> 
     """The files to train on: these, or with hide_options OUT with their bare conversations."""
     if not hide_options:
         return [str(file) for path in paths for file in files_of(path)]
-    write_rows(out, rows_of(paths, bare, skip_bad_lines))       # complete, the same by each process
+    write_jsonl(out, rows_of(paths, bare, skip_bad_lines))      # complete, the same by each process
     return [out]
 
 
@@ -73,7 +75,10 @@ def become(script: str, flags: list[str]):
     """Become `python SCRIPT FLAGS`: a child would not receive Ctrl-C and torchrun's signals."""
     if os.environ.get("RANK", "0") == "0":
         Logger(f"python {script} {shlex.join(flags)}")
-    os.execv(sys.executable, [sys.executable, str(ROOT / script), *flags])
+    command = [sys.executable, str(ROOT / script), *flags]
+    if os.name == "nt":             # there, the workflow would not wait for what execv starts
+        sys.exit(subprocess.call(command))
+    os.execv(sys.executable, command)
 
 
 def main():
@@ -82,6 +87,7 @@ def main():
     add("--teacher", required=True, help="a checkpoint, a Hugging Face folder, a GGUF file")
     add_data_args(add)
     add("--out", required=True, help="folder of the outputs; bare conversations go to OUT.jsonl")
+    add("--tokenizer", help="the student's tokenizer: see scripts/cache_teacher.py")
     add("--top_k", type=int, default=0,
         help="keep only the k highest log-probabilities; 0: hidden states, which give all of them")
     add("--temperature", type=float, default=2.0,
@@ -94,12 +100,10 @@ def main():
     with checking_input():
         data_path = conversations(args.data, args.hide_options, args.skip_bad_lines,
                                   f"{args.out.rstrip('/')}.jsonl")
-    become("scripts/cache_teacher.py", flags_of(
-        teacher=args.teacher, data_path=data_path, cache_dir=args.out, max_seq_len=args.max_seq_len,
-        top_k=args.top_k, temperature=args.temperature if args.top_k else None,
-        skip_bad_lines=args.skip_bad_lines, overwrite=args.overwrite,
-        tokens_per_batch=args.tokens_per_batch, dtype=args.dtype, device=args.device, ddp=args.ddp,
-        local_rank=args.local_rank))
+    args.temperature = args.temperature if args.top_k else None
+    given = {name: value for name, value in vars(args).items()
+             if name not in ("config", "data", "hide_options", "out")}
+    become("scripts/cache_teacher.py", flags_of(**given, data_path=data_path, cache_dir=args.out))
 
 
 if __name__ == "__main__":

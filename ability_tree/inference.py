@@ -13,13 +13,13 @@ log_p is the log-probability, in nats, of the option's text and its end of turn.
 exceeds the context length with its longest option has null answer_idx and log_p, and is wrong.
 """
 
-from ability_tree.steps import (batches_of, read_choices, settings, sha256_of, work_in_parts,
-                                write_rows)
+from ability_tree.steps import batches_of, read_choices, settings, sha256_of, work_in_parts
 from ability_tree.tree import wilson
-from dataset.formats import to_question
-from evaluation.scores import score_samples
+from dataset.formats import bare_question, to_question
+from evaluation.scores import score_answers
 from interop.checkpoint import load_model, sha256_of_model
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
+from runtime.files import write_jsonl
 from runtime.log import Logger
 from runtime.precision import pick_dtype
 from runtime.processes import init_distributed_mode
@@ -29,19 +29,12 @@ PART = 128          # questions in one part
 
 def reply(model, tokenizer, rows: list[dict], hide_options: bool) -> list[dict]:
     """The reply to each row, as in the file; the first of equal options. For eval mode."""
-    samples = [tokenizer.encode_chats([*prompt(row, hide_options),
-                                       {"role": "assistant", "content": option}]
-                                      for option in row["options"].values()) for row in rows]
-    limit = model.config.max_seq_len + 1                # the last token is not an input
-    fits = [max(len(ids) for ids, _ in options) <= limit for options in samples]
-    scores = iter(score_samples(model, [sample for options, fit in zip(samples, fits) if fit
-                                        for sample in options]))
+    scores = score_answers(model, tokenizer, [(prompt(row, hide_options), row["options"].values())
+                                              for row in rows])
     replies = []
-    for row, fit in zip(rows, fits):
-        log_p = answer = None
-        if fit:
-            log_p = {letter: round(next(scores).log_p, 4) for letter in row["options"]}
-            answer = max(log_p, key=log_p.get)
+    for row, values in zip(rows, scores):
+        log_p = values and {letter: round(nats, 4) for letter, nats in zip(row["options"], values)}
+        answer = log_p and max(log_p, key=log_p.get)
         replies.append({"id": row["id"], "answer_idx": answer,
                         "correct": answer == row["answer_idx"], "log_p": log_p})
     return replies
@@ -49,8 +42,7 @@ def reply(model, tokenizer, rows: list[dict], hide_options: bool) -> list[dict]:
 
 def prompt(row: dict, hide_options: bool) -> list[dict]:
     """The question and its options on lettered lines, or the bare question."""
-    bare = [{"role": "user", "content": row["question"]}]
-    return bare if hide_options else to_question(row).messages
+    return bare_question(row) if hide_options else to_question(row).messages
 
 
 def summary(replies: list[dict]) -> str:
@@ -87,7 +79,7 @@ def main():
         lambda _, batch: reply(model, tokenizer, batch, args.hide_options), world)
     if results is not None:
         replies = sum(results, [])
-        write_rows(args.out, replies)
+        write_jsonl(args.out, replies)
         parts.remove()
         Logger(f"{summary(replies)}. Wrote {args.out}")
 

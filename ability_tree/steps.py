@@ -3,20 +3,17 @@
 Shared by the steps: flags, files, work that is divided among processes, and a table per leaf.
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from ability_tree.agents import OutOfBudget
 from ability_tree.prompts import PROMPTS
 from dataset.formats import files_of, read_each, to_messages
 from evaluation.tables import aligned
 from runtime.args import checking_input
-from runtime.files import file_sha256, write_atomic
+from runtime.files import file_sha256, write_jsonl
 from runtime.log import Logger
 from runtime.parts import Parts
 from runtime.processes import main_process_first
@@ -33,11 +30,6 @@ def add_request_args(parser, temperature: float | None = None):
     return add
 
 
-def seed_of(*numbers: int) -> int:
-    """A seed that depends on these numbers alone, not on processes or time."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 def batches_of(items: list, size: int) -> list[list]:
     return [items[start:start + size] for start in range(0, len(items), size)]
 
@@ -45,14 +37,6 @@ def batches_of(items: list, size: int) -> list[list]:
 def beside(out, name: str) -> Path:
     """distill.jsonl, "ability" -> distill_ability.jsonl"""
     return Path(out).with_name(f"{Path(out).stem}_{name}.jsonl")
-
-
-def write_rows(path, rows: list[dict]):
-    """A JSONL file, completely or not at all."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # surrogatepass: a rejected reply is kept as it is, even if UTF-8 has no bytes for it.
-    write_atomic(Path(path), lambda file: file.write(lines.encode(errors="surrogatepass")))
 
 
 def rows_of(paths, convert: Callable, skip_bad_lines: bool = False) -> list:
@@ -125,11 +109,11 @@ def work_in_parts(out, about: dict, items: list, work: Callable, world):
 def finish_questions(parts, rows: list[dict], abilities: list, rejected: list[dict]):
     """Write OUT, OUT_ability and OUT_rejected. Ends the script if no question is left."""
     out, rejects = parts.out, beside(parts.out, "rejected")
-    write_rows(rejects, rejected)
+    write_jsonl(rejects, rejected)
     if rows:
-        write_rows(beside(out, "ability"), [{"id": row["id"], "ability_path": list(path)}
-                                            for row, path in zip(rows, abilities)])
-        write_rows(out, rows)               # last: it marks the step as finished
+        write_jsonl(beside(out, "ability"), [{"id": row["id"], "ability_path": list(path)}
+                                             for row, path in zip(rows, abilities)])
+        write_jsonl(out, rows)              # last: it marks the step as finished
     parts.remove()
     if not rows:
         sys.exit(f"no question is left, {len(rejected):,} are rejected: {rejects}")
@@ -137,18 +121,14 @@ def finish_questions(parts, rows: list[dict], abilities: list, rejected: list[di
            f"rejected: {rejects}")
 
 
-def kind_of(reason: str) -> str:
-    """The part of a reason before the colon; rejects are counted by it."""
-    return reason.partition(":")[0]
-
-
 def table(columns: list[str], rows: list[tuple], rejected: list[dict]) -> str:
     """A line per leaf, (name, number, number, ...), with the number of its rejected replies by
-    reason, then the totals. `rejected` has rows with "leaf" and "reason"."""
+    reason (its part before a colon), then the totals. `rejected` has rows with "leaf" and "reason".
+    """
     reasons = {}
     for reject in rejected:
         for leaf in (reject["leaf"], "all"):
-            reasons.setdefault(leaf, Counter())[kind_of(reject["reason"])] += 1
+            reasons.setdefault(leaf, Counter())[reject["reason"].partition(":")[0]] += 1
     lines = [["leaf", *columns, "rejected"]]
     for leaf, *numbers in [*rows, ("all", *map(sum, zip(*(row[1:] for row in rows))))]:
         # By frequency, then by name, so that the order of the processes does not show.

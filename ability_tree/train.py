@@ -35,7 +35,8 @@ def add_lesson_args(add):
         help="total number of optimizer steps; 0: as many as --epochs make")
     add("--learning_rate", type=float, default=5e-6,
         help="learning rate; cosine decay from 1.1x to 0.1x of it")
-    add("--warmup_iters", type=int, default=0, help="steps of linear warm-up before the cosine")
+    add("--warmup_iters", "--warmup_ratio", type=float, default=0,
+        help="linear warm-up before the cosine, in steps; below 1: a fraction of all steps")
     add("--batch_size", type=int, default=2, help="samples per micro-batch and process")
     add("--accumulation_steps", type=int, default=16,
         help="micro-batches per optimizer step and process")

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from evaluation.tables import aligned, markdown, width_of
 from runtime.args import checking_input, did_you_mean, make_parser, parse_args
-from runtime.files import write_atomic
+from runtime.files import write_text
+from runtime.pictures import save_picture
 
 Z = 1.959964        # 95 % of a normal distribution lie within this many standard deviations
 BAR = 20            # characters of a bar: 5 % each
 
-# From weak to strong, distinct for colour-blind readers too; and fonts with Chinese characters.
+# From weak to strong, distinct for colour-blind readers too.
 COLOURS, UNTESTED, INK = ("#c8553d", "#f0dfb4", "#2b7a94"), "#e3e3e3", "#2f2f2f"
-FONTS = ("Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei")
 
 
 def wilson(correct: int, asked: int) -> tuple[float, float]:
@@ -180,9 +180,6 @@ class AbilityTree:
         The floor, in equal parts for all n leaves, tests strong leaves again, or nobody would
         notice that they are forgotten. power 0: equal shares; above 1: mostly the weakest leaves.
         """
-        if smoothing <= 0 or power < 0 or not 0 <= floor <= 1:
-            raise ValueError(f"smoothing {smoothing:g} must be above 0, power {power:g} 0 or more, "
-                             f"floor {floor:g} in 0..1")
         weakness = {path: 1 - leaf.posterior(smoothing) for path, leaf in self.leaves().items()}
         most = max(weakness.values())       # divided by it, one stays 1 where high powers underflow
         weakness = {path: (weak / most) ** power for path, weak in weakness.items()}
@@ -192,9 +189,7 @@ class AbilityTree:
 
     def save(self, path):
         """As JSON. Everything but names, children and history is there for people to read."""
-        text = json.dumps(self.to_json(), ensure_ascii=False, indent=1)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(path), lambda file: file.write(f"{text}\n".encode()))
+        write_text(path, json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n")
 
     def to_json(self) -> dict:
         row = {"name": self.name, "asked": self.asked, "correct": self.correct,
@@ -240,50 +235,14 @@ class AbilityTree:
     def draw(self, png, before: "AbilityTree | None" = None):
         """A row per node: name and counts, the 95 % interval in the colour of the posterior mean,
         the accuracy as a dot, and as a ring the accuracy `before`."""
-        Path(png).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(png), lambda file: picture(self, before).savefig(
-            file, format="png", dpi=120, bbox_inches="tight"))
+        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.figure import Figure
 
-
-def percent(accuracy: float | None) -> str:
-    return "–" if accuracy is None else f"{100 * accuracy:.0f} %"
-
-
-def compare(before: AbilityTree, after: AbilityTree) -> str:
-    """A Markdown table: a row per leaf of either tree, and one for all. A change has its 95 %
-    interval and is bold where that excludes 0."""
-    old, new = ({key_of(path): (path, leaf) for path, leaf in tree.leaves().items()}
-                for tree in (before, after))
-    pairs = []
-    for key, (path, _) in (new | {key: old[key] for key in old if key not in new}).items():
-        then, now = (leaves[key][1] if key in leaves else AbilityTree("") for leaves in (old, new))
-        pairs.append((spell(path[1:] or path).replace("|", "\\|"), then, now))
-    rows = [["ability", "asked", "accuracy", "change, points (95 %)"]]
-    for name, then, now in [*pairs, ("all", before, after)]:
-        points = "–"
-        if then.asked and now.asked:
-            difference, low, high = (100 * value for value in change(then, now))
-            points = f"{difference:+.0f} ({low:+.0f} .. {high:+.0f})"
-            points = f"**{points}**" if low > 0 or high < 0 else points
-        rows.append([name, f"{then.asked} → {now.asked}",
-                     f"{percent(then.accuracy)} → {percent(now.accuracy)}", points])
-    return markdown(rows)
-
-
-def picture(tree: AbilityTree, before: AbilityTree | None):
-    """The figure of AbilityTree.draw; its height follows the number of nodes."""
-    from matplotlib import font_manager, rc_context
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-
-    nodes = list(tree.walk())
-    names = ["    " * (len(path) - 1) + node.name for path, node in nodes]
-    left = 6.5 * max(map(width_of, names)) + 8      # points that the names take, left of the axis
-    old = {key_of(path): node for path, node in before.walk()} if before else {}
-    colour = LinearSegmentedColormap.from_list("ability", COLOURS)
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = ["DejaVu Sans", *(name for name in FONTS if name in installed)]
-    with rc_context({"font.family": fonts, "text.parse_math": False}):
+        nodes = list(self.walk())
+        names = ["    " * (len(path) - 1) + node.name for path, node in nodes]
+        left = 6.5 * max(map(width_of, names)) + 8      # points left of the axis, for the names
+        old = {key_of(path): node for path, node in before.walk()} if before else {}
+        colour = LinearSegmentedColormap.from_list("ability", COLOURS)
         figure = Figure(figsize=(5, 0.26 * len(nodes) + 0.6))
         axis = figure.add_subplot()
         for y, (path, node) in enumerate(nodes):
@@ -299,7 +258,33 @@ def picture(tree: AbilityTree, before: AbilityTree | None):
         axis.set(xlim=(-3, 103), ylim=(len(nodes) - 0.5, -0.5), yticks=[], xticks=range(0, 101, 25),
                  xlabel="● accuracy, %   " + "○ before   " * bool(before) + "▬ 95 % interval")
         axis.spines[:].set_visible(False)
-    return figure
+        Path(png).parent.mkdir(parents=True, exist_ok=True)
+        save_picture(figure, png, bbox_inches="tight")
+
+
+def percent(accuracy: float | None) -> str:
+    return "–" if accuracy is None else f"{100 * accuracy:.0f} %"
+
+
+def compare(before: AbilityTree, after: AbilityTree) -> str:
+    """A Markdown table: a row per branch and leaf of either tree, and one for all. A change has its
+    95 % interval and is bold where that excludes 0."""
+    old, new = ({key_of(path): (path, node) for path, node in tree.walk() if node is not tree}
+                for tree in (before, after))
+    pairs = []
+    for key, (path, _) in (new | {key: old[key] for key in old if key not in new}).items():
+        then, now = (leaves[key][1] if key in leaves else AbilityTree("") for leaves in (old, new))
+        pairs.append((spell(path[1:]).replace("|", "\\|"), then, now))
+    rows = [["ability", "asked", "accuracy", "change, points (95 %)"]]
+    for name, then, now in [*pairs, ("all", before, after)]:
+        points = "–"
+        if then.asked and now.asked:
+            difference, low, high = (100 * value for value in change(then, now))
+            points = f"{difference:+.0f} ({low:+.0f} .. {high:+.0f})"
+            points = f"**{points}**" if low > 0 or high < 0 else points
+        rows.append([name, f"{then.asked} → {now.asked}",
+                     f"{percent(then.accuracy)} → {percent(now.accuracy)}", points])
+    return markdown(rows)
 
 
 def main():
@@ -308,18 +293,12 @@ def main():
     add("tree", metavar="TREE.json", help="the ability tree to show")
     add("--compare", metavar="BEFORE.json", help="an earlier tree: adds a table of the changes")
     add("--png", metavar="FILE.png", help="file of a picture; with --compare, of both trees")
-    add("--weakest", type=int, default=5, metavar="N",
-        help="number of the weakest leaves to list with their shares of new questions; 0: none")
     args = parse_args(parser)
 
     with checking_input():
         tree = AbilityTree.load(args.tree)
         before = AbilityTree.load(args.compare) if args.compare else None
     print(tree.text())
-    if args.weakest:
-        print("\nweakest leaves and their shares of new questions:")
-        for path in tree.weakest(args.weakest):
-            print(f"{tree.weights()[path]:7.1%}  {spell(path)}")
     if before:
         print(f"\n{args.compare} → {args.tree}\n\n{compare(before, tree)}")
     if args.png:

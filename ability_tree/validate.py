@@ -20,10 +20,11 @@ from ability_tree.agents import LocalAgent, add_agent_args, identity_of, make_ag
 from ability_tree.inference import reply
 from ability_tree.prompts import PROMPTS, nonempty
 from ability_tree.steps import (add_request_args, batches_of, finish_questions, read_abilities,
-                                read_choices, seed_of, settings, sha256_of, table, work_in_parts)
+                                read_choices, settings, sha256_of, table, work_in_parts)
 from ability_tree.tree import spell
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.log import Logger
+from runtime.precision import seed_of
 from runtime.processes import init_distributed_mode
 
 PART = 128          # questions in one part
@@ -79,7 +80,7 @@ def main():
     for role in ROLES:
         add_agent_args(parser, role)
     add_process_args(parser, dtype=False)
-    args = parse_args(parser)
+    args = parse_args(parser, temperature="[0, inf)")
     if args.write and args.prompts != "miniworld":
         parser.error("--write needs --prompts miniworld; with json the agents choose a letter")
     world = init_distributed_mode(args.ddp, args.device, args.local_rank)
@@ -110,18 +111,18 @@ def main():
         return solve(agent, PROMPTS[args.prompts], batch, args.max_new_tokens, args.temperature,
                      seed)
 
-    def pairs(part, batch):
+    def both(part, batch):
         a = answers(agents[0], batch, seed_of(args.seed, 0, part))
         b = a if once else answers(agents[1], batch, seed_of(args.seed, 1, part))
         return list(zip(a, b))
 
-    parts, results = work_in_parts(args.out, about, batches_of(rows, PART), pairs, world)
+    parts, results = work_in_parts(args.out, about, batches_of(rows, PART), both, world)
     if results is None:
         return
 
     # 4. Files and counts
-    kept, rejected, counts = [], [], {}
-    for row, pair in zip(rows, sum(results, []), strict=True):
+    kept, rejected, counts, pairs = [], [], {}, sum(results, [])
+    for row, pair in zip(rows, pairs, strict=True):
         leaf, reason = spell(abilities[str(row["id"])]), reason_to_reject(row["answer_idx"], pair)
         asked, n_kept = counts.get(leaf, (0, 0))
         counts[leaf] = asked + 1, n_kept + (reason is None)
@@ -131,6 +132,10 @@ def main():
             letters = {role: letter for role, (letter, _) in zip(ROLES, pair)}
             rejected.append({**row, "leaf": leaf, **letters, "reason": reason})
     Logger(table(["asked", "kept"], [(leaf, *counts[leaf]) for leaf in sorted(counts)], rejected))
+    for i, (role, agent) in enumerate(zip(ROLES, agents)):      # the teacher itself, by default
+        n = sum(pair[i][0] == row["answer_idx"] for row, pair in zip(rows, pairs))
+        Logger(f"{role}, {agent.name}: {n:,} of {len(rows):,} answered as written "
+               f"({n / len(rows):.1%})")
     Logger(f"kept {len(kept):,} of {len(rows):,} questions ({len(kept) / len(rows):.1%})")
     finish_questions(parts, kept, [abilities[str(row["id"])] for row in kept], rejected)
 

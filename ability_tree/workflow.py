@@ -19,7 +19,7 @@ import torch
 
 from ability_tree.generate_logits import ROOT, flags_of, listed
 from runtime.args import WORKFLOW, resume_command
-from runtime.files import file_sha256, keep_previous, write_atomic
+from runtime.files import file_sha256, keep_previous, write_text
 from runtime.log import Logger
 
 MANIFEST = "manifest.json"
@@ -56,7 +56,7 @@ class Workflow:
         manifest = {"command": [f"ability_tree.{module}", *flags_of(**same)],
                     "processes": len(self.gpus) if resume_flag else "any",
                     "inputs": {str(path): sha256_of(Path(path)) for path in inputs}}
-        last = json.loads(file.read_text()) if file.exists() else None
+        last = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         if last == manifest | {"outputs": outputs_of(folder)}:
             Logger(f"== {title}: finished earlier, {folder}")
             return
@@ -68,11 +68,11 @@ class Workflow:
             for path in folder.iterdir():
                 if path.is_file() and path.name != MANIFEST:
                     path.unlink()
-        write_manifest(file, manifest)
+        write_text(file, json.dumps(manifest, indent=2))
         command = [f"ability_tree.{module}", *flags_of(**flags)]
         command += [resume_flag] if again and resume_flag else []
         self.run(title, command, log or folder.parent / f"{module}.log")
-        write_manifest(file, manifest | {"outputs": outputs_of(folder)})
+        write_text(file, json.dumps(manifest | {"outputs": outputs_of(folder)}, indent=2))
         self.exit_if_stopped(title)
 
     def run(self, title: str, command: list[str], log: Path):
@@ -88,7 +88,9 @@ class Workflow:
         if torch.cuda.is_available():
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
         # In a session of its own, so that a terminal's Ctrl-C reaches the step once, from here.
-        self.child = subprocess.Popen([*launcher, *command], cwd=ROOT, env=os.environ | variables,
+        # Paths are relative to the current folder; the modules are found in the repo.
+        variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        self.child = subprocess.Popen([*launcher, *command], env=os.environ | variables,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                       start_new_session=True)
         if self.signal:
@@ -110,11 +112,6 @@ class Workflow:
             sys.exit(130)
 
 
-def write_manifest(file: Path, manifest: dict):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, lambda out: out.write(json.dumps(manifest, indent=2).encode()))
-
-
 def sha256_of(path: Path) -> str:
     """Of a file; of a folder, of the names and hashes of its files."""
     if not path.exists():
@@ -131,5 +128,6 @@ def hashed(path: Path, size: int, mtime: int) -> str:
 
 
 def outputs_of(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != MANIFEST}
+    """Of what the next step may read, unlike resume files: {name in the folder: hash}"""
+    return {name: sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
+            and ".resume" not in (name := str(path.relative_to(folder))) and path.name != MANIFEST}

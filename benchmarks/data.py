@@ -25,6 +25,7 @@ from dataset.lm_dataset import Batch, MicroBatches, SFTDataset, permutation
 from dataset.miniworld import LEAVES, World
 from model.tokenizer import Tokenizer
 from runtime.args import checking_input, make_parser
+from runtime.files import write_jsonl
 
 SEED = 0
 IGNORED = -100                  # the target that F.cross_entropy ignores
@@ -36,7 +37,8 @@ class PlainChats(Dataset):
     """A Dataset as textbooks write it. Item i is (max_seq_len,) ids and (max_seq_len,) targets."""
 
     def __init__(self, path, tokenizer, max_seq_len):
-        self.chats = [json.loads(line)["conversations"] for line in path.read_text().splitlines()]
+        self.chats = [json.loads(line)["conversations"]
+                      for line in path.read_text(encoding="utf-8").splitlines()]
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
         self.begin = tokenizer.encode("<|im_start|>assistant\n", allow_special=True)
 
@@ -80,12 +82,10 @@ def write_chats(path: Path, n: int):
     rng, world = Random(SEED), World(SEED)
     known = [pair for leaf in LEAVES.values() for fact in leaf(world)
              for pair in fact.answers.items()]
-    with path.open("w") as file:
-        for _ in range(n):
-            turns = rng.choices(known, k=rng.randint(1, MOST_TURNS))
-            chat = [{"role": role, "content": content} for turn in turns
-                    for role, content in zip(("user", "assistant"), turn)]
-            print(json.dumps({"conversations": chat}, ensure_ascii=False), file=file)
+    chats = [rng.choices(known, k=rng.randint(1, MOST_TURNS)) for _ in range(n)]
+    write_jsonl(path, [{"conversations": [{"role": role, "content": content} for turn in turns
+                                          for role, content in zip(("user", "assistant"), turn)]}
+                       for turns in chats])
 
 
 def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
@@ -96,28 +96,25 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
         lm_dataset.CACHE = Path(folder) / "cache"           # empty
         few, path = Path(folder) / "few.jsonl", Path(folder) / "chats.jsonl"
         write_chats(few, case.batch_size)
-        consume(prepare(case, few, tokenizer)(), tokenizer, device)     # imports, tables
+        consume(prepare(case, few, tokenizer)(), device)     # imports, tables
         write_chats(path, case.rows)
 
         epoch = None if is_timed else prepare(case, path, tokenizer)
-        tokens, seconds = timed(
-            lambda: consume((epoch or prepare(case, path, tokenizer))(), tokenizer, device), device)
+        _, seconds = timed(
+            lambda: consume((epoch or prepare(case, path, tokenizer))(), device), device)
+        found = all_of(prepare(case, path, tokenizer)(), tokenizer)
         if saved:
-            torch.save(all_of(prepare(case, path, tokenizer)(), tokenizer), saved)
-    return {"seconds": seconds, "tokens": tokens}
+            torch.save(found, saved)
+    return {"seconds": seconds, "tokens": len(found["ids"])}
 
 
-def consume(batches, tokenizer, device) -> int:
-    """Move each batch to the device and drop it. Returns the number of real tokens."""
-    tokens = 0
+def consume(batches, device):
+    """Move each batch to the device and drop it."""
     for batch in batches:
         if isinstance(batch, Batch):
             batch.to(device)
-            tokens += len(batch.tokens)
         else:
-            tokens += int((batch[0] != tokenizer.end_of_text).sum())
             [part.to(device, non_blocking=True) for part in batch]
-    return tokens
 
 
 def all_of(batches, tokenizer) -> dict[str, torch.Tensor]:

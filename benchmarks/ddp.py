@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch.multiprocessing import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import (add_result_args, deviation, parse, peak_above, table, with_ratios,
+from benchmarks.measure import (add_result_args, deviation, parse, table, with_ratios,
                                 write_json)
-from benchmarks.scaling import random_batch, width_and_layers
+from benchmarks.scaling import add_step_args, random_batch
 from model.config import LMConfig
 from model.transformer import Transformer
 from runtime.args import checking_input, make_parser
-from runtime.log import Clock
+from runtime.log import Clock, peak_above
 from runtime.optim import decay_groups
 from runtime.precision import autocast, seed_everything
 from runtime.processes import init_distributed_mode, parallelize, sync_gradients
@@ -82,7 +82,7 @@ def measure(case: Case, form: Form, saved: Path | None) -> dict[str, list[float]
             start_processes(work, (n, port, case, form, saved, Path(folder)), n, start_method=START)
         except ProcessExitedException as error:
             raise ValueError(f"{error}, most likely for lack of memory: {case}") from None
-        found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(n)]
+        found = [json.loads((Path(folder) / f"{rank}.json").read_bytes()) for rank in range(n)]
     # The mean over processes: how long one waits for another is part of the cost.
     steps = zip(*(each["seconds"] for each in found))
     return {"seconds": [statistics.mean(step) for step in steps],
@@ -123,7 +123,8 @@ def work(rank: int, n: int, port: int, case: Case, form: Form, saved: Path | Non
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seconds.append(clock.now() - start)
-    (folder / f"{rank}.json").write_text(json.dumps({"seconds": seconds[1:], "peak": above()}))
+    found = json.dumps({"seconds": seconds[1:], "peak": above()})
+    (folder / f"{rank}.json").write_text(found, encoding="utf-8")
     dist.barrier()          # the first to leave would break the others' connections
 
 
@@ -160,15 +161,8 @@ def main(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--processes", type=int, default=2, help="2 or more; on GPUs one each")
-    add("--model", type=width_and_layers, default=(512, 8), metavar="WIDTHxLAYERS",
-        help="width and number of layers")
-    add("--vocab", type=int, default=6400, help="vocabulary size")
-    add("--tokens", type=int, default=512, help="tokens of a micro-batch, a multiple of --length")
-    add("--length", type=int, default=256, help="tokens of a sample")
+    add_step_args(parser, model=(512, 8), tokens=512, steps=3)
     add("--accumulation", type=int, default=4, help="micro-batches per step and process")
-    add("--steps", type=int, default=3, help="timed steps per run, after one; their median counts")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"],
-        help="dtype of the matrix products; gradients are communicated in fp32")
     add_result_args(parser)
     args = parse(parser, argv, "model", "vocab", "tokens", "length", "accumulation", "steps")
     if args.processes < 2:

@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import (PAGE, add_result_args, compare, parse, peak_above, setting, table,
-                                timed, with_ratios, write_json)
+from benchmarks.measure import (add_result_args, compare, parse, setting, table, timed,
+                                with_ratios, write_json)
 from distill.fused import CHUNK_BYTES, Dense, fused_distillation_loss
 from distill.losses import DIVERGENCES, distillation_loss_fn, forward_kl, pick_divergence
 from runtime.args import checking_input, make_parser
+from runtime.log import PAGE, peak_above
 
 ALPHA, TEMPERATURE = 0.5, 2.0
 Case = namedtuple("Case", "divergence vocab_size tokens dim device threads")

@@ -9,24 +9,21 @@ unless that is None. A case is a NamedTuple with `device` and `threads` among it
 """
 
 import json
-import re
-import resource
 import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from evaluation.tables import markdown
-from runtime.files import write_atomic
+from runtime.args import RANGES, check_values
+from runtime.files import write_text
 
 TOLERANCE = 1e-4            # relative, per tensor; fp32 sums in another order differ by 1e-6
-PAGE = 4096                 # bytes; no measurement of memory is finer
 
 
 def timed(call, device):  # -> (its result, seconds)
@@ -41,26 +38,6 @@ def timed(call, device):  # -> (its result, seconds)
     start = time.process_time()
     result = call()
     return result, time.process_time() - start
-
-
-def peak(device) -> int:  # -> bytes
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # macOS
-
-
-@contextmanager
-def peak_above(device):
-    """with peak_above(device) as above: ...; above() is the peak in bytes above what was in use."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):             # not Linux: the old peak stays, nothing large was freed yet
-        Path("/proc/self/clear_refs").write_text("5")
-    before = peak(device)
-    yield lambda: max(PAGE, peak(device) - before)
 
 
 def compare(measure, case, forms, repeats: int, tolerance=TOLERANCE) -> dict[str, dict[str, float]]:
@@ -96,7 +73,8 @@ def in_a_new_process(measure, case, form, saved=None) -> dict[str, float]:
 
 def deviation(form, saved: Path, truth_form, truth: Path, tolerance: float = TOLERANCE) -> float:
     """The largest |a - b| / |b| of all that was saved. Raises ValueError above the tolerance."""
-    ours, theirs = (torch.load(path, map_location="cpu") for path in (saved, truth))
+    ours, theirs = (torch.load(path, map_location="cpu", weights_only=True)
+                    for path in (saved, truth))
     relative = {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item()
                 for name in theirs}
     for name, value in relative.items():
@@ -129,12 +107,7 @@ def add_result_args(parser, repeats: int = 3):
 def parse(parser, argv, *counts: str):
     """args; counts are flags that must be 1 or more. Exits with a message."""
     args = parser.parse_args(argv)
-    for name in ("repeats", "threads", *counts):
-        value = vars(args)[name]
-        if min(value if isinstance(value, (list, tuple)) else [value]) < 1:
-            parser.error(f"--{name} {value} must be 1 or more")
-    if args.json and not Path(args.json).parent.is_dir():
-        parser.error(f"no folder for {args.json}; make it: mkdir -p {Path(args.json).parent}")
+    check_values(parser, args, RANGES | dict.fromkeys(counts, "[1, inf)"))
     return args
 
 
@@ -153,5 +126,4 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
 def write_json(args, rows: list[dict]):
     if args.json:
         content = {"setting": vars(args), "torch": torch.__version__, "rows": rows}
-        text = json.dumps(content, indent=2).encode()
-        write_atomic(Path(args.json), lambda file: file.write(text))
+        write_text(args.json, json.dumps(content, indent=2))

@@ -19,14 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.measure import (add_result_args, in_a_new_process, parse, peak_above, setting,
-                                table, timed, write_json)
+from benchmarks.measure import (add_result_args, in_a_new_process, parse, setting, table, timed,
+                                write_json)
 from benchmarks.step import distillation_form, run
 from dataset.lm_dataset import packed_batch
 from model.config import LMConfig
 from model.transformer import Transformer
 from runtime.args import checking_input, make_parser
-from runtime.files import write_atomic
+from runtime.log import peak_above
+from runtime.pictures import save_picture
 from runtime.precision import pick_dtype, seed_everything
 
 AXES = {        # name: (what grows, default values)
@@ -119,7 +120,7 @@ def draw(rows, path: Path):
         axes.set_title(AXES[group][0], fontsize=9)
     figure.supylabel("relative to the first value")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_picture(figure, path)
 
 
 def width_and_layers(text: str) -> tuple[int, int]:
@@ -137,20 +138,27 @@ def axis_and_values(text: str) -> tuple[str, list]:
     return name, [read(value) for value in (values or AXES[name][1]).split(",")]
 
 
+def add_step_args(parser, **defaults):
+    """The flags of a step of random samples."""
+    add = parser.add_argument
+    add("--model", type=width_and_layers, metavar="WIDTHxLAYERS",
+        help="width and number of layers; a teacher has twice of both")
+    add("--vocab", type=int, default=6400, help="vocabulary size")
+    add("--tokens", type=int, help="tokens of a micro-batch, a multiple of --length")
+    add("--length", type=int, default=256, help="tokens of a sample")
+    add("--steps", type=int, help="timed steps per process; their median counts")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"],
+        help="dtype of the matrix products; gradients are communicated in fp32")
+    parser.set_defaults(**defaults)
+
+
 def main(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--axes", nargs="+", type=axis_and_values, default=[axis_and_values(name) for name in AXES],
         metavar="NAME[=VALUE,VALUE,...]", help=f"what grows, of {', '.join(AXES)}")
-    add("--tokens", type=int, default=2048, help="tokens of a step, a multiple of --length")
-    add("--model", type=width_and_layers, default=(256, 4), metavar="WIDTHxLAYERS",
-        help="student; the teacher has twice of both")
-    add("--vocab", type=int, default=6400, help="vocabulary size")
-    add("--length", type=int, default=256, help="tokens of a sample")
-    add("--steps", type=int, default=2, help="timed steps per process; their median counts")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"],
-        help="dtype of the matrix products")
-    add("--picture", default=None, help="PNG file of the curves")
+    add_step_args(parser, model=(256, 4), tokens=2048, steps=2)
+    add("--picture", help="PNG file of the curves")
     add_result_args(parser, repeats=1)
     args = parse(parser, argv, "tokens", "model", "vocab", "length", "steps")
     base = Case(*(vars(args).get(field, 0) for field in Case._fields))

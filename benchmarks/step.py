@@ -29,14 +29,16 @@ import torch
 
 from benchmarks import plain
 from benchmarks.measure import (TOLERANCE, add_result_args, compare, in_a_new_process, parse,
-                                peak_above, setting, table, timed, with_ratios, write_json)
+                                setting, table, timed, with_ratios, write_json)
 from dataset.lm_dataset import Batch, packed_batch, sample_key
 from distill.cache import IDENTITY, VERSION, CacheWriter, TeacherCache, lay_out, pack, row_type
 from distill.fused import fused_distillation_loss
 from distill.teachers import Teacher, teacher_outputs
 from model.config import LMConfig
+from model.sizes import SIZES
 from model.transformer import Transformer
 from runtime.args import checking_input, make_parser
+from runtime.log import peak_above
 from runtime.optim import parameter_groups
 from runtime.precision import autocast, pick_dtype
 
@@ -55,16 +57,10 @@ def small(dim, n_layers) -> LMConfig:
     return LMConfig(dim=dim, n_layers=n_layers, max_seq_len=LONGEST)
 
 
-def qwen3(dim, n_layers, n_heads, hidden_dim, tied=False) -> LMConfig:
-    return LMConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=8, head_dim=128,
-                    hidden_dim=hidden_dim, vocab_size=151936, max_seq_len=40960, norm_eps=1e-6,
-                    rope_theta=1e6, tie_embeddings=tied, qk_norm=True)
-
-
 SHAPES = {"A": Shape(small(512, 8), small(768, 8), 8),
           "B": Shape(small(256, 4), small(512, 8), 16),
           "document": Shape(small(512, 8), small(768, 16), 32),
-          "qwen3": Shape(qwen3(1024, 28, 16, 3072, tied=True), qwen3(4096, 36, 32, 12288), 4),
+          "qwen3": Shape(SIZES["0.6B"], SIZES["8B"], 4),
           "test": Shape(small(32, 2), small(48, 2), 3)}
 
 
@@ -119,8 +115,9 @@ def write_cache(case: Case, form=None, saved=None) -> dict[str, float]:
     """Cache the teacher's outputs for all steps, as scripts/cache_teacher.py does; the seconds."""
     teacher, device = model_of(case, "teacher"), torch.device(case.device)
     samples = [sample for number in range(case.steps + 1) for sample in chats(case, number)]
-    about = {**dict.fromkeys(IDENTITY), "version": VERSION, "top_k": 0, "temperature": 1.0,
-             "vocab_size": case.vocab_size, "dim": teacher.config.dim}
+    about = {**dict.fromkeys((*IDENTITY, "teacher", "tokenizer", "skip_bad_lines")), "files": {},
+             "version": VERSION, "top_k": 0, "temperature": 1.0, "vocab_size": case.vocab_size,
+             "dim": teacher.config.dim}
 
     def write():
         keys = np.array([sample_key(ids) for ids, _ in samples], np.uint64)
@@ -133,7 +130,6 @@ def write_cache(case: Case, form=None, saved=None) -> dict[str, float]:
             batch = packed([samples[i] for i in layout.samples[layout.part(part)]]).to(device)
             states = teacher(batch.tokens, batch.lengths, at=batch.at, with_logits=False).final
             writer.write(part, pack(about, states, writer.head))
-        writer.finish()
 
     return {"write_seconds": timed(write, device)[1]}
 

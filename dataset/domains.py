@@ -76,8 +76,9 @@ def split_file(file, data: TokenDataset, fraction: float, skip_bad_lines: bool):
         data, rest = data.split(fraction, seed=0)
         return data, rest, np.full(len(data), file.stem)
     conversations = read_conversations(file, skip_bad_lines, str)
-    names = np.array(read_categories(file, skip_bad_lines))[data.rows]
-    out = np.array([is_held_out(messages[:-1], fraction) for messages in conversations])[data.rows]
+    names = np.array(read_categories(file, skip_bad_lines))[data.origins]
+    out = np.array([is_held_out(messages[:-1], fraction) for messages in conversations])
+    out = out[data.origins]
     return data.view(np.flatnonzero(~out)), data.view(np.flatnonzero(out)), names[~out]
 
 

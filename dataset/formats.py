@@ -7,31 +7,36 @@ then converts a row.
 
 import csv
 import json
+import re
 import reprlib
 from collections.abc import Callable, Iterator
-from itertools import islice
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 CONVERSATION_KEYS = ("conversations", "messages")
 PROMPT_KEYS = ("question", "instruction", "prompt", "ask")
-RESPONSE_KEYS = ("output", "response", "answer")
-COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, "input", "system", "history", "options", "answer_idx")
+RESPONSE_KEYS = ("output", "response", "answer", "completion")
+SYSTEM_KEYS = ("system", "system_prompt")
+COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, *SYSTEM_KEYS, "input", "history", "options",
+               "answer_idx")
+# Keys of a turn with a meaning beside its role and content, or of a row:
+TARGET_KEYS = ("weight", "train", "loss")           # 0 or false: context, not to be learned
+TOOL_KEYS = ("tool_calls", "function_call", "tools", "functions")       # refused
+BESIDE_TURNS = {*SYSTEM_KEYS, *TOOL_KEYS}
 EXAM_COLUMNS = ("question", "a", "b", "c", "d")     # multiple-choice CSV; "answer" holds a letter
-CATEGORY_KEYS = ("leaf", "category", "subject", "meta_info")
+CATEGORY_KEYS = ("leaf", "category", "subject", "department", "meta_info")
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
-         "gpt": "assistant"}
-NEXT_ROLE = {"user": "assistant", "assistant": "user"}
-KNOWN_FORMATS = (
-    "conversations or messages; question/instruction/prompt/ask with output/response/answer; "
-    "question, options, answer_idx; a row with only text is for train_pretrain.py; examples: "
-    "dataset/dataset.md")
+         "gpt": "assistant", "developer": "system"}
 
 MAX_CSV_CELL = 4_000_000            # characters; Python's 131,072 are too few for some answers
 END_OF_TEXT = "<|endoftext|>"       # a line of a .txt file
 FINAL_ANSWER = "####"               # GSM8K: separates the calculation from the final number
 EXTENSIONS = (".jsonl", ".json", ".csv", ".txt")
+LIST = re.compile(r'\s*(\{\s*"([^"]*)"\s*:\s*(?=\[\s*\{))?\[\s*')     # [... or {"data": [{...
+COMMA = re.compile(r"\s*,\s*")
 READABLE = f"{', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]}"
 
 
@@ -59,10 +64,11 @@ def _kind(path) -> str:
     if extension in (".jsonl", ".csv", ".txt"):
         return extension
     with _open(path) as file:
-        first = file.read(4096).lstrip()[:1]
-    if first == "[":
+        start = file.read(4096)
+    found = LIST.match(start)
+    if found and found[2] not in (*CONVERSATION_KEYS, *COLUMN_KEYS):
         return "list"
-    if first == "{" or extension == ".json":
+    if start.lstrip()[:1] == "{" or extension == ".json":
         return ".jsonl"
     raise ValueError(f"{path} is not a kind of file that is read here. Convert it to {READABLE}.")
 
@@ -87,24 +93,44 @@ def _rows_of_lines(path):
             if line.isspace():
                 continue
             try:
-                row = _object_or_reason(json.loads(line.rstrip()))
+                row = _object_or_reason(json.loads(line.rstrip(), object_pairs_hook=_object))
             except json.JSONDecodeError as error:
                 around = _short(line.rstrip()[max(error.pos - 20, 0):error.pos + 20])
                 row = f"not a whole JSON object: {error.msg} in column {error.colno}, at {around}"
-            except (ValueError, RecursionError) as error:   # 5,000 digits; 100,000 nested brackets
-                row = f"JSON that Python does not read: {error}"
+            except (ValueError, RecursionError) as error:   # a key twice, 100,000 nested brackets
+                row = f"JSON that is not read: {error}"
             yield number, row
 
 
 def _rows_of_list(path):
+    """Item by item: as Python's objects, all items take several times the memory of the text."""
     with _open(path) as file:
-        try:
-            items = json.load(file)
-        except json.JSONDecodeError as error:
-            raise BadLine(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}. Fix it "
-                          "there: a .json list is read completely or not at all.") from None
-    for number, item in enumerate(items, start=1):
-        yield number, _object_or_reason(item)
+        text = file.read()
+    decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
+    begin, number = LIST.match(text), 0
+    at, more = begin.end(), text[begin.end():][:1] != "]"
+    try:
+        while more:
+            item, at = decode(text, at)
+            number += 1
+            yield number, _object_or_reason(item)
+            if more := COMMA.match(text, at):
+                at = more.end()
+        if "".join(text[at:].split()) != ("]}" if begin[1] else "]"):
+            raise json.JSONDecodeError("Expecting ',' or the end of the only list", text, at)
+    except (ValueError, RecursionError) as error:
+        raise BadLine(f"{path}, item {number + 1}: {error}. Fix it there: a .json list is read "
+                      "completely or not at all.") from None
+
+
+def _object(pairs):
+    """A JSON object as a dict. A key that stands twice would lose its first value."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {_short(twice)} stands twice in {_short(row)}")
+    return row
 
 
 def _object_or_reason(row):
@@ -162,7 +188,8 @@ def _rows_of_txt(path):
         marked = any(line.strip() == END_OF_TEXT for line in islice(file, 10_000))
         file.seek(0)
         text, first = [], 0
-        for number, line in enumerate(file, start=1):
+        last_end = END_OF_TEXT if marked else "\n"
+        for number, line in enumerate(chain(file, [last_end]), start=1):
             if line.strip() == END_OF_TEXT if marked else line.isspace():
                 if text:
                     yield first, {"text": "".join(text).rstrip("\n")}
@@ -170,8 +197,6 @@ def _rows_of_txt(path):
             elif text or not line.isspace():
                 first = first if text else number
                 text.append(line)
-        if text:
-            yield first, {"text": "".join(text).rstrip("\n")}
 
 
 ROW_READERS = {".jsonl": _rows_of_lines, "list": _rows_of_list, ".csv": _rows_of_csv,
@@ -182,7 +207,8 @@ ROW_READERS = {".jsonl": _rows_of_lines, "list": _rows_of_list, ".csv": _rows_of
 
 def to_messages(row: dict) -> list[dict]:
     """One row of any format as [{"role", "content"}, ...]: an optional system turn, then user and
-    assistant alternating, the assistant last. Other keys (id, meta_info) are ignored.
+    assistant alternating, the assistant last. A turn that is not to be learned has "train": False.
+    Other keys (id, meta_info) are ignored.
 
         {"instruction": "Add.", "input": "2 + 3", "output": "5"}     user: "Add.\\n2 + 3"
         {"question": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"}
@@ -193,10 +219,17 @@ def to_messages(row: dict) -> list[dict]:
     messages = _alternating(_turns(row, needs_answer=True))
     if messages and messages[-1]["role"] == "user":
         messages.pop()                          # a question without an answer teaches nothing
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError("no turn of the assistant follows a user turn, so there is nothing to "
-                         "learn")
+    if not any(turn["role"] == "assistant" and "train" not in turn for turn in messages):
+        raise ValueError("no turn of the assistant is to be learned")
     return messages
+
+
+def to_prompts(row: dict) -> list[dict]:
+    """The same, also of a row without any answer: it gets an empty one, for a student to write."""
+    messages, answer, _ = to_question(row)
+    if answer is not None or any(message["role"] == "assistant" for message in messages):
+        return to_messages(row)
+    return [*messages, {"role": "assistant", "content": ""}]
 
 
 class Question(NamedTuple):
@@ -214,8 +247,14 @@ def to_question(row: dict) -> Question:
         raise ValueError("no turn of the user, so there is nothing to answer")
     answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
     is_conversation = any(key in row for key in CONVERSATION_KEYS)
-    read = CONVERSATION_KEYS if is_conversation else COLUMN_KEYS
+    read = (*CONVERSATION_KEYS, *SYSTEM_KEYS) if is_conversation else COLUMN_KEYS
     return Question(messages, answer, {key: row[key] for key in row if key not in read})
+
+
+def bare_question(row: dict) -> list[dict]:
+    """The messages of a multiple choice row without its options."""
+    left_out = ("options", "answer_idx", *RESPONSE_KEYS)
+    return to_question({key: row[key] for key in row if key not in left_out}).messages
 
 
 def to_text(row: dict) -> str:
@@ -236,105 +275,161 @@ def holds_texts(path) -> bool:
 
 
 def category(row: dict, default: str) -> str:
-    """The first text among a row's leaf, category, subject and meta_info; else `default`."""
+    """The first text among a row's CATEGORY_KEYS; else `default`."""
     names = (row[key] for key in CATEGORY_KEYS if key in row)
     return next((name for name in names if isinstance(name, str) and name.strip()), default)
 
 
 def final_answer(text: str) -> str:
-    """The text after the last ####, else all of it: "2 + 3 = <<2+3=5>>5\\n#### 5" -> "5".
-    GSM8K, Cobbe et al. 2021, https://arxiv.org/abs/2110.14168."""
+    """The text after the last ####, else all of it: "2 + 3 = <<2+3=5>>5\\n#### 5" -> "5"; without
+    the thought before it. GSM8K, Cobbe et al. 2021, https://arxiv.org/abs/2110.14168."""
+    text = text.rpartition("</think>")[2]
     return text.rpartition(FINAL_ANSWER)[2].strip() or text.strip()
 
 
 def _alternating(turns) -> list[dict]:
-    """Turns (where, role, content) as messages. Others are refused, not merged: a turn was lost
-    there. A user turn after the first may be empty: ShareGPT users press Enter to read on."""
+    """Turns (where, role, content, whether it is learned) as messages. Others are refused, not
+    merged: a turn was lost there. A user turn after the first may be empty: ShareGPT users press
+    Enter to read on."""
     messages, expected = [], "user"
-    for where, role, content in turns:
+    for where, role, content, is_learned in turns:
         _check_text(content, where)
         empty = not content or content.isspace()
+        if messages == [{"role": role, "content": content}]:
+            continue                        # a column "system" with the text of the system turn
         if role == "system" and messages:
             raise ValueError(f"{where} is a system turn, which may only come first")
-        if role == "system":
-            messages += [] if empty else [{"role": role, "content": content}]
-            continue
-        if role != expected:
+        if role not in (expected, "system"):
             raise ValueError(f"{where} has role {role}, expected {expected} (user and assistant "
                              "alternate, user first)")
-        if empty and (role == "assistant" or len(messages) < 2):    # before it at most the system
+        if empty and (role == "assistant" or role == "user" and len(messages) < 2):
             raise ValueError(f"{where} is an empty {role} turn")
-        messages.append({"role": role, "content": content})
-        expected = NEXT_ROLE[role]
+        context = {"train": False} if role == "assistant" and not is_learned else {}
+        if not empty or role != "system":
+            messages.append({"role": role, "content": content, **context})
+            expected = "assistant" if role == "user" else "user"
     return messages
 
 
 def _turns(row, needs_answer):
     """The turns of a row of any format; without `needs_answer` the answer may be missing."""
-    for key in CONVERSATION_KEYS:
-        if key in row:
-            return _turns_of_list(row[key], key)
-    return (_turns_of_choice if "options" in row else _turns_of_columns)(row, needs_answer)
+    if not BESIDE_TURNS.isdisjoint(row):
+        _refuse_tools(row, "the row")
+        if system := _only_one({key: row[key] for key in row if row[key]}, SYSTEM_KEYS):
+            yield system, "system", row[system], True
+    if key := _only_one(row, CONVERSATION_KEYS):
+        yield from _turns_of_list(row[key], key)
+    else:
+        yield from (_turns_of_choice if "options" in row else _turns_of_columns)(row, needs_answer)
 
 
-def _turns_of_list(turns, key):
+def _only_one(row, keys) -> str | None:
+    found = [key for key in keys if key in row]
+    if len(found) > 1:
+        raise ValueError(f"both {found[0]!r} and {found[1]!r} are there; remove or rename one")
+    return found[0] if found else None
+
+
+def _refuse_tools(holder, where):
+    for key in TOOL_KEYS:
+        if key in holder and holder[key] not in (None, "", "[]", [], {}):
+            raise ValueError(f"{where} has {key}, and calls of tools are not read; write them into "
+                             "the contents, or leave the row out")
+
+
+def _turns_of_list(turns, key, is_learned=True):
+    if isinstance(turns, str):                                          # a column of a table
+        with suppress(ValueError, RecursionError):
+            turns = json.loads(turns, object_pairs_hook=_object)
     if not isinstance(turns, list):
         raise ValueError(f"{key} is {_short(turns)}, not a list of turns")
     for i, turn in enumerate(turns):
-        where = f"{key}[{i}]"
-        try:
-            names = ("role", "content") if "role" in turn else ("from", "value")
-            role, content = (turn[name] for name in names)
-        except (TypeError, KeyError):           # not a dict, or without these keys
-            raise ValueError(f"{where} is {_short(turn)}, not a turn (known keys: role and "
-                             "content, or from and value)") from None
-        if role not in list(ROLES):
-            raise ValueError(f"{where} has role {_short(role)} (known: {', '.join(ROLES)})")
-        yield where, ROLES[role], content
+        yield _turn(turn, f"{key}[{i}]", is_learned)
+
+
+def _turn(turn, where, is_learned):
+    try:
+        names = ("role", "content") if "role" in turn else ("from", "value")
+        role, content = turn[names[0]], turn[names[1]]
+    except (TypeError, KeyError):               # not a dict, or without these keys
+        raise ValueError(f"{where} is {_short(turn)}, not a turn (known keys: role and content, "
+                         "or from and value)") from None
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"{where} has role {_short(role)} (known: {', '.join(ROLES)})")
+    role = ROLES[role]
+    if len(turn) == 2 and isinstance(content, str):         # nearly all, and fast
+        return where, role, content, is_learned
+    _refuse_tools(turn, where)
+    for part in content if isinstance(content, list) else []:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise ValueError(f"{where} has the part {_short(part)}, which is no text")
+        _check_text(part.get("text"), f"{where}: a part")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    if thought := turn.get("reasoning_content"):
+        _check_text(thought, f"{where}: reasoning_content")
+        if role != "assistant" or not isinstance(content, str) or "</think>" in content:
+            raise ValueError(f"{where} has reasoning_content, which belongs to an answer that "
+                             "is a text without a thought of its own")
+        content = "<think>\n" + thought.strip("\n") + f"\n</think>\n\n{content}"
+    for key in TARGET_KEYS:
+        if (value := turn.get(key)) is None:
+            continue
+        if value not in (0, 1) or value and (role != "assistant" or not is_learned):
+            raise ValueError(f"{where} has {key} {_short(value)}; a turn is context (0, false) or, "
+                             "of the assistant alone, learned (1, true)")
+        is_learned = bool(value)
+    return where, role, content, is_learned
 
 
 def _turns_of_columns(row, needs_answer):
-    prompts = [key for key in PROMPT_KEYS if key in row]
-    responses = [key for key in RESPONSE_KEYS if key in row]
-    if not prompts or needs_answer and not responses:
-        raise ValueError(f"no known format (keys found: {_short(list(row))}; "
-                         f"known: {KNOWN_FORMATS})")
-    for keys in (prompts, responses):
-        if len(keys) > 1:
-            raise ValueError(f"both {keys[0]!r} and {keys[1]!r} are there; rename one of them")
+    prompt, response = _only_one(row, PROMPT_KEYS), _only_one(row, RESPONSE_KEYS)
+    if not prompt or needs_answer and not response:
+        raise ValueError(f"no known format (keys found: {_short(list(row))}; known: conversations "
+                         f"or messages; {'/'.join(PROMPT_KEYS)} with {'/'.join(RESPONSE_KEYS)}; "
+                         "question, options, answer_idx; a row with only text is for "
+                         "train_pretrain.py; examples: dataset/dataset.md)")
+    if prompt == "prompt" and isinstance(row[prompt], list):
+        yield from _turns_of_list(row[prompt], prompt, is_learned=False)
+    else:
+        yield prompt, "user", _question(row, row[prompt]), True
+    if response and isinstance(row[response], list):
+        yield from _turns_of_list(row[response], response)
+    elif response:
+        yield response, "assistant", row[response], True
+
+
+def _question(row, question) -> str:
+    """A question and the input below it."""
     if row.get("history"):
         raise ValueError("history is not read; write the earlier turns as conversations")
-    if row.get("system"):
-        yield "system", "system", row["system"]
-    (prompt,) = prompts
-    question = row[prompt]
-    if row.get("input"):
-        _check_text(row["input"], "input")
-        question = f"{question}\n{row['input']}" if question else row["input"]
-    yield prompt, "user", question
-    for response in responses:
-        yield response, "assistant", row[response]
+    if not row.get("input"):
+        return question
+    _check_text(row["input"], "input")
+    return f"{question}\n{row['input']}" if question else row["input"]
 
 
 def _turns_of_choice(row, needs_answer):
-    question, options, has_answer = row.get("question"), row["options"], "answer_idx" in row
+    key = _only_one(row, PROMPT_KEYS) or "question"
+    question, options, has_answer = row.get(key), row["options"], "answer_idx" in row
     if needs_answer and not has_answer:
         raise ValueError("options without 'answer_idx' (in CSV: with an empty answer, or without "
                          "that column), so there is nothing to learn")
     if not isinstance(options, dict):
         raise ValueError(f'options is {_short(options)}, not an object {{"A": ..., "B": ...}}')
-    _check_text(question, "question")
+    _check_text(question, key)
     for letter, text in options.items():
         _check_text(text, f"options[{_short(letter)}]")
-    if has_answer and row["answer_idx"] not in options:
+    if has_answer and row["answer_idx"] not in list(options):
         raise ValueError(f"answer_idx is {_short(row['answer_idx'])}, "
                          f"which is none of the options {_short(list(options))}")
     if not question.strip():
-        raise ValueError("question is empty")
-    lines = [question, *(f"{letter}. {text}" for letter, text in options.items())]
-    yield "question", "user", "\n".join(lines)
+        raise ValueError(f"{key} is empty")
+    lines = [_question(row, question),
+             *(f"{letter}. {text}" for letter, text in options.items())]
+    yield key, "user", "\n".join(lines), True
     if has_answer:
-        yield f"options[{row['answer_idx']!r}]", "assistant", options[row["answer_idx"]]
+        yield f"options[{row['answer_idx']!r}]", "assistant", options[row["answer_idx"]], True
 
 
 def _check_text(value, where):
@@ -369,48 +464,44 @@ def read_categories(path, skip_bad_lines=False) -> list[str]:
     extension. Logs nothing, as read_conversations does."""
     stem = Path(path).stem
     return read_each(path, lambda row: to_messages(row) and category(row, stem), skip_bad_lines,
-                     log=lambda line: None)
+                     log=str)
 
 
 def read_questions(path, skip_bad_lines=False, log=print) -> list[Question | None]:
     """Every question of a file, as to_question gives it, and None for each skipped bad line, so
     that two files stay aligned row by row."""
-    return _read_aligned(path, to_question, skip_bad_lines, log)
-
-
-def read_texts(path, skip_bad_lines=False, log=print) -> list[str]:
-    """Every text of a pretraining file: {"text"} rows, or the texts of a .txt."""
-    return read_each(path, to_text, skip_bad_lines, log)
+    return list(read_one_by_one(path, to_question, skip_bad_lines, log))
 
 
 def read_each(path, convert: Callable, skip_bad_lines=False, log=print) -> list:
     """convert(row) of every row; a ValueError makes it a bad line."""
-    converted = _read_aligned(path, convert, skip_bad_lines, log)
+    converted = read_one_by_one(path, convert, skip_bad_lines, log)
     return [value for value in converted if value is not None]
 
 
-def _read_aligned(path, convert, skip_bad_lines, log):
+def read_one_by_one(path, convert: Callable, skip_bad_lines=False, log=print) -> Iterator:
+    """The same while the file is read, and None for each skipped bad line."""
     unit = "item" if _kind(path) == "list" else "line"
-    found, bad = [], []
-    for number, row in read_rows(path):
+    n_found, bad = 0, []
+    for n_found, (number, row) in enumerate(read_rows(path), start=1):
         try:
             if isinstance(row, str):
                 raise ValueError(row)
-            found.append(convert(row))
+            value = convert(row)
         except ValueError as error:
             if not skip_bad_lines:
                 raise BadLine(f"{path}, {unit} {number}: {error}. Fix the {unit}, or pass "
                               "--skip_bad_lines to leave it out.") from None
-            found.append(None)
+            value = None
             bad.append(f"{unit} {number}: {error}")
+        yield value
     first_bad = "; ".join([*bad[:3], *["..."] * (len(bad) > 3)])
-    if not found:
+    if not n_found:
         raise ValueError(f"{path} is empty: there is no {unit} to learn from")
-    if len(bad) == len(found):
+    if len(bad) == n_found:
         raise ValueError(f"{path}: none of its {len(bad):,} {unit}s is good. {first_bad}")
     if bad:
-        log(f"{path}: left out {len(bad):,} of {len(found):,} {unit}s. {first_bad}")
-    return found
+        log(f"{path}: left out {len(bad):,} of {n_found:,} {unit}s. {first_bad}")
 
 
 def files_of(path: str | Path) -> list[Path]:

@@ -8,23 +8,27 @@ batch follow each other without padding. Targets are the assistant's tokens and 
 import copy
 import functools
 import hashlib
+import os
 import time
+from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import partial
-from itertools import chain
+from contextlib import nullcontext, suppress
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from dataset.formats import check_exists, holds_texts, read_conversations, read_texts
-from runtime.files import file_sha256, write_atomic
+from dataset.formats import (check_exists, holds_texts, read_one_by_one, to_messages, to_prompts,
+                             to_text)
+from runtime.files import file_crc32, file_sha256, write_atomic
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
-CACHE_VERSION = 3           # raise it when the meaning of a cached file changes
+USER_CACHE = Path(os.path.expanduser("~/.cache/minidistill"))       # where the repo is read-only
+CACHE_VERSION = 4           # raise it when the meaning of a cached file changes
+BLOCK = 512                 # conversations or texts that are tokenised at once, by all threads
 
 
 class Batch(NamedTuple):
@@ -57,67 +61,101 @@ class Batch(NamedTuple):
         return self.each(torch.Tensor.pin_memory)
 
 
+def read_index(stream: Path, index: Path) -> dict | None:
+    """The arrays that describe a file of tokens; None if one of the two is missing or damaged."""
+    try:
+        with np.load(index) as file:
+            arrays = dict(file)
+        return arrays if arrays["crc32"] == file_crc32(stream) else None
+    except Exception:           # whatever zipfile raises for a damaged file
+        return None
+
+
 class TokenDataset:
     """Samples of token ids in one memory-mapped file; the top bit of an id marks a target.
 
     The file is identified by the text files' content, the tokenizer and the length limit.
-    Subclasses define encode() -> [(ids, which of them are targets), ...], all samples. Raises what
-    dataset/formats.py raises, and ValueError if nothing is left to learn.
+    Subclasses define encode(), which yields for each sample (number of its conversation in the
+    files, ids, which of them are targets). Raises what dataset/formats.py raises, and ValueError if
+    nothing is left to learn.
+
+    by_turns    each answer of a conversation is a sample of its own, as the tokenizer's chat may
+                require (model.tokenizer.Chat)
     """
 
     validated_on = None             # name of a validation file beside the data
     teacher = None                  # the same samples as a teacher reads them, see paired_with
+    across = False                  # whether its ids mean other tokens
 
     def __init__(self, paths, tokenizer, max_seq_len: int = 512, skip_bad_lines: bool = False,
-                 log=print):
+                 log=print, by_turns: bool = False):
         self.paths, self.tokenizer = [Path(path) for path in paths], tokenizer
+        self.by_turns = by_turns or tokenizer.chat.reframes
         self.max_seq_len, self.skip_bad_lines, self.log = max_seq_len, skip_bad_lines, log
         self.dtype = np.uint16 if tokenizer.vocab_size <= 1 << 15 else np.uint32
         self.flag = self.dtype(1 << (8 * self.dtype().itemsize - 1))
         stream, index = self.cache_files()
         self.key = stream.stem
-        if not index.exists():
+        arrays = read_index(stream, index)
+        if arrays is None:
             self.build(stream, index)
+            arrays = read_index(stream, index)
         # As a plain array: slicing a memmap takes seven times as long.
         self.stream = np.asarray(np.memmap(stream, dtype=self.dtype, mode="r"))
-        with np.load(index) as arrays:
-            self.ends, self.n_targets = arrays["ends"], arrays["n_targets"]     # (samples,)
-            self.rows = arrays["rows"]              # (samples,) number of each in the files
-            self.n_rows = int(arrays["n_rows"])     # samples of the files, also those left out
+        self.ends, self.n_targets = arrays["ends"], arrays["n_targets"]         # (samples,)
+        self.rows = arrays["rows"]                  # (samples,) number of each
+        self.n_rows = int(arrays["n_rows"])         # samples of the files, also those left out
+        self.origins = arrays["origins"]            # (samples,) its conversation's number
         self.lengths = np.diff(self.ends, prepend=0)
 
     def cache_files(self) -> tuple[Path, Path]:
         key = hashlib.sha256(f"{type(self).__name__} {self.tokenizer.sha256} {self.max_seq_len} "
-                             f"{self.skip_bad_lines} {CACHE_VERSION}".encode())
+                             f"{self.skip_bad_lines} {self.by_turns} {CACHE_VERSION}".encode())
         for path in self.paths:
             check_exists(path)
             key.update(bytes.fromhex(file_sha256(path)))
-        name = f"{self.paths[0].name}-{key.hexdigest()[:16]}"
-        return CACHE / f"{name}.bin", CACHE / f"{name}.npz"
+        name, folder = f"{self.paths[0].name}-{key.hexdigest()[:16]}", CACHE
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / f"{name}.npz").exists() and not os.access(folder, os.W_OK):
+            self.log(f"{folder} cannot be written: the tokens are cached in {USER_CACHE}")
+            folder = USER_CACHE
+        return folder / f"{name}.bin", folder / f"{name}.npz"
 
     def build(self, stream: Path, index: Path):
-        start = time.time()
-        samples, kept, rows, cut = self.encode(), [], [], 0
-        length = self.max_seq_len + 1               # the last token is predicted, never read
-        for number, (ids, targets) in enumerate(samples):
-            row = np.array(ids[:length], dtype=self.dtype)
-            row[1:][np.array(targets[1:length], dtype=bool)] |= self.flag
-            cut += len(ids) > len(row)
-            if (row & self.flag).any():
-                rows.append(row)
-                kept.append(number)
-        if not rows:
-            raise ValueError(f"{self}: no sample has anything to learn within "
-                             f"max_seq_len={self.max_seq_len} tokens; raise --max_seq_len")
-        ends = np.cumsum([len(row) for row in rows])
-        n_targets = np.array([np.count_nonzero(row & self.flag) for row in rows])
-        stream.parent.mkdir(exist_ok=True)
-        write_atomic(stream, np.concatenate(rows).tofile)
-        write_atomic(index, lambda file: np.savez(file, ends=ends, n_targets=n_targets, rows=kept,
-                                                  n_rows=len(samples)))
+        start, length = time.time(), self.max_seq_len + 1   # the last token is only predicted
+        found = array("q")                  # size, targets, origin and uncut size of each sample
+
+        def write(file):
+            for origin, ids, targets in self.encode():
+                row = np.array(ids[:length], dtype=self.dtype)
+                is_target = np.array(targets[1:length], dtype=bool)
+                row[1:][is_target] |= self.flag
+                if is_target.any():
+                    file.write(row)
+                found.extend((len(row), is_target.sum(), origin, len(ids)))
+            if not any(found[1::4]):
+                raise ValueError(f"{self}: no sample has anything to learn within "
+                                 f"max_seq_len={self.max_seq_len} tokens; raise --max_seq_len")
+
+        stream.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(stream, write)
+        sizes, n_targets, origins, uncut = np.array(found).reshape(-1, 4).T
+        rows = np.flatnonzero(n_targets)
+        ends = np.cumsum(sizes[rows])
+        write_atomic(index, lambda file: np.savez(
+            file, ends=ends, n_targets=n_targets[rows], rows=rows, origins=origins[rows],
+            n_rows=len(sizes), crc32=file_crc32(stream)))
         self.log(f"{self}: {len(rows):,} samples, {ends[-1]:,} tokens, {n_targets.sum():,} "
-                 f"targets; {cut:,} cut to {self.max_seq_len} tokens, {len(samples) - len(rows):,} "
-                 f"left out without a target; {time.time() - start:.1f} s")
+                 f"targets; {(uncut > sizes).sum():,} cut to {self.max_seq_len} tokens, "
+                 f"{len(sizes) - len(rows):,} left out without a target; "
+                 f"{time.time() - start:.1f} s")
+
+    def read(self, convert):
+        """convert(row) of every row of the files, one by one: as Python's objects, a file takes 20
+        times its size."""
+        return (value for path in self.paths for value in
+                read_one_by_one(path, convert, self.skip_bad_lines, self.log) if value is not None)
 
     def __str__(self):
         return ", ".join(map(str, self.paths))
@@ -125,15 +163,22 @@ class TokenDataset:
     def __len__(self):
         return len(self.ends)
 
+    def answered(self) -> np.ndarray:  # -> (samples,) whether each has an answer
+        return np.ones(len(self), dtype=bool)
+
     def split(self, fraction: float, seed: int) -> tuple["TokenDataset", "TokenDataset"]:
-        """Two views, the second with that fraction of the samples, chosen by the seed."""
-        order = permutation(len(self), seed, 0)
-        n_second = round(fraction * len(self))
-        return self.view(np.sort(order[n_second:])), self.view(np.sort(order[:n_second]))
+        """Two views, the second with that fraction of the conversations that have an answer, chosen
+        by the seed."""
+        origins, origin = np.unique(self.origins, return_inverse=True)
+        answered = np.isin(origins, self.origins[self.answered()])
+        order = permutation(len(origins), seed, 0)
+        order = order[np.argsort(~answered[order], kind="stable")]
+        is_second = np.isin(origin, order[:round(fraction * answered.sum())])
+        return self.view(np.flatnonzero(~is_second)), self.view(np.flatnonzero(is_second))
 
     def view(self, samples: np.ndarray) -> "TokenDataset":
         part = copy.copy(self)
-        for name in ("ends", "lengths", "n_targets", "rows"):
+        for name in ("ends", "lengths", "n_targets", "rows", "origins"):
             setattr(part, name, getattr(self, name)[samples])
         return part
 
@@ -151,7 +196,7 @@ class TokenDataset:
             return batch
         its = self.teacher.batch(np.searchsorted(self.teacher.rows, self.rows[samples]))
         match = None
-        if self.teacher.tokenizer.sha256 != self.tokenizer.sha256:
+        if self.across:
             match = same_text(batch, self.tokenizer.n_bytes, its, self.teacher.tokenizer.n_bytes)
         return batch._replace(teacher=its, match=match)
 
@@ -165,20 +210,27 @@ class TokenDataset:
             raise ValueError(
                 f"{self} has {self.n_rows:,} samples and {teacher} {teacher.n_rows:,}: which "
                 "belong together? The teacher's files must match the student's row by row")
+        ours, theirs = self.tokenizer.chat.lead, teacher.tokenizer.chat.lead
+        if ours != theirs:              # same_text counts the bytes of answers from their start
+            raise ValueError(f"answers begin with {ours!r} in the student's chat format and "
+                             f"{theirs!r} in the teacher's; give the student's folder the "
+                             "chat_template of the teacher")
         pair = self.view(np.flatnonzero(np.isin(self.rows, teacher.rows)))
         pair.teacher = teacher
-        if teacher.tokenizer.sha256 != self.tokenizer.sha256:
+        pair.across = self.tokenizer.conflict(teacher.tokenizer.ids) is not None
+        if pair.across:
             return pair
+        answered = pair.answered()
         for i, j in enumerate(np.searchsorted(teacher.rows, pair.rows)):
             own, its = pair.answer(i), teacher.answer(j)
-            if np.array_equal(own, its):
+            if np.array_equal(own, its) or not answered[i]:
                 continue
             n, shorter = min(len(own), len(its)), pair if len(own) < len(its) else teacher
             reason = "the answers differ; both files must hold the same answers row by row"
             if np.array_equal(own[:n], its[:n]):
                 reason = (f"one answer is cut: with its prompt longer than {shorter.max_seq_len} "
                           f"tokens in {shorter}; shorten the prompt, or remove the row from both")
-            raise ValueError(f"sample {pair.rows[i] + 1} of {pair} and of {teacher}: {reason}")
+            raise ValueError(f"sample {pair.origins[i] + 1} of {pair} and of {teacher}: {reason}")
         return pair
 
     def with_room(self, log) -> "TokenDataset":
@@ -259,9 +311,10 @@ class PretrainDataset(TokenDataset):
     Every token is a target."""
 
     def encode(self):
-        texts = chain.from_iterable(read_texts(path, self.skip_bad_lines, self.log)
-                                    for path in self.paths)
-        return text_samples(list(texts), self.tokenizer, self.max_seq_len)
+        texts, number = self.read(to_text), count()
+        while block := list(islice(texts, BLOCK)):
+            for sample in text_samples(block, self.tokenizer, self.max_seq_len):
+                yield next(number), *sample
 
 
 def text_samples(texts, tokenizer, max_seq_len: int) -> list[tuple[list[int], list[bool]]]:
@@ -280,20 +333,39 @@ class SFTDataset(TokenDataset):
     """Each conversation is a sample; only the assistant's tokens and end of turn are targets."""
 
     validated_on = "val.jsonl"
+    convert = staticmethod(to_messages)
 
     def encode(self):
-        chats = chain.from_iterable(read_conversations(path, self.skip_bad_lines, self.log)
-                                    for path in self.paths)
-        return self.tokenizer.encode_chats(list(chats))
+        turns = ((origin, part) for origin, messages in enumerate(self.read(self.convert))
+                 for part in (each_answer(messages) if self.by_turns else [messages]))
+        while block := list(islice(turns, BLOCK)):
+            encoded = self.tokenizer.encode_chats(part for _, part in block)
+            yield from ((origin, *sample) for (origin, _), sample in zip(block, encoded))
+
+
+class PromptDataset(SFTDataset):
+    """Also rows without an answer, for a student that writes it: the end of turn stands for it."""
+
+    convert = staticmethod(to_prompts)
+
+    def answered(self):
+        none = [self.tokenizer.end_of_turn | self.flag]
+        found = np.array([self.answer(i).tolist() != none for i in range(len(self))], dtype=bool)
+        if self.teacher is not None:
+            found &= self.teacher.answered()[np.searchsorted(self.teacher.rows, self.rows)]
+        return found
+
+
+def each_answer(messages: list[dict]) -> list[list[dict]]:
+    """A conversation per answer to be learned, which ends with it; earlier answers are context."""
+    context = [{**message, "train": False} for message in messages]
+    return [[*context[:i], message] for i, message in enumerate(messages)
+            if message["role"] == "assistant" and message.get("train", True)]
 
 
 def dataset_of(paths) -> type[TokenDataset]:
-    """The class for these files: texts, or conversations. Raises ValueError for a mix of both."""
-    texts = [path for path in paths if holds_texts(path)]
-    if texts and len(texts) < len(paths):
-        other = next(path for path in paths if path not in texts)
-        raise ValueError(f"{texts[0]} holds texts, {other} conversations; give files of one kind")
-    return PretrainDataset if texts else SFTDataset
+    """The class for these files: texts, or conversations, which refuse texts among them."""
+    return PretrainDataset if all(map(holds_texts, paths)) else SFTDataset
 
 
 def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fraction: float = 0.05,
@@ -310,22 +382,24 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
     if other_prompts and val_path not in (None, "none"):
         raise ValueError(f"--val_path {val_path} has no prompts for the teacher; leave it out for "
                          "--val_fraction")
-    if not 0.0 <= val_fraction < 1.0:
-        raise ValueError(f"--val_fraction {val_fraction} must lie in [0, 1)")
     if not val_path and kind.validated_on and not other_prompts:
         beside = Path(paths[0]).with_name(kind.validated_on)
         val_path = beside if beside.exists() else None
 
+    by_turns = tokenizer.chat.reframes or teacher is not None and teacher[1].chat.reframes
+
     def read(files):
-        data = kind(files, tokenizer, max_seq_len, skip_bad_lines, log)
+        data = kind(files, tokenizer, max_seq_len, skip_bad_lines, log, by_turns)
         if teacher is None:
             return data
         its_files = teacher[0] if other_prompts else files
-        return data.paired_with(kind(its_files, *teacher[1:], skip_bad_lines, log))
+        return data.paired_with(kind(its_files, *teacher[1:], skip_bad_lines, log, by_turns))
 
     with first:
         data = read(paths)
         val = read([val_path]) if val_path and val_path != "none" else None
+    if val is not None:
+        val = val.view(np.flatnonzero(val.answered()))
     if not val_path:
         # More than 1,000 samples make validation slower, and its result hardly more precise.
         data, val = data.split(min(val_fraction, 1000 / len(data)), seed=0)
@@ -338,25 +412,24 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
 
 def make_loader(data, first_step: int, last_step: int, num_workers: int = 0, device: str = "cpu"):
     """An iterator over this process's micro-batches of steps first_step ... last_step - 1, which
-    num_workers threads prepare ahead. Unlike processes, threads share the memory map, start at
-    once, and receive no signals of their own."""
+    num_workers threads prepare ahead. Threads share the memory map, and receive no signals."""
     wanted = range(first_step * data.per_step, last_step * data.per_step)
     pin = torch.device(device).type == "cuda"
+
+    def micro_batch(j):
+        return data[j].pinned() if pin else data[j]
+
     if not num_workers:
-        yield from map(partial(micro_batch, data, pin), wanted)
+        yield from map(micro_batch, wanted)
         return
     with ThreadPoolExecutor(num_workers) as pool:
         ahead = deque()
         for j in wanted:
-            ahead.append(pool.submit(micro_batch, data, pin, j))
+            ahead.append(pool.submit(micro_batch, j))
             if len(ahead) > num_workers:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-
-
-def micro_batch(data, pin: bool, j: int) -> Batch:
-    return data[j].pinned() if pin else data[j]
 
 
 class MicroBatches:
@@ -364,7 +437,7 @@ class MicroBatches:
 
     Optimizer step k takes the k-th slice of the epoch's permutation. Its samples, from short to
     long, are dealt like cards to the micro-batches of all processes, so these are about equally
-    large. The remainder of an epoch is dropped.
+    large. The remainder of an epoch is dropped; fewer samples than a step are one smaller step.
     """
 
     def __init__(self, dataset: TokenDataset, batch_size: int, accumulation_steps: int = 1,
@@ -372,17 +445,17 @@ class MicroBatches:
         self.dataset, self.seed, self.rank = dataset, seed, rank
         self.accumulation_steps = self.per_step = accumulation_steps    # micro-batches per process
         self.hands = accumulation_steps * world_size                    # and of all processes
-        self.step_samples = batch_size * self.hands
+        self.step_samples = min(batch_size * self.hands, len(dataset))
+        if not self.step_samples:
+            raise ValueError(f"{dataset} has no samples left to train on")
         self.steps_per_epoch = len(dataset) // self.step_samples
-        if not self.steps_per_epoch:
-            raise ValueError(
-                f"{dataset} has {len(dataset)} samples, fewer than the {self.step_samples} of one "
-                f"step (batch size {batch_size} x {self.hands} micro-batches); lower --batch_size")
 
     def __getitem__(self, j: int) -> Batch:
         k, micro = divmod(j, self.accumulation_steps)
         samples = self.samples_of_step(k)
         hand = samples[self.rank * self.accumulation_steps + micro::self.hands]
+        if not len(hand):       # all processes communicate: a sample of weight 0
+            return self.dataset.batch(samples[:1], np.inf, np.inf)
         return self.dataset.batch(hand, int(self.dataset.n_targets[samples].sum()), len(samples))
 
     def samples_of_step(self, k: int) -> np.ndarray:  # -> (step_samples,) from short to long

@@ -6,15 +6,19 @@ skills with exact answers and 3 habits, whose answers are sampled, are leaves of
     python dataset/miniworld.py [--smoke]          dataset.md describes the world and its files
 """
 
-import argparse
 import hashlib
 import json
-import os
+import sys
 from itertools import combinations, permutations, product
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only dataset/
+
+from runtime.args import make_parser, parse_args
+from runtime.files import write_text
 
 # ---- 1. The tables of the world ----------------------------------------------------------------
 
@@ -506,26 +510,18 @@ def build(seed, label_noise, n):
 
 def generate(out_dir, seed=0, label_noise=0.3, **sizes):
     """Write every file of the world into out_dir: {file name: number of rows}. The same seed and
-    sizes (see SIZES) give the same bytes. Raises ValueError for a size or a share out of range."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size}: a file needs a row; the default is {FULL[name]}")
-    if not 0 <= label_noise <= 1:
-        raise ValueError(f"label_noise={label_noise} is not a share; give 0 to 1, say 0.3")
+    sizes (see SIZES) give the same bytes."""
     files = build(seed, label_noise, SimpleNamespace(**FULL | sizes))
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         is_list = name.endswith(".json")
         text = "[\n" + ",\n".join(lines) + "\n]\n" if is_list else "\n".join(lines) + "\n"
-        unfinished = Path(out_dir, f"{name}.unfinished")        # renamed: never half a file
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(unfinished, Path(out_dir, name))
+        write_text(Path(out_dir, name), text)
     return {name: len(rows) for name, rows in files.items()}
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Generate the embedded data.")
+    parser = make_parser(__doc__)
     arg = parser.add_argument
     arg("--out_dir", default="dataset", help="output folder, created if absent")
     arg("--seed", type=int, default=0, help="random seed; another seed gives other names and facts")
@@ -535,7 +531,7 @@ def main():
     for name in sizes:
         arg(f"--{name}", type=int, default=FULL[name], help="number of rows")
     arg("--smoke", action="store_true", help="a few hundred rows per file; overrides the sizes")
-    args = parser.parse_args()
+    args = parse_args(parser, size="[1, inf)")
     sizes = SMOKE if args.smoke else {name: vars(args)[name] for name in sizes}
     n_rows = generate(args.out_dir, args.seed, args.label_noise, **sizes)
     print(f"{'file':26} {'rows':>6}  first row")

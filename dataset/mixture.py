@@ -30,36 +30,19 @@ def growth(kind: str, start: float, end: float, n_steps: int) -> np.ndarray:  # 
 
 
 class Joined(TokenDataset):
-    """Several datasets, conversations and texts, concatenated into one.
-
-    Raises ValueError for different tokenizers, and if only some are paired with a teacher.
-    """
+    """Several datasets of one tokenizer, conversations and texts, concatenated into one."""
 
     def __init__(self, datasets: list[TokenDataset]):
         first = datasets[0]
-        for other in datasets[1:]:
-            if other.tokenizer.sha256 != first.tokenizer.sha256:
-                raise ValueError(f"{first} and {other} have different vocabularies; tokenise them "
-                                 "with one tokenizer")
-            if (other.teacher is None) != (first.teacher is None):
-                raise ValueError(f"of {first} and {other} only one is paired with a teacher; pair "
-                                 "both, or neither")
         self.datasets, self.paths = datasets, [path for data in datasets for path in data.paths]
         self.tokenizer, self.dtype, self.flag = first.tokenizer, first.dtype, first.flag
         self.max_seq_len = max(data.max_seq_len for data in datasets)
-        self.streams = [stream for data in datasets for stream in
-                        (data.streams if isinstance(data, Joined) else [data.stream])]
-        self.begins = np.cumsum([0, *map(len, self.streams)])       # of each stream
-        begins = np.cumsum([0, *(data.begins[-1] if isinstance(data, Joined) else len(data.stream)
-                                 for data in datasets)])
+        begins = self.begins = np.cumsum([0, *(len(data.stream) for data in datasets)])
         row_begins = np.cumsum([0, *(data.n_rows for data in datasets)])
-        self.n_rows = int(row_begins[-1])
         for name, shifts in (("ends", begins), ("rows", row_begins), ("lengths", 0 * begins),
-                             ("n_targets", 0 * begins)):
+                             ("n_targets", 0 * begins), ("origins", row_begins)):
             setattr(self, name, np.concatenate([getattr(data, name) + shift for data, shift
                                                 in zip(datasets, shifts)]))
-        if first.teacher is not None:
-            self.teacher = Joined([data.teacher for data in datasets])
 
     @property
     def key(self) -> str:
@@ -71,7 +54,7 @@ class Joined(TokenDataset):
     def sample(self, i: int) -> np.ndarray:
         number = np.searchsorted(self.begins, self.ends[i]) - 1
         end = self.ends[i] - self.begins[number]
-        return self.streams[number][end - self.lengths[i]:end]
+        return self.datasets[number].stream[end - self.lengths[i]:end]
 
 
 class Mixture(MicroBatches):
@@ -88,7 +71,7 @@ class Mixture(MicroBatches):
     other part affects, and are reshuffled when all were used. A step depends only on the seed, the
     shares and `history`, so a run resumes by restore(history).
 
-    Raises ValueError for a share of an empty part, and fewer samples than one step takes.
+    Raises ValueError for a share of an empty part, and fewer samples than micro-batches.
     """
 
     def __init__(self, dataset: TokenDataset, parts: dict[str, np.ndarray], shares: np.ndarray,
@@ -103,10 +86,11 @@ class Mixture(MicroBatches):
         self.per_step = accumulation_steps * len(groups)
 
         n_samples = sum(map(len, self.parts))
-        if n_samples < self.step_samples:
+        self.step_samples = min(self.step_samples, n_samples)
+        if n_samples < self.hands:
             raise ValueError(f"the parts {', '.join(self.names)} of {dataset} have {n_samples} "
-                             f"samples, fewer than the {self.step_samples} of one step; lower "
-                             "--batch_size")
+                             f"samples, fewer than the {self.hands} micro-batches of one step; "
+                             "lower --accumulation_steps")
         self.steps_per_epoch = steps_per_epoch or n_samples // self.step_samples
 
         self.planned = np.array(shares, dtype=np.float64)               # (n_steps, parts)
@@ -136,8 +120,6 @@ class Mixture(MicroBatches):
 
             shares  general 0.4  law 0.3  medicine 0.3      reweigh(step, {"law": 1, "medicine": 2})
                     general 0.4  law 0.2  medicine 0.4
-
-        Trap: workers of a DataLoader hold copies, so make a new one.
         """
         weight = np.array(list(weights.values()), dtype=np.float64)
         columns = [self.names.index(name) for name in weights]
@@ -164,8 +146,7 @@ class Mixture(MicroBatches):
 
     def __getitem__(self, j: int) -> Batch:
         """step_targets and step_samples count the group's in the whole step: all its micro-batches
-        and processes. A micro-batch of a small group may be empty (and then has no teacher
-        side)."""
+        and processes. A micro-batch of a small group may be empty."""
         k, micro = divmod(j, self.per_step)
         group, micro = divmod(micro, self.accumulation_steps)
         samples = self.samples_of(k, self.groups[group])

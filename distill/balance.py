@@ -40,15 +40,18 @@ def plain(gradients: dict[str, torch.Tensor], shares: dict[str, float]) -> Balan
     return scaled(gradients, shares, norms_of(gradients), dict.fromkeys(gradients, 1.0))
 
 
-def equal_norms(gradients: dict[str, torch.Tensor], shares: dict[str, float]) -> Balanced:
-    """sum_d shares[d] * N * g_d / ||g_d||,  N = sum_d shares[d] * ||g_d||: each domain counts by
-    its share alone. The share of a domain with gradient 0 goes to the others."""
-    norms = norms_of(gradients)
-    total = sum(shares[domain] * norm for domain, norm in norms.items())
-    used = sum(shares[domain] * (norm > 0) for domain, norm in norms.items())
-    target = total / used.clamp_min(TINY)
-    return scaled(gradients, shares, norms, {domain: torch.where(norm > 0, target / norm, 0.0)
-                                             for domain, norm in norms.items()})
+def equal_norms(gradients: dict[str, torch.Tensor], shares: dict[str, float],
+                wanted: dict[str, float] | None = None) -> Balanced:
+    """sum_d wanted[d] * N * g_d / ||g_d||,  N = sum_d shares[d] * ||g_d||: each domain counts by
+    its wanted share alone. The share of a domain with gradient 0 goes to the others.
+
+    wanted  such as the numbers of samples, where one domain has longer answers; default: shares
+    """
+    norms, before, wanted = norms_of(gradients), plain(gradients, shares).before, wanted or shares
+    used = sum(wanted[domain] * (norm > 0) for domain, norm in norms.items())
+    target = sum(before.values()) / used.clamp_min(TINY)
+    scales = {domain: torch.where(norm > 0, target / norm, 0.0) for domain, norm in norms.items()}
+    return scaled(gradients, wanted, norms, scales)._replace(before=before)
 
 
 def without_conflict(gradients: dict[str, torch.Tensor], shares: dict[str, float]) -> Balanced:

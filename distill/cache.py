@@ -2,12 +2,14 @@
 离线蒸馏：教师只读一遍数据，输出缓存在磁盘上；训练时教师不必在内存里。
 Offline distillation (logit caching): the teacher reads the data once and its outputs go to disk.
 
-    DIR/about.json       teacher, tokenizer, data files, size of each file below; written last
+    DIR/about.json       teacher, tokenizer, data files, size of each file below and checksum of the
+                         next two; written before the parts
     DIR/index.npz        position of each sample, by a hash of its tokens (dataset/lm_dataset.py)
     DIR/head.pth         (V, D) fp32, turns states into logits; not with top-k
     DIR/part-00000.bin   per supervised position the final hidden state in bf16, 2 D bytes, or the
                          top-k log-probabilities, ids and the log-probability of all
-                         other tokens, 6 k + 4 bytes, less at k < D / 3
+                         other tokens, 6 k + 4 bytes, less at k < D / 3; at the end 4 bytes, a
+                         checksum of these, the part's number and the cache's identity
 
 The samples alone decide which part holds which sample, so any number of processes writes the same
 parts, and an interrupted run resumes at the missing ones.
@@ -16,6 +18,7 @@ parts, and an interrupted run resumes at the missing ones.
 import hashlib
 import json
 import shlex
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +26,9 @@ import numpy as np
 import torch
 
 from distill.fused import CHUNK_BYTES, Dense, TopK
-from runtime.files import write_atomic
+from runtime.checkpoint import load_verified
+from runtime.errors import FileError
+from runtime.files import file_crc32, named_errors, write_atomic, write_json
 
 VERSION = 2                 # raise it when the meaning of a file changes
 PART_BYTES = 64 << 20       # of a part, plus at most one sample: what an interruption costs
@@ -31,7 +36,7 @@ N_PARTS = 16                # at least, if there are that many samples: processe
 
 # The fields that make two caches different. A file is identified by its content, not by its path.
 IDENTITY = {"version": "format", "teacher_sha256": "teacher", "teacher_sizes": "its sizes",
-            "tokenizer_sha256": "tokenizer", "max_seq_len": "--max_seq_len", "top_k": "--top_k",
+            "ids": "tokenizer", "max_seq_len": "--max_seq_len", "top_k": "--top_k",
             "temperature": "--temperature", "dtype": "--dtype", "files": "data",
             "samples_sha256": "tokens of the samples"}
 
@@ -39,8 +44,10 @@ IDENTITY = {"version": "format", "teacher_sha256": "teacher", "teacher_sizes": "
 def differences(was: dict, now: dict) -> dict[str, str]:
     """{field of IDENTITY: "--top_k was 0, is 32"} between the about.json of two caches."""
     def show(about, field):
-        if field in ("teacher_sha256", "tokenizer_sha256"):
-            return f"{about[field.removesuffix('_sha256')]} ({about[field][:8]})"
+        if field == "teacher_sha256":
+            return f"{about['teacher']} ({about[field][:8]})"
+        if field == "ids":
+            return about["tokenizer"]
         if field == "files":
             return ", ".join(f"{path} ({sha256[:8]})" for path, sha256 in about[field].items())
         return about[field][:8] if field == "samples_sha256" else about[field]
@@ -51,10 +58,17 @@ def differences(was: dict, now: dict) -> dict[str, str]:
             (field == "files" and set(was[field].values()) == set(now[field].values()))}
 
 
+def checksum(about: dict, part: int, rows: np.ndarray) -> bytes:
+    """4 bytes that other rows, the rows of another part, or of another cache do not have."""
+    identity = [about[field] for field in IDENTITY if field != "files"]     # those may move
+    seed = json.dumps([*identity, sorted(set(about["files"].values())), part], sort_keys=True)
+    return zlib.crc32(rows.data, zlib.crc32(seed.encode())).to_bytes(4, "little")
+
+
 def command(about: dict, path, *more) -> str:
     """The command that writes a cache with this about.json at PATH."""
     flags = ["--teacher", about["teacher"], "--data_path", *about["files"], "--cache_dir", path]
-    for name in ("max_seq_len", "top_k", "temperature", "dtype"):
+    for name in ("tokenizer", "max_seq_len", "top_k", "temperature", "dtype"):
         flags += [f"--{name}", about[name]]
     flags += ["--skip_bad_lines"] * about["skip_bad_lines"]
     return shlex.join(map(str, ["python", "scripts/cache_teacher.py", *flags, *more]))
@@ -119,11 +133,10 @@ def lay_out(keys, lengths, n_rows, row_bytes: int) -> Layout:
 
 
 class CacheWriter:
-    """Writes a cache: `prepare`, `begin`, `write` each missing part in any process, `finish`. Until
-    then the file DIR/unfinished.json stands for about.json.
+    """Writes a cache: `prepare`, `begin`, `write` each missing part in any process.
 
-    about   the fields of IDENTITY except samples_sha256; teacher and tokenizer (paths), vocab_size
-            and dim (V and D of the teacher), skip_bad_lines
+    about   the fields of IDENTITY except samples_sha256 (ids: of the tokenizer); teacher and
+            tokenizer (paths), vocab_size and dim (V and D of the head), skip_bad_lines
     """
 
     def __init__(self, path, about: dict, layout: Layout, head: torch.Tensor):
@@ -133,7 +146,6 @@ class CacheWriter:
         content = layout.keys.tobytes() + layout.n_rows.tobytes() + layout.cuts.tobytes()
         self.about = about | {"samples_sha256": hashlib.sha256(content).hexdigest(),
                               "samples": len(layout.keys), "positions": int(layout.n_rows.sum())}
-        self.finished = self.path / "about.json"
 
     def prepare(self, overwrite: bool = False) -> list[int]:
         """The missing parts; none if the cache is complete, or has these files and more.
@@ -141,11 +153,10 @@ class CacheWriter:
         Raises ValueError if DIR holds another cache; `overwrite` deletes that one.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        found = about_file(self.path)
-        was = json.loads(found.read_text()) if found.exists() else self.about
+        found = self.path / "about.json"
+        was = read_about(found) if found.exists() else self.about
         changed = differences(was, self.about)
-        if (found == self.finished and "files" in changed
-                and changed.keys() <= {"files", "samples_sha256"}
+        if ("files" in changed and changed.keys() <= {"files", "samples_sha256"}
                 and set(self.about["files"].values()) < set(was["files"].values())):
             TeacherCache(self.path)                                 # raises if a file is damaged
             return []
@@ -158,14 +169,13 @@ class CacheWriter:
             for file in (found, self.path / "index.npz", self.path / "head.pth",
                          *self.path.glob("part-*.bin")):
                 file.unlink(missing_ok=True)
-        for temporary in (*self.path.glob("part-*.tmp"), *self.path.glob("head.pth.*.tmp")):
-            temporary.unlink()
         return self.missing()
 
     def begin(self):
         """Write all other files, so that a run that is interrupted knows what is missing."""
-        found = about_file(self.path)
-        if found.exists() and not damaged_files(self.path, json.loads(found.read_text()), "part-"):
+        found = self.path / "about.json"
+        if found.exists() and not ({"index.npz", "head.pth"}
+                                   & {*damaged_files(self.path, read_about(found))}):
             return
         order = np.argsort(self.layout.keys)
         starts = np.cumsum(self.layout.n_rows) - self.layout.n_rows
@@ -175,30 +185,32 @@ class CacheWriter:
         files = {"index.npz": lambda file: np.savez(file, **index)}
         if not self.about["top_k"]:
             files["head.pth"] = lambda file: torch.save(self.head, file)
-        sizes = {}
+        sizes, crc32 = {}, {}
         for name, write in files.items():
             write_atomic(self.path / name, write)
-            sizes[name] = size_of(self.path / name)
-        sizes |= {part_name(i): int(size) for i, size in enumerate(self.part_bytes)}
-        about = json.dumps(self.about | {"bytes": sizes}, indent=2)
-        write_atomic(found, lambda file: file.write(about.encode()))
+            sizes[name], crc32[name] = size_of(self.path / name), file_crc32(self.path / name)
+        sizes |= {part_name(i): int(size) + 4 for i, size in enumerate(self.part_bytes)}
+        write_json(found, self.about | {"bytes": sizes, "crc32": crc32})
 
     def missing(self) -> list[int]:
         return [i for i, size in enumerate(self.part_bytes)
-                if size_of(self.path / part_name(i)) != size]
+                if size_of(self.path / part_name(i)) != size + 4]
 
     def write(self, part: int, rows: np.ndarray):
         assert rows.nbytes == self.part_bytes[part]
-        write_atomic(self.path / part_name(part), rows.tofile)
-
-    def finish(self):
-        """Mark the cache as complete."""
-        about_file(self.path).rename(self.finished)
+        rows = rows.view(np.uint8)
+        data = rows.tobytes() + checksum(self.about, part, rows)
+        write_atomic(self.path / part_name(part), lambda file: file.write(data))
 
 
-def about_file(path: Path) -> Path:
-    finished = path / "about.json"
-    return finished if finished.exists() else path / "unfinished.json"
+def read_about(file: Path) -> dict:
+    """Raises ValueError for a damaged file, by the field that is missing."""
+    with named_errors(file):
+        about = json.loads(file.read_bytes())
+        if about["version"] == VERSION:
+            [about[field] for field in (*IDENTITY, "teacher", "tokenizer", "vocab_size", "dim",
+                                        "skip_bad_lines", "bytes", "crc32")]
+        return about
 
 
 def part_name(i: int) -> str:
@@ -210,10 +222,11 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1
 
 
-def damaged_files(path: Path, about: dict, skip: str = "none") -> list[str]:
-    """The missing files and those of the wrong size, except names that begin with `skip`."""
-    return [name for name, size in about["bytes"].items()
-            if size_of(path / name) != size and not name.startswith(skip)]
+def damaged_files(path: Path, about: dict) -> list[str]:
+    """The missing files and those of the wrong size or checksum. The checksum of a part is for
+    TeacherCache.part."""
+    return [name for name, size in about["bytes"].items() if size_of(path / name) != size
+            or name in about["crc32"] and file_crc32(path / name) != about["crc32"][name]]
 
 
 # -- reading -------------------------------------------------------------------------------------
@@ -224,6 +237,7 @@ class TeacherCache:
     head         (V, D) fp32; None with top-k
     top_k        tokens stored per position; 0: hidden states, which give all V logits
     temperature  of the top-k log-probabilities; 1 for states, which serve any temperature
+    n_tokens     number of tokens that get logits, the first ones (share_vocabulary)
     about        the content of about.json
 
     Raises FileNotFoundError if there is none, and ValueError if it is incomplete or damaged, with
@@ -232,29 +246,29 @@ class TeacherCache:
 
     def __init__(self, path):
         self.path, self.device = Path(path), torch.device("cpu")
-        file = about_file(self.path)
+        file = self.path / "about.json"
         if not file.exists():
             raise FileNotFoundError(
                 f"no cached teacher outputs in {self}. Write them: python scripts/cache_teacher.py "
                 f"--teacher WEIGHTS --data_path FILES --cache_dir {self}")
-        self.about = about = json.loads(file.read_text())
+        self.about = about = read_about(file)
         if about["version"] != VERSION:
             raise ValueError(
                 f"{self} has format {about['version']}, this program reads {VERSION}. Write it "
                 "again: python scripts/cache_teacher.py --overwrite ...")
         damaged, n_files = damaged_files(self.path, about), len(about["bytes"])
-        if damaged or file.name != "about.json":
+        if damaged:
             raise ValueError(f"{self} is incomplete, {n_files - len(damaged)} of {n_files} files; "
                              f"missing or damaged: {', '.join(damaged[:3])}. Complete it: "
                              f"{command(about, self)}")
         self.row = row_type(about)
         self.top_k, self.temperature = about["top_k"], about["temperature"]
-        self.vocab_size = about["vocab_size"]
+        self.n_tokens = about["vocab_size"]
         with np.load(self.path / "index.npz") as index:
             self.keys, self.starts = index["keys"], index["starts"]     # (samples,), by rising key
             self.n_rows, self.part_ends = index["n_rows"], index["part_ends"]
         self.parts = {}                             # number -> (rows, row bytes), memory-mapped
-        self.head = None if self.top_k else torch.load(self.path / "head.pth", weights_only=True)
+        self.head = None if self.top_k else load_verified(self.path / "head.pth", mmap=False)
 
     def __str__(self):
         return str(self.path)
@@ -269,8 +283,7 @@ class TeacherCache:
         self.head = None if self.head is None else self.head.to(device)
         return self
 
-    def check(self, tokenizer_sha256: str, tokenizer_path, max_seq_len: int, files: dict, keys,
-              names):
+    def check(self, tokenizer_path, max_seq_len: int, files: dict, keys, names):
         """Refuse samples that the teacher has not read: ValueError with the difference and the
         command that writes the cache again.
 
@@ -279,8 +292,7 @@ class TeacherCache:
         names   i -> a name of sample i, "file, sample n"
         """
         files = {str(path): sha256 for path, sha256 in files.items()}
-        run = self.about | {"tokenizer": tokenizer_path, "tokenizer_sha256": tokenizer_sha256,
-                            "max_seq_len": max_seq_len}
+        run = self.about | {"tokenizer": tokenizer_path, "max_seq_len": max_seq_len}
         wrong = list(differences(self.about, run).values())
         wrong += [f"{path} has changed since, or was never in it" for path, sha256 in files.items()
                   if sha256 not in self.about["files"].values()]
@@ -288,11 +300,11 @@ class TeacherCache:
         unknown = np.flatnonzero(self.keys[self.find(keys)] != keys)
         if len(unknown) and not wrong:
             wrong += [f"{names(int(unknown[0]))}: its tokens are not in it, nor are those of "
-                      f"{len(unknown) - 1:,} other samples"]
+                      f"{len(unknown) - 1:,} other samples, in the format of {tokenizer_path}; "
+                      f"it was written in that of {self.about['tokenizer']}"]
         if wrong:       # the command also names the cache's own files, to keep their outputs
             run["files"] = self.about["files"] | files
-            raise ValueError(f"{self} does not match this run: {'; '.join(wrong)}. Write it again, "
-                             "by a teacher with this run's tokenizer: "
+            raise ValueError(f"{self} does not match this run: {'; '.join(wrong)}. Write it again: "
                              f"{command(run, self, '--overwrite')}")
 
     def find(self, keys):  # (n,) -> (n,) places in the index
@@ -314,10 +326,14 @@ class TeacherCache:
             arrays = rows["ids"].astype(np.int64), rows["log_p"].copy(), rows["tail"].copy()
             return TopK(*(torch.from_numpy(array).to(self.device) for array in arrays))
         states = torch.from_numpy(rows["states"]).view(torch.bfloat16)
-        return Dense(states.to(self.device), self.head)
+        return Dense(states.to(self.device), self.head[:self.n_tokens])
 
     def part(self, i: int) -> np.ndarray:  # -> (rows, row bytes): bytes are copied fastest
         if i not in self.parts:
-            file = np.memmap(self.path / part_name(i), dtype=np.uint8, mode="r")
-            self.parts[i] = file.reshape(-1, self.row.itemsize).view(np.ndarray)
+            path = self.path / part_name(i)
+            file = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+            if checksum(self.about, i, file[:-4]) != file[-4:].tobytes():
+                raise FileError(f"{path} is damaged, or a part of another cache. Remove it, and "
+                                f"write it again: {command(self.about, self)}")
+            self.parts[i] = file[:-4].reshape(-1, self.row.itemsize)
         return self.parts[i]

@@ -3,22 +3,28 @@
 The flags of the distillation loss that several lessons share, and what they build.
 """
 
+from argparse import SUPPRESS
+
+import torch
+
 from distill.features import IntermediateLosses
 from distill.losses import pick_divergence
-from runtime.args import check_ranges
+from distill.teachers import Teacher, teacher_side
 
 INTERMEDIATE = ("feature", "attention", "contrastive")
 
 
 def add_divergence_args(parser):
+    if parser.get_default("alpha") is not None:
+        parser.add_argument_group("another form of --alpha").add_argument(
+            "--kd_weight", type=lambda text: 1 - float(text), dest="alpha", default=SUPPRESS,
+            help="weight of KD, 1 - alpha, in [0, 1]")
     add = parser.add_argument_group("divergence (distill/losses.py)").add_argument
     add("--beta", type=float, default=0.5,
         help="interpolation of jsd in [0, 1]: 0 forward KL, 1 reverse KL")
     add("--jsd_normalised", action="store_true",
         help="divide jsd by beta (1 - beta), so that its limits are the two KLs")
     add("--skew", type=float, default=0.1, help="mixing coefficient of the skew KLs, in (0, 1)")
-    add("--pad_vocab", action="store_true",
-        help="ignore the padding columns after the tokenizer's last token")
 
 
 def add_intermediate_args(parser, weights: bool = True):
@@ -42,19 +48,10 @@ def add_intermediate_args(parser, weights: bool = True):
 
 
 def check_loss_args(parser, args):
-    """Ranges of the flags that a lesson has. Exits with a message."""
-    def lies(flag, valid):
-        return vars(args).get(flag) is None or valid(vars(args)[flag])
-
-    check_ranges(parser, args, *((flag, lies(flag, valid), needed) for flag, valid, needed in (
-        ("alpha", lambda x: 0 <= x <= 1, "lie in [0, 1]: it is the weight of CE"),
-        ("beta", lambda x: 0 <= x <= 1, "lie in [0, 1]"),
-        ("skew", lambda x: 0 < x < 1, "lie between 0 and 1; at 0 it is the plain KL"),
-        ("temperature", lambda x: x > 0, "be above 0"),
-        ("final_temperature", lambda x: x > 0, "be above 0"),
-        ("contrastive_temperature", lambda x: x > 0, "be above 0"),
-        ("divergence", lambda x: x != "uld" or args.alpha > 0,
-         "be combined with labels, --alpha 0.5: it compares how sure the two are, not of what"))))
+    """Exits with a message if the divergence cannot do without labels."""
+    if args.divergence == "uld" and args.alpha == 0:
+        parser.error("--divergence uld must be combined with labels, --alpha 0.5: it compares how "
+                     "sure the two are, not of what")
 
 
 def make_intermediate(args, student_config, teachers) -> IntermediateLosses:
@@ -64,6 +61,16 @@ def make_intermediate(args, student_config, teachers) -> IntermediateLosses:
         student_config, teacher_config, **weights, feature_loss=args.feature_loss,
         layer_map=args.layer_map, relation_heads=args.relation_heads,
         contrastive_temperature=args.contrastive_temperature)
+
+
+def check_chain(students, args):
+    """Whether each student can teach the next, before the first is trained."""
+    with torch.random.fork_rng(devices=[]):         # as if no weight had been initialised here
+        for (teacher, its_tokenizer), (student, tokenizer) in zip(students, students[1:]):
+            teachers = [Teacher(teacher, 1.0, its_tokenizer)]
+            make_intermediate(args, student.config, teachers)
+            teacher_side(teachers, tokenizer, args.data_path, args.teacher_data_path,
+                         student.context_length(args.max_seq_len))
 
 
 def describe_loss(args, student_config) -> str:

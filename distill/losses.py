@@ -172,8 +172,8 @@ def distillation_loss_fn(student_logits, teacher_logits, temperature=1.0, reduct
             "the same tokens. For two vocabularies: divergence=uld")
     # A logit of -inf masks its token. Where both models mask it, -inf - -inf would be NaN.
     lowest = torch.finfo(torch.float32).min
-    log_q, log_p = (F.log_softmax(logits.float() / temperature, dim=-1).clamp_min(lowest)
-                    for logits in (student_logits, teacher_logits.detach()))
+    log_q = F.log_softmax(student_logits.float() / temperature, dim=-1).clamp_min(lowest)
+    log_p = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1).clamp_min(lowest)
     loss = divergence(log_p, log_q) * temperature ** 2
     if reduction == "none":
         return loss

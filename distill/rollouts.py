@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dataset.lm_dataset import Batch, batch_of_answers
+from runtime.precision import sum_dtype
 from runtime.processes import World, sum_over_processes
 
 COIN = 1 << 20          # the coin's random stream, beside those of the ranks 0, 1, ...
@@ -112,7 +113,7 @@ def mean_stats(stats: Counter, device) -> dict[str, float]:
     """Such sums over all processes as means: entropy in nats per token, length in tokens, age in
     steps, the others as fractions. Empty without rollouts."""
     names = ("answers", "tokens", "entropy", "repetition", "finished", "age")
-    sums = torch.tensor([stats[name] for name in names], dtype=torch.float64, device=device)
+    sums = torch.tensor([stats[name] for name in names], dtype=sum_dtype(device), device=device)
     n, n_tokens, entropy, repeated, finished, age = sum_over_processes(sums).tolist()
     return {} if n == 0 else {"length": n_tokens / n, "entropy": entropy / n_tokens,
                               "repetition": repeated / n, "finished": finished / n, "age": age / n}

@@ -7,7 +7,7 @@ import dataclasses
 
 from dataset.mixture import GROWTHS
 from distill.balance import BALANCES
-from runtime.args import did_you_mean
+from runtime.args import did_you_mean, out_of_range
 
 SAMPLINGS = ("uniform", "evaluation")
 
@@ -26,7 +26,7 @@ class Stage:
     growth: str = "linear"          # how the share changes: dataset/mixture.py
     balance: str = "none"           # of the domains' gradients: distill/balance.py
     sampling: str = "uniform"       # within the domain; evaluation: a category in proportion to
-                                    # max(0.1, 1 - its accuracy)
+                                    # max(0.1, 1 - its score)
     feature_weight: float = 0.0     # of the intermediate-layer losses: distill/features.py
     attention_weight: float = 0.0
     contrastive_weight: float = 0.0
@@ -72,15 +72,8 @@ def check_stage(number: int, stage: Stage):
     low, high = min(stage.share), max(stage.share)
     for name, valid, needed in (
             ("share", len(stage.share) == 2 and 0 <= low <= high <= 1, "be two numbers in [0, 1]"),
-            ("alpha", 0 <= stage.alpha <= 1, "lie in [0, 1]"),
-            ("temperature", stage.temperature > 0, "be above 0"),
-            ("learning_rate", stage.learning_rate >= 0, "be 0 or more"),
-            ("feature_weight", stage.feature_weight >= 0, "be 0 or more"),
-            ("attention_weight", stage.attention_weight >= 0, "be 0 or more"),
-            ("contrastive_weight", stage.contrastive_weight >= 0, "be 0 or more"),
-            ("batch_size", stage.batch_size >= 1, "be 1 or more"),
-            ("epochs", stage.epochs >= 1, "be 1 or more"),
-            ("steps", stage.steps >= 0, "be 0 or more"),
+            *((name, out_of_range(name, value) is None, out_of_range(name, value))
+              for name, value in vars(stage).items()),
             ("growth", stage.growth in GROWTHS, f"be one of {', '.join(GROWTHS)}"),
             ("balance", stage.balance in BALANCES, f"be one of {', '.join(BALANCES)}"),
             ("balance", stage.balance == "none" or 0 < low <= high < 1,

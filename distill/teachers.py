@@ -4,6 +4,7 @@ Teachers: one or several models in memory, or their cached outputs on disk; and 
 are possible.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from dataset.lm_dataset import sample_key
 from distill.cache import TeacherCache
 from distill.fused import Dense, TopK
 from runtime.files import file_sha256
+from runtime.log import Logger
 
 
 class Teacher(NamedTuple):
@@ -38,13 +40,12 @@ class TeacherOutputs(NamedTuple):
 
 
 def path_and_weight(spec: str) -> tuple[str, float]:
-    """'PATH=WEIGHT', or 'PATH' with weight 1."""
+    """'PATH=WEIGHT', or 'PATH' with weight 1, which may hold a "=" too."""
     path, _, weight = spec.rpartition("=")
-    try:
-        return (spec, 1.0) if not path or Path(spec).exists() else (path, float(weight))
-    except ValueError:
-        raise ValueError(f"{spec}: {weight!r} is not a number; write PATH=WEIGHT, or PATH "
-                         "alone") from None
+    with suppress(ValueError):
+        if path and not Path(spec).exists():
+            return path, float(weight)
+    return spec, 1.0
 
 
 def make_teachers(models, caches, device, load) -> list[Teacher]:
@@ -66,10 +67,8 @@ def make_teachers(models, caches, device, load) -> list[Teacher]:
     return [teacher._replace(weight=teacher.weight / total) for teacher in teachers]
 
 
-def teacher_outputs(teachers: list[Teacher], batch, vocab_size: int | None = None,
-                    return_hidden: bool = False) -> TeacherOutputs:
-    """Run each teacher on the batch, or look it up in its cache. vocab_size: see
-    trim_padded_vocab."""
+def teacher_outputs(teachers: list[Teacher], batch, return_hidden: bool = False) -> TeacherOutputs:
+    """Run each teacher on the batch, or look it up in its cache."""
     inputs, predictions, out = batch.teacher or batch, [], None
     for source, weight, _ in teachers:
         if isinstance(source, TeacherCache):
@@ -80,8 +79,7 @@ def teacher_outputs(teachers: list[Teacher], batch, vocab_size: int | None = Non
             out = source(inputs.tokens, inputs.lengths, at=inputs.at, with_logits=False,
                          return_hidden=return_hidden)
             found = Dense(out.final, source.head)
-        head = found.head if batch.match is not None else trim_padded_vocab(found.head, vocab_size)
-        predictions.append(Dense(found.states, head, weight))
+        predictions.append(found._replace(weight=weight))
     if batch.match is None:
         return TeacherOutputs(predictions, None, out)
     # With another tokenizer: only positions where both have read the same text are used; the others
@@ -90,66 +88,72 @@ def teacher_outputs(teachers: list[Teacher], batch, vocab_size: int | None = Non
     return TeacherOutputs([predictions[0]._replace(states=states)], batch.match >= 0, out)
 
 
-def trim_padded_vocab(head, vocab_size: int | None):  # (V, D) -> (V, D)
-    """The rows of the first vocab_size tokens, without the padding with which a model family rounds
-    its vocabulary up. None: all rows."""
-    return head[:vocab_size] if vocab_size and len(head) > vocab_size else head
+def share_vocabulary(teachers, students, divergence="forward_kl") -> bool:
+    """Trim the logits of teachers and students, [(model, tokenizer), ...], to the tokens that all
+    have, in place: the probability of a token that one of them lacks is left out, as padding is.
 
-
-def check_vocabulary(teachers, student_config, tokenizer, divergence="forward_kl", pad_vocab=False):
-    """Column v must be the same token in all distributions, except for ULD. (A cache is checked
-    with the data.)"""
-    for source, _, its_tokenizer in teachers:
-        if divergence == "uld" or its_tokenizer is None:
-            continue
-        sizes = (f"the teacher's vocabulary has {source.config.vocab_size} tokens, the student's "
-                 f"{student_config.vocab_size}; ")
-        if its_tokenizer.sha256 != tokenizer.sha256:
-            raise ValueError(f"{sizes}they belong to {its_tokenizer.path} and {tokenizer.path}. "
-                             "Train both with one tokenizer, or compare sorted probabilities: "
-                             "train_distillation.py --divergence uld --alpha 0.5")
-        if source.config.vocab_size != student_config.vocab_size and not pad_vocab:
-            raise ValueError(f"{sizes}the tokenizer has {tokenizer.vocab_size}. If the rest is "
-                             "padding: --pad_vocab")
+    Returns whether a teacher must read conversations in its own format, because it lacks a special
+    token of the student's. Raises ValueError where an id is another token, except for ULD.
+    """
+    everyone = [*teachers, *(Teacher(model, 1.0, tokenizer) for model, tokenizer in students)]
+    vocabularies = [(each.source.about["ids"], each.source.about["tokenizer"]) if each.is_cached
+                    else (each.tokenizer.ids, each.tokenizer.path) for each in everyone]
+    own_format = False
+    for (ids, path), teacher in zip(vocabularies, everyone):
+        for _, tokenizer in students:
+            conflict = tokenizer.conflict(ids)
+            if conflict and divergence != "uld":
+                raise ValueError(
+                    f"the teacher's vocabulary has {teacher.source.n_tokens} tokens, the student's "
+                    f"{tokenizer.vocab_size}, and {conflict}: {path}, {tokenizer.path}. Train both "
+                    "with one tokenizer, or compare sorted probabilities: train_distillation.py "
+                    "--divergence uld --alpha 0.5")
+            if not conflict and not teacher.is_cached and (reason := tokenizer.unreadable(ids)):
+                own_format = True
+                Logger(f"{path} cannot read the student's conversations, {reason}: as with "
+                       "--teacher_data_path, the teacher reads its own tokens")
+    if divergence == "uld":
+        return own_format
+    n = min(each.source.n_tokens for each in everyone)
+    for (ids, path), (source, *_) in zip(vocabularies, everyone):
+        if more := [name for name, i in ids["special_tokens"].items() if i >= n]:
+            Logger(f"{path}: not all have {', '.join(more)}; its logits are left out")
+        if source.n_tokens > n and isinstance(source, TeacherCache) and source.top_k:
+            raise ValueError(f"{source} holds the top {source.top_k} of {source.n_tokens} tokens, "
+                             f"of which the student has {n}. Write it again with --tokenizer "
+                             f"{students[-1][1].path}")
+        source.n_tokens = n
+    return own_format
 
 
 def teacher_side(teachers, tokenizer, paths, teacher_paths, max_seq_len: int):
     """(paths, tokenizer, context length) of a teacher that reads its own tokens of the same
     samples: it has another tokenizer, or privileged context in its prompts. None: all read the
-    same.
+    same, in the student's format.
 
     Raises ValueError for samples longer than the context of a teacher that reads them.
     """
-    models = [teacher for teacher in teachers if not teacher.is_cached]
-    for source, _, its_tokenizer in models:
-        if teacher_paths or its_tokenizer.sha256 != tokenizer.sha256:
+    for source, _, its_tokenizer in (teacher for teacher in teachers if not teacher.is_cached):
+        if teacher_paths or tokenizer.conflict(its_tokenizer.ids):
             return teacher_paths or paths, its_tokenizer, source.config.max_seq_len
+        if differ := [name for name in ("chat", "bos", "end_of_text")
+                      if getattr(its_tokenizer, name) != getattr(tokenizer, name)]:
+            Logger(f"the formats differ in {' and '.join(differ)}: teacher and student read that "
+                   f"of {tokenizer.path}, not that of {its_tokenizer.path}")
         if max_seq_len > source.config.max_seq_len:
             raise ValueError(f"samples of up to {max_seq_len} tokens exceed the teacher's context "
                              f"length of {source.config.max_seq_len}: --max_seq_len "
                              f"{source.config.max_seq_len}")
 
 
-def check_caches(teachers, data, pad_vocab=False):
-    """Each cache of the teachers against the training and validation data (or None)."""
-    for teacher in teachers:
-        for part in data:
-            if teacher.is_cached and part is not None:
-                check_cache(teacher.source, part, pad_vocab)
-
-
-def check_cache(cache: TeacherCache, data, pad_vocab=False):
-    """Refuse a cache that was not written for these samples and this tokenizer."""
-    tokenizer = data.tokenizer
-    if cache.vocab_size != tokenizer.vocab_size and (cache.top_k or not pad_vocab):
-        raise ValueError(f"{cache} has a vocabulary of {cache.vocab_size}, the tokenizer has "
-                         f"{tokenizer.vocab_size} tokens. "
-                         + ("Padding cannot be removed from top-k tokens: write it without --top_k"
-                            if pad_vocab else "If the rest is padding: --pad_vocab"))
-    cache.check(tokenizer.sha256, tokenizer.path, data.max_seq_len,
-                {path: file_sha256(path) for path in data.paths},
-                (sample_key(data.sample(i)) for i in range(len(data))),
-                lambda i: f"{data}, sample {data.rows[i] + 1}")
+def check_caches(teachers, data):
+    """Refuse caches that were not written for the training and validation data (or None)."""
+    for cache in (teacher.source for teacher in teachers if teacher.is_cached):
+        for part in (part for part in data if part is not None):
+            cache.check(part.tokenizer.path, part.max_seq_len,
+                        {path: file_sha256(path) for path in part.paths},
+                        (sample_key(part.sample(i)) for i in range(len(part))),
+                        lambda i: f"{part}, sample {part.origins[i] + 1}")
 
 
 def progressive_distillation(large_model, medium_model, small_model, train_loader, epochs=5, *,

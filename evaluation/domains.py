@@ -18,28 +18,26 @@ from runtime.precision import autocast
 from runtime.processes import World
 
 
-def evaluate_sides(model, teachers, tokenizer, held_out: dict, world: World, max_new_tokens: int,
-                   vocab_size: int | None = None) -> tuple[dict[str, float], dict[str, float]]:
+def evaluate_sides(model, teachers, tokenizer, held_out: dict, world: World,
+                   max_new_tokens: int) -> tuple[dict[str, float], dict[str, float]]:
     """Of each side that has something held out: SIDE_loss (CE with the labels) and SIDE_kl
-    (KL(teacher || student)), nats per token; and of its exam SIDE_accuracy, and macro precision,
-    recall and f1. Second, the accuracy of each category: {domain/CATEGORY: accuracy}.
+    (KL(teacher || student)), nats per token; and the metrics of its exam (evaluation/exam.py), such
+    as SIDE_accuracy. Second, the domain's scores: {domain: mean, domain/CATEGORY: score}.
 
     held_out    {side: (data, exam)}: see dataset.domains.open_sides
     """
-    metrics, by_category = {}, {}
+    metrics, domain_scores = {}, {}
     for side, (data, exam) in held_out.items():
         batches = in_order(data, world.rank, world.size)
-        scores = evaluate(model, batches, world.device, dtype=world.dtype, teachers=teachers,
-                          vocab_size=vocab_size)
+        scores = evaluate(model, batches, world.device, dtype=world.dtype, teachers=teachers)
         metrics |= {f"{side}_loss": scores["val_ce"], f"{side}_kl": scores["val_kl"]}
         if exam:
             grades = grade(exam_answers(model, tokenizer, exam, max_new_tokens, world), exam)
-            metrics |= {f"{side}_{name}": getattr(grades, name)
-                        for name in ("accuracy", "precision", "recall", "f1")}
+            metrics |= {f"{side}_{name}": value for name, value in grades.metrics.items()}
             if side == DOMAIN:
-                by_category = {f"{side}/{name}": accuracy
-                               for name, accuracy in grades.by_category.items()}
-    return metrics, by_category
+                domain_scores = {side: grades.score, **{
+                    f"{side}/{name}": score for name, score in grades.by_category.items()}}
+    return metrics, domain_scores
 
 
 def exam_answers(model, tokenizer, exam: list[ExamQuestion], max_new_tokens: int,
@@ -58,13 +56,14 @@ def exam_answers(model, tokenizer, exam: list[ExamQuestion], max_new_tokens: int
 
 
 def forgetting(metrics: dict, start: dict) -> dict[str, float]:
-    """Nats and accuracy that the general side has lost since `start`, metrics too; below 0 it has
-    gained."""
+    """Nats, accuracy and token F1 that the general side has lost since `start`, metrics too; below
+    0 it has gained."""
     lost = {}
     if "general_loss" in metrics:
         lost["forgetting_loss"] = metrics["general_loss"] - start["general_loss"]
-    if "general_accuracy" in metrics:
-        lost["forgetting_accuracy"] = start["general_accuracy"] - metrics["general_accuracy"]
+    for name in ("accuracy", "token_f1"):
+        if f"general_{name}" in metrics:
+            lost[f"forgetting_{name}"] = start[f"general_{name}"] - metrics[f"general_{name}"]
     return lost
 
 
@@ -82,7 +81,9 @@ def log_exam(name: str, model, tokenizer, held_out: dict, max_new_tokens: int, w
     for side, (_, exam) in held_out.items():
         if exam:
             grades = grade(exam_answers(model, tokenizer, exam, max_new_tokens, world), exam)
-            Logger(f"{name}: {grades.accuracy:.1%} of {len(exam):,} {side} questions")
+            shown = ", ".join(f"{metric} {grades.metrics[metric]:.1%}"
+                              for metric in ("accuracy", "token_f1") if metric in grades.metrics)
+            Logger(f"{name}: {shown} on {len(exam):,} {side} questions")
 
 
 def show_samples(name: str, teacher, student, tokenizer, held_out: dict, n_samples: int,

@@ -1,16 +1,23 @@
 """
-考试：带标准答案的问题，让模型作答，再按类打分（准确率与宏平均的精确率、召回率、F1）。
-Exams: a model answers questions with known answers, and its answers are graded.
+考试：带标准答案的问题，让模型作答，再打分：选项与短答案分对错，长答案算词元 F1。
+Exams: a model answers questions with known answers, and its answers are graded: options and short
+answers are correct or not; a text is graded by its token F1.
 """
 
 import random
+import re
 from collections import Counter, defaultdict
 from statistics import fmean
 from typing import NamedTuple
 
 from dataset.formats import category, files_of, final_answer, read_each, to_question
-from evaluation.scores import score_samples
+from evaluation.scores import score_answers
 from model.generate import generate
+from runtime.log import Logger
+
+SHORT = 10      # words of the longest answer that is correct or not; a longer one is a text
+# A word: one Chinese or Japanese character, or a run of other letters and digits.
+WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
 
 class ExamQuestion(NamedTuple):
@@ -22,12 +29,10 @@ class ExamQuestion(NamedTuple):
 
 class Grades(NamedTuple):
     """Values from 0 to 1. Precision, recall and F1 are macro averages: see `grade`."""
-    accuracy: float
-    precision: float
-    recall: float
-    f1: float
-    by_category: dict[str, float]       # accuracy by category, sorted by name
-    n: int                              # questions
+    metrics: dict[str, float]           # of options and short answers accuracy, precision, recall,
+                                        # f1; of texts token_f1
+    score: float                        # mean over all questions: 1, 0, or a text's token F1
+    by_category: dict[str, float]       # the score by category, sorted by name
 
 
 def read_exam(paths, limit: int = 0, seed: int = 0, skip_bad_lines: bool = False,
@@ -64,31 +69,27 @@ def answer(model, tokenizer, questions: list[ExamQuestion], max_new_tokens: int)
     or one generated token, gets the answer "", which is wrong.
     """
     chosen = iter(choose_options(model, tokenizer, [one for one in questions if one.options]))
-    free = [question for question in questions if not question.options]
+    free = [question.messages for question in questions if not question.options]
     written = iter(write_answers(model, tokenizer, free, max_new_tokens))
     return [next(chosen if question.options else written) for question in questions]
 
 
 def choose_options(model, tokenizer, questions: list[ExamQuestion]) -> list[str]:
-    samples = [tokenizer.encode_chats([*question.messages, {"role": "assistant", "content": option}]
-                                      for option in question.options) for question in questions]
-    fits = [max(len(ids) for ids, _ in options) - 1 <= model.config.max_seq_len
-            for options in samples]                                 # the last token is not read
-    scores = iter(score_samples(model, [sample for options, fit in zip(samples, fits) if fit
-                                        for sample in options]))
-    answers = []
-    for question, fit in zip(questions, fits):
-        log_p = [next(scores).log_p for _ in question.options] if fit else []
-        answers.append(question.options[log_p.index(max(log_p))] if fit else "")
-    return answers
+    scores = score_answers(model, tokenizer, [(question.messages, question.options)
+                                              for question in questions])
+    return [question.options[log_p.index(max(log_p))] if log_p else ""
+            for question, log_p in zip(questions, scores)]
 
 
-def write_answers(model, tokenizer, questions, max_new_tokens: int) -> list[str]:
-    prompts = [ids for ids, _ in tokenizer.encode_chats(
-        (question.messages for question in questions), add_generation_prompt=True)]
-    fits = [len(prompt) < model.config.max_seq_len for prompt in prompts]
-    answers = iter(generate(model, [prompt for prompt, fit in zip(prompts, fits) if fit],
-                            max_new_tokens, tokenizer.end_of_turn, vocab_size=tokenizer.vocab_size))
+def write_answers(model, tokenizer, conversations, max_new_tokens: int, **sampling) -> list[str]:
+    """sampling: see model.generate.generate."""
+    chats = tokenizer.encode_chats(conversations, add_generation_prompt=True)
+    fits = [len(ids) < model.config.max_seq_len for ids, _ in chats]
+    if not all(fits):
+        Logger(f"{fits.count(False):,} of {len(fits):,} conversations are longer than "
+               f"{model.config.max_seq_len - 1:,} tokens and get no reply")
+    answers = iter(generate(model, [ids for (ids, _), fit in zip(chats, fits) if fit],
+                            max_new_tokens, tokenizer.end_of_turn, **sampling))
     return [tokenizer.decode(next(answers)).strip() if fit else "" for fit in fits]
 
 
@@ -101,29 +102,55 @@ def is_right(given: str, gold: str) -> bool:
     return plain(given) == plain(gold)
 
 
+def words(text: str) -> list[str]:
+    """"Take 2 mg, 每日。" -> take 2 mg 每 日"""
+    return WORDS.findall(plain(text).lower())
+
+
+def is_text(question: ExamQuestion) -> bool:
+    return question.options is None and len(words(question.gold)) > SHORT
+
+
+def token_f1(given: str, gold: str) -> float:
+    """2 * words in common / (words given + words in gold), as in SQuAD (Rajpurkar et al. 2016,
+    https://arxiv.org/abs/1606.05250, Sec. 6.1), with the words of `words`."""
+    a, b = Counter(words(given)), Counter(words(gold))
+    return 2 * (a & b).total() / (a.total() + b.total())
+
+
 def grade(given: list[str], questions: list[ExamQuestion]) -> Grades:
-    """Grades for the given answers, one per question. A class is a gold answer: the option's index,
-    or without options the final answer. With TP = how often a class was given correctly:
+    """Grades for the given answers, one per question."""
+    scores, by_category = [], defaultdict(list)
+    for text, question in zip(given, questions, strict=True):
+        scores.append(token_f1(text, question.gold) if is_text(question)
+                      else float(is_right(text, question.gold)))
+        by_category[question.category].append(scores[-1])
+    metrics, long = {}, list(map(is_text, questions))
+    if not all(long):
+        metrics = classes([pair for pair, text in zip(zip(given, questions), long) if not text])
+    if any(long):
+        metrics["token_f1"] = fmean(score for score, text in zip(scores, long) if text)
+    return Grades(metrics, fmean(scores),
+                  {name: fmean(own) for name, own in sorted(by_category.items())})
+
+
+def classes(answered: list[tuple[str, ExamQuestion]]) -> dict[str, float]:
+    """Accuracy, and macro averages over classes. A class is a gold answer: the option's index, or
+    without options the final answer. With TP = how often a class was given correctly:
 
         precision = TP / times given     recall = TP / times gold     F1 = 2 TP / (given + gold)
 
     A class that was never given has precision 0. The macro average is the unweighted mean over the
     classes, as in scikit-learn's precision_recall_fscore_support(average="macro").
     """
-    right = [is_right(text, question.gold) for text, question in zip(given, questions, strict=True)]
-    gold = [class_of(question.gold, question) for question in questions]
-    n_gold, n_given = Counter(gold), Counter(map(class_of, given, questions))
+    right = [is_right(text, question.gold) for text, question in answered]
+    gold = [class_of(question.gold, question) for _, question in answered]
+    n_gold, n_given = Counter(gold), Counter(class_of(*pair) for pair in answered)
     n_right = Counter(name for name, hit in zip(gold, right) if hit)
-    by_category = defaultdict(list)
-    for question, hit in zip(questions, right):
-        by_category[question.category].append(hit)
-    return Grades(
-        accuracy=fmean(right),
-        precision=fmean(n_right[c] / n_given[c] if n_given[c] else 0.0 for c in n_gold),
-        recall=fmean(n_right[c] / n_gold[c] for c in n_gold),
-        f1=fmean(2 * n_right[c] / (n_given[c] + n_gold[c]) for c in n_gold),
-        by_category={name: fmean(hits) for name, hits in sorted(by_category.items())},
-        n=len(questions))
+    return {"accuracy": fmean(right),
+            "precision": fmean(n_right[c] / n_given[c] if n_given[c] else 0.0 for c in n_gold),
+            "recall": fmean(n_right[c] / n_gold[c] for c in n_gold),
+            "f1": fmean(2 * n_right[c] / (n_given[c] + n_gold[c]) for c in n_gold)}
 
 
 def class_of(text: str, question: ExamQuestion) -> int | str | None:

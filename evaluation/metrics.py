@@ -24,7 +24,7 @@ from statistics import fmean
 
 import numpy as np
 
-from dataset.formats import BadLine, read_rows, to_messages, to_text
+from dataset.formats import BadLine, bare_question, read_rows, to_messages, to_question, to_text
 from dataset.lm_dataset import text_samples
 from evaluation.scores import Score, score, score_answers, score_samples
 from evaluation.tables import markdown, mean_and_spread
@@ -78,12 +78,12 @@ def read_tests(paths, limit: int = 0) -> dict[str, list]:
 def to_distribution(row: dict) -> dict:
     """{question, distribution} of a row. Raises ValueError with the reason if it is none."""
     p = row["distribution"]
-    if not isinstance(p, dict) or not p or min(p.values()) <= 0 or abs(sum(p.values()) - 1) > 1e-3:
+    numbers = [value for value in p.values() if isinstance(value, (int, float)) and value > 0] \
+        if isinstance(p, dict) else []
+    if not numbers or len(numbers) < len(p) or abs(sum(numbers) - 1) > 1e-3:
         raise ValueError(f"distribution {p} must give each answer a probability above 0, and 1 "
                          "in all")
-    answer = {"role": "assistant", "content": next(iter(p))}
-    question, *_ = to_messages({"conversations": [*row.get("conversations", []), answer]})
-    return {"question": question["content"], "distribution": p}
+    return {"question": to_question(row).messages[-1]["content"], "distribution": p}
 
 
 def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
@@ -115,16 +115,19 @@ def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
         results["leaves"] = {leaf: 100 * fmean(exact) for leaf, exact in sorted(leaves.items())}
         results["tokens_per_s"] = generation_speed(model, tokenizer, conversations[:16])
 
+    log_q = score_answers(model, tokenizer, [
+        *((bare_question(row), list(row["options"].values())) for row in choices),
+        *((bare_question(row), list(row["distribution"])) for row in distributions)])
+    if None in log_q:
+        raise ValueError(f"question {log_q.index(None) + 1} with options or a distribution exceeds "
+                         f"the model's max_seq_len={model.config.max_seq_len}")
     if choices:
-        log_q = score_answers(model, tokenizer, [(row["question"], list(row["options"].values()))
-                                                 for row in choices])
         results["multiple_choice"] = 100 * fmean(
             list(row["options"])[np.argmax(q)] == row["answer_idx"]
             for row, q in zip(choices, log_q))
     if distributions:
-        log_q = score_answers(model, tokenizer, [(row["question"], list(row["distribution"]))
-                                                 for row in distributions])
-        pairs = [(list(row["distribution"].values()), q) for row, q in zip(distributions, log_q)]
+        pairs = [(list(row["distribution"].values()), q)
+                 for row, q in zip(distributions, log_q[len(choices):])]
         results["habits_kl"] = fmean(
             sum(p_i * (math.log(p_i) - log_q_i) for p_i, log_q_i in zip(*pair)) for pair in pairs)
         results["habits_mode"] = 100 * fmean(np.argmax(p) == np.argmax(q) for p, q in pairs)

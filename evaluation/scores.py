@@ -35,13 +35,17 @@ def score(model, tokenizer, conversations, reference=None,
     return score_samples(model, tokenizer.encode_chats(conversations), reference, tokens_per_batch)
 
 
-def score_answers(model, tokenizer, questions) -> list[list[float]]:
-    """Nats per candidate answer: [(question, [answer, ...]), ...] -> one list per question."""
-    conversations = [[{"role": "user", "content": question},
-                      {"role": "assistant", "content": answer}]
-                     for question, answers in questions for answer in answers]
-    scores = iter(score(model, tokenizer, conversations))
-    return [[next(scores).log_p for _ in answers] for _, answers in questions]
+def score_answers(model, tokenizer, questions) -> list[list[float] | None]:
+    """Nats per candidate answer: [(messages, [answer, ...]), ...] -> a list per question, or None
+    where the question with its longest answer exceeds the model's max_seq_len."""
+    samples = [tokenizer.encode_chats([*messages, {"role": "assistant", "content": answer}]
+                                      for answer in answers) for messages, answers in questions]
+    limit = model.config.max_seq_len + 1                    # the last token is not read
+    fits = [max(len(ids) for ids, _ in answers) <= limit for answers in samples]
+    scores = iter(score_samples(model, [sample for answers, fit in zip(samples, fits) if fit
+                                        for sample in answers]))
+    return [[next(scores).log_p for _ in answers] if fit else None
+            for answers, fit in zip(samples, fits)]
 
 
 @torch.inference_mode()
@@ -74,15 +78,18 @@ def score_samples(model, samples, reference=None, tokens_per_batch: int = 4096) 
 
 def score_block(model, reference, states, other, targets):  # (S, D), (S, D'), (S,) -> (4, S)
     """At each position: log-probability of the target, whether it is top-1, agreement, KL."""
-    logits = model.output(states).float()
+    logits = model.logits(states).float()                                   # (S, V)
     log_p, best = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
-    target_log_p = log_p.gather(1, targets[:, None]).squeeze(1)
+    target_log_p, hit = log_p.gather(1, targets[:, None]).squeeze(1), (best == targets).float()
     agree, kl = torch.zeros_like(target_log_p), torch.zeros_like(target_log_p)
     if reference is not None:
-        logits = reference.output(other).float()
-        agree = (logits.argmax(dim=-1) == best).float()
-        kl = forward_kl(logits.log_softmax(dim=-1), log_p)
-    return torch.stack([target_log_p, (best == targets).float(), agree, kl])
+        theirs, n = reference.logits(other).float(), min(model.n_tokens, reference.n_tokens)
+        if n < max(model.n_tokens, reference.n_tokens):     # one has more special tokens
+            theirs, logits = theirs[:, :n], logits[:, :n]
+            log_p, best = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
+        agree = (theirs.argmax(dim=-1) == best).float()
+        kl = forward_kl(theirs.log_softmax(dim=-1), log_p)
+    return torch.stack([target_log_p, hit, agree, kl])
 
 
 def positions_in_turns(targets: list[bool]) -> list[int]:

@@ -6,35 +6,33 @@ Validation during training, the same for all lessons.
 import torch
 
 from distill.fused import COMPARED, COMPARED_ACROSS, compare, fused_distillation_loss
-from distill.teachers import teacher_outputs, trim_padded_vocab
-from runtime.precision import autocast
+from distill.teachers import teacher_outputs
+from runtime.precision import autocast, sum_dtype
 from runtime.processes import is_sharded, sum_over_processes, unwrapped
 
 
 @torch.no_grad()
-def evaluate(model, val_loader, device, *, teachers=(), vocab_size=None, temperature=1.0,
-             across=False, dtype=torch.float32) -> dict[str, float]:
+def evaluate(model, val_loader, device, *, teachers=(), temperature=1.0, across=False,
+             dtype=torch.float32) -> dict[str, float]:
     """Means over the supervised tokens of all processes, in nats per token.
 
     val_loader  Batches, see dataset.lm_dataset.in_order
     teachers    none: only val_loss, the cross-entropy with the labels. Else val_ce, val_kl,
                 val_entropy and val_agreement, or val_uld where vocabularies differ (`across`):
                 see distill.fused.compare
-    vocab_size  see distill.teachers.trim_padded_vocab
     """
     names = ("loss",) if not teachers else COMPARED_ACROSS if across else COMPARED
     model.eval()
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(names) + 1, dtype=sum_dtype(device), device=device)
     for batch in val_loader:
         batch = batch.to(device)
         with autocast(device, dtype):
             out = model(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
-            head = trim_padded_vocab(model.head, vocab_size)
             predictions, matched = (), None
             if teachers:
-                predictions, matched, _ = teacher_outputs(teachers, batch, vocab_size)
-            scores = compare(out.final, head, batch.targets, predictions, matched, temperature,
-                             across)
+                predictions, matched, _ = teacher_outputs(teachers, batch)
+            scores = compare(out.final, model.head, batch.targets, predictions, matched,
+                             temperature, across)
         sums += torch.stack([*scores.values(), torch.tensor(len(batch.targets), device=device)])
     model.train()
     *sums, n = sum_over_processes(sums).tolist()
@@ -42,7 +40,7 @@ def evaluate(model, val_loader, device, *, teachers=(), vocab_size=None, tempera
 
 
 def gradient_norms(student, modules, weights, batch, world, teachers, alpha, temperature,
-                   divergence, vocab_size=None) -> dict[str, float]:
+                   divergence) -> dict[str, float]:
     """{grad_NAME: L2 norm of the gradient of each weighted loss term} on a batch of each process,
     over all processes.
 
@@ -60,16 +58,15 @@ def gradient_norms(student, modules, weights, batch, world, teachers, alpha, tem
     return_hidden = "feature" in intermediate.weights
     with autocast(world.device, world.dtype):
         with torch.no_grad():
-            teacher = teacher_outputs(teachers, batch, vocab_size, return_hidden)
+            teacher = teacher_outputs(teachers, batch, return_hidden)
         out = student(batch.tokens, batch.lengths, at=batch.at, with_logits=False,
                       return_hidden=return_hidden)
-        head = trim_padded_vocab(student.head, vocab_size)
         _, terms = intermediate(batch, out, teacher.out)
         terms = {name: intermediate.weights[name] * term for name, term in terms.items()}
         for name, only, weight in (("ce", 1.0, alpha), ("kd", 0.0, 1 - alpha)):
             if weight > 0:
                 loss, _, _ = fused_distillation_loss(
-                    out.final, head, batch.targets, teacher.predictions, only, temperature,
+                    out.final, student.head, batch.targets, teacher.predictions, only, temperature,
                     divergence, teacher.matched)
                 terms[name] = weight * loss / n_targets
     norms = {}

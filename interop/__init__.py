@@ -7,12 +7,13 @@ hf.py and gguf.py also have write(model, tokenizer, path). checkpoint.py detects
 
 import re
 from collections.abc import Iterable
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
 from model.config import LMConfig
+from runtime.checkpoint import is_finite
+from runtime.files import named_errors
 
 QKV = ("wq", "wk", "wv")
 
@@ -28,11 +29,15 @@ class Piece(NamedTuple):
 
 def fill(model, pieces: Iterable[Piece], path):
     """Copy the pieces into the model's weights, in its dtype. Raises ValueError with the file and
-    the tensor for an unknown name, another shape, and a second or missing tensor."""
+    the tensor for an unknown name, another shape, NaN or infinity, a second or missing tensor, and
+    a head that differs from the embeddings with which the model shares it."""
     weights = dict(model.named_parameters()) | dict(model.named_buffers())  # a tied weight once
-    left = {name: weight.numel() for name, weight in weights.items()}
+    left, heads = {name: weight.numel() for name, weight in weights.items()}, []
     with named_errors(path), torch.no_grad():
         for name, tensor, where, source in pieces:
+            if name == "output.weight" and model.config.tie_embeddings:     # stored twice
+                heads.append((source, tensor))
+                continue
             if name not in weights:
                 raise ValueError(f"tensor {source} has no place in a model of {model.config}")
             place = weights[name][where]
@@ -40,20 +45,16 @@ def fill(model, pieces: Iterable[Piece], path):
                 raise ValueError(f"tensor {source} has the shape {tuple(tensor.shape)}, but {name} "
                                  f"of a model of {model.config} has {tuple(place.shape)}")
             place.copy_(tensor)
+            if not is_finite(place):
+                raise ValueError(f"tensor {source} holds NaN or infinity")
             left[name] -= place.numel()
         if wrong := [name for name, count in left.items() if count]:
             raise ValueError(f"missing or repeated: {', '.join(wrong[:5])} ({len(wrong)} in all)")
-
-
-@contextmanager
-def named_errors(path):
-    """Errors in a file's content become ValueErrors that begin with its path."""
-    try:
-        yield
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}") from error
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        for source, head in heads:
+            shared = model.tok_embeddings.weight
+            if not torch.equal(shared, head.to(shared)):
+                raise ValueError(f"tensor {source} differs from the embeddings, but the model's "
+                                 "config says that they are tied")
 
 
 def rename(name: str, table: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ beside it, a Hugging Face folder, a .gguf, MiniMind's .pth without a .json, or l
 import dataclasses
 import hashlib
 import importlib
+import re
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ from model.lora import TARGETS, Adapted, add_lora, load_lora, merge_lora, store_
 from model.quantize import quantize
 from model.tokenizer import DEFAULT, Tokenizer
 from model.transformer import Transformer
-from runtime.files import file_sha256
+from runtime.checkpoint import not_finite
+from runtime.files import file_sha256, named_errors
 from runtime.log import Logger
 from runtime.processes import World, fully_shard, is_sharded
 
@@ -38,11 +40,20 @@ def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, To
     FileNotFoundError, and ValueError for what is cut short or cannot be reproduced exactly."""
     reader = detect_format(path)
     if reader is native and (lora := native.read_about(path)[2]):
-        return load_adapted(Path(path), lora, device, dtype)
+        with named_errors(path):
+            return load_adapted(Path(path), lora, device, dtype)
     config = reader.read_config(path)
     model = empty_model(config, device, dtype)
     fill(model, reader.read_pieces(path, config), path)
-    return model.eval(), reader.read_tokenizer(path)
+    tokenizer = reader.read_tokenizer(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, its weights "
+                         f"only {config.vocab_size:,} rows: they do not belong together")
+    model.n_tokens = tokenizer.vocab_size
+    if model.n_tokens < config.vocab_size:
+        Logger(f"{path}: {tokenizer.vocab_size:,} tokens and {config.vocab_size:,} rows; the rows "
+               "after the last token are padding and get no logits")
+    return model.eval(), tokenizer
 
 
 def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, Tokenizer]:
@@ -50,11 +61,16 @@ def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, To
     base = path.parent / lora["base"]
     if not base.exists():
         raise FileNotFoundError(f"{path} holds adapters to the missing weights {base}")
+    if detect_format(base) is native and native.read_about(base)[2]:
+        raise ValueError(f"{path} holds adapters to {base}, which holds adapters itself")
     model, tokenizer = load_model(base, device, dtype)
     if sha256_of_model(base) != lora["base_sha256"]:
         raise ValueError(f"{path} holds adapters to other weights than those now at {base}")
     add_lora(model, lora["rank"], lora["alpha"], targets=lora["targets"])
-    load_lora(model, native.read_state(path))
+    state = {piece.name: piece.tensor for piece in native.read_pieces(path, model.config)}
+    if wrong := not_finite(state):
+        raise ValueError(f"{path}: tensor {wrong} holds NaN or infinity")
+    load_lora(model, state)
     return merge_lora(model).eval(), tokenizer
 
 
@@ -146,17 +162,25 @@ def prepare(model: Transformer, base, world: World, lora: dict | None = None,
 
 def adapt(model: Transformer, base, rank: int, alpha: float | None, dropout: float,
           targets=None) -> Adapted:
-    """add_lora to a model that was loaded from `base`."""
+    """add_lora to a model that was loaded from `base`. If that holds adapters of the same rank,
+    alpha and targets, these are trained on."""
     if str(base) == "none":
         raise ValueError("--lora_rank adapts pretrained weights: --weights or --student FILE")
-    if detect_format(base) is native and native.read_about(base)[2]:
-        raise ValueError(f"{base} holds adapters itself. Merge them into their weights, and adapt "
-                         f"those: python scripts/convert.py --weights {base} --out NEW.pth")
     targets = targets or TARGETS
+    wanted = {"rank": rank, "alpha": rank if alpha is None else alpha, "targets": list(targets)}
+    lora = native.read_about(base)[2] if detect_format(base) is native else None
+    weights = base
+    if lora:
+        if differ := [key for key, value in wanted.items() if lora[key] != value]:
+            raise ValueError(f"{base} holds adapters of {differ[0]} {lora[differ[0]]}, not "
+                             f"{wanted[differ[0]]}. Merge them into their weights, and adapt those:"
+                             f" python scripts/convert.py --weights {base} --out NEW.pth")
+        weights = Path(base).parent / lora["base"]
+        model.load_state_dict(load_model(weights)[0].state_dict())      # without the adapters
     report = add_lora(model, rank, alpha, dropout, targets)
-    model.adapted = {"rank": rank, "alpha": rank if alpha is None else alpha,
-                     "targets": list(targets), "base": str(base),
-                     "base_sha256": sha256_of_model(base)}
+    if lora:
+        load_lora(model, native.read_state(base))
+    model.adapted = wanted | {"base": str(weights), "base_sha256": sha256_of_model(weights)}
     return report
 
 
@@ -178,15 +202,23 @@ def sha256_of_model(path) -> str:
 
 # -- formats ---------------------------------------------------------------------------------------
 
+def weight_file(path: str) -> str:
+    """PATH, or PATH.pth where only that exists."""
+    alone = f"{path}.pth"
+    return alone if Path(alone).exists() and not Path(path).exists() else path
+
+
 def detect_format(path):
     """The module of interop/ that reads PATH. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     if not path.exists():
+        if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
+            raise FileNotFoundError(f"no weights at {path}. If it is a model of Hugging Face:\n"
+                                    f"    hf download {path} --local-dir {path.name}\n"
+                                    f"Then name the folder, {path.name}")
         script = next((SCRIPTS[prefix] for prefix in SCRIPTS if path.name.startswith(prefix)), None)
         advice = f"Train them: python {script} --help" if script else "Is the path right?"
         raise FileNotFoundError(f"no weights at {path}. {advice}")
-    if path.suffix in (".json", ".resume"):
-        raise ValueError(f"{path} is not a weight file; name {path.with_suffix('.pth')}")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} alone has no sizes and tokenizer; name its folder, {path.parent}")
     if path.is_dir():

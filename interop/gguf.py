@@ -23,7 +23,7 @@ from interop.vocabulary import from_gguf, to_gguf
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer, scale_frequencies
-from runtime.files import replace_atomic
+from runtime.files import UNSIGNED, check_signature, replace_atomic, sign
 
 BLOCK = 1 << 22         # weights that are unpacked at once, 16 MB in fp32
 
@@ -96,7 +96,7 @@ class Header:
                 size = self.file.seek(0, 2)
             if max(ends, default=0) > size:
                 raise ValueError(f"a tensor ends at byte {max(ends)} of {size}")
-        except (struct.error, ValueError) as error:
+        except (struct.error, ValueError, LookupError, MemoryError, OverflowError) as error:
             raise ValueError(f"{path} is cut short, or no readable GGUF file: {error}") from error
         if (n_parts := self.fields.get("split.count", 1)) > 1:
             raise ValueError(f"{path} is one of {n_parts} parts; join: llama-gguf-split --merge")
@@ -241,6 +241,7 @@ def names_of(config: LMConfig) -> dict[str, str]:
 
 
 def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
+    check_signature(path)
     header = Header(path)
     is_half_split = header.architecture in HALF_SPLIT
     with open(path, "rb") as file:          # not mapped: mapped pages would count as memory
@@ -312,6 +313,7 @@ def write(model: Transformer, tokenizer: Tokenizer, path, dtype: str = "float16"
         with closing(GGUFWriter(temporary, architecture, use_temp_file=True)) as writer:
             add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool,
                    str: writer.add_string, list: writer.add_array}
+            writer.add_string("minidistill.checksum", UNSIGNED.decode())
             for name, value in fields.items():
                 add[type(value)](name, value)
             for name, parts in their_tensors(model, architecture):
@@ -327,8 +329,8 @@ def write(model: Transformer, tokenizer: Tokenizer, path, dtype: str = "float16"
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
+        sign(temporary)
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     replace_atomic(Path(path), to_file)
 
 

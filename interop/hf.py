@@ -20,9 +20,9 @@ from interop.vocabulary import read_tokenizer_json, write_tokenizer
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from runtime.files import write_atomic
+from runtime.files import UNSIGNED, check_signature, replace_atomic, sign, write_json
 
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 4 << 30       # of a file, plus at most one tensor
 
 FAMILIES = {        # use_moe, with shared experts, qk_norm, attention_bias
     (False, False, False, False): "llama",
@@ -64,14 +64,16 @@ NAMES |= {f"layers.*.{ours}": f"model.layers.*.{theirs}" for ours, theirs in {
     "ffn.router": "mlp.gate", "ffn.shared.w1": "mlp.shared_expert.gate_proj",
     "ffn.shared.w2": "mlp.shared_expert.down_proj", "ffn.shared.w3": "mlp.shared_expert.up_proj",
 }.items()}
-GPT2_NAMES = {"tok_embeddings": "wte", "pos_embeddings": "wpe", "norm": "ln_f", "output": "lm_head"}
-GPT2_NAMES |= {f"layers.*.{ours}": f"h.*.{theirs}" for ours, theirs in {
+GPT2_NAMES = {"tok_embeddings": "transformer.wte", "pos_embeddings": "transformer.wpe",
+              "norm": "transformer.ln_f", "output": "lm_head"}
+GPT2_NAMES |= {f"layers.*.{ours}": f"transformer.h.*.{theirs}" for ours, theirs in {
     "attention_norm": "ln_1", "attention.wqkv": "attn.c_attn", "attention.wo": "attn.c_proj",
     "ffn_norm": "ln_2", "ffn.w1": "mlp.c_fc", "ffn.w2": "mlp.c_proj"}.items()}
 STACKS = {f"layers.*.ffn.{w}": f"model.layers.*.mlp.experts.{theirs}.weight"
           for w, theirs in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))}
 
-OURS = {theirs: ours for table in (NAMES, GPT2_NAMES, STACKS) for ours, theirs in table.items()}
+OURS = {theirs.removeprefix("transformer."): ours
+        for table in (NAMES, GPT2_NAMES, STACKS) for ours, theirs in table.items()}
 OURS |= {theirs.replace("shared_expert.", "shared_experts."): ours for theirs, ours in OURS.items()
          if "shared_expert." in theirs}     # MiniMind's
 
@@ -88,6 +90,10 @@ def config_of(theirs: dict) -> LMConfig:
     family = theirs["model_type"]
     if family not in (known := [*dict.fromkeys(FAMILIES.values()), "minimind", "gpt2"]):
         raise ValueError(f"model_type {family!r} is none of {', '.join(known)}")
+    if theirs.get("quantization_config"):
+        method = theirs["quantization_config"].get("quant_method", "of some kind")
+        raise ValueError(f"the weights are quantised ({method}); name the folder of the model that "
+                         "they were made from, and quantise that: scripts/convert.py --quantize")
     # Qwen2-MoE may declare the biases of Qwen2; in the others attention_bias adds one to wo, too.
     supported = (GPT2_SUPPORTED if family == "gpt2" else SUPPORTED if family == "qwen2_moe" else
                  SUPPORTED | {"attention_bias": (False,)})
@@ -178,19 +184,22 @@ def read_pieces(folder, config: LMConfig) -> Iterator[Piece]:
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     index = folder / "model.safetensors.index.json"
-    shards = [folder / "model.safetensors"]
-    if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        shards = [folder / name for name in sorted(names)]
+    shards = [folder / "model.safetensors"]         # before the index, as in transformers
+    if index.exists() and not shards[0].exists():
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        shards = [folder / name for name in names]
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{index} names {outside[0]!r}, which is not a file in its folder")
     elif not shards[0].exists():        # MiniMind's own export
         shards = sorted(folder.glob("pytorch_model*.bin")) or shards
     for shard in shards:
-        if not shard.exists():
+        if not shard.is_file():
             raise FileNotFoundError(f"{shard} is missing: the download of {folder} is not complete")
         yield from read_state(shard).items() if shard.suffix == ".bin" else read_safetensors(shard)
 
 
 def read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    check_signature(file)
     try:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
@@ -208,10 +217,8 @@ def to_pieces(tensors, config: LMConfig) -> Iterator[Piece]:
         number = re.search(r"experts\.(\d+)\.", source)
         name = re.sub(r"experts\.\d+\.", "experts.", source.removeprefix("transformer."))
         name = rename(name, OURS)
-        # Old files hold RoPE's frequencies and the causal mask. A tied head is stored twice.
-        is_buffer = source.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
-        if is_buffer or name == "output.weight" and config.tie_embeddings:
-            continue
+        if source.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
+            continue                    # old files hold RoPE's frequencies and the causal mask
         if source.endswith("shared_expert_gate.weight"):
             if tensor.count_nonzero():
                 raise ValueError(f"{source} is not zero: a learned gate is not supported")
@@ -242,13 +249,19 @@ def write(model: Transformer, tokenizer: Tokenizer, folder, dtype: torch.dtype =
     """Write the folder that AutoModelForCausalLM and AutoTokenizer read. config.json comes last:
     without it the folder is no model. Raises ValueError for a model that no family can hold."""
     folder, config = Path(folder), write_config(model.config, tokenizer, dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards, weight_map = list(in_shards(their_tensors(model), dtype)), {}
-    for i, shard in enumerate(shards, 1):
+    shards, weight_map, size = {}, {}, 0
+    for name, tensor in their_tensors(model):
+        shards.setdefault(size // SHARD_BYTES, {})[name] = tensor
+        size += tensor.numel() * dtype.itemsize
+    for i, shard in enumerate(shards.values(), 1):
         part = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         shard = {name: tensor.to(dtype).contiguous() for name, tensor in shard.items()}
-        data = save(shard, metadata={"format": "pt"})
-        write_atomic(folder / f"model{part}.safetensors", lambda opened: opened.write(data))
+
+        def to_file(temporary):
+            temporary.write_bytes(save(shard, {"format": "pt", "checksum": UNSIGNED.decode()}))
+            sign(temporary)
+
+        replace_atomic(folder / f"model{part}.safetensors", to_file)
         weight_map |= dict.fromkeys(shard, f"model{part}.safetensors")
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json",
@@ -259,23 +272,6 @@ def write(model: Transformer, tokenizer: Tokenizer, folder, dtype: torch.dtype =
     write_json(folder / "config.json", config)
 
 
-def write_json(path: Path, value: dict):
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    write_atomic(path, lambda file: file.write(text.encode()))
-
-
-def in_shards(tensors, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each file, which has at most SHARD_BYTES, or a single tensor."""
-    shard, size = {}, 0
-    for name, tensor in tensors:
-        if shard and size + tensor.numel() * dtype.itemsize > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.numel() * dtype.itemsize
-    yield shard
-
-
 def their_tensors(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights under their names and in their order, made one at a time."""
     config = model.config
@@ -283,24 +279,23 @@ def their_tensors(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
     is_gpt2 = config.architecture == "gpt2"
     table = GPT2_NAMES if is_gpt2 else NAMES | STACKS if config.use_moe else NAMES
     for name, weight in weights.items():
-        if is_gpt2:
-            if "attention.wk" in name or "attention.wv" in name:
-                continue                            # written with wq
-            if "attention.wq" in name:
-                weight = torch.cat([weights[name.replace("wq", part)] for part in QKV])
-            if name.startswith("layers") and weight.dim() == 2:
-                weight = weight.T
-            theirs = rename(name.replace("attention.wq.", "attention.wqkv."), table)
-            yield theirs if theirs == "lm_head.weight" else f"transformer.{theirs}", weight
-        elif weight.dim() == 3:
+        if is_gpt2 and ("attention.wk" in name or "attention.wv" in name):
+            continue                                # written with wq
+        if is_gpt2 and "attention.wq" in name:
+            weight = torch.cat([weights[name.replace("wq", part)] for part in QKV])
+            name = name.replace("wq", "wqkv")
+        theirs = rename(name, table)
+        if is_gpt2 and name.startswith("layers") and weight.dim() == 2:
+            weight = weight.T
+        elif not is_gpt2 and is_rotated(name):
+            weight = to_half_split(weight, config.head_dim)
+        elif name.endswith("shared.w2.weight"):
+            # Qwen2-MoE multiplies its shared expert by sigmoid(gate . x), 1/2 for a gate of 0.
+            weight = weight * 2
+            gate = theirs.replace("expert.down_proj", "expert_gate")
+            yield gate, weight.new_zeros(1, config.dim)
+        if weight.dim() == 3:
             for e, expert in enumerate(weight):
-                yield rename(name, table).replace("experts.", f"experts.{e}."), expert
+                yield theirs.replace("experts.", f"experts.{e}."), expert
         else:
-            if name.endswith("shared.w2.weight"):
-                # Qwen2-MoE multiplies its shared expert by sigmoid(gate . x), 1/2 for a gate of 0.
-                weight = weight * 2
-                gate = rename(name, table).replace("expert.down_proj", "expert_gate")
-                yield gate, weight.new_zeros(1, config.dim)
-            if is_rotated(name):
-                weight = to_half_split(weight, config.head_dim)
-            yield rename(name, table), weight
+            yield theirs, weight

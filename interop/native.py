@@ -7,7 +7,9 @@ name of its vocabulary file, and for adapters their settings and the base that t
 import dataclasses
 import json
 import os
+import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,17 +19,23 @@ from model.config import LMConfig
 from model.lora import lora_state
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from runtime.checkpoint import UNREADABLE
-from runtime.files import write_atomic
+from runtime.checkpoint import is_finite, load_verified
+from runtime.errors import FileError
+from runtime.files import file_crc32, named_errors, replace_atomic, write_json
 from runtime.processes import full_tensor, is_main_process
+
+DESCRIPTION = "archive/about.json"      # record of the .pth: what the .json beside it must say
 
 
 def write(model: Transformer, tokenizer: Tokenizer, path):
     """Write the three files, the weights last. All processes call this and the main one writes; a
-    sharded model is gathered one tensor at a time."""
+    sharded model is gathered one tensor at a time. Raises ValueError, before anything is replaced,
+    for a weight with NaN or infinity."""
     state = {}
     for name, weight in (lora_state(model) if model.adapted else model.state_dict()).items():
         weight = full_tensor(weight)
+        if not is_finite(weight):
+            raise FileError(f"{name} holds NaN or infinity; {path} stays as it was saved before")
         if is_main_process():       # int8 and int4 stay
             state[name] = (weight.float() if weight.is_floating_point() else weight).cpu()
     if not is_main_process():
@@ -35,7 +43,6 @@ def write(model: Transformer, tokenizer: Tokenizer, path):
     if "output.weight" in state and model.config.tie_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]         # one tensor, stored once
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     vocabulary = path.parent / f"tokenizer-{tokenizer.sha256[:8]}.json"
     if not vocabulary.exists():
         tokenizer.save(vocabulary)
@@ -43,9 +50,21 @@ def write(model: Transformer, tokenizer: Tokenizer, path):
     if model.adapted:
         base = os.path.relpath(model.adapted["base"], path.parent)
         about["lora"] = model.adapted | {"base": base}
-    text = json.dumps(about, indent=2)
-    write_atomic(path.with_suffix(".json"), lambda file: file.write(text.encode()))
-    write_atomic(path, lambda file: torch.save(state, file))
+    write_json(path.with_suffix(".json"), about)
+
+    def to_file(temporary):
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+        with zipfile.ZipFile(temporary, "a") as records:    # torch.load does not look at it
+            records.writestr(zipfile.ZipInfo(DESCRIPTION), description(about, vocabulary))
+
+    replace_atomic(path, to_file)
+
+
+def description(about: dict, vocabulary: Path) -> str:
+    """All that gives the weights their meaning. An adapter's base may move."""
+    lora = {key: value for key, value in about.get("lora", {}).items() if key != "base"}
+    return json.dumps([about["config"], lora, file_crc32(vocabulary)], sort_keys=True)
 
 
 def read_config(path) -> LMConfig:
@@ -64,20 +83,20 @@ def read_about(path) -> tuple[LMConfig, Path, dict | None]:
     beside = Path(path).with_suffix(".json")
     if not beside.exists():
         raise FileNotFoundError(f"no {beside} beside the weights, with their sizes: copy it, too")
-    try:
-        about = json.loads(beside.read_text())
-        config = LMConfig.from_dict(about["config"])
-        return config, beside.parent / about["tokenizer"], about.get("lora")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{beside} does not describe a model: {error!r}") from error
+    with named_errors(beside):
+        about = json.loads(beside.read_text(encoding="utf-8"))
+        config, vocabulary = LMConfig.from_dict(about["config"]), beside.parent / about["tokenizer"]
+        with suppress(OSError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(path) as records:
+            if records.read(DESCRIPTION).decode() != description(about, vocabulary):
+                raise ValueError(
+                    f"it, or {vocabulary}, is not what was saved with {path}: it was edited or "
+                    "damaged, or a save was interrupted. --resume writes all again")
+        return config, vocabulary, about.get("lora")
 
 
 def read_state(path) -> dict[str, torch.Tensor]:
     """A state dict that torch.save wrote; its tensors are read from the file when they are used."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UNREADABLE as error:
-        raise ValueError(f"{path} is cut short, or no weight file at all") from error
+    state = load_verified(path)
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ValueError(f"{path} is not a state dict {{name: tensor}}")
     return state
@@ -85,5 +104,4 @@ def read_state(path) -> dict[str, torch.Tensor]:
 
 def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
     for name, tensor in read_state(path).items():
-        if name != "output.weight" or not config.tie_embeddings:        # tied: tok_embeddings again
-            yield Piece(name, tensor, source=name)
+        yield Piece(name, tensor, source=name)

@@ -7,18 +7,23 @@ differs: Hugging Face encodes a conversation as one text, which may join it with
 """
 
 import json
+import os
 import re
-from collections.abc import Iterable
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from itertools import pairwise, product
+from os.path import commonprefix
 from pathlib import Path
 
+import jinja2
 import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from interop import named_errors
-from model.tokenizer import (CHATML, LLAMA3, PATTERN, PLAIN, ROLES, Chat, Tokenizer,
+from model.tokenizer import (CHATML, LLAMA3, PATTERN, PLAIN, ROLES, Chat, Tokenizer, any_of,
                              as_text_or_bytes)
+from runtime.args import CHAT
 from runtime.files import write_atomic
 from runtime.log import Logger
 
@@ -82,8 +87,7 @@ def unmade_tokens(ranks: dict[bytes, int], merges: dict[bytes, tuple]) -> list[b
 
 
 def check_merges(ranks: dict[bytes, int], merges: list[tuple], ignore_merges: bool):
-    """
-    Raise ValueError where tiktoken would join other tokens than the merges do. tiktoken needs no
+    """Raise ValueError where tiktoken would join other tokens than the merges do. tiktoken needs no
     merges: it joins any two tokens whose union is a token, the lowest id first. The ids are equal
     if the merges are in the order of the ids, and each token has the one of merges_of.
 
@@ -104,44 +108,152 @@ def check_merges(ranks: dict[bytes, int], merges: list[tuple], ignore_merges: bo
 # -- chat templates --------------------------------------------------------------------------------
 
 OURS = re.compile(r"\{#- MiniDistill (\{.*?\}) -#\}", re.DOTALL)
+WORDS = ("Sfjord", "Uglyph", "Anymph", "Mquartz", "Tvex")       # contents that no template writes
+DATE = datetime(2024, 7, 26)    # "today" of Llama 3.1, so that ids do not change tomorrow
 
 
-def read_template(template: str | None, special_tokens: dict[str, int], eos: str | None) -> dict:
-    """The Tokenizer's chat and end_of_text. A template is a Jinja program; it is not run, but
-    recognised by its text, or without one by the names of the special tokens. eos: the files'
-    eos_token, which may end a turn or a text."""
+def renderer(template: str, tokens: dict[str, str]) -> Callable[[list[dict], bool], str]:
+    """(messages, add_generation_prompt) -> the text of transformers' apply_chat_template with
+    enable_thinking=False. A template is a foreign program: it runs in jinja2's sandbox."""
+    def refuse(reason):
+        raise jinja2.TemplateError(reason)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
+    environment.globals |= {"raise_exception": refuse, "strftime_now": DATE.strftime}
+    # transformers' own marks around what the assistant writes
+    template = re.sub(r"(\{%-?\s*)generation\b", r"\1if true", template)
+    program = environment.from_string(template.replace("endgeneration", "endif"))
+    return lambda messages, prompt: program.render(
+        messages=messages, add_generation_prompt=prompt, enable_thinking=False, tools=None,
+        documents=None, **tokens)
+
+
+def message(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+def between(text: str, *words: str) -> list[str]:
+    """The parts of a text around these words."""
+    if not all(word in text for word in words):
+        raise ValueError("it does not write every content as it is")
+    return re.split("|".join(words), text)
+
+
+def without(text: str, start: str) -> str:
+    if not text.startswith(start):
+        raise ValueError(f"it writes {text!r} where {start!r} is expected")
+    return text[len(start):]
+
+
+def common_start(one: str, other: str, names: re.Pattern) -> str:
+    """The longest text that begins both and cuts no special token."""
+    size = len(commonprefix([one, other]))
+    spans = [found.span() for text in (one, other) for found in names.finditer(text)]
+    return one[:min([size, *(start for start, end in spans if start < size < end)])]
+
+
+def read_frame(render: Callable, special_tokens: Iterable[str], bos: str | None) -> Chat:
+    """The Chat of a template, from what it writes around known contents. Raises ValueError for
+    what is no such frame; what else it may do, check_frame finds. bos: of every text."""
+    names, (S, U, A, M, T) = any_of(special_tokens), WORDS
+    user, answer, more = message("user", U), message("assistant", A), message("user", M)
+
+    # begin user| U |end assistant| A |end user| M |end prompt
+    start, middle, after, prompt = between(render([user, answer, more], True), U, A, M)
+    user_end = common_start(between(render([user], False), U)[1], prompt, names)
+    _, last, tail = between(render([user, answer], False), U, A)
+    rest = without(after, common_start(tail, after, names))
+    header = start[len(start) - len(commonprefix([start[::-1], rest[::-1]])):]
+    begin, end = start.removesuffix(header), after.removesuffix(header)
+    assistant, prompt, last = (without(text, user_end) for text in (middle, prompt, last))
+    prompt = prompt or last                                 # some templates write none
+    if not last.startswith(prompt):     # the prompt counts, and the thought that it may open
+        opens = prompt.count("<think>") > prompt.count("</think>")
+        last = prompt + "\n</think>\n\n" * opens
+
+    first, second, _ = between(render([message("system", S), user], True), S, U)
+    system_end, default = second.removesuffix(header), None
+    if not first.startswith(begin):                         # without a system turn there is one
+        begin, default = "", without(begin, first).removesuffix(system_end)
+
+    thought = message("assistant", f"<think>\n{T}\n</think>\n\n{A}")
+    kept = between(render([user, thought, more], True), U, A)[1].removeprefix(user_end + assistant)
+    return Chat(f"{without(first, begin)}{{content}}{system_end}",
+                f"{header}{{content}}{user_end}", f"{assistant}{{content}}{end}",
+                default_system=default, before_answer=without(last, assistant),
+                trims=f" {U} " not in render([message("user", f" {U} ")], True),
+                begin=None if begin == (bos or "") else begin,
+                prompt=None if prompt == last else prompt,
+                thoughts="all" if T in kept else "space" if kept else "none")
+
+
+def check_frame(tokenizer: Tokenizer, render: Callable):
+    """Raise ValueError if a prompt has other ids than its template's text, or another text around
+    white space and thoughts, or an answer another text than the template writes behind its prompt.
+    """
+    S, U, A, M, T = WORDS
+    turns = [message("system", S), message("user", U), message("assistant", A),
+             message("user", f"{M}? {M}\n{U}"), message("assistant", f"{A}, {M}."),
+             message("user", T)]
+    spaced = [{**turn, "content": f"\n {turn['content']} \n"} for turn in turns]
+    thoughtful = [{**turn, "content": f"<think>\n{T}\n</think>\n\n{turn['content']}"}
+                  if turn["role"] == "assistant" else turn for turn in turns]
+    is_written = render(turns[:3], False).startswith(render(turns[:2], True))
+    n_end = len(tokenizer.chat.assistant.split("{content}")[1])
+    for probe, start, end in product((turns, spaced, thoughtful), (0, 1), range(2, 7)):
+        messages, is_answer = probe[start:end], end % 2
+        if is_answer and not is_written:
+            continue
+        theirs = render(messages, not is_answer)
+        ids, _ = tokenizer.encode_chat(
+            messages, not is_answer and theirs != render(messages, False))
+        ours = tokenizer.decode(ids)
+        if is_answer:                                       # something may follow the last turn
+            theirs, ours = theirs[:len(ours) - n_end], ours[:-n_end]
+        if theirs != ours:
+            at = len(commonprefix([theirs, ours]))
+            raise ValueError(f"it writes {theirs[at:at + 40]!r} after {theirs[:at][-40:]!r}, where "
+                             f"{ours[at:at + 40]!r} is expected")
+        is_exact = probe is turns and not is_answer
+        if is_exact and tokenizer.encode(theirs, allow_special=True) != ids:
+            raise ValueError(f"{theirs[:200]!r} has other tokens as one text")
+
+
+def read_template(template: str | None, special_tokens: dict[str, int], tokens: dict[str, str],
+                  bos: str | None, make: Callable[..., Tokenizer]) -> Tokenizer:
+    """make(chat=, end_of_text=, ...), with the frame that the chat template writes. --chat decides
+    where there is none, or no such frame; else the names of the special tokens.
+
+    tokens      the special tokens that a template may name: bos_token and eos_token"""
     if template and (ours := OURS.match(template)):
         about = json.loads(ours[1])
-        return {"chat": Chat(**about["chat"]), "end_of_text": about["end_of_text"]}
-    names = "<|endoftext|>", "<|end_of_text|>", eos, "</s>"
+        return make(chat=Chat(**about["chat"]), end_of_text=about["end_of_text"])
+    names = "<|endoftext|>", "<|end_of_text|>", tokens.get("eos_token"), "</s>"
     end = next((name for name in names if name in special_tokens), None)
     if end is None:
         raise ValueError(f"nothing ends a text: there is no special token {names}")
-    text = "".join(special_tokens) if template is None else template
-    text = text.replace("\\n", "\n").replace("\\'", "'")
-    if "<|start_header_id|>" in text and "<|eot_id|>" in special_tokens:
-        return {"chat": llama3(text), "end_of_text": end}
-    is_chatml = "<|im_start|>" in text and "<|im_end|>" in special_tokens
-    return {"chat": chatml(text) if is_chatml else PLAIN(end), "end_of_text": end}
-
-
-def chatml(template: str) -> Chat:
-    # A system message written out in the template: no quote and plus sign, no brace.
-    text = r"""<\|im_start\|>system\n((?:(?!['"]\s*[+~])[^{}])*?)<\|im_end\|>"""
-    default = re.search(text, template)
-    thinks = "<think>\n" in template.partition("add_generation_prompt")[2]
-    return replace(CHATML, default_system=default[1] if default else None,
-                   before_answer="<think>\n\n</think>\n\n" if thinks else "")
-
-
-def llama3(template: str) -> Chat:
-    """Today is the template's date, so that ids do not change tomorrow."""
-    known = re.search(r"Cutting Knowledge Date: [^\n'\"{}]+", template)
-    today = re.search(r"date_string = [\"']([^\"']+)[\"']", template)
-    if not (known and today):
-        return LLAMA3
-    dates = f"{known[0]}\nToday Date: {today[1]}\n\n{{content}}"
-    return replace(LLAMA3, system=LLAMA3.system.replace("{content}", dates), default_system="")
+    known, chosen = {"chatml": CHATML, "llama3": LLAMA3, "plain": PLAIN(end)}, os.environ.get(CHAT)
+    if template:
+        try:
+            render = renderer(template, tokens)
+            chat = read_frame(render, special_tokens, bos)
+            tokenizer = make(["<think>", "</think>"] if chat.reframes else [], chat=chat,
+                             end_of_text=end, template={"chat_template": template, **tokens})
+            check_frame(tokenizer, render)
+            return tokenizer
+        except Exception as error:                          # whatever a foreign program may raise
+            if chosen is None:
+                raise ValueError(f"its chat template cannot be followed exactly: {error}. Another "
+                                 f"format of conversations: --chat {', '.join(known)}") from error
+            Logger(f"WARNING: --chat {chosen} replaces a chat template that cannot be followed: "
+                   f"the model was made for other prompts ({error})")
+    elif chosen is None:
+        marks = {"llama3": {"<|start_header_id|>", "<|eot_id|>"},
+                 "chatml": {"<|im_start|>", "<|im_end|>"}, "plain": set()}
+        chosen = next(name for name in marks if marks[name] <= special_tokens.keys())
+        Logger(f"no chat template: conversations are formatted as --chat {chosen}")
+    return make(chat=known[chosen], end_of_text=end)
 
 
 TEMPLATE = """\
@@ -160,33 +272,38 @@ TEMPLATE = """\
 
 
 def write_template(tokenizer: Tokenizer) -> str:
-    """A Jinja template that formats a conversation as tokenizer.chat does. It begins with a comment
-    from which read_template restores the chat."""
+    """The files' own template, or one that formats a conversation as tokenizer.chat does and begins
+    with a comment from which read_template restores the chat."""
+    if tokenizer.template:
+        return tokenizer.template["chat_template"]
     chat = tokenizer.chat
-    name_of = {i: name for name, i in tokenizer.special_tokens.items()}
-    default = "" if chat.default_system is None else chat.system.replace(
-        "{content}", chat.default_system.strip() if chat.trims else chat.default_system)
-    values = {"bos": name_of.get(tokenizer.bos, ""), "default_system": default,
+    default = (chat.system.replace("{content}", each["content"]) for each in chat.messages([]))
+    values = {"bos": tokenizer.names.get(tokenizer.bos, ""), "default_system": "".join(default),
               "before_answer": chat.before_answer, "trims": chat.trims,
               "frames": {role: vars(chat)[role].split("{content}") for role in ROLES}}
     quoted = json.JSONEncoder(ensure_ascii=False).encode
-    about = quoted({"chat": vars(chat), "end_of_text": name_of[tokenizer.end_of_text]})
+    about = quoted({"chat": vars(chat), "end_of_text": tokenizer.names[tokenizer.end_of_text]})
     about = about.replace("#}", "#\\u007d")                   # which would end the comment
     lines = [f"{{%- set {name} = {quoted(value)} %}}" for name, value in values.items()]
     return "\n".join([f"{{#- MiniDistill {about} -#}}", *lines, TEMPLATE])
 
 
 def byte_level(vocab: dict[str, int], merges: Iterable[list[str]], pattern: str,
-               special_tokens: dict[str, int], *, eos: str | None = None,
+               special_tokens: dict[str, int], *, tokens: dict[str, str],
                chat_template: str | None = None, ignore_merges: bool = False,
-               **options) -> Tokenizer:
+               bos: str | None = None, matched: Iterable[str] = (), **options) -> Tokenizer:
     """The Tokenizer of a vocabulary {token, its bytes as letters: id} and its merges."""
     ranks = {to_bytes(token): i for token, i in vocab.items() if token not in special_tokens}
     check_merges(ranks, [(to_bytes(left), to_bytes(right)) for left, right in merges],
                  ignore_merges)
     drops_bytes = any(bytes([value]) not in ranks for value in range(256))
-    return Tokenizer(pattern, special_tokens, ranks, drops_bytes=drops_bytes, **options,
-                     **read_template(chat_template, special_tokens, eos))
+
+    def make(thoughts=(), **about):
+        both = [*matched, *(name for name in thoughts if name in {*special_tokens} - {*matched})]
+        return Tokenizer(pattern, special_tokens, ranks, drops_bytes=drops_bytes, bos=bos,
+                         matched=both, **about, **options)
+
+    return read_template(chat_template, special_tokens, tokens, bos, make)
 
 
 # -- GGUF ------------------------------------------------------------------------------------------
@@ -220,7 +337,8 @@ def from_gguf(fields: dict, path: Path | None = None) -> Tokenizer:
         PRE_TOKENIZERS[pre],
         {token: i for token, i, kind in named if kind in (UNKNOWN, CONTROL, USER_DEFINED)},
         matched=[token for token, _, kind in named if kind == USER_DEFINED],
-        eos=None if eos is None else tokens[eos], bos=tokens[bos] if adds_bos else None,
+        tokens={f"{key}_token": tokens[i] for key, i in (("bos", bos), ("eos", eos))
+                if i is not None}, bos=tokens[bos] if adds_bos else None,
         chat_template=of.get("tokenizer.chat_template"), ignore_merges=is_llama3, path=path,
         normalization="NFC" if pre == "qwen2" else None)
 
@@ -245,8 +363,9 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict:
               "tokenizer.ggml.eos_token_id": tokenizer.end_of_turn,
               "tokenizer.ggml.add_bos_token": tokenizer.bos is not None,
               "tokenizer.chat_template": write_template(tokenizer)}
-    if tokenizer.bos is not None:
-        fields["tokenizer.ggml.bos_token_id"] = tokenizer.bos
+    named = tokenizer.special_tokens.get((tokenizer.template or {}).get("bos_token"))
+    if (bos := named if tokenizer.bos is None else tokenizer.bos) is not None:
+        fields["tokenizer.ggml.bos_token_id"] = bos
     if pre == "minidistill":
         fields |= {"tokenizer.ggml.pre": SUBSTITUTE, OUR_PRE: pre}
         Logger("llama.cpp does not have the pattern of this vocabulary; the one written instead "
@@ -269,7 +388,9 @@ def read_tokenizer_json(path: str | Path) -> Tokenizer:
     with named_errors(file):
         try:
             library = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:                          # the library raises nothing narrower
+        except BaseException as error:      # the library raises nothing narrower, and panics
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise ValueError(f"the tokenizers library cannot read it: {error}") from error
         library.no_truncation()
         library.no_padding()
@@ -281,10 +402,10 @@ def read_tokenizer_json(path: str | Path) -> Tokenizer:
             template = jinja.read_text(encoding="utf-8")
         if isinstance(template, list):                          # several, with names
             template = {each["name"]: each["template"] for each in template}.get("default")
-        eos = config.get("eos_token")
-        eos = eos["content"] if isinstance(eos, dict) else eos
+        tokens = {key: token["content"] if isinstance(token, dict) else token
+                  for key in ("bos_token", "eos_token") if (token := config.get(key)) is not None}
         add_declared(library, config.get("added_tokens_decoder", {}), older)
-        tokenizer = from_library(library, eos=eos, chat_template=template, path=file)
+        tokenizer = from_library(library, tokens=tokens, chat_template=template, path=file)
         check_against_library(tokenizer, library)
         return tokenizer
 
@@ -370,22 +491,20 @@ def check_against_library(tokenizer: Tokenizer, library: tokenizers.Tokenizer):
 def write_tokenizer(tokenizer: Tokenizer, folder: str | Path):
     """Write tokenizer.json and tokenizer_config.json for AutoTokenizer. Raises ValueError, before
     it writes, if the ids would differ."""
-    folder = Path(folder)
-    name_of = {i: name for name, i in tokenizer.special_tokens.items()}
-    library = to_library(tokenizer, name_of)
+    folder, name_of = Path(folder), tokenizer.names
+    library = to_library(tokenizer)
     check_against_library(tokenizer, library)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               "bos_token": name_of.get(tokenizer.bos), "eos_token": name_of[tokenizer.end_of_turn],
               "pad_token": name_of[tokenizer.end_of_text],
-              "chat_template": write_template(tokenizer)}
+              "chat_template": write_template(tokenizer), **(tokenizer.template or {})}
     config = json.dumps(config, ensure_ascii=False, indent=1)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("tokenizer.json", library.to_str(pretty=True)),
                        ("tokenizer_config.json", config)):
         write_atomic(folder / name, lambda file: file.write(text.encode()))
 
 
-def to_library(tokenizer: Tokenizer, name_of: dict[int, str]) -> tokenizers.Tokenizer:
+def to_library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The vocabulary as one of the tokenizers library."""
     merges = merges_of(tokenizer.ranks)
     # Special tokens too: the library gives those outside the vocabulary the ids after it.
@@ -402,9 +521,9 @@ def to_library(tokenizer: Tokenizer, name_of: dict[int, str]) -> tokenizers.Toke
         library.normalizer = normalizers.NFC()
     if tokenizer.prefix_space:
         library.normalizer = normalizers.Prepend(" ")
-    if (bos := name_of.get(tokenizer.bos)) is not None:
+    if (bos := tokenizer.names.get(tokenizer.bos)) is not None:
         library.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", "$B:1"], special_tokens=[(bos, tokenizer.bos)])
     library.add_tokens([AddedToken(name, normalized=False, special=name not in tokenizer.matched)
-                        for _, name in sorted(name_of.items())])
+                        for _, name in sorted(tokenizer.names.items())])
     return library

@@ -45,9 +45,16 @@ class LMConfig:
     aux_loss_alpha: float = 0.01        # weight of the balance loss
 
     def __post_init__(self):
-        for name in ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
+                     "vocab_size", "max_seq_len", "n_routed_experts", "num_experts_per_tok"):
+            value, largest = getattr(self, name), 1 << (12 if name == "n_layers" else 24)
+            is_size = type(value) is int and 1 <= value <= largest
+            if value != getattr(LMConfig, name) and not is_size:        # the default may be None
+                raise ValueError(f"{name}={value} must be an integer of 1 to {largest:,}")
+        for name, value in {**vars(self), **(self.rope_scaling or {})}.items():
+            is_number = isinstance(value, float | int) and 0 <= value < 1e30     # NaN is none
+            if isinstance(getattr(LMConfig, name, 0.0), float | int) and not is_number:
+                raise ValueError(f"{name}={value} must be a number of 0 or more")
         if self.architecture not in ("llama", "gpt2"):
             raise ValueError(f"architecture={self.architecture!r} is not llama or gpt2")
         if self.architecture == "gpt2":
@@ -67,7 +74,7 @@ class LMConfig:
             raise ValueError(f"head_dim={self.head_dim} is odd, but RoPE rotates pairs")
         if self.n_kv_heads is None:
             self.n_kv_heads = max(1, self.n_heads // 2)
-        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+        if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is no multiple of "
                              f"n_kv_heads={self.n_kv_heads}; each key/value head serves the same "
                              "number of query heads")

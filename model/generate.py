@@ -78,8 +78,7 @@ class Step(NamedTuple):
 @torch.no_grad()
 def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens: int | list[int],
                    stop: int | None = None, rows: int = 64, dtype: torch.dtype | None = None,
-                   guide: Guide | None = None, vocab_size: int | None = None, any_busy=bool,
-                   **sampling) -> Iterator[Step]:
+                   guide: Guide | None = None, any_busy=bool, **sampling) -> Iterator[Step]:
     """Each forward pass gives one token: the first of new prompts, or the next of all active rows.
 
     prompts         token ids, at least one each
@@ -88,7 +87,6 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
     stop            token that ends an answer
     rows            maximum number of sequences generated at a time
     dtype           of the KV cache, that of the matrix products; None: of the weights
-    vocab_size      sample only ids below this; ids beyond it are padding. None: all
     any_busy        all processes of a sharded model must run each forward pass together: called
                     with whether this process has work, returns whether any process has. A process
                     without work runs the pass on a dummy token
@@ -143,7 +141,7 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
             ends = [end - 1 for end in accumulate(lengths)]             # last token of each text
             at = torch.tensor(ends, device=device) if len(tokens) > len(texts) else None
             out = each(tokens, lengths, at=at, cache=cache.rows(first, len(active)))
-            logits.append(out.logits[:, :vocab_size])                   # (n, V)
+            logits.append(out.logits)                                   # (n, V)
 
         # 3. Sample
         mixture = logits[0]

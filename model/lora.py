@@ -178,6 +178,7 @@ class WithoutAdapters:
 
     def __init__(self, student):
         self.student, self.config = student, student.config
+        self.n_tokens = student.n_tokens
 
     def __call__(self, *args, **kwargs):
         training = self.student.training

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,18 +47,29 @@ SPECIAL_TOKENS = {text: i for i, text in enumerate((
 ))}
 ROLES = ("system", "user", "assistant")
 
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+
 N_THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """
-    How a conversation is formatted: a template per role, with "{content}" once in each. The part
+    """How a conversation is formatted: a template per role, with "{content}" once in each. The part
     after the assistant's content begins with the special token that ends the turn.
 
         default_system  system message of conversations without one; None: they get none
-        before_answer   put before the final answer, and before one that is to be generated
+        before_answer   put before the last answer only: the empty thought of models that think
         trims           whether white space around a content is removed
+        begin           text before the first turn; None: the tokenizer's bos
+        prompt          beginning of an assistant's turn that is to be generated; None: as the last
+                        answer's turn, up to its content
+        thoughts        what earlier answers keep of a content's "<think>...</think>": "all";
+                        "none"; "space": the line ends after it
+
+    The rule: an answer is trained, and sampled, after exactly the text that a chat puts before it.
+    Qwen3 puts its empty thought before the last answer alone, and no thought into earlier ones, so
+    an answer that another turn follows is not framed as it was generated. Of such chats only a
+    conversation's last answer is a target; SFTDataset makes a conversation of each answer.
     """
 
     system: str
@@ -67,6 +78,35 @@ class Chat:
     default_system: str | None = None
     before_answer: str = ""
     trims: bool = False
+    begin: str | None = None
+    prompt: str | None = None
+    thoughts: str = "all"
+
+    @property
+    def reframes(self) -> bool:
+        """Whether an answer is framed in another way once another turn follows it."""
+        return self.before_answer != "" or self.thoughts != "all"
+
+    @property
+    def lead(self) -> str:
+        """What an answer begins with before its content: the end of a thought that the prompt
+        opens, or a space."""
+        header = self.assistant.split("{content}")[0] + self.before_answer
+        return header.removeprefix(header if self.prompt is None else self.prompt)
+
+    def answer(self, content: str, is_last: bool) -> str:
+        """The assistant's content as its template writes it: an earlier answer as `thoughts` says,
+        the last with its own thought or else with before_answer."""
+        thought, mark, _ = content.partition("</think>")
+        rest = content.rpartition("</think>")[2]
+        if not is_last:
+            return {"all": content, "space": rest, "none": rest.lstrip("\n") if mark else rest}[
+                self.thoughts]
+        if "</think>" not in self.before_answer + content * self.reframes:
+            return self.before_answer + content
+        before, end, after = (self.before_answer or EMPTY_THOUGHT).partition("\n</think>")
+        thought = thought.split("<think>")[-1].strip("\n") if mark else ""
+        return before + thought + end + after + rest.lstrip("\n")
 
     def messages(self, messages: list[dict]) -> list[dict]:
         """The messages with the default system message, and trimmed."""
@@ -90,12 +130,11 @@ def PLAIN(end: str) -> Chat:
 
 DEFAULT_OPTIONS = {"chat": asdict(CHATML), "end_of_text": "<|endoftext|>", "bos": None,
                    "matched": [], "normalization": None, "prefix_space": False,
-                   "drops_bytes": False}
+                   "drops_bytes": False, "template": None}
 
 
 class Tokenizer:
-    """
-    A vocabulary, and the functions that use it. Raises ValueError for what cannot work.
+    """A vocabulary, and the functions that use it. Raises ValueError for what cannot work.
 
         pattern         regex that splits a text into pieces (Rust syntax)
         special_tokens  name -> id; no text can produce these ids
@@ -109,6 +148,8 @@ class Tokenizer:
         normalization   None, or "NFC" before splitting
         prefix_space    put a space before every non-empty text (SentencePiece); decode keeps it
         drops_bytes     skip bytes without a token, instead of requiring all 256
+        template        the files' own chat template, of which `chat` is the verified frame, and the
+                        special tokens that it names, as in tokenizer_config.json; for exports
 
     end_of_turn is the id that ends an answer, vocab_size the highest id + 1, and sha256 identifies
     the vocabulary in caches and checkpoints.
@@ -118,7 +159,8 @@ class Tokenizer:
                  path: Path | None = None, *, chat: Chat = CHATML,
                  end_of_text: str = "<|endoftext|>", bos: str | None = None,
                  matched: Iterable[str] = (), normalization: str | None = None,
-                 prefix_space: bool = False, drops_bytes: bool = False):
+                 prefix_space: bool = False, drops_bytes: bool = False,
+                 template: dict | None = None):
         twice, count = Counter([*special_tokens.values(), *ranks.values()]).most_common(1)[0]
         if count > 1:                                   # tiktoken would panic in Rust
             raise ValueError(f"id {twice} is used twice")
@@ -126,17 +168,20 @@ class Tokenizer:
         missing = bytes(value for value in range(256) if bytes([value]) not in ranks)
         if missing and not drops_bytes:
             raise ValueError(f"no token for byte {missing[0]} ({len(missing)} are missing)")
+        if not pattern:
+            raise ValueError("the pattern is empty, and would leave out every text")
         self._encoding = tiktoken.Encoding("minidistill", pat_str=pattern, mergeable_ranks=ranks,
                                            special_tokens=special_tokens)
         self.pattern, self.special_tokens, self.ranks = pattern, special_tokens, ranks
         options = {"chat": asdict(chat), "end_of_text": end_of_text, "bos": bos,
                    "matched": list(matched), "normalization": normalization,
-                   "prefix_space": prefix_space, "drops_bytes": drops_bytes}
+                   "prefix_space": prefix_space, "drops_bytes": drops_bytes, "template": template}
         self.options = {key: value for key, value in options.items()
                         if value != DEFAULT_OPTIONS[key]}
-        self.path, self.chat, self.matched = path, chat, tuple(matched)
+        self.path, self.chat, self.matched, self.template = path, chat, tuple(matched), template
         self.normalization, self.prefix_space = normalization, prefix_space
         self.drops_bytes, self._missing = drops_bytes, missing
+        self.names = {i: name for name, i in special_tokens.items()}
         self.vocab_size = max(*special_tokens.values(), *ranks.values()) + 1
         self.end_of_text = special_tokens[end_of_text]
         self.bos = None if bos is None else special_tokens[bos]
@@ -145,13 +190,42 @@ class Tokenizer:
         # Headers are encoded apart from contents, so that a prompt is a prefix of its conversation.
         self._frames = {role: [self._encode(part, self._any_special)
                                for part in vars(chat)[role].split("{content}")] for role in ROLES}
-        self._before_answer = self._encode(chat.before_answer, self._any_special)
+        self._header = chat.assistant.split("{content}")[0]
+        prompt = self._header + chat.before_answer if chat.prompt is None else chat.prompt
+        self._prompt = prompt, self._encode(prompt, self._any_special)
+        begin = (bos or "") if chat.begin is None else chat.begin
+        self._begin = self._encode(begin, self._any_special)
         self.end_of_turn = self._frames["assistant"][1][0]
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the file that save writes."""
-        return hashlib.sha256(self._to_json().encode()).hexdigest()
+        """Hash of the file that save writes, without its template: no id depends on that."""
+        return hashlib.sha256(self._to_json(without="template").encode()).hexdigest()
+
+    @cached_property
+    def ids(self) -> dict:
+        """What decides the ids of a text, as JSON holds it: a hash of all but the special tokens,
+        and these. The frame of conversations does not."""
+        parts = self.pattern, self.normalization, self.prefix_space, sorted(self.ranks.items())
+        return {"sha256": hashlib.sha256(repr(parts).encode()).hexdigest(),
+                "special_tokens": self.special_tokens}
+
+    def conflict(self, ids: dict) -> str | None:
+        """Where an id of another vocabulary's `ids` means something else; None: nowhere. Either may
+        have special tokens that the other lacks."""
+        if ids["sha256"] != self.ids["sha256"]:
+            return "they split texts into other tokens"
+        return next((f"id {i} is {self.names[i]} and {name}" for name, i in
+                     ids["special_tokens"].items() if self.names.get(i, name) != name), None)
+
+    def unreadable(self, ids: dict) -> str | None:
+        """Why a model with another vocabulary's `ids` cannot read these texts and conversations."""
+        used = self._any_special.findall(" ".join(map(str, vars(self.chat).values())))
+        used = {*(self.special_tokens[name] for name in (*used, *self.matched)),
+                self.end_of_text, self.bos}
+        lacking = [name for name, i in self.special_tokens.items()
+                   if i in used and ids["special_tokens"].get(name) != i]
+        return self.conflict(ids) or (f"it lacks {', '.join(lacking)}" if lacking else None)
 
     @cached_property
     def n_bytes(self) -> np.ndarray:
@@ -183,28 +257,25 @@ class Tokenizer:
             text = unicodedata.normalize(self.normalization, text)
         if self._missing:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            if any(byte in text.encode() for byte in self._missing):
-                return self._encode_without_missing(text)
-        return self._encoding.encode_ordinary(text)
-
-    def _encode_without_missing(self, text: str) -> list[int]:
-        """Bytes without a token, on which tiktoken panics, are removed from their piece, whose
-        other bytes may then be joined, as in Hugging Face's library."""
-        pieces = regex.findall(self.pattern, text, regex.V1)    # V1 has && in a class, as Rust has
-        pieces = (piece.encode().translate(None, self._missing) for piece in pieces)
+        if not any(byte in text.encode() for byte in self._missing):
+            return self._encoding.encode_ordinary(text)
+        # Bytes without a token, on which tiktoken panics, are removed from their piece, whose other
+        # bytes may then be joined, as in Hugging Face's library. V1 has && in a class, as Rust has.
+        pieces = (piece.encode().translate(None, self._missing)
+                  for piece in regex.findall(self.pattern, text, regex.V1))
         return [i for piece in pieces if piece for i in self._encoding._encode_single_piece(piece)]
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of each text, over threads. Each gets many texts at a time; tiktoken's own batch call
         gives one and takes 7 times as long for short texts."""
         texts = list(texts)
-        if len(texts) < 32:                 # starting threads takes longer
+        if len(texts) < 32:                 # handing them to threads takes longer
             return [self.encode(text) for text in texts]
         size = 1 + len(texts) // (4 * N_THREADS)
         shares = [texts[start:start + size] for start in range(0, len(texts), size)]
-        with ThreadPoolExecutor(N_THREADS) as pool:
-            encoded = pool.map(lambda share: [self.encode(text) for text in share], shares)
-            return [ids for share in encoded for ids in share]
+        pool = threads(os.getpid())
+        encoded = pool.map(lambda share: [self.encode(text) for text in share], shares)
+        return [ids for share in encoded for ids in share]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Incomplete characters and ids without a token become U+FFFD."""
@@ -234,8 +305,10 @@ class Tokenizer:
             ids    <|im_start|> user \\n 2+3= <|im_end|> \\n <|im_start|> assistant \\n 5 <|im_end|>
             targets     .        .   .   .       .       .       .           .      .  T     T
 
-        add_generation_prompt ends with "<|im_start|>assistant\\n", for the model to continue.
-        Raises ValueError for an unknown role and for a content that is not text.
+        A message with "train": False is context: none of its tokens is a target. Nor is an earlier
+        answer of a chat that `reframes`. add_generation_prompt ends with
+        "<|im_start|>assistant\\n", for the model to continue. Raises ValueError for an unknown role
+        and for a content that is not text.
         """
         return self.encode_chats([messages], add_generation_prompt)[0]
 
@@ -247,34 +320,34 @@ class Tokenizer:
                 if message["role"] not in ROLES or not isinstance(message["content"], str):
                     raise ValueError(f"conversation {number}, message {i}: {message} does not have "
                                      f"one of the roles {', '.join(ROLES)} and a text as content")
-        conversations = [self.chat.messages(messages) for messages in conversations]
-        contents = (message["content"] for messages in conversations for message in messages)
-        contents = iter(self.encode_batch(contents))
-        return [self._frame(messages, contents, add_generation_prompt)
-                for messages in conversations]
+        framed = [list(self._frame(messages)) for messages in conversations]
+        contents = iter(self.encode_batch(text for turns in framed for _, text, _, _ in turns))
+        encoded = []
+        for turns in framed:
+            ids, targets = list(self._begin), [False] * len(self._begin)
+            for header, _, end, is_target in turns:
+                content = next(contents)
+                n_targets = len(content) + 1 if is_target else 0
+                ids += [*header, *content, *end]
+                targets += [False] * len(header) + [True] * n_targets
+                targets += [False] * (len(content) + len(end) - n_targets)
+            prompt = self._prompt[1] if add_generation_prompt else []
+            encoded.append((ids + prompt, targets + [False] * len(prompt)))
+        return encoded
 
-    def _frame(self, messages: list[dict], contents: Iterator[list[int]],
-               add_generation_prompt: bool) -> tuple[list[int], list[bool]]:
-        ids = [] if self.bos is None else [self.bos]
-        targets = [False] * len(ids)
+    def _frame(self, messages: list[dict]) -> Iterator[tuple[list[int], str, list[int], bool]]:
+        """(ids before the content, content, ids after it, whether it is a target) of each turn."""
+        messages = self.chat.messages(messages)
         for left, message in enumerate(messages, start=1 - len(messages)):
-            header, end = self._frames[message["role"]]
-            content = next(contents)
-            n_targets = len(content) + 1 if message["role"] == "assistant" else 0
-            if n_targets and left == 0:
-                header = header + self._before_answer
-            ids += [*header, *content, *end]
-            targets += [False] * len(header) + [True] * n_targets
-            targets += [False] * (len(content) + len(end) - n_targets)
-        if add_generation_prompt:
-            prompt = self._frames["assistant"][0] + self._before_answer
-            ids += prompt
-            targets += [False] * len(prompt)
-        return ids, targets
-
-    def render(self, messages: list[dict]) -> str:
-        """The conversation as encode_chat formats it, for people to read."""
-        return self.decode(self.encode_chat(messages)[0])
+            role, text = message["role"], message["content"]
+            header, end = self._frames[role]
+            if role == "assistant":
+                before, text = self._header, self._header + self.chat.answer(text, left == 0)
+                if text.startswith(self._prompt[0]):
+                    before, header = self._prompt
+                text = text[len(before):]
+            is_framed = role == "assistant" and (left == 0 or not self.chat.reframes)
+            yield header, text, end, is_framed and message.get("train", True)
 
     # -- the vocabulary file ------------------------------------------------------------------
 
@@ -298,21 +371,26 @@ class Tokenizer:
             raise ValueError(f"{path}: not a vocabulary file: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, lambda file: file.write(self._to_json().encode()))
+        write_atomic(Path(path), lambda file: file.write(self._to_json().encode()))
 
-    def _to_json(self) -> str:
+    def _to_json(self, without: str = "") -> str:
         """One token per line, such as [272, " t"], or [416, [228, 189]] for the bytes of an
         incomplete character, which JSON cannot hold. Options that are not the default follow."""
         to_json = json.JSONEncoder(ensure_ascii=False).encode
         special_tokens = dict(sorted(self.special_tokens.items(), key=lambda item: item[1]))
         tokens = sorted(self.ranks.items(), key=lambda item: item[1])
         lines = ",\n".join(to_json([i, as_text_or_bytes(token)]) for token, i in tokens)
-        options = "".join(f',\n"{key}": {to_json(value)}' for key, value in self.options.items())
+        options = "".join(f',\n"{key}": {to_json(value)}' for key, value in self.options.items()
+                          if key != without)
         return (f'{{\n"pattern": {to_json(self.pattern)},\n'
                 f'"special_tokens": {to_json(special_tokens)},\n'
                 f'"tokens": [\n{lines}\n]{options}\n}}\n')
+
+
+@cache
+def threads(process_id: int) -> ThreadPoolExecutor:
+    """One pool for all texts: tiktoken keeps memory for each new thread. A fork needs its own."""
+    return ThreadPoolExecutor(N_THREADS)
 
 
 def as_text_or_bytes(token: bytes) -> str | list[int]:
@@ -334,9 +412,9 @@ def check_chat(chat: Chat, special_tokens: dict[str, int], names: Iterable[str])
     for role, template in templates.items():
         if template.count("{content}") != 1:
             raise ValueError(f"the {role}'s template {template!r} has to have {{content}} once")
-    marks = re.findall(r"<\|.*?\|>", " ".join([*templates.values(), chat.before_answer]))
-    for name in [*names, *marks]:
+    end = templates["assistant"].split("{content}")[1]
+    for name in [*names, *re.findall(r"<\|.*?\|>", end)[:1]]:
         if name not in special_tokens:
             raise ValueError(f"special token {name!r} is missing")
-    if not any_of(special_tokens).match(templates["assistant"].split("{content}")[1]):
+    if not any_of(special_tokens).match(end):
         raise ValueError(f"no special token ends the assistant's template {chat.assistant!r}")

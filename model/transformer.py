@@ -25,7 +25,7 @@ from model.moe import FeedForward, MoEFeedForward
 
 
 class Output(NamedTuple):
-    logits: torch.Tensor | None         # (S, V), or None with with_logits=False
+    logits: torch.Tensor | None         # (S, n_tokens), or None with with_logits=False
     final: torch.Tensor                 # (S, D), hidden states: logits = final @ output.weight.T
     balance_loss: torch.Tensor          # (), of experts: sum over samples, mean over layers; or 0
     hidden: list[torch.Tensor]          # n_layers x (S, D), after each layer, with return_hidden
@@ -217,6 +217,9 @@ class Transformer(nn.Module):
     def __init__(self, config: LMConfig):
         super().__init__()
         self.config = config
+        # Rows with a token. Those after them are padding, with which a model family rounds its
+        # vocabulary up: they get no logits.
+        self.n_tokens = config.vocab_size
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(self.block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -271,7 +274,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.lengths += to_device(lengths, tokens.device, torch.long)
         final = self.norm(x)
-        logits = self.output(final) if with_logits else None
+        logits = self.logits(final) if with_logits else None
         return Output(logits, final, x.new_zeros(()) + balance, hidden, qkv)
 
     def embed(self, tokens, layout: Layout):  # (N,) -> (N, D)
@@ -322,10 +325,15 @@ class Transformer(nn.Module):
         """What ZeRO gathers at a time: the attention or the FFN of a layer."""
         return [part for layer in self.layers for part in (layer.attention, layer.ffn)]
 
+    def logits(self, final):  # (S, D) -> (S, n_tokens)
+        logits = self.output(final)     # a slice of all of it would be copied by its backward
+        return logits[:, :self.n_tokens] if self.n_tokens < logits.shape[1] else logits
+
     @property
-    def head(self):  # -> (V, D)
+    def head(self):  # -> (n_tokens, D), a view
         """The matrix that turns final hidden states into logits, for losses that run it."""
-        return self.output.dequantised() if self.config.quantization else self.output.weight
+        weight = self.output.dequantised() if self.config.quantization else self.output.weight
+        return weight[:self.n_tokens] if self.n_tokens < len(weight) else weight
 
     def n_parameters(self) -> int:
         """Tied weights count once, two 4-bit weights in a byte as two, and scales not at all."""

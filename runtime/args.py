@@ -5,7 +5,9 @@ Arguments: the flags that all training scripts share, and the YAML files of --co
 
 import argparse
 import difflib
+import math
 import os
+import re
 import shlex
 import sys
 from contextlib import contextmanager
@@ -13,7 +15,37 @@ from pathlib import Path
 
 import yaml
 
+from runtime.errors import ROOT, in_one_line, report_errors
+
 WORKFLOW = "MINIDISTILL_WORKFLOW"   # environment variable: the command this process is a step of
+CHAT = "MINIDISTILL_CHAT"           # environment variable: --chat
+
+# Where the values of a flag lie, if not in [0, inf). A flag is found by its name, or else by the
+# last word of it: write_temperature. Infinity only says that there is no bound.
+RANGES = {name: interval for interval, names in {
+    "[-1, inf)": "local_rank",
+    "[1, inf)": "accumulation_steps batch_size depth dim epochs max_bad_steps max_new_tokens "
+                "max_seq_len max_tries n_heads n_layers n_samples n_seeds num_samples "
+                "relation_heads repeats rounds rows sample_every threads tokens_per_batch "
+                "vocab_size",
+    "[1, 1000]": "parallel processes",
+    "[0, 10000]": "lora_rank measure num_workers",
+    "(0, inf)": "gpu_gb lora_alpha max_mb smoothing temperature",
+    "[0, 1]": "alpha alpha_ce beta floor label_noise on_policy_fraction",
+    "[0, 1)": "dropout replay_share val_fraction warmup_ratio",
+    "(0, 1)": "skew teacher_share test_share",
+    "(0, 1]": "top_p"}.items() for name in names.split()}
+
+# Keys of other frameworks' YAML files -> (our keys, of which a script has one; how values are read)
+ALIASES = {
+    "student_path": ("student weights", {}), "teacher_path": ("teacher", {}),
+    "torch_dtype": ("dtype", {}), "per_device_train_batch_size": ("batch_size", {}),
+    "gradient_accumulation_steps": ("accumulation_steps", {}), "num_train_epochs": ("epochs", {}),
+    "kl_direction": ("divergence", {"forward": "forward_kl", "reverse": "reverse_kl"}),
+    "skd.alpha": ("kd_weight", {}),                 # there, alpha is the weight of KL
+    "peft.r": ("lora_rank", {}),
+    "peft.enabled": ("lora_rank", {"true": "16", "false": "0"}),
+    "enable_thinking": ("", {"false": ""})}         # the chat template always turns it off
 
 
 def command_line() -> str:
@@ -38,7 +70,7 @@ def checking_input():
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"{error}")
+        sys.exit(in_one_line(error) or f"{error}")
 
 
 def did_you_mean(name: str, known) -> str:
@@ -53,9 +85,19 @@ def check_ranges(parser, args, *ranges: tuple[str, bool, str]):
             parser.error(f"--{flag} {vars(args)[flag]} must {needed}")
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, without the list of all flags."""
+
+    def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: (--\w+)", message):
+            hint = did_you_mean(unknown[1], self._option_string_actions)
+            message = f"{message}; did you mean {hint}?"
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def make_parser(doc: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=doc,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    report_errors()
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_training_args(parser: argparse.ArgumentParser):
@@ -73,7 +115,8 @@ def add_training_args(parser: argparse.ArgumentParser):
         help="maximum L2 norm of the gradient; 0 disables clipping")
     add("--max_bad_steps", type=int, default=3,
         help="steps in a row without a finite gradient, which are skipped, until the run ends")
-    add("--warmup_iters", type=int, default=0, help="steps of linear warm-up before the cosine")
+    add("--warmup_iters", "--warmup_ratio", type=float, default=0,
+        help="linear warm-up before the cosine, in steps; below 1: a fraction of all steps")
     add("--seed", type=int, default=1337,
         help="random seed of initial weights, shuffling and dropout")
 
@@ -104,21 +147,15 @@ def add_training_args(parser: argparse.ArgumentParser):
     add("--num_workers", type=int, default=1,
         help="threads that prepare batches; 0: the training thread itself")
 
-    add = parser.add_argument_group("hardware").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
-        help="autocast dtype; trainable weights, optimizer state and losses stay in fp32. bfloat16 "
-             "falls back to float32 where the hardware has none")
+    add = add_process_args(parser)
     add("--grad_checkpoint", action="store_true",
         help="activation checkpointing: recompute each layer in the backward pass; much less "
              "memory, a third more work")
     add("--compile", action="store_true",
         help="torch.compile each layer; on a GPU in bfloat16 only")
-    add("--ddp", action="store_true", help="several processes, started by torchrun")
     add("--shard", default="none", choices=["none", "zero2", "zero3"],
         help="what --ddp shards over the processes. zero2: gradients and optimizer state; zero3: "
              "weights too, also a frozen teacher's")
-    add("--local_rank", type=int, default=-1, help="GPU of this process; -1: set by torchrun")
 
     add = parser.add_argument_group("output").add_argument
     add("--out_dir", "--output_dir", default="out",
@@ -136,15 +173,17 @@ def add_training_args(parser: argparse.ArgumentParser):
 
 
 def add_process_args(parser: argparse.ArgumentParser, dtype: bool = True):
-    """The flags of a script that runs a model in several processes without training it."""
+    """The flags of a script that runs a model in several processes; returns the add_argument of
+    their group."""
     add = parser.add_argument_group("hardware").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     if dtype:
         add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
-            help="dtype of the matrix products; bfloat16 falls back to float32 where the hardware "
-                 "has none")
+            help="dtype of the matrix products (autocast); trainable weights, optimizer state and "
+                 "losses stay in fp32. bfloat16 falls back to float32 where the hardware has none")
     add("--ddp", action="store_true", help="several processes, started by torchrun")
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: set by torchrun")
+    return add
 
 
 def lora_options(args) -> dict | None:
@@ -171,67 +210,150 @@ def check_training_args(parser, args):
                      "inside them; leave one of them out")
 
 
-def parse_args(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
+def parse_args(parser: argparse.ArgumentParser, argv=None, **ranges: str) -> argparse.Namespace:
     """Defaults, then the YAML files of --config, each over those before it, then the command line.
-    Sections of a YAML file only group its keys.
+    Sections of a YAML file only group its keys. ranges: a script's own, over RANGES.
 
     Adds the flag --config. Exits with a message on a file that is not YAML, a value that its flag
-    does not take, and an unknown key, naming the file and the nearest known key.
+    does not take, and unknown keys, naming the file, the line and the nearest known key.
     """
     parser.add_argument("--config", nargs="+", default=[], metavar="YAML",
         help="YAML files with values for any flag; a later file overrides earlier ones, the "
              "command line overrides all")
-    only_config = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--chat", default=None, choices=["chatml", "llama3", "plain"],
+        help="format of conversations for a model whose chat template is missing or cannot be "
+             "followed exactly (plain: Alpaca's); other models keep their own")
+    only_config = Parser(prog=parser.prog, add_help=False)
     only_config.add_argument("--config", nargs="+", default=[])
     files, _ = only_config.parse_known_args(argv)
-    flags = {action.dest: action for action in parser._actions}
+    flags = {name.lstrip("-"): flag for flag in parser._actions
+             for name in (flag.dest, *flag.option_strings) if flag.dest not in ("help", "config")}
     values = {}
     for path in files.config:
-        values |= read_config(parser, flags, path)
-    for key in values:
-        flags[key].required = False
+        values |= read_config(parser, flags, in_repo(path))
+    shard = values.get("shard")
     for group in parser._mutually_exclusive_groups:
         group.required &= not any(flag.dest in values for flag in group._group_actions)
-    # A repeatable flag would extend its default, where the command line must override the files.
-    several = {key: values.pop(key) for key in list(values)
-               if flags[key].nargs == "+" and flags[key].default is None}
-    parser.set_defaults(**values)
+    several = {}
+    for flag in parser._actions:
+        flag.required &= flag.dest not in values
+        value = in_repo(values.get(flag.dest, flag.default))
+        # A repeatable flag would extend its default; the command line must override the files.
+        if flag.nargs == "+" and flag.default is None:
+            several[flag.dest] = value
+        elif value != flag.default:
+            parser.set_defaults(**{flag.dest: value})
     args = parser.parse_args(argv)
     vars(args).update({key: value for key, value in several.items() if getattr(args, key) is None})
+    if args.chat:
+        os.environ[CHAT] = args.chat        # where tokenizers are read, here and in child processes
+    check_values(parser, args, RANGES | ranges)
     if "lora_alpha" in args:
+        if args.shard == shard != "none" and not args.ddp:
+            print(f"one process: without the config's --shard {shard}")
+            args.shard = "none"
         check_training_args(parser, args)
     return args
 
 
+def check_values(parser, args, ranges: dict[str, str]):
+    """Every number is finite and in its range, and no text is empty. Exits with a message."""
+    for name, given in vars(args).items():
+        for value in given if isinstance(given, list) else [given]:
+            if value == "" != parser.get_default(name):
+                parser.error(f"--{name} is empty")
+            if needed := out_of_range(name, value, ranges):
+                parser.error(f"--{name} {value} must {needed}")
+
+
+def out_of_range(name: str, value, ranges: dict[str, str] = RANGES) -> str | None:
+    """What a number must do, such as "lie in [0, 1]"; None for one that does, and for no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not abs(value) < (2 ** 53 if isinstance(value, int) else math.inf):
+        return "be finite, an integer below 2^53"
+    interval = ranges.get(name) or ranges.get(name.rpartition("_")[2], "[0, inf)")
+    low, high = map(float, interval[1:-1].split(","))
+    if (low < value < high or value == low and interval[0] == "["
+            or value == high and interval[-1] == "]"):
+        return None
+    return (f"lie in {interval}" if high < math.inf else
+            f"be {low:g} or more" if interval[0] == "[" else f"be above {low:g}")
+
+
+def in_repo(value):
+    """A relative path of a default or a config, or a list of them: the repo's, if its first folder
+    is in the repo and not in the current folder."""
+    if isinstance(value, list):
+        return [in_repo(each) for each in value]
+    if isinstance(value, (str, Path)) and (first := Path(value).parts[:1]):
+        if os.path.exists(ROOT / first[0]) and not os.path.exists(first[0]):
+            return type(value)(ROOT / value)
+    return value
+
+
 def read_config(parser, flags: dict, path: str) -> dict:
-    """{flag: value} of one YAML file."""
-    if not Path(path).exists():
+    """{flag: value} of one YAML file. flags: {name: its argparse action}."""
+    if not os.path.isfile(path):
         parser.error(f"no config file at {path}")
     try:
-        document = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
-        parser.error(f"{path} is not YAML: {error}")
-    if not isinstance(document, dict):
+        document = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        parser.error(f"{path} is not YAML in UTF-8: {' '.join(str(error).split())}")
+    if not isinstance(document, (yaml.MappingNode, type(None))):
         parser.error(f"{path} must hold lines like `learning_rate: 5e-6`")
-    values = {}
-    for key, value in document.items():
-        values.update(value if isinstance(value, dict) else {key: value})
-    for key, value in values.items():
-        if key not in flags:
-            parser.error(f"{path}: unknown key {key!r}; did you mean {did_you_mean(key, flags)}?")
-        try:
-            values[key] = read_value(parser, flags[key], value)
-        except argparse.ArgumentError as error:
-            parser.error(f"{path}: {error}")
+    values, lines, unknown = {}, {}, []
+    for section, key, node in entries(document):
+        name, line = str(key.value), f"line {key.start_mark.line + 1}"
+        names, words = ALIASES.get(f"{section}.{name}") or ALIASES.get(name) or (name, {})
+        flag = next((flags[each] for each in names.split(" ") if each in flags), None)
+        if names and flag is None:
+            unknown.append(f"{line}: unknown key {name!r}; did you mean "
+                           f"{did_you_mean(name, flags)}?")
+            continue
+        where = f"{path}, {line}: {name!r}"
+        value = read_value(parser, flag, node, words, where)
+        if flag is None or value == argparse.SUPPRESS:
+            continue
+        if name == "enabled":               # of peft, read last: the file may also give a rank
+            value = value and values.get(flag.dest, value)
+        elif flag.dest in values:
+            parser.error(f"{where} is given twice; see {lines[flag.dest]}")
+        values[flag.dest], lines[flag.dest] = value, line
+    if unknown:
+        parser.error(f"{path}, {' '.join(unknown)}")
     return values
 
 
-def read_value(parser, flag, value):
-    """A YAML value converted and checked as on the command line (YAML reads 5e-6 as text)."""
-    if value is None or flag.nargs == 0:                    # unset, or true and false for a switch
-        return value
-    values = value if isinstance(value, list) else [value]
-    values = [parser._get_value(flag, str(each)) for each in values]
-    for each in values:
-        parser._check_value(flag, each)
-    return values if flag.nargs in ("+", "*") else values[0]
+def entries(document) -> list:
+    """[(section or "", key, value)], as YAML nodes."""
+    found = []
+    for key, node in document.value if document else []:
+        inner = node.value if isinstance(node, yaml.MappingNode) else [(key, node)]
+        found += [(str(key.value) if inner is node.value else "", *pair) for pair in inner]
+    return sorted(found, key=lambda entry: entry[1].value == "enabled")
+
+
+def read_value(parser, flag, node, words: dict, where: str):
+    """A YAML value, converted and checked as on the command line (YAML reads 5e-6 as text)."""
+    several, switch = flag and flag.nargs in ("+", "*"), flag and flag.nargs == 0
+    words = {"true": flag.const, "false": flag.default} if switch else words
+    values = []
+    for each in node.value if several and isinstance(node, yaml.SequenceNode) else [node]:
+        if not isinstance(each, yaml.ScalarNode):
+            parser.error(f"{where} takes {'plain values' if several else 'one value'}")
+        if not each.value.strip() or each.tag.endswith(":null"):
+            parser.error(f"{where} has no value; remove it for the default")
+        if words and each.value.lower() not in words:
+            parser.error(f"{where} takes {' or '.join(words)}, not {each.value!r}")
+        if each.tag.endswith(":bool") and not words:
+            parser.error(f"{where} takes no switch; if {each.value} is a text, quote it")
+        values.append(words.get(each.value.lower(), each.value))
+    if switch or flag is None:
+        return values[0]
+    if flag.nargs == "+" and not values:
+        parser.error(f"{where} is an empty list")
+    try:
+        return parser._get_values(flag, values)
+    except argparse.ArgumentError as error:
+        parser.error(f"{where}: {error}")

@@ -6,69 +6,58 @@ process.
 
 import json
 import math
+import re
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from runtime.files import read_lines, write_atomic
+from runtime.files import read_rows, write_jsonl
+from runtime.precision import sum_dtype
 from runtime.processes import World, full_tensor, is_main_process, sum_over_processes
 
 LOG_FILES = []          # into which Logger writes too
-SECONDS = 10            # between two lines of ProgressBar
+SECONDS = 10            # between two lines of Pace
 SECONDS_WITHOUT_ROW = 30        # until Log shows a line
+PAGE = 4096             # bytes; no measurement of memory is finer
 
 
 def Logger(content):
-    """Print on the main process only, without breaking a progress bar."""
+    """Print on the main process only."""
     if is_main_process():
-        tqdm.write(str(content), file=sys.stdout)
-        sys.stdout.flush()
+        print(content, flush=True)
         for path in LOG_FILES:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(f"{content}\n")
 
 
-def progress_bar(world: World, **more) -> tqdm:
-    """On the terminal of the main process; elsewhere it is disabled."""
-    return tqdm(dynamic_ncols=True, disable=world.rank != 0 or not sys.stderr.isatty(), **more)
-
-
-class ProgressBar:
-    """This process's share of some work: a bar on a terminal, else a line every ten seconds. Only
-    the main process prints; it assumes that the others are as fast."""
+class Pace:
+    """This process's share of some work: a line every ten seconds. Only the main process prints; it
+    assumes that the others are as fast."""
 
     def __init__(self, total: int, unit: str, world: World):
         self.total, self.unit, self.world, self.done, self.tokens = total, unit, world, 0, 0
         self.start = self.printed = time.perf_counter()
-        self.bar = progress_bar(world, total=total, unit=f" {unit}", unit_scale=True)
 
     def add(self, done: int, tokens: int = 0):
         """So many more units are done. tokens: of a unit that is not tokens, for the pace."""
         self.done += done
         self.tokens += tokens
         now, seconds = time.perf_counter(), self.seconds()
-        pace = f"{self.world.size * self.tokens / seconds:,.0f} tokens/s" if self.tokens else ""
-        self.bar.set_postfix_str(pace, refresh=False)
-        self.bar.update(done)
-        late = now - self.printed > SECONDS or self.done == self.total
-        if self.bar.disable and self.done and late:
+        if self.done and (now - self.printed > SECONDS or self.done == self.total):
             self.printed = now
             share = " of this process" if self.world.size > 1 else ""
-            rate = self.world.size * self.done / seconds
-            left = (self.total - self.done) * seconds / self.done / 60
+            speed = self.world.size / seconds
             texts = [f"{self.done:,}/{self.total:,} {self.unit}{share}",
-                     f"{rate:,.1f} {self.unit}/s", pace, f"{left:.1f} min left"]
+                     f"{speed * self.done:,.1f} {self.unit}/s",
+                     f"{speed * self.tokens:,.0f} tokens/s" if self.tokens else "",
+                     f"{(self.total - self.done) * seconds / self.done / 60:.1f} min left"]
             Logger("  ".join(filter(None, texts)))
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start
-
-    def close(self):
-        self.bar.close()
 
 
 class Clock:
@@ -96,8 +85,30 @@ class Clock:
         return shares
 
 
+def peak(device) -> int:  # -> bytes
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))[1])
+    import resource                         # macOS
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@contextmanager
+def peak_above(device):
+    """with peak_above(device) as above: ...; above() is the peak in bytes above what was in use."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):             # not Linux: the old peak stays, nothing large was freed yet
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = peak(device)
+    yield lambda: max(PAGE, peak(device) - before)
+
+
 class Log:
-    """Rows of numbers: a progress bar or plain lines, a JSONL file, and wandb if requested.
+    """Rows of numbers: plain lines, a JSONL file, and wandb if requested.
 
     Values are added per step as sums over this process's tokens and reported as means over the
     steps since the last row, without those that were skipped; see `is_finite`.
@@ -109,13 +120,10 @@ class Log:
         self.start, self.printed = time.time(), 0.0
         self.values, self.sums = {}, {}             # of this step; of the steps since the last row
         self.steps = self.skipped = self.tokens = self.tokens_before = 0
-        self.skipped_in_a_row = self.skipped_in_all = 0
-        self.bar = progress_bar(world, total=self.total_steps, initial=self.first_step, unit="step")
+        self.skipped_in_a_row = 0
         if world.rank == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            old = read_lines(self.path) if self.first_step else []
-            keep = [line for line in old if json.loads(line)["step"] <= self.first_step]
-            write_atomic(self.path, lambda file: file.write("".join(keep).encode()))
+            old = read_rows(self.path, "step") if self.first_step else []
+            write_jsonl(self.path, [row for row in old if row["step"] <= self.first_step])
 
     def add(self, tokens: int, **values: torch.Tensor):
         """One micro-batch: tokens that the model read, and values that add up to the step's over
@@ -138,7 +146,6 @@ class Log:
         bad = sum_over_processes((~values.isfinite()).float().to(self.world.device)).tolist()
         terms = [name for name, n_processes in zip(self.values, bad) if n_processes]
         self.values, self.skipped = {}, self.skipped + 1
-        self.skipped_in_all += 1
         self.skipped_in_a_row += scaler.get_scale() <= 1.0      # 1.0: nothing is scaled
         what = f"the {', '.join(terms)} of" if terms else "the gradient, but not the loss, of"
         what = f"{what} step {self.progress.steps_done + 1} is not finite"
@@ -157,17 +164,18 @@ class Log:
         for name, value in self.values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.values, self.steps = {}, self.steps + 1
-        self.bar.update()
         if self.world.rank == 0 and time.time() - self.printed > SECONDS_WITHOUT_ROW:
             n_finite = max(1, self.steps - self.skipped)
             means = {name: float(value) / n_finite for name, value in self.sums.items()}
-            self.show(self.progress.steps_done, means, self.tokens_before + self.tokens)
+            tokens = self.tokens_before + self.world.size * self.tokens
+            self.show(self.progress.steps_done, means, tokens)
 
     def row(self, step: int, wandb=None, **more):
         """Report the means since the last row together with `more`. What is not finite is shown,
         but not written."""
         if self.steps:
-            sums = torch.stack([torch.as_tensor(value, dtype=torch.float64)
+            dtype = sum_dtype(self.world.device)
+            sums = torch.stack([torch.as_tensor(value, dtype=dtype)
                                 for value in (*self.sums.values(), self.tokens)])
             *sums, tokens = sum_over_processes(sums.to(self.world.device)).tolist()
             n_finite = self.steps - self.skipped
@@ -182,7 +190,7 @@ class Log:
         finite = {name: value for name, value in more.items() if math.isfinite(value)}
         pace = self.show(step, more, self.tokens_before)
         speed = {"tokens_per_s": pace} if pace else {}
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite, **speed}) + "\n")
         if wandb is not None:
             wandb.log({**finite, **speed}, step=step)
@@ -198,14 +206,9 @@ class Log:
         return tokens / seconds
 
     def close(self):
-        """End the progress bar and draw NAME.png from NAME.jsonl, whose rows include those before a
-        resume."""
-        self.bar.close()
-        if self.skipped_in_all:
-            Logger(f"{self.skipped_in_all} steps were skipped: their gradients were not finite")
+        """Draw NAME.png from NAME.jsonl, whose rows include those before a resume."""
         if self.world.rank == 0:
-            rows = [json.loads(line) for line in read_lines(self.path)]
-            draw_curves(rows, self.path.with_suffix(".png"))
+            draw_curves(read_rows(self.path, "step"), self.path.with_suffix(".png"))
 
 
 def draw_curves(rows: list[dict], path: Path):
@@ -213,6 +216,8 @@ def draw_curves(rows: list[dict], path: Path):
     Constants and tokens_per_s, a property of the machine, are left out; without a panel, no file.
     """
     from matplotlib.figure import Figure        # needed once, at the end of a run
+
+    from runtime.pictures import save_picture
 
     panels = {}                     # {"loss": {"loss": {step: value}, "val_loss": {step: value}}}
     for row in rows:
@@ -238,7 +243,7 @@ def draw_curves(rows: list[dict], path: Path):
             axis.plot(list(line), list(line.values()), ".-", color=color, label=label)
         if any(name.startswith("val_") for name in lines):
             axis.legend(frameon=False)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_picture(figure, path)
 
 
 def init_wandb(args, name: str, progress):

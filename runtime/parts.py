@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from runtime.args import resume_command
-from runtime.files import write_atomic
-from runtime.log import Logger, ProgressBar
+from runtime.args import checking_input, resume_command
+from runtime.files import named_errors, write_atomic, write_json
+from runtime.log import Logger, Pace
 from runtime.processes import StopSignal, World, patient_group
 
 
@@ -36,17 +36,21 @@ class Parts:
 
     def __init__(self, out, about: dict, n_parts: int, world: World):
         self.out, self.folder = Path(out), Path(f"{out}.parts")
+        self.removed = Path(f"{out}.parts.removed")
         self.about, self.n_parts = about, n_parts
         self.world, self.group = world, patient_group(world)
         self.stop = self.progress = None        # of `mine`
 
     def prepare(self) -> list[int]:
         """The missing parts. Raises ValueError if the file or parts of another file exist."""
-        if self.out.exists():
+        shutil.rmtree(self.removed, ignore_errors=True)
+        # With all parts there, a run was killed when it had written OUT, which is written again.
+        if self.out.exists() and not (self.folder.exists() and not self.missing()):
             raise ValueError(f"{self.out} exists already. Give another --out, or remove it")
         about = self.folder / "about.json"
         if about.exists():
-            was = json.loads(about.read_text())
+            with named_errors(about):
+                was = dict(json.loads(about.read_bytes()))
             changed = [f"{name} was {was.get(name)}, is {value}"
                        for name, value in self.about.items() if was.get(name) != value]
             if changed:
@@ -57,8 +61,7 @@ class Parts:
             raise ValueError(f"{self.folder} exists already and holds other files. Give another "
                              "--out, or remove it")
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(about, lambda file: file.write(json.dumps(self.about, indent=2).encode()))
+            write_json(about, self.about)
         return self.missing()
 
     def path(self, part: int) -> Path:
@@ -80,14 +83,13 @@ class Parts:
         mine = missing[self.world.rank::self.world.size]
         self.stop = StopSignal()
         total = sum(sizes[part] for part in mine) if sizes else len(mine)
-        self.progress = ProgressBar(total, unit, self.world)
+        self.progress = Pace(total, unit, self.world)
         for part in mine:
             if self.stop.requested:
                 break
             yield part
             if not sizes:
                 self.progress.add(1)
-        self.progress.close()
 
     def write(self, part: int, result):
         write_atomic(self.path(part), lambda file: file.write(json.dumps(result).encode()))
@@ -112,8 +114,10 @@ class Parts:
         """wait, then return the results of all parts in order; None but on the main process."""
         self.wait(why)
         if self.world.rank == 0:
-            return [json.loads(self.path(part).read_bytes()) for part in range(self.n_parts)]
+            with checking_input(), named_errors(f"{self.folder} holds a damaged part, remove it"):
+                return [json.loads(self.path(part).read_bytes()) for part in range(self.n_parts)]
 
     def remove(self):
-        """Remove the folder, once the file is written."""
-        shutil.rmtree(self.folder)
+        """Remove the folder, once the file is written: first its name, then its parts."""
+        self.folder.rename(self.removed)
+        shutil.rmtree(self.removed)

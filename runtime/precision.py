@@ -14,9 +14,21 @@ import torch.distributed as dist
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    """auto: cuda, mps (Apple's GPU) or cpu, the first that this machine has. Exits if it has no
+    such device."""
+    here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
+            "cpu": 1}
+    here = {kind: n for kind, n in here.items() if n}
+    kind, _, number = (next(iter(here)) if name == "auto" else name).partition(":")
+    if not (number or "0").isdecimal() or int(number or 0) >= here.get(kind, 0):
+        known = [f"{kind}:{i}" if n > 1 else kind for kind, n in here.items() for i in range(n)]
+        sys.exit(f"--device {name}: this machine has {', '.join(known)}")
+    return torch.device(f"{kind}:{number}" if number else kind)
+
+
+def sum_dtype(device) -> torch.dtype:
+    """Of long sums: float64, which Apple's GPUs lack."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 @functools.cache
@@ -26,6 +38,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     dtype = getattr(torch, name)
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        has_bf16 = False            # autocast and GradScaler are CUDA's; fp32 works everywhere
     else:
         has = torch.cpu.get_capabilities()
         has_bf16 = any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -34,9 +48,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
             print(f"{device} has no bfloat16 arithmetic: matrix products run in "
                   "float32", flush=True)
         return torch.float32
-    if dtype == torch.float16 and device.type == "cpu":
-        sys.exit("--dtype float16 needs a GPU (on a CPU it is slower than float32); use --dtype "
-                 "float32")
+    if dtype == torch.float16 and device.type != "cuda":
+        sys.exit("--dtype float16 needs a GPU with CUDA; elsewhere use --dtype float32")
     return dtype
 
 
@@ -45,9 +58,14 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed that depends on these numbers alone, not on processes or time."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def seed_everything(*seed: int):
     """Seed Python, NumPy and PyTorch from one or several integers."""
-    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    mixed = seed_of(*seed)
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)

@@ -5,6 +5,7 @@ a common stop signal.
 """
 
 import atexit
+import ctypes
 import datetime
 import functools
 import os
@@ -47,9 +48,11 @@ def init_distributed_mode(ddp: bool | None = None, device: str = "auto", local_r
     if "RANK" not in os.environ:
         sys.exit(f"--ddp needs torchrun to start its processes. Type:\n"
                  f"    torchrun --nproc_per_node 2 {command_line()}")
+    if sys.platform == "linux":         # PR_SET_PDEATHSIG: save and stop when torchrun is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     local_rank = local_rank if local_rank >= 0 else int(os.environ["LOCAL_RANK"])
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", local_rank) if on_gpu else pick_device(device)
+    on_gpu = pick_device(device).type == "cuda"
+    device = pick_device(f"cuda:{local_rank}" if on_gpu else "cpu")     # gloo has no mps
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
@@ -74,13 +77,14 @@ def patient_group(world: World):
 def main_process_first(world: World):
     """The main process runs the block alone, then the others do: it tokenises, they find the file.
     If it fails, the others fail with the same error instead of waiting for it."""
+    group = patient_group(world)        # 10 GB take longer than ten minutes
     if world.rank != 0:
-        dist.barrier()
+        dist.barrier(group)
     try:
         yield
     finally:
         if world.rank == 0 and world.size > 1:
-            dist.barrier()
+            dist.barrier(group)
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
@@ -153,11 +157,7 @@ def unwrapped(module):
 
 
 def is_sharded(module) -> bool:
-    if not dist.is_initialized():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
+    return hasattr(module, "set_reshard_after_backward")        # of FSDPModule
 
 
 @contextmanager
@@ -183,13 +183,14 @@ def release_gathered(modules: dict):
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor gathered from all processes, which must all call this; any other tensor
-    unchanged."""
-    if not dist.is_initialized():
-        return tensor
-    from torch.distributed.tensor import DTensor
+    """A sharded tensor (DTensor) gathered from all processes, which must all call this; any other
+    tensor unchanged."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+def local_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's rows of a sharded tensor; any other tensor unchanged."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def sharded_like(weight, full: torch.Tensor) -> torch.Tensor:
@@ -209,18 +210,18 @@ def sharded_like(weight, full: torch.Tensor) -> torch.Tensor:
 
 class StopSignal:
     """Ctrl-C, SIGTERM and SIGHUP, of a terminal that closes, request a stop; the loop finishes its
-    step, saves and exits. A second Ctrl-C exits at once. A signal that nohup ignores stays so."""
+    step, saves and exits. A second Ctrl-C exits at once. nohup ignores SIGHUP, and so it stays."""
 
     def __init__(self):
         self.requested = self.stopped = False
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):            # Windows has no SIGHUP
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.receive)
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.receive)          # Windows has none
 
     def receive(self, number, frame):
         if self.requested and number == signal.SIGINT:
-            signal.default_int_handler(number, frame)
+            sys.exit("interrupted twice: this step is not saved")
         self.requested = True
 
     def agreed(self, step: int, world: World, every: int = 8) -> bool:

@@ -6,9 +6,11 @@ What changes with the training step: learning rate and temperature.
 import math
 
 
-def get_lr(current_step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> float:
+def get_lr(current_step: int, total_steps: int, lr: float, warmup_steps: float = 0) -> float:
     """Linear warm-up, then lr/10 + lr/2 * (1 + cos(pi * step / total)): a cosine from 1.1 * lr down
-    to 0.1 * lr."""
+    to 0.1 * lr. warmup_steps below 1: a fraction of all steps."""
+    if warmup_steps < 1:
+        warmup_steps = round(warmup_steps * total_steps)
     if current_step < warmup_steps:
         return 1.1 * lr * (current_step + 1) / warmup_steps
     step, total = current_step - warmup_steps, max(1, total_steps - warmup_steps)

@@ -18,62 +18,21 @@ import shutil
 import sys
 from pathlib import Path
 
-# `python scripts/cache_teacher.py` looks for modules in scripts/ alone; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 import numpy as np
 import torch
 
-from dataset.lm_dataset import dataset_of, packed_batch, sample_key
+from dataset.lm_dataset import by_length, dataset_of, sample_key
+from dataset.mixture import Joined
 from distill.cache import VERSION, CacheWriter, lay_out, pack, row_type
-from interop.checkpoint import load_model, sha256_of_model
+from interop.checkpoint import load_model, load_tokenizer, sha256_of_model
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.files import file_sha256
 from runtime.log import Logger
 from runtime.parts import Parts
 from runtime.precision import autocast
 from runtime.processes import init_distributed_mode, main_process_first
-
-
-class Samples:
-    """The samples of several files, numbered consecutively, tokenised as in training."""
-
-    def __init__(self, paths, tokenizer, max_seq_len, skip_bad_lines):
-        self.files = [dataset_of([path])([path], tokenizer, max_seq_len, skip_bad_lines, Logger)
-                      for path in paths]
-        self.firsts = np.cumsum([0, *map(len, self.files)])
-        self.lengths = np.concatenate([file.lengths for file in self.files])        # (n,) tokens
-        self.n_targets = np.concatenate([file.n_targets for file in self.files])    # (n,)
-        self.keys = np.array([sample_key(file.sample(i)) for file in self.files
-                              for i in range(len(file))], np.uint64)
-
-    def batches(self, samples: np.ndarray, tokens_per_batch: int):
-        """Batches of these samples, in their order."""
-        flag, start = self.files[0].flag, 0
-        for end in range(1, len(samples) + 1):
-            n_tokens = self.lengths[samples[start:end + 1]].sum()       # with the next sample
-            if end < len(samples) and n_tokens <= tokens_per_batch:
-                continue
-            chosen, start = samples[start:end], end
-            files = np.searchsorted(self.firsts, chosen, side="right") - 1
-            rows = chosen - self.firsts[files]
-            stream = np.concatenate([self.files[i].sample(row) for i, row in zip(files, rows)])
-            yield packed_batch(stream & ~flag, stream & flag > 0, self.lengths[chosen])
-
-
-@torch.no_grad()
-def teacher_rows(teacher, batches, about, world, parts: Parts) -> np.ndarray | None:
-    """The teacher's outputs at the supervised positions of these batches; None after Ctrl-C."""
-    rows = []
-    for batch in batches:
-        if parts.stop.requested:
-            return None
-        batch = batch.to(world.device)
-        with autocast(world.device, world.dtype):
-            out = teacher(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
-        rows.append(pack(about, out.final, teacher.head))                           # (S, D) -> (S,)
-        parts.progress.add(len(batch.tokens))
-    return np.concatenate(rows)
 
 
 def megabytes(size: float) -> str:
@@ -109,6 +68,9 @@ def main():
              "which gives all of them")
     add("--temperature", type=float, default=1.0,
         help="softmax temperature of the top-k, above 0, as in training; hidden states serve any")
+    add("--tokenizer", default=None,
+        help="the student's tokenizer if its conversations have another format: its file, or a "
+             "model that has one; default: the teacher's")
     add("--max_seq_len", type=int, default=None,
         help="maximum length of a sample, in tokens, as in training; default: the teacher's "
              "context length")
@@ -117,24 +79,26 @@ def main():
     add("--tokens_per_batch", type=int, default=8192, help="tokens per forward pass of the teacher")
     add_process_args(parser)
     args = parse_args(parser)
-    if args.top_k < 0 or args.tokens_per_batch < 1:
-        parser.error(f"--top_k {args.top_k} must be 0 or more, --tokens_per_batch "
-                     f"{args.tokens_per_batch} 1 or more")
-    if args.temperature <= 0 or args.temperature != 1.0 and not args.top_k:
-        parser.error(f"--temperature {args.temperature:g} must be above 0, and needs a --top_k: "
-                     "hidden states, the default, serve any temperature")
+    if args.temperature != 1.0 and not args.top_k:
+        parser.error(f"--temperature {args.temperature:g} needs a --top_k: hidden states, the "
+                     "default, serve any temperature")
 
     # 2. Processes
     world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
 
     with checking_input():
         # 3. Teacher
-        teacher, tokenizer = load_model(args.teacher)
+        teacher, own = load_model(args.teacher)
+        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else own
         config = teacher.config
+        if reason := tokenizer.unreadable(own.ids):
+            raise ValueError(f"the teacher cannot read the tokens of {args.tokenizer}, {reason}: "
+                             "distil it without a cache")
+        teacher.n_tokens = min(teacher.n_tokens, tokenizer.vocab_size)
         max_seq_len = args.max_seq_len or config.max_seq_len
         for flag, value, limit, what in (
                 ("max_seq_len", max_seq_len, config.max_seq_len, "teacher's context length"),
-                ("top_k", args.top_k, config.vocab_size, "number of tokens in the vocabulary")):
+                ("top_k", args.top_k, teacher.n_tokens, "number of tokens in the vocabulary")):
             if value > limit:
                 raise ValueError(f"--{flag} {value} exceeds {limit}, the {what}")
         head = teacher.head.detach().clone()            # fp32, before the weights are cast
@@ -147,40 +111,47 @@ def main():
         about = {"version": VERSION, "teacher": args.teacher,
                  "teacher_sha256": sha256_of_model(args.teacher),
                  "teacher_sizes": dataclasses.asdict(config), "tokenizer": str(tokenizer.path),
-                 "tokenizer_sha256": tokenizer.sha256, "max_seq_len": max_seq_len,
+                 "ids": tokenizer.ids, "max_seq_len": max_seq_len,
                  "top_k": args.top_k, "temperature": args.temperature,
-                 "dtype": str(world.dtype).removeprefix("torch."), "vocab_size": config.vocab_size,
+                 "dtype": str(world.dtype).removeprefix("torch."), "vocab_size": len(head),
                  "dim": config.dim, "skip_bad_lines": args.skip_bad_lines}
         with main_process_first(world):
-            samples = Samples(args.data_path, tokenizer, max_seq_len, args.skip_bad_lines)
+            data = Joined([dataset_of([path])([path], tokenizer, max_seq_len, args.skip_bad_lines,
+                                              Logger) for path in args.data_path])
+            keys = [sample_key(data.sample(i)) for i in range(len(data))]
             about["files"] = {path: file_sha256(path) for path in args.data_path}
-            layout = lay_out(samples.keys, samples.lengths, samples.n_targets,
+            layout = lay_out(np.array(keys, np.uint64), data.lengths, data.n_targets,
                              row_type(about).itemsize)
             writer = CacheWriter(args.cache_dir, about, layout, head)
             missing = writer.prepare(args.overwrite)
             if missing:
                 check_room(writer, missing)
             writer.begin()
-    if not missing and writer.finished.exists():
+    if not missing:
         Logger(f"{args.cache_dir} is complete for these files; nothing to do")
         return
 
     # 5. Write
     parts = Parts(writer.path, about, len(writer.part_bytes), world)
     parts.missing = writer.missing          # the folder and its parts are the writer's
-    n_tokens = [int((samples.lengths[layout.samples[layout.part(part)]] - 1).sum())
-                for part in range(parts.n_parts)]
+    samples = [layout.samples[layout.part(part)] for part in range(parts.n_parts)]
+    n_tokens = [int((data.lengths[chosen] - 1).sum()) for chosen in samples]
     for part in parts.mine(missing, n_tokens, "tokens"):
-        batches = samples.batches(layout.samples[layout.part(part)], args.tokens_per_batch)
-        rows = teacher_rows(teacher, batches, about, world, parts)
-        if rows is None:
-            break
-        writer.write(part, rows)
+        rows = []
+        for places in by_length(data.lengths[samples[part]], args.tokens_per_batch):
+            if parts.stop.requested:
+                break
+            batch = data.batch(samples[part][places]).to(world.device)
+            with torch.no_grad():
+                with autocast(world.device, world.dtype):
+                    out = teacher(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
+                rows.append(pack(about, out.final, teacher.head))           # (S, D) -> (S,)
+            parts.progress.add(len(batch.tokens))
+        else:
+            writer.write(part, np.concatenate(rows))
 
     # 6. Finish
     parts.wait()
-    if world.rank == 0:
-        writer.finish()
     seconds, done = parts.progress.seconds(), sum(n_tokens[part] for part in missing)
     Logger(f"wrote {len(missing)} parts, {megabytes(writer.part_bytes[missing].sum())}, in "
            f"{seconds:.1f} s ({done / seconds:,.0f} tokens/s). Use them: "

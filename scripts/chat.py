@@ -13,14 +13,13 @@ Chat with any model. It answers token by token and remembers the conversation.
 import sys
 from pathlib import Path
 
-# `python scripts/chat.py` searches scripts/ for modules; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 import torch
 
 from interop.checkpoint import load_model
 from model.generate import column_major, generate_steps
-from runtime.args import check_ranges, checking_input, make_parser, parse_args
+from runtime.args import checking_input, make_parser, parse_args
 from runtime.precision import pick_device
 
 # The default of --weights: the newest file of the first of these patterns that has any.
@@ -58,13 +57,10 @@ def main():
     add("--top_k", type=int, default=0, help="sample from the k most likely tokens; 0: from all")
     add("--seed", type=int, default=0, help="random seed of the sampling")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
-    args = parse_args(parser)
-    check_ranges(parser, args, ("temperature", args.temperature >= 0, "be 0 or more"),
-                 ("top_p", 0 < args.top_p <= 1, "lie in (0, 1]"),
-                 ("top_k", args.top_k >= 0, "be 0 or more"))
+    args = parse_args(parser, temperature="[0, inf)")
     weights = args.weights or newest(Path(__file__).resolve().parents[1] / "out")
     if weights is None:
-        sys.exit("no weights in out/. Make some: bash quickstart.sh")
+        sys.exit("no weights in out/. Make some: python quickstart.py")
 
     device = pick_device(args.device)
     with checking_input():

@@ -38,8 +38,9 @@ import yaml
 from dataset.formats import category, read_each
 from evaluation.tables import markdown, mean_and_spread
 from runtime.args import check_ranges, checking_input, did_you_mean, make_parser, resume_command
-from runtime.files import file_sha256, read_lines, write_atomic
+from runtime.files import file_sha256, read_rows, write_jsonl, write_text
 from runtime.log import Logger
+from runtime.pictures import save_picture
 
 OUT = "<out>"               # in a command: the folder of its own that a run writes into
 FIRST_SEED = 1337           # of the reported runs; candidates are tuned with the seed before it
@@ -70,7 +71,7 @@ def read(path) -> Namespace:
     """A plan. Raises ValueError that names the file, the row and the nearest known key."""
     if not Path(path).exists():
         raise ValueError(f"no config file at {path}")
-    plan = build(PLAN, yaml.safe_load(Path(path).read_text()), path)
+    plan = build(PLAN, yaml.safe_load(Path(path).read_text(encoding="utf-8")), path)
     for section, keys in (("made", MADE), ("columns", COLUMN)):
         vars(plan)[section] = {name: build(keys, each, f"{path}: {name}")
                                for name, each in vars(plan)[section].items()}
@@ -138,7 +139,7 @@ def check(path: str, plan):
         for word in filled(text, values).split():
             is_file = Path(word).suffix in (".py", ".pth", ".json", ".jsonl", ".yaml")
             if is_file and OUT not in word and not (ROOT / word).exists():
-                raise ValueError(f"{path}: {name}: no file at {word}; bash quickstart.sh makes "
+                raise ValueError(f"{path}: {name}: no file at {word}; python quickstart.py makes "
                                  "data, teacher and start; docs/ has the commands of the others")
 
 
@@ -150,7 +151,8 @@ class Jobs:
 
     def __init__(self, folder, processes: int):
         self.folder, self.ledger = Path(folder), ROOT / folder / "trials.jsonl"
-        self.records = {each["key"]: each for each in map(json.loads, read_lines(self.ledger))}
+        fields = ("key", "name", "command", "made", "seconds", "peak_mb")
+        self.records = {each["key"]: each for each in read_rows(self.ledger, *fields)}
         self.free, self.lock = threading.Semaphore(processes), threading.Lock()
         self.lock_of, self.children, self.stopping = {}, set(), False
 
@@ -177,7 +179,7 @@ class Jobs:
                 status, used = self.execute(command.replace(OUT, str(folder)), log)
             if status or not (ROOT / made).exists():
                 raise ValueError(f"{name} ended with status {status} and did not make {made}:\n"
-                                 f"{log.read_text()[-2000:]}")
+                                 f"{log.read_text(encoding='utf-8')[-2000:]}")
             for path in log.parent.rglob("*.resume*"):      # most of the disk space
                 path.unlink()
             unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
@@ -185,7 +187,7 @@ class Jobs:
                       "seconds": round(used.ru_utime + used.ru_stime, 2),
                       "peak_mb": round(used.ru_maxrss * unit / 2 ** 20)}
             Logger(f"{name}: {record['seconds']:.0f} s, {record['peak_mb']} MB")
-            with self.lock, self.ledger.open("a") as file:
+            with self.lock, self.ledger.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
                 self.records[key] = record
             return record
@@ -197,8 +199,8 @@ class Jobs:
                 raise KeyboardInterrupt
             shutil.rmtree(log.parent, ignore_errors=True)   # an interrupted run has too few seconds
             log.parent.mkdir(parents=True)
-            log.write_text(f"python {command}\n")
-            with log.open("a") as file:
+            log.write_text(f"python {command}\n", encoding="utf-8")
+            with log.open("a", encoding="utf-8") as file:
                 child = subprocess.Popen(
                     [sys.executable, *shlex.split(command)], cwd=ROOT, stdout=file, stderr=file,
                     env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
@@ -272,7 +274,7 @@ class Comparison:
         path, found = f"{OUT}/scores.json", [{} for _ in records]
         for test, command in tests.items():
             done = self.run(name, f"{command} --json {path}", path, {"weights": weights})
-            scores = json.loads((ROOT / done["made"]).read_text())
+            scores = json.loads((ROOT / done["made"]).read_text(encoding="utf-8"))
             for number, each in enumerate(found):
                 each[test] = scores[str(number)][0]
         return found
@@ -404,21 +406,16 @@ def draw(results: dict, plan, path: Path):
         axis.set_title(title, pad=16)
         axis.set(xlabel=plan.picture, xlim=(0, 100), ylim=(len(plan.rows) - 0.5, -0.5))
     axes[0].set_yticks(range(len(plan.rows)), [row.name for row in plan.rows])
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_picture(figure, path)
 
 
 def write_parts(files: dict, folder: Path) -> dict[str, str]:
     """The plan's parts of data files: the first rows whose leaf has a prefix. {name: path}"""
     for name, part in files.items():
-        rows = [json.dumps(row, ensure_ascii=False) + "\n"
-                for row in read_each(ROOT / part["of"], dict)
+        rows = [row for row in read_each(ROOT / part["of"], dict)
                 if category(row, "").startswith(part.get("leaf", ""))]
-        write_text(ROOT / folder / f"{name}.jsonl", "".join(rows[:part.get("rows")]))
+        write_jsonl(ROOT / folder / f"{name}.jsonl", rows[:part.get("rows")])
     return {name: str(folder / f"{name}.jsonl") for name in files}
-
-
-def write_text(path: Path, text: str):
-    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def main(argv=None):

@@ -14,20 +14,19 @@ The last is how DistilBERT's student is initialised: with some of the teacher's 
 """
 
 import argparse
+import copy
 import dataclasses
 import sys
 from pathlib import Path
 
-# `python scripts/convert.py` searches scripts/ for modules; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 import torch
 
-from interop import Piece, fill
-from interop.checkpoint import empty_model, load_model, save_model
+from interop.checkpoint import load_model, save_model
 from model.quantize import quantize
 from model.transformer import Transformer
-from runtime.args import checking_input, parse_args
+from runtime.args import checking_input, make_parser, parse_args
 from runtime.log import Logger
 
 # --dtype of each kind of --out; "" is a Hugging Face folder.
@@ -36,24 +35,16 @@ DTYPES = {".pth": ("float32",), ".gguf": ("float16", "float32", "q8_0"),
 
 
 def keep_layers(model: Transformer, layers: list[int]) -> Transformer:
-    """A model of these layers only, in this order. Raises ValueError for a missing one."""
+    """The model with these layers only, in this order. Raises ValueError for a missing one."""
     last = model.config.n_layers - 1
     if not all(0 <= i <= last for i in layers):
         raise ValueError(f"--layers {','.join(map(str, layers))}: the model has layers 0 to {last}")
 
-    def pieces():
-        for name, weight in model.named_parameters():
-            if not name.startswith("layers."):
-                yield Piece(name, weight, source=name)
-        for new, old in enumerate(layers):
-            for rest, weight in model.layers[old].named_parameters():
-                yield Piece(f"layers.{new}.{rest}", weight, source=f"layers.{old}.{rest}")
-
-    weight = model.norm.weight
-    config = dataclasses.replace(model.config, n_layers=len(layers))
-    student = empty_model(config, weight.device, weight.dtype)
-    fill(student, pieces(), "the teacher")
-    return student.eval()
+    model.config = dataclasses.replace(model.config, n_layers=len(layers))
+    model.layers = torch.nn.ModuleList(copy.deepcopy(model.layers[old]) for old in layers)
+    for new, layer in enumerate(model.layers):
+        layer.attention.layer = new
+    return model
 
 
 def numbers(text: str) -> list[int]:
@@ -87,8 +78,7 @@ def check(args) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", metavar="PATH", help="model to convert, in any known format")
     source.add_argument("--student_from", metavar="PATH", help="model of which --layers are kept")

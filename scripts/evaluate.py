@@ -14,14 +14,15 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-# `python scripts/evaluate.py` looks for modules in scripts/ alone; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
+from evaluation.exam import write_answers
 from evaluation.metrics import measure, read_tests, tables
 from interop.checkpoint import load_model
 from model.generate import column_major, generate
-from runtime.args import check_ranges, checking_input, make_parser, parse_args
-from runtime.files import write_atomic
+from runtime.args import checking_input, make_parser, parse_args
+from runtime.files import write_text
+from runtime.pictures import save_picture
 from runtime.precision import pick_device
 
 
@@ -42,13 +43,11 @@ def named(specs: list[str]) -> dict[str, list[str]]:
 def sample_answers(model, tokenizer, tests, n: int, max_new_tokens: int) -> list[str]:
     """Greedy answers to the first n conversations, or continuations of n texts after 16 tokens."""
     if tests["conversations"]:
-        prompts = [tokenizer.encode_chat(test["messages"][:-1], add_generation_prompt=True)[0]
-                   for test in tests["conversations"][:n]]
-    else:
-        begin = [] if tokenizer.bos is None else [tokenizer.bos]
-        prompts = [begin + tokenizer.encode(text)[:16] for text in tests["texts"][:n]]
-    stop = tokenizer.end_of_turn if tests["conversations"] else tokenizer.end_of_text
-    answers = generate(model, prompts, max_new_tokens, stop) if prompts else []
+        asked = [test["messages"][:-1] for test in tests["conversations"][:n]]
+        return write_answers(model, tokenizer, asked, max_new_tokens)
+    begin = [] if tokenizer.bos is None else [tokenizer.bos]
+    prompts = [begin + tokenizer.encode(text)[:16] for text in tests["texts"][:n]]
+    answers = generate(model, prompts, max_new_tokens, tokenizer.end_of_text)
     return [tokenizer.decode(ids) for ids in answers]
 
 
@@ -110,7 +109,7 @@ def draw(results: dict[str, list[dict]], reference: str, path: Path) -> bool:
         axis.set_ylim(0, 100 if values is exact else None)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left",
                   ncols=len(results), frameon=False)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_picture(figure, path)
     return True
 
 
@@ -133,9 +132,7 @@ def main():
     add("--report", default=None,
         help="Markdown file for the tables; the picture is beside it, with the suffix .png")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    args = parse_args(parser)
-    check_ranges(parser, args, *((name, vars(args)[name] >= 0, "be 0 or more")
-                                 for name in ("limit", "samples", "max_new_tokens")))
+    args = parse_args(parser, max_new_tokens="[0, inf)")
     device = pick_device(args.device)
 
     with checking_input():
@@ -156,8 +153,7 @@ def main():
                 model, tokenizer = ((reference, vocabulary) if path == path_of_reference
                                     else load_model(path, device))
                 column_major(model)
-                comparable = (tokenizer.sha256 == vocabulary.sha256
-                              and model.config.vocab_size == reference.config.vocab_size)
+                comparable = tokenizer.unreadable(vocabulary.ids) is None
                 others |= set() if comparable else {label}
                 results[label].append(
                     measure(model, tokenizer, tests, reference if comparable else None))
@@ -176,13 +172,12 @@ def main():
         text += f"\n\n{side_by_side(tests, answers)}"
     print(text)
     if args.json:
-        write_atomic(Path(args.json),
-                     lambda file: file.write(json.dumps(results, indent=2).encode()))
+        write_text(args.json, json.dumps(results, indent=2))
     if args.report:
         report, picture = Path(args.report), Path(args.report).with_suffix(".png")
         if draw(results, name, picture):
             text += f"\n\n![the same as a picture]({picture.name})"
-        write_atomic(report, lambda file: file.write(f"# Results\n\n{text}\n".encode()))
+        write_text(report, f"# Results\n\n{text}\n")
 
 
 if __name__ == "__main__":

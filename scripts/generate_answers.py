@@ -26,20 +26,18 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-# `python scripts/generate_answers.py` looks for modules in scripts/ alone; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
-import numpy as np
 import torch
 
 from dataset.formats import Question, read_questions
 from interop.checkpoint import load_model, sha256_of_model
 from model.generate import column_major, generate_steps
-from runtime.args import add_process_args, check_ranges, checking_input, make_parser, parse_args
+from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.files import file_sha256, write_jsonl
 from runtime.log import Logger
 from runtime.parts import Parts
-from runtime.precision import pick_dtype
+from runtime.precision import pick_dtype, seed_of
 from runtime.processes import init_distributed_mode, main_process_first
 
 BATCHES_PER_PART = 8    # at most: the last answers of a part leave rows of the batch empty
@@ -96,12 +94,6 @@ def part_slices(n_questions: int, batch_size: int, num_samples: int) -> list[sli
     return [slice(start, start + size) for start in range(0, n_questions, size)]
 
 
-def generator_of(part: int, seed: int, device) -> torch.Generator:
-    """Random numbers that depend on the seed and the part alone."""
-    mixed = np.random.SeedSequence((seed, part)).generate_state(1)[0]
-    return torch.Generator(device).manual_seed(int(mixed))
-
-
 def answer(teacher, tokenizer, tasks, num_samples, parts, **sampling) -> list | None:
     """The tokens of each answer, end of turn included, question by question; of one that leaves no
     room for an answer None. None instead of the list after Ctrl-C. sampling: see generate_steps."""
@@ -140,10 +132,6 @@ def to_rows(tasks, answers, tokenizer, only_right=False, keep_unfinished=False):
         if reason == "written":
             turn = {"role": "assistant", "content": text}
             rows.append({"conversations": [*question.messages, turn], **question.others})
-            counts["endless"] += not finished
-            ids, targets = tokenizer.encode_chat([turn])
-            learned = [i for i, target in zip(ids, targets) if target]
-            counts["respelt"] += learned != [*tokens, tokenizer.end_of_turn]
     return counts, rows
 
 
@@ -188,12 +176,7 @@ def main():
     add("--seed", type=int, default=1337, help="random seed of the sampling")
     add("--batch_size", type=int, default=64, help="sequences generated at once, per process")
     add_process_args(parser)
-    args = parse_args(parser)
-    check_ranges(parser, args, *(
-        (name, valid(vars(args)[name]), needed) for needed, valid, names in (
-            ("be 1 or more", lambda x: x >= 1, ("max_new_tokens", "num_samples", "batch_size")),
-            ("be 0 or more", lambda x: x >= 0, ("limit", "temperature", "top_k")),
-            ("lie in (0, 1]", lambda x: 0 < x <= 1, ("top_p",))) for name in names))
+    args = parse_args(parser, temperature="[0, inf)")
     if args.temperature == 0 and (args.top_p, args.top_k, args.num_samples) != (1.0, 0, 1):
         parser.error("--top_p, --top_k and --num_samples need a --temperature above 0: greedy "
                      "decoding has one answer")
@@ -230,10 +213,11 @@ def main():
     # 5. Generate
     sizes = [args.num_samples * len(tasks[each]) for each in slices]
     for part in parts.mine(missing, sizes, "answers"):
+        generator = torch.Generator(world.device).manual_seed(seed_of(args.seed, part))
         answers = answer(teacher, tokenizer, tasks[slices[part]], args.num_samples, parts,
                          max_new_tokens=args.max_new_tokens, rows=args.batch_size,
                          temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                         generator=generator_of(part, args.seed, world.device))
+                         generator=generator)
         if answers is None:
             break
         parts.write(part, to_rows(tasks[slices[part]], answers, tokenizer, args.only_right,
@@ -252,10 +236,6 @@ def main():
     new_tokens = sum(results[part][0].get("tokens", 0) for part in missing)
     Logger(f"wrote {report(counts)}; {parts.progress.seconds():.1f} s, "
            f"{new_tokens / parts.progress.seconds():,.0f} tokens/s")
-    for name, text in (("endless", "have no end"),
-                       ("respelt", "have other tokens when their text is encoded again")):
-        if counts[name]:
-            Logger(f"{counts[name]:,} of those written {text}")
     # The student's folder is its own: train_sft.py could otherwise overwrite the teacher.
     Logger("Learn from them: " + shlex.join([
         "python", "train_sft.py", "--weights", args.teacher, "--data_path", args.out, "--out_dir",

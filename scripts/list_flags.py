@@ -17,21 +17,22 @@ sys.path.insert(0, str(ROOT))       # `python scripts/list_flags.py` looks in sc
 
 from evaluation.tables import markdown
 from runtime.args import make_parser, parse_args
-from runtime.files import write_atomic
+from runtime.files import write_text
 
 FOLDERS = ("train_*.py", "scripts/*.py", "ability_tree/*.py", "dataset/*.py", "benchmarks/*.py")
 HEAD = """# Flags
 
 Written by `python scripts/list_flags.py --out docs/flags.md`. `--help` shows the same on a
 terminal. Scripts that train or prepare models also take `--config FILE.yaml ...` with values for
-any flag: a later file overrides earlier ones, and the command line overrides all."""
+any flag: a later file overrides earlier ones, and the command line overrides all. `--chat NAME` is
+the format of conversations for a model whose chat template is missing or cannot be followed."""
 
 
 def parser_of(script: str) -> ArgumentParser:
     """The parser of a script, run up to the line that parses the command line."""
     found = []
 
-    def stop(parser, *_):
+    def stop(parser, *_, **__):
         found.append(parser)
         sys.exit()
 
@@ -47,7 +48,7 @@ def scripts() -> list[str]:
     """Paths of all scripts that have flags."""
     texts = {path: path.read_text(encoding="utf-8")
              for pattern in FOLDERS for path in sorted(ROOT.glob(pattern))}
-    return [str(path.relative_to(ROOT)) for path, text in texts.items()
+    return [path.relative_to(ROOT).as_posix() for path, text in texts.items()
             if "__main__" in text and ("ArgumentParser(" in text or "make_parser(" in text)]
 
 
@@ -88,7 +89,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
     args = parse_args(parser)
     text = page()
-    write_atomic(args.out, lambda file: file.write(text.encode()))
+    write_text(args.out, text)
     print(f"{args.out}: {text.count(chr(10) + '## ')} scripts")
 
 

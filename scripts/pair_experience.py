@@ -13,6 +13,12 @@ Pairs for context distillation: each question twice, for the teacher after a dem
 From a demonstration of the same room or document the answer can simply be copied, so --apart reads
 a row's group from its id. A group is never split between train and test, its rows never demonstrate
 each other, and all demonstrations are training rows. Writes OUT_DIR/{train,test}_{student,teacher}.
+
+Where the rows hold an experience already, only Q is missing. --strip removes what a regular
+expression matches in the turns that are read, and writes OUT_DIR/student.jsonl, row by row:
+
+    python scripts/pair_experience.py --data_path alfworld_valid_train_1.jsonl \\
+        --strip "Experience:.*?\\n\\n" --out_dir out/noexp
 """
 
 import random
@@ -24,12 +30,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-# `python scripts/pair_experience.py` looks for modules in scripts/ alone; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 from dataset.formats import read_each, to_messages, to_question
-from evaluation.tables import aligned
-from runtime.args import check_ranges, checking_input, make_parser, parse_args
+from runtime.args import checking_input, make_parser, parse_args
 from runtime.files import write_jsonl
 
 PROMPT = "Here is how such a task is done:\n\n{demonstration}\n\nNow it is your turn.\n\n{question}"
@@ -61,6 +65,20 @@ def to_row(row: dict, same: str, apart: re.Pattern | None) -> Row:
     if apart and (not found or found[1] is None):
         raise ValueError(f"--apart {apart.pattern!r} finds no group in the id {row['id']!r:.60}")
     return Row(row.get("id"), row[same], found[1] if apart else text, messages, text, others)
+
+
+def without(row: dict, experience: re.Pattern) -> dict:
+    """Q of a row of Q+E. Raises ValueError if there is no experience, or nothing but that."""
+    others, messages = to_question(row).others, []
+    for turn in to_messages(row):
+        if turn["role"] != "assistant":
+            turn = turn | {"content": experience.sub("", turn["content"])}
+        if turn["content"].strip() or turn["role"] != "system":
+            messages.append(turn)
+    if messages == to_messages(row):
+        raise ValueError(f"--strip {experience.pattern!r} finds no experience in "
+                         f"{messages[0]['content']!r:.80}")
+    return {**others, "conversations": to_messages({"conversations": messages})}
 
 
 def hold_out(rows: list[Row], share: float, rng: random.Random) -> dict[str, list[Row]]:
@@ -120,12 +138,16 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--data_path", required=True, help="conversations, in the formats of dataset/dataset.md")
-    add("--same", required=True, metavar="KEY",
+    rows = parser.add_mutually_exclusive_group(required=True).add_argument
+    rows("--same", metavar="KEY",
         help="key of the rows; a row's demonstration has the same value there")
+    rows("--strip", type=lambda text: re.compile(text, re.DOTALL), metavar="REGEX",
+        help="regular expression of the experience in the rows, to remove it; . is any character, "
+             "line ends included")
     add("--apart", type=re.compile, default=None, metavar="REGEX",
         help="regular expression whose first group, searched in a row's id, is the row's group; "
              "default: only equal rows are of one group. With a leading dash: --apart='-(\\d+)/'")
-    add("--out_dir", required=True, help="folder of the four files")
+    add("--out_dir", required=True, help="folder of the files")
     add("--skip_bad_lines", action="store_true", help="skip and count lines that cannot be used")
     add = parser.add_argument_group("size").add_argument
     add("--train", type=int, default=0, help="number of training pairs; 0: all")
@@ -138,26 +160,33 @@ def main():
     args = parse_args(parser)
     shown_chars = args.max_demonstration_chars
     shown_chars = args.max_chars if shown_chars is None else shown_chars
-    check_ranges(parser, args, ("test_share", 0 < args.test_share < 1, "lie in (0, 1)"), *(
-        (name, vars(args)[name] >= 0, "be 0 or more") for name in (*PARTS, "max_chars")))
     if args.apart and not args.apart.groups:
         parser.error(f"--apart {args.apart.pattern!r} has no group: put what tells rows apart in "
                      "parentheses, as in '(\\d+)/'")
     rng = random.Random(args.seed)
     paths = {(part, side): Path(args.out_dir) / f"{part}_{side}.jsonl"
              for part in PARTS for side in ("student", "teacher")}
+    if args.strip:
+        paths = {"student": Path(args.out_dir) / "student.jsonl"}
 
     with checking_input():
         if exist := [str(path) for path in paths.values() if path.exists()]:
             raise ValueError(f"{', '.join(exist)} exists already. Give another --out_dir, or "
                              "remove it")
+        if args.strip:
+            rows = read_each(args.data_path, lambda row: without(row, args.strip),
+                             args.skip_bad_lines)
+            write_jsonl(paths["student"], rows)
+            print(f"{len(rows):,} rows without the experience: {paths['student']}. The first:\n"
+                  f"{rows[0]['conversations'][0]['content'][:500]}")
+            return
         rows = read_each(args.data_path, lambda row: to_row(row, args.same, args.apart),
                          args.skip_bad_lines)
         rows = [row._replace(name=number) if row.name is None else row
                 for number, row in enumerate(rows, start=1)]
         parts = hold_out(rows, args.test_share, rng)
 
-        demonstrations, pairs, counts = defaultdict(list), {}, {}
+        demonstrations, pairs = defaultdict(list), {}
         for row in sorted(parts["train"], key=by_group):
             if not shown_chars or len(row.text) <= shown_chars:
                 demonstrations[row.same].append(row)
@@ -167,14 +196,9 @@ def main():
             if not pairs[part]:
                 raise ValueError(f"nothing to write. {part}: {summary}")
             print(f"{part}: {summary}")
-            counts[part] = Counter(row.same for row, _ in pairs[part])
 
     for (part, side), path in paths.items():
         write_jsonl(path, [line_of(*pair, side) for pair in pairs[part]])
-    print(aligned([[*PARTS, "demonstrations", args.same], *(
-        [*(f"{counts[part][value]:,}" for part in PARTS), f"{len(demonstrations[value]):,}",
-         f"{value!r:.60}"] for value, _ in sum(counts.values(), Counter()).most_common(20))],
-        "rrrl"))
     print(f"Learn from them: python train_distillation.py --data_path {paths['train', 'student']} "
           f"--teacher_data_path {paths['train', 'teacher']} ...")
 

@@ -21,8 +21,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-# `python scripts/plan_memory.py` looks for modules in scripts/ alone; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 import torch
 
@@ -33,7 +32,8 @@ from interop.checkpoint import build, empty_model, load_config
 from model.config import LMConfig
 from model.lora import add_lora, store_frozen
 from model.sizes import SIZES
-from runtime.args import check_ranges, checking_input, command_line, make_parser, parse_args
+from runtime.args import checking_input, command_line, make_parser, parse_args
+from runtime.log import peak_above
 from runtime.optim import parameter_groups
 from runtime.precision import autocast
 
@@ -178,42 +178,33 @@ def table(run: dict, room: float, n_gpus=(1, 2, 4, 8)) -> str:
 def measure(config: LMConfig, run: dict, device: str) -> int:
     """Peak bytes of two optimizer steps of two micro-batches, above those of Python and torch.
     Needs a new process; on a CPU also Linux, where a new peak can begin."""
-    def peak() -> int:
-        if device.startswith("cuda"):
-            return torch.cuda.max_memory_allocated(device)
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-
     torch.set_num_threads(1)
-    dtype = getattr(torch, run["dtype"])
+    device, dtype = torch.device(device), getattr(torch, run["dtype"])
     # The first steps load the code of every kernel, which counts as memory too: of a small model.
     small = LMConfig(dim=16, n_layers=2, n_heads=2, vocab_size=64, qk_norm=config.qk_norm)
     for config, lengths, rank in ((small, [8], 0), (
             config, [run["max_seq_len"]] * run["batch_size"], run.get("lora_rank"))):
-        if device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-        before = peak()
-        with torch.device(device):
+        with peak_above(device) as above, device:
             student, teacher = build(config), build(config).to(dtype).eval().requires_grad_(False)
-        if rank:
-            add_lora(student, rank)
-            store_frozen(student, dtype)
-        student.grad_checkpoint = run.get("grad_checkpoint", False)
-        optimizer = torch.optim.AdamW(parameter_groups({"model": student}, 0.1), fused=True)
-        for micro_batch in range(4):
-            tokens = torch.randint(config.vocab_size, (sum(lengths),), device=device)
-            with autocast(torch.device(device), dtype):
-                with torch.no_grad():
-                    states = teacher(tokens, lengths, with_logits=False).final
-                out = student(tokens, lengths, with_logits=False)
-                fused = fused_distillation_loss(out.final, student.head, tokens,
-                                                [Dense(states, teacher.head)], 0.5, 4.0, reverse_kl)
-            (fused.loss / len(tokens)).backward()
-            if micro_batch % 2:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-    return peak() - before
+            if rank:
+                add_lora(student, rank)
+                store_frozen(student, dtype)
+            student.grad_checkpoint = run.get("grad_checkpoint", False)
+            optimizer = torch.optim.AdamW(parameter_groups({"model": student}, 0.1), fused=True)
+            for micro_batch in range(4):
+                tokens = torch.randint(config.vocab_size, (sum(lengths),))
+                with autocast(device, dtype):
+                    with torch.no_grad():
+                        states = teacher(tokens, lengths, with_logits=False).final
+                    out = student(tokens, lengths, with_logits=False)
+                    fused = fused_distillation_loss(
+                        out.final, student.head, tokens, [Dense(states, teacher.head)], 0.5, 4.0,
+                        reverse_kl)
+                (fused.loss / len(tokens)).backward()
+                if micro_batch % 2:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+    return above()
 
 
 def planned_and_measured(n: int, device: str) -> str:
@@ -268,9 +259,7 @@ def main():
         help=f"number of small pairs, of {len(MEASURED)}, that are trained to print planned and "
              "measured memory; default: all; on a CPU, Linux only")
     add("--device", default="cpu", help="device of --measure: cpu, cuda, cuda:1, ...")
-    args = parse_args(parser)
-    check_ranges(parser, args, *((name, vars(args)[name] > 0, "be above 0") for name in (
-        "batch_size", "max_seq_len", "processes", "rows", "gpu_gb")))
+    args = parse_args(parser, max_new_tokens="[0, inf)")
     if args.teacher == "self" and not args.lora_rank:
         parser.error("--teacher self is the student without its adapters: give a --lora_rank, or "
                      "--teacher copy")

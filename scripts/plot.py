@@ -6,15 +6,14 @@ Plot: the curves of several runs in one picture, from the .jsonl log beside each
     python scripts/plot.py --logs out/a.jsonl --only loss grad_norm --out out/curves.png
 """
 
-import json
 import sys
 from pathlib import Path
 
-# `python scripts/plot.py` looks for modules in scripts/ alone; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 from runtime.args import checking_input, make_parser, parse_args
-from runtime.files import read_lines, write_atomic
+from runtime.files import read_rows
+from runtime.pictures import save_picture
 
 
 def read_curves(path: Path) -> dict[str, dict[int, float]]:
@@ -23,7 +22,7 @@ def read_curves(path: Path) -> dict[str, dict[int, float]]:
         problem = f"{path} is no log" if path.exists() else f"no log at {path}"
         raise ValueError(f"{problem}; a run writes NAME.jsonl beside its NAME.pth")
     curves = {}
-    for row in map(json.loads, read_lines(path)):
+    for row in read_rows(path, "step"):
         for name in row.keys() - {"step"}:
             curves.setdefault(name, {})[row["step"]] = row[name]
     return curves
@@ -40,7 +39,7 @@ def draw(runs: dict[str, dict], names: list[str], path: Path):
             axis.plot(list(curve), list(curve.values()), ".-", label=label)
         axis.set(title=name, xlabel="step")
     axis.legend(frameon=False)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_picture(figure, path)
 
 
 def main():

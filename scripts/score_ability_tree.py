@@ -6,9 +6,8 @@ Scores of the ability tree in the embedded world: {LABEL: [{weak, all, written, 
         --weights s=out/ability/student/full_sft_64.pth
 
 weak, all       accuracy in %, mean over the scarce and over all leaves of the exam's questions
-written, kept   questions that the teacher wrote, and those that both agents kept; of the weights
-                FOLDER/models/*/*.pth those in FOLDER/workflow. right, right_kept: % with the
-                world's answer
+written, kept   questions that the teacher wrote and that both agents kept, in FOLDER/workflow for
+                FOLDER/models/*/*.pth; right, right_kept: % with the world's answer
 """
 
 import json
@@ -18,24 +17,22 @@ from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
-# Run as a script, Python looks for modules in scripts/ only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
-from dataset.formats import read_each
+from dataset.formats import bare_question, read_each
 from dataset.miniworld import LEAVES, SCARCE, World, reverse, sort
-from evaluation.scores import score_answers
+from evaluation.exam import ExamQuestion, choose_options, grade
 from interop.checkpoint import load_model
 from runtime.args import checking_input, make_parser
-from runtime.files import write_atomic
+from runtime.files import write_text
 
 
 def exam(weights: str, rows: list[dict]) -> dict[str, float]:
     """{leaf: % of its questions whose most likely option is the answer}"""
-    questions, leaves = [(row["question"], list(row["options"].values())) for row in rows], {}
-    for row, log_p in zip(rows, score_answers(*load_model(weights), questions)):
-        answer = list(row["options"])[log_p.index(max(log_p))]
-        leaves.setdefault(row["meta_info"], []).append(100 * (answer == row["answer_idx"]))
-    return {leaf: mean(scores) for leaf, scores in leaves.items()}
+    questions = [ExamQuestion(bare_question(row), row["options"][row["answer_idx"]],
+                              list(row["options"].values()), row["meta_info"]) for row in rows]
+    by_leaf = grade(choose_options(*load_model(weights), questions), questions).by_category
+    return {leaf: 100 * share for leaf, share in by_leaf.items()}
 
 
 def right_answer(question: str, known: dict[str, str]) -> str | None:
@@ -47,8 +44,7 @@ def right_answer(question: str, known: dict[str, str]) -> str | None:
 
 
 def share_right(rows: list[dict]) -> float:
-    world = World(0)
-    known = {question: answer for make in LEAVES.values() for fact in make(world)
+    known = {question: answer for make in LEAVES.values() for fact in make(World(0))
              for question, answer in fact.answers.items()}
     return 100 * mean(right_answer(row["question"], known) == row["options"][row["answer_idx"]]
                       for row in rows)
@@ -75,13 +71,11 @@ def main():
     with checking_input():
         rows = read_each(args.data, dict)
         for label, _, path in (each.partition("=") for each in args.weights):
-            leaves, models = exam(path, rows), Path(path).absolute().parents[1]
+            leaves, models = exam(path, rows), Path(path).absolute().parents[2]
             own = questions(models.parent / "workflow") if models.name == "models" else {}
             scores[label] = [{"weak": mean(leaves[leaf] for leaf in SCARCE),
                               "all": mean(leaves.values()), **own}]
-    text = json.dumps(scores, indent=2)
-    print(text)
-    write_atomic(Path(args.json), lambda file: file.write(text.encode()))
+    write_text(args.json, json.dumps(scores, indent=2))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ needs the teacher's vocabulary, not a new one.
     python scripts/train_tokenizer.py --data dataset/*.jsonl --out out/tokenizer.json
 """
 
-import argparse
-import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -20,18 +19,18 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-# `python scripts/train_tokenizer.py` searches scripts/ for modules; ours are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
-from dataset.formats import END_OF_TEXT
+from dataset.formats import read_rows
 from interop.vocabulary import to_bytes
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
-from runtime.args import parse_args
+from runtime.args import checking_input, make_parser, parse_args
 
 SMALLEST = len(SPECIAL_TOKENS) + 256
 
 MAX_TOKEN_BYTES = 16                # five Chinese characters; repeated phrases are no tokens
 LABELS = {"id", "role", "from"}     # keys whose strings are not text
+NOT_UTF8 = re.compile("[\udc80-\udcff]")     # how read_rows shows such bytes
 
 
 # -- 1. text of any file ---------------------------------------------------------------------------
@@ -48,25 +47,15 @@ def strings(value) -> Iterator[str]:
 
 
 def all_texts(path: Path) -> Iterator[str]:
-    """The texts in a .jsonl, a .json, or a plain text (in blocks of lines of about 64 KB)."""
-    number = 0
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".jsonl":
-                for number, line in enumerate(file, 1):
-                    yield from strings(json.loads(line)) if line.strip() else ()
-            elif path.suffix == ".json":
-                yield from strings(json.load(file))
-            else:
-                while lines := file.readlines(1 << 16):
-                    yield "".join(line for line in lines if line.strip() != END_OF_TEXT)
-    except FileNotFoundError as error:
-        raise SystemExit(f"--data {path}: no such file") from error
-    except json.JSONDecodeError as error:
-        raise SystemExit(f"{path}, line {number}: not JSON ({error})") from error
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{path}: not UTF-8 ({error}); convert it: iconv -f gb18030 -t utf-8"
-                         ) from error
+    """The texts in a file that dataset/formats.py reads. Raises ValueError with file and line."""
+    for number, row in read_rows(path):
+        if isinstance(row, str):
+            raise ValueError(f"{path}, line {number}: {row}")
+        for text in strings(row):
+            if NOT_UTF8.search(text):
+                raise ValueError(f"{path}, line {number} is not UTF-8; convert the file: "
+                                 "iconv -f gb18030 -t utf-8")
+            yield text
 
 
 def read_texts(path: Path, max_bytes: float) -> list[str]:
@@ -117,37 +106,26 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-# -- 3. report ------------------------------------------------------------------------------
-
-def report(tokenizer: Tokenizer, texts_of: dict[Path, list[str]]) -> None:
-    """Bytes per token of each file and of all of them."""
-    rows = [(path.name, sum(len(text.encode()) for text in texts),
-             sum(map(len, tokenizer.encode_batch(texts)))) for path, texts in texts_of.items()]
-    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    print(f"{'file':32} {'MB':>8} {'tokens':>12} {'bytes/token':>12}")
-    for name, n_bytes, n_tokens in rows:
-        print(f"{name:32} {n_bytes / 1e6:8.2f} {n_tokens:12,} {n_bytes / max(n_tokens, 1):12.2f}")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, nargs="+", required=True, metavar="FILE",
-        help="files to read: .jsonl, .json (every string in them) or plain text, in UTF-8")
+        help="files to read: rows (every string in them) or plain text, in UTF-8")
     add("--max_mb", type=float, default=100, help="maximum amount of text per file, in MB")
     add("--vocab_size", type=int, default=6400, help=f"number of ids, at least {SMALLEST}")
     add("--out", type=Path, default=Path("out/tokenizer.json"), help="vocabulary file to write")
     args = parse_args(parser)
 
     start = time.perf_counter()
-    texts_of = {path: read_texts(path, args.max_mb * 1e6) for path in args.data}
-    tokenizer = train((text for texts in texts_of.values() for text in texts), args.vocab_size)
+    with checking_input():
+        texts = [text for path in args.data for text in read_texts(path, args.max_mb * 1e6)]
+    tokenizer = train(texts, args.vocab_size)
     tokenizer.save(args.out)
     seconds = time.perf_counter() - start
-    print(f"{args.out}: {tokenizer.vocab_size:,} tokens in {seconds:.1f} s, "
-          f"sha256 {tokenizer.sha256}")
-    report(tokenizer, texts_of)
+    per_token = sum(len(text.encode()) for text in texts) / sum(
+        map(len, tokenizer.encode_batch(texts)))
+    print(f"{args.out}: {tokenizer.vocab_size:,} tokens in {seconds:.1f} s, {per_token:.2f} bytes "
+          f"of the text per token, sha256 {tokenizer.sha256}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 各测试共用的材料：小模型、按字节的分词器、小数据、一份跑过快速上手的副本。
 What several tests share: a model small enough for a hand, a tokenizer whose ids are bytes, data and weights for whole
-runs, and a copy of the repo in which quickstart.sh has run.
+runs, and a copy of the repo in which quickstart.py has run.
 """
 
 import fcntl
@@ -121,7 +121,7 @@ def copy_repo(folder: Path):
 
 @pytest.fixture(scope="session")
 def quickstarted(tmp_path_factory) -> Path:
-    """A copy of the repo after `bash quickstart.sh --smoke`, which the workers of pytest-xdist share:
+    """A copy of the repo after `python quickstart.py --smoke`, which the workers of pytest-xdist share:
     the first of them makes it. Read only; `clone` is a copy of it."""
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "quickstarted"
@@ -137,7 +137,7 @@ def quickstarted(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def clone(quickstarted, tmp_path_factory) -> Path:
-    """A copy of the repo after `bash quickstart.sh --smoke`."""
+    """A copy of the repo after `python quickstart.py --smoke`."""
     return shutil.copytree(quickstarted, tmp_path_factory.mktemp("clone") / "repo")
 
 

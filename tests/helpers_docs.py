@@ -1,7 +1,7 @@
 """
-文档里的命令：取出来，换成两步的小设置，在 quickstart.sh --smoke 的模型上运行。
+文档里的命令：取出来，换成两步的小设置，在 quickstart.py --smoke 的模型上运行。
 The commands of the docs: taken from the pages, made small, and run on the models of
-`quickstart.sh --smoke`.
+`quickstart.py --smoke`.
 """
 
 import json
@@ -72,7 +72,7 @@ TINY_BENCHMARKS = {
                           "--axes tokens=16,32",
 }
 ROWS = {None: "SFT", "configs/compare_experience.yaml": "on-policy, MiniLLM + replay",
-        "configs/compare_curriculum.yaml": "the curriculum",
+        "configs/compare_curriculum.yaml": "the curriculum", "configs/compare_methods.yaml": "SKD",
         "configs/compare_ability.yaml": "no new questions"}       # a row of each comparison
 # What makes a command small. argparse takes the last value of a flag, so a flag can be given again.
 SMALL = ["--max_steps", "2", "--batch_size", "4", "--num_workers", "0"]
@@ -86,10 +86,11 @@ def small(command: str) -> list[str]:
     """The same command for models of 1/16 of the width (768 -> 48, 256 -> 16), and two steps."""
     if ("--dim" in command or "out/real" in command) and "out/experience" not in command:
         command = re.sub(r"(?<=--dim )\d+|(?<=full_sft_)\d+", sixteenth, command)
+    command = command.replace("dim=1024, n_layers=24, n_heads=16", "dim=32, n_layers=2, n_heads=2")
     words = shlex.split(re.sub(r"full_(dist|sft)_(384|576)", r"full_\1_32", command))
     if re.search(r"configs/(stories|smollm2|gpt2)", command):
         words += ["--dim", "32", "--val_fraction", "0.2"]           # of few rows
-    if "quickstart.sh" in words:
+    if "quickstart.py" in words:
         return ["2" if word == "3" else word for word in words] + ["--smoke"]
     if "scripts/train_tokenizer.py" in words:
         return [*words, "--vocab_size", "600"]
@@ -132,12 +133,12 @@ def small(command: str) -> list[str]:
 
 
 class Newcomer(NamedTuple):
-    folder: Path        # a copy of the repo after `bash quickstart.sh --smoke`, with stand_ins
+    folder: Path        # a copy of the repo after `python quickstart.py --smoke`, with stand_ins
     shell: Shell
 
     def run(self, command: str):
         """Run it, made small. It must exit with 0. What a shell script starts has one process: the
-        two of quickstart.sh and of the launchers are tested elsewhere."""
+        two of quickstart.py and of the launchers are tested elsewhere."""
         most = 1 if "bash" in command else 2
         ended = self.shell.run(small(command), self.folder, stdin="3 plus 4?\n", processes=most)
         assert ended.code == 0, ended.output

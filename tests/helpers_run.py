@@ -8,6 +8,7 @@ that a shell or torchrun would give it. `Shell` does the same for shell scripts:
 and a `torchrun` on the PATH whose runs are such forks.
 """
 
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -35,7 +36,7 @@ from runtime import log  # noqa: E402
 os.environ["OMP_NUM_THREADS"] = "1"     # sums in one order: runs can be compared bit by bit
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["helpers_run", "torch._dynamo", "torch.distributed",
-                              "torch.distributed.fsdp", "torch.distributed.checkpoint",
+                              "torch.distributed.fsdp",
                               "evaluation.validation", "interop.sizes", "tiktoken", "yaml", "tqdm",
                               "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
@@ -114,15 +115,19 @@ def execute(argv, variables, stdin, output, cache, cwd=None):
     if not os.environ.get("DRAW"):      # a picture that nobody looks at takes half a second
         log.draw_curves = lambda *arguments, **named: None
 
-    if argv[0] == "-c":
-        sys.argv = ["-c", *argv[2:]]
-        exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
-    elif argv[0] == "-m":
-        sys.argv = argv[1:]
-        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = argv
-        runpy.run_path(argv[0], run_name="__main__")
+    try:
+        if argv[0] == "-c":
+            sys.argv = ["-c", *argv[2:]]
+            exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
+        elif argv[0] == "-m":
+            sys.argv = argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = argv
+            runpy.run_path(argv[0], run_name="__main__")
+    except Exception:           # as Python does, but multiprocessing does not
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def start(script, *more, processes=1, variables=None, stdin="", cwd=None, **flags) -> Started:
@@ -185,7 +190,7 @@ sys.exit(code)
 
 
 class Shell:
-    """`Shell(folder).run("bash quickstart.sh --smoke", cwd)`: a shell command in which `python` and
+    """`Shell(folder).run("bash scripts/run_skd.sh", cwd)`: a shell command in which `python` and
     `torchrun` start forks of the fork server. folder gets the two programs and a socket."""
 
     def __init__(self, folder: Path):
@@ -195,8 +200,6 @@ class Shell:
             client = folder / name
             client.write_text(CLIENT.format(python=sys.executable, variable=SHELL))
             client.chmod(0o755)
-        # quickstart.sh activates its environment; this one is complete.
-        (folder / "activate").write_text(f'export PATH="{folder}:$PATH"\n')
         self.listener = socket.socket(socket.AF_UNIX)
         self.address = tempfile.mkdtemp(prefix="sh-") + "/socket"    # such paths must be short
         self.listener.bind(self.address)
@@ -237,10 +240,11 @@ class Shell:
         return Ended(ended.returncode, ended.stdout)
 
 
-def quickstart(folder, shell: Shell | None = None) -> str:
-    """`bash quickstart.sh --smoke` in a copy of the repo whose environment is complete."""
-    ended = (shell or Shell(folder / ".venv/bin")).run(["bash", "quickstart.sh", "--smoke"], folder)
-    assert ended.code == 0, ended.output
+def quickstart(folder, code=0) -> str:
+    """`python quickstart.py --smoke` in a copy of the repo whose environment is complete."""
+    words = [sys.executable, "quickstart.py", "--smoke"]
+    ended = Shell(folder / ".venv/bin").run(words, folder)
+    assert ended.code == code, ended.output
     return ended.output
 
 
@@ -252,6 +256,20 @@ def rows(path: Path) -> list[dict]:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in found]
+
+
+def pad(source, out, vocab_size: int, tokenizer=None):
+    """The model with more rows after its last token, of logits as large as those of tokens; with another tokenizer. Returns `out`."""
+    from interop.checkpoint import build, load_model, save_model
+
+    model, own = load_model(source)
+    state, n = model.state_dict(), vocab_size - model.config.vocab_size
+    for key in ("tok_embeddings.weight", "output.weight"):
+        state[key] = torch.cat([state[key], state[key][:n]])
+    wide = build(dataclasses.replace(model.config, vocab_size=vocab_size))
+    wide.load_state_dict(state)
+    save_model(wide, tokenizer or own, out)
+    return out
 
 
 def load(path) -> dict:

@@ -13,11 +13,13 @@ import pytest
 
 from ability_tree import analyze, generate_logits, inference, train
 from ability_tree.generate_logits import flags_of
-from ability_tree.steps import read_choices, write_rows
+from ability_tree.steps import read_choices
 from ability_tree.tree import AbilityTree, wilson
+from dataset.formats import bare_question
 from evaluation.scores import score_answers
 from helpers_run import ROOT, complaint, run, start, succeed
 from interop.checkpoint import load_model
+from runtime.files import write_jsonl
 
 SUM, DAY = ("world", "math", "sum"), ("world", "day")
 INFERENCE = "ability_tree/inference.py"
@@ -29,7 +31,7 @@ def question(name, text: str = "2 + 3 =", answer: str = "A") -> dict:
 
 
 def write(path, rows) -> Path:
-    write_rows(path, rows)
+    write_jsonl(path, rows)
     return path
 
 
@@ -62,7 +64,7 @@ def answered(exam, tmp_path_factory):
 def test_the_answer_is_the_likeliest_option_and_its_letter_is_compared(answered, exam):
     rows, replies, _ = answered
     expected = score_answers(*load_model(exam["weights"]),
-                             [(row["question"], list(row["options"].values())) for row in rows])
+                             [(bare_question(row), row["options"].values()) for row in rows])
     assert [reply["id"] for reply in replies] == [row["id"] for row in rows]
     for row, reply, log_p in zip(rows, replies, expected):
         assert list(reply["log_p"]) == list("ABCD")
@@ -83,7 +85,8 @@ def test_the_options_are_shown_on_lettered_lines_unless_they_are_hidden(models):
     model, tokenizer = load_model(models / "teacher.pth")
     for hidden, prompt in ((True, "2 + 3 ="), (False, "2 + 3 =\nA. 5\nB. 4\nC. 23\nD. day 6")):
         (reply,) = inference.reply(model, tokenizer, [question("q")], hidden)
-        (log_p,) = score_answers(model, tokenizer, [(prompt, ["5", "4", "23", "day 6"])])
+        (log_p,) = score_answers(model, tokenizer, [
+            ([{"role": "user", "content": prompt}], ["5", "4", "23", "day 6"])])
         assert list(reply["log_p"].values()) == pytest.approx(log_p, abs=1e-4)
 
 

@@ -20,10 +20,12 @@ import pytest
 import train_ability_tree
 from ability_tree.generate_logits import flags_of
 from ability_tree.prompts import ARROW
-from ability_tree.steps import write_rows
 from ability_tree.tree import AbilityTree
 from ability_tree.workflow import Workflow, sha256_of
-from helpers_run import ROOT, TINY, complaint, load, same, start, succeed, wait_until
+from helpers_run import ROOT, TINY, complaint, load, pad, same, start, succeed, wait_until
+from interop.checkpoint import new_model, save_model
+from runtime.files import write_jsonl
+from model.config import LMConfig
 from runtime.args import resume_command
 
 STEPS = ["initial tree", "round 1: inference", "round 1: analyze", "round 1: generate",
@@ -31,7 +33,7 @@ STEPS = ["initial tree", "round 1: inference", "round 1: analyze", "round 1: gen
          "round 2: analyze"]
 A, C, D = (f"iteration_1/{name}" for name in ("A_student_reply", "C_distill_data",
                                               "D_validated_data"))
-STUDENT = "models/iteration_1_student_model"
+STUDENT = "models/iteration_1_student_model/final_model"
 
 
 def read(path) -> list[dict]:
@@ -39,7 +41,7 @@ def read(path) -> list[dict]:
 
 
 def write(path, rows) -> Path:
-    write_rows(path, rows)
+    write_jsonl(path, rows)
     return path
 
 
@@ -164,7 +166,7 @@ def flag(command: list[str], name: str) -> str:
 def test_the_student_of_a_round_is_examined_and_trained_in_the_next(pretend, tmp_path):
     done = pretend()
     weights = [tmp_path / "student", *(
-        tmp_path / f"models/iteration_{n}_student_model/full_dist_32.pth" for n in (1, 2))]
+        tmp_path / f"models/iteration_{n}_student_model/final_model/full_dist_32.pth" for n in (1, 2))]
     exams = [done[f"round {number}: inference"] for number in (1, 2, 3)]
     assert [flag(exam, "weights") for exam in exams] == list(map(str, weights))
     assert [Path(flag(exam, "questions")).name for exam in exams] == ["dev_1", "dev_2", "dev_2"]
@@ -186,7 +188,9 @@ def test_a_given_tree_is_where_the_first_round_begins(pretend, tmp_path, capsys)
     mine = tmp_path / "mine.json"
     AbilityTree.from_paths([("world", "day")]).save(mine)
     done = pretend(initial_tree=mine)
-    assert "initial tree" not in done and flag(done["round 1: analyze"], "tree") == str(mine)
+    copy = tmp_path / "workflow/initial_ability_tree.json"
+    assert "initial tree" not in done and flag(done["round 1: analyze"], "tree") == str(copy)
+    assert copy.read_bytes() == mine.read_bytes()
     # Without ability files, the teacher finds the leaves.
     analyze = pretend(initial_tree=mine, ability_files=[])["round 1: analyze"]
     assert "--abilities" not in analyze and flag(analyze, "agent") == str(tmp_path / "teacher")
@@ -227,7 +231,7 @@ def test_what_is_not_as_its_step_left_it_is_done_again(pretend, tmp_path):
     ({"rounds": 0, "dataset_files": "dev_1"}, "--rounds 0 must be 1 or more"),
     ({"power": -1}, "--power -1.0 must be 0 or more"),
     ({"temperature": 0}, "--temperature 0.0 must be above 0"),
-    ({"replay_share": 1}, "at 1 nothing is learned"),
+    ({"replay_share": 1}, "--replay_share 1.0 must lie in [0, 1)"),
     ({"alpha_ce": 2}, "--alpha_ce 2.0 must lie in [0, 1]"),
     ({"prompts": "json", "write": True}, "--write True must go with --prompts miniworld"),
     ({"ability_files": ["a", "b", "c"]}, "must be one file, or one per round"),
@@ -372,7 +376,9 @@ def world(data, models, tmp_path_factory):
     lesson = write(folder / "lesson.jsonl", rows + answered)
     succeed("train_sft.py", **TINY | {"batch_size": 34}, weights="none", dim=64, n_layers=2,
             n_heads=2, max_steps=60, data_path=lesson, val_path="none", out_dir=folder / "teacher")
-    flags = {"teacher": folder / "teacher/full_sft_64.pth", "student": models / "student.pth",
+    # Both vocabularies are padded, as those of Qwen3-8B and Qwen3-0.6B are.
+    teacher = pad(folder / "teacher/full_sft_64.pth", folder / "teacher/wide.pth", 1100)
+    flags = {"teacher": teacher, "student": pad(models / "student.pth", folder / "wide.pth", 1050),
              "prompts": "miniworld", "agent_b": models / "student.pth", "hide_options": True,
              "dataset_files": data / "ability_dev.jsonl",
              "ability_files": data / "ability_paths.jsonl",
@@ -423,12 +429,14 @@ def test_a_round_leaves_trees_questions_a_student_and_a_log_for_each_step(round_
     replies = read(workflow / A / "replies.jsonl")
     assert [reply["id"] for reply in replies] == [row["id"] for row in exam]
 
-    trees = [AbilityTree.load(workflow / folder / "tree.json") for folder in (
-        "initial_ability_tree", "iteration_1/B_student_tree", "iteration_2/B_student_tree")]
+    trees = [AbilityTree.load(workflow / f"{name}.json") for name in (
+        "initial_ability_tree", "iteration_1/B_student_tree/tree", "iteration_2/B_student_tree/tree")]
     assert [tree.asked for tree in trees] == [0, len(exam), len(exam)]
     for leaf in trees[2].leaves().values():
         assert [row["round"] for row in leaf.history] == [1, 2]
 
+    log = (here / "validate.log").read_text()
+    assert f"agent_a, {round_1.flags['teacher']}: " in log and "% " not in log.split("as written")[0]
     kept, rejected = (read(workflow / D / name) for name in ("valid.jsonl", "valid_rejected.jsonl"))
     ids = {row["id"] for row in kept}
     assert kept and rejected and len({row["id"] for row in wrote}) == len(wrote) <= 100
@@ -445,7 +453,10 @@ def test_a_round_leaves_trees_questions_a_student_and_a_log_for_each_step(round_
         {"role": "user", "content": kept[0]["question"]},
         {"role": "assistant", "content": kept[0]["options"][kept[0]["answer_idx"]]}]
 
-    student = load(round_1.folder / STUDENT / "full_dist_32.pth")
+    models = round_1.folder / STUDENT
+    assert {path.name for path in models.parent.iterdir()} == {"final_model", "checkpoint-40"}
+    assert (models.parent / "checkpoint-40/full_dist_32.resume").exists()
+    student = load(models / "full_dist_32.pth")
     assert not same(load(round_1.flags["student"]), student)
     logs = [path.read_text().strip() for path in workflow.rglob("*.log")]
     assert len(logs) == len(STEPS) and all(log and log in round_1.output for log in logs)
@@ -464,7 +475,7 @@ def test_a_second_run_does_nothing(round_1):
 def test_an_interrupted_training_resumes_to_the_same_weights(round_1):
     whole = load(round_1.folder / STUDENT / "full_dist_32.pth")
     shutil.rmtree(round_1.folder / STUDENT)
-    output = run_real(round_1.flags, code=130, stop_at="step 5/40")
+    output = run_real(round_1.flags, code=130, stop_at="step 1/40")
     done = int(re.search(r"stopped after step (\d+) of 40", output).group(1))
     assert 0 < done < 40 and list(steps_of(output)) == STEPS[:7]
 
@@ -487,10 +498,31 @@ def test_a_mistake_in_a_file_is_reported_before_the_first_step(flag, world, tmp_
 @pytest.mark.parametrize("wrong, reason", [
     ({"agent_b": "gone.pth"}, "--agent_b gone.pth: there is no such file"),
     ({"initial_tree": "gone.json"}, "no ability tree at gone.json"),
+    ({"gpus": -1}, "--gpus -1 must be 0 or more"),
+    ({"max_seq_len": 256}, "--max_seq_len 256 exceeds the context length of the models, 128"),
+    # Known at the start, though step B or C would be the first to miss it
+    ({"initial_tree": {"name": "miniworld", "children": [{"name": "sky"}]}},
+     "the ability tree has no miniworld / "),
+    ({"seed_abilities": {"id": "no question", "ability_path": ["miniworld"]}},
+     "seed questions belong to no leaf"),
     ({"teacher_url": "http://localhost:1/v1"}, "--teacher_url needs the model's name"),
     ({"agent_a_url": "localhost", "agent_a_model": "big", "agent_a": None}, "must begin with http"),
 ])
 def test_a_wrong_flag_too(wrong, reason, world, tmp_path):
+    check_refusal(wrong, reason, world, tmp_path)
+
+
+def test_a_student_whose_tokens_the_teacher_cannot_read_is_refused_before_a_question_is_written(
+        world, byte_tokenizer, tmp_path):
+    model, tokenizer = new_model(LMConfig(dim=16, n_layers=1, n_heads=2), byte_tokenizer())
+    save_model(model, tokenizer, tmp_path / "bytes.pth")
+    check_refusal({"student": tmp_path / "bytes.pth"}, "split texts into other tokens", world,
+                  tmp_path)
+
+
+def check_refusal(wrong, reason, world, tmp_path):
+    wrong = {name: write(tmp_path / f"{name}.jsonl", [value]) if isinstance(value, dict) else value
+             for name, value in wrong.items()}
     flags = world.flags | wrong | {"workflow_dir": tmp_path / "w"}
     output = complaint("train_ability_tree.py", **flags)
     assert reason in output and "==" not in output

@@ -5,6 +5,8 @@ bounded number of times, nothing is paid for twice, and the key is in no file an
 """
 
 import argparse
+import contextlib
+import gzip
 import json
 import re
 import sys
@@ -18,7 +20,7 @@ import torch
 
 from ability_tree import agents
 from ability_tree.agents import (EndpointAgent, LocalAgent, OutOfBudget, add_agent_args, make_agent)
-from evaluation.exam import ExamQuestion, write_answers
+from evaluation import exam
 from interop.checkpoint import load_model, save_model
 from runtime.args import parse_args
 
@@ -44,6 +46,10 @@ def completion(text, tokens=10):
 def echo(request):
     """200, with "re: " and what was asked, for 10 tokens."""
     return 200, completion(f"re: {request['messages'][-1]['content']}\n")
+
+
+class Drip(bytes):
+    """Sent byte by byte, a hundredth of a second apart."""
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -76,13 +82,24 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         status, body, headers = (*answer, {})[:3]
-        body = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        if isinstance(body, (str, dict, list)):
+            body = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
         defaults = {"Content-Type": "application/json", "Content-Length": len(body)}
         for name, value in (defaults | headers).items():
+            if isinstance(value, Drip):
+                self.flush_headers()
+                self.drip(value)
             self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(body)
+        self.drip(body)
+
+    def drip(self, text):
+        """All at once, or a Drip byte by byte."""
+        with contextlib.suppress(OSError):
+            for at in range(0, len(text), 1 if isinstance(text, Drip) else len(text) or 1):
+                self.wfile.write(text[at:at + 1] if isinstance(text, Drip) else text)
+                time.sleep(0.01 * isinstance(text, Drip))
 
     def log_message(self, *message):
         pass
@@ -122,7 +139,8 @@ def agent(tmp_path):
 def log(monkeypatch):
     """The lines of the log."""
     lines = []
-    monkeypatch.setattr(agents, "Logger", lines.append)
+    for module in (agents, exam):
+        monkeypatch.setattr(module, "Logger", lines.append)
     return lines
 
 
@@ -232,6 +250,44 @@ def test_an_endpoint_that_is_down_ends_the_call_after_ten_failures_in_a_row(endp
     often = [(500, {}) if number % 10 else echo for number in range(20)]    # nine, a reply, nine
     replies = agent(endpoint(*often), retries=0).generate(asks(*map(str, range(20))), 8)
     assert len(list(filter(None, replies))) == 2
+
+
+def said(content="u", **usage):
+    return json.dumps({"choices": [{"message": {"content": content}}], "usage": usage})
+
+
+NO_REPLY = {
+    "a slow drip": Drip(said().encode() * 10),
+    "a slow drip of headers": (b"", {"X-Slow": Drip(b"X-Slow: " + b"x" * 500)}),
+    "a body without end": b"x" * (1 << 17),
+    "a gzip bomb": (gzip.compress(bytes(1 << 20)), {"Content-Encoding": "gzip"}),
+    "deep JSON": "[" * 200_000,
+    "deep JSON in a reply": '{"choices": ' + '{"a":' * 50_000,
+    "no object": "[1, 2]", "null": "null", "a text": '"ok"', "a number": "NaN",
+    "choices as a dict": '{"choices": {"0": {}}}', "no choices": '{"choices": []}',
+    "no message": '{"choices": [{}]}', "a message that is null": '{"choices": [{"message": null}]}',
+    "content as a list": said(["u"]), "content as a number": said(7), "content as a switch": said(True),
+    "negative usage": said(total_tokens=-5), "half a token": said(total_tokens=0.5),
+    "usage as a text": said(total_tokens="9"), "endless usage": said(total_tokens=float("inf")),
+    "usage without a total": said(prompt_tokens=3), "usage as a switch": said(total_tokens=True),
+    "no UTF-8": b'{"choices": "\xff"}', "nothing": b"", "HTML": "<html>502</html>",
+    "a redirect to itself": (b"", {"Location": "/v1/chat/completions"}, 307),
+    "a header of a megabyte": (b"", {"X-Long": "x" * (1 << 20)}),
+    "a wrong length": (b"{", {"Content-Length": "many"}),
+    "no HTTP": None,
+}
+
+
+@pytest.mark.parametrize("body", NO_REPLY.values(), ids=NO_REPLY)
+def test_an_endpoint_that_does_anything_else_costs_a_bounded_time_and_gives_no_reply(
+        body, endpoint, agent, log, monkeypatch, tmp_path):
+    monkeypatch.setattr(agents, "MAX_BODY", 1 << 16)
+    body, headers, status = (*body, {}, 200)[:3] if isinstance(body, tuple) else (body, {}, 200)
+    plan = None if body is None else (status, body, headers)
+    start = time.monotonic()
+    assert agent(endpoint(then=plan), retries=0, timeout=0.5).generate(asks("u"), 8) == [""]
+    assert time.monotonic() - start < 3 and "no reply to request" in log[0]
+    assert [row["tokens"] for row in rows_of(tmp_path)] == [0]
 
 
 # ---- budget, pace, and what is kept --------------------------------------------------------------
@@ -382,8 +438,7 @@ def test_a_local_agent_decodes_greedily_and_has_no_reply_where_there_is_no_room(
     texts = ["2 + 3 =", "too long " * 9, "what is 3 plus 4?"]
     local = LocalAgent(weights, CPU)
     replies = local.generate(asks(*texts), 6)
-    questions = [ExamQuestion(says(text), "", None, "") for text in texts]
-    assert replies == write_answers(model, tokenizer, questions, 6)
+    assert replies == exam.write_answers(model, tokenizer, asks(*texts), 6)
     assert replies[0] != replies[2] and replies[1] == ""
     assert "1 of 3 conversations are longer than 79 tokens" in log[0]
     local.rows = 1

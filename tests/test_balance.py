@@ -103,6 +103,15 @@ def test_equal_norms_keeps_the_sum_of_the_lengths_and_divides_it_by_share():
     assert numbers(balanced.after) == pytest.approx([0.3 * whole, 0.7 * whole], rel=1e-5)
 
 
+def test_equal_norms_by_other_shares_keeps_the_sum_of_the_lengths():
+    """A domain of a third of the samples has 96 % of the tokens: it counts for a third."""
+    balanced = equal_norms(random_step(), {"general": 0.04, "specialist": 0.96},
+                           {"general": 8, "specialist": 4})
+    general, specialist = numbers(balanced.after)
+    assert general == pytest.approx(2 * specialist, rel=1e-5)
+    assert general + specialist == pytest.approx(sum(numbers(balanced.before)), rel=1e-5)
+
+
 def test_equal_norms_of_equal_lengths_changes_nothing():
     gradients = step([3.0, 4.0], [0.0, -5.0])
     assert torch.allclose(equal_norms(gradients, HALVES).gradient,

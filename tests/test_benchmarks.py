@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks import data, ddp, generate, loss, measure, scaling, step
-from benchmarks.measure import TOLERANCE, deviation, peak_above, timed
+from benchmarks.measure import TOLERANCE, deviation, timed
+from runtime.log import peak_above
 
 CPU = torch.device("cpu")
 
@@ -103,7 +104,6 @@ def test_a_wrong_flag_is_refused_before_anything_is_measured(capsys):
     for main, wrong, reason in (
             (loss.main, "--repeats 0", "1 or more"),
             (loss.main, "--vocab 50 0", "1 or more"),
-            (loss.main, "--json nowhere/loss.json", "mkdir -p nowhere"),
             (step.main, "--pad 339", "would cut samples"),
             (generate.main, "--dim 48", "multiple of 32"),
             (data.main, "--rows 3", "does not fill one batch"),

@@ -202,7 +202,7 @@ def test_a_mistake_is_reported_before_anything_runs(config, tmp_path, capsys):
             (with_learn(f"{learn} {{sample}}"), r"unknown \{sample\}; did you mean 'samples'"),
             (with_learn(learn.replace("{seed}", "1")), r"SFT: .*not take \{seed\}"),
             (with_row("SKD", command="{learn} --from {answers} out/no.pth"),
-             "SKD: no file at out/no.pth; bash quickstart.sh")):
+             "SKD: no file at out/no.pth; python quickstart.py")):
         with pytest.raises(SystemExit, match=reason):
             arena(wrong, tmp_path)
     for flags, reason in (("--rows SDK", "has no 'SDK'; did you mean 'SKD'?"),
@@ -314,8 +314,9 @@ def is_running(pid: int) -> bool:
 
 
 PLANS = {name: compare.read(ROOT / f"configs/{name}.yaml")
-         for name in ("compare", "compare_experience", "compare_curriculum", "compare_ability")}
-SAMPLES = {"compare": 24, "compare_experience": 32, "compare_curriculum": None,
+         for name in ("compare", "compare_experience", "compare_methods", "compare_curriculum",
+                      "compare_ability")}
+SAMPLES = {"compare": 24, "compare_experience": 32, "compare_methods": 32, "compare_curriculum": None,
            "compare_ability": 48}
 PARSERS = {}            # {script: its argument parser}
 
@@ -325,7 +326,7 @@ def parser_of(script: str):
     class Found(Exception):
         pass
 
-    def stop(parser, argv=None):
+    def stop(parser, argv=None, **ranges):
         raise Found(parser)
 
     if script not in PARSERS:

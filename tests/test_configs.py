@@ -199,6 +199,17 @@ def test_seqkd_writes_the_answers_first_unless_they_are_there(tools, tmp_path):
     assert first == f"the answers exist: {answers}" and second.startswith("torchrun")
 
 
+def test_seqkd_samples_with_the_flags_of_sampling_and_trains_with_the_others(tools, tmp_path):
+    sampling = ["--temperature", "0.7", "--top_p", "0.8", "--top_k", "20", "--max_new_tokens", "64", "--num_samples", "2"]
+    answers = tmp_path / "answers.jsonl"
+    more = ["--seed", "1", *sampling, "--epochs", "2"]
+    first, second = bash("scripts/run_seqkd.sh", *more, before=tools, ANSWERS=answers).stdout.splitlines()
+    assert first.endswith(f"--out {answers} {' '.join(sampling)}") and second.endswith(f"{answers} --seed 1 --epochs 2")
+    answers.touch()
+    first, second = bash("scripts/run_seqkd.sh", *more, before=tools, ANSWERS=answers).stdout.splitlines()
+    assert "remove them for other --temperature 0.7" in first and second.endswith("--seed 1 --epochs 2")
+
+
 def test_seqkd_learns_the_replay_beside_the_answers(tools):
     there = {"before": tools, "ANSWERS": __file__}
     without, replay = (bash("scripts/run_seqkd.sh", "--seed", 1, **there, **more).stdout
@@ -209,7 +220,7 @@ def test_seqkd_learns_the_replay_beside_the_answers(tools):
 
 @pytest.mark.parametrize("launcher, script", LAUNCHERS.items())
 def test_what_a_launch_script_starts_runs_in_two_processes(launcher, script, tools, data, models, tmp_path):
-    """The tiny recipe with the user's flags, on a few rows, for two steps: torchrun itself is quickstart.sh's to test."""
+    """The tiny recipe with the user's flags, on a few rows, for two steps: torchrun itself is quickstart.py's to test."""
     config = ROOT / "configs" / launcher.replace("scripts/run_", "").replace("onpolicy_kd", "onpolicy").replace(
         ".sh", "_tiny.yaml")
     student, told = data / "experience_student.jsonl", data / "experience_teacher.jsonl"

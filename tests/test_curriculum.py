@@ -26,7 +26,7 @@ from distill.balance import GradNorm
 from distill.stages import Stage, describe_stage, edit_stages
 from evaluation.domains import forgetting, weighted_loss
 from evaluation.exam import read_exam
-from helpers_run import ROOT, load, rows, run, same, succeed
+from helpers_run import ROOT, load, rows, run, same, complaint, succeed
 from interop.checkpoint import load_model, load_tokenizer, new_model, save_model
 from model.config import LMConfig
 from runtime.checkpoint import Progress
@@ -165,14 +165,14 @@ def test_a_run_started_anew_keeps_nothing_of_an_earlier_one_in_its_log(flags, tm
     assert (student.config.dim, student.config.n_layers) == (64, 2)
 
 
-def test_a_loss_is_logged_even_if_it_is_0_or_nan(flags, models, tmp_path):
+def test_a_loss_of_0_is_logged_and_one_of_nan_ends_the_stage(flags, models, tmp_path):
     """The student is its own teacher: its first loss is 0. A learning rate of 1e30 makes the later
     ones NaN."""
-    train(tmp_path, flags, "1.learning_rate=1e30", student=models / "teacher.pth", end_stage=1,
-          val_fraction=0)
+    said = complaint(SCRIPT, **but(flags, "1.learning_rate=1e30", student=models / "teacher.pth",
+                                   end_stage=1, val_fraction=0, out_dir=tmp_path))
     found = rows(tmp_path / "stage1.jsonl")
-    assert len(found) == 6 and all({"loss", "ce", "kd"} <= row.keys() for row in found)
-    assert found[0]["kd"] == pytest.approx(0, abs=1e-6) and np.isnan(found[-1]["loss"])
+    assert found[0]["kd"] == pytest.approx(0, abs=1e-6) and all("loss" not in row for row in found[1:])
+    assert "of step 4 is not finite" in said and not (tmp_path / "stage1_final.pth").exists()
 
 
 def test_the_loss_is_the_sum_of_its_terms(unbroken, flags, models, tmp_path):
@@ -212,6 +212,11 @@ def test_adapters_train_through_all_stages_each_with_its_number_of_steps(flags, 
         assert not same(before, dict(model.state_dict()))
     assert not same(finals[0], finals[1])
     assert same(before, load(models / "student.pth"))
+    # Stage 3 alone, from the adapters of stage 2, is the stage 3 of the whole run; .pth may be left
+    # out.
+    train(tmp_path / "alone", flags, "3.steps=4", "3.sampling=uniform", max_steps=None, student=None,
+          val_fraction=0, use_lora=True, start_stage=3, checkpoint_path=tmp_path / "stage2_final")
+    assert same(finals[2], load(tmp_path / "alone/stage3_final.pth"))
 
 
 # ---- split, interrupted --------------------------------------------------------------------------
@@ -323,7 +328,8 @@ def test_the_sides_gradients_weighted_by_shares_are_that_of_the_whole_step(secon
     given = but(second, "2.alpha=0.5", "2.feature_weight=1", "2.attention_weight=10", grad_clip=0,
                 max_steps=1)
     train(tmp_path / "whole", given, "2.balance=none")
-    plain = patched(tmp_path, "from distill import balance\n\nbalance.equal_norms = balance.plain")
+    plain = patched(tmp_path, "from distill import balance\n\n"
+                    "balance.equal_norms = lambda g, shares, _: balance.plain(g, shares)")
     train(tmp_path / "apart", given, "2.balance=norm", script=plain)
     whole, apart = (load(tmp_path / name / "stage2.resume")["optimizer"]["state"]
                     for name in ("whole", "apart"))
@@ -350,6 +356,7 @@ def test_balance_keeps_the_length_of_the_gradient_and_a_loss_scale_changes_nothi
         after = row["grad_general_balanced"] + row["grad_domain_balanced"]
         assert after == pytest.approx(row["grad_general"] + row["grad_domain"], rel=1e-4)
         assert row["grad_general_balanced"] != pytest.approx(row["grad_general"], rel=1e-3)
+        assert row["grad_domain_balanced"] / after == pytest.approx(row["domain_share"], rel=1e-4)
 
 
 def balanced(name, general, domain, gradnorm=None):
@@ -358,7 +365,8 @@ def balanced(name, general, domain, gradnorm=None):
     gradient, norms = balance_gradients(
         name, gradnorm, {side: torch.tensor(values[0]) for side, values in sides.items()},
         {side: values[1] for side, values in sides.items()},
-        {side: Counter(loss=torch.tensor(values[2])) for side, values in sides.items()})
+        {side: Counter(loss=torch.tensor(values[2])) for side, values in sides.items()},
+        {side: 12 * values[1] for side, values in sides.items()})
     return gradient.tolist(), {side: float(norm) for side, norm in norms.items()}
 
 
@@ -485,6 +493,24 @@ def test_a_domain_may_be_a_folder_of_several_kinds_of_files(data, words, cache, 
 # ---- sampling by evaluation ----------------------------------------------------------------------
 
 
+def test_consultations_are_graded_by_token_f1_and_sampled_by_department(second, tmp_path):
+    """Texts of one department alone are sampled as they come, which is said."""
+    for departments in (["内科", "外科"], ["内科"]):
+        file = tmp_path / f"{len(departments)}.csv"
+        file.write_text("department,title,ask,answer\n" + "".join(
+            f"{departments[i % len(departments)]},发热{i},发热{i}天怎么办？,多喝水并注意休息{i}天后复诊\n"
+            for i in range(40)), encoding="utf-8-sig")
+        out = tmp_path / file.stem
+        printed = train(out, second, "2.sampling=evaluation", domain_dataset=file, max_steps=2,
+                        val_fraction=0.3, n_samples=0)
+        row = rows(out / "stage2.jsonl")[0]
+        assert "val_domain_token_f1" in row and "val_domain_accuracy" not in row
+        assert "val_general_accuracy" in row and "teacher itself: token_f1 0.0% on" in printed
+        assert [f"domain/{name} 0% -> " in printed for name in departments] == [True] * len(departments)
+        assert ("no effect, because all samples of the domain have one category, '内科' (keys: leaf, "
+                in printed) == (len(departments) == 1)
+
+
 def test_a_category_is_sampled_by_what_it_lacks_and_a_tenth_at_least(
         data, words, choices, cache, capsys, monkeypatch):
     """Of the domain's 0.8: a is perfect (0.1), b half known (0.5), the third has no questions and
@@ -495,10 +521,10 @@ def test_a_category_is_sampled_by_what_it_lacks_and_a_tenth_at_least(
     mixture = mix_sides(joined, sides, stage, 1, 0, 1, seed=0)
     equal = {"general": 800, "domain/a": 1067, "domain/b": 1067, "domain/general": 1067}
     assert mixture.counts(0, 500) == pytest.approx(equal, abs=30)
-    metrics = {"general_loss": 1.0, "domain_loss": 2.0, "domain_accuracy": 0.6}
-    found = metrics, {"domain/a": 1.0, "domain/b": 0.5}
+    metrics = {"general_loss": 1.0, "domain_loss": 2.0}
+    found = metrics, {"domain": 0.6, "domain/a": 1.0, "domain/b": 0.5}
     monkeypatch.setattr(train_curriculum, "evaluate_sides", lambda *_: found)
-    args = Namespace(share=stage.share, sampling="evaluation", pad_vocab=False, max_new_tokens=1)
+    args = Namespace(share=stage.share, sampling="evaluation", max_new_tokens=1)
     log, progress = SimpleNamespace(row=lambda *_, **__: None), Progress({}, 500, steps_done=100)
     rest = None, args, None, None, [], None, mixture, {}, progress, log
     assert validate(*rest) == pytest.approx(0.2 * 1 + 0.8 * 2)
@@ -592,7 +618,7 @@ def refusal(monkeypatch, capsys, choices, tmp_path):
 
 @pytest.mark.parametrize("wrong, reason", [
     ({"set": ["2.balanc=none"]}, "a stage has no 'balanc'; did you mean 'balance'"),
-    ({"set": ["3.batch_size=1000"]}, "fewer than the 1000 of one step"),
+    ({"accumulation_steps": 1000}, "fewer than the 1000 micro-batches of one step"),
     ({"start_stage": 2}, "--start_stage 2 must have weights: --checkpoint_path .*stage1_final.pth"),
     ({"start_stage": 3, "end_stage": 2, "checkpoint_path": "x"}, "--end_stage 2 must be --start_"),
     ({"start_stage": 2, "checkpoint_path": "out/nothing.pth"}, "no weights at out/nothing.pth"),
@@ -603,7 +629,6 @@ def refusal(monkeypatch, capsys, choices, tmp_path):
     ({"val_path": "none"}, "needs held-out questions of the domain.* --set 3.sampling=uniform"),
     ({"set": [*SMALL, "2.sampling=evaluation"], "val_fraction": 0}, "--set 2.sampling=uniform"),
     ({"val_fraction": 1.5}, r"--val_fraction 1.5 must lie in \[0, 1\)"),
-    ({"warmup_ratio": 1}, r"--warmup_ratio 1.0 must lie in \[0, 1\)"),
     ({"max_seq_len": 256}, "--max_seq_len 256 exceeds the model's context length of 128"),
     ({"set": [*SMALL, "3.attention_weight=1"], "relation_heads": 5}, "relation_heads"),
     ({"set": [*SMALL, "3.feature_weight=1"], "layer_map": "1:9"}, "'1:9' is no"),

@@ -1,6 +1,6 @@
 """
 文档“数据与模型”各页的命令都能运行。
-Every command of the pages on data and models runs, on the models of `quickstart.sh --smoke`.
+Every command of the pages on data and models runs, on the models of `quickstart.py --smoke`.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """
 文档“经验与内存”各页的命令都能运行。
-Every command of the pages on experience and memory runs, on the models of `quickstart.sh --smoke`.
+Every command of the pages on experience and memory runs, on the models of `quickstart.py --smoke`.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """
 文档“课程与能力树”各页的命令都能运行。
-Every command of the pages on curriculum and ability tree runs, on the models of `quickstart.sh --smoke`.
+Every command of the pages on curriculum and ability tree runs, on the models of `quickstart.py --smoke`.
 """
 
 import pytest

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dataset.formats import BadLine, to_messages
-from evaluation.exam import ExamQuestion, answer, grade, is_right, read_exam
+from evaluation.exam import ExamQuestion, answer, grade, is_right, read_exam, token_f1
 from evaluation.scores import score
 from model.config import LMConfig
 from model.generate import generate
@@ -144,7 +144,7 @@ def test_answers_stand_in_the_order_of_the_questions(tiny, tokenizer):
     assert answer(model, tokenizer, questions, max_new_tokens=6) == alone
     prompts = [tokenizer.encode_chat(questions[i].messages, add_generation_prompt=True)[0]
                for i in (0, 2, 4)]
-    words = generate(model, prompts, 6, tokenizer.end_of_turn, vocab_size=tokenizer.vocab_size)
+    words = generate(model, prompts, 6, tokenizer.end_of_turn)
     assert [alone[i] for i in (0, 2, 4)] == [tokenizer.decode(ids).strip() for ids in words]
 
 
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_answered_by_nothing_and_the_rest_as_ever(parrot, t
     assert answer(parrot, tokenizer, [over, fits], max_new_tokens=9) == ["", "ok"]
     assert answer(parrot, tokenizer, [], max_new_tokens=9) == []
     assert grade(["", "ok", "o"],
-                 [full, question_of("a"), one_left]).accuracy == pytest.approx(1 / 3)
+                 [full, question_of("a"), one_left]).score == pytest.approx(1 / 3)
 
 
 # ---- grades ------------------------------------------------------------------------------------
@@ -191,8 +191,8 @@ def test_macro_averages_are_over_the_places_that_are_right_somewhere():
     options = [[f"{letter}{i}" for letter in "abcd"] for i in range(5)]
     questions = [question_of("?", f"{right}{i}", options[i]) for i, right in enumerate("aabca")]
     grades = grade(["a0", "b1", "b2", "d3", ""], questions)
-    assert grades.n == 5 and grades.accuracy == 2 / 5
-    assert grades[1:4] == pytest.approx((1 / 2, 4 / 9, 7 / 18))
+    assert list(grades.metrics) == ["accuracy", "precision", "recall", "f1"]
+    assert list(grades.metrics.values()) == pytest.approx([2 / 5, 1 / 2, 4 / 9, 7 / 18])
 
 
 def test_without_options_each_final_answer_is_a_class():
@@ -202,11 +202,32 @@ def test_without_options_each_final_answer_is_a_class():
     #   7        1      1     1           1         1     1
     questions = [question_of("?", gold) for gold in ("so\n#### 5", "5", "x  y", "7", "x y")]
     grades = grade(["5", "thus #### 5", "5", "7", ""], questions)
-    assert grades.accuracy == 3 / 5
-    assert grades[1:4] == pytest.approx(((2 / 3 + 0 + 1) / 3, (1 + 0 + 1) / 3, (4 / 5 + 0 + 1) / 3))
+    assert list(grades.metrics.values()) == pytest.approx(
+        [3 / 5, (2 / 3 + 0 + 1) / 3, (1 + 0 + 1) / 3, (4 / 5 + 0 + 1) / 3])
 
 
-def test_each_category_has_an_accuracy_of_its_own():
+@pytest.mark.parametrize("given, gold, f1", [
+    ("每日服两次。", "每日两次", 2 * 4 / 9),             # a character is a word, 。 is none
+    ("take take 2 mg", "Take 2.", 2 * 2 / 6),           # the second take finds no partner
+    ("so 5\n#### take 2", "take 2", 1.0), ("", "take 2", 0.0), ("rest", "take 2", 0.0)])
+def test_a_texts_token_f1_is_what_it_has_in_common_with_the_gold_one(given, gold, f1):
+    assert token_f1(given, gold) == pytest.approx(f1)
+
+
+def test_a_text_is_graded_by_its_token_f1_and_a_short_answer_by_equality():
+    """Ten words are a short answer. In a mixed exam each metric is of its own questions."""
+    ten, text = " ".join("abcdefghij"), "多喝水，注意休息，三天后复诊。"        # 12 characters
+    questions = [question_of("?", ten, category="short"), question_of("?", text, category="long"),
+                 question_of("?", text, [text, ten], "choice")]
+    grades = grade([f"{ten} k", "多喝水休息", text], questions)
+    assert grades.by_category == {"choice": 1.0, "long": pytest.approx(10 / 17), "short": 0.0}
+    assert grades.metrics["accuracy"] == 1 / 2
+    assert grades.metrics["token_f1"] == grades.by_category["long"]
+    assert grades.score == pytest.approx((1 + 10 / 17) / 3)
+    assert list(grade(["多喝水"], questions[1:2]).metrics) == ["token_f1"]
+
+
+def test_each_category_has_a_score_of_its_own():
     questions = [question_of("?", category="sums"), question_of("?", category="days"),
                  question_of("?", category="sums")]
     grades = grade(["ok", "no", "no"], questions)
@@ -217,8 +238,8 @@ def test_each_category_has_an_accuracy_of_its_own():
 def test_an_exam_without_mistakes_has_nothing_but_ones():
     questions = [question_of("?", "a", ["a", "b"]), question_of("?", "b", ["a", "b"]),
                  question_of("?", "free", None, "other")]
-    by_category = {"all": 1.0, "other": 1.0}
-    assert grade(["a", "b", "free"], questions) == (1.0, 1.0, 1.0, 1.0, by_category, 3)
+    ones = dict.fromkeys(("accuracy", "precision", "recall", "f1"), 1.0)
+    assert grade(["a", "b", "free"], questions) == (ones, 1.0, {"all": 1.0, "other": 1.0})
 
 
 def test_answers_and_questions_of_unlike_number_are_refused():

@@ -4,15 +4,20 @@ Laws of dataset/formats.py: every public format becomes the same messages, and a
 """
 
 import json
+import random
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from dataset.formats import (BadLine, files_of, final_answer, read_categories, read_conversations,
-                             read_questions, read_rows, read_texts, to_messages, to_question,
+                             read_each, read_questions, read_rows, to_messages, to_question,
                              to_text)
+from evaluation.exam import read_exam
+from evaluation.metrics import read_tests
+from model.tokenizer import Tokenizer
 
 SUM = [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]
 PAGE = (Path(__file__).resolve().parents[1] / "dataset/dataset.md").read_text(encoding="utf-8")
@@ -48,6 +53,11 @@ def written(tmp_path, name, content):
     {"question": "2 + 3 =", "answer": "5"},
     {"prompt": "2 + 3 =", "response": "5"},
     {"ask": "2 + 3 =", "output": "5"},
+    {"prompt": "2 + 3 =", "completion": "5"},
+    {"prompt": SUM[:1], "completion": SUM[1:]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "2 + "}, {"type": "text", "text": "3 ="}]},
+                  {"role": "assistant", "content": [{"type": "text", "text": "5"}], "weight": 1, "tool_calls": None}]},
+    {"messages": json.dumps(SUM), "tools": "[]", "system_prompt": ""},
 ])
 def test_every_format_gives_the_same_conversation(row):
     assert to_messages(row) == SUM
@@ -55,7 +65,7 @@ def test_every_format_gives_the_same_conversation(row):
 
 def test_the_examples_of_the_page_are_what_the_code_reads():
     examples = re.findall(r"\| `(\{.+\})` \|$", PAGE, flags=re.MULTILINE)
-    assert [to_messages(json.loads(example)) for example in examples] == [SUM] * 4
+    assert [to_messages(json.loads(example)) for example in examples] == [SUM] * 5
 
 
 def test_the_exams_of_the_page_are_what_the_code_reads(tmp_path):
@@ -120,6 +130,7 @@ def test_a_bad_record_of_an_exam_is_named(tmp_path, record, reason):
     ("#### 4\nNo:\n#### 5 \n", "5"),
     (" five\ncats ", "five\ncats"),
     ("five ####", "five ####"),
+    ("<think>\n#### 4\n</think>\n\n5", "5"),
 ])
 def test_the_final_answer_stands_after_the_last_four_hashes_or_is_all_there_is(text, final):
     assert final_answer(text) == final
@@ -212,6 +223,78 @@ def test_turns_that_do_not_alternate_are_refused_with_their_place(roles, reason)
         to_messages(turns(roles))
 
 
+@pytest.mark.parametrize("row", [
+    {"system": "s", "conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+    {"system_prompt": "s", "messages": turns("ua")["conversations"]},
+    {"system": "s0", "messages": turns("sua")["conversations"]},        # the same text, in both places
+    {"messages": [{"role": "developer", "content": "s"}, *turns("ua")["conversations"]]},
+    {"system_prompt": "s", "question": "u", "answer": "a"},
+    {"system": "s", "question": "u", "options": {"A": "a"}, "answer_idx": "A"},
+])
+def test_the_system_text_beside_a_conversation_or_a_question_is_its_system_turn(row):
+    messages = to_messages(row)
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert messages[0]["content"][0] == "s" and "system" not in to_question(row).others
+
+
+@pytest.mark.parametrize("marks, learned", [
+    (({"weight": 0}, {"weight": 1}), "a3"), (({"train": False}, {}), "a3"), (({}, {"loss": 0}), "a1"),
+    (({"weight": 1.0}, {"loss": None}), "a1 a3"), (({"weight": 1, "train": False}, {}), "a3"),
+])
+def test_a_turn_of_weight_0_is_context_and_none_of_its_tokens_a_target(marks, learned):
+    row = turns("uaua", key="messages")
+    for turn, keys in zip(row["messages"][1::2], marks):
+        turn |= keys
+    messages = to_messages(row)
+    assert contents(row) == ["u0", "a1", "u2", "a3"] and to_messages({"messages": messages}) == messages
+    tokenizer = Tokenizer.load()
+    ids, targets = tokenizer.encode_chat(messages)
+    found = tokenizer.decode(i for i, target in zip(ids, targets) if target)
+    assert found == "".join(f"{answer}<|im_end|>" for answer in learned.split())
+
+
+def test_the_answers_of_a_conversational_prompt_are_context():
+    row = {"prompt": turns("sua")["conversations"] + [{"role": "user", "content": "u3"}],
+           "completion": [{"role": "assistant", "content": "a4"}]}
+    assert [message["content"] for message in to_messages(row)
+            if message["role"] == "assistant" and message.get("train", True)] == ["a4"]
+    assert to_question({"prompt": row["prompt"]}).answer is None
+
+
+def test_reasoning_content_is_the_thought_of_its_answer():
+    row = {"messages": [SUM[0], {**SUM[1], "reasoning_content": "two and three"}]}
+    assert contents(row)[1] == "<think>\ntwo and three\n</think>\n\n5"
+
+
+def test_an_input_beside_options_is_part_of_the_question():
+    row = {"question": "Add.", "input": "2 + 3 =", "options": {"A": "4", "B": "5"}, "answer_idx": "B"}
+    assert contents(row) == ["Add.\n2 + 3 =\nA. 4\nB. 5", "5"]
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"messages": SUM, "conversations": SUM}, "both 'conversations' and 'messages' are there"),
+    ({"messages": SUM, "system": "a", "system_prompt": "b"}, "both 'system' and 'system_prompt'"),
+    ({"messages": [{"role": "system", "content": "b"}, *SUM], "system": "a"}, r"messages\[0\] is a system turn"),
+    ({"messages": SUM, "tools": [{"name": "w"}]}, "the row has tools, and calls of tools are not read"),
+    ({"messages": [SUM[0], {**SUM[1], "tool_calls": [{"id": "1"}]}]}, r"messages\[1\] has tool_calls, and calls"),
+    ({"messages": [SUM[0], {"role": "tool", "content": "5"}]}, "has role 'tool'"),
+    ({"messages": [SUM[0], {**SUM[1], "weight": 0.5}]}, r"messages\[1\] has weight 0.5; a turn is context"),
+    ({"messages": [{**SUM[0], "train": True}, SUM[1]]}, r"messages\[0\] has train True; .* of the assistant alone"),
+    ({"messages": [SUM[0], {**SUM[1], "loss": False}]}, "no turn of the assistant is to be learned"),
+    ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "image_url"}]}]}, r"messages\[1\] has the part {'type': 'image_url'"),
+    ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "text", "text": 5}]}]}, r"messages\[1\]: a part is 5, not a string"),
+    ({"messages": [{**SUM[0], "reasoning_content": "x"}, SUM[1]]}, r"messages\[0\] has reasoning_content, which belongs"),
+    ({"messages": [SUM[0], {"role": "assistant", "content": "<think>a</think>5", "reasoning_content": "x"}]}, "of its own"),
+    ({"messages": "[{]"}, r"messages is '\[\{\]', not a list of turns"),
+    ({"question": "a", "prompt": "b", "options": {"A": "a"}, "answer_idx": "A"}, "both 'question' and 'prompt'"),
+    ({"question": "a", "options": {"A": "a"}, "answer_idx": "A", "history": [["a", "b"]]}, "history is not read"),
+    ({"question": "a", "options": {"A": "a"}, "answer_idx": []}, r"answer_idx is \[\], which is none"),
+])
+def test_a_key_that_carries_meaning_is_honoured_or_refused(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        to_messages(row)
+
+
 @pytest.mark.parametrize("row, reason", [
     ({"foo": 1, "bar": 2}, r"no known format \(keys found: \['foo', 'bar'\]; known: conv"),
     ({"conversations": "hi"}, "conversations is 'hi', not a list of turns"),
@@ -268,6 +351,8 @@ def test_a_text_row_holds_text(row):
     ("lines_named.json", GOOD_LINE + "\n"),
     ("list.json", f" [\n{GOOD_LINE}\n]"),
     ("mark.json", f"\ufeff[{GOOD_LINE}]"),
+    ("object.json", f'{{"data": [\n{GOOD_LINE}]}}'),
+    ("rows_named.json", f'{{"messages": {json.dumps(SUM)}}}'),
     ("typed.csv", "\ufeffQuestion, Answer \r\n2 + 3 =,5\r\n,\r\n"),
     ("without_extension", GOOD_LINE),
 ])
@@ -278,7 +363,7 @@ def test_every_kind_of_file_gives_the_same_conversation(tmp_path, name, content)
 def test_a_blank_line_ends_a_paragraph_and_a_paragraph_is_numbered_by_its_first_line(tmp_path):
     path = written(tmp_path, "story.txt", "\nOnce\nthere was\n\n \nThe end")
     assert list(read_rows(path)) == [(2, {"text": "Once\nthere was"}), (6, {"text": "The end"})]
-    assert read_texts(path) == ["Once\nthere was", "The end"]
+    assert read_each(path, to_text) == ["Once\nthere was", "The end"]
 
 
 def test_where_lines_endoftext_stand_a_blank_line_is_part_of_the_text(tmp_path):
@@ -299,21 +384,39 @@ def test_a_bad_line_names_file_line_value_and_the_way_out(tmp_path):
         read_conversations(path)
     assert str(error.value) == (
         f"{path}, line 3: conversations[1] has role 'robot' (known: system, user, human, "
-        "assistant, gpt). Fix the line, or pass --skip_bad_lines to leave it out.")
+        "assistant, gpt, developer). Fix the line, or pass --skip_bad_lines to leave it out.")
+
+
+def test_a_list_is_read_item_by_item_as_json_reads_it(tmp_path):
+    text = '[ {"a": "x,]\\"y"} ,\n{"b": [1, {"c": 12345}]}, "小猫😀"\n] \n'
+    for cut in range(1, len(text) + 1):                 # also each text with a character left out
+        content = text[:cut] + text[cut + 1:]
+        path = written(tmp_path, "a.json", content)
+        try:
+            expected = list(enumerate(json.loads(content), start=1))
+        except ValueError:
+            with pytest.raises(BadLine, match="read completely or not at all"):
+                list(read_rows(path))
+        else:
+            assert [(n, row) for n, row in read_rows(path) if isinstance(row, dict)] == [
+                (n, item) for n, item in expected if isinstance(item, dict)]
 
 
 @pytest.mark.parametrize("name, content, reason", [
     ("cut.jsonl", GOOD_LINE[:-3], "line 1: not a whole JSON object"),
     ("two.jsonl", GOOD_LINE + GOOD_LINE, "line 1: not a whole JSON object: Extra data"),
     ("number.jsonl", "5", "line 1: 5 is not a JSON object"),
-    pytest.param("deep.jsonl", "[" * 100_000, "line 1: JSON that Python does not read", id="deep"),
+    pytest.param("deep.jsonl", "[" * 100_000, "line 1: JSON that is not read", id="deep"),
     pytest.param("long.jsonl", "9" * 5_000, "line 1: ", id="long"),
     ("gbk.jsonl", '{"question": "和", "answer": "5"}'.encode("gbk"),
      r"line 1: question holds '\\udcba'"),
     ("gbk.csv", "question,answer\n和,5".encode("gbk"), r"line 2: .* \(a byte that is not UTF-8"),
     ("story.txt", "Once", r"line 1: no known format .* only text is for train_pretrain\.py"),
     ("item.json", f"[{GOOD_LINE}, 5]", "item 2: .* Fix the item"),
-    ("cut.json", "[" + GOOD_LINE, "cut.json, line 1, column .*: Expecting"),
+    ("cut.json", "[" + GOOD_LINE, "cut.json, item 2: Expecting .*: line 1 column"),
+    ("keys.jsonl", '{"question": "a", "answer": "b", "answer": "c"}', "line 1: .* the key 'answer' stands twice in {'answer': 'c'"),
+    ("keys.json", '[{"question": "a", "answer": "b", "answer": "c"}]', "keys.json, item 1: the key 'answer' stands twice"),
+    ("lists.json", f'{{"data": [{GOOD_LINE}], "more": [{GOOD_LINE}]}}', "item 2: Expecting .* the end of the only list"),
     ("cells.csv", "question,answer\n1,2,3\n", "line 2: 3 cells .*, where the first record has 2"),
     ("quote.csv", 'question,answer\n1,2\n"3,4\n5,6\n', "line 3: not a CSV record"),
     ("twice.csv", "ask,output,Ask\n1,2,3\n", "line 1: two columns are called 'ask'"),
@@ -376,7 +479,7 @@ def test_a_folder_with_nothing_to_read_is_an_error_that_names_what_is_read(tmp_p
     ({"leaf": "math/sum", "category": "math", "subject": "sums", "meta_info": "m"}, "math/sum"),
     ({"meta_info": "m", "subject": "sums", "category": "math"}, "math"),
     ({"meta_info": "m", "subject": "sums", "leaf": ""}, "sums"),
-    ({"meta_info": "m", "subject": None}, "m"),
+    ({"meta_info": "m", "subject": None}, "m"), ({"meta_info": "m", "department": "内科"}, "内科"),
     ({"meta_info": {"source": "m"}}, "exam"),
     ({}, "exam"),
 ])
@@ -403,7 +506,7 @@ def test_a_missing_file_of_ours_ends_with_the_command_that_makes_it():
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl.* python dataset/miniworld\.py$"):
         read_conversations(ours)
     with pytest.raises(FileNotFoundError, match="^no file at theirs.jsonl. Check the path.$"):
-        read_texts("theirs.jsonl")
+        read_each("theirs.jsonl", to_text)
 
 
 def test_reading_costs_little_more_than_parsing_the_json(tmp_path):
@@ -417,3 +520,77 @@ def test_reading_costs_little_more_than_parsing_the_json(tmp_path):
     parsing = min(seconds(lambda: [json.loads(line) for line in open(path)]) for _ in range(3))
     reading = min(seconds(lambda: read_conversations(path)) for _ in range(3))
     assert reading < 5 * parsing
+
+
+# ---- mutations ---------------------------------------------------------------------------------
+
+KINDS = [
+    {"conversations": SUM, "system": "s", "tools": None, "id": 7},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b",
+                   "reasoning_content": "c", "weight": 1, "tool_calls": []}]},
+    {"messages": json.dumps(SUM), "meta_info": {"a": [1]}},
+    {"instruction": "a", "input": "b", "output": "c", "system": "s", "history": []},
+    {"prompt": SUM[:1], "completion": SUM[1:]},
+    {"question": "a", "options": {"A": "b", "B": "c"}, "answer_idx": "B", "leaf": "x/y", "input": "d"},
+    {"text": "One two three."},
+    {"question": "a", "distribution": {"b": 0.5, "c": 0.5}, "conversations": SUM[:1]},
+]
+CSV = b'id,question,A,B,C,D,answer\n0,"2 + 3\n=",4,5,6,23,B\n1,1 + 1 =,1,2,3,4,\n'
+ODD = [None, True, 0, 2, -1.5, 1e400, "", " ", "\ud800", "x" * 300, [], {}, [None], [[]], {"a": {}}, ["a"], [{"type": "text"}],
+       [{"role": "user"}], [{"role": [], "content": {}}], "[", "[1]", '[{"role": 1}]', {"": ""}]
+
+
+def mutated(row, generator):
+    """A row with one place changed: another value, key or type, a turn twice or left out."""
+    row = json.loads(json.dumps(row))
+    places = []
+
+    def walk(value):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            places.append((value, key))
+            if isinstance(value[key], (dict, list)):
+                walk(value[key])
+
+    walk(row)
+    holder, key = generator.choice(places)
+    match generator.randrange(5):
+        case 0:
+            holder[key] = generator.choice(ODD)
+        case 1:
+            del holder[key]
+        case 2 if isinstance(holder, dict):
+            holder[generator.choice(["role", "from", "value", "messages", "options", "weight", "system", "tools", "train"])] = holder[key]
+        case 3 if isinstance(holder, list):
+            holder.insert(key, holder[key])
+        case _:
+            holder[key] = {str(i): holder[key] for i in range(2)} if generator.random() < 0.5 else [holder[key]]
+    return row
+
+
+def test_of_2000_mutated_rows_each_is_read_or_named_with_its_place(tmp_path):
+    """Also bytes of the line are changed: flipped, doubled, cut."""
+    generator, counts = random.Random(0), Counter()
+    for n in range(2000):
+        row = generator.choice(KINDS)
+        line = CSV if n % 8 == 0 else json.dumps(mutated(row, generator) if n % 4 else row).encode()
+        if n % 4 == 0:
+            at = generator.randrange(len(line))
+            middle = generator.choice([bytes([generator.randrange(256)]), b"", line[at:at + 9] * 2, b'"', b"\xff", b"["])
+            line = line[:at] + middle + line[at + generator.randrange(2):]
+        name = "rows.csv" if n % 8 == 0 else generator.choice(["rows.jsonl", "rows.json", "list.json", "object.json"])
+        wrapped = {"list.json": b"[%s]", "object.json": b'{"data": [%s]}'}.get(name, b"%s") % line
+        path = written(tmp_path, name, wrapped)
+        for read in (read_conversations, read_questions, read_exam_of, lambda path: read_tests([path]),
+                     lambda path: read_each(path, to_text)):
+            try:
+                read(path)
+                counts["read"] += 1
+            except ValueError as error:
+                counts["named"] += 1
+                assert str(path) in str(error), error
+    print(f"2,000 mutated rows, {counts['read']:,} times read, {counts['named']:,} times named, 0 tracebacks")
+    assert counts.total() == 5 * 2000 and counts["read"] > 1000
+
+
+def read_exam_of(path):
+    return read_exam([path])

@@ -76,16 +76,6 @@ def test_mixed_answers_have_from_8_tokens_to_the_longest():
     assert len(sizes) == 64 and 8 <= min(sizes) < 20 and 120 < max(sizes) <= 128
 
 
-def test_a_model_agrees_with_its_own_tokens_and_with_no_other(tmp_path):
-    case = case_of("1", tmp_path)
-    model, prompts = case.model(), case.prompts()
-    answers = generate.ours(model, prompts, case.sizes())
-    assert generate.agreement(model, prompts, answers) == 1.0
-    # Another last token, on which no later one depends: one of twelve.
-    other = [answers[0][:-1] + [(answers[0][-1] + 1) % generate.VOCAB_SIZE]]
-    assert generate.agreement(model, prompts, other) == pytest.approx(11 / 12)
-
-
 # -- data
 
 

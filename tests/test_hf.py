@@ -206,6 +206,7 @@ def test_a_missing_an_extra_and_a_misshapen_tensor_are_named(edit, message, llam
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu'"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
     ({"attention_bias": True}, "attention_bias = True is not supported"),
+    ({"quantization_config": {"quant_method": "gptq"}}, r"the weights are quantised \(gptq\); name the folder of the model that"),
     ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported"),
 ])
 def test_a_setting_that_would_change_the_result_is_refused(settings, message, llama):

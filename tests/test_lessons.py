@@ -18,7 +18,7 @@ CHINESE = sorted(path.relative_to(ROOT) for path in ROOT.glob("docs/lessons/*_zh
 PAIRS = [(page.with_name(page.name.replace("_zh.md", ".md")), page) for page in CHINESE]
 ENGLISH = [page for page, _ in PAIRS]
 INDEX, GLOSSARY = ROOT / "docs/README.md", ROOT / "docs/glossary.md"
-# The models that quickstart.sh leaves for the lessons, untrained: (dim, n_layers, n_heads).
+# The models that quickstart.py leaves for the lessons, untrained: (dim, n_layers, n_heads).
 MODELS = {"pretrain_64": (64, 2, 4), "full_sft_64": (64, 2, 4), "full_sft_128": (128, 4, 8)}
 
 
@@ -114,7 +114,7 @@ def test_every_term_of_the_glossary_is_used_in_a_lesson(language):
 
 @pytest.fixture(scope="module")
 def classroom(tmp_path_factory, data):
-    """The repo as a reader has it after quickstart.sh, with untrained models and little data."""
+    """The repo as a reader has it after quickstart.py, with untrained models and little data."""
     folder = tmp_path_factory.mktemp("classroom")
     for path in ROOT.iterdir():
         if path.name not in ("out", "dataset", ".git", ".cache", ".venv"):

@@ -7,6 +7,7 @@ are trained, and without them the model is the base model.
 import copy
 import shutil
 from argparse import ArgumentParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -393,11 +394,17 @@ def test_a_file_of_adapters_is_the_model_with_them_merged(run, tmp_path):
 
 
 def test_adapters_know_their_base_and_are_no_base(run, data, tmp_path):
-    """On weights that were trained again, or on itself, an adapter would be noise."""
+    """On weights that were trained again, or on itself, an adapter would be noise. Adapters of the same
+    rank, alpha and targets are trained on, beside their base."""
     folder = shutil.copytree(run[0], tmp_path / "copy")
     adapters = folder / "full_sft_32_lora.pth"
     with pytest.raises(ValueError, match=rf"convert\.py --weights {adapters} --out NEW\.pth"):
-        adapt(load_model(adapters)[0], adapters, 4, None, 0.0)
+        adapt(load_model(adapters)[0], adapters, 3, None, 0.0)
+    model, base = load_model(adapters)[0], load_model(folder / "student.pth")[0]
+    adapt(model, adapters, 4, None, 0.0)
+    assert same(dict(lora_state(model)), load(adapters))
+    assert torch.equal(model.layers[0].attention.wq.weight, base.layers[0].attention.wq.weight)
+    assert Path(model.adapted["base"]).samefile(folder / "student.pth")
 
     state = load(folder / "student.pth")
     torch.save(state | {"norm.weight": state["norm.weight"] * 2}, folder / "student.pth")
@@ -449,7 +456,7 @@ def test_the_base_model_runs_without_adapters_and_without_dropout(tiny, training
     base = WithoutAdapters(student.train(training))
     tokens = torch.tensor([1, 2, 3])
     assert torch.equal(base(tokens, [3]).logits, tiny()(tokens, [3]).logits) and student.training == training
-    assert base.head is student.head and base.config is student.config
+    assert base.head.data_ptr() == student.head.data_ptr() and base.config is student.config
 
 
 def test_a_student_may_learn_from_itself_without_adapters(data, models, tmp_path):

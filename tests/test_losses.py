@@ -431,6 +431,7 @@ def test_warm_up_is_a_straight_line_to_where_the_cosine_begins():
     rates = [get_lr(step, total_steps=14, lr=1.0, warmup_steps=4) for step in range(14)]
     assert rates[:4] == pytest.approx([1.1 * 1 / 4, 1.1 * 2 / 4, 1.1 * 3 / 4, 1.1])
     assert rates[4:] == pytest.approx([get_lr(step, 10, 1.0) for step in range(10)])
+    assert rates == [get_lr(step, 14, 1.0, warmup_steps=0.3) for step in range(14)]    # 0.3 of 14: 4
     assert [get_lr(step, 10, 1.0, warmup_steps=0) for step in range(10)] == [get_lr(step, 10, 1.0)
                                                                              for step in range(10)]
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))       # the repo is used in place, not installed
 
 from dataset.miniworld import (  # noqa: E402
     HABITS, HELD_OUT_BY_INPUT, JOBS, LEAVES, ORGANS, PETS, SCARCE, SMOKE, SYMPTOMS, VERBS, WEEKDAYS,
-    World, generate, split_questions)
+    World, generate, main, split_questions)
 
 TRAINING_FILES = ["sft_teacher.jsonl", "sft_data.jsonl", "sft_data_clean.jsonl", "alpaca_data.json",
                   "general.jsonl", "specialist.jsonl", "mcq_train.jsonl", "experience_base.jsonl",
@@ -284,9 +284,11 @@ def test_invented_names_are_distinct_and_no_words_of_the_tables():
     assert names.isdisjoint([*JOBS, *PETS, *ORGANS, *SYMPTOMS, *WEEKDAYS, *VERBS])
 
 
-def test_a_wrong_size_or_share_is_refused_with_its_value(tmp_path):
-    with pytest.raises(ValueError, match="teacher_size=0"):
-        generate(tmp_path, teacher_size=0)
-    with pytest.raises(ValueError, match="label_noise=30"):
-        generate(tmp_path, label_noise=30)
+@pytest.mark.parametrize("wrong, needed", [
+    ("--teacher_size 0", "be 1 or more"), ("--label_noise 30", "lie in [0, 1]")])
+def test_a_wrong_size_or_share_is_refused_with_its_value(wrong, needed, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["miniworld.py", *wrong.split()])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"{wrong.split()[0]} " in (printed := capsys.readouterr().err) and needed in printed
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_lm_dataset import DEALS, chat, samples_of, sixty, tokenizer, write  # noqa: F401
 
-from dataset.lm_dataset import PretrainDataset, SFTDataset, in_order
+from dataset.lm_dataset import PretrainDataset, in_order
 from dataset.mixture import GROWTHS, Joined, Mixture, growth, seed_of
 
 # 30, 23 and 7 samples
@@ -272,8 +272,8 @@ def test_the_history_gives_the_very_same_stream_again(sixty):
 
 @pytest.mark.parametrize("wrong, words", [
     (dict(parts=PARTS | {"law": np.array([])}), "part 'law' has no samples, but a share of 0.3"),
-    (dict(parts={name: part[:2] for name, part in PARTS.items()}),
-     "have 6 samples, fewer than the 8 of one step"),
+    (dict(parts={name: part[:2] for name, part in PARTS.items()}, accumulation_steps=8),
+     "have 6 samples, fewer than the 8 micro-batches of one step"),
 ])
 def test_what_cannot_be_mixed_is_refused(sixty, wrong, words):
     with pytest.raises(ValueError, match=words):
@@ -317,9 +317,9 @@ def test_conversations_and_texts_joined_are_the_samples_of_each(sixty, texts):
     assert both.n_targets.tolist() == [*sixty.n_targets, *texts.n_targets]
 
 
-def test_views_of_one_file_are_joined_in_the_order_given_and_joined_again(sixty, texts):
+def test_views_of_one_file_are_joined_in_the_order_given(sixty, texts):
     train, val = sixty.split(0.2, seed=0)
-    order = Joined([val, Joined([texts, train])])
+    order = Joined([val, texts, train])
     wanted = [sample for part in (val, texts, train)
               for sample in samples_of(part.batch(np.arange(len(part))))]
     assert samples_of(order.batch(np.arange(69))) == wanted
@@ -358,25 +358,3 @@ def test_a_mixture_of_joined_datasets_takes_from_each(sixty, texts):
         assert set(samples_of(read)) <= set(samples_of(texts.batch(np.arange(9))))
         assert chats.step_targets == len(chats.targets)
         assert read.step_targets == len(read.targets) == len(read.tokens)
-
-
-def test_joined_pairs_keep_what_the_teacher_reads(cache, tmp_path, tokenizer):
-    def chats(name, prompt):
-        path = write(tmp_path / name, [chat(f"{prompt} {i}", "a" * (i + 1)) for i in range(4)])
-        return SFTDataset([path], tokenizer, max_seq_len=64, log=lambda line: None)
-
-    pairs = [chats(f"{name}.jsonl", "q").paired_with(chats(f"{name}_told.jsonl", f"{name}, q"))
-             for name in ("one", "two")]
-    batch, teachers = Joined(pairs).batch(np.arange(8)), [pair.batch(np.arange(4)).teacher
-                                                          for pair in pairs]
-    assert samples_of(batch.teacher) == samples_of(teachers[0]) + samples_of(teachers[1])
-    assert batch.teacher.targets.tolist() == batch.targets.tolist()
-    with pytest.raises(ValueError, match="only one is paired"):
-        Joined([pairs[0], chats("one.jsonl", "q")])
-
-
-def test_datasets_in_the_tokens_of_two_vocabularies_are_not_joined(sixty, tmp_path, byte_tokenizer):
-    other = PretrainDataset([write(tmp_path / "texts.jsonl", [{"text": "abc"}])],
-                            byte_tokenizer(300), log=lambda line: None)
-    with pytest.raises(ValueError, match="sft.jsonl and .*texts.jsonl have different vocabularies"):
-        Joined([sixty, other])

@@ -291,8 +291,8 @@ def test_a_new_model_gives_all_tokens_about_the_same_probability():
 
 
 REFUSED = (
-    (dict(dim=0), "dim=0 must be at least 1"),
-    (dict(n_layers=0), "n_layers=0 must be at least 1"),
+    (dict(dim=0), "dim=0 must be an integer of 1 to 16,777,216"),
+    (dict(n_layers=0), "n_layers=0 must be an integer of 1 to 4,096"),
     (dict(dim=30, n_heads=4), "dim=30 does not split into n_heads=4 equal heads; try n_heads=3, or set head_dim"),
     (dict(dim=12, n_heads=4), "head_dim=3 is odd, but RoPE rotates pairs"),
     (dict(n_heads=8, n_kv_heads=3), "n_heads=8 is no multiple of n_kv_heads=3"),

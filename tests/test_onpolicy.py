@@ -4,6 +4,7 @@ Laws of train_onpolicy.py: the student writes and the teacher reads the same wor
 the mean of the policy gradient is the gradient of the KL of whole answers.
 """
 
+import json
 import math
 import shutil
 from collections import Counter
@@ -133,6 +134,23 @@ def flags(data, models):
 
 
 NAME = "full_onpolicy_32"
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["privileged", "same prompts"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_answers_are_needed_off_policy_only(told, processes, flags, tmp_path):
+    """A student's file without answers, beside a teacher's with or without; three prompts, fewer than a step."""
+    lines = map(json.loads, flags["data_path"].read_text().splitlines()[:3])
+    asked, teacher = tmp_path / "asked.jsonl", tmp_path / "teacher.jsonl"
+    asked.write_text("".join(json.dumps({"messages": row["conversations"][:-1]}) + "\n" for row in lines))
+    teacher.write_text("".join(flags["teacher_data_path"].read_text().splitlines(keepends=True)[:3]))
+    given = flags | {"data_path": asked, "teacher_data_path": teacher if told else None, "out_dir": tmp_path,
+                     "accumulation_steps": 2, "max_steps": 2}
+    said = succeed("train_onpolicy.py", **given, processes=processes)
+    assert "validation: none" in said and all(row["kd"] > 0.01 for row in rows(tmp_path / f"{NAME}.jsonl"))
+    if processes == 1:
+        assert "3 of 3 samples have no answer, which 50% of the steps learn: --on_policy_fraction 1" in complaint(
+            "train_onpolicy.py", **given, on_policy_fraction=0.5)
 
 
 @pytest.mark.parametrize("more", [{}, {"objective": "minillm"}, {"num_samples": 2, "accumulation_steps": 2, "batch_size": 4},

@@ -166,9 +166,6 @@ def test_fewer_pairs_are_the_first_of_all_pairs(flags, tmp_path, succeed):
     everything, few = files(flags["out_dir"]), files(tmp_path / "few")
     assert all(few[name] == everything[name][:3 if "train" in name else 2] for name in NAMES)
     assert "train: 3 pairs of 16 rows; left out: 13 more than requested" in printed
-    assert printed.splitlines()[-4:-1] == [
-        "train  test  demonstrations  kind",
-        "    1     2               8  'heat'", "    2     0               8  'wash'"]
 
 
 def test_a_text_may_be_as_long_as_max_chars(flags, tmp_path, succeed):
@@ -241,3 +238,26 @@ def test_files_that_are_there_already_stay(flags, run):
 def test_a_flag_out_of_range_is_refused(more, reason, flags, run):
     code, printed = run(**flags | more)
     assert code == 2 and reason in printed
+
+
+def test_strip_takes_back_what_pairing_put_before_the_question(succeed, run, tmp_path):
+    rows = [row("take", room) | {"level": room} for room in range(6)]
+    rows[0]["conversations"].insert(0, {"role": "system", "content": "Be brief."})
+    succeed(data_path=write(tmp_path / "rows.jsonl", rows), same="kind", out_dir=tmp_path)
+    stripped = "Here is .*Now it is your turn.\n\n"
+    printed = succeed(data_path=tmp_path / "train_teacher.jsonl", strip=stripped, out_dir=tmp_path / "q")
+    found = [json.loads(line) for line in (tmp_path / "q/student.jsonl").read_text().splitlines()]
+    paired = [json.loads(line) for line in (tmp_path / "train_student.jsonl").read_text().splitlines()]
+    assert [each | {"demonstration": None} for each in found] == [
+        each | {"demonstration": None} for each in paired] and "rows without the experience" in printed
+
+    system = {"role": "system", "content": "Experience: look first."}
+    rows[1]["conversations"].insert(0, system)
+    flags = {"data_path": write(tmp_path / "system.jsonl", rows[1:3]), "out_dir": tmp_path / "s",
+             "strip": "Experience:.*"}
+    code, printed = run(**flags)
+    assert code and "system.jsonl, line 2: --strip 'Experience:.*' finds no experience in 'room 2" in printed
+    succeed(**flags | {"data_path": write(tmp_path / "one.jsonl", rows[1:2])})
+    (only,) = map(json.loads, (tmp_path / "s/student.jsonl").read_text().splitlines())
+    assert only["conversations"] == rows[1]["conversations"][1:3]
+    assert "exists already" in run(**flags)[1]

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from helpers_run import complaint, start, succeed, wait_until
-from runtime.log import ProgressBar
+from runtime.log import Pace
 from runtime.parts import Parts
 from runtime.precision import pick_device
 from runtime.processes import World
@@ -107,6 +107,21 @@ def test_a_finished_file_and_a_folder_of_something_else_stay(tmp_path):
     assert (tmp_path / "new.parts/novel.txt").read_text() == "Once" and (tmp_path / "out").read_text() == "mine"
 
 
+def test_a_run_killed_while_it_cleans_up_is_complete_when_it_is_called_again(tmp_path, monkeypatch):
+    parts = Parts(tmp_path / "out", {"seed": 1}, 2, ALONE)
+    for part in parts.mine(parts.prepare()):
+        parts.write(part, part)
+    parts.out.write_text(str(parts.join()))                 # killed here
+    again = Parts(tmp_path / "out", {"seed": 1}, 2, ALONE)
+    assert again.prepare() == [] and list(again.mine([])) == [] and again.join() == [0, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        again.remove()                                      # or here
+    with pytest.raises(ValueError, match="out exists already"):
+        Parts(tmp_path / "out", {"seed": 1}, 2, ALONE).prepare()
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"] and parts.out.read_text() == "[0, 1]"
+
+
 def test_a_result_comes_back_as_it_was_even_with_half_a_character(tmp_path):
     parts = Parts(tmp_path / "out", {}, 2, ALONE)
     results = [{"id": "\ud83d", "n": [1, None]}, "水"]
@@ -122,7 +137,7 @@ def test_progress_tells_what_is_done_and_what_is_left(capsys, monkeypatch):
     """Half of 8 answers and 100 tokens in 20 seconds, by each of 2 processes: 0.4 answers/s, and 20 seconds to go."""
     clock = iter([0.0, 5.0, 5.0, 20.0, 20.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    progress = ProgressBar(8, "answers", World(0, 2, ALONE.device))
+    progress = Pace(8, "answers", World(0, 2, ALONE.device))
     progress.add(1, tokens=30)                      # after five seconds: no line yet
     progress.add(3, tokens=70)
     assert capsys.readouterr().out == "4/8 answers of this process  0.4 answers/s  10 tokens/s  0.3 min left\n"

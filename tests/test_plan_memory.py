@@ -250,7 +250,7 @@ def test_a_model_at_a_path_is_read(models, run):
     ("--student 9B", "9B is no path, and none of the sizes 0.6B"),
     ("--student 8B --teacher self",
      "--teacher self is the student without its adapters: give a --lora_rank"),
-    ("--student 8B --processes 0", "--processes 0 must be above 0"),
+    ("--student 8B --processes 0", "--processes 0 must lie in [1, 1000]"),
     ("--student 8B --shard zero3",
      "--shard zero3 shards the model over processes, and there is one. Type:\n"),
 ])

@@ -2,7 +2,7 @@
 文档的规律：两种语言的命令与数字相同，引用的代码就是文件里的代码，链接有效，用语规范；入门各页的命令都能运行。
 Laws of the docs: both languages have the same commands and figures, quoted code is the file's code,
 links lead to files, the terms are the field's; and the commands of the first pages run, on the models
-of `quickstart.sh --smoke`, for two steps.
+of `quickstart.py --smoke`, for two steps.
 """
 
 import re

@@ -50,7 +50,7 @@ def pair(models):
 
 
 def test_the_lessons_follow_each_other_on_default_names(flags, data, tmp_path):
-    """Each finds what the one before left in --out_dir. quickstart.sh does the same without
+    """Each finds what the one before left in --out_dir. quickstart.py does the same without
     experts."""
     sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "use_moe": True, "out_dir": tmp_path}
     printed = succeed("train_pretrain.py",
@@ -127,7 +127,6 @@ def test_a_bad_line_stops_before_training_and_is_named_or_skipped(flags, data, r
     ({"data_path": "/nowhere/a.jsonl"}, "no file at /nowhere/a.jsonl. Check the path."),
     ({"weights": None}, "no weights at .*pretrain_32.pth.*python train_pretrain.py"),
     ({"dim": 33}, r"dim=33 does not split into n_heads=2 equal heads; try n_heads=1"),
-    ({"batch_size": 1000}, r"380 samples, fewer than the 1000 of one step .* lower --batch_size"),
     ({"max_seq_len": 2}, "max_seq_len=2"),
     ({"dtype": "float16", "device": "cpu"}, "--dtype float16 needs a GPU"),
     ({"tokenizer": "none.json"}, "none.json"),
@@ -174,10 +173,10 @@ def test_two_vocabularies_cannot_be_distilled_into_each_other(flags, pair, data,
                                  vocabulary), paths[-1])
     given = flags | pair | {"student": paths[0], "out_dir": tmp_path}
     printed = refused("train_distillation.py", **given)
-    assert "the teacher's vocabulary has 1024 tokens, the student's 300; " in printed
+    assert "the teacher's vocabulary has 1024 tokens, the student's 300, and they split texts into other tokens" in printed
     assert "Train both with one tokenizer" in printed
     printed = refused("train_distillation.py", **given | {"teacher": paths[1]})
-    assert "the teacher's vocabulary has 300 tokens, the student's 300; " in printed
+    assert "the teacher's vocabulary has 300 tokens, the student's 300, and they split texts into other tokens" in printed
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"no weights", None],
@@ -193,8 +192,7 @@ def test_a_damaged_weight_file_is_named(content, models, tmp_path):
 def test_the_weights_of_other_sizes_than_the_file_beside_says_are_refused(models, tmp_path):
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     shutil.copy(tmp_path / "teacher.json", tmp_path / "student.json")
-    with pytest.raises(ValueError, match=rf"{tmp_path}/student.pth: tensor tok_embeddings.weight has the "
-                                         r"shape \(1024, 32\)"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/student.json: .* is not what was saved with .*/student.pth"):
         load_model(tmp_path / "student.pth")
     (tmp_path / "student.json").unlink()
     with pytest.raises((ValueError, FileNotFoundError), match=f"no {tmp_path}/student.json beside the weights"):
@@ -303,7 +301,7 @@ def test_evaluation_names_what_is_missing_or_ambiguous(models, data, refused, tm
 
 
 def steps(printed) -> tuple[list[str], list[str]]:
-    """The outputs of the steps that quickstart.sh made, and of those that it found up to date."""
+    """The outputs of the steps that quickstart.py made, and of those that it found up to date."""
     outputs = re.findall(r"^== (\S+)( is up to date)?$", printed, flags=re.MULTILINE)
     return [name for name, done in outputs if not done], [name for name, done in outputs if done]
 
@@ -328,6 +326,13 @@ def test_quickstart_repeats_only_what_depends_on_a_file_that_changed(clone):
     assert made == [] and len(found) == 10 and "\nstep " not in printed
 
 
+def test_quickstart_stops_at_the_first_command_that_fails(clone):
+    rows = clone / "out/smoke/dataset/sft_data_clean.jsonl"
+    rows.write_bytes(rows.read_bytes() + b"{\n")
+    made, found = steps(quickstart(clone, code=1))
+    assert made == ["out/smoke/right/full_sft_64.pth"] and len(found) == 4
+
+
 def test_quickstart_names_an_option_that_it_does_not_know():
-    ended = subprocess.run(["bash", "quickstart.sh", "--smok"], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2 and "unknown option --smok; known: --seeds N" in ended.stderr
+    ended = subprocess.run([sys.executable, "quickstart.py", "--smok"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and "unrecognized arguments: --smok" in ended.stderr

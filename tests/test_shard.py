@@ -19,6 +19,8 @@ from interop.checkpoint import load_model, new_model, save_model
 from model.config import LMConfig
 from model.lora import add_lora, lora_state
 from model.transformer import KVCache
+from runtime.checkpoint import (Progress, load_resume, read_resume, run_state, save_resume,
+                                tensors_of)
 from runtime.files import keep_previous
 from runtime.optim import parameter_groups, trained_weights
 from runtime.precision import autocast
@@ -79,7 +81,7 @@ def test_two_processes_that_share_a_model_learn_what_one_learns(name, student, s
         assert shared == pytest.approx(whole, rel=2e-3, abs=1e-5)
     assert_close(load(tmp_path / "one" / f"{file}.pth"), load(tmp_path / "two" / f"{file}.pth"))
     model, _ = load_model(tmp_path / "two" / f"{file}.pth")
-    assert (model.head is model.tok_embeddings.weight) == (student != "untied")
+    assert (model.output.weight is model.tok_embeddings.weight) == (student != "untied")
 
 
 def split(processes: int) -> dict:
@@ -101,7 +103,6 @@ def test_a_run_that_shares_a_model_goes_on_with_another_number_of_processes(proc
     flags |= {"feature_weight": 0.1, "max_steps": 6, "save_interval": 3, "shard": "zero3"}
     succeed(script, **flags | split(processes), out_dir=tmp_path)
     unbroken, resume = load(tmp_path / f"{file}.pth"), tmp_path / f"{file}.resume"
-    assert len(list(resume.glob("*.distcp"))) == processes              # each wrote its own part
     resume.rename(tmp_path / "gone")                                    # killed between the two renames of a save
     said = succeed(script, **flags | split(others) | {"shard": "zero2"}, out_dir=tmp_path, resume=True)
     assert f"resumed {resume} after step 3" in said
@@ -125,16 +126,32 @@ def test_a_run_that_shares_a_model_and_is_killed_ends_as_the_unbroken_one(more, 
     assert rows(tmp_path / "unbroken" / f"{file}.jsonl") == rows(broken / f"{file}.jsonl")
 
 
-def test_a_shared_resume_folder_that_is_damaged_or_of_another_kind_is_named(data, models, tmp_path):
+@pytest.mark.parametrize("shard, other", [("zero3", None), (None, "zero2")])
+def test_a_run_that_shares_a_model_goes_on_alone_and_one_alone_is_shared(shard, other, data, models, tmp_path):
     script, flags, file = lesson("sft", data, models)
-    flags |= {"max_steps": 2, "eval_interval": 0, "out_dir": tmp_path}
-    shared, resume = flags | {"shard": "zero2"} | split(2), tmp_path / f"{file}.resume"
-    succeed(script, **shared)
-    said = complaint(script, **flags, resume=True)
-    assert f"{resume} belongs to a run with --shard; resume it as it began" in said
-    part = next(resume.glob("*.distcp"))
-    part.write_bytes(part.read_bytes()[:100])
-    assert f"{resume} cannot be read" in complaint(script, **shared, resume=True)
+    flags |= {"max_steps": 6, "save_interval": 3, "out_dir": tmp_path}
+    alone = {"batch_size": 8}
+    succeed(script, **flags | ({"shard": shard} | split(2) if shard else alone))
+    unbroken, resume = load(tmp_path / f"{file}.pth"), tmp_path / f"{file}.resume"
+    resume.unlink()
+    said = succeed(script, **flags | ({"shard": other} | split(2) if other else alone), resume=True)
+    assert f"resumed {resume} after step 3" in said
+    assert_close(load(tmp_path / f"{file}.pth"), unbroken)
+
+
+def test_where_a_shared_run_cannot_read_its_resume_file_all_processes_take_the_one_before(data, models, tmp_path):
+    script, flags, file = lesson("sft", data, models)
+    flags |= {"max_steps": 2, "save_interval": 1, "eval_interval": 0, "out_dir": tmp_path, "shard": "zero2", **split(2)}
+    resume = tmp_path / f"{file}.resume"
+    succeed(script, **flags)
+    weights = load(tmp_path / f"{file}.pth")
+    resume.write_bytes(resume.read_bytes()[:100])
+    said = succeed(script, **flags, resume=True)
+    assert f"{resume} cannot be read" in said and f"resumed {resume} after step 1" in said
+    assert same(load(tmp_path / f"{file}.pth"), weights)
+    for path in tmp_path.glob(f"{file}.resume*"):
+        path.write_bytes(b"no progress")
+    assert f"no readable resume file at {resume}" in complaint(script, **flags, resume=True)
 
 
 def test_a_resume_file_and_a_folder_of_that_name_put_each_other_aside(tmp_path):
@@ -254,6 +271,38 @@ def law_of_bf16(world, models):
             learn(run, last)
         found.append([full_tensor(weight.grad) for weight in model.parameters() if weight.requires_grad])
     assert same(found[1], found[0]) and same(found[2], found[0])
+
+
+def law_of_uneven_rows(world, model, others, folder):
+    """Thirteen words are seven and six; what two processes wrote, any number of others puts together."""
+    run, more = a_run(model, world, "zero3"), (torch.amp.GradScaler("cpu", enabled=False), Progress({}, 1))
+    learn(run)
+    run.optimizer.step()
+    save_resume(folder / "run.resume", run.modules, run.optimizer, *more)
+    dist.barrier()
+    written = {name: full_tensor(tensor) for name, tensor in tensors_of(run_state(run.modules, run.optimizer)).items()}
+    assert same(tensors_of(read_resume(folder / "run.resume")), written)
+    again = a_run(others, world, "zero2")
+    load_resume(folder / "run.resume", again.modules, again.optimizer, *more)
+    found = tensors_of(run_state(again.modules, again.optimizer))
+    assert same({name: full_tensor(tensor) for name, tensor in found.items()}, written)
+
+
+def test_a_resume_file_holds_all_rows_also_where_they_do_not_divide_evenly(tiny, tmp_path):
+    on_two_processes(law_of_uneven_rows, tiny(vocab_size=13).train(), tiny(vocab_size=13, seed=1).train(), tmp_path)
+
+
+def law_of_nan(world, model, folder):
+    run, more = a_run(model, world, "zero3"), (torch.amp.GradScaler("cpu", enabled=False), Progress({}, 1))
+    if world.rank == 1:
+        model.layers[0].attention.wq.weight.data.to_local().fill_(float("nan"))
+    with pytest.raises(ValueError, match="wq.weight holds NaN" if world.rank == 1 else "a tensor of another process"):
+        save_resume(folder / "run.resume", run.modules, run.optimizer, *more)
+    assert not any(folder.iterdir())
+
+
+def test_where_one_process_has_a_nan_none_saves(tiny, tmp_path):
+    on_two_processes(law_of_nan, tiny().train(), tmp_path)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 3], ids=["all weights", "adapters"])

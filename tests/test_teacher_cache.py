@@ -5,6 +5,7 @@ and what does not match is refused with the difference.
 """
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -75,7 +76,7 @@ def lesson(samples, teacher):
 def writer_for(written, samples, teacher):
     """writer_for(folder, top_k=4) -> a CacheWriter of what the script wrote, with changes."""
     about = json.loads((written[0] / "about.json").read_text())
-    for name in ("bytes", "samples_sha256", "samples", "positions"):
+    for name in ("bytes", "crc32", "samples_sha256", "samples", "positions"):
         del about[name]
     keys = np.array(samples.batch(np.arange(len(samples))).keys, np.uint64)
 
@@ -132,7 +133,6 @@ def test_the_top_v_tokens_are_the_whole_distribution(writer_for, samples, lesson
     (batch, live, student), V = lesson, teacher[0].config.vocab_size
     writer = writer_for(tmp_path, top_k=V, temperature=2.0)
     write(writer, samples, teacher[0], writer.prepare())
-    writer.finish()
     cached = TeacherCache(tmp_path).look_up(batch.keys)
     assert cached.log_p.shape == (len(batch.at), V)
     kd = [fused_distillation_loss(**student, teacher=one, temperature=2.0).kd.item()
@@ -151,7 +151,7 @@ def test_a_top_k_has_the_most_likely_tokens_at_its_temperature(flags, lesson, tm
     tail = truth.sort(descending=True).values[:, 5:].logsumexp(dim=-1)
     assert torch.allclose(cached.tail, tail, atol=1e-4)
     n_bytes = sum(size for name, size in cache.about["bytes"].items() if "part" in name)
-    assert n_bytes == cache.about["positions"] * (5 * 6 + 4)
+    assert n_bytes == cache.about["positions"] * (5 * 6 + 4) + 16 * 4       # a checksum in each part
 
 
 def test_samples_are_found_in_any_order_and_by_any_subset(written, lesson):
@@ -180,12 +180,15 @@ def test_parts_follow_from_the_samples_and_not_from_their_order():
 
 def test_an_interrupted_run_resumes_in_two_processes_with_the_same_bytes(written, flags, tmp_path):
     folder = tmp_path / "ended"
-    under_way = start(SCRIPT, cache_dir=folder, **flags)
-    wait_until(lambda: len(list(folder.glob("part-*.bin"))) >= 3)
-    under_way.send(signal.SIGINT)
-    ended = under_way.wait()
+    for _ in range(5):              # all 16 parts take a third of a second: some runs end before
+        shutil.rmtree(folder, ignore_errors=True)
+        under_way = start(SCRIPT, cache_dir=folder, **flags)
+        wait_until(lambda: list(folder.glob("part-*.bin")))
+        under_way.send(signal.SIGINT)
+        if (ended := under_way.wait()).code:
+            break
     done = {name: time for name, time in times(folder).items() if name.startswith("part-")}
-    assert ended.code == 130 and 3 <= len(done) < 16, ended.output
+    assert ended.code == 130 and 1 <= len(done) < 16, ended.output
     assert re.search(rf"{len(done)} of 16 parts.*: python {SCRIPT}", ended.output)
     with pytest.raises(ValueError, match=f"incomplete, {len(done) + 2} of 18 files; .*Complete it: py"):
         TeacherCache(folder)
@@ -199,11 +202,12 @@ def test_a_killed_run_leaves_its_parts_to_the_next(writer_for, samples, teacher,
     killed = writer_for(tmp_path)
     write(killed, samples, teacher[0], killed.prepare()[:3])
     (tmp_path / "part-00003.bin.77.tmp").write_bytes(b"cut")
-    assert not (tmp_path / "about.json").exists()
+    os.utime(tmp_path / "part-00003.bin.77.tmp", (1, 1))
+    with pytest.raises(ValueError, match="incomplete, 5 of 18 files"):
+        TeacherCache(tmp_path)
     resumed = writer_for(tmp_path)
     assert resumed.prepare() == list(range(3, 16))
     write(resumed, samples, teacher[0], range(3, 16))
-    resumed.finish()
     cache = TeacherCache(tmp_path)
     assert contents(tmp_path).keys() == contents(written[0]).keys()
     assert np.array_equal(cache.keys, TeacherCache(written[0]).keys)
@@ -215,7 +219,7 @@ def test_the_printed_size_is_the_size_on_disk(written):
         r"([\d,]+) positions x ([\d,]+) bytes = ([\d.]+) MB in 16 parts, and ([\d.]+) MB for",
         printed).groups()
     parts = sum(path.stat().st_size for path in folder.glob("part-*.bin"))
-    assert parts == int(positions.replace(",", "")) * int(row) and total == f"{parts / 1e6:.2f}"
+    assert parts - 16 * 4 == int(positions.replace(",", "")) * int(row) and total == f"{parts / 1e6:.2f}"
     rest = sum(map(len, contents(folder).values())) - parts - 1e6 * float(head)
     assert rest < 30 * len(TeacherCache(folder).keys) + 10_000          # index: 24 bytes a sample
 
@@ -259,8 +263,7 @@ def test_a_folder_keeps_one_teacher_and_one_setting(copied, writer_for, changed,
 @pytest.fixture
 def checked(samples, flags):
     """What training checks a cache with."""
-    return {"tokenizer_sha256": samples.tokenizer.sha256, "tokenizer_path": "mine.json",
-            "max_seq_len": 128, "files": {path: file_sha256(path) for path in flags["data_path"]},
+    return {"tokenizer_path": "mine.json", "max_seq_len": 128, "files": {path: file_sha256(path) for path in flags["data_path"]},
             "keys": samples.batch(np.arange(len(samples))).keys,
             "names": lambda i: f"sft_data.jsonl, sample {i + 1}"}
 
@@ -272,11 +275,10 @@ def test_the_samples_it_was_written_for_are_accepted_also_from_moved_files(writt
 
 
 @pytest.mark.parametrize("changed, message", [
-    ({"tokenizer_sha256": "0123456789"}, r"tokenizer was \S+json \(\w{8}\), is mine.json \(01234567\)"),
     ({"max_seq_len": 64}, r"--max_seq_len was 128, is 64\. .* --max_seq_len 64 "),
     ({"files": {"dataset/x.jsonl": "0123"}}, r"match this run: dataset/x.jsonl has changed since, or"),
     ({"keys": (1, 2)}, r"sft_data.jsonl, sample 1: its tokens are not in it, nor .* 1 other"),
-], ids=["tokenizer", "max_seq_len", "file", "sample"])
+], ids=["max_seq_len", "file", "sample"])
 def test_what_the_teacher_has_not_read_is_refused_by_name(changed, message, written, checked):
     with pytest.raises(ValueError, match=message) as refused:
         TeacherCache(written[0]).check(**checked | changed)
@@ -308,7 +310,7 @@ def test_no_cache_and_another_format_are_errors_with_the_command(tmp_path, copie
 
 @pytest.mark.parametrize("flag, value, message", [
     ("top_k", -1, "--top_k -1 must be 0 or more"),
-    ("temperature", 2, "--temperature 2 must be above 0"),
+    ("temperature", 2, "--temperature 2 needs a --top_k"),
     ("top_k", 10**6, "--top_k 1000000 "),
     ("max_seq_len", 999, "--max_seq_len 999 "),
 ])

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from dataset.lm_dataset import SFTDataset, packed_batch, same_text
-from helpers_run import TINY, complaint, load, rows, succeed
+from helpers_run import TINY, complaint, load, pad, rows, succeed
 from interop.checkpoint import load_model, save_model
 from model.config import LMConfig
-from model.tokenizer import Tokenizer
+from model.tokenizer import Chat, Tokenizer
 from model.transformer import Transformer
 
 SCRIPT, FILE = "train_distillation.py", "full_dist_32"
@@ -215,29 +215,143 @@ def test_where_only_the_student_cuts_a_token_the_teacher_is_not_used(flags, byte
     assert row["kd"] == pytest.approx(validation["val_uld"], rel=1e-5)
 
 
-def test_padded_columns_are_refused_and_with_pad_vocab_left_out(flags, tmp_path):
+@pytest.fixture
+def wide(flags, tmp_path):
     """The same two models, their vocabularies rounded up to 1,100 and 1,050 with columns as loud as real words."""
-    for name, vocab_size in (("teacher", 1100), ("student", 1050)):
-        model, tokenizer = load_model(flags[name])
-        padded = Transformer(dataclasses.replace(model.config, vocab_size=vocab_size))
-        state = model.state_dict()
-        for key in ("tok_embeddings.weight", "output.weight"):
-            state[key] = torch.cat([state[key], state[key][:vocab_size - 1024]])
-        padded.load_state_dict(state)
-        save_model(padded, tokenizer, tmp_path / f"{name}.pth")
-    pair = flags | {name: tmp_path / f"{name}.pth" for name in ("teacher", "student")}
-    assert "1100 tokens, the student's 1050; the tokenizer has 1024" in complaint(SCRIPT, **pair)
-    succeed(SCRIPT, **pair | {"out_dir": tmp_path / "padded"}, pad_vocab=True)
+    return flags | {name: pad(flags[name], tmp_path / f"{name}.pth", n) for name, n in (("teacher", 1100), ("student", 1050))}
+
+
+@pytest.mark.parametrize("more", [{}, {"plain_loss": True}, {"divergence": "jsd", "alpha": 0.5}, {"processes": 2, "shard": "zero3"},
+                                  {"grad_checkpoint": True, "feature_weight": 1.0}, {"divergence": "uld", "alpha": 0.5}], ids=str)
+def test_padded_columns_are_left_out(more, flags, wide, data, tmp_path):
+    flags, wide = (each | {"val_path": data / "val.jsonl", "batch_size": 8 // more.get("processes", 1)} for each in (flags, wide))
+    said = succeed(SCRIPT, **wide | more | {"out_dir": tmp_path / "padded"})
+    assert said.count("1,024 tokens and 1,100 rows") == said.count("1,024 tokens and 1,050 rows") == 1
+    succeed(SCRIPT, **flags | more)
+    for row, padded in zip(*(rows(tmp_path / name / f"{FILE}.jsonl") for name in ("out", "padded")), strict=True):
+        assert padded == pytest.approx(row, rel=1e-5)
+    if "shard" not in more:
+        narrow = [weight[:1024] if len(weight) == 1050 else weight for weight in learned(tmp_path / "padded")]
+        assert close(narrow, learned(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("objective", ["gkd", "minillm"])
+def test_padding_is_neither_sampled_nor_graded(objective, flags, wide, data, tmp_path):
+    for name, each in (("out", flags), ("padded", wide)):
+        succeed("train_onpolicy.py", **each | {"data_path": data / "experience_student.jsonl", "out_dir": tmp_path / name, "size": None},
+                objective=objective, max_new_tokens=6)
+    a, b = ([{key: x for key, x in row.items() if "share" not in key} for row in rows(tmp_path / name / "full_onpolicy_32.jsonl")]
+            for name in ("out", "padded"))
+    assert all(one == pytest.approx(two, rel=1e-5) for one, two in zip(a, b, strict=True))
+
+
+def test_an_evaluation_has_no_padding_either(flags, wide, data, tmp_path):
+    found = {}
+    for name, each in (("plain", flags), ("padded", wide)):
+        succeed("scripts/evaluate.py", weights=[f"{who}={each[who]}" for who in ("teacher", "student")], limit=40,
+                data=[data / "test.jsonl", data / "mcq_test.jsonl"], json=tmp_path / name)
+        found[name] = {who: seeds[0] for who, seeds in json.loads((tmp_path / name).read_text()).items()}
+    for who in ("teacher", "student"):
+        for key in ("exact_match", "perplexity", "agreement", "kl", "multiple_choice"):
+            assert found["padded"][who][key] == pytest.approx(found["plain"][who][key], rel=1e-4), key
+    assert found["padded"]["student"]["kl"] > 0.1
+
+
+@pytest.mark.parametrize("more", [{}, {"top_k": 1024}, {"top_k": 5}], ids=str)
+def test_a_cache_has_no_padding_either(more, flags, wide, tmp_path):
+    for name, each in (("out", flags), ("padded", wide)):
+        succeed(SCRIPT, **cached(each, tmp_path / f"{name} cache", **more) | {"out_dir": tmp_path / name})
+    for ours, padded in zip(*(rows(tmp_path / f"{name}/{FILE}.jsonl") for name in ("out", "padded")), strict=True):
+        assert padded == pytest.approx(ours)
+    parts = [next((tmp_path / f"{name} cache").glob("part-00003.bin")).read_bytes() for name in ("out", "padded")]
+    assert parts[0][:-4] == parts[1][:-4]                       # without the checksum, which names the teacher
+
+
+def test_tokens_that_only_the_teacher_has_are_left_out(flags, tmp_path):
+    """Two special tokens more, as in a newer vocabulary of the same family; in memory and in caches."""
+    _, own = load_model(flags["student"])
+    tokenizer = Tokenizer(own.pattern, own.special_tokens | {"<|a|>": 1024, "<|b|>": 1025}, own.ranks)
+    newer = flags | {"teacher": pad(flags["teacher"], tmp_path / "newer.pth", 1026, tokenizer)}
     succeed(SCRIPT, **flags)
-    narrow = [weight[:1024] if len(weight) == 1050 else weight for weight in learned(tmp_path / "padded")]
-    assert close(narrow, learned(tmp_path / "out"))
+    assert "not all have <|a|>, <|b|>" in succeed(SCRIPT, **newer | {"out_dir": tmp_path / "newer"})
+    assert close(learned(tmp_path / "newer"), learned(tmp_path / "out"))
+    succeed(SCRIPT, **cached(newer, tmp_path / "states") | {"out_dir": tmp_path / "disk"})
+    assert close(learned(tmp_path / "disk"), learned(tmp_path / "out"), 1e-2)           # its states are bf16
+    top = cached(newer, tmp_path / "top", top_k=1026)
+    assert "top 1026 of 1026 tokens, of which the student has 1024" in complaint(SCRIPT, **top)
+    succeed(SCRIPT, **cached(newer, tmp_path / "trimmed", top_k=1024, tokenizer=flags["student"]) | {"out_dir": tmp_path / "k"})
+    assert close(learned(tmp_path / "k"), learned(tmp_path / "out"), 1e-3)
+
+
+@pytest.fixture
+def instruct(flags, tmp_path):
+    """The teacher with another chat format of the same ids."""
+    _, own = load_model(flags["teacher"])
+    chat = Chat(*(f"{role}: {{content}}<|im_end|>\n" for role in ("sys", "you", "me")))
+    tokenizer = Tokenizer(own.pattern, own.special_tokens, own.ranks, chat=chat)
+    return flags | {"teacher": pad(flags["teacher"], tmp_path / "instruct.pth", 1024, tokenizer)}
+
+
+def test_of_two_formats_of_the_same_ids_the_student_s_is_read(flags, instruct, tmp_path):
+    succeed(SCRIPT, **flags)
+    assert succeed(SCRIPT, **instruct | {"out_dir": tmp_path / "two"}).count("the formats differ in chat:") == 1
+    assert close(learned(tmp_path / "two"), learned(tmp_path / "out"))
+    on_disk = cached(instruct, tmp_path / "cache")
+    said = complaint(SCRIPT, **on_disk)
+    words = shlex.split(said[said.index("python scripts/cache_teacher.py"):].splitlines()[0])
+    assert words[words.index("--tokenizer") + 1] in said.partition("python")[0]
+    succeed(*words[1:])
+    succeed(SCRIPT, **on_disk | {"out_dir": tmp_path / "disk"})
+    assert close(learned(tmp_path / "disk"), learned(tmp_path / "out"), 1e-2)
+
+
+def test_a_format_with_a_token_that_the_teacher_lacks_is_not_read_by_it(flags, instruct, tmp_path):
+    """Each reads its own, as with --teacher_data_path; the answers are the same ids."""
+    _, own = load_model(flags["student"])
+    thinks = dataclasses.replace(own.chat, before_answer="<|new|>")
+    tokenizer = Tokenizer(own.pattern, own.special_tokens | {"<|new|>": 1024}, own.ranks, chat=thinks)
+    newer = instruct | {"student": pad(flags["student"], tmp_path / "newer.pth", 1025, tokenizer)}
+    assert "cannot read the student's conversations, it lacks <|new|>" in succeed(SCRIPT, **newer)
+    succeed(SCRIPT, **newer | {"teacher_data_path": flags["data_path"], "out_dir": tmp_path / "same"})
+    assert close(learned(tmp_path / "same"), learned(tmp_path / "out"), 0)
+    assert "--attention_weight compares all tokens" in complaint(SCRIPT, **newer | {"attention_weight": 1.0})
+    said = complaint("scripts/cache_teacher.py", teacher=newer["teacher"], data_path=flags["data_path"], tokenizer=newer["student"])
+    assert "it lacks <|new|>: distil it without a cache" in said
+
+
+@pytest.mark.parametrize("changed, reason", [
+    ({"special_tokens": {"<|renamed|>": 15}}, "id 15 is <|reserved_10|> and <|renamed|>"),
+    ({"pattern": r"\p{L}+|\s|."}, "they split texts into other tokens"),
+    ({"normalization": "NFC"}, "they split texts into other tokens"),
+    ({"matched": ["<think>"]}, None),
+    ({"special_tokens": {"<|more|>": 1024}}, None)], ids=str)
+def test_vocabularies_conflict_where_an_id_is_another_token(changed, reason):
+    own = Tokenizer.load()
+    special_tokens = {name: i for name, i in own.special_tokens.items() if i not in changed.get("special_tokens", {}).values()}
+    parts = {"pattern": own.pattern, "ranks": own.ranks} | changed
+    other = Tokenizer(**parts | {"special_tokens": special_tokens | changed.get("special_tokens", {})})
+    assert own.conflict(other.ids) == reason and json.loads(json.dumps(other.ids)) == other.ids
+
+
+@pytest.mark.parametrize("kind, divide", [
+    ("", {"batch_size": 2, "accumulation_steps": 4}), ("_moe", {"batch_size": 1, "accumulation_steps": 3, "processes": 2}),
+    ("", {"batch_size": 9, "accumulation_steps": 3, "processes": 2, "shard": "zero2"})], ids=str)
+def test_a_file_smaller_than_a_step_is_a_smaller_step(kind, divide, flags, models, tmp_path):
+    """Five rows, at times fewer than micro-batches, give the same sum over their tokens."""
+    five = tmp_path / "five.jsonl"
+    five.write_text("".join(flags["data_path"].read_text().splitlines(keepends=True)[:5]))
+    flags |= {"data_path": five, "student": models / f"student{kind}.pth", "max_steps": 2}
+    for name, more in (("one", {"batch_size": 64}), ("several", divide)):
+        succeed(SCRIPT, **flags | more | {"out_dir": tmp_path / name})
+    one, several = (rows(tmp_path / f"{name}/{FILE}{kind}.jsonl") for name in ("one", "several"))
+    assert len(one) == 2 and all(a == pytest.approx(b, rel=2e-4) for a, b in zip(one, several, strict=True))
 
 
 # -- what cannot be --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("more, reason", [
     ({"beta": 1.5}, "--beta 1.5 must lie in [0, 1]"),
-    ({"skew": 0.0}, "--skew 0.0 must lie between 0 and 1"),
+    ({"skew": 0.0}, "--skew 0.0 must lie in (0, 1)"),
     ({"contrastive_temperature": 0.0}, "--contrastive_temperature 0.0 must be above 0"),
     ({"feature_weight": 1.0, "layer_map": "1:9"}, "'1:9'"),
     ({"attention_weight": 1.0, "relation_heads": 5}, "n_relation_heads=5"),
@@ -249,7 +363,7 @@ def test_settings_that_cannot_be_are_refused_with_their_value(more, reason, flag
     assert reason in complaint(SCRIPT, **flags | more)
 
 
-@pytest.mark.parametrize("spec, reason", [("{}=much", "'much' is not a number"), ("{}=0", "must be above 0")])
+@pytest.mark.parametrize("spec, reason", [("{}=much", "no weights at"), ("{}=0", "must be above 0")])
 def test_a_weight_that_is_none_is_refused(spec, reason, flags):
     assert reason in complaint(SCRIPT, **flags | {"teacher": spec.format(flags["teacher"])})
 

@@ -129,7 +129,7 @@ SUM = [{"role": "system", "content": "算"}, user("2+3="), assistant("5"), user(
 def test_a_conversation_decodes_to_its_chatml(tokenizer):
     ids, _ = tokenizer.encode_chat(SUM[1:3])
     chatml = "<|im_start|>user\n2+3=<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n"
-    assert tokenizer.decode(ids) == tokenizer.render(SUM[1:3]) == chatml
+    assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode_chat(SUM[1:3])[0]) == chatml
 
 
 def test_only_the_words_of_the_assistant_and_their_end_are_targets(tokenizer):
@@ -183,7 +183,7 @@ def test_the_empty_thought_stands_before_the_last_answer_and_the_next_one_and_is
     thought, plain = "<think>\n\n</think>\n\n", with_bytes()
     text, learned = framed(tokenizer, SUM)
     assert text == framed(plain, SUM)[0].replace(" 10", thought + " 10")
-    assert learned == framed(plain, SUM)[1]
+    assert learned == " 10 😀<|im_end|>"                # the 5 was written behind an empty thought, which is gone
     assert framed(tokenizer, SUM[:4], add_generation_prompt=True)[0] == framed(plain, SUM[:4], True)[0] + thought
     assert tokenizer.encode("<think>") not in ([3], [4]) and 3 in tokenizer.encode_chat(SUM)[0]
 
@@ -306,6 +306,7 @@ SPOILED = (
     (lambda content: content["tokens"].append([2, "zzz"]), "id 2 is used twice"),
     (lambda content: content["special_tokens"].pop("<|im_end|>"), "special token '<|im_end|>' is missing"),
     (lambda content: content.update(pattern="("), ""),
+    (lambda content: content.update(pattern=""), "the pattern is empty"),
     (lambda content: content.update(eos="a"), "not a vocabulary file: "),
     (lambda content: content.pop("tokens"), "not a vocabulary file: 'tokens'"),
     (lambda content: content.update(bos="<s>"), "special token '<s>' is missing"),
@@ -392,7 +393,7 @@ def run_script(monkeypatch, *arguments):
     main()
 
 
-def test_the_script_reads_every_kind_of_file_and_reports_each(tmp_path, monkeypatch, capsys):
+def test_the_script_reads_every_kind_of_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": TEXT}) + "\n\n" + json.dumps({"question": TEXT}))
     (tmp_path / "c.json").write_text(json.dumps([{"instruction": TEXT, "broken": "\ud83d"}]))
@@ -402,12 +403,12 @@ def test_the_script_reads_every_kind_of_file_and_reports_each(tmp_path, monkeypa
     run_script(monkeypatch, "--data", *files, "--vocab_size", 350, "--out", out)
     printed = capsys.readouterr().out
     assert "350 tokens in" in printed
-    assert all(f"\n{name} " in printed for name in ("a.txt", "b.jsonl", "c.json", "all"))
+    assert "bytes of the text per token" in printed
     assert Tokenizer.load(out).vocab_size == 350
 
 
 def test_a_bad_line_of_the_data_is_named(tmp_path, monkeypatch):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "a"}\n{"text"\n')
-    with pytest.raises(SystemExit, match=f"^{path}, line 2: not JSON"):
+    with pytest.raises(SystemExit, match=f"^{path}, line 2: not a whole JSON object"):
         run_script(monkeypatch, "--data", path, "--out", tmp_path / "out.json")

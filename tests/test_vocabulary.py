@@ -11,10 +11,14 @@ from dataclasses import replace
 import jinja2
 import pytest
 import tokenizers
+from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
 from model.tokenizer import CHATML, LLAMA3, PATTERN, PLAIN, Chat, Tokenizer
-from interop.vocabulary import (GPT2, LLAMA_3, PRE_TOKENIZERS, QWEN2, SMOLLM, from_gguf, merges_of,
+import helpers_templates
+from runtime.args import make_parser, parse_args
+from interop.vocabulary import (DATE, GPT2, LLAMA_3, PRE_TOKENIZERS, QWEN2, SMOLLM, from_gguf, merges_of,
                                       read_tokenizer_json, to_gguf, write_template, write_tokenizer)
 
 CHATML_NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -178,35 +182,116 @@ def test_merges_may_be_strings_and_the_older_forms_of_added_tokens_are_read(libr
 
 # -- chat templates --------------------------------------------------------------------------------
 
-# In the manner of the published ones; the ids of those were compared with transformers' apply_chat_template.
-LOOP = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
-        "{% endfor %}")
-DATES = ('{%- set date_string = "26 Jul 2024" %}{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}'
-         '{{- "Cutting Knowledge Date: December 2023\\n" }}{{- "Today Date: " + date_string + "\\n\\n" }}')
-PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+NAMES = [*CHATML_NAMES, "<|im_sep|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<s>", "</s>", "<|User|>",
+         "<|Assistant|>", "<|end|>"]
+TURNS = [{"role": role, "content": content} for role, content in (
+    ("system", "Be brief, 简."), ("user", "2+3=?\n\nthanks"), ("assistant", "5, don't ask"), ("user", "and\t12+3?"),
+    ("assistant", "15 😀"), ("user", "ok"))]
+FRAMED = ["QWEN2_5", "QWEN3", "QWEN3_THINKING", "LLAMA3", "LLAMA3_2", "ZEPHYR", "PHI4", "PHI4_MINI", "OPENCHAT", "R1", "MINIMIND",
+          "MARKED"]
 
 
-@pytest.mark.parametrize("family, template, chat", [
-    ("qwen2", LOOP, CHATML),
-    ("qwen2", None, CHATML),
-    ("qwen2", "{% if x %}{{ '<|im_start|>system\\n' + s + '<|im_end|>\\n' }}{% else %}"
-              "{{ '<|im_start|>system\\nYou\\'re A.<|im_end|>\\n' }}{% endif %}" + LOOP,
-     replace(CHATML, default_system="You're A.")),
-    ("qwen2", LOOP + PROMPT, replace(CHATML, before_answer="<think>\n\n</think>\n\n")),
-    ("llama_3", "{{ '<|start_header_id|>' }}", LLAMA3),
-    ("llama_3", DATES, replace(LLAMA3, default_system="", system=(
-        "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-        "Today Date: 26 Jul 2024\n\n{content}<|eot_id|>"))),
-    ("gpt2", None, PLAIN("<|endoftext|>")),
-    ("qwen2", "[INST] {{ x }}", PLAIN("<|endoftext|>")),
+@pytest.fixture(scope="module")
+def all_names():
+    return train(split(LLAMA_3), names=NAMES)
+
+
+def folder_of(library, folder, template, eos="</s>"):
+    return saved(library, folder, chat_template=template, tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>",
+                 eos_token=eos)
+
+
+@pytest.mark.parametrize("name", FRAMED)
+def test_every_prompt_has_the_ids_of_transformers_and_every_answer_is_trained_behind_its_prompt(
+        all_names, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(chat_template_utils, "datetime", Today)
+    folder = folder_of(all_names, tmp_path / "in", vars(helpers_templates)[name])
+    theirs, ours = AutoTokenizer.from_pretrained(folder), read_tokenizer_json(folder)
+    for first in (0, 1):
+        for end in (2, 4, 6):
+            expected = theirs.apply_chat_template(TURNS[first:end], add_generation_prompt=True, enable_thinking=False,
+                                                  return_dict=False)
+            assert ours.encode_chat(TURNS[first:end], True)[0] == expected
+            ids, targets = ours.encode_chat(TURNS[first:end + 1])
+            if end < 6:
+                targets = targets[len(expected):]
+                assert ids[:len(expected)] == expected and targets[0]
+                assert ours.decode(ids[len(expected):]).startswith(("5", " 5", "\n</think>\n\n5", "15", " 15", "\n</think>\n\n15"))
+    assert ours.decode([ours.end_of_turn]) in ("<|im_end|>", "<|eot_id|>", "<|end|>", "</s>")
+
+
+class Today:
+    """The day that is today for the frames."""
+
+    @staticmethod
+    def now():
+        return DATE
+
+
+@pytest.mark.parametrize("name", FRAMED)
+def test_an_exported_vocabulary_keeps_its_chat_template(all_names, tmp_path, name):
+    template = vars(helpers_templates)[name]
+    tokenizer = read_tokenizer_json(folder_of(all_names, tmp_path / "in", template))
+    tokenizer.save(tmp_path / "ours.json")
+    write_tokenizer(Tokenizer.load(tmp_path / "ours.json"), tmp_path / "out")
+    config = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert (config["chat_template"], config["bos_token"], config["eos_token"]) == (template, "<s>", "</s>")
+    again = read_tokenizer_json(tmp_path / "out")
+    assert (again.chat, again.sha256, again.template) == (tokenizer.chat, tokenizer.sha256, tokenizer.template)
+    fields = to_gguf(tokenizer, tokenizer.vocab_size)
+    assert fields["tokenizer.chat_template"] == template and from_gguf(fields).chat == tokenizer.chat
+
+
+@pytest.mark.parametrize("content, prompt, learned", [
+    ("5", "<think>\n\n</think>\n\n", "5"),
+    ("<think>\nsum\n</think>\n\n5", "", "<think>\nsum\n</think>\n\n5"),
+    ("<think>\n\n</think>\n\n5", "<think>\n\n</think>\n\n", "5"),
 ])
-def test_a_chat_template_is_recognised_by_its_text(libraries, tmp_path, family, template, chat):
-    folder = saved(libraries[family], tmp_path, chat_template=template)
-    assert read_tokenizer_json(folder).chat == chat
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template)                 # where newer folders have it
-        (folder / "tokenizer_config.json").write_text("{}")
-        assert read_tokenizer_json(folder).chat == chat
+def test_an_answer_has_one_thought_and_earlier_answers_have_none(all_names, tmp_path, content, prompt, learned):
+    """As Qwen3's template renders `reasoning_content`, or a thought within the content."""
+    folder = folder_of(all_names, tmp_path, helpers_templates.QWEN3)
+    theirs, tokenizer = AutoTokenizer.from_pretrained(folder), read_tokenizer_json(folder)
+    thought, _, rest = content.rpartition("</think>\n\n")
+    apart = {"role": "assistant", "content": rest, "reasoning_content": thought.removeprefix("<think>\n")}
+    messages = [TURNS[1], {"role": "assistant", "content": content}, TURNS[3], {"role": "assistant", "content": content}]
+    ids, targets = tokenizer.encode_chat(messages)
+    assert tokenizer.decode(i for i, target in zip(ids, targets) if target) == learned + "<|im_end|>"
+    assert ids[:targets.index(True)] == tokenizer.encode(
+        f"<|im_start|>user\n{TURNS[1]['content']}<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n<|im_start|>user\n"
+        f"{TURNS[3]['content']}<|im_end|>\n<|im_start|>assistant\n{prompt}", allow_special=True)
+    for last in (messages[-1], apart):
+        assert theirs.apply_chat_template([*messages[:-1], last], return_dict=False) == ids
+
+
+@pytest.mark.parametrize("name, said", [
+    ("UPPER", "it does not write every content as it is"),
+    ("FIRST_APART", "it writes '<|im_start|>assistant"),
+    ("NO_SYSTEM", "no system"),
+    ("NO_SYSTEM_ROLE", "it does not write every content as it is"),
+    ("SPIES", "is unsafe"),
+])
+def test_a_template_that_cannot_be_followed_is_refused_with_the_way_out(all_names, tmp_path, monkeypatch, capsys, name, said):
+    folder = folder_of(all_names, tmp_path, vars(helpers_templates)[name])
+    with pytest.raises(ValueError) as error:
+        read_tokenizer_json(folder)
+    assert str(error.value).startswith(f"{folder}/tokenizer.json: its chat template") and said in str(error.value)
+    assert "--chat chatml, llama3, plain" in str(error.value)
+    monkeypatch.setenv("MINIDISTILL_CHAT", "none")                           # restored after the test
+    parse_args(make_parser(""), ["--chat", "chatml"])
+    assert read_tokenizer_json(folder).chat == CHATML
+    assert capsys.readouterr().out.count("WARNING: --chat chatml replaces") == 1
+
+
+@pytest.mark.parametrize("family, chat", [("qwen2", CHATML), ("llama_3", LLAMA3), ("gpt2", PLAIN("<|endoftext|>"))])
+def test_without_a_template_the_special_tokens_decide_and_it_is_said(libraries, tmp_path, capsys, family, chat):
+    assert read_tokenizer_json(saved(libraries[family], tmp_path)).chat == chat
+    assert capsys.readouterr().out.count("no chat template: conversations are formatted as --chat ") == 1
+
+
+def test_a_template_without_a_prompt_is_given_the_answers_header_and_a_file_of_its_own_counts(libraries, tmp_path):
+    folder = saved(libraries["qwen2"], tmp_path, chat_template="{{ 'nothing' }}")
+    (folder / "chat_template.jinja").write_text(helpers_templates.CHATML_LOOP)
+    assert read_tokenizer_json(folder).chat == CHATML
 
 
 def test_a_template_of_ours_brings_back_any_chat(libraries, tmp_path):
@@ -227,7 +312,7 @@ def test_the_template_that_is_written_formats_as_the_chat_does():
         tokenizer = Tokenizer(PATTERN, shipped.special_tokens, shipped.ranks, chat=chat, bos="<|reserved_2|>")
         template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(write_template(tokenizer))
         for messages in ([], turns[:1], turns, [{"role": "system", "content": "Be brief."}, *turns]):
-            assert template.render(messages=messages) == tokenizer.render(messages)
+            assert template.render(messages=messages) == tokenizer.decode(tokenizer.encode_chat(messages)[0])
             ids, _ = tokenizer.encode_chat(messages, add_generation_prompt=True)
             assert template.render(messages=messages, add_generation_prompt=True) == tokenizer.decode(ids)
 
@@ -239,7 +324,7 @@ def test_between_chat_tokens_the_ids_of_a_conversation_are_those_of_its_text(lib
         library = libraries[family]
         tokenizer = read_tokenizer_json(saved(library, tmp_path / family))
         ids, _ = tokenizer.encode_chat(messages)
-        assert library.encode(tokenizer.render(messages), add_special_tokens=False).ids == ids
+        assert library.encode(tokenizer.decode(tokenizer.encode_chat(messages)[0]), add_special_tokens=False).ids == ids
 
 
 # -- refused ---------------------------------------------------------------------------------------

@@ -1,0 +1,163 @@
+"""
+一条命令：安装环境，生成数据，训练教师，蒸馏学生，列表比较。
+One command: set up, generate the data, train a teacher, distil a student from it, compare them.
+
+    python quickstart.py            about ten minutes on two cores; run it again to resume
+    python quickstart.py --fresh    delete what was trained here and start again
+    python quickstart.py --seeds 3  three students of each kind: mean and standard deviation
+    python quickstart.py --moe      a mixture of experts (MoE) teaches a dense and an MoE student
+    python quickstart.py --smoke    a few steps of everything, to check that it runs
+"""
+
+import argparse
+import hashlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+sys.stdout.reconfigure(errors="replace")        # a console without Chinese characters
+parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--seeds", type=int, default=1)
+for flag in ("--fresh", "--moe", "--smoke"):
+    parser.add_argument(flag, action="store_true")
+args = parser.parse_args()
+os.chdir(Path(__file__).resolve().parent)
+signal.signal(signal.SIGINT, lambda *_: None)       # Ctrl-C is the command's: it saves and stops
+
+# 1. Environment
+PYTHON = Path(".venv", "Scripts/python.exe" if os.name == "nt" else "bin/python").absolute()
+os.environ |= {"OMP_NUM_THREADS": "1",  # one thread per process: two processes use two cores
+               "USE_LIBUV": "0"}        # torchrun on Windows
+
+
+def run(command: str | list[str]):
+    """Print a command and run it in the environment. Ends the script if it fails."""
+    words = shlex.split(command) if isinstance(command, str) else command
+    print(shlex.join(words), flush=True)
+    python = {"python": [PYTHON], "torchrun": [PYTHON, "-m", "torch.distributed.run"]}
+    status = subprocess.Popen([*python[words[0]], *words[1:]]).wait()
+    if status:
+        print("\n== stopped here; the same command continues", flush=True)
+        sys.exit(status if status > 0 else 128 - status)
+
+
+if not PYTHON.exists():
+    subprocess.run([sys.executable, "-m", "venv", ".venv"], check=True)
+installed, needed = Path(".venv/.installed"), Path("requirements.txt")
+if not installed.exists() or needed.stat().st_mtime > installed.stat().st_mtime:
+    run("python -m pip install --quiet --disable-pip-version-check -r requirements.txt")
+    installed.touch()
+
+# 2. Sizes (a teacher of 0.87 M parameters, a student of 0.16 M) and numbers of training steps
+out = "out" + "/smoke" * args.smoke + "/moe" * args.moe
+data, _moe = "out/smoke/dataset" if args.smoke else "dataset", "_moe" * args.moe
+teacher = ("--dim 128 --n_layers 4 --batch_size 24 --learning_rate 3e-3 --warmup_iters 20"
+           + " --use_moe" * args.moe)
+student = "--dim 64 --n_layers 2 --n_heads 4 --batch_size 24 --learning_rate 3e-3 --warmup_iters 20"
+steps = {"teacher_pretrain": 300, "teacher_sft": 2400, "student_pretrain": 300, "student_sft": 300}
+last = ""
+if args.smoke:
+    steps, last = dict.fromkeys(steps, 3), "--max_steps 3"
+done = Path(out, ".done")
+if args.fresh:
+    for name in (".done", "*.pth", "*.resume*", "sft_alone", "right", "seed*"):
+        for path in Path(out).glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+done.mkdir(parents=True, exist_ok=True)
+
+
+def checksum(*files) -> str:
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+def step(output: str, inputs: list[str], command: str):
+    """Run the command, unless OUTPUT exists unchanged and was made by this command from these
+    inputs. An interrupted training run resumes, unless its settings have changed."""
+    command = " ".join(command.split())
+    mark, key = done / output.replace("/", "_"), f"{command} {checksum(*inputs)}"
+    was = mark.read_text(encoding="utf-8") if mark.exists() else ""
+    if Path(output).exists() and was == f"{key} {checksum(output)}":
+        print(f"== {output} is up to date")
+        return
+    if not was.startswith(key):
+        for path in Path(output).parent.glob(f"{Path(output).stem}.resume*"):
+            path.unlink()
+    mark.write_text(key, encoding="utf-8")
+    print(f"\n== {output}")
+    run(command)
+    mark.write_text(f"{key} {checksum(output)}", encoding="utf-8")
+
+
+train = "torchrun --nproc_per_node 2"
+common = "--ddp --resume --max_seq_len 128 --eval_interval 0"
+
+# 3. Data
+step(f"{data}/sft_data.jsonl", ["dataset/miniworld.py"],
+     f"python dataset/miniworld.py --out_dir {data} {'--smoke' * args.smoke}")
+
+# 4. The teacher: pretrained on the world's text, then fine-tuned on 60,000 clean conversations
+the_teacher, pretrained = f"{out}/full_sft_128{_moe}.pth", f"{out}/pretrain_128{_moe}.pth"
+step(pretrained, [f"{data}/pretrain_data.jsonl"],
+     f"{train} train_pretrain.py {common} {teacher} --out_dir {out}"
+     f" --data_path {data}/pretrain_data.jsonl --max_steps {steps['teacher_pretrain']}")
+step(the_teacher, [pretrained, f"{data}/sft_teacher.jsonl"],
+     f"{train} train_sft.py {common} {teacher} --out_dir {out} --data_path {data}/sft_teacher.jsonl"
+     f" --max_steps {steps['teacher_sft']}")
+
+# 5. The students. Each is pretrained, then fine-tuned for 300 steps on a small set of
+#    conversations with 30 % noisy labels. From this checkpoint two students train on the same data
+#    for the same steps: SFT on the labels, distillation on the teacher's distribution. The same
+#    with clean labels ("right labels") comes first, for comparison.
+kinds = ["", _moe] if args.moe else [""]
+for seed in range(args.seeds, 0, -1):
+    to, number = out if seed == 1 else f"{out}/seed{seed}", f"--seed {1336 + seed}"
+    for kind in kinds:
+        pretrained = f"{to}/pretrain_64{kind}.pth"
+        step(pretrained, [f"{data}/pretrain_data.jsonl"],
+             f"{train} train_pretrain.py {common} {student} {'--use_moe' if kind else ''} {number}"
+             f" --out_dir {to} --data_path {data}/pretrain_data.jsonl"
+             f" --max_steps {steps['student_pretrain']}")
+
+        for there, rows in ((f"{to}/right", f"{data}/sft_data_clean.jsonl"),
+                            (to, f"{data}/sft_data.jsonl")):
+            start = f"{there}/full_sft_64{kind}.pth"
+            step(start, [pretrained, rows],
+                 f"{train} train_sft.py {common} {student} {number} --out_dir {there}"
+                 f" --data_path {rows} --weights {pretrained} --max_steps {steps['student_sft']}")
+            step(f"{there}/sft_alone/full_sft_64{kind}.pth", [start, rows],
+                 f"{train} train_sft.py {common} {number} --out_dir {there}/sft_alone"
+                 f" --data_path {rows} --weights {start} --batch_size 12 --epochs 16"
+                 f" --learning_rate 5e-3 {last}")
+
+            # The main job. For the models in out/ the script's defaults are the same
+            # hyperparameters.
+            distil = f"{train} train_distillation.py --ddp"
+            if there + kind != "out":
+                distil += (f" --resume {number} --out_dir {there} --data_path {rows} --size tiny"
+                           f" --teacher {the_teacher} --student {start} {last}")
+            step(f"{there}/full_dist_64{kind}.pth", [the_teacher, start, rows], distil)
+
+
+# 6. Compare
+def of_all_seeds(file: str) -> str:
+    """That file of each seed, separated by commas."""
+    return ",".join([f"{out}/{file}", *(f"{out}/seed{seed}/{file}"
+                                        for seed in range(2, args.seeds + 1))])
+
+
+models = [f"teacher={the_teacher}"]
+for kind in kinds:
+    for labels, folder in (("", ""), (", right labels", "right/")):
+        models += [f"SFT{kind}{labels}={of_all_seeds(f'{folder}sft_alone/full_sft_64{kind}.pth')}",
+                   f"distilled{kind}{labels}={of_all_seeds(f'{folder}full_dist_64{kind}.pth')}"]
+print(f"\n== evaluating {len(models)} models")
+run(["python", "scripts/evaluate.py", "--weights", *models, "--json", f"{out}/scores.json",
+     "--report", f"{out}/report.md", "--data",
+     *(f"{data}/{name}.jsonl" for name in ("test", "mcq_test", "test_habits"))])
+print(f"\nThe table is in {out}/report.md, the picture in {out}/report.png. Chat with the student: "
+      "python scripts/chat.py")
