@@ -34,7 +34,7 @@ from model.config import LMConfig
 from model.transformer import Transformer
 from runtime.args import checking_input, make_parser
 from runtime.log import Clock, peak_above
-from runtime.optim import decay_groups
+from runtime.optim import parameter_groups
 from runtime.precision import autocast, seed_everything
 from runtime.processes import init_distributed_mode, parallelize, sync_gradients
 
@@ -106,7 +106,7 @@ def work(rank: int, n: int, port: int, case: Case, form: Form, saved: Path | Non
     clock, seconds = Clock(group.device), []
     with peak_above(group.device) as above:
         modules = {"model": form.wrap(model, world)}
-        optimizer = torch.optim.AdamW(decay_groups(modules, 0.1), lr=1e-4, fused=True)
+        optimizer = torch.optim.AdamW(parameter_groups(modules, 0.1), lr=1e-4, fused=True)
         for step in range(1 if form.all_data else 1 + case.steps):
             dist.barrier()                                  # the independent start steps together
             start = clock.now()

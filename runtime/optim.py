@@ -24,7 +24,7 @@ def parameter_groups(modules: dict, weight_decay: float) -> list[dict]:
             in_layer = "layers." in name and "lora" not in name
             if weight.requires_grad:
                 groups[2 if weight.dim() < 2 else 0 if in_layer else 1]["params"].append(weight)
-    return groups
+    return [group for group in groups if group["params"]]
 
 
 class Muon(torch.optim.AdamW):
@@ -60,8 +60,10 @@ class Muon(torch.optim.AdamW):
         """One step of matrices of one shape. It takes their gradients, which AdamW must not see."""
         ahead = []
         for weight in weights:
-            momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-            momentum.lerp_(weight.grad, 1 - self.MOMENTUM)
+            state = self.state[weight]
+            if not state:       # AdamW, which reads saved states, expects a step in each
+                state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
+            momentum = state["momentum"].lerp_(weight.grad, 1 - self.MOMENTUM)
             ahead.append(full_tensor(weight.grad.lerp_(momentum, self.MOMENTUM)))
             weight.grad = None
         size = 0.2 * math.sqrt(max(weights[0].shape[-2:]))

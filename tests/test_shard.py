@@ -66,6 +66,8 @@ def assert_close(a: dict, b: dict):
     ("distillation", "untied", "zero2", {"accumulation_steps": 2, "grad_checkpoint": True}),
     ("distillation", "student_moe", "zero2", {"plain_loss": True}),
     ("distillation", "student", "zero2", {"lora_rank": 3}),
+    ("sft", "student_moe", "zero3", {"optimizer": "muon"}),
+    ("distillation", "untied", "zero2", {"optimizer": "muon", "accumulation_steps": 2}),
 ])
 def test_two_processes_that_share_a_model_learn_what_one_learns(name, student, shard, more, untied, data, models, tmp_path):
     script, flags, file = lesson(name, data, models, student)
