@@ -160,7 +160,7 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
                          args.max_new_tokens, world, wandb, progress)
             if progress.is_best(loss):
                 save_model(student, tokenizer, f"{name}_best.pth")
-            if args.sampling == "evaluation":       # the loader's workers hold the old shares
+            if args.sampling == "evaluation":       # the loader has prepared the old shares
                 loader = make_loader(data, step + 1, steps.stop, args.num_workers, world.device)
         if epoch_ends:
             save_model(student, tokenizer, f"{name}_epoch-{epoch + 1}.pth")

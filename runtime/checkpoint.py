@@ -21,7 +21,8 @@ from runtime.errors import FileError
 from runtime.files import delete, keep_previous, lock, write_atomic
 from runtime.log import Logger
 from runtime.optim import trained_weights
-from runtime.processes import World, any_process, is_main_process, local_rows, unwrapped
+from runtime.processes import (World, any_process, is_main_process, local_rows, sharded_like,
+                               unwrapped)
 
 # Flags that a resumed run may change; what they change in the mathematics is checked by itself.
 FREE_TO_CHANGE = {
@@ -131,7 +132,7 @@ def save_resume(path, modules: dict, optimizer, scaler, progress: Progress):
     wrong = not_finite(state)
     if any_process(wrong is not None, True, optimizer.param_groups[0]["params"][0].device):
         raise FileError(f"{wrong or 'a tensor of another process'} holds NaN or infinity after "
-                         f"step {progress.steps_done}; {path} stays as it was saved before")
+                        f"step {progress.steps_done}; {path} stays as it was saved before")
     state = gather(state) | {"scaler": scaler.state_dict(), "progress": asdict(progress)}
     if is_main_process():
         keep_previous(path)
@@ -168,24 +169,16 @@ def load_resume(path, modules: dict, optimizer, scaler, progress: Progress) -> P
                          "Start anew without --resume, or in another --out_dir.")
     for name, module in modules.items():
         own = unwrapped(module).state_dict()
-        own |= {key: split_like(own[key], whole) for key, whole in state[name].items()}
+        own |= {key: sharded_like(own[key], whole) for key, whole in state[name].items()}
         unwrapped(module).load_state_dict(own)
     weights = trained_weights(optimizer)
     for i, moments in state["optimizer"]["state"].items():
-        moments |= {key: split_like(weights[i], whole) for key, whole in moments.items()}
+        moments |= {key: sharded_like(weights[i], whole) for key, whole in moments.items()
+                    if whole.dim()}                 # not the number of steps
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     Logger(f"resumed {path} after step {saved.steps_done}")
     return saved
-
-
-def split_like(tensor, whole):
-    """This process's part of the whole, if the tensor is sharded; a scalar stays whole."""
-    if not hasattr(tensor, "full_tensor") or not whole.dim():
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def run_state(modules: dict, optimizer) -> dict:

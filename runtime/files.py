@@ -61,7 +61,7 @@ def lock(name):
     try:
         import fcntl
 
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # data workers do not inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise ValueError(f"process {file.read()} is writing {name}.*: wait for it, stop it, or "

@@ -197,12 +197,11 @@ def sharded_like(weight, full: torch.Tensor) -> torch.Tensor:
     """The inverse of full_tensor: a tensor that all processes have, sharded as `weight` is."""
     if not dist.is_initialized():
         return full
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(weight, DTensor):
         return full
-    everywhere = DTensor.from_local(full, weight.device_mesh, [Replicate()], run_check=False)
-    return everywhere.redistribute(placements=weight.placements)
+    return distribute_tensor(full, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 # -- stopping -------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class Started:
 
 def execute(argv, variables, stdin, output, cache, cwd=None):
     """In the fork: become `python ARGV`, with a token cache that no other run has filled."""
-    multiprocessing.set_start_method("fork", force=True)        # for the DataLoader's workers
+    multiprocessing.set_start_method("fork", force=True)
     file = os.open(output, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -96,7 +96,7 @@ def patched(folder, patch: str):
 
 @pytest.fixture(scope="module")
 def unbroken(flags, tmp_path_factory):
-    """The folder of a whole run, its flags, and what it printed. Its loader process must get new
+    """The folder of a whole run, its flags, and what it printed. Its loader thread must get new
     shares too."""
     folder = tmp_path_factory.mktemp("unbroken")
     given = but(flags, "2.balance=gradnorm", "2.feature_weight=0.1", "2.contrastive_weight=0.1",
