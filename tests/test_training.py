@@ -155,8 +155,10 @@ def test_a_run_killed_three_times_ends_as_the_unbroken_one(name, kind, more, dat
 
 def test_a_chain_killed_at_its_second_student_goes_on_there(data, models, tmp_path):
     script, flags, file = lesson("distillation", data, models)
-    flags |= STEPS | {"chain": ["48x2"]}
-    succeed(script, **flags, out_dir=tmp_path / "unbroken")
+    few = tmp_path / "few.jsonl"                        # so few that each teacher reads them once, for all epochs
+    few.write_text("".join((data / "sft_data.jsonl").read_text().splitlines(keepends=True)[:100]))
+    flags |= STEPS | {"chain": ["48x2"], "data_path": few, "val_path": data / "val.jsonl"}
+    assert "reads a sample once" in succeed(script, **flags, out_dir=tmp_path / "unbroken")
 
     killed = start(script, **flags, out_dir=tmp_path / "broken")
     wait_until(lambda: newest_step(tmp_path / "broken" / f"{file}.jsonl") >= 10)
