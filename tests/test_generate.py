@@ -201,6 +201,21 @@ def test_the_kept_tokens_share_the_probability_of_the_dropped_ones():
     assert torch.allclose(frequencies(20_000, temperature=1.0, top_k=2), torch.tensor([0, .625, 0, .375]), atol=0.015)
 
 
+def test_a_row_takes_one_random_number_however_many_tokens_there_are():
+    ours, plain = (torch.Generator().manual_seed(0) for _ in range(2))
+    for how in ({}, {"top_k": 50}, {"top_p": 0.5}):
+        choose(torch.randn(8, 1000), temperature=1.0, generator=ours, **how)
+        torch.rand(8, generator=plain)
+        assert torch.equal(ours.get_state(), plain.get_state())
+
+
+def test_a_token_of_probability_0_is_never_sampled():
+    logits = torch.full((5000, 6), -torch.inf).index_fill(1, torch.tensor([1, 4]), 3.0)
+    for how in ({}, {"top_k": 5}, {"top_p": 0.99}):
+        generator = torch.Generator().manual_seed(0)
+        assert choose(logits, 1.0, generator=generator, **how).unique().tolist() == [1, 4]
+
+
 def test_the_same_seed_writes_the_same_text_and_another_seed_another(tiny):
     model = tiny()
 
