@@ -135,6 +135,12 @@ def test_a_process_without_work_runs_the_forward_passes_of_the_others(counter):
     counter._forward_hooks.clear()
 
 
+def test_only_a_model_that_is_not_sharded_generates_in_inference_mode(counter):
+    for any_busy, expected in ((bool, True), (lambda busy: busy, False)):
+        step = next(generate_steps(counter, [[3]], 2, any_busy=any_busy))
+        assert step.logits[0].is_inference() == expected
+
+
 # -- statistics of a token -------------------------------------------------------------------
 
 def test_a_sample_has_the_log_probability_and_entropy_of_each_token(tiny):
