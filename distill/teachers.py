@@ -1,24 +1,29 @@
 """
-教师：内存里的一个或几个模型，或它们事先写在磁盘上的输出。
-Teachers: one or several models in memory, or their cached outputs on disk; and which combinations
-are possible.
+教师：内存里的一个或几个模型，或它们的输出：每个样本只读一遍留在内存里，或事先写在磁盘上。
+Teachers: one or several models in memory; or their outputs, kept in memory once they have read the
+data, or cached on disk. And which combinations are possible.
 """
 
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from dataset.lm_dataset import sample_key
+from dataset.lm_dataset import in_order, sample_key
 from distill.cache import TeacherCache
 from distill.fused import Dense, TopK
 from runtime.files import file_sha256
-from runtime.log import Logger
+from runtime.log import Logger, Pace
+from runtime.precision import autocast
+from runtime.processes import sum_over_processes
+
+ROWS_AT_ONCE = 1 << 14          # of states that processes send each other
 
 
 class Teacher(NamedTuple):
-    source: Any                 # a model (Transformer, WithoutAdapters), or a TeacherCache
+    source: Any         # a model (Transformer, WithoutAdapters), its StatesInMemory, a TeacherCache
     weight: float = 1.0         # several teachers act as one: p = sum of weight * p of each
     tokenizer: Any = None       # of a model
 
@@ -29,6 +34,50 @@ class Teacher(NamedTuple):
     @property
     def is_cached(self) -> bool:
         return isinstance(self.source, TeacherCache)
+
+
+class StatesInMemory:
+    """A frozen model that has read each sample of these datasets once: its final states at all
+    supervised positions, looked up by sample. They have the dtype of the matrix products, to which
+    the loss casts them anyway. Each process reads its share and holds all of them. The batches are
+    always the same, so that a resumed run has the same states to the last bit."""
+
+    @torch.no_grad()
+    def __init__(self, model, datasets, world):
+        self.model, self.config, self.device = model, model.config, world.device
+        self.places, parts, n = {}, [], 0           # sample_key -> (begin, end); each sample once
+        for data in datasets:
+            new = []
+            for i in range(len(data)):
+                key, end = sample_key(data.sample(i)), n + int(data.n_targets[i])
+                if key not in self.places:
+                    self.places[key], n = (n, end), end
+                    new.append(i)
+            parts.append(data.view(np.array(new, dtype=int)))
+        self.states = torch.zeros(n, self.config.dim, dtype=world.dtype)
+
+        pace = Pace(-(-len(self.places) // world.size), "samples read by the teacher", world)
+        for part in parts:
+            for batch in in_order(part, world.rank, world.size):
+                batch = batch.to(world.device)
+                with autocast(world.device, world.dtype):
+                    out = model(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
+                places = [self.places[key] for key in batch.keys] if len(batch.at) else []
+                sizes = [end - begin for begin, end in places]
+                for (begin, end), states in zip(places, out.final.split(sizes)):
+                    self.states[begin:end] = states
+                pace.add(len(places), len(batch.tokens))
+        for rows in self.states.split(ROWS_AT_ONCE) if world.size > 1 else ():
+            rows.copy_(sum_over_processes(rows.to(world.device, torch.float32)))
+
+    @property
+    def head(self):  # -> (V, D)
+        return self.model.head
+
+    def look_up(self, keys) -> Dense:
+        """The states of these samples, packed in the given order."""
+        states = torch.cat([self.states[slice(*self.places[key])] for key in keys])
+        return Dense(states.to(self.device), self.head)
 
 
 class TeacherOutputs(NamedTuple):
@@ -71,8 +120,8 @@ def teacher_outputs(teachers: list[Teacher], batch, return_hidden: bool = False)
     """Run each teacher on the batch, or look it up in its cache."""
     inputs, predictions, out = batch.teacher or batch, [], None
     for source, weight, _ in teachers:
-        if isinstance(source, TeacherCache):
-            found = source.look_up(batch.keys)
+        if isinstance(source, TeacherCache | StatesInMemory):
+            found = source.look_up(inputs.keys)
             if isinstance(found, TopK):                     # the only teacher: check_teachers
                 return TeacherOutputs(found, None, None)
         else:
@@ -144,6 +193,26 @@ def teacher_side(teachers, tokenizer, paths, teacher_paths, max_seq_len: int):
             raise ValueError(f"samples of up to {max_seq_len} tokens exceed the teacher's context "
                              f"length of {source.config.max_seq_len}: --max_seq_len "
                              f"{source.config.max_seq_len}")
+
+
+def read_once(teachers, data, limit_gb: float, world) -> list[Teacher]:
+    """The same teachers after they have read training and validation data (or None), if their final
+    states take at most limit_gb of memory. Caches on disk stay as they are."""
+    data = [part if part.teacher is None else part.teacher for part in data if part is not None]
+    data = [*dict.fromkeys(data)]           # what the teacher reads; two views may share it
+    models = [teacher for teacher in teachers if not teacher.is_cached]
+    n = sum(int(part.n_targets.sum()) for part in data)
+    size = sum(n * model.source.config.dim * world.dtype.itemsize for model in models) / 1e9
+    if size > limit_gb:
+        Logger(f"the teacher reads a sample in each epoch: its final states would take {size:.3g} "
+               f"GB of memory in each process, more than --teacher_states_gb {limit_gb:g}")
+        return teachers
+    teachers = [each if each.is_cached else
+                each._replace(source=StatesInMemory(each.source, data, world)) for each in teachers]
+    if models:
+        Logger(f"the teacher reads a sample once: its final states, {size:.3g} GB in the memory of "
+               "each process, serve all epochs")
+    return teachers
 
 
 def check_caches(teachers, data):

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from dataset.lm_dataset import SFTDataset, packed_batch, same_text
-from helpers_run import TINY, complaint, load, pad, rows, succeed
+from distill.teachers import StatesInMemory
+from helpers_run import TINY, complaint, first_gradients, pad, rows, succeed
 from interop.checkpoint import load_model, save_model
 from model.config import LMConfig
 from model.tokenizer import Chat, Tokenizer
 from model.transformer import Transformer
+from runtime.processes import World
 
 SCRIPT, FILE = "train_distillation.py", "full_dist_32"
 
@@ -40,9 +42,8 @@ def byte_teacher(byte_tokenizer, tmp_path_factory):
 
 
 def learned(folder) -> list[torch.Tensor]:
-    """The gradient of each weight in the one step, as Adam's first moment has it. (The weights themselves would not do:
-    Adam makes a step of full length out of a rounding error.)"""
-    return [state["exp_avg"] for state in load(folder / f"{FILE}.resume")["optimizer"]["state"].values()]
+    """The gradients. (The weights themselves would not do: Adam makes a step of full length out of a rounding error.)"""
+    return first_gradients(next(folder.glob(f"{FILE}*.resume")))
 
 
 def close(a, b, tolerance=1e-4) -> bool:
@@ -110,6 +111,39 @@ def test_the_command_line_overrides_the_teachers_of_a_config(flags, models, tmp_
     config.write_text(f"teacher: [{models}/nowhere.pth, {models}/teacher_moe.pth]\n")
     assert "no weights at" in complaint(SCRIPT, **flags | {"teacher": None}, config=config)
     assert "\nteacher 48 x 4 ->" in succeed(SCRIPT, **flags, config=config)
+
+
+# -- a teacher that reads once ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("more", [{"processes": 2, "batch_size": 4}, {"teachers": ["teacher", "student"]},
+                                  {"teachers": ["student"], "lora_rank": 2},            # the student without its adapters
+                                  {"teacher_data_path": "data_path", "val_path": "none"}], ids=str)
+def test_a_teacher_read_once_teaches_like_one_that_reads_in_each_epoch(more, flags, data, tmp_path):
+    """Three epochs of 16 rows, one of them twice and one of them in the validation data."""
+    few = flags["data_path"].read_text().splitlines(keepends=True)[:15]
+    (tmp_path / "few.jsonl").write_text("".join(few + few[:1]))
+    (tmp_path / "val.jsonl").write_text("".join(few[3:4] + (data / "val.jsonl").read_text().splitlines(keepends=True)[:5]))
+    flags |= {"data_path": tmp_path / "few.jsonl", "val_path": tmp_path / "val.jsonl", "max_steps": 6}
+    flags |= {name: flags[value] if value in flags else value for name, value in more.items() if name != "teachers"}
+    flags["teacher"] = [flags[name] for name in more.get("teachers", ["teacher"])]
+    assert "reads a sample once" in succeed(SCRIPT, **flags)
+    said = succeed(SCRIPT, **flags | {"teacher_states_gb": 0, "out_dir": tmp_path / "asked"})
+    assert "more than --teacher_states_gb 0" in said
+    assert close(learned(tmp_path / "out"), learned(tmp_path / "asked"))
+    kept, asked = (rows(next((tmp_path / name).glob("*.jsonl")))[-1] for name in ("out", "asked"))
+    assert {**kept, "tokens_per_s": 0} == pytest.approx({**asked, "tokens_per_s": 0}, rel=1e-3)
+
+
+def test_states_in_memory_are_those_of_each_sample_in_any_batch(flags, models, cache):
+    data = SFTDataset([flags["data_path"]], Tokenizer.load(), 128, log=str)
+    model, _ = load_model(flags["teacher"])
+    few, world = data.view(np.array([5, 2, 9, 2, 7])), World(0, 1, torch.device("cpu"), torch.float32)
+    states = StatesInMemory(model, [few, data.view(np.array([9, 0]))], world)
+    assert len(states.states) == sum(data.n_targets[[5, 2, 9, 7, 0]])       # a sample that comes twice takes no more
+    batch = data.batch(np.array([0, 9, 5]))
+    with torch.no_grad():
+        truth = model(batch.tokens, batch.lengths, at=batch.at, with_logits=False).final
+    torch.testing.assert_close(states.look_up(batch.keys).states, truth)
 
 
 # -- a teacher on disk -----------------------------------------------------------------------------------------
