@@ -163,9 +163,7 @@ def sample_rollouts(batches, student, teacher, tokenizer, max_seq_len, args, wor
         guide = Guide(teacher.source, [other for _, _, other in requests], args.teacher_share)
 
     answers = [None] * len(requests)
-    any_busy = bool
-    if args.shard != "none":
-        any_busy = partial(any_process, sharded=True, device=world.device)
+    any_busy = bool if args.shard == "none" else partial(any_process, device=world.device)
     student.eval()
     with autocast(world.device, world.dtype):
         for i, answer in sample(
