@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dataset.lm_dataset import SFTDataset, in_order
-from helpers_run import ROOT, TINY, complaint, load, rows, same, start, succeed, wait_until
+from helpers_run import ROOT, TINY, complaint, first_gradients, load, rows, same, start, succeed, wait_until
 from interop.checkpoint import load_model
 from distill.teachers import Teacher
 from evaluation.validation import evaluate
@@ -37,11 +37,6 @@ def lesson(name, data, models, kind="", teacher_kind=""):
 # ------------------------------------------------------------------------------------------------ a step, split any way
 
 
-def gradient_of_the_first_step(path) -> list[torch.Tensor]:
-    """Of each weight. Adam's first moment begins at 0 and becomes 0.9 * 0 + 0.1 g: the resume file tells g."""
-    return [state["exp_avg"] / 0.1 for state in load(path)["optimizer"]["state"].values()]
-
-
 @pytest.mark.parametrize("kind", ["", "_moe"])
 @pytest.mark.parametrize("name, more", [
     ("pretrain", {}), ("sft", {}),
@@ -53,7 +48,7 @@ def test_eight_samples_give_one_gradient_however_they_are_split(name, more, kind
         folder = tmp_path / f"{batch_size}x{accumulation_steps}x{processes}"
         split = {"batch_size": batch_size, "accumulation_steps": accumulation_steps, "processes": processes}
         succeed(script, **flags | more | split, grad_clip=0, max_steps=1, eval_interval=0, out_dir=folder)
-        gradients[folder.name] = gradient_of_the_first_step(folder / f"{file}.resume")
+        gradients[folder.name] = first_gradients(folder / f"{file}.resume")
     whole = gradients.pop("8x1x1")
     for split in gradients.values():
         for g, expected in zip(split, whole, strict=True):      # one part in 2^23 is fp32's rounding
