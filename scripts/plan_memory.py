@@ -93,7 +93,8 @@ def loss(V: int, D: int, tokens: int, width: int, lora: bool, distilled: bool) -
 
 def plan(student: LMConfig, teacher: LMConfig | None, *, batch_size=2, max_seq_len=2048,
          processes=1, shard="none", lora_rank=0, grad_checkpoint=False, dtype="bfloat16",
-         optimizer="adamw", max_new_tokens=0, rows=16, distilled=True, **_) -> dict[str, str]:
+         optimizer="adamw", accumulation_steps=1, max_new_tokens=0, rows=16,
+         distilled=True) -> dict[str, str]:
     """{term: its formula}, what one process holds at its peak. teacher: None if none is in memory.
     distilled: with the fused loss, else train_sft.py. The rest are the training scripts' flags."""
     if student.architecture != "llama":
@@ -110,8 +111,10 @@ def plan(student: LMConfig, teacher: LMConfig | None, *, batch_size=2, max_seq_l
                             f"{n.all - matrices:,}){over}",
                  "adapters": f"4 B x {n.trained:,}{over}"}
     muon = L * n.matrices if optimizer == "muon" and not lora_rank else 0
-    terms |= {"gradients": f"4 B x {n.trained:,}{over}",
-              "moments": f"(8 B x {n.trained - muon:,} + 4 B x Muon's {muon:,}){over}"}
+    moments = f"8 B x {n.trained:,}"
+    if muon:
+        moments = f"(4 B x {muon:,} in the layers' matrices + 8 B x {n.trained - muon:,})"
+    terms |= {"gradients": f"4 B x {n.trained:,}{over}", "moments": f"{moments}{over}"}
     if teacher:
         t = count(teacher)
         terms["teacher"] = f"{width} B x {t.all:,}{over if shard == 'zero3' else ''}"

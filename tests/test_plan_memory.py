@@ -18,6 +18,7 @@ from model.lora import add_lora, store_frozen
 from model.sizes import SIZES, operations
 from model.transformer import Transformer
 from planned_and_measured import measured
+from scripts.list_flags import parser_of
 from scripts.plan_memory import (REMEDIES, SIMPLEST, count, first_that_fits, kept_of_a_layer, label,
                                  main, n_bytes, plan, scaling, seconds, step, table, total)
 
@@ -174,6 +175,12 @@ def test_whole_logits_cost_more_than_the_fused_loss():
     assert whole > 2 * fused
 
 
+def test_flags_of_the_training_scripts_have_their_defaults():
+    ours, training = (parser_of(script) for script in ("scripts/plan_memory.py", "train_sft.py"))
+    for name in ("optimizer", "dtype", "shard", "accumulation_steps"):
+        assert ours.get_default(name) == training.get_default(name)
+
+
 def test_muon_has_one_moment_for_the_matrices_of_the_layers_and_adapters_are_adamws():
     matrices = 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
     found = by_name(B8, optimizer="muon")
@@ -303,10 +310,10 @@ def run(monkeypatch, capsys):
 
 
 def test_a_plan_that_does_not_fit_names_what_would(run):
-    printed = run("--student 8B").splitlines()
-    assert "does not fit: 80 GB leave 72" in printed[-2]
-    assert re.fullmatch(r"it fits with --lora_rank 16 --grad_checkpoint: [\d.]+ GB", printed[-1])
-    assert run("--student 70B").splitlines()[-1].startswith("none of these flags makes it fit")
+    printed = run("--student 8B")
+    assert re.search("does not fit: 80 GB leave 72\nit fits with --lora_rank 16 --grad_checkpoint: "
+                     r"[\d.]+ GB\n", printed)
+    assert "\nnone of these flags makes it fit" in run("--student 70B")
 
 
 def test_the_terms_that_are_printed_add_up(run):
