@@ -14,7 +14,7 @@ import torch
 
 from dataset.lm_dataset import SFTDataset, packed_batch, same_text
 from distill.teachers import StatesInMemory
-from helpers_run import TINY, complaint, first_gradients, load, pad, rows, succeed
+from helpers_run import TINY, complaint, first_gradients, pad, rows, succeed
 from interop.checkpoint import load_model, save_model
 from model.config import LMConfig
 from model.tokenizer import Chat, Tokenizer
