@@ -158,9 +158,9 @@ def step(student: LMConfig, teacher: LMConfig | None, *, batch_size=2, max_seq_l
     forward = operations(student, lengths, tokens)
     head = 2 * tokens * student.vocab_size * student.dim
     cache = 2 * L * student.n_kv_heads * student.head_dim * rows * max_seq_len
-    layers = f"{width} B x {L} layers x {n.layer:,}"
-    teacher_layers = f"{width} B x {source.n_layers} layers x {count(source).layer:,}"
-    weights = f"{A if zero3 else 1} x ({1 + zero3} x {layers} + 4 B x {n.rest:,})"
+    norms, of_source = 2 * student.dim, count(source).layer - 2 * source.dim    # gathered with rest
+    layers = f"{width} B x {L} layers x {n.layer - norms:,}"
+    weights = f"{A if zero3 else 1} x ({1 + zero3} x {layers} + 4 B x {n.rest + L * norms:,})"
     ring = f"x {processes - 1} / {processes} {'within' if processes <= PER_MACHINE else 'out'}"
     # Backward is twice forward, for inputs and weights, but frozen ones. DDP sends gradients once,
     # to be summed and back, ZeRO with each micro-batch.
@@ -176,7 +176,8 @@ def step(student: LMConfig, teacher: LMConfig | None, *, batch_size=2, max_seq_l
         "send gradients": f"{A if sharded else 2} x 4 B x {n.trained:,} {ring}",
         "send weights": sharded and f"{weights} {ring}",
         "send Muon's gradients": sharded and muon and f"4 B x {L} layers x {n.matrices:,} {ring}",
-        "send teacher": zero3 and distilled and f"{A} x {teacher_layers} {ring}",
+        "send teacher": zero3 and distilled and f"{A} x {width} B x {source.n_layers} layers x "
+                                           f"{of_source:,} {ring}",
         "send sampler": zero3 and max_new_tokens and f"{max_new_tokens} x {layers} {ring}"}
     return {name: formula for name, formula in terms.items() if formula}
 

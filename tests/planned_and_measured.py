@@ -39,8 +39,8 @@ CPU = torch.device("cpu")
 
 
 class Sent(TorchDispatchMode):
-    """Adds up what a ring of n processes sends for the collectives on tensors with more than one number: n - 1 of n
-    parts, twice for all_reduce."""
+    """Adds up what a ring of n processes sends for the collectives on weights and gradients: n - 1 of n parts, twice for
+    DDP's allreduce."""
 
     def __init__(self, n):
         super().__init__()
@@ -48,11 +48,10 @@ class Sent(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
-        if "c10d" in name and ("reduce" in name or "gather" in name):
+        if "c10d" in name and ("allreduce" in name or "scatter" in name or "gather" in name):
             sizes = [each.nbytes for each in torch.utils._pytree.tree_leaves(args) if isinstance(each, torch.Tensor)]
             whole = sizes[0] * self.n if "into_tensor" in name else max(sizes)
-            if whole > 8 * self.n:          # a gradient's norm aside
-                self.bytes += (2 if "allreduce" in name else 1) * whole * (self.n - 1) // self.n
+            self.bytes += (2 if "allreduce" in name else 1) * whole * (self.n - 1) // self.n
         return function(*args, **(kwargs or {}))
 
 
