@@ -241,6 +241,8 @@ def test_operations_by_hand():
     adapted = counted(SMALL, None, lora_rank=4, **run)      # its own teacher
     assert adapted["student"] == 2 * whole and adapted["teacher"] == whole
     assert "teacher" not in counted(SMALL, None, distilled=False, **run)
+    moe = replace(SMALL, use_moe=True)      # two experts and a shared one, where a dense layer has one FFN
+    assert operations(moe, lengths, 128) == whole + 2 * 128 * 3 * 2 * (3 * 32 * 80)
 
 
 def test_sampling_reads_weights_and_cache_for_each_token():
@@ -327,7 +329,7 @@ def test_seconds_are_printed_and_the_picture_is_drawn(run, tmp_path):
     printed = run("--student 8B --processes 8 --shard zero3 --tflops 200")
     *parts, whole = [float(number) for number in re.findall(r"([\d.]+) s  ", printed)]
     assert sum(parts) == pytest.approx(whole, abs=0.001 * len(parts))
-    assert re.search(r"^\| 64 +\|", printed, re.MULTILINE)
+    assert re.search(r"^\| +64 \|", printed, re.MULTILINE)
     run(f"--picture {tmp_path}/a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
