@@ -2,7 +2,7 @@
 一条命令：安装环境，生成数据，训练教师，蒸馏学生，列表比较。
 One command: set up, generate the data, train a teacher, distil a student from it, compare them.
 
-    python quickstart.py            about ten minutes on two cores; run it again to resume
+    python quickstart.py            about five minutes on two cores; run it again to resume
     python quickstart.py --fresh    delete what was trained here and start again
     python quickstart.py --seeds 3  three students of each kind: mean and standard deviation
     python quickstart.py --moe      a mixture of experts (MoE) teaches a dense and an MoE student
@@ -58,8 +58,8 @@ out = "out" + "/smoke" * args.smoke + "/moe" * args.moe
 data, _moe = "out/smoke/dataset" if args.smoke else "dataset", "_moe" * args.moe
 teacher = ("--dim 128 --n_layers 4 --batch_size 24 --learning_rate 3e-3 --warmup_iters 20"
            + " --use_moe" * args.moe)
-student = "--dim 64 --n_layers 2 --n_heads 4 --batch_size 24 --learning_rate 3e-3 --warmup_iters 20"
-steps = {"teacher_pretrain": 300, "teacher_sft": 2400, "student_pretrain": 300, "student_sft": 300}
+student = "--dim 64 --n_layers 2 --n_heads 4 --batch_size 24 --learning_rate 5e-3 --warmup_iters 20"
+steps = {"teacher_pretrain": 150, "teacher_sft": 1200, "student_pretrain": 200, "student_sft": 200}
 last = ""
 if args.smoke:
     steps, last = dict.fromkeys(steps, 3), "--max_steps 3"
@@ -109,7 +109,7 @@ step(the_teacher, [pretrained, f"{data}/sft_teacher.jsonl"],
      f"{train} train_sft.py {common} {teacher} --out_dir {out} --data_path {data}/sft_teacher.jsonl"
      f" --max_steps {steps['teacher_sft']}")
 
-# 5. The students. Each is pretrained, then fine-tuned for 300 steps on a small set of
+# 5. The students. Each is pretrained, then fine-tuned for 200 steps on a small set of
 #    conversations with 30 % noisy labels. From this checkpoint two students train on the same data
 #    for the same steps: SFT on the labels, distillation on the teacher's distribution. The same
 #    with clean labels ("right labels") comes first, for comparison.
@@ -131,7 +131,7 @@ for seed in range(args.seeds, 0, -1):
                  f" --data_path {rows} --weights {pretrained} --max_steps {steps['student_sft']}")
             step(f"{there}/sft_alone/full_sft_64{kind}.pth", [start, rows],
                  f"{train} train_sft.py {common} {number} --out_dir {there}/sft_alone"
-                 f" --data_path {rows} --weights {start} --batch_size 12 --epochs 16"
+                 f" --data_path {rows} --weights {start} --batch_size 12 --epochs 13"
                  f" --learning_rate 5e-3 {last}")
 
             # The main job. For the models in out/ the script's defaults are the same

@@ -163,12 +163,12 @@ def sample_rollouts(batches, student, teacher, tokenizer, max_seq_len, args, wor
         guide = Guide(teacher.source, [other for _, _, other in requests], args.teacher_share)
 
     answers = [None] * len(requests)
+    any_busy = bool if args.shard == "none" else partial(any_process, device=world.device)
     student.eval()
     with autocast(world.device, world.dtype):
         for i, answer in sample(
                 student, prompts, limits, tokenizer.end_of_turn, rows=args.rows, dtype=world.dtype,
-                guide=guide,
-                any_busy=partial(any_process, sharded=args.shard != "none", device=world.device),
+                guide=guide, any_busy=any_busy,
                 temperature=args.generation_temperature, top_p=args.top_p, top_k=args.top_k):
             answers[i] = answer
     student.train()

@@ -263,7 +263,7 @@ def make_agent(flags: dict, role: str, device) -> LocalAgent | EndpointAgent:
     if url is None:
         if idle := [f"--{role}_{name}" for name, value in options.items() if value]:
             raise ValueError(f"{', '.join(idle)}: no effect without --{role}_url")
-        return LocalAgent(weights, device, parallel or 64, pick_dtype("bfloat16", device))
+        return LocalAgent(weights, device, parallel or 64, pick_dtype("auto", device))
     if not options["model"]:
         raise ValueError(f"--{role}_url needs the model's name there: --{role}_model NAME")
     options["replies"] = options["replies"] or f"out/replies/{role}.jsonl"

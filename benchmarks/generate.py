@@ -25,7 +25,7 @@ from benchmarks.measure import (add_result_args, compare, parse, setting, table,
 from model.config import LMConfig
 from model.generate import column_major, generate
 from model.quantize import KINDS, quantize
-from model.transformer import Transformer, rotate
+from model.transformer import Transformer, rope_rotation, rotate
 from runtime.args import checking_input, make_parser
 from runtime.log import peak_above
 
@@ -41,7 +41,7 @@ def forward(model, tokens, past):
     The model as textbooks write it: a rectangular batch, and a cache that grows by torch.cat, which
     copies it for each new token."""
     T, before = tokens.shape[1], past[0][0].shape[2] if past else 0
-    rotation = model.rotation(torch.arange(before, before + T, device=tokens.device))
+    rotation = rope_rotation(model.config, torch.arange(before, before + T, device=tokens.device))
     x, grown = model.tok_embeddings(tokens), []                                     # (B, T, D)
     for number, layer in enumerate(model.layers):
         this, normed = layer.attention, layer.attention_norm(x)

@@ -35,7 +35,7 @@ from distill.cache import IDENTITY, VERSION, CacheWriter, TeacherCache, lay_out,
 from distill.fused import fused_distillation_loss
 from distill.teachers import Teacher, teacher_outputs
 from model.config import LMConfig
-from model.sizes import SIZES
+from model.sizes import SIZES, operations
 from model.transformer import Transformer
 from runtime.args import checking_input, make_parser
 from runtime.log import peak_above
@@ -193,20 +193,6 @@ FORMS = {"plain, padded to the limit": partial(plain_form, limit=True),
          ON_DISK: partial(our_form, on_disk=True)}
 # bf16 has 8 significant bits. On disk only the teacher's final states are rounded to it.
 TOLERANCES = dict.fromkeys(FORMS, TOLERANCE) | {BF16: 0.05, ON_DISK: 0.005}
-
-
-def operations(config: LMConfig, lengths: list[int], n_targets: int) -> int:
-    """Multiplications and additions in the matrix products of a forward pass: no padding, and of
-    the last layer's output projection, its FFN and the head only the target positions.
-
-        2 per weight and token that meet
-        4 K H per layer and pair of a token and one that it sees: K in q . k, K in the sum of v
-    """
-    D, L, F, V = config.dim, config.n_layers, config.hidden_dim, config.vocab_size
-    H, G, K, N = config.n_heads, config.n_kv_heads, config.head_dim, sum(lengths)
-    before, after = D * (H + 2 * G) * K, H * K * D + 3 * D * F  # wq, wk, wv; wo, w1, w2, w3
-    meetings = N * (L * before + (L - 1) * after) + n_targets * (after + D * V)
-    return 2 * meetings + 4 * K * H * L * sum(T * (T + 1) // 2 for T in lengths)
 
 
 def operations_of_step(case: Case, number: int, on_disk: bool) -> int:

@@ -453,7 +453,8 @@ def build(seed, label_noise, n):
         return mcq_rows(asks, name, rng(f"mcq_{name}"))
 
     random = rng("teacher")
-    n_habit = round(n.teacher_size * len(HABITS) / (len(HABITS) + len(LEAVES)))
+    # Twice the share of a skill: a distribution takes more rows to learn than an answer.
+    n_habit = round(n.teacher_size * 2 * len(HABITS) / (2 * len(HABITS) + len(LEAVES)))
     teacher = clean_rows(deal_evenly(train, n.teacher_size - n_habit, random))
     teacher += habit_rows(deal(world.habits, n_habit, random), random)
     teacher = shuffled(teacher, random)

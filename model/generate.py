@@ -44,16 +44,20 @@ def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):  # (B, 
                     Holtzman et al. 2019, https://arxiv.org/abs/1904.09751
     """
     if temperature == 0.0:
-        return logits.argmax(dim=-1)
-    log_p = (logits.float() / temperature).log_softmax(dim=-1)
-    if top_k:
-        kth = log_p.topk(min(top_k, log_p.shape[-1])).values[:, -1:]
-        log_p = log_p.masked_fill(log_p < kth, -torch.inf)
+        return logits.max(dim=-1).indices       # argmax does the same in three times the time
+    logits, V, order = logits.float() / temperature, logits.shape[-1], None
+    if top_k or top_p < 1.0:
+        logits, order = logits.topk(min(top_k or V, V))                     # (B, k), decreasing
+    p = logits.softmax(dim=-1)
     if top_p < 1.0:
-        p, order = log_p.softmax(dim=-1).sort(descending=True)
         before = p.cumsum(dim=-1) - p                       # probability of all more likely tokens
-        log_p = log_p.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
-    return log_p.softmax(dim=-1).multinomial(1, generator=generator).squeeze(-1)
+        p = p.masked_fill(before >= top_p, 0.0)
+    # The tokens divide [0, sum of p) into intervals of length p. A uniform number per row lies in
+    # one of them. multinomial draws V of them: 8 ms for 64 rows of 6,400 tokens instead of 0.3.
+    ends = p.cumsum(dim=-1)
+    point = torch.rand(len(p), 1, device=p.device, generator=generator) * ends[:, -1:]
+    chosen = torch.searchsorted(ends, point, right=True)                    # (B, 1)
+    return (chosen if order is None else order.gather(1, chosen)).squeeze(1)
 
 
 class Guide(NamedTuple):
@@ -87,9 +91,9 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
     stop            token that ends an answer
     rows            maximum number of sequences generated at a time
     dtype           of the KV cache, that of the matrix products; None: of the weights
-    any_busy        all processes of a sharded model must run each forward pass together: called
-                    with whether this process has work, returns whether any process has. A process
-                    without work runs the pass on a dummy token
+    any_busy        bool, or for a sharded model, whose processes must run each forward pass
+                    together: called with whether this process has work, returns whether any process
+                    has. A process without work runs the pass on a dummy token
     sampling        temperature, top_k, top_p, generator: see `choose`
 
     Raises ValueError for an empty prompt, one that leaves no room for an answer, and an answer of 0
@@ -119,6 +123,9 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
     waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
     active, newest = [], []             # per row of the cache: index of its prompt, its last token
     left = dict(enumerate(limits))
+    # Inference mode saves a sixth of the time of small steps. But a sharded model may keep what it
+    # gathers for the next training step, whose backward pass refuses inference tensors.
+    without_gradients = torch.inference_mode if any_busy is bool else torch.no_grad
     while any_busy(bool(waiting or active)):
         # 1. Fill free rows with new prompts, a quarter of the rows at a time; or continue all rows
         first, free = len(active), rows - len(active)
@@ -135,13 +142,14 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
 
         # 2. Forward passes
         logits = []
-        for each, cache, texts in zip(models, caches, inputs):
-            lengths = [len(text) for text in texts]
-            tokens = torch.tensor([token for text in texts for token in text], device=device)
-            ends = [end - 1 for end in accumulate(lengths)]             # last token of each text
-            at = torch.tensor(ends, device=device) if len(tokens) > len(texts) else None
-            out = each(tokens, lengths, at=at, cache=cache.rows(first, len(active)))
-            logits.append(out.logits)                                   # (n, V)
+        with without_gradients():
+            for each, cache, texts in zip(models, caches, inputs):
+                lengths = [len(text) for text in texts]
+                tokens = torch.tensor([token for text in texts for token in text], device=device)
+                ends = [end - 1 for end in accumulate(lengths)]         # last token of each text
+                at = torch.tensor(ends, device=device) if len(tokens) > len(texts) else None
+                out = each(tokens, lengths, at=at, cache=cache.rows(first, len(active)))
+                logits.append(out.logits)                               # (n, V)
 
         # 3. Sample
         mixture = logits[0]

@@ -48,6 +48,3 @@ class GPT2(Transformer):
 
     def embed(self, tokens, layout: Layout):  # (N,) -> (N, D)
         return self.tok_embeddings(tokens) + self.pos_embeddings(layout.positions)
-
-    def rotation(self, positions):
-        return None                     # no RoPE

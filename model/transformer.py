@@ -33,12 +33,15 @@ class Output(NamedTuple):
 
 
 class KVCache:
-    """The keys and values of up to `capacity` tokens per row; `lengths` counts the filled ones."""
+    """The keys and values of up to `capacity` tokens per row; `lengths` counts the filled ones.
+    Also what all steps of decoding share, as a step of a small model is mostly small operations."""
 
     def __init__(self, config: LMConfig, rows: int, capacity: int, device, dtype=torch.float32):
         shape = config.n_layers, 2, rows, config.n_kv_heads, capacity, config.head_dim
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.numbers = torch.arange(max(rows, capacity) + 1, device=device)         # 0, 1, 2, ...
+        self.rotation = rope_rotation(config, self.numbers)
 
     def write(self, layer, k, v, rows, positions):  # (N, G, K), (N, G, K), (N,), (N,)
         kv = torch.stack([k, v], dim=1).to(self.kv.dtype)           # (N, 2, G, K)
@@ -84,6 +87,19 @@ def rotate(x, rotation):  # (N, H, K), (N, 1, K/2) complex -> (N, H, K)
         return x
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+
+
+def rope_rotation(config: LMConfig, positions):  # (N,) -> (N, 1, K/2) complex, None for GPT-2
+    """The rotation of each pair at each position, in fp32; no buffer, which would follow
+    .to(bfloat16), in which positions 300 and 301 are equal."""
+    if config.architecture == "gpt2":
+        return None                     # learned positions (model/gpt2.py)
+    K, device = config.head_dim, positions.device
+    frequency = config.rope_theta ** -(torch.arange(0, K, 2, device=device) / K)        # (K/2,)
+    if config.rope_scaling:
+        frequency = scale_frequencies(frequency, **config.rope_scaling)
+    angle = torch.outer(positions, frequency)                                       # (N, K/2)
+    return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
 
 
 def scale_frequencies(frequency, factor, low_freq_factor, high_freq_factor,
@@ -288,30 +304,22 @@ class Transformer(nn.Module):
         assert max_length <= self.config.max_seq_len, (
             f"a sample of {max_length} tokens is longer than max_seq_len={self.config.max_seq_len};"
             " cut it, or train with a larger --max_seq_len")
-        groups = [(len(list(group)), T) for T, group in groupby(lengths)]
         if n_cached:
             assert max(lengths) == 1, "a filled cache takes one token per row"
-            sample, positions = torch.arange(len(lengths), device=device), cache.lengths
+            B, positions, numbers = len(lengths), cache.lengths, cache.numbers
             if min(filled) < n_cached:
-                places = torch.arange(n_cached + 1, device=device)
-                mask = (places <= positions[:, None])[:, None, None]    # (B, 1, 1, n_cached + 1)
-        else:
-            sample = torch.arange(len(lengths), device=device).repeat_interleave(
-                to_device(lengths, device, torch.long), output_size=tokens.shape[0])
-            positions = torch.cat([torch.arange(T, device=device).repeat(n) for n, T in groups])
+                is_filled = numbers[:n_cached + 1] <= positions[:, None]
+                mask = is_filled[:, None, None]                         # (B, 1, 1, n_cached + 1)
+            rotation = None if cache.rotation is None else cache.rotation[positions]
+            return Layout([(B, 1)], numbers[:B], positions, numbers[:B + 1], max_length, rotation,
+                          cache, n_cached, mask)
+        groups = [(len(list(group)), T) for T, group in groupby(lengths)]
+        sample = torch.arange(len(lengths), device=device).repeat_interleave(
+            to_device(lengths, device, torch.long), output_size=tokens.shape[0])
+        positions = torch.cat([torch.arange(T, device=device).repeat(n) for n, T in groups])
         offsets = to_device([0, *accumulate(lengths)], device, torch.int32)
-        return Layout(groups, sample, positions, offsets, max_length, self.rotation(positions),
-                      cache, n_cached, mask)
-
-    def rotation(self, positions):  # (N,) -> (N, 1, K/2) complex
-        """The rotation of each pair at each position, in fp32; no buffer, which would follow
-        .to(bfloat16), in which positions 300 and 301 are equal."""
-        K, device = self.config.head_dim, positions.device
-        frequency = self.config.rope_theta ** -(torch.arange(0, K, 2, device=device) / K)   # (K/2,)
-        if self.config.rope_scaling:
-            frequency = scale_frequencies(frequency, **self.config.rope_scaling)
-        angle = torch.outer(positions, frequency)                                   # (N, K/2)
-        return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
+        return Layout(groups, sample, positions, offsets, max_length,
+                      rope_rotation(self.config, positions), cache, n_cached, mask)
 
     def context_length(self, max_seq_len: int | None) -> int:
         """max_seq_len, or the model's own; raises ValueError for one beyond it."""

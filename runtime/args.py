@@ -107,9 +107,9 @@ def add_training_args(parser: argparse.ArgumentParser):
         help="total number of optimizer steps; 0: as many as --epochs make")
     add("--accumulation_steps", type=int, default=1,
         help="micro-batches per optimizer step and process")
-    add("--optimizer", default="adamw", choices=["adamw", "muon"],
-        help="muon (runtime/optim.py) for the matrices of the layers, AdamW for the rest; or AdamW "
-             "for all, as for adapters always")
+    add("--optimizer", default="muon", choices=["muon", "adamw"],
+        help="muon (runtime/optim.py) for the matrices of the layers, AdamW for the rest; adamw "
+             "for all, as for adapters always; adamw is better on a published model's weights")
     add("--weight_decay", type=float, default=0.1, help="weight decay, on matrices only")
     add("--grad_clip", type=float, default=1.0,
         help="maximum L2 norm of the gradient; 0 disables clipping")
@@ -178,9 +178,10 @@ def add_process_args(parser: argparse.ArgumentParser, dtype: bool = True):
     add = parser.add_argument_group("hardware").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     if dtype:
-        add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
+        add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
             help="dtype of the matrix products (autocast); trainable weights, optimizer state and "
-                 "losses stay in fp32. bfloat16 falls back to float32 where the hardware has none")
+                 "losses stay in fp32. auto: bfloat16 on a GPU, float32 on a CPU, where bfloat16 "
+                 "is slower for small models. Hardware without bfloat16 takes float32")
     add("--ddp", action="store_true", help="several processes, started by torchrun")
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: set by torchrun")
     return add

@@ -130,7 +130,7 @@ def save_resume(path, modules: dict, optimizer, scaler, progress: Progress):
     for a tensor with NaN or infinity."""
     path, state = Path(path), run_state(modules, optimizer)
     wrong = not_finite(state)
-    if any_process(wrong is not None, True, optimizer.param_groups[0]["params"][0].device):
+    if any_process(wrong is not None, optimizer.param_groups[0]["params"][0].device):
         raise FileError(f"{wrong or 'a tensor of another process'} holds NaN or infinity after "
                         f"step {progress.steps_done}; {path} stays as it was saved before")
     state = gather(state) | {"scaler": scaler.state_dict(), "progress": asdict(progress)}
@@ -232,7 +232,7 @@ def read_resume(path: Path, device=torch.device("cpu")) -> dict | None:
                 raise ValueError(f"{wrong} holds NaN or infinity")
         except ValueError as error:
             state, problem = None, error
-        if not any_process(state is None, True, device):
+        if not any_process(state is None, device):
             if file != path and is_main_process():      # the next save keeps this one instead
                 keep_previous(path, ".damaged")
             return state

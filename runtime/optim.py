@@ -79,12 +79,15 @@ def orthogonalise(matrices):  # (..., R, C) -> (..., R, C)
     values in (0, 1] to 0.7 ... 1.2. In fp32 on a CPU, bf16 on a GPU. Jordan et al. 2024."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices
-    X = X / X.flatten(-2).norm(dim=-1).clamp_min(1e-7)[..., None, None]     # the largest is below 1
+    X = X.reshape(-1, *X.shape[-2:])                                # one batch of matrices
+    X = X / X.flatten(1).norm(dim=-1).clamp_min(1e-7)[:, None, None]        # the largest is below 1
     wide = X if X.shape[-2] <= X.shape[-1] else X.mT
     for _ in range(5):
         gram = wide @ wide.mT
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return (wide if X.shape[-2] <= X.shape[-1] else wide.mT).to(matrices.dtype)
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)     # b gram + c gram gram
+        wide = torch.baddbmm(wide, gram, wide, beta=a)              # a wide + gram wide
+    wide = wide if X.shape[-2] <= X.shape[-1] else wide.mT
+    return wide.reshape(matrices.shape).to(matrices.dtype)
 
 
 def trained_weights(optimizer) -> list:

@@ -34,7 +34,9 @@ def sum_dtype(device) -> torch.dtype:
 @functools.cache
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The autocast dtype. bfloat16 becomes float32, with one message, where the hardware would
-    emulate it slowly."""
+    emulate it slowly. auto: bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, name)
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -93,11 +93,8 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def any_process(busy: bool, sharded: bool, device) -> bool:
-    """Whether any process is busy, if models are sharded, because their forward pass needs all
-    processes; else whether this one is."""
-    if not sharded:
-        return busy
+def any_process(busy: bool, device) -> bool:
+    """Whether any process is busy."""
     return bool(sum_over_processes(torch.tensor(float(busy), device=device)) > 0)
 
 

@@ -1,56 +1,47 @@
 """
-显存规划：每一项都写出算式，告诉你多大的模型在几块 GPU 上放得下。
-What fits where: the memory of a training run, each term with its formula.
+显存与时间规划：每一项都写出算式，告诉你多大的模型在几块 GPU 上放得下，一步要多久。
+What fits where, and how long a step takes: each term with its formula.
 
     python scripts/plan_memory.py                        a table: model sizes by numbers of GPUs
     python scripts/plan_memory.py --student 8B --processes 8 --shard zero3 --grad_checkpoint
-    python scripts/plan_memory.py --measure              planned and measured, on this machine
+    python scripts/plan_memory.py --picture share.png    where communication begins to dominate
 
 Each trainable weight takes 16 bytes: itself and its gradient in fp32, and AdamW's two moments
-(Rajbhandari et al. 2020, ZeRO, https://arxiv.org/abs/1910.02054, Sec. 3.1); zero2 and zero3 divide
-them by the number of processes. GB are 10^9 bytes; a tenth of a GPU's memory is left to CUDA, NCCL
-and fragmentation. While it loads, a process takes 4 bytes a weight of the host's memory.
+(Rajbhandari et al. 2020, ZeRO, https://arxiv.org/abs/1910.02054, Sec. 3.1), where Muon has one;
+zero2 and zero3 divide them by the number of processes. GB are 10^9 bytes; a tenth of a GPU's memory
+is left to CUDA, NCCL and fragmentation. While it loads, a process takes 4 bytes a weight of the
+host's memory. Seconds add up as if no communication overlapped with computation, without latency.
 """
 
-import os
+import math
 import re
 import sys
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 import torch
 
-from distill.fused import CHUNK_BYTES, MAX_ROWS, Dense, fused_distillation_loss
-from distill.losses import reverse_kl
+from distill.fused import CHUNK_BYTES, MAX_ROWS
 from evaluation.tables import markdown
-from interop.checkpoint import build, empty_model, load_config
+from interop.checkpoint import empty_model, load_config
 from model.config import LMConfig
-from model.lora import add_lora, store_frozen
-from model.sizes import SIZES
-from runtime.args import checking_input, command_line, make_parser, parse_args
-from runtime.log import peak_above
-from runtime.optim import parameter_groups
-from runtime.precision import autocast
+from model.lora import add_lora
+from model.sizes import SIZES, operations
+from runtime.args import add_training_args, checking_input, command_line, make_parser, parse_args
+from runtime.pictures import save_picture
 
 USABLE, BUFFERS = 0.9, 10       # of a GPU's memory; (rows, V) in fp32, of a divergence by autograd
+PER_MACHINE, N_GPUS = 8, (1, 2, 4, 8, 16, 32, 64)
 # Flags of a run, the simplest first; and those that make it smaller, the least costly first.
 SIMPLEST = [{"shard": shard, "lora_rank": rank} for shard, rank in (
     ("none", 0), ("zero2", 0), ("zero3", 0), ("none", 16), ("zero3", 16))]
 REMEDIES = [lora | shard | checkpoint for lora in ({}, {"lora_rank": 16})
             for shard in ({}, {"shard": "zero3"}) for checkpoint in ({}, {"grad_checkpoint": True})]
-# What one core trains in two minutes: a student, a teacher of its size, and three runs of each.
-MEASURED = [(LMConfig(dim=dim, n_layers=n_layers, vocab_size=vocab_size, qk_norm=True),
-             {"batch_size": batch_size, "max_seq_len": 256, "dtype": "float32", **more})
-            for dim, n_layers, vocab_size, batch_size in (
-                (256, 8, 6400, 4), (512, 8, 6400, 2), (256, 4, 49152, 2))
-            for more in ({}, {"grad_checkpoint": True}, {"lora_rank": 8})]
-
-Count = namedtuple("Count", "all layer matrices rest trained")     # weights; rest: not in layers
+# Weights; rest: not in layers; muon: operations of `orthogonalise` for the matrices of a layer.
+Count = namedtuple("Count", "all layer matrices rest trained muon")
 
 
 def n_bytes(formula: str) -> int:
@@ -69,8 +60,10 @@ def count(config: LMConfig, lora_rank: int = 0) -> Count:
     layer = sum(weight.numel() for weight in weights)
     rest = model.n_parameters() - layer
     n = rest + config.n_layers * layer
-    return Count(n, layer, sum(weight.numel() for weight in weights if weight.dim() >= 2), rest,
-                 config.n_layers * add_lora(model, lora_rank).n_trained if lora_rank else n)
+    shapes = [sorted(weight.shape) for weight in weights if weight.dim() >= 2]
+    muon = sum(5 * (4 * r * r * c + 2 * r ** 3) * math.prod(experts) for *experts, r, c in shapes)
+    return Count(n, layer, sum(map(math.prod, shapes)), rest,
+                 config.n_layers * add_lora(model, lora_rank).n_trained if lora_rank else n, muon)
 
 
 def kept_of_a_layer(config: LMConfig, width: int) -> int:
@@ -100,7 +93,8 @@ def loss(V: int, D: int, tokens: int, width: int, lora: bool, distilled: bool) -
 
 def plan(student: LMConfig, teacher: LMConfig | None, *, batch_size=2, max_seq_len=2048,
          processes=1, shard="none", lora_rank=0, grad_checkpoint=False, dtype="bfloat16",
-         max_new_tokens=0, rows=16, distilled=True) -> dict[str, str]:
+         optimizer="adamw", accumulation_steps=1, max_new_tokens=0, rows=16,
+         distilled=True) -> dict[str, str]:
     """{term: its formula}, what one process holds at its peak. teacher: None if none is in memory.
     distilled: with the fused loss, else train_sft.py. The rest are the training scripts' flags."""
     if student.architecture != "llama":
@@ -116,7 +110,11 @@ def plan(student: LMConfig, teacher: LMConfig | None, *, batch_size=2, max_seq_l
         terms = {"weights": f"({width} B x {matrices:,} in the layers' matrices + 4 B x "
                             f"{n.all - matrices:,}){over}",
                  "adapters": f"4 B x {n.trained:,}{over}"}
-    terms |= {"gradients": f"4 B x {n.trained:,}{over}", "AdamW": f"8 B x {n.trained:,}{over}"}
+    muon = L * n.matrices if optimizer == "muon" and not lora_rank else 0
+    moments = f"8 B x {n.trained:,}"
+    if muon:
+        moments = f"(4 B x {muon:,} in the layers' matrices + 8 B x {n.trained - muon:,})"
+    terms |= {"gradients": f"4 B x {n.trained:,}{over}", "moments": f"{moments}{over}"}
     if teacher:
         t = count(teacher)
         terms["teacher"] = f"{width} B x {t.all:,}{over if shard == 'zero3' else ''}"
@@ -147,6 +145,75 @@ def plan(student: LMConfig, teacher: LMConfig | None, *, batch_size=2, max_seq_l
     return terms | max(phases, key=total)
 
 
+def step(student: LMConfig, teacher: LMConfig | None, *, batch_size=2, max_seq_len=2048,
+         accumulation_steps=1, processes=1, shard="none", lora_rank=0, grad_checkpoint=False,
+         dtype="bfloat16", optimizer="adamw", max_new_tokens=0, rows=16, distilled=True) -> dict:
+    """{term: its formula}, what one process does in an optimizer step; all tokens are targets. The
+    last word is what is counted: operations of matrix products, bytes read, or bytes that a ring
+    sends, within a machine or out of it."""
+    n, L, A = count(student, lora_rank), student.n_layers, accumulation_steps
+    width, sharded, zero3 = 4 if dtype == "float32" else 2, shard != "none", shard == "zero3"
+    lengths, tokens = [max_seq_len] * batch_size * A, max_seq_len * batch_size * A
+    muon, source = optimizer == "muon" and not lora_rank, teacher or student
+    forward = operations(student, lengths, tokens)
+    head = 2 * tokens * student.vocab_size * student.dim
+    cache = 2 * L * student.n_kv_heads * student.head_dim * rows * max_seq_len
+    norms, of_source = 2 * student.dim, count(source).layer - 2 * source.dim    # gathered with rest
+    layers = f"{width} B x {L} layers x {n.layer - norms:,}"
+    weights = f"{A if zero3 else 1} x ({1 + zero3} x {layers} + 4 B x {n.rest + L * norms:,})"
+    ring = f"x {processes - 1} / {processes} {'within' if processes <= PER_MACHINE else 'out'}"
+    # Backward is twice forward, for inputs and weights, but frozen ones. DDP sends gradients once,
+    # to be summed and back, ZeRO with each micro-batch.
+    terms = {
+        "student": f"{2 if lora_rank else 3} x {forward:,} operations",
+        "adapters": lora_rank and f"6 x {tokens:,} tokens x {n.trained:,} operations",
+        "recomputed": grad_checkpoint and f"{forward - head:,} operations",
+        "teacher": distilled and f"{operations(source, lengths, tokens):,} operations",
+        "Muon": muon and f"{L} layers x {n.muon:,} operations",
+        "sample": max_new_tokens and f"{rows * max_seq_len * forward // tokens:,} operations",
+        "sample, read": max_new_tokens and f"{max_new_tokens} x {width} B x ({n.all:,} + cache "
+                                           f"{cache:,}) read",
+        "send gradients": f"{A if sharded else 2} x 4 B x {n.trained:,} {ring}",
+        "send weights": sharded and f"{weights} {ring}",
+        "send Muon's gradients": sharded and muon and f"4 B x {L} layers x {n.matrices:,} {ring}",
+        "send teacher": zero3 and distilled and f"{A} x {width} B x {source.n_layers} layers x "
+                                           f"{of_source:,} {ring}",
+        "send sampler": zero3 and max_new_tokens and f"{max_new_tokens} x {layers} {ring}"}
+    return {name: formula for name, formula in terms.items() if formula}
+
+
+def seconds(terms: dict, rates: dict) -> tuple[dict[str, float], float]:
+    """({term: seconds}, share of communication). rates: per second, by a formula's last word."""
+    found = {name: n_bytes(formula) / rates[formula.split()[-1]] for name, formula in terms.items()}
+    return found, sum(found[name] for name in found if "send" in name) / sum(found.values())
+
+
+def scaling(student, teacher, run: dict, rates: dict) -> list[tuple[int, float, float]]:
+    """[(GPUs, seconds of a step, share of communication)], with the same batch on each GPU."""
+    found = [seconds(step(student, teacher, **run | {"processes": n}), rates) for n in N_GPUS]
+    return [(n, sum(terms.values()), share) for n, (terms, share) in zip(N_GPUS, found)]
+
+
+def draw(path: str, run: dict, rates: dict):
+    """Share of communication; the teacher has the student's size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    for axes, n in zip(figure.subplots(1, 2, sharey=True), (1, 8)):
+        for size, line in (("0.6B", ":"), ("8B", "-")):
+            for shard, style in (("none", "ko"), ("zero2", "C0s"), ("zero3", "C1^")):
+                more = {"shard": shard, "accumulation_steps": n}
+                found = scaling(SIZES[size], SIZES[size], run | more, rates)
+                axes.semilogx(N_GPUS, [100 * share for _, _, share in found], style + line, base=2,
+                              label=f"{size}, {shard}")
+        axes.axhline(50, color="gray", linewidth=0.8)
+        axes.set_xticks(N_GPUS, N_GPUS)
+        axes.set(title=f"--accumulation_steps {n}", xlabel="GPUs")
+    figure.supylabel("communication, % of a step")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save_picture(figure, path)
+
+
 def first_that_fits(student, teacher, run: dict, changes, room: float) -> tuple[dict, int] | None:
     """The first of the changes of a run's flags with which it fits into `room` bytes, and those it
     takes; None if none does. One process shards nothing."""
@@ -175,54 +242,6 @@ def table(run: dict, room: float, n_gpus=(1, 2, 4, 8)) -> str:
     return markdown(rows, "lr" + "l" * len(n_gpus))
 
 
-def measure(config: LMConfig, run: dict, device: str) -> int:
-    """Peak bytes of two optimizer steps of two micro-batches, above those of Python and torch.
-    Needs a new process; on a CPU also Linux, where a new peak can begin."""
-    torch.set_num_threads(1)
-    device, dtype = torch.device(device), getattr(torch, run["dtype"])
-    # The first steps load the code of every kernel, which counts as memory too: of a small model.
-    small = LMConfig(dim=16, n_layers=2, n_heads=2, vocab_size=64, qk_norm=config.qk_norm)
-    for config, lengths, rank in ((small, [8], 0), (
-            config, [run["max_seq_len"]] * run["batch_size"], run.get("lora_rank"))):
-        with peak_above(device) as above, device:
-            student, teacher = build(config), build(config).to(dtype).eval().requires_grad_(False)
-            if rank:
-                add_lora(student, rank)
-                store_frozen(student, dtype)
-            student.grad_checkpoint = run.get("grad_checkpoint", False)
-            optimizer = torch.optim.AdamW(parameter_groups({"model": student}, 0.1), fused=True)
-            for micro_batch in range(4):
-                tokens = torch.randint(config.vocab_size, (sum(lengths),))
-                with autocast(device, dtype):
-                    with torch.no_grad():
-                        states = teacher(tokens, lengths, with_logits=False).final
-                    out = student(tokens, lengths, with_logits=False)
-                    fused = fused_distillation_loss(
-                        out.final, student.head, tokens, [Dense(states, teacher.head)], 0.5, 4.0,
-                        reverse_kl)
-                (fused.loss / len(tokens)).backward()
-                if micro_batch % 2:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-    return above()
-
-
-def planned_and_measured(n: int, device: str) -> str:
-    """A table of the first n of MEASURED."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"      # glibc returns freed blocks: tensors alone
-    rows = [["student and teacher", "vocabulary", "tokens", "recipe", "planned MB", "measured MB",
-             "planned / measured"]]
-    for config, run in MEASURED[:n]:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            measured = process.submit(measure, config, run, device).result()
-        planned = total(plan(config, config, **run))
-        tokens = run["batch_size"] * run["max_seq_len"]
-        rows.append([str(config), f"{config.vocab_size:,}", f"{tokens:,}", label(**run),
-                     f"{planned / 1e6:,.0f}", f"{measured / 1e6:,.0f}",
-                     f"{planned / measured:.2f}"])
-    return markdown(rows, "lrrlrrr")
-
-
 def config_of(name: str) -> LMConfig:
     if name not in SIZES and not Path(name).exists():
         raise FileNotFoundError(f"{name} is no path, and none of the sizes {', '.join(SIZES)}")
@@ -243,23 +262,25 @@ def main():
     add("--batch_size", type=int, default=2, help="samples per micro-batch and process")
     add("--max_seq_len", type=int, default=2048, help="length of a sample, in tokens")
     add("--processes", type=int, default=1, help="number of processes on all machines, one per GPU")
-    add("--shard", default="none", choices=["none", "zero2", "zero3"],
-        help="what is sharded over the processes")
-    add("--lora_rank", type=int, default=0, help="rank of the adapters; 0 trains all weights")
-    add("--grad_checkpoint", action="store_true", help="activation checkpointing")
-    add("--dtype", default="bfloat16", choices=["float32", "bfloat16"],
-        help="dtype of the matrix products")
+    add_training_args(training := make_parser(""))
+    for name in "accumulation_steps optimizer shard lora_rank grad_checkpoint dtype".split():
+        recipe._add_action(training._option_string_actions[f"--{name}"])
     add("--max_new_tokens", type=int, default=0,
         help="maximum length of the student's answers in train_onpolicy.py, in tokens; 0: none")
     add("--rows", type=int, default=16,
         help="sequences generated at once: all micro-batches of a step")
     add = parser.add_argument_group("machine").add_argument
     add("--gpu_gb", type=float, default=80.0, help="memory of a GPU, in 10^9 bytes")
-    add("--measure", type=int, nargs="?", default=0, const=len(MEASURED), metavar="N",
-        help=f"number of small pairs, of {len(MEASURED)}, that are trained to print planned and "
-             "measured memory; default: all; on a CPU, Linux only")
-    add("--device", default="cpu", help="device of --measure: cpu, cuda, cuda:1, ...")
-    args = parse_args(parser, max_new_tokens="[0, inf)")
+    add("--tflops", type=float, default=400.0,
+        help="rate of a GPU in the matrix products of a step, in 10^12 operations per second; "
+             "default: 40%% of an H100's 989 in bf16, an assumption")
+    add("--gb_per_s", type=float, nargs=3, default=[2700.0, 360.0, 40.0],
+        metavar=("MEMORY", "WITHIN", "OUT"),
+        help="bandwidth of a GPU's memory, of a ring within a machine of 8 GPUs, and of one that "
+             "leaves it, in 10^9 bytes per second; default: 80%% of an H100's 3,350, of NVLink's "
+             "450 and of a network card's 50, an assumption")
+    add("--picture", help="PNG file: share of communication for 0.6B and 8B, by --shard")
+    args = parse_args(parser, max_new_tokens="[0, inf)", tflops="(0, inf)", gb_per_s="(0, inf)")
     if args.teacher == "self" and not args.lora_rank:
         parser.error("--teacher self is the student without its adapters: give a --lora_rank, or "
                      "--teacher copy")
@@ -268,8 +289,10 @@ def main():
                      f"Type:\n    python {command_line()} --processes 2")
     run = {flag.dest: vars(args)[flag.dest] for flag in recipe._group_actions}
     room = USABLE * args.gpu_gb * 1e9
-    if args.measure:
-        return print(planned_and_measured(args.measure, args.device))
+    rates = {"operations": 1e12 * args.tflops,
+             **{unit: 1e9 * rate for unit, rate in zip(("read", "within", "out"), args.gb_per_s)}}
+    if args.picture:
+        return draw(args.picture, run, rates)
     if args.student is None:
         return print(table(run | {"grad_checkpoint": True}, room))
 
@@ -291,6 +314,16 @@ def main():
                                    for name, value in found[0].items())
         print(f"it fits with {flags}: {found[1] / 1e9:.2f} GB" if found else
               "none of these flags makes it fit: more processes, or a smaller model")
+
+    terms = step(student, teacher, **run)
+    found, share = seconds(terms, rates)
+    print(*(f"{name:<32}{found[name]:>8.3f} s    {terms[name]}" for name in terms), sep="\n")
+    print(f"{'a step':<32}{sum(found.values()):>8.3f} s    {share:.0%} of it communication\n")
+    rows, tokens = [], args.batch_size * args.accumulation_steps * args.max_seq_len
+    for n, whole, share in scaling(student, teacher, run, rates):
+        rows.append([f"{n}", f"{whole:.3f}", f"{n * tokens / whole:,.0f}",
+                     f"{share:.0%}{', dominates' * (share > 0.5)}"])
+    print(markdown([["GPUs", "seconds of a step", "tokens/s", "communication"], *rows], "rrrl"))
 
 
 if __name__ == "__main__":

@@ -100,8 +100,6 @@ def small(command: str) -> list[str]:
         config = words[words.index("--config") + 1] if "--config" in words else None
         return [*words, "--updates", "20", "--processes", "1", "--seeds", "1", "--seconds", "0",
                 "--rows", ROWS[config]]
-    if "--measure" in words:
-        return [*words, "1"]
     if "scripts/generate_answers.py" in words:
         return [*words, "--keep_unfinished"]            # the model has not learned to end an answer
     if set(words) & set(LAUNCHERS):

@@ -276,6 +276,13 @@ def load(path) -> dict:
     return torch.load(path, weights_only=True)
 
 
+def first_gradients(path) -> list[torch.Tensor]:
+    """The gradient g of each weight in the first step, from a resume file: Adam's first moment is then 0.1 g, Muon's
+    momentum 0.05 g."""
+    states = load(path)["optimizer"]["state"].values()
+    return [state["momentum"] / 0.05 if "momentum" in state else state["exp_avg"] / 0.1 for state in states]
+
+
 def same(a, b) -> bool:
     """Whether two things that torch.load gave are equal bit by bit."""
     if isinstance(a, torch.Tensor):

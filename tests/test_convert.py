@@ -19,7 +19,7 @@ import scripts.convert as convert_script
 import scripts.evaluate as evaluate_script
 from dataset.lm_dataset import dataset_of
 from evaluation import scores as scoring
-from helpers_run import ROOT, TINY, complaint, load, rows, same, succeed
+from helpers_run import ROOT, TINY, complaint, first_gradients, load, rows, same, succeed
 from interop import hf
 from interop.checkpoint import build, load_model, load_tokenizer, new_model, prepare, save_model
 from model.config import LMConfig
@@ -237,8 +237,7 @@ def flags(files, data):
 
 
 def learned(folder) -> list[torch.Tensor]:
-    """The gradient of each weight in the only step, which is Adam's first moment."""
-    return [state["exp_avg"] for state in load(folder / "full_dist_64.resume")["optimizer"]["state"].values()]
+    return first_gradients(folder / "full_dist_64.resume")
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,12 @@ def test_a_process_without_work_runs_the_forward_passes_of_the_others(counter):
     counter._forward_hooks.clear()
 
 
+def test_only_a_model_that_is_not_sharded_generates_in_inference_mode(counter):
+    for any_busy, expected in ((bool, True), (lambda busy: busy, False)):
+        step = next(generate_steps(counter, [[3]], 2, any_busy=any_busy))
+        assert step.logits[0].is_inference() == expected
+
+
 # -- statistics of a token -------------------------------------------------------------------
 
 def test_a_sample_has_the_log_probability_and_entropy_of_each_token(tiny):
@@ -199,6 +205,21 @@ def test_top_k_and_top_p_keep_the_most_likely_tokens():
 
 def test_the_kept_tokens_share_the_probability_of_the_dropped_ones():
     assert torch.allclose(frequencies(20_000, temperature=1.0, top_k=2), torch.tensor([0, .625, 0, .375]), atol=0.015)
+
+
+def test_a_row_takes_one_random_number_however_many_tokens_there_are():
+    ours, plain = (torch.Generator().manual_seed(0) for _ in range(2))
+    for how in ({}, {"top_k": 50}, {"top_p": 0.5}):
+        choose(torch.randn(8, 1000), temperature=1.0, generator=ours, **how)
+        torch.rand(8, generator=plain)
+        assert torch.equal(ours.get_state(), plain.get_state())
+
+
+def test_a_token_of_probability_0_is_never_sampled():
+    logits = torch.full((5000, 6), -torch.inf).index_fill(1, torch.tensor([1, 4]), 3.0)
+    for how in ({}, {"top_k": 5}, {"top_p": 0.99}):
+        generator = torch.Generator().manual_seed(0)
+        assert choose(logits, 1.0, generator=generator, **how).unique().tolist() == [1, 4]
 
 
 def test_the_same_seed_writes_the_same_text_and_another_seed_another(tiny):

@@ -26,7 +26,7 @@ MULTIPLE_CHOICE = ["mcq_train.jsonl", "mcq_test.jsonl", "ability_seeds.jsonl", "
                    "ability_test.jsonl"]
 # 20 leaves share the teacher's rows, and the largest table (dose: 28 illnesses, 8 weights, 4
 # wordings) trains on 80 % of 896 questions = 717. With 720 rows a leaf, each of them is seen.
-SIZES = {**SMOKE, "teacher_size": 14_400, "transfer_size": 1_700, "pretrain_size": 1_000,
+SIZES = {**SMOKE, "teacher_size": 16_560, "transfer_size": 1_700, "pretrain_size": 1_000,
          "habit_draws": 4}
 
 
@@ -159,9 +159,9 @@ def test_a_reader_can_redo_the_answers(truth):
     assert truth["大的反义词是什么？"] == "小"
 
 
-def test_teacher_rows_are_even_over_the_twenty_leaves(files):
+def test_teacher_rows_are_even_over_the_leaves_and_twice_as_many_over_habits(files):
     n_rows = Counter(row["leaf"] for row in files["sft_teacher.jsonl"])
-    assert n_rows == dict.fromkeys([*LEAVES, *HABITS], 720)
+    assert n_rows == dict.fromkeys(LEAVES, 720) | dict.fromkeys(HABITS, 1_440)
 
 
 def test_noise_hits_its_share_of_exact_answers_and_always_makes_them_wrong(files):
@@ -246,8 +246,8 @@ def test_habit_distributions_sum_to_one_and_the_draws_follow_them(files):
             n_draws[question_of(row)] += 1
     assert n_draws.keys() == distribution.keys()
     for probability in (0.5, 0.25, 0.15, 0.1):
-        # 3 * sqrt(0.5 * 0.5 / 2160)
-        assert abs(drawn[probability] / 2_160 - probability) < 0.033
+        # 3 * sqrt(0.5 * 0.5 / 4320)
+        assert abs(drawn[probability] / 4_320 - probability) < 0.023
     assert all(abs(sum(options.values()) - 1) < 1e-12 for options in distribution.values())
 
 

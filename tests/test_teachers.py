@@ -14,7 +14,7 @@ import torch
 
 from dataset.lm_dataset import SFTDataset, packed_batch, same_text
 from distill.teachers import StatesInMemory
-from helpers_run import TINY, complaint, load, pad, rows, succeed
+from helpers_run import TINY, complaint, first_gradients, pad, rows, succeed
 from interop.checkpoint import load_model, save_model
 from model.config import LMConfig
 from model.tokenizer import Chat, Tokenizer
@@ -42,9 +42,8 @@ def byte_teacher(byte_tokenizer, tmp_path_factory):
 
 
 def learned(folder) -> list[torch.Tensor]:
-    """The gradient of each weight in the one step, as Adam's first moment has it. (The weights themselves would not do:
-    Adam makes a step of full length out of a rounding error.)"""
-    return [state["exp_avg"] for state in load(next(folder.glob(f"{FILE}*.resume")))["optimizer"]["state"].values()]
+    """The gradients. (The weights themselves would not do: Adam makes a step of full length out of a rounding error.)"""
+    return first_gradients(next(folder.glob(f"{FILE}*.resume")))
 
 
 def close(a, b, tolerance=1e-4) -> bool:
