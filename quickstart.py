@@ -59,7 +59,7 @@ data, _moe = "out/smoke/dataset" if args.smoke else "dataset", "_moe" * args.moe
 teacher = ("--dim 128 --n_layers 4 --batch_size 24 --learning_rate 3e-3 --warmup_iters 20"
            + " --use_moe" * args.moe)
 student = "--dim 64 --n_layers 2 --n_heads 4 --batch_size 24 --learning_rate 5e-3 --warmup_iters 20"
-steps = {"teacher_pretrain": 150, "teacher_sft": 1200, "student_pretrain": 200, "student_sft": 200}
+steps = {"teacher_pretrain": 150, "teacher_sft": 1250, "student_pretrain": 200, "student_sft": 200}
 last = ""
 if args.smoke:
     steps, last = dict.fromkeys(steps, 3), "--max_steps 3"
