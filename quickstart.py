@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.stdout.reconfigure(errors="replace")        # a console without Chinese characters
@@ -35,14 +36,18 @@ os.environ |= {"OMP_NUM_THREADS": "1",  # one thread per process: two processes 
                "USE_LIBUV": "0"}        # torchrun on Windows
 
 
-def run(command: str | list[str]):
-    """Print a command and run it in the environment. Ends the script if it fails."""
+def run(command: str | list[str], log: Path | None = None):
+    """Print a command and run it in the environment. Ends the script if it fails.
+
+    log: a file for what it prints, where another command has the terminal
+    """
     words = shlex.split(command) if isinstance(command, str) else command
     print(shlex.join(words), flush=True)
     python = {"python": [PYTHON], "torchrun": [PYTHON, "-m", "torch.distributed.run"]}
-    status = subprocess.Popen([*python[words[0]], *words[1:]]).wait()
+    output = log and log.open("a", encoding="utf-8")
+    status = subprocess.Popen([*python[words[0]], *words[1:]], stdout=output, stderr=output).wait()
     if status:
-        print("\n== stopped here; the same command continues", flush=True)
+        print(f"\n== stopped here{f', {log}' if log else ''}; the same command continues", flush=True)
         sys.exit(status if status > 0 else 128 - status)
 
 
@@ -58,7 +63,7 @@ out = "out" + "/smoke" * args.smoke + "/moe" * args.moe
 data, _moe = "out/smoke/dataset" if args.smoke else "dataset", "_moe" * args.moe
 teacher = ("--dim 128 --n_layers 4 --batch_size 24 --learning_rate 3e-3 --warmup_iters 20"
            + " --use_moe" * args.moe)
-student = "--dim 64 --n_layers 2 --n_heads 4 --batch_size 24 --learning_rate 5e-3 --warmup_iters 20"
+student = "--dim 64 --n_layers 2 --n_heads 4 --learning_rate 5e-3 --warmup_iters 20"
 steps = {"teacher_pretrain": 150, "teacher_sft": 1250, "student_pretrain": 200, "student_sft": 200}
 last = ""
 if args.smoke:
@@ -75,7 +80,7 @@ def checksum(*files) -> str:
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
-def step(output: str, inputs: list[str], command: str):
+def step(output: str, inputs: list[str], command: str, log: Path | None = None):
     """Run the command, unless OUTPUT exists unchanged and was made by this command from these
     inputs. An interrupted training run resumes, unless its settings have changed."""
     command = " ".join(command.split())
@@ -88,13 +93,13 @@ def step(output: str, inputs: list[str], command: str):
         for path in Path(output).parent.glob(f"{Path(output).stem}.resume*"):
             path.unlink()
     mark.write_text(key, encoding="utf-8")
-    print(f"\n== {output}")
-    run(command)
+    print(f"\n== {output}" + (f", with its lines in {log}" if log else ""))
+    run(command, log)
     mark.write_text(f"{key} {checksum(output)}", encoding="utf-8")
 
 
-train = "torchrun --nproc_per_node 2"
-common = "--ddp --resume --max_seq_len 128 --eval_interval 0"
+both_cores = "torchrun --nproc_per_node 2 train_{}.py --ddp"
+common = "--resume --max_seq_len 128 --eval_interval 0"
 
 # 3. Data
 step(f"{data}/sft_data.jsonl", ["dataset/miniworld.py"],
@@ -103,44 +108,47 @@ step(f"{data}/sft_data.jsonl", ["dataset/miniworld.py"],
 # 4. The teacher: pretrained on the world's text, then fine-tuned on 60,000 clean conversations
 the_teacher, pretrained = f"{out}/full_sft_128{_moe}.pth", f"{out}/pretrain_128{_moe}.pth"
 step(pretrained, [f"{data}/pretrain_data.jsonl"],
-     f"{train} train_pretrain.py {common} {teacher} --out_dir {out}"
+     f"{both_cores.format('pretrain')} {common} {teacher} --out_dir {out}"
      f" --data_path {data}/pretrain_data.jsonl --max_steps {steps['teacher_pretrain']}")
 step(the_teacher, [pretrained, f"{data}/sft_teacher.jsonl"],
-     f"{train} train_sft.py {common} {teacher} --out_dir {out} --data_path {data}/sft_teacher.jsonl"
-     f" --max_steps {steps['teacher_sft']}")
+     f"{both_cores.format('sft')} {common} {teacher} --out_dir {out}"
+     f" --data_path {data}/sft_teacher.jsonl --max_steps {steps['teacher_sft']}")
 
 # 5. The students. Each is pretrained, then fine-tuned for 200 steps on a small set of
 #    conversations with 30 % noisy labels. From this checkpoint two students train on the same data
 #    for the same steps: SFT on the labels, distillation on the teacher's distribution. The same
-#    with clean labels ("right labels") comes first, for comparison.
+#    with clean labels ("right labels"), for comparison, runs beside it on the other core.
+def train_students(folder: str, rows: str, number: str, kind: str, log: Path | None = None):
+    start = f"{folder}/full_sft_64{kind}.pth"
+    step(start, [pretrained, rows],
+         f"python train_sft.py {common} {student} --batch_size 48 {number} --out_dir {folder}"
+         f" --data_path {rows} --weights {pretrained} --max_steps {steps['student_sft']}", log)
+    step(f"{folder}/sft_alone/full_sft_64{kind}.pth", [start, rows],
+         f"python train_sft.py {common} {number} --out_dir {folder}/sft_alone --data_path {rows}"
+         f" --weights {start} --batch_size 24 --epochs 13 --learning_rate 5e-3 {last}", log)
+    # The main job. For the models in out/ the script's defaults are the same hyperparameters.
+    distil = "python train_distillation.py --batch_size 24"
+    if folder + kind != "out":
+        distil += (f" --resume {number} --out_dir {folder} --data_path {rows} --size tiny"
+                   f" --teacher {the_teacher} --student {start} {last}")
+    step(f"{folder}/full_dist_64{kind}.pth", [the_teacher, start, rows], distil, log)
+
+
 kinds = ["", _moe] if args.moe else [""]
 for seed in range(args.seeds, 0, -1):
     to, number = out if seed == 1 else f"{out}/seed{seed}", f"--seed {1336 + seed}"
+    Path(to, "right").mkdir(parents=True, exist_ok=True)
     for kind in kinds:
         pretrained = f"{to}/pretrain_64{kind}.pth"
         step(pretrained, [f"{data}/pretrain_data.jsonl"],
-             f"{train} train_pretrain.py {common} {student} {'--use_moe' if kind else ''} {number}"
-             f" --out_dir {to} --data_path {data}/pretrain_data.jsonl"
-             f" --max_steps {steps['student_pretrain']}")
-
-        for there, rows in ((f"{to}/right", f"{data}/sft_data_clean.jsonl"),
-                            (to, f"{data}/sft_data.jsonl")):
-            start = f"{there}/full_sft_64{kind}.pth"
-            step(start, [pretrained, rows],
-                 f"{train} train_sft.py {common} {student} {number} --out_dir {there}"
-                 f" --data_path {rows} --weights {pretrained} --max_steps {steps['student_sft']}")
-            step(f"{there}/sft_alone/full_sft_64{kind}.pth", [start, rows],
-                 f"{train} train_sft.py {common} {number} --out_dir {there}/sft_alone"
-                 f" --data_path {rows} --weights {start} --batch_size 12 --epochs 13"
-                 f" --learning_rate 5e-3 {last}")
-
-            # The main job. For the models in out/ the script's defaults are the same
-            # hyperparameters.
-            distil = f"{train} train_distillation.py --ddp"
-            if there + kind != "out":
-                distil += (f" --resume {number} --out_dir {there} --data_path {rows} --size tiny"
-                           f" --teacher {the_teacher} --student {start} {last}")
-            step(f"{there}/full_dist_64{kind}.pth", [the_teacher, start, rows], distil)
+             f"{both_cores.format('pretrain')} {common} {student} --batch_size 24 {number}"
+             f" {'--use_moe' if kind else ''} --out_dir {to}"
+             f" --data_path {data}/pretrain_data.jsonl --max_steps {steps['student_pretrain']}")
+        with ThreadPoolExecutor() as pool:
+            beside = pool.submit(train_students, f"{to}/right", f"{data}/sft_data_clean.jsonl",
+                                 number, kind, Path(to, "right", "log.txt"))
+            train_students(to, f"{data}/sft_data.jsonl", number, kind)
+            beside.result()
 
 
 # 6. Compare
