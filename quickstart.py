@@ -42,12 +42,12 @@ def run(command: str | list[str], log: Path | None = None):
     log: a file for what it prints, where another command has the terminal
     """
     words = shlex.split(command) if isinstance(command, str) else command
-    print(shlex.join(words), flush=True)
+    print(shlex.join(words), f"> {log}" if log else "", flush=True)
     python = {"python": [PYTHON], "torchrun": [PYTHON, "-m", "torch.distributed.run"]}
     output = log and log.open("a", encoding="utf-8")
     status = subprocess.Popen([*python[words[0]], *words[1:]], stdout=output, stderr=output).wait()
     if status:
-        print(f"\n== stopped here{f', {log}' if log else ''}; the same command continues", flush=True)
+        print("\n== stopped here; the same command continues", log or "", flush=True)
         sys.exit(status if status > 0 else 128 - status)
 
 
@@ -93,7 +93,7 @@ def step(output: str, inputs: list[str], command: str, log: Path | None = None):
         for path in Path(output).parent.glob(f"{Path(output).stem}.resume*"):
             path.unlink()
     mark.write_text(key, encoding="utf-8")
-    print(f"\n== {output}" + (f", with its lines in {log}" if log else ""))
+    print(f"\n== {output}")
     run(command, log)
     mark.write_text(f"{key} {checksum(output)}", encoding="utf-8")
 
@@ -125,7 +125,7 @@ def train_students(folder: str, rows: str, number: str, kind: str, log: Path | N
          f" --data_path {rows} --weights {pretrained} --max_steps {steps['student_sft']}", log)
     step(f"{folder}/sft_alone/full_sft_64{kind}.pth", [start, rows],
          f"python train_sft.py {common} {number} --out_dir {folder}/sft_alone --data_path {rows}"
-         f" --weights {start} --batch_size 24 --epochs 13 --learning_rate 5e-3 {last}", log)
+         f" --weights {start} --batch_size 24 --epochs 16 --learning_rate 5e-3 {last}", log)
     # The main job. For the models in out/ the script's defaults are the same hyperparameters.
     distil = "python train_distillation.py --batch_size 24"
     if folder + kind != "out":

@@ -200,19 +200,16 @@ def read_once(teachers, data, limit_gb: float, world) -> list[Teacher]:
     states take at most limit_gb of memory. Caches on disk stay as they are."""
     data = [part if part.teacher is None else part.teacher for part in data if part is not None]
     data = [*dict.fromkeys(data)]           # what the teacher reads; two views may share it
-    models = [teacher for teacher in teachers if not teacher.is_cached]
     n = sum(int(part.n_targets.sum()) for part in data)
-    size = sum(n * model.source.config.dim * world.dtype.itemsize for model in models) / 1e9
-    if size > limit_gb:
-        Logger(f"the teacher reads a sample in each epoch: its final states would take {size:.3g} "
-               f"GB of memory in each process, more than --teacher_states_gb {limit_gb:g}")
-        return teachers
-    teachers = [each if each.is_cached else
-                each._replace(source=StatesInMemory(each.source, data, world)) for each in teachers]
-    if models:
-        Logger(f"the teacher reads a sample once: its final states, {size:.3g} GB in the memory of "
-               "each process, serve all epochs")
-    return teachers
+    size = sum(n * teacher.source.config.dim * world.dtype.itemsize / 1e9
+               for teacher in teachers if not teacher.is_cached)
+    fits = size <= limit_gb
+    if size:
+        Logger(f"the teacher reads a sample {'once' if fits else 'in each epoch'}: its states take "
+               f"{size:.3g} GB of memory in each process (--teacher_states_gb {limit_gb:g})")
+    return [teacher if teacher.is_cached or not fits else
+            teacher._replace(source=StatesInMemory(teacher.source, data, world))
+            for teacher in teachers]
 
 
 def check_caches(teachers, data):
