@@ -2,7 +2,7 @@
 一条命令：安装环境，生成数据，训练教师，蒸馏学生，列表比较。
 One command: set up, generate the data, train a teacher, distil a student from it, compare them.
 
-    python quickstart.py            about five minutes on two cores; run it again to resume
+    python quickstart.py            four minutes on two cores; run it again to resume
     python quickstart.py --fresh    delete what was trained here and start again
     python quickstart.py --seeds 3  three students of each kind: mean and standard deviation
     python quickstart.py --moe      a mixture of experts (MoE) teaches a dense and an MoE student
