@@ -2,7 +2,7 @@
 一条命令：安装环境，生成数据，训练教师，蒸馏学生，列表比较。
 One command: set up, generate the data, train a teacher, distil a student from it, compare them.
 
-    python quickstart.py            about five minutes on two cores; run it again to resume
+    python quickstart.py            four minutes on two cores; run it again to resume
     python quickstart.py --fresh    delete what was trained here and start again
     python quickstart.py --seeds 3  three students of each kind: mean and standard deviation
     python quickstart.py --moe      a mixture of experts (MoE) teaches a dense and an MoE student
@@ -36,18 +36,23 @@ os.environ |= {"OMP_NUM_THREADS": "1",  # one thread per process: two processes 
                "USE_LIBUV": "0"}        # torchrun on Windows
 
 
+def say(line: str):
+    """In one piece: two threads print."""
+    print(f"{line}\n", end="", flush=True)
+
+
 def run(command: str | list[str], log: Path | None = None):
     """Print a command and run it in the environment. Ends the script if it fails.
 
     log: a file for what it prints, where another command has the terminal
     """
     words = shlex.split(command) if isinstance(command, str) else command
-    print(shlex.join(words), f"> {log}" if log else "", flush=True)
+    say(shlex.join(words) + (f" > {log}" if log else ""))
     python = {"python": [PYTHON], "torchrun": [PYTHON, "-m", "torch.distributed.run"]}
     output = log and log.open("a", encoding="utf-8")
     status = subprocess.Popen([*python[words[0]], *words[1:]], stdout=output, stderr=output).wait()
     if status:
-        print("\n== stopped here; the same command continues", log or "", flush=True)
+        say("\n== stopped here; the same command continues")
         sys.exit(status if status > 0 else 128 - status)
 
 
@@ -87,13 +92,13 @@ def step(output: str, inputs: list[str], command: str, log: Path | None = None):
     mark, key = done / output.replace("/", "_"), f"{command} {checksum(*inputs)}"
     was = mark.read_text(encoding="utf-8") if mark.exists() else ""
     if Path(output).exists() and was == f"{key} {checksum(output)}":
-        print(f"== {output} is up to date")
+        say(f"== {output} is up to date")
         return
     if not was.startswith(key):
         for path in Path(output).parent.glob(f"{Path(output).stem}.resume*"):
             path.unlink()
     mark.write_text(key, encoding="utf-8")
-    print(f"\n== {output}")
+    say(f"\n== {output}")
     run(command, log)
     mark.write_text(f"{key} {checksum(output)}", encoding="utf-8")
 
