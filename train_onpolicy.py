@@ -214,6 +214,7 @@ def main():
         help="learning rate; cosine decay from 1.1x to 0.1x of it")
     add_divergence_args(parser)
     add_training_args(parser)
+    parser.set_defaults(optimizer="adamw")      # Muon also evens out the noise of few rollouts
     args = parse_args(parser)
     check(parser, args)
 
