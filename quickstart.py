@@ -47,7 +47,7 @@ def run(command: str | list[str], log: Path | None = None):
     log: a file for what it prints, where another command has the terminal
     """
     words = shlex.split(command) if isinstance(command, str) else command
-    say(shlex.join(words) + (f" > {log}" if log else ""))
+    say(shlex.join(words) + (f" >> {log}" if log else ""))
     python = {"python": [PYTHON], "torchrun": [PYTHON, "-m", "torch.distributed.run"]}
     output = log and log.open("a", encoding="utf-8")
     status = subprocess.Popen([*python[words[0]], *words[1:]], stdout=output, stderr=output).wait()
@@ -132,9 +132,9 @@ def train_students(folder: str, rows: str, number: str, kind: str, log: Path | N
          f"python train_sft.py {common} {number} --out_dir {folder}/sft_alone --data_path {rows}"
          f" --weights {start} --batch_size 24 --epochs 16 --learning_rate 5e-3 {last}", log)
     # The main job. For the models in out/ the script's defaults are the same hyperparameters.
-    distil = "python train_distillation.py --batch_size 24"
+    distil = "python train_distillation.py --batch_size 24 --resume"
     if folder + kind != "out":
-        distil += (f" --resume {number} --out_dir {folder} --data_path {rows} --size tiny"
+        distil += (f" {number} --out_dir {folder} --data_path {rows} --size tiny"
                    f" --teacher {the_teacher} --student {start} {last}")
     step(f"{folder}/full_dist_64{kind}.pth", [the_teacher, start, rows], distil, log)
 
@@ -149,6 +149,7 @@ for seed in range(args.seeds, 0, -1):
              f"{both_cores.format('pretrain')} {common} {student} --batch_size 24 {number}"
              f" {'--use_moe' if kind else ''} --out_dir {to}"
              f" --data_path {data}/pretrain_data.jsonl --max_steps {steps['student_pretrain']}")
+        say(f"\n== {to} and, beside it, {to}/right with its lines in {to}/right/log.txt")
         with ThreadPoolExecutor() as pool:
             beside = pool.submit(train_students, f"{to}/right", f"{data}/sft_data_clean.jsonl",
                                  number, kind, Path(to, "right", "log.txt"))

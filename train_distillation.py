@@ -146,7 +146,7 @@ def main():
     add("--teacher_cache", nargs="+", action="extend", metavar="DIR[=WEIGHT]",
         help="offline distillation: teacher outputs cached by scripts/cache_teacher.py")
     add("--teacher_states_gb", type=float, default=4.0,
-        help="memory, in 10^9 bytes per process, for the teacher's states, which epochs share")
+        help="memory per process, in 10^9 bytes, for teacher's states that epochs share; 0: none")
     add("--student", "--weights", default=None,
         help="initial weights; default: --size's student; the word none: random weights")
     add("--size", default="auto", choices=["auto", *SIZES],

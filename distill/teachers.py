@@ -56,7 +56,7 @@ class StatesInMemory:
             parts.append(data.view(np.array(new, dtype=int)))
         self.states = torch.zeros(n, self.config.dim, dtype=world.dtype)
 
-        pace = Pace(-(-len(self.places) // world.size), "samples read by the teacher", world)
+        pace = Pace(-(-len(self.places) // world.size), "samples", world)
         for part in parts:
             for batch in in_order(part, world.rank, world.size):
                 batch = batch.to(world.device)
@@ -205,7 +205,7 @@ def read_once(teachers, data, limit_gb: float, world) -> list[Teacher]:
                for teacher in teachers if not teacher.is_cached)
     fits = size <= limit_gb
     if size:
-        Logger(f"the teacher reads a sample {'once' if fits else 'in each epoch'}: its states take "
+        Logger(f"the teacher reads a sample {'once' if fits else 'in each epoch'}: its states need "
                f"{size:.3g} GB of memory in each process (--teacher_states_gb {limit_gb:g})")
     return [teacher if teacher.is_cached or not fits else
             teacher._replace(source=StatesInMemory(teacher.source, data, world))

@@ -52,6 +52,8 @@ def shorten(kind, error, trace):
 
 def in_one_line(error: BaseException) -> str | None:
     """What went wrong, where, and the way out; None for an error of the program."""
+    if isinstance(error, KeyboardInterrupt):        # before a run can save itself
+        return "interrupted; the files stay as they were last saved"
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     paths = [frame.f_locals.get("path") for frame in frames]
     path = next((path for path in reversed(paths) if isinstance(path, (str, Path))), None)

@@ -59,6 +59,7 @@ OF_THE_MACHINE = {
     "no GPU": (lambda path: torch.ones(1, device="cuda"), "CUDA.*--device cpu"),
     "no wandb": (wandb_error, "no API key.*WANDB_MODE=offline"),
     "a panic": (panic, "index out of range.*tokenizers library"),
+    "Ctrl-C before the first step": (raises(KeyboardInterrupt()), "interrupted; the files stay"),
     "a broken connection": (raises(torch.distributed.DistNetworkError("timed out")), "timed out.*a process"),
 }
 OF_THE_PROGRAM = {
