@@ -45,7 +45,7 @@ class StatesInMemory:
     @torch.no_grad()
     def __init__(self, model, datasets, world):
         self.model, self.config, self.device = model, model.config, world.device
-        self.places, parts, n = {}, [], 0           # sample_key -> (begin, end); each sample once
+        self.places, unread, n = {}, [], 0          # sample_key -> (begin, end); each sample once
         for data in datasets:
             new = []
             for i in range(len(data)):
@@ -53,15 +53,16 @@ class StatesInMemory:
                 if key not in self.places:
                     self.places[key], n = (n, end), end
                     new.append(i)
-            parts.append(data.view(np.array(new, dtype=int)))
+            unread.append(data.view(np.array(new, dtype=int)))
         self.states = torch.zeros(n, self.config.dim, dtype=world.dtype)
 
         pace = Pace(-(-len(self.places) // world.size), "samples", world)
-        for part in parts:
-            for batch in in_order(part, world.rank, world.size):
+        for data in unread:
+            for batch in in_order(data, world.rank, world.size):
                 batch = batch.to(world.device)
                 with autocast(world.device, world.dtype):
                     out = model(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
+                # The last batch of a process may be another's, without targets (in_order).
                 places = [self.places[key] for key in batch.keys] if len(batch.at) else []
                 sizes = [end - begin for begin, end in places]
                 for (begin, end), states in zip(places, out.final.split(sizes)):

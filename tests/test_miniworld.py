@@ -24,7 +24,7 @@ TRAINING_FILES = ["sft_teacher.jsonl", "sft_data.jsonl", "sft_data_clean.jsonl",
                   "writer_data.jsonl"]
 MULTIPLE_CHOICE = ["mcq_train.jsonl", "mcq_test.jsonl", "ability_seeds.jsonl", "ability_dev.jsonl",
                    "ability_test.jsonl"]
-# 20 leaves share the teacher's rows, and the largest table (dose: 28 illnesses, 8 weights, 4
+# 17 leaves and, twice each, three habits share the teacher's rows, and the largest table (dose: 28 illnesses, 8 weights, 4
 # wordings) trains on 80 % of 896 questions = 717. With 720 rows a leaf, each of them is seen.
 SIZES = {**SMOKE, "teacher_size": 16_560, "transfer_size": 1_700, "pretrain_size": 1_000,
          "habit_draws": 4}

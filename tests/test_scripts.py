@@ -330,7 +330,7 @@ def test_quickstart_stops_at_the_first_command_that_fails(clone):
     rows = clone / "out/smoke/dataset/sft_data_clean.jsonl"
     rows.write_bytes(rows.read_bytes() + b"{\n")
     made, found = steps(quickstart(clone, code=1))
-    assert made == ["out/smoke/right/full_sft_64.pth"] and len(found) == 7      # the chain beside it goes on
+    assert made == ["out/smoke/right/full_sft_64.pth"] and len(found) == 7      # the other chain continues
 
 
 def test_quickstart_names_an_option_that_it_does_not_know():
