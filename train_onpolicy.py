@@ -8,16 +8,27 @@ context E in its prompt, grades every token of them.
     loss          the mean of D(p, q) over the tokens of A
 
 A student trained only on good answers never sees the states that its own mistakes lead to (exposure
-bias); here it learns in them. Agarwal et al. 2023 (GKD), https://arxiv.org/abs/2306.13649, Alg. 1;
---on_policy_fraction is its lambda. No gradient flows through the sampling. --objective minillm adds
-this term by policy gradient:
+bias); here it learns in them. No gradient flows through the sampling. The objectives:
 
-    grad KL(q || p) of answers  =  sum over t of  grad KL(q || p) at t  -  R[t] grad log q(A[t])
-    R[t]                        =  sum over u > t of  log p(A[u]) - log q(A[u])
+gkd       D of the two distributions at each token. Agarwal et al. 2023 (GKD),
+          https://arxiv.org/abs/2306.13649, Alg. 1; --on_policy_fraction is its lambda.
+pg        - advantage * log q(A[t]), where advantage = log p(A[t]) - log q(A[t]) as q was when it
+          sampled: the gradient of KL(q || p) at each token, without a sum over the vocabulary.
+          Thinking Machines 2025, https://thinkingmachines.ai/blog/on-policy-distillation
+          With --reward, advantage = (1 - W) (log p - log q) + W r: r judges the whole answer, and
+          is normalised over all answers to the prompt. W = --reward_weight = 1 is GRPO, without a
+          teacher. Shao et al. 2024, https://arxiv.org/abs/2402.03300, Sec. 4.1.2
+minillm   gkd with KL(q || p), and - R[t] log q(A[t]), where R[t] is the mean of log p - log q after
+          t: the gradient of the KL of whole answers. Gu et al. 2023 (MiniLLM),
+          https://arxiv.org/abs/2306.08543, Sec. 2.2: teacher-mixed sampling with importance
+          weights. A baseline replaces its clipping.
 
-Gu et al. 2023 (MiniLLM), https://arxiv.org/abs/2306.08543, Sec. 2.2: single-step decomposition (the
-first term), length normalisation (R is a mean, or short answers win), teacher-mixed sampling with
-importance weights. A baseline replaces its clipping.
+A student that is sure of its answers meets nothing new: above --generation_temperature 1 it
+explores. With pg the policy is the student at that temperature, at which log q and log p are taken.
+
+The teacher can be the student that is shown more: --privileged puts an exchange before the prompt
+in which it was answered right, by the data or by another rollout. Shenfeld et al. 2026 (SDFT),
+https://arxiv.org/abs/2601.19897; Hübotter et al. 2026 (SDPO), https://arxiv.org/abs/2601.20802.
 
 When: answers are long, and one mistake leads to the next. On short answers it ties with the cheaper
 methods at equal time: each of them learns 96 to 97 % of an experience (NOTES.md).
@@ -26,20 +37,24 @@ one process    python train_onpolicy.py --config configs/onpolicy_tiny.yaml
 two processes  the same after torchrun --nproc_per_node 2, with --ddp
 """
 
+import copy
 import math
+from argparse import Namespace
 from collections import Counter
 from functools import partial
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dataset.lm_dataset import (MicroBatches, PromptDataset, in_order, make_loader, open_data,
                                 prompts_and_answers)
 from distill.flags import add_divergence_args
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
-from distill.rollouts import (Rollout, WeightedBatch, as_line, count_step, is_on_policy, mean_stats,
-                              rollout_batches, rollout_stats, rounds)
+from distill.rollouts import (Rollout, WeightedBatch, as_line, count_step, grade, is_on_policy,
+                              load_reward, mean_stats, policy_loss, rollout_batches, rollout_stats,
+                              rounds, warn_of_collapse)
 from distill.teachers import Teacher, share_vocabulary, teacher_outputs, teacher_side
 from evaluation.validation import evaluate
 from interop.checkpoint import load_model, load_teacher, prepare, run_name, save_model
@@ -55,12 +70,13 @@ from runtime.processes import (StopSignal, any_process, full_tensor, init_distri
 from runtime.schedules import get_lr
 
 
-def train_epoch(epoch, wandb, *, teacher,
+def train_epoch(epoch, wandb, *, teachers, reward,
                 args, world, name, student, tokenizer, modules, optimizer, scaler, data, val_data,
                 loader, progress, log, stop):
     total_steps, weights = progress.total_steps, trained_weights(optimizer)
     divergence, _ = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
     clock, stats = Clock(world.device), Counter()
+    spent = progress.memory.setdefault("spent", {"sampled_tokens": 0, "cpu_seconds": 0.0})
     for steps in rounds(progress.steps_of(epoch, data.steps_per_epoch), args.sample_every):
         # 0. Rollouts: the student answers the prompts of all steps of a round at once.
         batches = {step: [next(loader).to(world.device) for _ in range(args.accumulation_steps)]
@@ -69,7 +85,7 @@ def train_epoch(epoch, wandb, *, teacher,
         with clock("sampling"):
             on_policy = {step: batches[step] for step in steps
                          if is_on_policy(step, args.seed, args.on_policy_fraction)}
-            rollouts = sample_rollouts(on_policy, student, teacher, tokenizer,
+            rollouts = sample_rollouts(on_policy, student, teachers, reward, tokenizer,
                                        data.dataset.max_seq_len, args, world)
 
         for step in steps:
@@ -82,29 +98,39 @@ def train_epoch(epoch, wandb, *, teacher,
             #    whole optimizer step, so any split into micro-batches gives the same step.
             micro_batches = [WeightedBatch(batch) for batch in batches[step]]
             if step in rollouts:
-                stats += rollout_stats(rollouts[step], age=step - steps[0])
+                stats.update(rollout_stats(rollouts[step], age=step - steps[0]))
                 micro_batches = count_step(rollout_batches(
                     rollouts[step], args.accumulation_steps, world.device,
                     args.teacher_share if args.objective == "minillm" else None), world)
+                spent["sampled_tokens"] += micro_batches[0].batch.step_targets
             seed_everything(args.seed, step, world.rank)    # resuming repeats this step's dropout
-            for micro, (batch, kd_weight, ce_weight) in enumerate(micro_batches):
+            for micro, weighted in enumerate(micro_batches):
+                batch, kd_weight, ce_weight, *_ = weighted
                 is_last = micro == len(micro_batches) - 1
                 with clock("teacher"), torch.no_grad(), autocast(world.device, world.dtype):
-                    predictions = teacher_outputs([teacher], batch).predictions
+                    predictions = teacher_outputs(teachers, batch).predictions
                 with clock("student"):
                     with autocast(world.device, world.dtype), sync_gradients(modules, is_last):
                         out = modules["model"](batch.tokens, batch.lengths, at=batch.at,
                                                with_logits=False)
-                        # The policy gradient is a weighted CE. Twice the mean of both is their sum.
-                        alpha = 0.5 if ce_weight is not None else 0.0
-                        loss, _, kd = fused_distillation_loss(
-                            out.final, student.head, batch.targets, predictions, alpha,
-                            args.temperature, divergence, kd_weight=kd_weight, ce_weight=ce_weight)
-                        loss = loss / (1 - alpha) / batch.step_targets
+                        if args.objective == "pg" and step in rollouts:
+                            loss, terms = policy_loss(
+                                out.final, student.head, weighted, predictions, args.temperature,
+                                args.reward_weight, args.clip_ratio)
+                        else:
+                            # R log q is a weighted CE. Twice the mean of both is their sum.
+                            alpha = 0.5 if ce_weight is not None else 0.0
+                            loss, _, kd = fused_distillation_loss(
+                                out.final, student.head, batch.targets, predictions, alpha,
+                                args.temperature, divergence, kd_weight=kd_weight,
+                                ce_weight=ce_weight)
+                            loss, terms = loss / (1 - alpha), {"kd": kd}
+                        loss = loss / batch.step_targets
                         balance = out.balance_loss / batch.step_samples
                         total = loss + student.config.aux_loss_alpha * balance
                     scaler.scale(total * world.size).backward()     # DDP averages, we need the sum
-                log.add(len(batch.tokens), loss=total, kd=kd / batch.step_targets,
+                log.add(len(batch.tokens), loss=total,
+                        **{name: value / batch.step_targets for name, value in terms.items()},
                         **({"balance": balance} if student.config.use_moe else {}))
 
             # 3. Update
@@ -116,66 +142,91 @@ def train_epoch(epoch, wandb, *, teacher,
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 release_gathered(modules)
+                if args.teacher_ema is not None:        # teacher <- D * teacher + (1 - D) * student
+                    get_ema_multi_avg_fn(args.teacher_ema)(
+                        [*modules["teacher"].parameters()], [*student.parameters()], None)
             progress.steps_done = step + 1
+            spent["cpu_seconds"], clock.cpu_seconds = spent["cpu_seconds"] + clock.cpu_seconds, 0.0
 
-            # 4. Log, validate, save. No resume file holds rollouts: stop at the end of a round.
+            # 4. Log, validate, save. No resume file holds rollouts: save at the end of a round.
             log.step()
-            if progress.is_due(args.log_interval) or progress.is_due(args.save_interval):
-                log.row(step + 1, wandb, **mean_stats(stats, world.device), **clock.shares(), lr=lr,
+            round_ends = step == steps[-1]
+            saving = round_ends and progress.is_due(args.save_interval, len(steps))
+            if progress.is_due(args.log_interval) or saving:
+                means = mean_stats(stats, world.device)
+                log.row(step + 1, wandb, **means, **spent, **clock.shares(), lr=lr,
                         grad_norm=full_tensor(grad_norm))
+                warn_of_collapse(means, progress.memory)
                 stats.clear()
                 if step in rollouts:
                     Logger(as_line(rollouts[step][0], tokenizer))
             if val_data is not None and progress.is_due(args.eval_interval):
                 val_loader = in_order(val_data, world.rank, world.size)
                 scores = evaluate(student, val_loader, world.device, dtype=world.dtype,
-                                  teachers=[teacher])
-                log.row(step + 1, wandb, **scores)
-                if progress.is_best(scores["val_kl"]):
+                                  teachers=teachers)
+                accuracy = own_accuracy(student, val_data, tokenizer, args, world)
+                log.row(step + 1, wandb, val_accuracy=accuracy, **scores, **spent)
+                loss = scores["val_kl" if teachers else "val_loss"]
+                if progress.is_best(1e-3 * loss / (1 + loss) - accuracy):   # the loss breaks ties
                     save_model(student, tokenizer, f"{name}_best.pth")
-            stopping = step == steps[-1] and stop.agreed(step + 1, world, every=1)
-            if stopping or progress.is_due(args.save_interval):
+            stopping = round_ends and stop.agreed(step + 1, world, every=1)
+            if stopping or saving:
                 save_model(student, tokenizer, f"{name}.pth")
                 save_resume(f"{name}.resume", modules, optimizer, scaler, progress)
             if stopping:
                 return
 
 
-def sample_rollouts(batches, student, teacher, tokenizer, max_seq_len, args, world):
+def sample_rollouts(batches, student, teachers, reward, tokenizer, max_seq_len, args, world):
     """The student's answers to the prompts of batches: {step: [Batch]} -> {step: [Rollout]}."""
-    requests = []                                       # (step, prompt, the teacher's prompt)
-    teacher_limit = teacher.source.config.max_seq_len
+    requests = []                                       # (step, a Rollout without its answer)
+    teacher_limit = teachers[0].source.config.max_seq_len if teachers else max_seq_len
     for step, micro_batches in batches.items():
         rng = np.random.default_rng([args.seed, step, world.rank])
         for batch in micro_batches:
             for turns, teacher_turns in zip(prompts_and_answers(batch),
                                             prompts_and_answers(batch.teacher or batch)):
                 # A random turn of the conversation, of those that leave room for an answer.
-                prompts = [(prompt, other) for (prompt, _), (other, _) in zip(turns, teacher_turns)
-                           if len(prompt) < max_seq_len and len(other) < teacher_limit]
-                for _ in range(args.num_samples):
-                    requests.append((step, *prompts[rng.integers(len(prompts))]))
-    prompts = [prompt for _, prompt, _ in requests]
-    limits = [min(args.max_new_tokens, max_seq_len - len(prompt), teacher_limit - len(other))
-              for _, prompt, other in requests]
+                turns = [Rollout(prompt, other, None, gold)
+                         for (prompt, gold), (other, _) in zip(turns, teacher_turns)
+                         if len(prompt) < max_seq_len and len(other) < teacher_limit]
+                requests += [(step, turns[rng.integers(len(turns))])] * args.num_samples
+    prompts = [each.prompt for _, each in requests]
+    limits = [min(args.max_new_tokens, max_seq_len - len(each.prompt),
+                  teacher_limit - len(each.teacher_prompt)) for _, each in requests]
     guide = None                                        # MiniLLM: a mixture with the teacher
     if args.objective == "minillm":
-        guide = Guide(teacher.source, [other for _, _, other in requests], args.teacher_share)
+        guide = Guide(teachers[0].source, [each.teacher_prompt for _, each in requests],
+                      args.teacher_share)
 
-    answers = [None] * len(requests)
     any_busy = bool if args.shard == "none" else partial(any_process, device=world.device)
     student.eval()
     with autocast(world.device, world.dtype):
         for i, answer in sample(
                 student, prompts, limits, tokenizer.end_of_turn, rows=args.rows, dtype=world.dtype,
                 guide=guide, any_busy=any_busy,
+                log_q_temperature=args.temperature if args.objective == "pg" else 1.0,
                 temperature=args.generation_temperature, top_p=args.top_p, top_k=args.top_k):
-            answers[i] = answer
+            requests[i] = requests[i][0], requests[i][1]._replace(answer=answer)
     student.train()
     rollouts = {step: [] for step in batches}
-    for (step, prompt, other), answer in zip(requests, answers):
-        rollouts[step].append(Rollout(prompt, other, answer))
+    for first in range(0, len(requests), args.num_samples):
+        steps, group = zip(*requests[first:first + args.num_samples])
+        rollouts[steps[0]] += grade(group, reward, tokenizer, args.privileged,
+                                    teacher_limit)
     return rollouts
+
+
+def own_accuracy(student, data, tokenizer, args, world) -> float:
+    """The fraction of at most 200 validation prompts that the student's greedy answer gets right.
+    """
+    chosen = np.linspace(0, len(data) - 1, min(200, len(data))).astype(int)
+    batch = data.batch(chosen)._replace(teacher=None)
+    greedy = Namespace(**vars(args) | {"objective": "gkd", "num_samples": 1, "privileged": None,
+                                       "generation_temperature": 0.0})
+    answers = sample_rollouts({0: [batch]}, student, [], load_reward("answer"), tokenizer,
+                              data.max_seq_len, greedy, world)[0]
+    return float(np.mean([each.reward for each in answers]))
 
 
 def main():
@@ -190,16 +241,32 @@ def main():
         help="context distillation: files with the same answers, row by row, to prompts with "
              "privileged context, which the teacher reads instead of --data_path")
     add("--student", "--weights", default="out/full_sft_512.pth", help="initial weights")
-    add("--objective", default="gkd", choices=["gkd", "minillm"],
-        help="a divergence at each token, or MiniLLM's policy gradient of the sequence-level "
-             "reverse KL")
-    add("--divergence", default="jsd", choices=[name for name in DIVERGENCES if name != "uld"],
+    add("--objective", default="gkd", choices=["gkd", "pg", "minillm"],
+        help="a divergence at each token, the policy gradient of the sampled tokens, or MiniLLM's "
+             "policy gradient of the sequence-level reverse KL")
+    add("--reward", default=None, metavar="RULE_OR_FILE",
+        help="reward of a rollout, logged and used by pg: answer (1 if the final answer is that of "
+             "the data, else 0), or a Python file with reward(question, answer, gold)")
+    add("--reward_weight", type=float, default=0.5,
+        help="pg: weight of the reward in the advantage, in [0, 1]; 1: no teacher")
+    add("--clip_ratio", type=float, default=0.0,
+        help="pg: PPO's clipping of q now / q when sampled to 1 -+ this; 0: no ratio")
+    add("--privileged", default=None, choices=["answer", "sibling"],
+        help="the teacher's prompt shows the data's answer, or the right answer (reward above 0) "
+             "of another rollout, as an earlier exchange")
+    add("--teacher_ema", type=float, default=None,
+        help="the teacher is a moving average of the student with this decay per step, in [0, 1); "
+             "0: the student as it is")
+    add("--divergence", default="forward_kl",
+        choices=[name for name in DIVERGENCES if name != "uld"],
         help="divergence from the teacher (distill/losses.py); minillm always uses reverse_kl")
-    add("--temperature", type=float, default=1.0, help="softmax temperature in the loss")
+    add("--temperature", type=float, default=1.0,
+        help="softmax temperature in the loss; pg always uses --generation_temperature")
     add("--on_policy_fraction", type=float, default=1.0,
         help="fraction of steps on rollouts, in [0, 1]; the others are on the answers of the data")
     add("--num_samples", type=int, default=1, help="rollouts per prompt")
-    add("--generation_temperature", type=float, default=1.0, help="sampling temperature, above 0")
+    add("--generation_temperature", type=float, default=1.0,
+        help="sampling temperature, above 0; above 1 the student explores")
     add("--top_p", type=float, default=1.0, help="nucleus sampling: probability mass kept; 1: all")
     add("--top_k", type=int, default=0, help="sample from the k most likely tokens; 0: from all")
     add("--max_new_tokens", type=int, default=256, help="maximum length of an answer, in tokens")
@@ -227,26 +294,30 @@ def main():
         student, tokenizer = load_model(args.student)
         prepare(student, args.student, world, lora_options(args), args.grad_checkpoint,
                 args.compile)
-        if args.lora_rank and args.teacher == args.student:
-            teacher = Teacher(WithoutAdapters(student), 1.0, tokenizer)
-        else:
+        reward = load_reward(args.reward) if args.reward else None
+        teachers = []                   # one, or none where the reward is all
+        if args.teacher_ema is not None:
+            teachers = [Teacher(copy.deepcopy(student).to(world.device).eval(), 1.0, tokenizer)]
+        elif args.lora_rank and args.teacher == args.student:
+            teachers = [Teacher(WithoutAdapters(student), 1.0, tokenizer)]
+        elif args.teacher:
             model, its_tokenizer = load_teacher(args.teacher, world, args.shard, args.compile)
-            teacher = Teacher(model, 1.0, its_tokenizer)
-        if share_vocabulary([teacher], [(student, tokenizer)]):
+            teachers = [Teacher(model, 1.0, its_tokenizer)]
+        if share_vocabulary(teachers, [(student, tokenizer)]):
             args.teacher_data_path = args.teacher_data_path or args.data_path
 
         # 4. Data: the prompts, and the answers for what is not on-policy
         max_seq_len = student.context_length(args.max_seq_len)
-        other_side = teacher_side([teacher], tokenizer, args.data_path, args.teacher_data_path,
+        other_side = teacher_side(teachers, tokenizer, args.data_path, args.teacher_data_path,
                                   max_seq_len)
         train_data, val_data = open_data(
             PromptDataset, args.data_path, tokenizer, max_seq_len, args.val_path,
             args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, other_side)
         n_missing = np.count_nonzero(~train_data.answered())
-        if n_missing and args.on_policy_fraction < 1:
+        if n_missing and (args.on_policy_fraction < 1 or args.reward or args.privileged):
             raise ValueError(f"{train_data}: {n_missing:,} of {len(train_data):,} samples have no "
                              f"answer, which {1 - args.on_policy_fraction:.0%} of the steps learn: "
-                             "--on_policy_fraction 1")
+                             "--on_policy_fraction 1, without --reward and --privileged")
         data = MicroBatches(train_data.with_room(Logger), args.batch_size, args.accumulation_steps,
                             world.rank, world.size, args.seed)
 
@@ -255,6 +326,8 @@ def main():
         modules = {"model": parallelize(student, world, args.shard, student.shard_units())}
         optimizer = OPTIMIZERS[args.optimizer](parameter_groups(modules, args.weight_decay),
                                                lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+        if args.teacher_ema is not None:
+            modules["teacher"] = teachers[0].source         # so the resume file holds it
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         progress = start_progress(args, name, data, args.epochs, student.adapted)
         if args.resume:
@@ -262,13 +335,13 @@ def main():
 
     # 6. Train
     stop, wandb, log = StopSignal(), init_wandb(args, name, progress), Log(name, progress, world)
-    Logger(f"{teacher} -> student {student.config}")
+    Logger(f"{teachers[0] if teachers else 'no teacher'} -> student {student.config}")
     Logger(f"loss = {describe(args)}; {progress.total_steps} steps of {data.step_samples} prompts, "
            f"{args.num_samples} answers each")
     loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
                          world.device)
     for epoch in progress.epochs(data.steps_per_epoch):
-        train_epoch(epoch, wandb, teacher=teacher,
+        train_epoch(epoch, wandb, teachers=teachers, reward=reward,
                     args=args, world=world, name=name, student=student, tokenizer=tokenizer,
                     modules=modules, optimizer=optimizer, scaler=scaler, data=data,
                     val_data=val_data, loader=loader, progress=progress, log=log, stop=stop)
@@ -279,30 +352,45 @@ def main():
 
 def describe(args) -> str:
     _, divergence = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
+    T, W = args.temperature, args.reward_weight
     whole = " of whole answers, by policy gradient" if args.objective == "minillm" else ""
-    return (f"{args.temperature:g}^2 * {divergence} at T={args.temperature:g}{whole}, "
+    loss = (f"-({1 - W:g} (log p - log q) + {W:g} r) * log q" if args.objective == "pg"
+            else f"{T:g}^2 * {divergence}")
+    return (f"{loss} at T={T:g}{whole}, "
             f"on the student's own answers in {args.on_policy_fraction:.0%} of the steps")
 
 
 def check(parser, args):
     """Values out of their range, and flags that do not go together."""
-    if args.tokenizer:
-        parser.error(f"--tokenizer {args.tokenizer} is for a randomly initialised model; "
-                     "--student has its own")
-    if args.objective == "minillm":
-        args.divergence = "reverse_kl"
-        needed = {"temperature": 1, "generation_temperature": 1, "top_p": 1, "top_k": 0,
-                  "sample_every": 1}
-        wrong = [f"--{flag} {value}" for flag, value in needed.items() if vars(args)[flag] != value]
-        if wrong:
-            parser.error("--objective minillm needs samples of the current step from the "
-                         f"unmodified distributions: {' '.join(wrong)}")
-    if args.teacher == args.student and not args.teacher_data_path:
+    is_pg, is_minillm = args.objective == "pg", args.objective == "minillm"
+    args.temperature = args.generation_temperature if is_pg else args.temperature
+    args.divergence = "reverse_kl" if is_minillm else args.divergence
+    args.reward_weight = args.reward_weight if args.reward and is_pg else 0.0
+    alone, is_ema = args.reward_weight == 1, args.teacher_ema is not None
+    args.teacher = None if alone or is_ema else args.teacher
+    needed = {"gkd": {}, "pg": {"top_p": 1, "top_k": 0}, "minillm": {
+        "temperature": 1, "generation_temperature": 1, "top_p": 1, "top_k": 0,
+        "sample_every": 1}}[args.objective]
+    wrong = [f"--{flag} {value}" for flag, value in needed.items() if vars(args)[flag] != value]
+    for refused, reason in (
+            (args.tokenizer, f"--tokenizer {args.tokenizer} is for a randomly initialised model; "
+             "--student has its own"),
+            (wrong, f"--objective {args.objective} needs samples of the current step from the "
+             f"unmodified distributions: {' '.join(wrong)}"),
+            (args.num_samples == 1 and (args.reward_weight or args.privileged == "sibling"),
+             "--reward compares several answers to a prompt: --num_samples 2, or more"),
+            (args.privileged == "sibling" and not args.reward,
+             "--privileged sibling shows an answer that is right: by which --reward?"),
+            (args.privileged and (alone or is_minillm), "--privileged needs a teacher that reads "
+             "rollouts: --objective gkd, or pg with --reward_weight below 1"),
+            ((args.privileged or alone) and args.on_policy_fraction < 1, "--privileged and "
+             "--reward_weight 1 have nothing to learn off-policy: --on_policy_fraction 1"),
+            (is_ema and args.shard != "none", "--teacher_ema averages whole weights: --shard none")):
+        if refused:
+            parser.error(reason)
+    if (args.teacher == args.student or is_ema) and not (args.teacher_data_path or args.privileged):
         Logger("teacher and student are the same model with the same prompts, so the KD loss is "
                "zero. --teacher_data_path gives the teacher prompts with privileged context")
-    if args.save_interval % args.sample_every:
-        parser.error(f"--sample_every {args.sample_every} must divide --save_interval "
-                     f"{args.save_interval}: no resume file holds rollouts")
 
 
 if __name__ == "__main__":

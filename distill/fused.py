@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from distill.losses import forward_kl, uld
 
@@ -197,6 +198,19 @@ def in_buckets(top: TopK, rows, log_q):  # (C, V) -> (C, k + 1) twice
     tail_p = top.tail[rows, None].float().clamp_min(MIN_LOG_P)
     tail_q = log_q.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True).clamp_min(MIN_LOG_P)
     return torch.cat([log_p, tail_p], dim=-1), torch.cat([log_q.gather(-1, ids), tail_q], dim=-1)
+
+
+def token_log_probs(hidden, head, targets, temperature=1.0, chunk_bytes=CHUNK_BYTES):
+    # (S, D), (V, D), (S,) -> (S,)
+    """Log-probabilities of the targets; gradients flow. The backward pass computes the logits of
+    each chunk of rows again."""
+    def of(states, ids):
+        logits = (states @ head.T).float() / temperature                            # (C, V)
+        return -F.cross_entropy(logits, ids, reduction="none")
+
+    size = max(1, min(MAX_ROWS, chunk_bytes // (4 * len(head))))
+    return torch.cat([checkpoint(of, *rows, use_reentrant=False, preserve_rng_state=False)
+                      for rows in zip(hidden.split(size), targets.split(size))])
 
 
 COMPARED = ("ce", "kl", "entropy", "agreement")

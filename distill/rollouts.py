@@ -1,16 +1,21 @@
 """
-学生自己写的回答：策略梯度的权重，以及学生是否在退化的指标。
-Rollouts, the student's own answers: the weights of the policy gradient, and statistics that show a
-collapse.
+学生自己写的回答：奖励、特权提示、策略梯度的权重，以及学生是否在退化的指标。
+Rollouts, the student's own answers: rewards, privileged prompts, the weights of the policy
+gradients, and statistics that show a collapse.
 """
 
+import runpy
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from dataset.formats import check_exists, final_answer
 from dataset.lm_dataset import Batch, batch_of_answers
+from distill.fused import token_log_probs
+from runtime.log import Logger
 from runtime.precision import sum_dtype
 from runtime.processes import World, sum_over_processes
 
@@ -21,14 +26,20 @@ class Rollout(NamedTuple):
     prompt: list[int]
     teacher_prompt: list[int]       # with privileged context it differs from the student's
     answer: Any                     # model.generate.Sampled
+    gold: tuple | list = ()         # the data's answer, as ids
+    reward: float = np.nan
+    advantage: float = 0.0          # the reward, normalised over the answers to the prompt
+    kd_weight: float = 1.0          # of the teacher
 
 
 class WeightedBatch(NamedTuple):
-    """A micro-batch, and the weight of each of its S tokens in the loss."""
+    """A micro-batch, and what the loss needs at each of its S tokens."""
 
     batch: Batch
     kd_weight: torch.Tensor | None = None       # (S,) of the divergence; None: 1
-    ce_weight: torch.Tensor | None = None       # (S,) of -log q, the policy gradient; None: 0
+    ce_weight: torch.Tensor | None = None       # (S,) of -log q in MiniLLM; None: 0
+    log_q: torch.Tensor | None = None           # (S,) of each token when it was sampled
+    advantage: torch.Tensor | None = None       # (S,) of the reward
 
 
 def rounds(steps: range, sample_every: int) -> list[range]:
@@ -48,16 +59,22 @@ def rollout_batches(rollouts: list[Rollout], n_batches: int, device,
     """A step's rollouts as micro-batches of similar lengths. teacher_share: with MiniLLM's policy
     gradient."""
     rollouts = sorted(rollouts, key=lambda each: len(each.prompt) + len(each.answer.tokens))
-    weights = [()] * len(rollouts)
+    ones = [torch.ones(len(each.answer.tokens)) for each in rollouts]
+    weights = [(None, None)] * len(rollouts)
     if teacher_share is not None:
         weights = policy_gradient([rollout.answer for rollout in rollouts], teacher_share)
+    elif any(each.kd_weight != 1 for each in rollouts):
+        weights = [(each.kd_weight * one, None) for each, one in zip(rollouts, ones)]
+    weights = [(*pair, torch.tensor(each.answer.log_q), each.advantage * one)
+               for pair, each, one in zip(weights, rollouts, ones)]
     batches = []
     for part in np.array_split(np.arange(len(rollouts)), n_batches):
-        prompts, teacher_prompts, sampled = zip(*(rollouts[i] for i in part))
+        prompts, teacher_prompts, sampled, *_ = zip(*(rollouts[i] for i in part))
         answers = [answer.tokens for answer in sampled]
         batch = batch_of_answers(prompts, answers)
         batch = batch._replace(teacher=batch_of_answers(teacher_prompts, answers)).to(device)
-        token_weights = (torch.cat(each).to(device) for each in zip(*(weights[i] for i in part)))
+        token_weights = (None if each[0] is None else torch.cat(each).to(device)
+                         for each in zip(*(weights[i] for i in part)))
         batches.append(WeightedBatch(batch, *token_weights))
     return batches
 
@@ -70,6 +87,97 @@ def count_step(batches: list[WeightedBatch], world: World) -> list[WeightedBatch
     n_samples = world.size * sum(len(each.batch.lengths) for each in batches)
     return [each._replace(batch=each.batch._replace(step_targets=n_targets, step_samples=n_samples))
             for each in batches]
+
+
+def load_reward(rule: str):
+    """A function reward(question, answer, gold) of texts, and whether it is normalised. rule:
+    "answer", or a Python file with `reward`, and with `normalise = False` if it is not."""
+    if rule == "answer":
+        return is_right, True
+    check_exists(Path(rule))
+    names = runpy.run_path(rule)
+    if "reward" not in names:
+        raise ValueError(f"{rule} has no function reward(question, answer, gold)")
+    return names["reward"], names.get("normalise", True)
+
+
+def is_right(question: str, answer: str, gold: str) -> bool:
+    return final_answer(answer) == final_answer(gold)
+
+
+def text_of(ids, tokenizer) -> str:
+    return tokenizer.decode(token for token in ids if token != tokenizer.end_of_turn)
+
+
+def grade(group, reward, tokenizer, privileged, max_length) -> list[Rollout]:
+    """The Rollouts of one prompt with rewards, advantages, and the teacher's privileged prompts.
+
+    reward          of load_reward, or None. Advantages have mean 0 and standard deviation 1 in the
+                    group; those of equal rewards are 0. Shao et al. 2024 (GRPO),
+                    https://arxiv.org/abs/2402.03300, Sec. 4.1.2
+    privileged      the teacher's prompt shows the data's "answer", or the next right "sibling"
+                    (reward above 0). Without one, or beyond max_length, the teacher has weight 0
+    """
+    if reward:
+        function, normalise = reward
+        header, end = tokenizer.chat.user.split("{content}")
+        question = tokenizer.decode(group[0].prompt).rpartition(header)[2].partition(end)[0]
+        rewards = np.array([float(function(question, text_of(each.answer.tokens, tokenizer),
+                                           text_of(each.gold, tokenizer))) for each in group])
+        advantages = rewards
+        if normalise:       # equal rewards may have a standard deviation, of rounding errors
+            spread = rewards.std() if rewards.min() < rewards.max() else np.inf
+            advantages = (rewards - rewards.mean()) / spread
+        group = [each._replace(reward=value, advantage=advantage)
+                 for each, value, advantage in zip(group, rewards.tolist(), advantages.tolist())]
+    if privileged is None:
+        return group
+    graded = []
+    for i, rollout in enumerate(group):
+        shown = [rollout.gold] if privileged == "answer" else [
+            each.answer.tokens for each in (*group[i + 1:], *group[:i])
+            if each.reward > 0 and each.answer.finished]
+        prompts = [asked_again(rollout.teacher_prompt, answer, tokenizer) for answer in shown[:1]]
+        fit = [prompt for prompt in prompts if len(prompt) + len(rollout.answer.tokens) <= max_length]
+        graded.append(rollout._replace(teacher_prompt=fit[0]) if fit else
+                      rollout._replace(kd_weight=0.0))
+    return graded
+
+
+def asked_again(prompt: list[int], answer: list[int], tokenizer) -> list[int]:
+    """The prompt after an earlier exchange in which it was answered."""
+    end = tokenizer.encode(tokenizer.chat.assistant.split("{content}")[1], allow_special=True)
+    again = prompt[1:] if prompt[0] == tokenizer.bos else prompt
+    return [*prompt, *answer, *end[1:], *again]         # the answer has the end of turn, end[0]
+
+
+def policy_loss(final, head, weighted: WeightedBatch, teacher, temperature: float,
+                reward_weight: float, clip_ratio: float):
+    """The loss of a policy gradient, and what the log shows of it, as sums over the S tokens.
+
+        advantage = (1 - W) (log p - log q when sampled) + W r       loss = -advantage log q
+
+    final, head     (S, D), (V, D) of the student; gradients flow
+    teacher         [Dense], or [] for W = 1
+    clip_ratio      c > 0: loss = -min(ratio advantage, clip(ratio, 1 - c, 1 + c) advantage), ratio
+                    = q / q when sampled, which bounds the change of q in a round of several steps.
+                    Schulman et al. 2017 (PPO), https://arxiv.org/abs/1707.06347, Eq. 7
+    """
+    targets, terms = weighted.batch.targets, {}
+    advantage = reward_weight * weighted.advantage
+    if teacher:
+        with torch.no_grad():
+            log_p = token_log_probs(teacher[0].states, teacher[0].head, targets, temperature)
+        gap = log_p - weighted.log_q
+        if weighted.kd_weight is not None:
+            gap = gap * weighted.kd_weight
+        advantage, terms["kd"] = advantage + (1 - reward_weight) * gap, -gap.sum()  # E: KL(q || p)
+    log_q = token_log_probs(final, head, targets, temperature)
+    if not clip_ratio:
+        return -(advantage * log_q).sum(), terms
+    ratio = (log_q - weighted.log_q).exp()
+    gain, clipped = advantage * ratio, advantage * ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    return -torch.minimum(gain, clipped).sum(), terms | {"clipped": (clipped < gain).float().sum()}
 
 
 def policy_gradient(sampled: list, teacher_share: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -99,24 +207,40 @@ def policy_gradient(sampled: list, teacher_share: float) -> list[tuple[torch.Ten
 # falls, text repeats.
 
 
+STATS = "length", "entropy", "repetition", "finished", "age", "reward"
+
+
 def rollout_stats(rollouts: list[Rollout], age: int) -> Counter:
     """Sums over the answers of one step, on this process. age: by how many steps they are stale."""
     answers = [rollout.answer for rollout in rollouts]
     return Counter({"answers": len(answers), "age": age * len(answers),
-                    "tokens": sum(len(answer.tokens) for answer in answers),
+                    "length": sum(len(answer.tokens) for answer in answers),
                     "entropy": sum(sum(answer.entropy) for answer in answers),
                     "repetition": sum(repetition(answer.tokens) for answer in answers),
-                    "finished": sum(answer.finished for answer in answers)})
+                    "finished": sum(answer.finished for answer in answers),
+                    "reward": sum(rollout.reward for rollout in rollouts)})
 
 
 def mean_stats(stats: Counter, device) -> dict[str, float]:
     """Such sums over all processes as means: entropy in nats per token, length in tokens, age in
-    steps, the others as fractions. Empty without rollouts."""
-    names = ("answers", "tokens", "entropy", "repetition", "finished", "age")
-    sums = torch.tensor([stats[name] for name in names], dtype=sum_dtype(device), device=device)
-    n, n_tokens, entropy, repeated, finished, age = sum_over_processes(sums).tolist()
-    return {} if n == 0 else {"length": n_tokens / n, "entropy": entropy / n_tokens,
-                              "repetition": repeated / n, "finished": finished / n, "age": age / n}
+    steps, the others as fractions. Empty without rollouts, and without a reward if there is none.
+    """
+    sums = torch.tensor([stats[name] for name in ("answers", *STATS)], dtype=sum_dtype(device),
+                        device=device)
+    n, n_tokens, *sums = sum_over_processes(sums).tolist()
+    means = {name: value / (n_tokens if name == "entropy" else n)
+             for name, value in zip(STATS, [n_tokens, *sums]) if n}
+    return {name: value for name, value in means.items() if not np.isnan(value)}
+
+
+def warn_of_collapse(means: dict, memory: dict):
+    """Once per run, when the entropy is near 0 and far below that of the first row of the log, in
+    nats per token. memory: what a resume file keeps."""
+    if means and means["entropy"] < min(
+            0.05, 0.1 * memory.setdefault("entropy", means["entropy"])):
+        memory["entropy"] = 0.0         # nothing is below it
+        Logger(f"*** entropy of {means['entropy']:.2g} nats per token: the student samples hardly "
+               "anything new. A higher --generation_temperature explores more ***")
 
 
 def repetition(tokens: list[int], n: int = 4) -> float:

@@ -178,19 +178,22 @@ class Sampled(NamedTuple):
     tokens: list[int]           # ends with the stop token if it was sampled
     finished: bool              # whether it was
     entropy: list[float]        # of the model's distribution, in nats
-    log_q: list[float]          # log-probability under the model, at temperature 1, untruncated
+    log_q: list[float]          # log-probability under the model, at log_q_temperature, untruncated
     log_p: list[float]          # log-probability under the guide; empty without one
 
 
 def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int | list[int],
-           stop: int | None = None, **options) -> Iterator[tuple[int, Sampled]]:
-    """(index of the prompt, its answer), in the order in which they finish. Arguments as in
+           stop: int | None = None, log_q_temperature: float = 1.0,
+           **options) -> Iterator[tuple[int, Sampled]]:
+    """(index of the prompt, its answer), in the order in which they finish. Other arguments as in
     `generate_steps`."""
     answers = [Sampled([], False, [], [], []) for _ in prompts]
     for step in generate_steps(model, prompts, max_new_tokens, stop, **options):
         log_q, *log_p = (logits.float().log_softmax(dim=-1) for logits in step.logits)
         at = torch.tensor(step.tokens, device=log_q.device)[:, None]
         entropy = -torch.linalg.vecdot(log_q.exp(), log_q)
+        if log_q_temperature != 1.0:
+            log_q = (log_q / log_q_temperature).log_softmax(dim=-1)
         stats = torch.stack([entropy, *(log.gather(1, at).squeeze(1) for log in (log_q, *log_p))])
         for i, token, done, *values in zip(step.indices, step.tokens, step.done, *stats.tolist()):
             answer = answers[i]

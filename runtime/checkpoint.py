@@ -54,11 +54,11 @@ class Progress:
         return range(max(epoch * steps_per_epoch, self.steps_done),
                      min((epoch + 1) * steps_per_epoch, self.total_steps))
 
-    def is_due(self, interval: int) -> bool:
-        """Whether what happens every `interval` steps, and after the last, is due. 0: only after
-        the last."""
+    def is_due(self, interval: int, n_steps: int = 1) -> bool:
+        """Whether what happens every `interval` steps, and after the last, fell due in the last
+        n_steps. 0: only after the last."""
         is_last = self.steps_done == self.total_steps
-        return is_last or interval > 0 and self.steps_done % interval == 0
+        return is_last or interval > 0 and self.steps_done % interval < n_steps
 
     def is_best(self, loss: float) -> bool:
         """Whether this is the lowest validation loss so far; it is remembered."""

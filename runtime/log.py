@@ -61,16 +61,18 @@ class Pace:
 
 
 class Clock:
-    """The seconds that each phase of a step takes, on this process: `with clock("teacher"): ...`"""
+    """The seconds that each phase of a step takes, on this process: `with clock("teacher"): ...`;
+    and the CPU seconds of all phases."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds = device, {}
+        self.device, self.seconds, self.cpu_seconds = device, {}, 0.0
 
     @contextmanager
     def __call__(self, phase: str):
-        start = self.now()
+        start, cpu = self.now(), time.process_time()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
+        self.cpu_seconds += time.process_time() - cpu
 
     def now(self) -> float:
         if self.device.type == "cuda":
