@@ -114,9 +114,8 @@ def train_epoch(epoch, wandb, *, teachers, reward,
                         out = modules["model"](batch.tokens, batch.lengths, at=batch.at,
                                                with_logits=False)
                         if args.objective == "pg" and step in rollouts:
-                            loss, terms = policy_loss(
-                                out.final, student.head, weighted, predictions, args.temperature,
-                                args.reward_weight, args.clip_ratio)
+                            loss, terms = policy_loss(out.final, student.head, weighted,
+                                                      predictions, args)
                         else:
                             # R log q is a weighted CE. Twice the mean of both is their sum.
                             alpha = 0.5 if ce_weight is not None else 0.0
@@ -218,14 +217,12 @@ def sample_rollouts(batches, student, teachers, reward, tokenizer, max_seq_len, 
 
 
 def own_accuracy(student, data, tokenizer, args, world) -> float:
-    """The fraction of at most 200 validation prompts that the student's greedy answer gets right.
-    """
-    chosen = np.linspace(0, len(data) - 1, min(200, len(data))).astype(int)
-    batch = data.batch(chosen)._replace(teacher=None)
-    greedy = Namespace(**vars(args) | {"objective": "gkd", "num_samples": 1, "privileged": None,
-                                       "generation_temperature": 0.0})
-    answers = sample_rollouts({0: [batch]}, student, [], load_reward("answer"), tokenizer,
-                              data.max_seq_len, greedy, world)[0]
+    """The fraction of right final answers among greedy ones to at most 200 validation prompts."""
+    batch = data.batch(np.linspace(0, len(data) - 1, min(200, len(data))).astype(int))
+    greedy = {"objective": "gkd", "num_samples": 1, "privileged": None, "generation_temperature": 0}
+    answers = sample_rollouts({0: [batch._replace(teacher=None)]}, student, [],
+                              load_reward("answer"), tokenizer, data.max_seq_len,
+                              Namespace(**vars(args) | greedy), world)[0]
     return float(np.mean([each.reward for each in answers]))
 
 
@@ -245,18 +242,15 @@ def main():
         help="a divergence at each token, the policy gradient of the sampled tokens, or MiniLLM's "
              "policy gradient of the sequence-level reverse KL")
     add("--reward", default=None, metavar="RULE_OR_FILE",
-        help="reward of a rollout, logged and used by pg: answer (1 if the final answer is that of "
-             "the data, else 0), or a Python file with reward(question, answer, gold)")
+        help="reward of a rollout, logged, and used by pg: answer (the final answer is the data's: "
+             "1, else 0), or a Python file with reward(question, answer, gold)")
     add("--reward_weight", type=float, default=0.5,
         help="pg: weight of the reward in the advantage, in [0, 1]; 1: no teacher")
-    add("--clip_ratio", type=float, default=0.0,
-        help="pg: PPO's clipping of q now / q when sampled to 1 -+ this; 0: no ratio")
+    add("--clip_ratio", type=float, default=0.0, help="pg: PPO's clipping range; 0: no clipping")
     add("--privileged", default=None, choices=["answer", "sibling"],
-        help="the teacher's prompt shows the data's answer, or the right answer (reward above 0) "
-             "of another rollout, as an earlier exchange")
+        help="what the teacher's prompt shows: the data's answer, or a rollout with reward above 0")
     add("--teacher_ema", type=float, default=None,
-        help="the teacher is a moving average of the student with this decay per step, in [0, 1); "
-             "0: the student as it is")
+        help="decay per step, in [0, 1), of a moving average of the student, which is the teacher")
     add("--divergence", default="forward_kl",
         choices=[name for name in DIVERGENCES if name != "uld"],
         help="divergence from the teacher (distill/losses.py); minillm always uses reverse_kl")
@@ -295,7 +289,7 @@ def main():
         prepare(student, args.student, world, lora_options(args), args.grad_checkpoint,
                 args.compile)
         reward = load_reward(args.reward) if args.reward else None
-        teachers = []                   # one, or none where the reward is all
+        teachers = []                                   # at --reward_weight 1
         if args.teacher_ema is not None:
             teachers = [Teacher(copy.deepcopy(student).to(world.device).eval(), 1.0, tokenizer)]
         elif args.lora_rank and args.teacher == args.student:
@@ -314,10 +308,13 @@ def main():
             PromptDataset, args.data_path, tokenizer, max_seq_len, args.val_path,
             args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, other_side)
         n_missing = np.count_nonzero(~train_data.answered())
-        if n_missing and (args.on_policy_fraction < 1 or args.reward or args.privileged):
+        if n_missing and args.on_policy_fraction < 1:
             raise ValueError(f"{train_data}: {n_missing:,} of {len(train_data):,} samples have no "
                              f"answer, which {1 - args.on_policy_fraction:.0%} of the steps learn: "
-                             "--on_policy_fraction 1, without --reward and --privileged")
+                             "--on_policy_fraction 1")
+        if n_missing and "answer" in (args.reward, args.privileged):
+            raise ValueError(f"{train_data}: {n_missing:,} of {len(train_data):,} samples have no "
+                             "answer, which --reward answer and --privileged answer need")
         data = MicroBatches(train_data.with_room(Logger), args.batch_size, args.accumulation_steps,
                             world.rank, world.size, args.seed)
 
@@ -353,25 +350,26 @@ def main():
 def describe(args) -> str:
     _, divergence = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
     T, W = args.temperature, args.reward_weight
+    loss = f"{T:g}^2 * {divergence}"
+    if args.objective == "pg":
+        loss = f"-({1 - W:g} * (log p - log q) + {W:g} * reward) * log q"
     whole = " of whole answers, by policy gradient" if args.objective == "minillm" else ""
-    loss = (f"-({1 - W:g} (log p - log q) + {W:g} r) * log q" if args.objective == "pg"
-            else f"{T:g}^2 * {divergence}")
-    return (f"{loss} at T={T:g}{whole}, "
-            f"on the student's own answers in {args.on_policy_fraction:.0%} of the steps")
+    return (f"{loss} at T={T:g}{whole}, on the student's own answers in "
+            f"{args.on_policy_fraction:.0%} of the steps")
 
 
 def check(parser, args):
     """Values out of their range, and flags that do not go together."""
-    is_pg, is_minillm = args.objective == "pg", args.objective == "minillm"
+    is_pg, is_minillm, is_ema = (args.objective == "pg", args.objective == "minillm",
+                                 args.teacher_ema is not None)
     args.temperature = args.generation_temperature if is_pg else args.temperature
     args.divergence = "reverse_kl" if is_minillm else args.divergence
     args.reward_weight = args.reward_weight if args.reward and is_pg else 0.0
-    alone, is_ema = args.reward_weight == 1, args.teacher_ema is not None
-    args.teacher = None if alone or is_ema else args.teacher
+    args.teacher = None if args.reward_weight == 1 or is_ema else args.teacher
     needed = {"gkd": {}, "pg": {"top_p": 1, "top_k": 0}, "minillm": {
-        "temperature": 1, "generation_temperature": 1, "top_p": 1, "top_k": 0,
-        "sample_every": 1}}[args.objective]
-    wrong = [f"--{flag} {value}" for flag, value in needed.items() if vars(args)[flag] != value]
+        "temperature": 1, "generation_temperature": 1, "top_p": 1, "top_k": 0, "sample_every": 1}}
+    wrong = [f"--{flag} {value}" for flag, value in needed[args.objective].items()
+             if vars(args)[flag] != value]
     for refused, reason in (
             (args.tokenizer, f"--tokenizer {args.tokenizer} is for a randomly initialised model; "
              "--student has its own"),
@@ -379,13 +377,14 @@ def check(parser, args):
              f"unmodified distributions: {' '.join(wrong)}"),
             (args.num_samples == 1 and (args.reward_weight or args.privileged == "sibling"),
              "--reward compares several answers to a prompt: --num_samples 2, or more"),
-            (args.privileged == "sibling" and not args.reward,
-             "--privileged sibling shows an answer that is right: by which --reward?"),
-            (args.privileged and (alone or is_minillm), "--privileged needs a teacher that reads "
-             "rollouts: --objective gkd, or pg with --reward_weight below 1"),
-            ((args.privileged or alone) and args.on_policy_fraction < 1, "--privileged and "
-             "--reward_weight 1 have nothing to learn off-policy: --on_policy_fraction 1"),
-            (is_ema and args.shard != "none", "--teacher_ema averages whole weights: --shard none")):
+            (args.privileged == "sibling" and not args.reward, "--privileged sibling shows a right "
+             "answer: by which --reward?"),
+            (args.privileged and (args.reward_weight == 1 or is_minillm), "--privileged needs a "
+             "teacher that reads rollouts: --objective gkd, or pg with --reward_weight below 1"),
+            (args.on_policy_fraction < 1 and (args.privileged or args.reward_weight == 1),
+             "--privileged and --reward_weight 1 are for rollouts: --on_policy_fraction 1"),
+            (is_ema and args.shard != "none", "--teacher_ema averages whole weights: --shard none")
+    ):
         if refused:
             parser.error(reason)
     if (args.teacher == args.student or is_ema) and not (args.teacher_data_path or args.privileged):

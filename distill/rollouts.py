@@ -93,20 +93,12 @@ def load_reward(rule: str):
     """A function reward(question, answer, gold) of texts, and whether it is normalised. rule:
     "answer", or a Python file with `reward`, and with `normalise = False` if it is not."""
     if rule == "answer":
-        return is_right, True
+        return lambda question, answer, gold: final_answer(answer) == final_answer(gold), True
     check_exists(Path(rule))
     names = runpy.run_path(rule)
     if "reward" not in names:
         raise ValueError(f"{rule} has no function reward(question, answer, gold)")
     return names["reward"], names.get("normalise", True)
-
-
-def is_right(question: str, answer: str, gold: str) -> bool:
-    return final_answer(answer) == final_answer(gold)
-
-
-def text_of(ids, tokenizer) -> str:
-    return tokenizer.decode(token for token in ids if token != tokenizer.end_of_turn)
 
 
 def grade(group, reward, tokenizer, privileged, max_length) -> list[Rollout]:
@@ -118,29 +110,34 @@ def grade(group, reward, tokenizer, privileged, max_length) -> list[Rollout]:
     privileged      the teacher's prompt shows the data's "answer", or the next right "sibling"
                     (reward above 0). Without one, or beyond max_length, the teacher has weight 0
     """
+    def text(ids):
+        return tokenizer.decode(token for token in ids if token != tokenizer.end_of_turn)
+
     if reward:
         function, normalise = reward
         header, end = tokenizer.chat.user.split("{content}")
         question = tokenizer.decode(group[0].prompt).rpartition(header)[2].partition(end)[0]
-        rewards = np.array([float(function(question, text_of(each.answer.tokens, tokenizer),
-                                           text_of(each.gold, tokenizer))) for each in group])
+        rewards = np.array([float(function(question, text(each.answer.tokens), text(each.gold)))
+                            for each in group])
         advantages = rewards
         if normalise:       # equal rewards may have a standard deviation, of rounding errors
             spread = rewards.std() if rewards.min() < rewards.max() else np.inf
             advantages = (rewards - rewards.mean()) / spread
-        group = [each._replace(reward=value, advantage=advantage)
-                 for each, value, advantage in zip(group, rewards.tolist(), advantages.tolist())]
+        group = [each._replace(reward=float(value), advantage=float(advantage))
+                 for each, value, advantage in zip(group, rewards, advantages)]
     if privileged is None:
         return group
     graded = []
     for i, rollout in enumerate(group):
-        shown = [rollout.gold] if privileged == "answer" else [
+        answers = [rollout.gold] if privileged == "answer" else [
             each.answer.tokens for each in (*group[i + 1:], *group[:i])
             if each.reward > 0 and each.answer.finished]
-        prompts = [asked_again(rollout.teacher_prompt, answer, tokenizer) for answer in shown[:1]]
-        fit = [prompt for prompt in prompts if len(prompt) + len(rollout.answer.tokens) <= max_length]
-        graded.append(rollout._replace(teacher_prompt=fit[0]) if fit else
-                      rollout._replace(kd_weight=0.0))
+        prompts = (asked_again(rollout.teacher_prompt, answer, tokenizer) for answer in answers)
+        prompts = (prompt for prompt in prompts
+                   if len(prompt) + len(rollout.answer.tokens) <= max_length)
+        shown = next(prompts, None)
+        graded.append(rollout._replace(kd_weight=0.0) if shown is None else
+                      rollout._replace(teacher_prompt=shown))
     return graded
 
 
@@ -151,32 +148,30 @@ def asked_again(prompt: list[int], answer: list[int], tokenizer) -> list[int]:
     return [*prompt, *answer, *end[1:], *again]         # the answer has the end of turn, end[0]
 
 
-def policy_loss(final, head, weighted: WeightedBatch, teacher, temperature: float,
-                reward_weight: float, clip_ratio: float):
-    """The loss of a policy gradient, and what the log shows of it, as sums over the S tokens.
+def policy_loss(final, head, weighted: WeightedBatch, teacher, args):
+    """Loss of a policy gradient, {"kd": estimate of KL(q || p), "clipped": tokens}; sums over S.
 
         advantage = (1 - W) (log p - log q when sampled) + W r       loss = -advantage log q
 
     final, head     (S, D), (V, D) of the student; gradients flow
-    teacher         [Dense], or [] for W = 1
-    clip_ratio      c > 0: loss = -min(ratio advantage, clip(ratio, 1 - c, 1 + c) advantage), ratio
-                    = q / q when sampled, which bounds the change of q in a round of several steps.
-                    Schulman et al. 2017 (PPO), https://arxiv.org/abs/1707.06347, Eq. 7
+    teacher         [Dense], or [] where W = 1
+    args            temperature; reward_weight W; clip_ratio c. Above 0, loss = -min(r advantage,
+                    clip(r, 1 - c, 1 + c) advantage), where r = q / q when sampled: what changed
+                    enough in a round of several steps gets no more gradient. Schulman et al. 2017
+                    (PPO), https://arxiv.org/abs/1707.06347, Eq. 7
     """
-    targets, terms = weighted.batch.targets, {}
-    advantage = reward_weight * weighted.advantage
+    targets, T, W, c = weighted.batch.targets, args.temperature, args.reward_weight, args.clip_ratio
+    advantage, terms = W * weighted.advantage, {}
     if teacher:
         with torch.no_grad():
-            log_p = token_log_probs(teacher[0].states, teacher[0].head, targets, temperature)
-        gap = log_p - weighted.log_q
-        if weighted.kd_weight is not None:
-            gap = gap * weighted.kd_weight
-        advantage, terms["kd"] = advantage + (1 - reward_weight) * gap, -gap.sum()  # E: KL(q || p)
-    log_q = token_log_probs(final, head, targets, temperature)
-    if not clip_ratio:
+            log_p = token_log_probs(teacher[0].states, teacher[0].head, targets, T)
+        gap = (log_p - weighted.log_q) * (1 if weighted.kd_weight is None else weighted.kd_weight)
+        advantage, terms["kd"] = advantage + (1 - W) * gap, -gap.sum()
+    log_q = token_log_probs(final, head, targets, T)
+    if not c:
         return -(advantage * log_q).sum(), terms
     ratio = (log_q - weighted.log_q).exp()
-    gain, clipped = advantage * ratio, advantage * ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    gain, clipped = advantage * ratio, advantage * ratio.clamp(1 - c, 1 + c)
     return -torch.minimum(gain, clipped).sum(), terms | {"clipped": (clipped < gain).float().sum()}
 
 
@@ -205,8 +200,6 @@ def policy_gradient(sampled: list, teacher_share: float) -> list[tuple[torch.Ten
 
 # A student that learns from its own text may collapse: answers get shorter or never end, entropy
 # falls, text repeats.
-
-
 STATS = "length", "entropy", "repetition", "finished", "age", "reward"
 
 

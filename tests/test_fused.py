@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.fused import (CHUNK_BYTES, COMPARED, Dense, TopK, compare, fused_distillation_loss,
-                           log_softmax_)
+                           log_softmax_, token_log_probs)
 from distill.losses import (DIVERGENCES, distillation_loss_fn, forward_kl, pick_divergence,
                             reverse_kl, uld)
 
@@ -458,3 +458,15 @@ def test_under_autocast_compare_adds_up_in_fp32():
     exact = compare(states, student_head, targets, teacher)
     assert {name: value.item() for name, value in found.items()} == pytest.approx(
         {name: value.item() for name, value in exact.items()}, rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_log_probs_of_the_targets_equal_the_plain_form_with_gradients(temperature):
+    generator = torch.Generator().manual_seed(0)
+    h, head = (torch.randn(n, 4, generator=generator, dtype=torch.float64, requires_grad=True) for n in (7, 9))
+    targets, weight = torch.randint(9, (7,), generator=generator), torch.randn(7, generator=generator, dtype=torch.float64)
+    plain = (h @ head.T / temperature).log_softmax(dim=-1)[range(7), targets]
+    ours = token_log_probs(h, head, targets, temperature, chunk_bytes=2 * 4 * 9)        # two rows at a time
+    assert torch.allclose(ours.double(), plain, atol=1e-6)
+    for a, b in zip(torch.autograd.grad((ours * weight).sum(), (h, head)), torch.autograd.grad((plain * weight).sum(), (h, head))):
+        assert torch.allclose(a, b, atol=1e-6)

@@ -153,6 +153,10 @@ def test_a_sample_has_the_log_probability_and_entropy_of_each_token(tiny):
         assert answer.entropy == pytest.approx((-log_q.exp() * log_q).sum(dim=-1).tolist(), abs=1e-5)
         assert answer.finished == (answer.tokens[-1] == 3) and answer.log_p == []
         assert 3 not in answer.tokens[:-1] and (n == 6 or answer.finished)
+    for i, answer in sample(model, PROMPTS, 3, temperature=2.0, log_q_temperature=2.0):
+        ids, n = PROMPTS[i] + answer.tokens, len(answer.tokens)
+        log_q = (model(torch.tensor(ids), [len(ids)]).logits[-n - 1:-1] / 2).log_softmax(dim=-1)
+        assert answer.log_q == pytest.approx(log_q[range(n), answer.tokens].tolist(), abs=1e-5)
 
 
 def test_the_guide_is_mixed_into_the_distribution(counter, tiny):

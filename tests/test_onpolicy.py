@@ -13,14 +13,15 @@ from itertools import product
 import pytest
 import torch
 
-from dataset.lm_dataset import prompts_and_answers
+import train_onpolicy
+from dataset.lm_dataset import PromptDataset, prompts_and_answers
 from distill.fused import Dense, fused_distillation_loss
 from distill.losses import reverse_kl
 from helpers_run import TINY, complaint, load, rows, same, start, succeed, wait_until
 from interop.checkpoint import load_model
 from model.generate import Sampled
-from distill.rollouts import (Rollout, is_on_policy, mean_stats, policy_gradient, repetition, rollout_batches,
-                              rollout_stats, rounds)
+from distill.rollouts import (Rollout, WeightedBatch, grade, is_on_policy, load_reward, mean_stats, policy_gradient,
+                              policy_loss, repetition, rollout_batches, rollout_stats, rounds, warn_of_collapse)
 
 ANSWERS = [Sampled([7, 8, 9], True, [0.5] * 3, [-1.0] * 3, [-2.0] * 3), Sampled([5], False, [0.1], [-0.2], [-0.2])]
 
@@ -80,7 +81,150 @@ def test_facts_are_means_over_tokens_or_answers():
     assert mean_stats(Counter(), "cpu") == {}
 
 
+@pytest.mark.parametrize("first, then, warned", [
+    (2.0, [0.3, 0.19, 0.06], 0),            # above 0.05 nats
+    (0.3, [0.04], 0),                       # as sure as at the start, or nearly
+    (2.0, [0.04, 0.03, 0.02], 1),           # once
+])
+def test_a_collapse_is_said_once_with_the_way_out(first, then, warned, capsys):
+    memory = {}
+    for entropy in (first, *then):
+        warn_of_collapse({"entropy": entropy}, memory)
+        warn_of_collapse({}, memory)                                            # a row without rollouts
+    assert capsys.readouterr().out.count("--generation_temperature") == warned
+
+
+# -- rewards, and what the teacher is shown ----------------------------------------------------------------------
+
+def asked(tokenizer, *answers, gold="<think>a\nb</think> 7"):
+    """Rollouts of the question "2+5"; an answer that ends in "..." is cut."""
+    prompt, _ = tokenizer.encode_chat([{"role": "user", "content": "2+5"}], add_generation_prompt=True)
+    end = [tokenizer.end_of_turn]
+    sampled = [Sampled(tokenizer.encode(text.removesuffix("...")) + end * (not text.endswith("...")),
+                       not text.endswith("..."), [], [], []) for text in answers]
+    return [Rollout(prompt, prompt, each, tokenizer.encode(gold) + end) for each in sampled]
+
+
+def test_rewards_are_normalised_within_the_answers_to_a_prompt(byte_tokenizer):
+    """Rewards 1, 0, 0, 0: the mean is 1/4, the standard deviation sqrt(3)/4."""
+    group = asked(byte_tokenizer(), "<think>x</think> 7", "<think>7</think> 8", "70", "</think>")
+    graded = grade(group, load_reward("answer"), byte_tokenizer(), None, 99)
+    assert [each.reward for each in graded] == [1, 0, 0, 0]
+    assert [each.advantage for each in graded] == pytest.approx([3 ** 0.5, *[-3 ** -0.5] * 3])
+    equal = grade(group[:3], (lambda *_: 0.1, True), byte_tokenizer(), None, 99)
+    assert [each.advantage for each in equal] == [0, 0, 0]          # though 0.1 three times has another mean than 0.1
+
+
+def test_a_reward_of_the_user_reads_texts_and_may_be_the_advantage_itself(byte_tokenizer, tmp_path):
+    (tmp_path / "mine.py").write_text("def reward(question, answer, gold):\n    return float(question + answer + gold)\n")
+    (tmp_path / "constant.py").write_text("normalise = False\n\n\ndef reward(question, answer, gold):\n    return -1\n")
+    group = asked(byte_tokenizer(), "0", "2", gold="1")
+    group = [each._replace(prompt=byte_tokenizer().encode_chat([{"role": "user", "content": "9"}], True)[0]) for each in group]
+    mine, constant = (grade(group, load_reward(str(tmp_path / name)), byte_tokenizer(), None, 99)
+                      for name in ("mine.py", "constant.py"))
+    assert [(each.reward, each.advantage) for each in mine] == [(901, -1), (921, 1)]
+    assert [(each.reward, each.advantage) for each in constant] == [(-1, -1)] * 2
+    stats = rollout_stats([each._replace(answer=ANSWERS[1]) for each in constant], age=0)
+    stats.update(rollout_stats([constant[0]._replace(answer=ANSWERS[1])], age=0))
+    assert mean_stats(stats, "cpu")["reward"] == -1
+
+
+def test_the_teacher_reads_an_exchange_in_which_the_prompt_was_answered(byte_tokenizer):
+    """As the tokens of a conversation: question, answer, the same question."""
+    tokenizer, right, wrong = byte_tokenizer(), "</think> 7", "8"
+
+    def shown(answer):
+        question = {"role": "user", "content": "2+5"}
+        return tokenizer.encode_chat([question, {"role": "assistant", "content": answer}, question], True)[0]
+
+    group = asked(tokenizer, right, wrong, right + "...", "7")
+    graded = grade(group, None, tokenizer, "answer", 200)
+    assert all(each.teacher_prompt == shown("<think>a\nb</think> 7") and each.kd_weight == 1 for each in graded)
+    assert all(each.prompt == group[0].prompt for each in graded)
+    graded = grade(group, load_reward("answer"), tokenizer, "sibling", 200)
+    assert [each.teacher_prompt for each in graded] == [shown("7"), shown("7"), shown("7"), shown(right)]
+    alone = grade(group[:2], load_reward("answer"), tokenizer, "sibling", 200)         # its own answer is no sibling's
+    assert alone[0].teacher_prompt == group[0].prompt and [each.kd_weight for each in alone] == [0, 1]
+    n = len(shown("7") + group[1].answer.tokens)
+    for limit, weight in ((n, 1), (n - 1, 0)):
+        assert grade(group[1::2], load_reward("answer"), tokenizer, "sibling", limit)[0].kd_weight == weight
+    tokens = rollout_batches([each._replace(answer=ANSWERS[i]) for i, each in enumerate(alone)], 1, "cpu", None)[0]
+    assert tokens.kd_weight.tolist() == [1, 0, 0, 0]                                   # from short to long
+
+
+def test_own_accuracy_is_the_share_of_right_greedy_answers(byte_tokenizer, cache, tmp_path, monkeypatch, tiny):
+    file, tokenizer = tmp_path / "val.jsonl", byte_tokenizer()
+    turns = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"</think> {i}"}] for i in range(4)]
+    file.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
+    data = PromptDataset([file], tokenizer, 64, log=lambda *_: None)
+
+    def sample(model, prompts, limits, stop, *, temperature, **_):
+        assert temperature == 0 and len(prompts) == 4
+        yield from ((i, Sampled(tokenizer.encode("3"), True, [], [], [])) for i in range(4))
+
+    monkeypatch.setattr(train_onpolicy, "sample", sample)
+    args = train_onpolicy.Namespace(objective="pg", reward="answer", num_samples=8, privileged="sibling", shard="none", seed=0,
+                                    rows=4, temperature=2, generation_temperature=2, top_p=1, top_k=0, max_new_tokens=9)
+    world = train_onpolicy.init_distributed_mode(False, "cpu", -1, "float32")
+    assert train_onpolicy.own_accuracy(tiny(), data, tokenizer, args, world) == 0.25
+
+
 # -- the policy gradient ---------------------------------------------------------------------------------------
+
+def pg(temperature=1.0, W=0.0, c=0.0):
+    return train_onpolicy.Namespace(temperature=temperature, reward_weight=W, clip_ratio=c)
+
+
+def weighted(log_q, targets, advantage=0.0, kd_weight=None):
+    batch = Rollout([1], [1], Sampled(targets, False, [], [], []))
+    batch = rollout_batches([batch._replace(answer=batch.answer._replace(log_q=[0.0] * len(targets)))], 1, "cpu", None)[0].batch
+    return WeightedBatch(batch, kd_weight, None, torch.tensor(log_q), torch.full([len(targets)], advantage))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_mean_of_pg_is_the_gradient_of_the_reverse_kl_of_a_token(temperature):
+    """Over all five tokens, each as often as the student at that temperature samples it."""
+    generator = torch.Generator().manual_seed(0)
+    h, head = torch.randn(1, 3, generator=generator, requires_grad=True), torch.randn(5, 3, generator=generator)
+    its = Dense(torch.randn(1, 3, generator=generator), torch.randn(5, 3, generator=generator))
+    log_q = (h @ head.T / temperature).log_softmax(dim=-1)[0]
+    log_p = (its.states @ its.head.T / temperature).log_softmax(dim=-1)[0]
+    kl = (log_q.exp() * (log_q - log_p)).sum()
+    right, = torch.autograd.grad(kl, h, retain_graph=True)
+    mean, mean_kd = torch.zeros_like(h), 0.0
+    for token, q in enumerate(log_q.exp().tolist()):
+        loss, terms = policy_loss(h, head, weighted([math.log(q)], [token]), [its], pg(temperature))
+        mean += q * torch.autograd.grad(loss, h)[0]
+        mean_kd += q * terms["kd"].item()
+    assert torch.allclose(mean, right, atol=1e-6) and right.abs().max() > 0.01
+    assert mean_kd == pytest.approx(kl.item(), rel=1e-5)
+
+
+def test_the_advantage_mixes_teacher_and_reward_and_needs_no_teacher_for_the_reward_alone():
+    h, head = torch.zeros(2, 1, requires_grad=True), torch.ones(4, 1)                  # q = 1/4 everywhere
+    its = Dense(torch.ones(2, 1), torch.tensor([[0.0], [0.0], [0.0], [math.log(3)]]))  # p = 1/6, ..., 1/2
+    gap = math.log(2 / 3), math.log(2)                                                 # of the tokens 0 and 3
+    quarter = [math.log(1 / 4)] * 2
+    for W, kd_weight, expected in ((0.0, None, sum(gap)), (0.25, None, 0.75 * sum(gap) + 0.25 * 2 * 5),
+                                   (0.25, torch.tensor([0.0, 1.0]), 0.75 * gap[1] + 0.25 * 2 * 5)):
+        loss, _ = policy_loss(h, head, weighted(quarter, [0, 3], 5.0, kd_weight), [its], pg(W=W))
+        assert loss.item() == pytest.approx(-expected * math.log(1 / 4), rel=1e-5)
+    loss, terms = policy_loss(h, head, weighted(quarter, [0, 3], 5.0), [], pg(W=1.0))
+    assert loss.item() == pytest.approx(10 * math.log(4)) and terms == {}
+
+
+@pytest.mark.parametrize("ratio, advantage, slope, n_clipped", [
+    (1.0, 2.0, 2.0, 0), (1.1, 2.0, 2.2, 0), (1.3, 2.0, 0.0, 1), (0.7, 2.0, 1.4, 0),     # a gain beyond 1.2 is enough
+    (0.9, -2.0, -1.8, 0), (0.7, -2.0, 0.0, 1), (1.3, -2.0, -2.6, 0)])                  # and a loss below 0.8
+def test_a_clipped_token_gives_no_gradient(ratio, advantage, slope, n_clipped):
+    head = torch.eye(2)
+    h = torch.tensor([[0.3, 0.0]], requires_grad=True)
+    log_q = h.detach().log_softmax(dim=-1)[0, 0].item()
+    loss, terms = policy_loss(h, head, weighted([log_q - math.log(ratio)], [0], advantage), [], pg(W=1.0, c=0.2))
+    loss.backward()
+    assert h.grad[0].tolist() == pytest.approx([-slope * (1 - math.exp(log_q)), slope * (1 - math.exp(log_q))], abs=1e-5)
+    assert terms["clipped"] == n_clipped
+
 
 def test_weights_of_a_token_are_its_importance_and_what_came_of_it():
     """log p - log q is 1, -2 and 4: after the first token 1 on average, after the second 4, after the last nothing. Of an
@@ -152,11 +296,12 @@ def test_answers_are_needed_off_policy_only(told, processes, flags, tmp_path):
     if processes == 1:
         assert "3 of 3 samples have no answer, which 50% of the steps learn: --on_policy_fraction 1" in complaint(
             "train_onpolicy.py", **given, on_policy_fraction=0.5)
+        assert "3 of 3 samples have no answer, which --reward answer and" in complaint("train_onpolicy.py", **given, reward="answer")
 
 
-@pytest.mark.parametrize("more", [{}, {"objective": "minillm"}, {"num_samples": 2, "accumulation_steps": 2, "batch_size": 4},
+@pytest.mark.parametrize("more", [{}, {"objective": "minillm"}, {"objective": "pg", "generation_temperature": 2}, {"num_samples": 2, "accumulation_steps": 2, "batch_size": 4},
                                   {"divergence": "forward_kl", "temperature": 2.0, "rows": 3, "top_p": 0.9, "top_k": 50}],
-                         ids=["gkd", "minillm", "two answers, two micro-batches", "forward KL, few rows"])
+                         ids=["gkd", "minillm", "pg", "two answers, two micro-batches", "forward KL, few rows"])
 @pytest.mark.parametrize("kind", ["", "_moe"])
 def test_a_run_tells_of_the_answers(kind, more, flags, models, tmp_path):
     said = succeed("train_onpolicy.py", **flags | more | {"student": models / f"student{kind}.pth"}, out_dir=tmp_path)
@@ -166,7 +311,10 @@ def test_a_run_tells_of_the_answers(kind, more, flags, models, tmp_path):
         assert 1 <= row["length"] <= 6 and 0 < row["entropy"] < 8 and 0 <= row["finished"] <= 1 and row["age"] == 0
         assert row["share_sampling"] + row["share_teacher"] + row["share_student"] == pytest.approx(1)
         assert row["kd"] > 0.01 and ("balance" in row) == bool(kind)
-    assert rows(tmp_path / f"{NAME}{kind}.jsonl")[-1]["val_kl"] > 0.1
+    last = rows(tmp_path / f"{NAME}{kind}.jsonl")[-1]
+    assert last["val_kl"] > 0.1 and last["val_accuracy"] == 0
+    n_answers = 8 * more.get("num_samples", 1) * more.get("accumulation_steps", 1) * more.get("batch_size", 8) // 8
+    assert last["sampled_tokens"] == pytest.approx(sum(row["length"] for row in found) * n_answers)
     load_model(tmp_path / f"{NAME}{kind}.pth")
 
 
@@ -201,6 +349,16 @@ def test_two_processes_take_the_steps_of_one(shard, flags, tmp_path):
         [row["length"] for row in rows(tmp_path / f"two/{NAME}.jsonl")])
 
 
+@pytest.mark.parametrize("shard", ["zero2", "zero3"])
+def test_a_sharded_policy_gradient_takes_the_steps_of_a_whole_one(shard, flags, tmp_path):
+    given = flags | {"objective": "pg", "reward": "answer", "num_samples": 2, "clip_ratio": 0.2, "sample_every": 2,
+                     "batch_size": 4, "processes": 2}
+    for each in ("none", shard):
+        succeed("train_onpolicy.py", **given, shard=each, out_dir=tmp_path / each)
+    one, two = load(tmp_path / f"none/{NAME}.pth"), load(tmp_path / f"{shard}/{NAME}.pth")
+    assert all(torch.allclose(one[name], two[name], atol=2e-4) for name in one)
+
+
 def test_a_student_with_adapters_may_be_its_own_teacher(flags, tmp_path):
     """Without them it says what a second copy would say; and only they are saved."""
     given = flags | {"lora_rank": 2, "lora_dropout": 0.1}
@@ -229,9 +387,13 @@ def without_time(path):
     return [{name: value for name, value in row.items() if not name.startswith("share_")} for row in rows(path)]
 
 
-@pytest.mark.parametrize("sample_every", [1, 2])
-def test_a_killed_run_ends_as_the_unbroken_one(sample_every, flags, tmp_path):
-    given = flags | {"max_steps": 8, "sample_every": sample_every, "save_interval": 2, "on_policy_fraction": 0.7}
+@pytest.mark.parametrize("more", [
+    {"sample_every": 1, "on_policy_fraction": 0.7}, {"sample_every": 2, "on_policy_fraction": 0.7},
+    {"sample_every": 3, "teacher_ema": 0.5},                                    # saves after 3, 6 and 8 steps
+    {"objective": "pg", "reward": "answer", "reward_weight": 0.5, "num_samples": 2, "sample_every": 3, "clip_ratio": 0.2},
+], ids=["fresh", "rounds of 2", "rounds of 3, moving teacher", "pg in rounds of 3"])
+def test_a_killed_run_ends_as_the_unbroken_one(more, flags, tmp_path):
+    given = flags | {"max_steps": 8, "save_interval": 2} | more
     succeed("train_onpolicy.py", **given, out_dir=tmp_path / "whole")
     broken = start("train_onpolicy.py", **given, out_dir=tmp_path / "broken")
     wait_until(lambda: len(rows(tmp_path / f"broken/{NAME}.jsonl")) >= 3)
@@ -240,6 +402,55 @@ def test_a_killed_run_ends_as_the_unbroken_one(sample_every, flags, tmp_path):
     succeed("train_onpolicy.py", **given, out_dir=tmp_path / "broken", resume=True)
     assert same(load(tmp_path / f"whole/{NAME}.pth"), load(tmp_path / f"broken/{NAME}.pth"))
     assert without_time(tmp_path / f"whole/{NAME}.jsonl") == without_time(tmp_path / f"broken/{NAME}.jsonl")
+    ends = [load(tmp_path / f"{run}/{NAME}.resume") for run in ("whole", "broken")]
+    assert same(*(end.get("teacher", {}) for end in ends)) and ("teacher" in ends[0]) == ("teacher_ema" in more)
+
+
+def test_a_run_saves_at_the_end_of_the_round_in_which_the_interval_falls_due(flags, tmp_path):
+    """Rounds end after 3, 6, 9 and 10 steps, the interval after 4 and 8: the last save but one is of step 9."""
+    succeed("train_onpolicy.py", **flags | {"max_steps": 10, "sample_every": 3, "save_interval": 4, "log_interval": 100,
+                                            "val_path": "none"}, out_dir=tmp_path)
+    assert [row["step"] for row in rows(tmp_path / f"{NAME}.jsonl")] == [6, 9, 10]
+    assert load(tmp_path / f"{NAME}.resume.previous")["progress"]["steps_done"] == 9
+
+
+def test_the_teacher_follows_the_student(flags, tmp_path):
+    """With decay 0 it is the student, which learns from the same prompts nothing; with 0.5 it is half-way, step by step."""
+    given = flags | {"teacher_data_path": None, "max_steps": 1, "save_interval": 1}
+    start_weights = load(flags["student"])
+    for decay in (0.0, 0.5):
+        said = succeed("train_onpolicy.py", **given | {"teacher_data_path": flags["teacher_data_path"]}, teacher_ema=decay,
+                       out_dir=tmp_path / str(decay))
+        state = load(tmp_path / f"{decay}/{NAME}.resume")
+        for name, ours in state["model"].items():
+            assert torch.allclose(state["teacher"][name], torch.lerp(ours, start_weights[name].float(), decay), atol=1e-6)
+        assert "the KD loss is zero" not in said
+    assert "the KD loss is zero" in succeed("train_onpolicy.py", **given, teacher_ema=0, out_dir=tmp_path / "same")
+    assert all(row["kd"] < 1e-6 for row in rows(tmp_path / f"same/{NAME}.jsonl") if "kd" in row)
+
+
+def test_a_reward_alone_needs_no_teacher(flags, tmp_path):
+    """The reward is the number of e's: the longer they are trained, the more there are."""
+    (tmp_path / "es.py").write_text("def reward(question, answer, gold):\n    return answer.count('e')\n")
+    given = flags | {"teacher": tmp_path / "none.pth", "teacher_data_path": None, "objective": "pg", "reward": tmp_path / "es.py",
+                     "reward_weight": 1, "num_samples": 8, "sample_every": 2, "clip_ratio": 0.2, "max_steps": 40,
+                     "log_interval": 10, "save_interval": 40}
+    assert "no teacher -> student" in succeed("train_onpolicy.py", **given, out_dir=tmp_path)
+    found = [row for row in rows(tmp_path / f"{NAME}.jsonl") if "loss" in row]
+    assert found[-1]["reward"] > 1.5 * found[0]["reward"] and "kd" not in found[0] and 0 < found[0]["clipped"] < 1
+    assert {"val_loss", "val_accuracy"} < set(rows(tmp_path / f"{NAME}.jsonl")[-1])
+
+
+@pytest.mark.parametrize("privileged", ["answer", "sibling"])
+def test_a_teacher_is_shown_a_right_answer(privileged, flags, tmp_path):
+    """Of a rule by which each answer is right; of one by which none is, siblings teach nothing."""
+    for name, value in (("right", 1), ("wrong", 0)):
+        (tmp_path / f"{name}.py").write_text(f"def reward(question, answer, gold):\n    return {value}\n")
+        given = flags | {"teacher": flags["student"], "teacher_data_path": None, "privileged": privileged, "num_samples": 2,
+                         "reward": tmp_path / f"{name}.py", "max_new_tokens": 40}
+        succeed("train_onpolicy.py", **given, out_dir=tmp_path / name)
+    right, wrong = ([row["kd"] for row in rows(tmp_path / f"{name}/{NAME}.jsonl") if "kd" in row] for name in ("right", "wrong"))
+    assert max(right if privileged == "answer" else wrong) < 1e-1 and (max(wrong) == 0) == (privileged == "sibling")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -254,7 +465,13 @@ def test_answers_written_ahead_have_an_age_and_a_stop_waits_for_the_last_of_them
 
 
 @pytest.mark.parametrize("wrong, said", [
-    ({"sample_every": 3}, "--sample_every 3 must divide --save_interval 4"),
+    ({"objective": "pg", "top_k": 5}, "--objective pg needs samples of the current step from the unmodified distributions: --top_k 0"),
+    ({"objective": "pg", "reward": "answer"}, "--num_samples 2, or more"),
+    ({"objective": "pg", "reward": "nothing.py", "num_samples": 2}, "no file at nothing.py"),
+    ({"objective": "pg", "reward": "answer", "num_samples": 2, "reward_weight": 1, "privileged": "answer"}, "--privileged needs a teacher"),
+    ({"privileged": "sibling", "num_samples": 2}, "by which --reward?"),
+    ({"privileged": "answer", "on_policy_fraction": 0.5}, "--on_policy_fraction 1"),
+    ({"teacher_ema": 1}, "--teacher_ema 1.0 must lie in [0, 1)"),
     ({"on_policy_fraction": 1.5}, "--on_policy_fraction 1.5 must lie in"),
     ({"generation_temperature": 0}, "--generation_temperature 0.0 must be above 0"),
     ({"objective": "minillm", "top_p": 0.9}, "unmodified distributions: --top_p 1"),
