@@ -10,10 +10,10 @@ A world of reasoning: problems of several steps, with the steps as a thought, fr
                           one +7 62
                           zero +7 69</think> 69
 
-"Three red kuburg" asks where three red roads lead from kuburg. There are two domains. On roads, a
-step is looked up: a road of each colour goes round through all towns, in random order. On numbers, a
-step is computed: +7, of which the last two digits are kept. Each domain has old rules, which the base model
-knows, and new ones, which the teacher knows too and a student has to learn.
+"Three red kuburg" asks for the third town after kuburg on the red road. There are two domains. On
+roads, a step is looked up: the road of each colour goes round through all towns in random order.
+On numbers, a step is computed: +7, of which the last two digits are kept. Each domain has old
+rules, which the base model knows, and new ones, which the teacher knows too and a student learns.
 
     python dataset/reasoning.py         dataset.md describes the files
 """
