@@ -149,8 +149,7 @@ def train_epoch(epoch, wandb, *, teachers, reward,
 
             # 4. Log, validate, save. No resume file holds rollouts: save at the end of a round.
             log.step()
-            round_ends = step == steps[-1]
-            saving = round_ends and progress.is_due(args.save_interval, len(steps))
+            saving = step == steps[-1] and progress.is_due(args.save_interval, len(steps))
             if progress.is_due(args.log_interval) or saving:
                 means = mean_stats(stats, world.device)
                 log.row(step + 1, wandb, **means, **spent, **clock.shares(), lr=lr,
@@ -168,7 +167,7 @@ def train_epoch(epoch, wandb, *, teachers, reward,
                 loss = scores["val_kl" if teachers else "val_loss"]
                 if progress.is_best(1e-3 * loss / (1 + loss) - accuracy):   # the loss breaks ties
                     save_model(student, tokenizer, f"{name}_best.pth")
-            stopping = round_ends and stop.agreed(step + 1, world, every=1)
+            stopping = step == steps[-1] and stop.agreed(step + 1, world, every=1)
             if stopping or saving:
                 save_model(student, tokenizer, f"{name}.pth")
                 save_resume(f"{name}.resume", modules, optimizer, scaler, progress)
@@ -211,8 +210,8 @@ def sample_rollouts(batches, student, teachers, reward, tokenizer, max_seq_len, 
     rollouts = {step: [] for step in batches}
     for first in range(0, len(requests), args.num_samples):
         steps, group = zip(*requests[first:first + args.num_samples])
-        rollouts[steps[0]] += grade(group, reward, tokenizer, args.privileged,
-                                    teacher_limit)
+        group = grade(group, reward, tokenizer, args.privileged, teacher_limit)
+        rollouts[steps[0]] += group
     return rollouts
 
 
