@@ -209,70 +209,58 @@ def compare(hidden, head, targets, teacher=(), matched=None, temperature=1.0,
     """Student against teacher, as sums over the S positions, in nats; without a teacher only `ce`.
 
     ce              cross-entropy with the labels
+    student_entropy of its distribution; entropy: of the teacher's, the lowest cross-entropy
+                    possible on labels sampled from it
+    ece             (BINS,) `calibration_gaps` of the student; teacher_ece: of the teacher
     kl              KL(teacher || student)
-    entropy         of the teacher: the lowest cross-entropy possible on labels sampled from it;
-                    student_entropy: of the student
     agreement       positions where both have the same top-1 token
     overlap         share of the TOP most likely tokens that both have in common. Li et al. 2026,
                     https://arxiv.org/abs/2604.13016, there on the student's own answers
     acceptance      sum over v of min(p, q): how likely the teacher accepts a token that the student
                     drafts. Leviathan et al. 2022, https://arxiv.org/abs/2211.17192, Sec. 3
-    ece             (BINS,) `calibration_gaps` of the student; teacher_ece: of the teacher
-    uld             instead of what compares tokens, where the vocabularies differ (`across`), over
-                    the positions that are `matched`
+    uld             instead of all that compares tokens, where the vocabularies differ (`across`);
+                    it and entropy are over the positions that are `matched`
 
-    All at temperature 1. Of a TopK: kl and entropy over its k + 1 buckets at its own `temperature`,
-    not comparable, agreement, and the student's ece.
+    All at temperature 1. A TopK has only kl and entropy, over its k + 1 buckets at its own
+    `temperature`, not comparable, and agreement.
     """
     sums, chunks = {}, Chunks(hidden, head, teacher)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in [*chunks] or [slice(0, 0)]:         # zeros for a process without targets
             log_q, labels = log_softmax_(chunks.student(rows)), targets[rows, None]
             found = {"ce": -log_q.gather(1, labels).sum()}
+            if teacher:
+                q, top_q = log_q.exp(), log_q.topk(min(TOP, log_q.shape[-1]))
+                found |= {"student_entropy": -torch.linalg.vecdot(q, log_q).sum(),
+                          "ece": calibration_gaps(top_q, labels)}
             if isinstance(teacher, TopK):
                 log_p, buckets = in_buckets(teacher, rows, log_softmax_(log_q / temperature))
-                best = teacher.log_p[rows].argmax(dim=-1, keepdim=True)
-                best, best_q = teacher.ids[rows].gather(1, best), log_q.max(dim=-1, keepdim=True)
-                found |= {"kl": forward_kl(log_p, buckets).sum(), "entropy": entropy(log_p).sum(),
-                          "agreement": (best == best_q.indices).sum(),
-                          "ece": calibration_gaps(*best_q, labels)}
-            elif across:
-                log_p = chunks.teacher_log_p(rows, 1.0)
-                used = 1.0 if matched is None else matched[rows]
-                found |= {"uld": (uld(log_p, log_q) * used).sum(),
-                          "entropy": (entropy(log_p) * used).sum(),
-                          "student_entropy": (entropy(log_q) * used).sum(),
-                          "ece": calibration_gaps(*log_q.max(dim=-1, keepdim=True), labels)}
+                top_1 = teacher.ids[rows].gather(1, teacher.log_p[rows].argmax(dim=-1)[:, None])
+                found |= {"kl": forward_kl(log_p, buckets).sum(),
+                          "entropy": -torch.linalg.vecdot(log_p.exp(), log_p).sum(),
+                          "agreement": (top_1 == top_q.indices[:, :1]).sum()}
             elif teacher:
-                found |= compare_tokens(chunks.teacher_log_p(rows, 1.0), log_q, labels)
+                log_p = chunks.teacher_log_p(rows, 1.0)
+                p, used = log_p.exp(), 1.0 if matched is None else matched[rows]
+                found["entropy"] = -(torch.linalg.vecdot(p, log_p) * used).sum()
+                if across:
+                    found["uld"] = (uld(log_p, log_q) * used).sum()
+                else:
+                    top_p = log_p.topk(top_q.indices.shape[-1])                     # (C, k)
+                    same = top_p.indices[:, :, None] == top_q.indices[:, None, :]   # (C, k, k)
+                    found |= {"kl": torch.linalg.vecdot(p, log_p - log_q).sum(),
+                              "agreement": same[:, 0, 0].sum(),
+                              "overlap": same.sum() / same.shape[-1],
+                              "acceptance": torch.minimum(p, q).sum(),
+                              "teacher_ece": calibration_gaps(top_p, labels)}
             sums = {name: sums.get(name, 0) + value for name, value in found.items()}
     return sums
 
 
-def compare_tokens(log_p, log_q, labels):  # (C, V), (C, V), (C, 1) -> {name: () or (BINS,)}
-    """What `compare` says of teacher and student with one vocabulary."""
-    p, q, k = log_p.exp(), log_q.exp(), min(TOP, log_p.shape[-1])
-    top_p, top_q = log_p.topk(k), log_q.topk(k)                                     # (C, k)
-    same = top_p.indices[:, :, None] == top_q.indices[:, None, :]                   # (C, k, k)
-    return {"kl": torch.linalg.vecdot(p, log_p - log_q).sum(),
-            "entropy": -torch.linalg.vecdot(p, log_p).sum(),
-            "student_entropy": -torch.linalg.vecdot(q, log_q).sum(),
-            "agreement": same[:, 0, 0].sum(), "overlap": same.sum() / k,
-            "acceptance": torch.minimum(p, q).sum(),
-            "ece": calibration_gaps(top_q.values[:, :1], top_q.indices[:, :1], labels),
-            "teacher_ece": calibration_gaps(top_p.values[:, :1], top_p.indices[:, :1], labels)}
-
-
-def entropy(log_p):  # (C, V) -> (C,)
-    return -torch.linalg.vecdot(log_p.exp(), log_p)
-
-
-def calibration_gaps(log_p, top_1, labels):  # (C, 1) each -> (BINS,)
-    """The top-1 token's probability minus whether it is the label, summed per bin of probability.
+def calibration_gaps(top, labels):  # topk of log-probabilities (C, k), (C, 1) -> (BINS,)
+    """Probability of the top-1 token minus whether it is the label, summed per bin of probability.
     These add up; the expected calibration error of N positions is sum over bins of |gap| / N.
-
-    Guo et al. 2017, https://arxiv.org/abs/1706.04599, Eq. 3
-    """
-    p = log_p.exp().squeeze(1)
+    Guo et al. 2017, https://arxiv.org/abs/1706.04599, Eq. 3."""
+    p, right = top.values[:, 0].exp(), top.indices[:, :1] == labels
     bins = (p * BINS).long().clamp_max(BINS - 1)
-    return p.new_zeros(BINS).index_add_(0, bins, p - (top_1 == labels).squeeze(1).float())
+    return p.new_zeros(BINS).index_add_(0, bins, p - right.squeeze(1).float())

@@ -34,9 +34,9 @@ def evaluate(model, val_loader, device, *, teachers=(), temperature=1.0, across=
         found["tokens"] = torch.tensor(len(batch.targets), device=device)
         sums = {name: sums.get(name, 0) + value.to(dtype_of_sums) for name, value in found.items()}
     model.train()
-    sizes = [value.numel() for value in sums.values()]
-    *totals, n = sum_over_processes(torch.hstack([*sums.values()])).split(sizes)
-    # Of calibration, the size of each bin's gap.
+    *totals, n = sum_over_processes(torch.hstack([*sums.values()])).split(
+        [value.numel() for value in sums.values()])
+    # Calibration errors have a gap per bin, which may be below 0.
     means = [(total.abs().sum() if len(total) > 1 else total).item() / n.item() for total in totals]
     names = [f"val_{name}" for name in sums] if teachers else ["val_loss"]
     return dict(zip(names, means))

@@ -429,10 +429,10 @@ def ece(p, labels):
 def test_a_model_that_is_right_as_often_as_it_says_has_a_calibration_error_of_0():
     """Four times 75 % and two times 50 %; then a model that is always sure and half the time
     right."""
-    p, labels = torch.tensor([[0.75]] * 4 + [[0.5]] * 2), torch.tensor([[1], [1], [1], [0], [1], [0]])
-    gaps = calibration_gaps(p.log(), torch.ones_like(labels), labels)
+    p, labels = torch.tensor([0.75] * 4 + [0.5] * 2), torch.tensor([[1], [1], [1], [0], [1], [0]])
+    gaps = calibration_gaps(torch.stack([1 - p - 0.01, p], dim=1).log().topk(1), labels)
     assert gaps.shape == (BINS,) and gaps.abs().max() < 1e-6
-    sure = calibration_gaps(torch.zeros(6, 1), torch.ones_like(labels), labels)
+    sure = calibration_gaps(torch.tensor([[-99.0, 0.0]] * 6).topk(1), labels)
     assert sure[-1].item() == 2 and sure.abs().sum() == 2
 
 
@@ -469,6 +469,7 @@ def test_compare_with_a_top_k_takes_its_buckets_and_its_temperature():
     assert found.pop("ece").abs().sum().item() / S == pytest.approx(ece(q, targets.numpy()))
     assert {name: value.item() for name, value in found.items()} == pytest.approx({
         "ce": -np.log(q[np.arange(S), targets]).sum(), "kl": np_kl(p, top_q), "entropy": entropy(p),
+        "student_entropy": entropy(q),
         "agreement": (likeliest == q.argmax(axis=1)).sum()}, rel=1e-4)
 
 
@@ -481,7 +482,7 @@ def test_compare_with_another_vocabulary_gives_uld_at_the_matched_positions():
     assert found.pop("ece").abs().sum().item() / S == pytest.approx(ece(q, targets.numpy()))
     assert {name: value.item() for name, value in found.items()} == pytest.approx({
         "ce": -np.log(q[np.arange(S), targets]).sum(), "entropy": entropy(p[::2]),
-        "student_entropy": entropy(q[::2]),
+        "student_entropy": entropy(q),
         "uld": np.abs(-np.sort(-p) - ranked_q)[::2].sum()}, rel=1e-4)
 
 
