@@ -209,8 +209,8 @@ def compare(hidden, head, targets, teacher=(), matched=None, temperature=1.0,
     """Student against teacher, as sums over the S positions, in nats; without a teacher only `ce`.
 
     ce              cross-entropy with the labels
-    student_entropy of its distribution; entropy: of the teacher's, the lowest cross-entropy
-                    possible on labels sampled from it
+    entropy         of the teacher: the lowest cross-entropy possible on labels sampled from it;
+                    student_entropy: of the student
     ece             (BINS,) `calibration_gaps` of the student; teacher_ece: of the teacher
     kl              KL(teacher || student)
     agreement       positions where both have the same top-1 token

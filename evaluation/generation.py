@@ -7,7 +7,6 @@ continues its own text, and one wrong step spoils those after it: if each of n s
 probability p, independently of the others, all of them are with p^n.
 """
 
-from collections import defaultdict
 from math import comb
 from statistics import fmean
 
@@ -19,27 +18,25 @@ from model.generate import generate
 
 def measure_generation(model, tokenizer, tests: list[dict], max_new_tokens: int = 256,
                        num_samples: int = 0, temperature: float = 1.0, seed: int = 1337) -> dict:
-    """Scores of the last answers to conversations (evaluation.metrics.read_tests), in %. Those of
-    greedy decoding:
+    """Scores of the last answers to conversations (evaluation.metrics.read_tests), in %:
 
-    answer, finished    the final answer is correct; it ends within max_new_tokens, or is wrong
+    answer, finished    greedy decoding: the final answer is correct; it ends, or it is wrong
     trace               the whole text is that of the file
     steps_right         of the steps that follow right steps alone: p
-    first_wrong_step    where the thought leaves the file's; "answer": after it; "none"
+    first_wrong_step    answers whose thought leaves the file's at its 1st, 2nd, ... step
     by_length, by_leaf  `answer` by the number of steps in the file's thought, and by leaf
     length, questions   mean number of tokens; number of questions, also questions_by_length, ...
-    pass_at             {k: pass@k} of num_samples answers at `temperature`; without samples absent
+    pass_at             {k: pass@k} of num_samples answers at `temperature`, unless it is 0
 
     The model must be in eval mode. Raises ValueError for a question that fills max_seq_len.
     """
     golds, leaves = zip(*((test["messages"][-1]["content"], test["leaf"]) for test in tests))
-    chats = tokenizer.encode_chats((test["messages"][:-1] for test in tests),
-                                   add_generation_prompt=True)
+    prompts = [ids for ids, _ in tokenizer.encode_chats(
+        (test["messages"][:-1] for test in tests), add_generation_prompt=True)]
 
     def write(n, **sampling):  # -> n answers to all questions: ids, texts, ends, which are right
-        prompts = [ids for ids, _ in chats] * n
-        limits = [min(max_new_tokens, model.config.max_seq_len - len(ids)) for ids in prompts]
-        answers = generate(model, prompts, limits, tokenizer.end_of_turn, rows=256, **sampling)
+        limits = [min(max_new_tokens, model.config.max_seq_len - len(ids)) for ids in prompts] * n
+        answers = generate(model, prompts * n, limits, tokenizer.end_of_turn, rows=256, **sampling)
         texts = [tokenizer.decode(ids) for ids in answers]
         ends = [len(ids) < limit for ids, limit in zip(answers, limits)]
         right = [end and is_right(*pair) for end, *pair in zip(ends, texts, golds * n)]
@@ -51,19 +48,15 @@ def measure_generation(model, tokenizer, tests: list[dict], max_new_tokens: int 
                "length": fmean(map(len, answers)), "finished": 100 * fmean(ends)}
     n_steps = [len(steps_of(gold)) for gold in golds]
     for name, keys in (("by_length", n_steps), ("by_leaf", leaves)):
-        groups = defaultdict(list)
-        for key, is_correct in sorted(zip(keys, right)):
-            groups[str(key)].append(is_correct)
-        results[name] = {key: 100 * fmean(group) for key, group in groups.items()}
-        results[f"questions_{name}"] = {key: len(group) for key, group in groups.items()}
+        results[name] = {str(key): 100 * fmean(hit for own, hit in zip(keys, right) if own == key)
+                         for key in sorted({*keys})}
+        results[f"questions_{name}"] = {str(key): keys.count(key) for key in sorted({*keys})}
     if any(n_steps):
         wrong = [first_wrong_step(*pair) for pair in zip(texts, golds)]
         n_tried = sum(at or n for at, n in zip(wrong, n_steps))
         results["steps_right"] = 100 * (1 - sum(map(bool, wrong)) / n_tried)
-        where = [at or ("none" if hit else "answer") for at, hit in zip(wrong, right)]
-        results["first_wrong_step"] = {
-            str(name): 100 * where.count(name) / len(where)
-            for name in (*range(1, max(n_steps) + 1), "answer", "none")}
+        results["first_wrong_step"] = {str(i): 100 * wrong.count(i) / len(wrong)
+                                       for i in range(1, max(n_steps) + 1)}
     if num_samples:
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         *_, right = write(num_samples, temperature=temperature, generator=generator)

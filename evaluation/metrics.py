@@ -180,11 +180,10 @@ def tables(results: dict[str, list[dict]], reference: str) -> str:
             ("kl_by_position", f"KL to {reference} by position in the answer", "{:.3f}"),
             ("by_leaf", "answer % per leaf", "{:.1f}"),
             ("by_length", "answer % by steps", "{:.1f}"),
-            ("first_wrong_step", "first wrong step, %", "{:.1f}"),
+            ("first_wrong_step", "first wrong step, % of answers", "{:.1f}"),
             ("pass_at", "pass@k %, by k", "{:.1f}")):
         parts = [[seed.get(key, {}) for seed in seeds] for seeds in results.values()]
         names = list(dict.fromkeys(name for seeds in parts for seed in seeds for name in seed))
-        names = sorted(names) if key == "leaves" else names
         if len(names) > (key in ("leaves", "by_leaf", "by_length")):    # one is the whole test
             counts = [seeds[0].get(f"questions_{key}", {}) for seeds in results.values()]
             rows = [[name, *(cells(name, form, seeds, n=n.get(name, 0))

@@ -36,10 +36,9 @@ def evaluate(model, val_loader, device, *, teachers=(), temperature=1.0, across=
     model.train()
     *totals, n = sum_over_processes(torch.hstack([*sums.values()])).split(
         [value.numel() for value in sums.values()])
-    # Calibration errors have a gap per bin, which may be below 0.
-    means = [(total.abs().sum() if len(total) > 1 else total).item() / n.item() for total in totals]
     names = [f"val_{name}" for name in sums] if teachers else ["val_loss"]
-    return dict(zip(names, means))
+    # abs: of the gap in each bin of a calibration error; all others are above 0.
+    return {name: (total.abs().sum() / n).item() for name, total in zip(names, totals)}
 
 
 def gradient_norms(student, modules, weights, batch, world, teachers, alpha, temperature,

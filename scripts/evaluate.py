@@ -5,7 +5,7 @@ Evaluation: one or several models on the same test files, side by side in one ta
     python scripts/evaluate.py --weights out/full_sft_64.pth out/full_dist_64.pth
     python scripts/evaluate.py --weights teacher=out/full_sft_128.pth SFT=out/a.pth,out/b.pth
     python scripts/evaluate.py --weights SmolLM2-135M-Instruct/ --data alpaca.json --samples 3
-    python scripts/evaluate.py --by_generation --weights a.pth --data dataset/reasoning/roads_test.jsonl
+    python scripts/evaluate.py --weights a.pth --data dataset/reasoning/*_test.jsonl --by_generation
 
 interop/checkpoint.py lists the formats of models; evaluation/metrics.py says what is measured, and
 evaluation/generation.py what is measured instead, of conversations alone, with --by_generation.
@@ -112,8 +112,9 @@ def draw(results: dict[str, list[dict]], reference: str, path: Path) -> bool:
             if values is lengths:
                 p, counts = means[label]["steps_right"] / 100, means[label]["questions_by_length"]
                 axis.plot(names, [100 * p**int(n) for n in names], "--", color=f"C{i}", alpha=0.6)
-                axis.vlines(names, *zip(*(interval([seed["by_length"][n] for seed in results[label]],
-                                                   counts[n]) for n in names)), color=f"C{i}")
+                for n in names:
+                    of_seeds = [seed["by_length"][n] for seed in results[label]]
+                    axis.vlines(n, *interval(of_seeds, counts[n]), color=f"C{i}")
             elif values is not curves:
                 axis.bar([x + i * width for x in range(len(names))], list(of_label.values()), width,
                          color=f"C{i}", label=label)
@@ -187,13 +188,13 @@ def main():
                                                 args.max_new_tokens or 64)
 
     # 4. Report
-    text = (f"{tables(results, name)}\n\nagreement: with {name}; KL: KL({name} || model) in nats "
-            "per token; habits: KL(truth || model) in nats, and how often the most likely answer "
-            "is the true mode; tokens/s: greedy answers, 16 at a time, on this machine")
+    notes = (f"agreement: with {name}; KL: KL({name} || model) in nats per token; habits: KL(truth "
+             "|| model) in nats, and how often the most likely answer is the true mode; tokens/s: "
+             "greedy answers, 16 at a time, on this machine")
     if args.by_generation:
-        text = (f"{tables(results, name)}\n\nanswer: the final answer is correct; trace: the whole "
-                "text is; steps right: of steps after right ones; length in tokens; pass@k: samples "
-                f"at temperature {args.temperature:g}; [ ]: 95 % interval of a single seed")
+        notes = ("answer: the final one; trace: the whole text; steps right: after right steps; "
+                 f"pass@k: at temperature {args.temperature:g}; [ ]: 95 % interval of one seed")
+    text = f"{tables(results, name)}\n\n{notes}"
     if others:
         text += (f". {', '.join(sorted(others))}: another vocabulary than {name}'s, so neither "
                  "agreement nor KL, and figures per token do not compare")

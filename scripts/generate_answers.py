@@ -6,9 +6,8 @@ answers become a file of conversations. The second half is fine-tuning on that f
     y = argmax p(y | question), token by token, or y ~ p(y | question) with --temperature
 
 Kim & Rush 2016, https://arxiv.org/abs/1606.07947, Sec. 3.2. With --only_right, rejection sampling:
-Yuan et al. 2023, https://arxiv.org/abs/2308.01825, Sec. 3.3: an answer is right if its final answer
-is that of the file, whatever the thought before it, and of equal answers to a question one is kept. Without --only_right
-all samples are kept, because how often one occurs is what the teacher's distribution says.
+Yuan et al. 2023, https://arxiv.org/abs/2308.01825, Sec. 3.3: the final answer decides, whatever the
+thought, and equal answers to a question are kept once (without the flag each time they occur).
 
     python scripts/generate_answers.py --teacher out/experience/full_sft_96.pth \\
         --data_path dataset/experience_student.jsonl \\
@@ -150,10 +149,9 @@ def text_of(tokens: list[int], tokenizer) -> str:
 
 def report(counts: Counter, only_right: bool) -> str:
     reasons = ", ".join(f"{counts[key]:,} {text}" for key, text in LEFT_OUT.items() if counts[key])
-    right = counts["written"] + counts["repeated"]
+    right = (counts["written"] + counts["repeated"]) / counts["asked"]
     return (f"{counts['written']:,} of {counts['asked']:,} answers"
-            + (f", {right / counts['asked']:.1%} right" if only_right else "")
-            + (f"; left out: {reasons}" if reasons else ""))
+            + f", {right:.1%} right" * only_right + f"; left out: {reasons}" * bool(reasons))
 
 
 def main():
