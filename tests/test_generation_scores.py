@@ -9,7 +9,6 @@ from itertools import combinations
 from statistics import stdev
 
 import pytest
-import torch
 
 from evaluation.generation import first_wrong_step, measure_generation, pass_at, steps_of
 from evaluation.metrics import measure, read_tests, tables
