@@ -306,6 +306,7 @@ def main():
         train_data, val_data = open_data(
             PromptDataset, args.data_path, tokenizer, max_seq_len, args.val_path,
             args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, other_side)
+        val_data = val_data.with_room(Logger) if val_data else None
         n_missing = np.count_nonzero(~train_data.answered())
         if n_missing and args.on_policy_fraction < 1:
             raise ValueError(f"{train_data}: {n_missing:,} of {len(train_data):,} samples have no "
