@@ -35,8 +35,8 @@ COUNTS = "zero one two three four five six seven eight nine".split()
 RULES = {"roads": {"old": "white black grey brown", "new": "red green blue pink"},
          "numbers": {"old": "+1 +3 +4 +6", "new": "+2 +5 +7 +8"}}
 N_TOWNS, N_NUMBERS = 52, 100
-TEST_SHARE, VAL_SHARE = 0.25, 0.05  # of the problems with new rules
-N_TEST, N_REPLAY = 240, 1024        # rows at most of each test file; rows of a file to train on
+TEST_SHARE, VAL_SHARE = 0.2, 0.1    # of the problems with new rules
+N_TEST, N_TRAIN, N_REPLAY = 240, 1024, 256      # rows of a test, of repeated prompts, of replay
 SHOWN_SHARE = 0.2                   # of the base rows: a question that its context answers
 
 
@@ -127,9 +127,8 @@ def build(seed: int, lengths: tuple[int, int, int], n_prompts, n_base: int) -> d
         files[f"{name}_longer"] = sample(domain.rows(domain.new, longer), N_TEST, f"{name} longer")
         prompts = files[name] = problems[n_val + n_test:]
         files[f"{name}_answers"] = list(map(without_thought, prompts))
-        # A few prompts are repeated, so that they and the replayed rows are equally many.
-        for n in n_prompts:
-            files[f"{name}_{n}"] = (prompts[:n] * (1 + N_REPLAY // n))[:max(n, N_REPLAY)]
+        for n in n_prompts:                 # repeated, so that most rows are prompts, not replay
+            files[f"{name}_{n}"] = (prompts[:n] * (1 + N_TRAIN // n))[:max(n, N_TRAIN)]
 
     old = {domain.name: domain.rows(domain.old, (*trained, *longer)) for domain in domains}
     rng = random_for(seed, "base")

@@ -52,7 +52,8 @@ PLAN = {"title": ..., "note": ..., "out": ..., "updates": ..., "seeds": ..., "va
         "tests": ..., "columns": ..., "rows": ..., "picture": ..., "references": (), "files": {},
         "made": {}, "begin": 0, "validate": "", "tune_part": 0, "seconds": 0, "quick": {}}
 MADE = {"command": ..., "writes": ..., "existing": ""}
-ROW = {"command": ..., "writes": ..., "tune": {}, "charge": (), "quick": True, "note": ""}
+ROW = {"command": ..., "writes": ..., "tune": {}, "charge": (), "seeds": 0, "quick": True,
+       "note": ""}
 COLUMN = {"read": ..., "form": ".1f", "spread": True, "equal_seconds": False, "lost_since": ""}
 
 
@@ -295,7 +296,7 @@ class Comparison:
     def measure(self, phase: str, row, steps: int) -> list[dict]:
         """Steps, seconds, memory and scores for each seed."""
         runs = [row.tuned | {"seed": Number(FIRST_SEED + number)}
-                for number in range(self.plan.seeds)]
+                for number in range(row.seeds or self.plan.seeds)]
         trained = self.train(phase, row, runs, steps)
         scores = self.scores(f"test, {row.name}", self.plan.tests, trained)
         return [{"steps": steps, "peak_mb": record["peak_mb"], "charged": record["charged"],
@@ -428,7 +429,7 @@ def main(argv=None):
         help="nothing tuned, equal updates only, without the slowest rows")
     add("--processes", type=int, default=os.cpu_count(),
         help="runs at a time, each with one thread; default: one per core")
-    add("--seeds", type=int, help="runs per row; default: that of the YAML")
+    add("--seeds", type=int, help="runs per row; default: those of the YAML")
     add("--updates", type=int, help="updates per run, a multiple of ten; default: that of the YAML")
     add("--seconds", type=lambda text: text if text == "slowest" else float(text),
         help="CPU seconds per run of the second comparison; slowest: those of the slowest row; "
@@ -456,6 +457,9 @@ def main(argv=None):
             parser.error(f"--rows: {args.config} has no {name!r}; did you mean {near}?")
         wanted = [row for row in plan.rows if row.name in (args.rows or names)]
         plan.rows = [row for row in wanted if row.quick or not args.quick]
+        if args.seeds or args.quick:
+            for row in plan.rows:
+                row.seeds = 0                           # as many as the others
         plan.tune_steps = max(TEN, round(plan.updates * plan.tune_part / TEN) * TEN)
         check(args.config, plan)
         folder = ROOT / plan.out

@@ -172,6 +172,15 @@ def test_quick_runs_the_wanted_rows_untuned_and_makes_a_file_of_a_seed_for_each_
     assert sorted(made) == ["1337", "1338", "1339"]                 # of `begin`, and of two seeds
 
 
+def test_a_main_row_has_more_seeds_unless_the_command_says_how_many(config, tmp_path):
+    config |= {"seconds": 0, "validate": ""}
+    config["rows"]["Text"]["SFT"]["seeds"] = 3
+    rows = arena(config, tmp_path)["rows"]
+    assert [len(rows[name]["updates"]) for name in ("SFT", "SKD")] == [3, 2]
+    rows = arena(config, tmp_path, "--seeds", "1")["rows"]
+    assert [len(rows[name]["updates"]) for name in ("SFT", "SKD")] == [1, 1]
+
+
 def test_a_run_that_fails_ends_the_arena_with_the_end_of_its_log(config, tmp_path):
     config |= {"begin": 0, "made": {}}
     config["rows"].pop("Teacher")
@@ -315,9 +324,9 @@ def is_running(pid: int) -> bool:
 
 PLANS = {name: compare.read(ROOT / f"configs/{name}.yaml")
          for name in ("compare", "compare_experience", "compare_methods", "compare_curriculum",
-                      "compare_ability")}
+                      "compare_ability", "compare_reasoning")}
 SAMPLES = {"compare": 24, "compare_experience": 32, "compare_methods": 32, "compare_curriculum": None,
-           "compare_ability": 48}
+           "compare_ability": 48, "compare_reasoning": 16}
 PARSERS = {}            # {script: its argument parser}
 
 
