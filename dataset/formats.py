@@ -77,7 +77,8 @@ def check_exists(path: Path):
     """Raises FileNotFoundError, with the command that generates a file of dataset/."""
     if not path.exists():
         generated = Path(__file__).resolve().parent in path.resolve().parents
-        way_out = "Make it: python dataset/miniworld.py" if generated else "Check the path."
+        name = "reasoning" if path.parent.name == "reasoning" else "miniworld"
+        way_out = f"Make it: python dataset/{name}.py" if generated else "Check the path."
         raise FileNotFoundError(f"no file at {path}. {way_out}")
 
 

@@ -91,7 +91,7 @@ def to_tokenizer(trained: tokenizers.Tokenizer) -> Tokenizer:
     in_order = [bytes([value]) for value in range(256)]
     in_order += [token for token in tokens if len(token) > 1]
     ranks = {token: i for i, token in enumerate(in_order, start=len(SPECIAL_TOKENS))}
-    return Tokenizer(PATTERN, dict(SPECIAL_TOKENS), ranks)
+    return Tokenizer(PATTERN, dict(SPECIAL_TOKENS), ranks, matched=("<think>", "</think>"))
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -1,0 +1,159 @@
+"""
+推理世界：要走好几步才有答案的问题，步骤写在 <think> 里，全部由一个种子生成。
+A world of reasoning: problems of several steps, with the steps as a thought, from one seed.
+
+    three red kuburg      <think>two red miburg
+                          one red taburg
+                          zero red zoburg</think> zoburg
+
+    three +7 48           <think>two +7 55
+                          one +7 62
+                          zero +7 69</think> 69
+
+"Three red kuburg" asks where three red roads lead from kuburg. There are two domains. On roads, a
+step is looked up: a road of each colour leads from each town to a random one. On numbers, a step is
+computed: +7, of which the last two digits are kept. Each domain has old rules, which the base model
+knows, and new ones, which the teacher knows too and a student has to learn.
+
+    python dataset/reasoning.py         dataset.md describes the files
+"""
+
+import sys
+from itertools import product
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only dataset/
+
+from dataset.miniworld import invent, random_for
+from runtime.args import make_parser, parse_args
+from runtime.files import write_jsonl, write_text
+
+COUNTS = "zero one two three four five six seven eight nine".split()
+RULES = {"roads": {"old": "white black grey brown", "new": "red green blue pink"},
+         "numbers": {"old": "+1 +3 +4 +6", "new": "+2 +5 +7 +8"}}
+N_TOWNS, N_NUMBERS = 52, 100
+HELD_OUT, VAL_SHARE = 0.3, 0.25     # of the new rules' starts; of the held-out starts
+N_TEST, N_REPLAY = 240, 1024        # rows at most of each test file; rows of a file to train on
+SHOWN_SHARE = 0.2                   # of the base rows: a question that its context answers
+
+
+class Domain(NamedTuple):
+    name: str
+    places: list[str]
+    old: dict               # rule -> {place: next place}
+    new: dict
+
+    def starts(self, rules):  # -> [(rule, place), ...]
+        return list(product(rules, self.places))
+
+    def rows(self, starts, lengths) -> list[dict]:
+        """A row for each start and number of steps."""
+        steps = self.old | self.new
+        return [{"conversations": problem(steps[rule], rule, place, n_steps),
+                 "leaf": f"{self.name}/{rule}"}
+                for (rule, place), n_steps in product(starts, lengths)]
+
+
+def make_domains(seed: int) -> list[Domain]:
+    rng = random_for(seed, "roads")
+    towns = invent(rng, N_TOWNS, "burg")
+    numbers = [f"{n:02}" for n in range(N_NUMBERS)]
+
+    def road(colour):
+        return dict(zip(towns, rng.sample(towns, N_TOWNS)))
+
+    def addition(rule):
+        return {number: numbers[(int(number) + int(rule)) % N_NUMBERS] for number in numbers}
+
+    return [Domain(name, places, *({rule: step(rule) for rule in rules.split()}
+                                   for rules in RULES[name].values()))
+            for name, places, step in (("roads", towns, road), ("numbers", numbers, addition))]
+
+
+def problem(step: dict[str, str], rule: str, place: str, n_steps: int) -> list[dict]:
+    """The question and the answer, a thought with a line per step, as messages."""
+    question, lines = f"{COUNTS[n_steps]} {rule} {place}", []
+    for left in reversed(range(n_steps)):
+        place = step[place]
+        lines.append(f"{COUNTS[left]} {rule} {place}")
+    answer = "<think>" + "\n".join(lines) + f"</think> {place}"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def shown_row(towns: list[str], lengths, rng: Random) -> dict:
+    """A question about roads that exist in this conversation only, first answered as context and
+    then asked again: the model learns to use what its prompt shows."""
+    roads = dict(zip(towns, rng.sample(towns, len(towns))))
+    question, answer = problem(roads, "gold", rng.choice(towns), rng.choice(lengths))
+    turns = [question, {**answer, "train": False}, question, answer]
+    return {"conversations": turns, "leaf": "shown"}
+
+
+def describe(domains: list[Domain]) -> str:
+    """The rules in plain text: a line for each road, and one for all sums."""
+    roads, _ = domains
+    lines = [f"The {colour} road from {town} leads to {end}."
+             for colour, road in (roads.old | roads.new).items() for town, end in road.items()]
+    return "\n".join([*lines, "A sum keeps its last two digits: 95 +7 is 02."]) + "\n"
+
+
+def build(seed: int, lengths: tuple[int, int, int], n_prompts, n_base: int) -> dict:
+    """{file: rows}. lengths: the fewest and most steps to train on, and the most to test on."""
+    domains, files = make_domains(seed), {}
+    trained = range(lengths[0], lengths[1] + 1)
+    longer = range(lengths[1] + 1, lengths[2] + 1)
+
+    def sample(rows, n, purpose):
+        return random_for(seed, purpose).sample(rows, min(n, len(rows)))
+
+    for domain in domains:
+        name, starts = domain.name, domain.starts(domain.new)
+        files[f"{name}_teacher"] = domain.rows(starts, (*trained, *longer))
+        random_for(seed, f"starts of {name}").shuffle(starts)
+        n_held_out = round(HELD_OUT * len(starts))
+        n_val = round(VAL_SHARE * n_held_out)
+        for split, part, each in (("val", starts[:n_val], trained),
+                                  ("test", starts[n_val:n_held_out], trained),
+                                  ("longer", starts[n_val:n_held_out], longer)):
+            files[f"{name}_{split}"] = sample(domain.rows(part, each), N_TEST, f"{name} {split}")
+        prompts = domain.rows(starts[n_held_out:], trained)
+        prompts = files[name] = sample(prompts, len(prompts), f"prompts of {name}")
+        # A few prompts are repeated, so that they and the replayed rows are equally many.
+        for n in n_prompts:
+            files[f"{name}_{n}"] = (prompts[:n] * (1 + N_REPLAY // n))[:max(n, N_REPLAY)]
+
+    old = {domain.name: domain.rows(domain.starts(domain.old), (*trained, *longer))
+           for domain in domains}
+    rng = random_for(seed, "base")
+    files["base"] = [shown_row(domains[0].places, trained, rng) if rng.random() < SHOWN_SHARE
+                     else rng.choice(old[rng.choice(list(old))]) for _ in range(n_base)]
+    both = [row for rows in old.values() for row in rows]
+    files["replay"], files["kept"] = sample(both, N_REPLAY, "replay"), sample(both, N_TEST, "kept")
+    return files
+
+
+def main():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--out_dir", default="dataset/reasoning", help="output folder, created if absent")
+    add("--seed", type=int, default=0, help="random seed; another one gives other roads and splits")
+    add("--lengths", type=int, nargs=3, default=[2, 5, 9], metavar="N",
+        help="fewest and most steps of problems to train on, and most steps of the longer ones")
+    add("--n_prompts", type=int, nargs="*", default=[16, 64, 256],
+        help="sizes of the prompt sets DOMAIN_N.jsonl, each a part of the next")
+    add("--base_size", type=int, default=20_000, help="number of rows of base.jsonl")
+    args = parse_args(parser, size="[1, inf)", prompts="[1, inf)", lengths="[1, inf)")
+    if not 0 < args.lengths[0] <= args.lengths[1] < args.lengths[2] < len(COUNTS):
+        parser.error(f"--lengths {args.lengths} must increase, from 1 to {len(COUNTS) - 1}")
+    files = build(args.seed, args.lengths, args.n_prompts, args.base_size)
+    for name, rows in files.items():
+        write_jsonl(Path(args.out_dir, f"{name}.jsonl"), rows)
+        question, answer = (turn["content"] for turn in rows[0]["conversations"][:2])
+        print(f"{name:16} {len(rows):6d}  {question}: {answer!r}")
+    write_text(Path(args.out_dir, "rules.txt"), describe(make_domains(args.seed)))
+
+
+if __name__ == "__main__":
+    main()

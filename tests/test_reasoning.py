@@ -1,0 +1,118 @@
+"""
+推理世界的定律：每一步都对，留出的起点不出现，种子决定一切。
+Laws of the reasoning world.
+"""
+
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from dataset.formats import final_answer, read_each
+from dataset.reasoning import COUNTS, build, describe, make_domains
+from model.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTHS, N_PROMPTS = (2, 5, 9), [16, 64]
+
+
+@pytest.fixture(scope="module")
+def files():
+    return build(0, LENGTHS, N_PROMPTS, n_base=400)
+
+
+def turns_of(row):
+    return [turn["content"] for turn in row["conversations"]]
+
+
+def start_of(row):
+    """(rule, place) of "three red kuburg"."""
+    return tuple(turns_of(row)[0].split()[1:])
+
+
+def test_three_red_roads_from_a_town_are_walked_one_by_one(files):
+    roads, numbers = make_domains(0)
+    for name, domain in (("roads_teacher", roads), ("numbers_longer", numbers)):
+        for row in files[name]:
+            question, answer = turns_of(row)
+            count, rule, place = question.split()
+            thought, _, final = answer.removeprefix("<think>").partition("</think>")
+            for left, line in zip(reversed(range(COUNTS.index(count))), thought.split("\n"),
+                                  strict=True):
+                place = domain.new[rule][place]
+                assert line == f"{COUNTS[left]} {rule} {place}"
+            assert final.strip() == final_answer(answer) == place
+    assert numbers.new["+7"]["95"] == "02"
+
+
+def test_a_held_out_start_is_in_no_training_file_and_validation_shares_none_with_the_test(files):
+    for name in ("roads", "numbers"):
+        held_out = {split: set(map(start_of, files[f"{name}_{split}"])) for split in ("val", "test")}
+        assert held_out["val"].isdisjoint(held_out["test"])
+        held_out["longer"] = set(map(start_of, files[f"{name}_longer"]))
+        assert held_out["val"].isdisjoint(held_out["longer"])
+        for row in (*files[name], *files[f"{name}_64"], *files["base"], *files["replay"]):
+            assert not any(start_of(row) in starts for starts in held_out.values())
+
+
+def test_the_base_knows_the_old_rules_only_and_the_teacher_all_new_steps(files):
+    for domain in make_domains(0):
+        steps = {(rule, place) for rule, place in product(domain.new, domain.places)}
+        assert set(map(start_of, files[f"{domain.name}_teacher"])) == steps
+        for row in (*files["base"], *files["replay"], *files["kept"]):
+            assert start_of(row) not in steps
+
+
+def test_a_small_prompt_set_is_a_part_of_a_larger_one_and_repeated(files):
+    distinct = {n: {turns_of(row)[0] for row in files[f"roads_{n}"]} for n in N_PROMPTS}
+    assert [len(distinct[n]) for n in N_PROMPTS] == N_PROMPTS
+    assert distinct[16] < distinct[64]
+    assert len(files["roads_16"]) == len(files["roads_64"]) == len(files["replay"])
+
+
+def test_a_shown_question_is_answered_by_its_context_and_by_nothing_else(files):
+    shown = [row for row in files["base"] if row["leaf"] == "shown"]
+    assert 0.1 < len(shown) / len(files["base"]) < 0.3
+    for row in shown:
+        question, answer, again, target = row["conversations"]
+        assert (question, answer["content"]) == (again, target["content"])
+        assert answer["train"] is False and "train" not in target
+    assert len({turns_of(row)[1] for row in shown}) == len(shown)      # new roads in each
+
+
+def test_lengths_are_as_asked():
+    files = build(0, (1, 2, 3), [8], n_base=10)
+    for name, counts in (("roads", "one two"), ("roads_test", "one two"), ("roads_longer", "three")):
+        assert {turns_of(row)[0].split()[0] for row in files[name]} == set(counts.split())
+
+
+def test_the_rules_are_told_in_plain_text():
+    roads, _ = make_domains(0)
+    text = describe(make_domains(0))
+    for town, end in roads.new["red"].items():
+        assert f"The red road from {town} leads to {end}.\n" in text
+
+
+def test_the_command_writes_each_file_and_the_same_seed_the_same_bytes(tmp_path):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        command = [sys.executable, "dataset/reasoning.py", "--base_size", "50", "--n_prompts", "16",
+                   "--out_dir", str(tmp_path / out), "--seed", str(seed)]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert "rules.txt" in names and "roads_16.jsonl" in names
+    for name in names:
+        a, b, c = ((tmp_path / out / name).read_bytes() for out in "abc")
+        assert a == b
+        assert a != c or name == "numbers_teacher.jsonl"       # all sums
+    assert len(read_each(tmp_path / "a" / "base.jsonl", dict)) == 50
+
+
+def test_the_marks_of_a_thought_are_single_tokens_in_a_text():
+    tokenizer = Tokenizer.load()
+    ids = tokenizer.encode("<think>2</think> 2")
+    assert ids[0] == tokenizer.special_tokens["<think>"]
+    assert ids[2] == tokenizer.special_tokens["</think>"]
+    assert tokenizer.decode(ids) == "<think>2</think> 2"
+    assert tokenizer.special_tokens["<|im_end|>"] not in tokenizer.encode("<|im_end|>")
