@@ -140,7 +140,7 @@ def main():
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
         help="files of conversations, or of plain texts, in the formats of dataset/dataset.md")
     add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]|NAME=PATH",
-        help="weights in any format; several are mixed, or with NAME each teaches its own rows")
+        help="weights; several are mixed, or each teaches the rows of its NAME; default: --size's")
     add("--teacher_data_path", nargs="+", default=None,
         help="context distillation: the same rows with privileged context, for the teacher")
     add("--teacher_cache", nargs="+", action="extend", metavar="DIR[=WEIGHT]",

@@ -24,6 +24,7 @@ from interop import hf
 from interop.checkpoint import build, load_model, load_tokenizer, new_model, prepare, save_model
 from model.config import LMConfig
 from model.generate import generate
+from model.tokenizer import SPECIAL_TOKENS, Tokenizer
 from model.quantize import Quantised, quantize
 from model.transformer import Transformer
 from runtime.processes import World
@@ -89,7 +90,8 @@ def test_averaged_weights_are_the_mean_of_models_of_one_kind(files, tiny, byte_t
     convert(average=pair[:1] * 2, out=tmp_path / "same.pth")
     assert torch.equal(logits(load_model(tmp_path / "same.pth")[0]), logits(load_model(pair[0])[0]))
 
-    save_model(tiny(**SIZES), byte_tokenizer(end_of_text=5), tmp_path / "words.pth")
+    letters = Tokenizer("(?s:.)", SPECIAL_TOKENS, {bytes([value]): 16 + value for value in range(256)})
+    save_model(tiny(**SIZES), letters, tmp_path / "words.pth")
     convert(weights=pair[0], out=tmp_path / "int8.pth", quantize="int8")
     for wrong, reason in (([pair[0], files / "student.pth"], "student.pth is quantised, or"), ([pair[0], tmp_path / "words.pth"], "words.pth is"),
                           ([tmp_path / "int8.pth"] * 2, "int8.pth is quantised"), (pair, "is the model that is to be converted")):

@@ -93,7 +93,8 @@ def test_a_row_without_a_teacher_stops_before_training_or_is_left_out(flags, wor
 
 @pytest.mark.parametrize("more, reason", [
     ({"feature_weight": 1.0}, "--feature_weight needs exactly one --teacher PATH"), ({"plain_loss": True}, "--plain_loss"),
-    ({"divergence": "uld", "alpha": 0.5}, "--divergence uld needs exactly one"), ({"teacher_data_path": "mixed"}, "--teacher_data_path"),
+    ({"divergence": "uld", "alpha": 0.5}, "--divergence uld needs exactly one"),
+    ({"teacher_data_path": "mixed"}, "--teacher_data_path"),
     ({"teacher": ["roads", ""]}, "a name of their own"), ({"teacher": ["roads", "roads"]}, "a name of their own"),
     ({"teacher": ["roads"], "feature_weight": 1.0}, "without a name")], ids=str)
 def test_what_does_not_go_with_routed_teachers_is_refused(more, reason, flags, world):
@@ -151,6 +152,12 @@ def test_any_split_of_a_routed_step_has_the_gradient_of_the_teachers_alone(more,
         for g, truth in zip(learned(folder), expected, strict=True):
             assert (g - truth).abs().max() <= 4e-6 * truth.abs().max()
     assert "roads (teacher 48 x 4) + numbers (teacher 24 x 1) -> student 32 x 2" in said
+
+
+def test_in_a_chain_the_named_teachers_teach_the_first_student_alone(flags):
+    said = succeed(SCRIPT, **flags, chain=["40x1"])
+    assert "numbers (teacher 24 x 1) -> student 40 x 1" in said and "\nteacher 40 x 1 -> student 32 x 2" in said
+    assert said.count("samples by teacher") == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2])
