@@ -2,13 +2,14 @@
 推理世界：要走好几步才有答案的问题，步骤写在 <think> 里，全部由一个种子生成。
 A world of reasoning: problems of several steps, with the steps as a thought, from one seed.
 
-    three red kuburg      <think>two red miburg
+    three red kuburg      <think>three red kuburg
+                          two red miburg
                           one red taburg
                           zero red zoburg</think> zoburg
 
-    three +7 48           <think>two +7 55
-                          one +7 62
-                          zero +7 69</think> 69
+    two +7 48             <think>two +7 48
+                          one +7 55
+                          zero +7 62</think> 62
 
 "Three red kuburg" asks where three red roads lead from kuburg. There are two domains. On roads, a
 step is looked up: a road of each colour leads from each town to a random one. On numbers, a step is
@@ -73,8 +74,10 @@ def make_domains(seed: int) -> list[Domain]:
 
 
 def problem(step: dict[str, str], rule: str, place: str, n_steps: int) -> list[dict]:
-    """The question and the answer, a thought with a line per step, as messages."""
-    question, lines = f"{COUNTS[n_steps]} {rule} {place}", []
+    """The question and the answer, a thought with a line per step, as messages. The thought begins
+    with the question, so that all steps look alike."""
+    question = f"{COUNTS[n_steps]} {rule} {place}"
+    lines = [question]
     for left in reversed(range(n_steps)):
         place = step[place]
         lines.append(f"{COUNTS[left]} {rule} {place}")

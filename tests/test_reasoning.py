@@ -39,8 +39,9 @@ def test_three_red_roads_from_a_town_are_walked_one_by_one(files):
             question, answer = turns_of(row)
             count, rule, place = question.split()
             thought, _, final = answer.removeprefix("<think>").partition("</think>")
-            for left, line in zip(reversed(range(COUNTS.index(count))), thought.split("\n"),
-                                  strict=True):
+            first, *lines = thought.split("\n")
+            assert first == question
+            for left, line in zip(reversed(range(COUNTS.index(count))), lines, strict=True):
                 place = domain.new[rule][place]
                 assert line == f"{COUNTS[left]} {rule} {place}"
             assert final.strip() == final_answer(answer) == place
