@@ -2,19 +2,18 @@
 推理世界：要走好几步才有答案的问题，步骤写在 <think> 里，全部由一个种子生成。
 A world of reasoning: problems of several steps, with the steps as a thought, from one seed.
 
-    three red kuburg      <think>three red kuburg
-                          two red miburg
+    three red kuburg      <think>two red miburg
                           one red taburg
                           zero red zoburg</think> zoburg
 
-    two +7 48             <think>two +7 48
-                          one +7 55
-                          zero +7 62</think> 62
+    three +7 48           <think>two +7 55
+                          one +7 62
+                          zero +7 69</think> 69
 
-"Three red kuburg" asks where three red roads lead from kuburg. There are two domains. On roads, a
-step is looked up: a road of each colour leads from each town to a random one. On numbers, a step is
-computed: +7, of which the last two digits are kept. Each domain has old rules, which the base model
-knows, and new ones, which the teacher knows too and a student has to learn.
+"Three red kuburg" asks for the third town after kuburg on the red road. There are two domains. On
+roads, a step is looked up: the road of each colour goes round through all towns in random order.
+On numbers, a step is computed: +7, of which the last two digits are kept. Each domain has old
+rules, which the base model knows, and new ones, which the teacher knows too and a student learns.
 
     python dataset/reasoning.py         dataset.md describes the files
 """
@@ -35,7 +34,7 @@ COUNTS = "zero one two three four five six seven eight nine".split()
 RULES = {"roads": {"old": "white black grey brown", "new": "red green blue pink"},
          "numbers": {"old": "+1 +3 +4 +6", "new": "+2 +5 +7 +8"}}
 N_TOWNS, N_NUMBERS = 52, 100
-HELD_OUT, VAL_SHARE = 0.3, 0.25     # of the new rules' starts; of the held-out starts
+TEST_SHARE, VAL_SHARE = 0.25, 0.05  # of the problems with new rules
 N_TEST, N_REPLAY = 240, 1024        # rows at most of each test file; rows of a file to train on
 SHOWN_SHARE = 0.2                   # of the base rows: a question that its context answers
 
@@ -46,15 +45,11 @@ class Domain(NamedTuple):
     old: dict               # rule -> {place: next place}
     new: dict
 
-    def starts(self, rules):  # -> [(rule, place), ...]
-        return list(product(rules, self.places))
-
-    def rows(self, starts, lengths) -> list[dict]:
-        """A row for each start and number of steps."""
-        steps = self.old | self.new
-        return [{"conversations": problem(steps[rule], rule, place, n_steps),
+    def rows(self, rules: dict, lengths) -> list[dict]:
+        """A problem for each rule, place to start from and number of steps."""
+        return [{"conversations": problem(rules[rule], rule, place, n_steps),
                  "leaf": f"{self.name}/{rule}"}
-                for (rule, place), n_steps in product(starts, lengths)]
+                for rule, place, n_steps in product(rules, self.places, lengths)]
 
 
 def make_domains(seed: int) -> list[Domain]:
@@ -63,7 +58,7 @@ def make_domains(seed: int) -> list[Domain]:
     numbers = [f"{n:02}" for n in range(N_NUMBERS)]
 
     def road(colour):
-        return dict(zip(towns, rng.sample(towns, N_TOWNS)))
+        return ring(towns, rng)
 
     def addition(rule):
         return {number: numbers[(int(number) + int(rule)) % N_NUMBERS] for number in numbers}
@@ -73,11 +68,15 @@ def make_domains(seed: int) -> list[Domain]:
             for name, places, step in (("roads", towns, road), ("numbers", numbers, addition))]
 
 
+def ring(towns: list[str], rng: Random) -> dict[str, str]:
+    """{town: next town} on a road through all towns, back to the first."""
+    order = rng.sample(towns, len(towns))
+    return dict(zip(order, [*order[1:], order[0]]))
+
+
 def problem(step: dict[str, str], rule: str, place: str, n_steps: int) -> list[dict]:
-    """The question and the answer, a thought with a line per step, as messages. The thought begins
-    with the question, so that all steps look alike."""
-    question = f"{COUNTS[n_steps]} {rule} {place}"
-    lines = [question]
+    """The question and the answer, a thought with a line per step, as messages."""
+    question, lines = f"{COUNTS[n_steps]} {rule} {place}", []
     for left in reversed(range(n_steps)):
         place = step[place]
         lines.append(f"{COUNTS[left]} {rule} {place}")
@@ -88,8 +87,7 @@ def problem(step: dict[str, str], rule: str, place: str, n_steps: int) -> list[d
 def shown_row(towns: list[str], lengths, rng: Random) -> dict:
     """A question about roads that exist in this conversation only, first answered as context and
     then asked again: the model learns to use what its prompt shows."""
-    roads = dict(zip(towns, rng.sample(towns, len(towns))))
-    question, answer = problem(roads, "gold", rng.choice(towns), rng.choice(lengths))
+    question, answer = problem(ring(towns, rng), "gold", rng.choice(towns), rng.choice(lengths))
     turns = [question, {**answer, "train": False}, question, answer]
     return {"conversations": turns, "leaf": "shown"}
 
@@ -112,23 +110,20 @@ def build(seed: int, lengths: tuple[int, int, int], n_prompts, n_base: int) -> d
         return random_for(seed, purpose).sample(rows, min(n, len(rows)))
 
     for domain in domains:
-        name, starts = domain.name, domain.starts(domain.new)
-        files[f"{name}_teacher"] = domain.rows(starts, (*trained, *longer))
-        random_for(seed, f"starts of {name}").shuffle(starts)
-        n_held_out = round(HELD_OUT * len(starts))
-        n_val = round(VAL_SHARE * n_held_out)
-        for split, part, each in (("val", starts[:n_val], trained),
-                                  ("test", starts[n_val:n_held_out], trained),
-                                  ("longer", starts[n_val:n_held_out], longer)):
-            files[f"{name}_{split}"] = sample(domain.rows(part, each), N_TEST, f"{name} {split}")
-        prompts = domain.rows(starts[n_held_out:], trained)
-        prompts = files[name] = sample(prompts, len(prompts), f"prompts of {name}")
+        name = domain.name
+        files[f"{name}_teacher"] = domain.rows(domain.new, (*trained, *longer))
+        problems = domain.rows(domain.new, trained)
+        problems = sample(problems, len(problems), name)
+        n_val, n_test = round(VAL_SHARE * len(problems)), round(TEST_SHARE * len(problems))
+        files[f"{name}_val"] = problems[:n_val]
+        files[f"{name}_test"] = problems[n_val:n_val + n_test][:N_TEST]
+        files[f"{name}_longer"] = sample(domain.rows(domain.new, longer), N_TEST, f"{name} longer")
+        prompts = files[name] = problems[n_val + n_test:]
         # A few prompts are repeated, so that they and the replayed rows are equally many.
         for n in n_prompts:
             files[f"{name}_{n}"] = (prompts[:n] * (1 + N_REPLAY // n))[:max(n, N_REPLAY)]
 
-    old = {domain.name: domain.rows(domain.starts(domain.old), (*trained, *longer))
-           for domain in domains}
+    old = {domain.name: domain.rows(domain.old, (*trained, *longer)) for domain in domains}
     rng = random_for(seed, "base")
     files["base"] = [shown_row(domains[0].places, trained, rng) if rng.random() < SHOWN_SHARE
                      else rng.choice(old[rng.choice(list(old))]) for _ in range(n_base)]
