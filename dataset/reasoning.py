@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only dataset/
 
+from dataset.formats import final_answer
 from dataset.miniworld import invent, random_for
 from runtime.args import make_parser, parse_args
 from runtime.files import write_jsonl, write_text
@@ -84,6 +85,12 @@ def problem(step: dict[str, str], rule: str, place: str, n_steps: int) -> list[d
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def without_thought(row: dict) -> dict:
+    question, answer = row["conversations"]
+    answer = {**answer, "content": final_answer(answer["content"])}
+    return {**row, "conversations": [question, answer]}
+
+
 def shown_row(towns: list[str], lengths, rng: Random) -> dict:
     """A question about roads that exist in this conversation only, first answered as context and
     then asked again: the model learns to use what its prompt shows."""
@@ -119,6 +126,7 @@ def build(seed: int, lengths: tuple[int, int, int], n_prompts, n_base: int) -> d
         files[f"{name}_test"] = problems[n_val:n_val + n_test][:N_TEST]
         files[f"{name}_longer"] = sample(domain.rows(domain.new, longer), N_TEST, f"{name} longer")
         prompts = files[name] = problems[n_val + n_test:]
+        files[f"{name}_answers"] = list(map(without_thought, prompts))
         # A few prompts are repeated, so that they and the replayed rows are equally many.
         for n in n_prompts:
             files[f"{name}_{n}"] = (prompts[:n] * (1 + N_REPLAY // n))[:max(n, N_REPLAY)]

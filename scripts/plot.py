@@ -4,9 +4,11 @@ Plot: the curves of several runs in one picture, from the .jsonl log beside each
 
     python scripts/plot.py --logs distilled=out/a.jsonl alone=out/b.jsonl --out out/curves.png
     python scripts/plot.py --logs out/a.jsonl --only loss grad_norm --out out/curves.png
+    python scripts/plot.py --logs out/a.jsonl --against step sampled_tokens --out out/curves.png
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
@@ -28,16 +30,20 @@ def read_curves(path: Path) -> dict[str, dict[int, float]]:
     return curves
 
 
-def draw(runs: dict[str, dict], names: list[str], path: Path):
-    """A panel per quantity, a line per run."""
+def draw(runs: dict[str, dict], names: list[str], against: list[str], path: Path):
+    """A panel per quantity and axis that it is drawn against, a line per run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+    panels = list(product(names, against))
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    for axis, (name, x) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for label, curves in runs.items():
             curve = curves.get(name, {})
-            axis.plot(list(curve), list(curve.values()), ".-", label=label)
-        axis.set(title=name, xlabel="step")
+            places = curves.get(x, {}) if x != "step" else {step: step for step in curve}
+            steps = [step for step in curve if step in places]
+            axis.plot([places[step] for step in steps], [curve[step] for step in steps], ".-",
+                      label=label)
+        axis.set(title=name, xlabel=x)
     axis.legend(frameon=False)
     save_picture(figure, path)
 
@@ -48,6 +54,9 @@ def main():
     add("--logs", nargs="+", required=True, metavar="[LABEL=]FILE", help="logs of the runs")
     add("--only", nargs="+", default=None, metavar="NAME",
         help="quantities to draw; default: validation quantities that all runs have")
+    add("--against", nargs="+", default=["step"], metavar="NAME",
+        help="horizontal axes, a panel each: step, or quantities of the same rows, such as "
+             "sampled_tokens and cpu_seconds")
     add("--out", type=Path, required=True, help="picture to write, FILE.png")
     args = parse_args(parser)
     if args.out.suffix != ".png":
@@ -61,12 +70,12 @@ def main():
         common = set.intersection(*(set(curves) for curves in runs.values()))
         names = args.only or sorted(name for name in common if name.startswith("val_"))
         known = sorted(set().union(*runs.values()))
-        missing = [name for name in names if name not in known]
+        missing = [name for name in (*names, *args.against) if name not in (*known, "step")]
         if missing or not names:
             problem = (f"none of these logs has {', '.join(missing)}" if missing
                        else "these logs have no validation quantity in common")
             raise ValueError(f"{problem}; name some of these with --only: {', '.join(known)}")
-    draw(runs, names, args.out)
+    draw(runs, names, args.against, args.out)
     print(f"{args.out}: {', '.join(names)} of {', '.join(runs)}")
 
 

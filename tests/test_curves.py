@@ -153,7 +153,17 @@ def test_plot_draws_what_the_validations_of_all_runs_have_in_common(plot, tmp_pa
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_quantity_is_drawn_against_others_of_the_same_steps(plot, drawn, tmp_path):
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "val_ce": 2.0, "tokens": 50},
+            {"step": 4, "val_ce": 1.0, "tokens": 90}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot([f"a={tmp_path}/a.jsonl"], tmp_path / "c.png", only=["val_ce"], against=["step", "tokens"])
+    panels = {axis.get_xlabel(): lines_of(axis) for axis in drawn[0].axes}
+    assert panels == {"step": {"a": ([2, 4], [2.0, 1.0])}, "tokens": {"a": ([50, 90], [2.0, 1.0])}}
+
+
 @pytest.mark.parametrize("more, reason", [
+    ({"only": ["val_ce"], "against": ["seconds"]}, "none of these logs has seconds"),
     ({"only": ["val_x"]},
      "none of these logs has val_x; name some of these with --only: loss, val_ce, val_kl"),
     ({"logs": ["nowhere.jsonl"]},
