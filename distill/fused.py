@@ -206,8 +206,8 @@ def in_buckets(top: TopK, rows, log_q):  # (C, V) -> (C, k + 1) twice
     return torch.cat([log_p, tail_p], dim=-1), torch.cat([log_q.gather(-1, ids), tail_q], dim=-1)
 
 
-COMPARED = ("ce", "kl", "entropy", "agreement")
-COMPARED_ACROSS = ("ce", "uld", "entropy")              # between two vocabularies
+TOP = 10                # tokens of teacher and student whose sets are compared
+BINS = 10               # of confidence
 
 
 @torch.no_grad()
@@ -215,37 +215,59 @@ def compare(hidden, head, targets, teacher=(), matched=None, temperature=1.0,
             across=False) -> dict[str, torch.Tensor]:
     """Student against teacher, as sums over the S positions, in nats; without a teacher only `ce`.
 
-    ce         cross-entropy with the labels
-    kl         KL(teacher || student)
-    entropy    of the teacher: the lowest cross-entropy possible on labels sampled from it
-    agreement  positions where both have the same top-1 token
-    uld        instead of kl and agreement, where the vocabularies differ (`across`), over the
-               positions that are `matched`
+    ce              cross-entropy with the labels
+    entropy         of the teacher: the lowest cross-entropy possible on labels sampled from it;
+                    student_entropy: of the student
+    ece             (BINS,) `calibration_gaps` of the student; teacher_ece: of the teacher
+    kl              KL(teacher || student)
+    agreement       positions where both have the same top-1 token
+    overlap         share of the TOP most likely tokens that both have in common. Li et al. 2026,
+                    https://arxiv.org/abs/2604.13016, there on the student's own answers
+    acceptance      sum over v of min(p, q): how likely the teacher accepts a token that the student
+                    drafts. Leviathan et al. 2022, https://arxiv.org/abs/2211.17192, Sec. 3
+    uld             instead of all that compares tokens, where the vocabularies differ (`across`);
+                    it and entropy are over the positions that are `matched`
 
-    All at temperature 1; of a TopK over its k + 1 buckets at its own `temperature`, not comparable.
+    All at temperature 1. A TopK has only kl and entropy, over its k + 1 buckets at its own
+    `temperature`, not comparable, and agreement.
     """
-    names = COMPARED[:1] if not teacher else COMPARED_ACROSS if across else COMPARED
-    chunks = Chunks(hidden, head, teacher)
-    sums = dict.fromkeys(names, hidden.new_zeros((), dtype=torch.float32))
+    sums, chunks = {}, Chunks(hidden, head, teacher)
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows in chunks:
-            logits = chunks.student(rows)
-            values = [F.cross_entropy(logits, targets[rows], reduction="sum")]
-            if isinstance(teacher, TopK):
-                log_q = F.log_softmax(logits / temperature, dim=-1)
-                log_p, log_q = in_buckets(teacher, rows, log_q)
-                best = teacher.log_p[rows].argmax(dim=-1, keepdim=True)
-                top_1 = teacher.ids[rows].gather(1, best).squeeze(1)
-            elif teacher:
-                log_p, log_q = chunks.teacher_log_p(rows, 1.0), F.log_softmax(logits, dim=-1)
-                top_1 = log_p.argmax(dim=-1)
+        for rows in [*chunks] or [slice(0, 0)]:         # zeros for a process without targets
+            log_q, labels = log_softmax_(chunks.student(rows)), targets[rows, None]
+            found = {"ce": -log_q.gather(1, labels).sum()}
             if teacher:
-                entropy = -torch.linalg.vecdot(log_p.exp(), log_p)                  # (C,)
+                q, top_q = log_q.exp(), log_q.topk(min(TOP, log_q.shape[-1]))
+                found |= {"student_entropy": -torch.linalg.vecdot(q, log_q).sum(),
+                          "ece": calibration_gaps(top_q, labels)}
+            if isinstance(teacher, TopK):
+                log_p, buckets = in_buckets(teacher, rows, log_softmax_(log_q / temperature))
+                top_1 = teacher.ids[rows].gather(1, teacher.log_p[rows].argmax(dim=-1)[:, None])
+                found |= {"kl": forward_kl(log_p, buckets).sum(),
+                          "entropy": -torch.linalg.vecdot(log_p.exp(), log_p).sum(),
+                          "agreement": (top_1 == top_q.indices[:, :1]).sum()}
+            elif teacher:
+                log_p = chunks.teacher_log_p(rows, 1.0)
+                p, used = log_p.exp(), 1.0 if matched is None else matched[rows]
+                found["entropy"] = -(torch.linalg.vecdot(p, log_p) * used).sum()
                 if across:
-                    used = 1.0 if matched is None else matched[rows]
-                    values += [(uld(log_p, log_q) * used).sum(), (entropy * used).sum()]
+                    found["uld"] = (uld(log_p, log_q) * used).sum()
                 else:
-                    agreement = (logits.argmax(dim=-1) == top_1).sum()
-                    values += [forward_kl(log_p, log_q).sum(), entropy.sum(), agreement]
-            sums = {name: sums[name] + value for name, value in zip(names, values, strict=True)}
+                    top_p = log_p.topk(top_q.indices.shape[-1])                     # (C, k)
+                    same = top_p.indices[:, :, None] == top_q.indices[:, None, :]   # (C, k, k)
+                    found |= {"kl": torch.linalg.vecdot(p, log_p - log_q).sum(),
+                              "agreement": same[:, 0, 0].sum(),
+                              "overlap": same.sum() / same.shape[-1],
+                              "acceptance": torch.minimum(p, q).sum(),
+                              "teacher_ece": calibration_gaps(top_p, labels)}
+            sums = {name: sums.get(name, 0) + value for name, value in found.items()}
     return sums
+
+
+def calibration_gaps(top, labels):  # topk of log-probabilities (C, k), (C, 1) -> (BINS,)
+    """Probability of the top-1 token minus whether it is the label, summed per bin of probability.
+    These add up; the expected calibration error of N positions is sum over bins of |gap| / N.
+    Guo et al. 2017, https://arxiv.org/abs/1706.04599, Eq. 3."""
+    p, right = top.values[:, 0].exp(), top.indices[:, :1] == labels
+    bins = (p * BINS).long().clamp_max(BINS - 1)
+    return p.new_zeros(BINS).index_add_(0, bins, p - right.squeeze(1).float())

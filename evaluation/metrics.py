@@ -45,6 +45,11 @@ COLUMNS = {
     "habits KL": ("habits_kl", "{:.3f}"),
     "habits mode %": ("habits_mode", "{:.1f}"),
     "tokens/s": ("tokens_per_s", "{:,.0f}"),
+    "answer %": ("answer", "{:.1f}"),
+    "trace %": ("trace", "{:.1f}"),
+    "steps right %": ("steps_right", "{:.2f}"),
+    "length": ("length", "{:.1f}"),
+    "finished %": ("finished", "{:.1f}"),
 }
 
 
@@ -160,22 +165,28 @@ def generation_speed(model, tokenizer, tests: list[dict], n_tokens: int = 32) ->
 
 def tables(results: dict[str, list[dict]], reference: str) -> str:
     """Markdown of {model: results of each seed}: a table of models by measure, then tables of
-    leaves and of positions in the answer by model."""
+    leaves, of positions in the answer and of what generated answers have, by model."""
     def cells(key, form, values, **more):
         return mean_and_spread([seed[key] for seed in values if key in seed], form, **more)
 
     shown = {title: column for title, column in COLUMNS.items()
              if any(column[0] in seed for seeds in results.values() for seed in seeds)}
-    rows = [[label, *(cells(key, form, seeds, spread=key != "parameters")
+    rows = [[label, *(cells(key, form, seeds, spread=key != "parameters",
+                            n=seeds[0]["questions"] if key in ("answer", "trace") else 0)
                       for key, form in shown.values())] for label, seeds in results.items()]
     found = [markdown([["", *shown], *rows])]
     for key, title, form in (
             ("leaves", "exact match % per leaf", "{:.0f}"),
-            ("kl_by_position", f"KL to {reference} by position in the answer", "{:.3f}")):
+            ("kl_by_position", f"KL to {reference} by position in the answer", "{:.3f}"),
+            ("by_leaf", "answer % per leaf", "{:.1f}"),
+            ("by_length", "answer % by steps", "{:.1f}"),
+            ("first_wrong_step", "first wrong step, % of answers", "{:.1f}"),
+            ("pass_at", "pass@k %, by k", "{:.1f}")):
         parts = [[seed.get(key, {}) for seed in seeds] for seeds in results.values()]
         names = list(dict.fromkeys(name for seeds in parts for seed in seeds for name in seed))
-        names = sorted(names) if key == "leaves" else names
-        if len(names) > (key == "leaves"):              # a single leaf is the whole test
-            rows = [[name, *(cells(name, form, seeds) for seeds in parts)] for name in names]
+        if len(names) > (key in ("leaves", "by_leaf", "by_length")):    # one is the whole test
+            counts = [seeds[0].get(f"questions_{key}", {}) for seeds in results.values()]
+            rows = [[name, *(cells(name, form, seeds, n=n.get(name, 0))
+                             for seeds, n in zip(parts, counts))] for name in names]
             found.append(markdown([[title, *results], *rows]))
     return "\n\n".join(found)

@@ -5,7 +5,7 @@ Validation during training, the same for all lessons.
 
 import torch
 
-from distill.fused import COMPARED, COMPARED_ACROSS, compare, fused_distillation_loss
+from distill.fused import compare, fused_distillation_loss
 from distill.teachers import teacher_outputs
 from runtime.precision import autocast, sum_dtype
 from runtime.processes import is_sharded, sum_over_processes, unwrapped
@@ -17,13 +17,11 @@ def evaluate(model, val_loader, device, *, teachers=(), temperature=1.0, across=
     """Means over the supervised tokens of all processes, in nats per token.
 
     val_loader  Batches, see dataset.lm_dataset.in_order
-    teachers    none: only val_loss, the cross-entropy with the labels. Else val_ce, val_kl,
-                val_entropy and val_agreement, or val_uld where vocabularies differ (`across`):
-                see distill.fused.compare
+    teachers    none: only val_loss, the cross-entropy with the labels. Else val_ce, and val_NAME of
+                all that distill.fused.compare finds; `across`: where vocabularies differ
     """
-    names = ("loss",) if not teachers else COMPARED_ACROSS if across else COMPARED
     model.eval()
-    sums = torch.zeros(len(names) + 1, dtype=sum_dtype(device), device=device)
+    sums, dtype_of_sums = {}, sum_dtype(device)
     for batch in val_loader:
         batch = batch.to(device)
         with autocast(device, dtype):
@@ -31,12 +29,16 @@ def evaluate(model, val_loader, device, *, teachers=(), temperature=1.0, across=
             predictions, matched = (), None
             if teachers:
                 predictions, matched, _ = teacher_outputs(teachers, batch)
-            scores = compare(out.final, model.head, batch.targets, predictions, matched,
-                             temperature, across)
-        sums += torch.stack([*scores.values(), torch.tensor(len(batch.targets), device=device)])
+            found = compare(out.final, model.head, batch.targets, predictions, matched,
+                            temperature, across)
+        found["tokens"] = torch.tensor(len(batch.targets), device=device)
+        sums = {name: sums.get(name, 0) + value.to(dtype_of_sums) for name, value in found.items()}
     model.train()
-    *sums, n = sum_over_processes(sums).tolist()
-    return {f"val_{name}": value / n for name, value in zip(names, sums)}
+    *totals, n = sum_over_processes(torch.hstack([*sums.values()])).split(
+        [value.numel() for value in sums.values()])
+    names = [f"val_{name}" for name in sums] if teachers else ["val_loss"]
+    # abs: of the gap in each bin of a calibration error; all others are above 0.
+    return {name: (total.abs().sum() / n).item() for name, total in zip(names, totals)}
 
 
 def gradient_norms(student, modules, weights, batch, world, teachers, alpha, temperature,

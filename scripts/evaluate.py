@@ -5,8 +5,10 @@ Evaluation: one or several models on the same test files, side by side in one ta
     python scripts/evaluate.py --weights out/full_sft_64.pth out/full_dist_64.pth
     python scripts/evaluate.py --weights teacher=out/full_sft_128.pth SFT=out/a.pth,out/b.pth
     python scripts/evaluate.py --weights SmolLM2-135M-Instruct/ --data alpaca.json --samples 3
+    python scripts/evaluate.py --weights a.pth --data dataset/reasoning/*_test.jsonl --by_generation
 
-interop/checkpoint.py lists the formats of models; evaluation/metrics.py says what is measured.
+interop/checkpoint.py lists the formats of models; evaluation/metrics.py says what is measured, and
+evaluation/generation.py what is measured instead, of conversations alone, with --by_generation.
 """
 
 import json
@@ -17,7 +19,9 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 from evaluation.exam import write_answers
+from evaluation.generation import measure_generation
 from evaluation.metrics import measure, read_tests, tables
+from evaluation.tables import interval
 from interop.checkpoint import load_model
 from model.generate import column_major, generate
 from runtime.args import checking_input, make_parser, parse_args
@@ -72,7 +76,8 @@ def average(seeds: list[dict]) -> dict:
 
 def draw(results: dict[str, list[dict]], reference: str, path: Path) -> bool:
     """Bars of exact match per leaf and of the habits' KL; lines of the KL by position in the
-    answer, without the reference's, which is 0. False if nothing of this was measured."""
+    answer, without the reference's, which is 0. Lines of generated answers that are correct by
+    number of steps, with intervals, and dashed p^n. False if nothing of this was measured."""
     from matplotlib.figure import Figure
 
     means = {label: average(seeds) for label, seeds in results.items()}
@@ -84,10 +89,13 @@ def draw(results: dict[str, list[dict]], reference: str, path: Path) -> bool:
               if "habits_kl" in mean}
     curves = {label: mean["kl_by_position"] for label, mean in means.items()
               if "kl_by_position" in mean and label != reference}
+    lengths = {label: mean["by_length"] for label, mean in means.items() if "steps_right" in mean}
     panels = [panel for panel in (
         ("Held-out questions", "exact match, %", exact, 4.0),
         ("Habits (less is better)", "KL(truth || model), nats", habits, 1.0),
-        (f"KL to {Path(reference).name}", "nats per token, by position", curves, 1.4)) if panel[2]]
+        (f"KL to {Path(reference).name}", "nats per token, by position", curves, 1.4),
+        ("Generated answers by number of steps n; dashed: p^n, p = single steps right",
+         "final answer correct, %", lengths, 3.0)) if panel[2]]
     if not panels:
         return False
     ratios = [panel[-1] for panel in panels]
@@ -99,14 +107,20 @@ def draw(results: dict[str, list[dict]], reference: str, path: Path) -> bool:
         axis.spines[["top", "right"]].set_visible(False)
         for label, of_label in values.items():
             i, names = labels.index(label), list(of_label)
-            if values is curves:
+            if values is curves or values is lengths:
                 axis.plot(names, list(of_label.values()), "o-", color=f"C{i}", label=label)
-            else:
+            if values is lengths:
+                p, counts = means[label]["steps_right"] / 100, means[label]["questions_by_length"]
+                axis.plot(names, [100 * p**int(n) for n in names], "--", color=f"C{i}", alpha=0.6)
+                for n in names:
+                    of_seeds = [seed["by_length"][n] for seed in results[label]]
+                    axis.vlines(n, *interval(of_seeds, counts[n]), color=f"C{i}")
+            elif values is not curves:
                 axis.bar([x + i * width for x in range(len(names))], list(of_label.values()), width,
                          color=f"C{i}", label=label)
                 axis.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names,
                                 rotation=45, ha="right")
-        axis.set_ylim(0, 100 if values is exact else None)
+        axis.set_ylim(0, 100 if values is exact else 102 if values is lengths else None)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left",
                   ncols=len(results), frameon=False)
     save_picture(figure, path)
@@ -125,14 +139,19 @@ def main():
         help="number of rows used from the start of each file; 0: all")
     add("--samples", type=int, default=0,
         help="number of questions whose greedy answers, or texts whose continuations, are shown")
-    add("--max_new_tokens", type=int, default=64, help="maximum length of these answers, in tokens")
+    add("--by_generation", action="store_true", help="score generated answers to conversations")
+    add("--num_samples", type=int, default=16, help="by_generation: samples per question; 0: none")
+    add("--temperature", type=float, default=1.0, help="by_generation: temperature of the samples")
+    add("--seed", type=int, default=1337, help="by_generation: random seed of the samples")
+    add("--max_new_tokens", type=int, default=0,
+        help="maximum length of an answer, in tokens; 0: 64, with --by_generation 256")
     add("--reference", default=None,
         help="weights that agreement and KL are measured against; default: the first of --weights")
     add("--json", default=None, help="file for all results")
     add("--report", default=None,
         help="Markdown file for the tables; the picture is beside it, with the suffix .png")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    args = parse_args(parser, max_new_tokens="[0, inf)")
+    args = parse_args(parser, max_new_tokens="[0, inf)", num_samples="[0, inf)")
     device = pick_device(args.device)
 
     with checking_input():
@@ -143,6 +162,8 @@ def main():
         name = next((label for label, paths in models.items() if paths == [path_of_reference]),
                     path_of_reference)
         tests = read_tests(args.data, args.limit)
+        if args.by_generation and not tests["conversations"]:
+            raise ValueError(f"--by_generation: {', '.join(args.data)} has no conversations")
         reference, vocabulary = load_model(path_of_reference, device)
 
         # 3. Scores
@@ -153,18 +174,27 @@ def main():
                 model, tokenizer = ((reference, vocabulary) if path == path_of_reference
                                     else load_model(path, device))
                 column_major(model)
+                if args.by_generation:
+                    results[label].append(measure_generation(
+                        model, tokenizer, tests["conversations"], args.max_new_tokens or 256,
+                        args.num_samples, args.temperature, args.seed))
+                    continue
                 comparable = tokenizer.unreadable(vocabulary.ids) is None
                 others |= set() if comparable else {label}
                 results[label].append(
                     measure(model, tokenizer, tests, reference if comparable else None))
             if args.samples:
                 answers[label] = sample_answers(model, tokenizer, tests, args.samples,
-                                                args.max_new_tokens)
+                                                args.max_new_tokens or 64)
 
     # 4. Report
-    text = (f"{tables(results, name)}\n\nagreement: with {name}; KL: KL({name} || model) in nats "
-            "per token; habits: KL(truth || model) in nats, and how often the most likely answer "
-            "is the true mode; tokens/s: greedy answers, 16 at a time, on this machine")
+    notes = (f"agreement: with {name}; KL: KL({name} || model) in nats per token; habits: KL(truth "
+             "|| model) in nats, and how often the most likely answer is the true mode; tokens/s: "
+             "greedy answers, 16 at a time, on this machine")
+    if args.by_generation:
+        notes = ("answer: the final one; trace: the whole text; steps right: after right steps; "
+                 f"pass@k: at temperature {args.temperature:g}; [ ]: 95 % interval of one seed")
+    text = f"{tables(results, name)}\n\n{notes}"
     if others:
         text += (f". {', '.join(sorted(others))}: another vocabulary than {name}'s, so neither "
                  "agreement nor KL, and figures per token do not compare")

@@ -6,7 +6,8 @@ answers become a file of conversations. The second half is fine-tuning on that f
     y = argmax p(y | question), token by token, or y ~ p(y | question) with --temperature
 
 Kim & Rush 2016, https://arxiv.org/abs/1606.07947, Sec. 3.2. With --only_right, rejection sampling:
-Yuan et al. 2023, https://arxiv.org/abs/2308.01825, Sec. 3.3.
+Yuan et al. 2023, https://arxiv.org/abs/2308.01825, Sec. 3.3: the final answer decides, whatever the
+thought, and equal answers to a question are kept once (without the flag each time they occur).
 
     python scripts/generate_answers.py --teacher out/experience/full_sft_96.pth \\
         --data_path dataset/experience_student.jsonl \\
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scrip
 import torch
 
 from dataset.formats import Question, read_questions
+from evaluation.exam import is_right
 from interop.checkpoint import load_model, sha256_of_model
 from model.generate import column_major, generate_steps
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
@@ -50,7 +52,8 @@ SAME = ("limit", "only_right", "keep_unfinished", "skip_bad_lines", "max_new_tok
 # Why an answer is left out, and how the report says it.
 LEFT_OUT = {"too long": "the question fills the teacher's max_seq_len",
             "unfinished": "no end within --max_new_tokens (--keep_unfinished keeps them)",
-            "empty": "empty", "wrong": "not the file's answer"}
+            "empty": "empty", "wrong": "not the file's final answer",
+            "repeated": "equal to a right answer before it to the same question"}
 
 
 class Task(NamedTuple):
@@ -115,9 +118,10 @@ def answer(teacher, tokenizer, tasks, num_samples, parts, **sampling) -> list | 
 
 def to_rows(tasks, answers, tokenizer, only_right=False, keep_unfinished=False):
     """({what became of the answers: how many}, rows of the file)."""
-    counts, rows = Counter(asked=len(answers)), []
-    of_answers = [task for task in tasks for _ in range(len(answers) // len(tasks))]
-    for (question, _, gold), tokens in zip(of_answers, answers):
+    counts, rows, kept = Counter(asked=len(answers)), [], set()
+    of_answers = [i for i in range(len(tasks)) for _ in range(len(answers) // len(tasks))]
+    for i, tokens in zip(of_answers, answers):
+        question, _, gold = tasks[i]
         if tokens is None:
             counts["too long"] += 1
             continue
@@ -127,9 +131,11 @@ def to_rows(tasks, answers, tokenizer, only_right=False, keep_unfinished=False):
         text = text_of(tokens, tokenizer)
         reason = ("unfinished" if not finished and not keep_unfinished else
                   "empty" if not text.strip() else          # the training scripts refuse it
-                  "wrong" if only_right and text.strip() != gold.strip() else "written")
+                  "wrong" if only_right and not is_right(text, gold) else
+                  "repeated" if only_right and (i, text) in kept else "written")
         counts[reason] += 1
         if reason == "written":
+            kept.add((i, text))
             turn = {"role": "assistant", "content": text}
             rows.append({"conversations": [*question.messages, turn], **question.others})
     return counts, rows
@@ -141,10 +147,11 @@ def text_of(tokens: list[int], tokenizer) -> str:
     return text.removeprefix(" ") if tokenizer.prefix_space else text
 
 
-def report(counts: Counter) -> str:
+def report(counts: Counter, only_right: bool) -> str:
     reasons = ", ".join(f"{counts[key]:,} {text}" for key, text in LEFT_OUT.items() if counts[key])
+    right = (counts["written"] + counts["repeated"]) / counts["asked"]
     return (f"{counts['written']:,} of {counts['asked']:,} answers"
-            + (f"; left out: {reasons}" if reasons else ""))
+            + f", {right:.1%} right" * only_right + f"; left out: {reasons}" * bool(reasons))
 
 
 def main():
@@ -159,7 +166,8 @@ def main():
     add("--out", required=True, help=".jsonl file of the answers; must not exist")
     add("--limit", type=int, default=0, help="number of rows used from each file; 0: all")
     add("--only_right", action="store_true",
-        help="rejection sampling: keep only answers that equal the file's")
+        help="rejection sampling: keep only answers whose final answer is the file's, equal ones "
+             "to a question once")
     add("--keep_unfinished", action="store_true",
         help="keep answers without an end-of-turn token within --max_new_tokens")
     add("--skip_bad_lines", action="store_true", help="skip and count lines that cannot be used")
@@ -232,9 +240,9 @@ def main():
         write_jsonl(parts.out, [row for _, rows in results for row in rows])
     parts.remove()
     if not counts["written"]:
-        sys.exit(f"nothing to write: {report(counts)}")
+        sys.exit(f"nothing to write: {report(counts, args.only_right)}")
     new_tokens = sum(results[part][0].get("tokens", 0) for part in missing)
-    Logger(f"wrote {report(counts)}; {parts.progress.seconds():.1f} s, "
+    Logger(f"wrote {report(counts, args.only_right)}; {parts.progress.seconds():.1f} s, "
            f"{new_tokens / parts.progress.seconds():,.0f} tokens/s")
     # The student's folder is its own: train_sft.py could otherwise overwrite the teacher.
     Logger("Learn from them: " + shlex.join([

@@ -11,6 +11,7 @@ import torch
 
 import train_distillation as lesson
 from dataset.lm_dataset import SFTDataset, in_order
+from distill.teachers import Teacher
 from interop.checkpoint import load_model
 from model.config import LMConfig
 
@@ -71,6 +72,19 @@ def test_evaluate_is_the_mean_cross_entropy_per_token(data, models, cache):
             logits = model(batch.tokens, batch.lengths, at=batch.at).logits
             losses.append(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none"))
     assert scores == {"val_loss": pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)}
+
+
+def test_validation_in_many_batches_finds_what_one_batch_does(data, models, cache):
+    """A model as its own teacher; then another teacher. Of calibration the gaps of a bin add up over
+    batches: the mean of the batches' errors is another number."""
+    (model, tokenizer), (other, _) = (load_model(models / f"{name}.pth") for name in ("student", "teacher"))
+    val_data = SFTDataset([data / "val.jsonl"], tokenizer, 128, log=str)
+    for source in (model, other):
+        one, many = (lesson.evaluate(model, in_order(val_data, tokens_per_batch=n), torch.device("cpu"),
+                                     teachers=[Teacher(source, 1.0, tokenizer)]) for n in (1 << 20, 128))
+        assert one == pytest.approx(many, rel=1e-4, abs=1e-6)
+        assert all(0 <= one[f"val_{name}"] <= 1.000001 for name in ("acceptance", "overlap", "ece", "teacher_ece"))
+        assert (one["val_acceptance"] > 0.9999) == (source is model)
 
 
 def test_feature_loss_is_a_mean_and_pools_other_widths():

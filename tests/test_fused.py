@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.fused import (CHUNK_BYTES, COMPARED, Dense, TopK, compare, fused_distillation_loss,
-                           log_softmax_)
+from distill.fused import (BINS, CHUNK_BYTES, TOP, Dense, TopK, calibration_gaps, compare,
+                           fused_distillation_loss, log_softmax_)
 from distill.losses import (DIVERGENCES, distillation_loss_fn, forward_kl, pick_divergence,
                             reverse_kl, uld)
 
@@ -402,9 +402,59 @@ def test_compare_adds_up_what_numpy_adds_up(teacher):
     p, q = sum(one.weight * probabilities(one.states, one.head)
                for one in teacher), probabilities(hidden, head)
     found = compare(hidden, head, targets, teacher, temperature=3.0)     # ignored by dense teachers
+    gaps = {name: found.pop(name) for name in ("ece", "teacher_ece")}
     assert {name: value.item() for name, value in found.items()} == pytest.approx({
         "ce": -np.log(q[np.arange(S), targets]).sum(), "kl": np_kl(p, q), "entropy": entropy(p),
+        "student_entropy": entropy(q), "overlap": overlap(p, q),
+        "acceptance": np.minimum(p, q).sum(),
         "agreement": (p.argmax(axis=1) == q.argmax(axis=1)).sum()}, rel=1e-4)
+    for own, name in ((q, "ece"), (p, "teacher_ece")):
+        assert gaps[name].abs().sum().item() / S == pytest.approx(ece(own, targets.numpy()))
+
+
+def overlap(p, q):
+    """By position: tokens among the TOP of both, as a share of TOP."""
+    ranked = [np.argsort(-each, axis=1)[:, :TOP] for each in (p, q)]
+    return sum(len({*a} & {*b}) / TOP for a, b in zip(*ranked))
+
+
+def ece(p, labels):
+    """Sum over bins of n_bin / n * |accuracy - confidence|: Guo et al. 2017, Eq. 3."""
+    confidence, right = p.max(axis=1), p.argmax(axis=1) == labels
+    bins = [np.floor(confidence * BINS) == i for i in range(BINS)]
+    return sum(chosen.mean() * abs(right[chosen].mean() - confidence[chosen].mean())
+               for chosen in bins if chosen.any())
+
+
+def test_a_model_that_is_right_as_often_as_it_says_has_a_calibration_error_of_0():
+    """Four times 75 % and two times 50 %; then a model that is always sure and half the time
+    right."""
+    p, labels = torch.tensor([0.75] * 4 + [0.5] * 2), torch.tensor([[1], [1], [1], [0], [1], [0]])
+    gaps = calibration_gaps(torch.stack([1 - p - 0.01, p], dim=1).log().topk(1), labels)
+    assert gaps.shape == (BINS,) and gaps.abs().max() < 1e-6
+    sure = calibration_gaps(torch.tensor([[-99.0, 0.0]] * 6).topk(1), labels)
+    assert sure[-1].item() == 2 and sure.abs().sum() == 2
+
+
+def test_a_student_equal_to_its_teacher_drafts_only_what_the_teacher_accepts():
+    hidden, head, targets = a_student()
+    found = compare(hidden, head, targets, [Dense(hidden.detach(), head.detach())])
+    for name in ("acceptance", "overlap", "agreement"):
+        assert found[name].item() == pytest.approx(S)
+    assert found["kl"] == 0 and found["entropy"] == found["student_entropy"]
+    assert torch.equal(found["ece"], found["teacher_ece"])
+
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    """600 positions are three chunks, and 250 and 350 are one and two."""
+    (hidden, head, targets), (states, teacher_head, _) = a_student(tokens=600), a_teacher(tokens=600)
+    whole = compare(hidden, head, targets, [Dense(states, teacher_head)])
+    parts = [compare(hidden[part], head, targets[part], [Dense(states[part], teacher_head)])
+             for part in (slice(250), slice(250, 600))]
+    for name, value in whole.items():
+        assert torch.allclose(value, parts[0][name] + parts[1][name], rtol=1e-5, atol=1e-3)
+    p, q = probabilities(states, teacher_head), probabilities(hidden, head)
+    assert whole["overlap"].item() == pytest.approx(overlap(p, q), rel=1e-5)
 
 
 def test_compare_with_a_top_k_takes_its_buckets_and_its_temperature():
@@ -416,8 +466,10 @@ def test_compare_with_a_top_k_takes_its_buckets_and_its_temperature():
     p, top_q = (np.concatenate([x, 1 - x.sum(axis=1, keepdims=True)], axis=1) for x in (p, top_q))
     likeliest = probabilities(teacher.states, teacher.head).argmax(axis=1)
     found = compare(hidden, head, targets, top, temperature=2.0)
+    assert found.pop("ece").abs().sum().item() / S == pytest.approx(ece(q, targets.numpy()))
     assert {name: value.item() for name, value in found.items()} == pytest.approx({
         "ce": -np.log(q[np.arange(S), targets]).sum(), "kl": np_kl(p, top_q), "entropy": entropy(p),
+        "student_entropy": entropy(q),
         "agreement": (likeliest == q.argmax(axis=1)).sum()}, rel=1e-4)
 
 
@@ -427,8 +479,10 @@ def test_compare_with_another_vocabulary_gives_uld_at_the_matched_positions():
     p, q = probabilities(teacher.states, teacher.head), probabilities(hidden, head)
     ranked_q = np.pad(-np.sort(-q), ((0, 0), (0, 5)))
     found = compare(hidden, head, targets, [teacher], matched, across=True)
+    assert found.pop("ece").abs().sum().item() / S == pytest.approx(ece(q, targets.numpy()))
     assert {name: value.item() for name, value in found.items()} == pytest.approx({
         "ce": -np.log(q[np.arange(S), targets]).sum(), "entropy": entropy(p[::2]),
+        "student_entropy": entropy(q),
         "uld": np.abs(-np.sort(-p) - ranked_q)[::2].sum()}, rel=1e-4)
 
 
@@ -443,8 +497,11 @@ def test_compare_without_a_teacher_is_the_cross_entropy_alone():
 
 
 def test_compare_of_no_position_is_0():
-    found = compare(*a_student(tokens=0), [a_teacher(tokens=0)])
-    assert found.keys() == set(COMPARED) and all(value == 0 for value in found.values())
+    """With the names and shapes of a batch with positions: processes add them up."""
+    found, other = (compare(*a_student(tokens=n), [a_teacher(tokens=n)]) for n in (0, S))
+    assert [(name, value.shape) for name, value in found.items()] == [
+        (name, value.shape) for name, value in other.items()]
+    assert not any(value.any() for value in found.values())
 
 
 def test_under_autocast_compare_adds_up_in_fp32():
@@ -456,5 +513,5 @@ def test_under_autocast_compare_adds_up_in_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         found = compare(states, student_head, targets, teacher)
     exact = compare(states, student_head, targets, teacher)
-    assert {name: value.item() for name, value in found.items()} == pytest.approx(
-        {name: value.item() for name, value in exact.items()}, rel=1e-6)
+    for name, value in exact.items():
+        assert torch.allclose(found[name], value, rtol=1e-6)

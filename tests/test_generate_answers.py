@@ -19,7 +19,7 @@ from model.config import LMConfig
 from model.generate import generate
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
 from runtime.precision import seed_of
-from scripts.generate_answers import (Task, main, part_slices, read_tasks, text_of,
+from scripts.generate_answers import (Task, main, part_slices, read_tasks, report, text_of,
                                       to_rows)
 
 SCRIPT = "scripts/generate_answers.py"
@@ -168,7 +168,7 @@ def test_only_right_answers_are_kept_if_asked(said, flags, tmp_path):
     wrong = sum(ended and text.strip() != "" for text, ended in said[1::2])
     assert [row["id"] for row in read(tmp_path / "out.jsonl")] == [
         i for i, (text, ended) in enumerate(said) if ended and text.strip() and i % 2 == 0]
-    assert f"{wrong} not the file's answer" in printed
+    assert f"{wrong} not the file's final answer" in printed
 
 
 def test_an_answer_is_left_out_if_it_is_empty_unfinished_or_not_the_gold_one(byte_tokenizer):
@@ -186,6 +186,29 @@ def test_an_answer_is_left_out_if_it_is_empty_unfinished_or_not_the_gold_one(byt
     assert what_becomes_of("5", finished=False) == ["unfinished"]
     assert what_becomes_of(" 5", gold="5 ") == ["written"]
     assert what_becomes_of(" 5", gold="6") == ["wrong"]
+
+
+def test_a_right_answer_is_known_by_what_follows_the_thought_and_kept_once(byte_tokenizer):
+    """Of two questions, five answers each: as in the file, the same again, in other words, by a wrong way, and wrong."""
+    tokenizer, gold = byte_tokenizer(), "<think>two a\none b</think> c"
+    other, detour, wrong, cut = (f"<think>{thought}" for thought in (
+        "a, then b</think>  c", "two x\none y</think> c", "two a\none b</think> d", "two a\none b\nc"))
+    tasks = [Task(Question([{"role": "user", "content": each}], gold, {}), [], gold) for each in "ab"]
+
+    def what_becomes_of(texts, finished, only_right=True, keep_unfinished=False):
+        answers = [tokenizer.encode(text) + [tokenizer.end_of_turn] * finished for text in texts] * 2
+        found, rows = to_rows(tasks, answers, tokenizer, only_right, keep_unfinished)
+        assert [row["conversations"][0]["content"] for row in rows] == sorted(row["conversations"][0]["content"] for row in rows)
+        return found, [row["conversations"][-1]["content"] for row in rows if row["conversations"][0]["content"] == "a"]
+
+    texts = [gold, gold, other, detour, wrong]
+    found, kept = what_becomes_of(texts, finished=True)
+    assert kept == [gold, other, detour] and (found["written"], found["repeated"], found["wrong"]) == (6, 2, 2)
+    assert report(found, True) == ("6 of 10 answers, 80.0% right; left out: 2 not the file's final answer, 2 equal to a "
+                                   "right answer before it to the same question")
+    assert what_becomes_of(texts, finished=True, only_right=False)[1] == texts
+    for keep_unfinished in (False, True):
+        assert what_becomes_of([cut], finished=False, keep_unfinished=keep_unfinished)[1] == []
 
 
 def test_the_command_that_is_printed_at_the_end_runs_and_leaves_the_teacher_as_it_was(written, folder):

@@ -73,6 +73,16 @@ def test_a_validation_shows_the_gradient_norm_of_each_term(processes, flags, dat
     assert row["loss"] == pytest.approx(whole, rel=1e-5)
 
 
+def test_two_processes_validate_like_one(flags, data, tmp_path):
+    found = []
+    for processes in (1, 2):
+        succeed(SCRIPT, **flags | {"val_path": data / "val.jsonl", "learning_rate": 0.0, "out_dir": tmp_path / str(processes),
+                                   "batch_size": 8 // processes}, processes=processes)
+        found.append({name: value for name, value in rows(tmp_path / f"{processes}/{FILE}.jsonl")[-1].items() if "val_" in name})
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0].keys() >= {
+        "val_overlap", "val_acceptance", "val_ece", "val_teacher_ece", "val_entropy", "val_student_entropy"}
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_gradient_norm_of_the_only_term_is_the_gradient_norm(processes, flags, tmp_path):
     """Training and validation on the same eight rows, at a learning rate of 0."""
