@@ -139,7 +139,8 @@ class Chunks:
         return product(self.hidden[rows], self.head, self.buffer("student", rows, self.head))
 
     def teacher_log_p(self, rows, temperature):  # -> (C, V), all teachers of these rows mixed
-        here = [one for one in self.teacher if 0 <= rows.start - one.begin < len(one.states)]
+        here = [one for one in self.teacher
+                if one.begin <= rows.start and rows.stop <= one.begin + len(one.states)]
         mixed = None
         for one in here:
             name = "teacher" if mixed is None else "another teacher"
