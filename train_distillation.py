@@ -139,8 +139,8 @@ def main():
     add = parser.add_argument_group("lesson").add_argument
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
         help="files of conversations, or of plain texts, in the formats of dataset/dataset.md")
-    add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]",
-        help="weights in any format; the distributions of several are mixed; default: --size's")
+    add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]|NAME=PATH",
+        help="weights; several are mixed, or each teaches the rows of its NAME; default: --size's")
     add("--teacher_data_path", nargs="+", default=None,
         help="context distillation: the same rows with privileged context, for the teacher")
     add("--teacher_cache", nargs="+", action="extend", metavar="DIR[=WEIGHT]",
@@ -213,11 +213,11 @@ def distill(teacher, student, train_loader, epochs, *, args, world):
     with checking_input():
         # 4. Data
         max_seq_len = student.context_length(args.max_seq_len)
-        other_side = teacher_side(teacher, tokenizer, train_loader, args.teacher_data_path,
-                                  max_seq_len)
+        side = teacher_side(teacher, tokenizer, train_loader, args.teacher_data_path, max_seq_len)
         train_data, val_data = open_data(
             dataset_of(train_loader), train_loader, tokenizer, max_seq_len, args.val_path,
-            args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, other_side)
+            args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, side,
+            [one.name for one in teacher])
         check_caches(teacher, (train_data, val_data))
         data = MicroBatches(train_data, args.batch_size, args.accumulation_steps, world.rank,
                             world.size, args.seed)

@@ -468,6 +468,25 @@ def read_categories(path, skip_bad_lines=False) -> list[str]:
                      log=str)
 
 
+def read_routes(path, names, convert: Callable, skip_bad_lines=False) -> list[int]:
+    """For each row that `convert` reads, the place among `names` of its teacher: its key `teacher`,
+    else the longest name that its category equals or begins with ("roads" for "roads/red"; default:
+    the file's name without extension). With skip_bad_lines -1 for a row without a teacher."""
+    stem = Path(path).stem
+
+    def route(row):
+        convert(row)                                # what is bad here, the data has left out
+        given, group = row.get("teacher"), category(row, stem)
+        fit = [name for name in names if given == name
+               or not given and f"{group}/".startswith(f"{name}/")]
+        if not fit and not skip_bad_lines:
+            found = f"teacher is {_short(given)}" if given else f"category is {_short(group)}"
+            raise ValueError(f"its {found}, and --teacher names {', '.join(names)}")
+        return names.index(max(fit, key=len)) if fit else -1
+
+    return read_each(path, route, skip_bad_lines, log=str)
+
+
 def read_questions(path, skip_bad_lines=False, log=print) -> list[Question | None]:
     """Every question of a file, as to_question gives it, and None for each skipped bad line, so
     that two files stay aligned row by row."""

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dataset.formats import (check_exists, holds_texts, read_one_by_one, to_messages, to_prompts,
-                             to_text)
+from dataset.formats import (check_exists, holds_texts, read_one_by_one, read_routes, to_messages,
+                             to_prompts, to_text)
 from runtime.files import file_crc32, file_sha256, write_atomic
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
@@ -41,6 +41,8 @@ class Batch(NamedTuple):
     step_targets: int               # targets of the optimizer step: all micro-batches and processes
     step_samples: int               # samples of the optimizer step
     keys: tuple[int, ...] = ()      # sample_key of each sample
+    # If each sample has one of several teachers: (teacher, its samples), in this order in the batch
+    parts: "tuple[tuple[int, Batch], ...]" = ()
 
     # If the teacher reads other tokens (paired_with):
     teacher: "Batch | None" = None          # the same samples as the teacher reads them
@@ -51,7 +53,8 @@ class Batch(NamedTuple):
         """`change` applied to each tensor, also of the teacher's batch."""
         tensors = {name: change(value) for name, value in self._asdict().items()
                    if isinstance(value, torch.Tensor)}
-        return self._replace(**tensors, teacher=self.teacher and self.teacher.each(change))
+        return self._replace(**tensors, teacher=self.teacher and self.teacher.each(change),
+                             parts=tuple((i, part.each(change)) for i, part in self.parts))
 
     def to(self, device) -> "Batch":
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -86,6 +89,7 @@ class TokenDataset:
     validated_on = None             # name of a validation file beside the data
     teacher = None                  # the same samples as a teacher reads them, see paired_with
     across = False                  # whether its ids mean other tokens
+    routes = None                   # (samples,) number of the teacher of each, see routed
 
     def __init__(self, paths, tokenizer, max_seq_len: int = 512, skip_bad_lines: bool = False,
                  log=print, by_turns: bool = False):
@@ -180,18 +184,37 @@ class TokenDataset:
         part = copy.copy(self)
         for name in ("ends", "lengths", "n_targets", "rows", "origins"):
             setattr(part, name, getattr(self, name)[samples])
+        if self.routes is not None:
+            part.routes = self.routes[samples]
         return part
+
+    def routed(self, names: list[str]) -> "TokenDataset":
+        """A view whose samples know their teacher, one of these names: see formats.read_routes."""
+        if not isinstance(self, SFTDataset):
+            raise ValueError(f"{self} holds texts; only conversations name their teacher")
+        found = [read_routes(path, names, self.convert, self.skip_bad_lines) for path in self.paths]
+        routes = np.concatenate(found)[self.origins]
+        part = self.view(np.flatnonzero(routes >= 0))
+        part.routes = routes[routes >= 0]
+        counts = np.bincount(part.routes, minlength=len(names)).tolist()
+        self.log(f"{self}: samples by teacher: "
+                 + ", ".join(f"{name} {count:,}" for name, count in zip(names, counts)))
+        return part
+
+    def read_by(self, teacher: int) -> "TokenDataset":
+        """A view of the samples of this teacher: all, if they are not routed."""
+        return self if self.routes is None else self.view(np.flatnonzero(self.routes == teacher))
 
     def sample(self, i: int) -> np.ndarray:  # -> (lengths[i],) ids and flags
         return self.stream[self.ends[i] - self.lengths[i]:self.ends[i]]
 
     def batch(self, samples: np.ndarray, step_targets: int = 0, step_samples: int = 0) -> Batch:
-        """The packed stream of these samples, in the given order."""
-        parts = [self.sample(i) for i in samples]
-        stream = np.concatenate(parts)
-        batch = packed_batch(stream & ~self.flag, stream & self.flag > 0, self.lengths[samples],
-                             step_targets, step_samples)
-        batch = batch._replace(keys=tuple(map(sample_key, parts)))
+        """The packed stream of these samples, in the given order; of routed ones by teacher."""
+        if self.routes is not None:
+            own = [(i, samples[self.routes[samples] == i]) for i in np.unique(self.routes[samples])]
+            batch = self.pack(np.concatenate([some for _, some in own]), step_targets, step_samples)
+            return batch._replace(parts=tuple((i, self.pack(some)) for i, some in own))
+        batch = self.pack(samples, step_targets, step_samples)
         if self.teacher is None:
             return batch
         its = self.teacher.batch(np.searchsorted(self.teacher.rows, self.rows[samples]))
@@ -199,6 +222,13 @@ class TokenDataset:
         if self.across:
             match = same_text(batch, self.tokenizer.n_bytes, its, self.teacher.tokenizer.n_bytes)
         return batch._replace(teacher=its, match=match)
+
+    def pack(self, samples: np.ndarray, step_targets: int = 0, step_samples: int = 0) -> Batch:
+        parts = [self.sample(i) for i in samples]
+        stream = np.concatenate(parts)
+        batch = packed_batch(stream & ~self.flag, stream & self.flag > 0, self.lengths[samples],
+                             step_targets, step_samples)
+        return batch._replace(keys=tuple(map(sample_key, parts)))
 
     def paired_with(self, teacher: "TokenDataset") -> "TokenDataset":
         """A view whose batches also hold the teacher's version of the same samples: other tokens,
@@ -369,7 +399,7 @@ def dataset_of(paths) -> type[TokenDataset]:
 
 
 def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fraction: float = 0.05,
-              skip_bad_lines: bool = False, first=nullcontext(), log=print, teacher=None):
+              skip_bad_lines: bool = False, first=nullcontext(), log=print, teacher=None, names=()):
     """Training and validation data: (kind, kind or None).
 
     kind      PretrainDataset or SFTDataset
@@ -377,6 +407,7 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
               "none": no validation
     first     a context in which the main process tokenises first (main_process_first)
     teacher   (paths, tokenizer, max_seq_len) of a teacher with other tokens or other prompts
+    names     of the teachers, if each reads its own samples only
     """
     other_prompts = teacher is not None and list(teacher[0]) != list(paths)
     if other_prompts and val_path not in (None, "none"):
@@ -390,6 +421,8 @@ def open_data(kind, paths, tokenizer, max_seq_len: int, val_path=None, val_fract
 
     def read(files):
         data = kind(files, tokenizer, max_seq_len, skip_bad_lines, log, by_turns)
+        if any(names):
+            data = data.routed(names)
         if teacher is None:
             return data
         its_files = teacher[0] if other_prompts else files
@@ -488,4 +521,5 @@ def in_order(dataset: TokenDataset, rank: int = 0, world_size: int = 1,
     for first in range(0, len(parts), world_size):
         has_part = first + rank < len(parts)
         batch = dataset.batch(parts[first + rank if has_part else first])
-        yield batch if has_part else batch._replace(at=batch.at[:0], targets=batch.targets[:0])
+        yield batch if has_part else batch._replace(at=batch.at[:0], targets=batch.targets[:0],
+                                                    parts=())

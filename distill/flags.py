@@ -89,15 +89,23 @@ def describe_loss(args, student_config) -> str:
 
 def check_teachers(teachers, args):
     """Refuse combinations of teachers and losses that do not work."""
-    single_model = len(teachers) == 1 and not teachers[0].is_cached
+    names = {teacher.name for teacher in teachers}
+    single_model = len(teachers) == 1 and not teachers[0].is_cached and names == {""}
     intermediate = [f"--{name}_weight" for name in INTERMEDIATE if vars(args)[f"{name}_weight"] > 0]
     uld = ["--divergence uld"] if args.divergence == "uld" else []
     plain = ["--plain_loss"] if args.plain_loss else []
     context = ["--teacher_data_path"] if args.teacher_data_path else []
     for flag in (*intermediate, *uld, *plain, *context):
         if not single_model:
-            raise ValueError(f"{flag} needs exactly one --teacher in memory, and no "
-                             "--teacher_cache")
+            raise ValueError(f"{flag} needs exactly one --teacher PATH in memory, without a name, "
+                             "and no --teacher_cache")
+    if names != {""}:
+        if "" in names or len(names) < len(teachers) or any(one.is_cached for one in teachers):
+            raise ValueError("routed teachers, --teacher NAME=PATH ..., each need a name of their "
+                             "own, and no --teacher_cache")
+        if args.shard == "zero3":
+            raise ValueError("--shard zero3 needs every teacher in every batch, and a routed "
+                             "teacher, NAME=PATH, only reads its own samples: --shard zero2")
     if uld and (intermediate or plain):
         raise ValueError("--divergence uld compares sorted probabilities, "
                          f"{[*intermediate, *plain][0]} compares position by position. Leave one "

@@ -7,6 +7,7 @@ cross-entropies: Hsu et al. 2024 (Liger), https://arxiv.org/abs/2410.10989, Sec.
 """
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ class Dense(NamedTuple):
     states: torch.Tensor            # (S, D of the teacher)
     head: torch.Tensor              # (V, D of the teacher)
     weight: float = 1.0             # several teachers act as one: p = sum of weight * p of each
+    begin: int = 0                  # routed: its first position among those of the student
 
 
 class TopK(NamedTuple):
@@ -49,7 +51,7 @@ def fused_distillation_loss(hidden, head, targets, teacher, alpha=0.0, temperatu
     hidden       (S, D) final hidden states of the student; gradients flow
     head         (V, D) output matrix of the student; gradients flow
     targets      (S,) ids
-    teacher      a list of Dense (several are mixed by their weights), or one TopK
+    teacher      a list of Dense (several at one position are mixed by their weights), or one TopK
     divergence   a function of distill/losses.py, or your own
     kd_weight    (S,) weight of the divergence at each position; 0 or False masks it. None: 1
     ce_weight    (S,) weight of the cross-entropy; negative for a policy gradient. None: 1
@@ -123,8 +125,11 @@ class Chunks:
         self.buffers = {}
 
     def __iter__(self):
-        for start in range(0, len(self.hidden), self.size):
-            yield slice(start, min(start + self.size, len(self.hidden)))
+        # No chunk holds positions of two routed teachers.
+        begins = [] if isinstance(self.teacher, TopK) else [one.begin for one in self.teacher]
+        for first, end in pairwise(sorted({0, len(self.hidden), *begins})):
+            for start in range(first, end, self.size):
+                yield slice(start, min(start + self.size, end))
 
     def buffer(self, name, rows, head):  # -> (C, V)
         if name not in self.buffers:
@@ -134,13 +139,16 @@ class Chunks:
     def student(self, rows):  # -> (C, V) logits
         return product(self.hidden[rows], self.head, self.buffer("student", rows, self.head))
 
-    def teacher_log_p(self, rows, temperature):  # -> (C, V), all teachers mixed
+    def teacher_log_p(self, rows, temperature):  # -> (C, V), all teachers of these rows mixed
+        here = [one for one in self.teacher
+                if one.begin <= rows.start and rows.stop <= one.begin + len(one.states)]
         mixed = None
-        for one in self.teacher:
+        for one in here:
             name = "teacher" if mixed is None else "another teacher"
-            log_p = product(one.states[rows], one.head, self.buffer(name, rows, one.head))
+            states = one.states[rows.start - one.begin:rows.stop - one.begin]
+            log_p = product(states, one.head, self.buffer(name, rows, one.head))
             log_softmax_(log_p.div_(temperature) if temperature != 1.0 else log_p)
-            if len(self.teacher) > 1:
+            if len(here) > 1:
                 log_p += math.log(one.weight)
             mixed = log_p if mixed is None else torch.logaddexp(mixed, log_p, out=mixed)
         return mixed

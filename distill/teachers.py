@@ -4,8 +4,6 @@ Teachers: one or several models in memory; or their outputs, kept in memory once
 data, or cached on disk. And which combinations are possible.
 """
 
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from dataset.lm_dataset import in_order, sample_key
 from distill.cache import TeacherCache
 from distill.fused import Dense, TopK
+from runtime.args import parse_teacher
 from runtime.files import file_sha256
 from runtime.log import Logger, Pace
 from runtime.precision import autocast
@@ -26,9 +25,11 @@ class Teacher(NamedTuple):
     source: Any         # a model (Transformer, WithoutAdapters), its StatesInMemory, a TeacherCache
     weight: float = 1.0         # several teachers act as one: p = sum of weight * p of each
     tokenizer: Any = None       # of a model
+    name: str = ""              # routed: it teaches the samples that name it, and no others
 
     def __str__(self):
         name = self.source.described() if self.is_cached else f"teacher {self.source.config}"
+        name = f"{self.name} ({name})" if self.name else name
         return name if self.weight == 1.0 else f"{self.weight:.2g} x ({name})"
 
     @property
@@ -89,27 +90,20 @@ class TeacherOutputs(NamedTuple):
     out: Any                            # the model's whole Output, for intermediate-layer losses
 
 
-def path_and_weight(spec: str) -> tuple[str, float]:
-    """'PATH=WEIGHT', or 'PATH' with weight 1, which may hold a "=" too."""
-    path, _, weight = spec.rpartition("=")
-    with suppress(ValueError):
-        if path and not Path(spec).exists():
-            return path, float(weight)
-    return spec, 1.0
-
-
 def make_teachers(models, caches, device, load) -> list[Teacher]:
-    """From --teacher and --teacher_cache, each 'PATH=WEIGHT' or 'PATH'; their weights normalised to
-    sum to 1.
+    """From --teacher and --teacher_cache, each as parse_teacher reads it; their weights normalised
+    to sum to 1, unless each has a name.
 
     load    path -> (model, tokenizer)
     """
     teachers = []
-    for path, weight in map(path_and_weight, models or []):
+    for name, path, weight in map(parse_teacher, models or []):
         model, tokenizer = load(path)
-        teachers.append(Teacher(model, weight, tokenizer))
-    for path, weight in map(path_and_weight, caches or []):
-        teachers.append(Teacher(TeacherCache(path).to(device), weight))
+        teachers.append(Teacher(model, weight, tokenizer, name))
+    for name, path, weight in map(parse_teacher, caches or []):
+        teachers.append(Teacher(TeacherCache(path).to(device), weight, None, name))
+    if any(teacher.name for teacher in teachers):
+        return teachers
     if min(teacher.weight for teacher in teachers) <= 0:
         raise ValueError("the weight of a teacher must be above 0; leave out a teacher that is not "
                          "wanted")
@@ -118,9 +112,11 @@ def make_teachers(models, caches, device, load) -> list[Teacher]:
 
 
 def teacher_outputs(teachers: list[Teacher], batch, return_hidden: bool = False) -> TeacherOutputs:
-    """Run each teacher on the batch, or look it up in its cache."""
-    inputs, predictions, out = batch.teacher or batch, [], None
-    for source, weight, _ in teachers:
+    """Run each teacher on the batch, or on its part of it, or look it up in its cache."""
+    whole = [(i, batch.teacher or batch) for i in range(len(teachers))]
+    predictions, out, begin = [], None, 0
+    for i, inputs in batch.parts or whole:
+        source, weight, *_ = teachers[i]
         if isinstance(source, TeacherCache | StatesInMemory):
             found = source.look_up(inputs.keys)
             if isinstance(found, TopK):                     # the only teacher: check_teachers
@@ -129,7 +125,8 @@ def teacher_outputs(teachers: list[Teacher], batch, return_hidden: bool = False)
             out = source(inputs.tokens, inputs.lengths, at=inputs.at, with_logits=False,
                          return_hidden=return_hidden)
             found = Dense(out.final, source.head)
-        predictions.append(found._replace(weight=weight))
+        predictions.append(found._replace(weight=weight, begin=begin))
+        begin += len(inputs.at) if batch.parts else 0
     if batch.match is None:
         return TeacherOutputs(predictions, None, out)
     # With another tokenizer: only positions where both have read the same text are used; the others
@@ -183,7 +180,7 @@ def teacher_side(teachers, tokenizer, paths, teacher_paths, max_seq_len: int):
 
     Raises ValueError for samples longer than the context of a teacher that reads them.
     """
-    for source, _, its_tokenizer in (teacher for teacher in teachers if not teacher.is_cached):
+    for source, _, its_tokenizer, _ in (teacher for teacher in teachers if not teacher.is_cached):
         if teacher_paths or tokenizer.conflict(its_tokenizer.ids):
             return teacher_paths or paths, its_tokenizer, source.config.max_seq_len
         if differ := [name for name in ("chat", "bos", "end_of_text")
@@ -201,16 +198,17 @@ def read_once(teachers, data, limit_gb: float, world) -> list[Teacher]:
     states take at most limit_gb of memory. Caches on disk stay as they are."""
     data = [part if part.teacher is None else part.teacher for part in data if part is not None]
     data = [*dict.fromkeys(data)]           # what the teacher reads; two views may share it
-    n = sum(int(part.n_targets.sum()) for part in data)
-    size = sum(n * teacher.source.config.dim * world.dtype.itemsize / 1e9
-               for teacher in teachers if not teacher.is_cached)
+    own = [[part.read_by(i) for part in data] for i in range(len(teachers))]
+    n = [sum(int(part.n_targets.sum()) for part in parts) for parts in own]
+    size = sum(n_own * teacher.source.config.dim * world.dtype.itemsize / 1e9
+               for n_own, teacher in zip(n, teachers) if not teacher.is_cached)
     fits = size <= limit_gb
     if size:
         Logger(f"the teacher reads a sample {'once' if fits else 'in each epoch'}: its states need "
                f"{size:.3g} GB of memory in each process (--teacher_states_gb {limit_gb:g})")
     return [teacher if teacher.is_cached or not fits else
-            teacher._replace(source=StatesInMemory(teacher.source, data, world))
-            for teacher in teachers]
+            teacher._replace(source=StatesInMemory(teacher.source, parts, world))
+            for parts, teacher in zip(own, teachers)]
 
 
 def check_caches(teachers, data):

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -185,6 +185,17 @@ def add_process_args(parser: argparse.ArgumentParser, dtype: bool = True):
     add("--ddp", action="store_true", help="several processes, started by torchrun")
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: set by torchrun")
     return add
+
+
+def parse_teacher(spec: str) -> tuple[str, str, float]:
+    """(name, path, weight) of 'NAME=PATH', 'PATH=WEIGHT', or 'PATH', which may hold a "=" too."""
+    path, _, weight = spec.rpartition("=")
+    if not path or Path(spec).exists():
+        return "", spec, 1.0
+    with suppress(ValueError):
+        return "", path, float(weight)
+    name, _, path = spec.partition("=")
+    return name, path, 1.0
 
 
 def lora_options(args) -> dict | None:

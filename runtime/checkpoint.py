@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runtime.args import resume_command
+from runtime.args import parse_teacher, resume_command
 from runtime.errors import FileError
 from runtime.files import delete, keep_previous, lock, write_atomic
 from runtime.log import Logger
@@ -84,8 +84,8 @@ def start_progress(args, name, data, epochs: int, adapted: dict | None = None) -
         settings["sha256 of the adapted weights"] = adapted["base_sha256"]
     for flag in ("teacher", "teacher_cache"):
         specs = vars(args).get(flag) or []
-        for spec in [specs] if isinstance(specs, str) else specs:       # PATH or PATH=WEIGHT
-            path = spec if Path(spec).exists() else spec.rpartition("=")[0]
+        for spec in [specs] if isinstance(specs, str) else specs:
+            _, path, _ = parse_teacher(spec)
             settings[f"content of {path}"] = fingerprint(Path(path))
     return Progress(settings, total_steps)
 

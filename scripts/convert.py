@@ -1,16 +1,18 @@
 """
-转换：任何能读的模型，写成 Hugging Face 文件夹、GGUF 或我们的 .pth；也可只留若干层，或量化。
+转换：任何能读的模型，写成 Hugging Face 文件夹、GGUF 或我们的 .pth；也可只留若干层、量化，或取平均。
 Conversion: any model that can be read becomes a Hugging Face folder, a GGUF file or a .pth of ours;
-complete, quantised, or with some of its layers only.
+complete, quantised, or with some of its layers only; or several become the mean of their weights.
 
     python scripts/convert.py --weights out/full_dist_64.pth --out out/student_hf
     python scripts/convert.py --weights out/full_dist_64.pth --out out/student.gguf
     python scripts/convert.py --weights SmolLM2-135M-Instruct.Q4_1.gguf --out out/smollm2.pth
     python scripts/convert.py --weights out/full_dist_64.pth --out out/small.pth --quantize int4
     python scripts/convert.py --student_from out/full_sft_128.pth --layers 0,3 --out out/two.pth
+    python scripts/convert.py --average out/a/full_sft_64.pth out/b/full_sft_64.pth --out out/ab.pth
 
-The last is how DistilBERT's student is initialised: with some of the teacher's layers. Sanh et al.
-2019, https://arxiv.org/abs/1910.01108, Sec. 3.
+--layers is how DistilBERT's student is initialised: with some of the teacher's layers. Sanh et al.
+2019, https://arxiv.org/abs/1910.01108, Sec. 3. --average is a model soup: Wortsman et al. 2022,
+https://arxiv.org/abs/2203.05482.
 """
 
 import argparse
@@ -47,6 +49,21 @@ def keep_layers(model: Transformer, layers: list[int]) -> Transformer:
     return model
 
 
+def average(paths: list[str]):
+    """The mean of the weights of several models, and their tokenizer. Raises ValueError if their
+    sizes or tokenizers differ, or for quantised weights."""
+    models, tokenizers = zip(*map(load_model, paths))
+    for path, model, tokenizer in zip(paths, models, tokenizers):
+        if model.config.quantization or (model.config, tokenizer.sha256) != (
+                models[0].config, tokenizers[0].sha256):
+            raise ValueError(f"--average: {path} is quantised, or has other sizes or another "
+                             f"tokenizer than {paths[0]}")
+    states = [model.state_dict() for model in models]
+    models[0].load_state_dict({name: torch.stack([state[name] for state in states]).mean(dim=0)
+                               for name in states[0]})
+    return models[0], tokenizers[0]
+
+
 def numbers(text: str) -> list[int]:
     """"0,2,4" -> [0, 2, 4]"""
     try:
@@ -57,7 +74,7 @@ def numbers(text: str) -> list[int]:
 
 def check(args) -> str:
     """The kind of --out. Raises ValueError for flags that conflict, before anything is read."""
-    out, source = args.out, args.weights or args.student_from
+    out, sources = args.out, args.average or [args.weights or args.student_from]
     kind = out.suffix if out.suffix in DTYPES else ""       # Qwen2.5-0.5B is a folder, too
     if out.suffix in (".bin", ".json", ".pt", ".safetensors"):
         raise ValueError(f"--out {out}: write FILE.pth, FILE.gguf, or a folder, for Hugging Face")
@@ -69,7 +86,7 @@ def check(args) -> str:
         raise ValueError(f"--dtype {args.dtype}: {out} can have {', '.join(DTYPES[kind])}")
     if out.exists() and out.is_dir() != (kind == ""):
         raise ValueError(f"--out {out} exists and is {'a' if out.is_dir() else 'no'} folder")
-    if out.exists() and out.samefile(source):
+    if out.exists() and any(map(out.samefile, sources)):
         raise ValueError(f"--out {out} is the model that is to be converted; name another file")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty: files of another model might be read instead "
@@ -82,6 +99,8 @@ def main():
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", metavar="PATH", help="model to convert, in any known format")
     source.add_argument("--student_from", metavar="PATH", help="model of which --layers are kept")
+    source.add_argument("--average", nargs="+", metavar="PATH",
+                        help="models of the same sizes: the result is the mean of their weights")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="FILE.pth, FILE.gguf, or a folder (Hugging Face)")
     add("--layers", type=numbers, default=None, metavar="0,2,4",
@@ -94,7 +113,8 @@ def main():
 
     with checking_input():
         kind = check(args)
-        model, tokenizer = load_model(args.weights or args.student_from)
+        model, tokenizer = (average(args.average) if args.average else
+                            load_model(args.weights or args.student_from))
         if args.layers:
             model = keep_layers(model, args.layers)
         if args.quantize:

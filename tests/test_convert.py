@@ -24,6 +24,7 @@ from interop import hf
 from interop.checkpoint import build, load_model, load_tokenizer, new_model, prepare, save_model
 from model.config import LMConfig
 from model.generate import generate
+from model.tokenizer import SPECIAL_TOKENS, Tokenizer
 from model.quantize import Quantised, quantize
 from model.transformer import Transformer
 from runtime.processes import World
@@ -75,6 +76,27 @@ def texts(path, lines):
 def logits(model):
     with torch.no_grad():
         return model(TOKENS, LENGTHS).logits
+
+
+# -- the mean of several models ---------------------------------------------------------------------
+
+def test_averaged_weights_are_the_mean_of_models_of_one_kind(files, tiny, byte_tokenizer, tmp_path):
+    save_model(tiny(seed=3, **SIZES), byte_tokenizer(), tmp_path / "other.pth")
+    pair = [files / "model.pth", tmp_path / "other.pth"]
+    convert(average=pair, out=tmp_path / "mean.pth")
+    mean, *each = (dict(load_model(path)[0].named_parameters()) for path in [tmp_path / "mean.pth", *pair])
+    for name, weight in mean.items():
+        torch.testing.assert_close(weight, (each[0][name] + each[1][name]) / 2)
+    convert(average=pair[:1] * 2, out=tmp_path / "same.pth")
+    assert torch.equal(logits(load_model(tmp_path / "same.pth")[0]), logits(load_model(pair[0])[0]))
+
+    letters = Tokenizer("(?s:.)", SPECIAL_TOKENS, {bytes([value]): 16 + value for value in range(256)})
+    save_model(tiny(**SIZES), letters, tmp_path / "words.pth")
+    convert(weights=pair[0], out=tmp_path / "int8.pth", quantize="int8")
+    for wrong, reason in (([pair[0], files / "student.pth"], "student.pth is quantised, or"), ([pair[0], tmp_path / "words.pth"], "words.pth is"),
+                          ([tmp_path / "int8.pth"] * 2, "int8.pth is quantised"), (pair, "is the model that is to be converted")):
+        said = complaint("scripts/convert.py", average=wrong, out=tmp_path / ("other.pth" if wrong is pair else "no.pth"))
+        assert reason in said
 
 
 # -- one model in many files -----------------------------------------------------------------------

@@ -447,7 +447,7 @@ def test_a_student_equal_to_its_teacher_drafts_only_what_the_teacher_accepts():
 
 def test_parts_of_a_batch_add_up_to_the_whole():
     """600 positions are three chunks, and 250 and 350 are one and two."""
-    (hidden, head, targets), (states, teacher_head, _) = a_student(tokens=600), a_teacher(tokens=600)
+    (hidden, head, targets), (states, teacher_head, *_) = a_student(tokens=600), a_teacher(tokens=600)
     whole = compare(hidden, head, targets, [Dense(states, teacher_head)])
     parts = [compare(hidden[part], head, targets[part], [Dense(states[part], teacher_head)])
              for part in (slice(250), slice(250, 600))]
