@@ -37,7 +37,7 @@ RULES = {"roads": {"old": "white black grey brown", "new": "red green blue pink"
 N_TOWNS, N_NUMBERS = 52, 100
 TEST_SHARE, VAL_SHARE = 0.2, 0.1    # of the problems with new rules
 N_TEST, N_TRAIN, N_REPLAY = 240, 1024, 256      # rows of a test, of repeated prompts, of replay
-SHOWN_SHARE = 0.2                   # of the base rows: a question that its context answers
+SHOWN_SHARE = 0.3                   # of the base rows: a question that its context answers
 
 
 class Domain(NamedTuple):
@@ -91,10 +91,11 @@ def without_thought(row: dict) -> dict:
     return {**row, "conversations": [question, answer]}
 
 
-def shown_row(towns: list[str], lengths, rng: Random) -> dict:
-    """A question about roads that exist in this conversation only, first answered as context and
-    then asked again: the model learns to use what its prompt shows."""
-    question, answer = problem(ring(towns, rng), "gold", rng.choice(towns), rng.choice(lengths))
+def shown_row(towns: list[str], colours, lengths, rng: Random) -> dict:
+    """A question about a road that is another one in each conversation, first answered as context
+    and then asked again: the model learns to use what its prompt shows."""
+    rule, place, n_steps = map(rng.choice, (list(colours), towns, lengths))
+    question, answer = problem(ring(towns, rng), rule, place, n_steps)
     turns = [question, {**answer, "train": False}, question, answer]
     return {"conversations": turns, "leaf": "shown"}
 
@@ -132,8 +133,9 @@ def build(seed: int, lengths: tuple[int, int, int], n_prompts, n_base: int) -> d
 
     old = {domain.name: domain.rows(domain.old, (*trained, *longer)) for domain in domains}
     rng = random_for(seed, "base")
-    files["base"] = [shown_row(domains[0].places, trained, rng) if rng.random() < SHOWN_SHARE
-                     else rng.choice(old[rng.choice(list(old))]) for _ in range(n_base)]
+    files["base"] = [shown_row(domains[0].places, domains[0].new, trained, rng)
+                     if rng.random() < SHOWN_SHARE else rng.choice(old[rng.choice(list(old))])
+                     for _ in range(n_base)]
     both = [row for rows in old.values() for row in rows]
     files["replay"], files["kept"] = sample(both, N_REPLAY, "replay"), sample(both, N_TEST, "kept")
     return files
