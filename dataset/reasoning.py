@@ -36,7 +36,7 @@ RULES = {"roads": {"old": "white black grey brown", "new": "red green blue pink"
          "numbers": {"old": "+1 +3 +4 +6", "new": "+2 +5 +7 +8"}}
 N_TOWNS, N_NUMBERS = 52, 100
 TEST_SHARE, VAL_SHARE = 0.2, 0.1    # of the problems with new rules
-N_TEST, N_TRAIN, N_REPLAY = 240, 1024, 256      # rows of a test, of repeated prompts, of replay
+N_TEST, N_TRAIN, N_REPLAY = 240, 1024, 512      # rows of a test, of repeated prompts, of replay
 SHOWN_SHARE = 0.3                   # of the base rows: a question that its context answers
 
 

@@ -73,7 +73,7 @@ def test_a_small_prompt_set_is_a_part_of_a_larger_one_and_repeated(files):
     distinct = {n: {turns_of(row)[0] for row in files[f"roads_{n}"]} for n in N_PROMPTS}
     assert [len(distinct[n]) for n in N_PROMPTS] == N_PROMPTS
     assert distinct[16] < distinct[64]
-    assert len(files["roads_16"]) == len(files["roads_64"]) == 4 * len(files["replay"])
+    assert len(files["roads_16"]) == len(files["roads_64"]) == 2 * len(files["replay"])
 
 
 def test_a_shown_question_is_answered_by_its_context_and_by_nothing_else(files):
