@@ -35,12 +35,13 @@ import torch
 
 from dataset.lm_dataset import (MicroBatches, PromptDataset, in_order, make_loader, open_data,
                                 prompts_and_answers)
-from distill.flags import add_divergence_args
+from distill.flags import add_divergence_args, check_routed
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
 from distill.rollouts import (Rollout, WeightedBatch, as_line, count_step, is_on_policy, mean_stats,
                               rollout_batches, rollout_stats, rounds)
-from distill.teachers import Teacher, share_vocabulary, teacher_outputs, teacher_side
+from distill.teachers import (Teacher, make_teachers, share_vocabulary, teacher_outputs,
+                              teacher_side)
 from evaluation.validation import evaluate
 from interop.checkpoint import load_model, load_teacher, prepare, run_name, save_model
 from model.generate import Guide, sample
@@ -55,7 +56,7 @@ from runtime.processes import (StopSignal, any_process, full_tensor, init_distri
 from runtime.schedules import get_lr
 
 
-def train_epoch(epoch, wandb, *, teacher,
+def train_epoch(epoch, wandb, *, teachers,
                 args, world, name, student, tokenizer, modules, optimizer, scaler, data, val_data,
                 loader, progress, log, stop):
     total_steps, weights = progress.total_steps, trained_weights(optimizer)
@@ -69,7 +70,7 @@ def train_epoch(epoch, wandb, *, teacher,
         with clock("sampling"):
             on_policy = {step: batches[step] for step in steps
                          if is_on_policy(step, args.seed, args.on_policy_fraction)}
-            rollouts = sample_rollouts(on_policy, student, teacher, tokenizer,
+            rollouts = sample_rollouts(on_policy, student, teachers, tokenizer,
                                        data.dataset.max_seq_len, args, world)
 
         for step in steps:
@@ -90,7 +91,7 @@ def train_epoch(epoch, wandb, *, teacher,
             for micro, (batch, kd_weight, ce_weight) in enumerate(micro_batches):
                 is_last = micro == len(micro_batches) - 1
                 with clock("teacher"), torch.no_grad(), autocast(world.device, world.dtype):
-                    predictions = teacher_outputs([teacher], batch).predictions
+                    predictions = teacher_outputs(teachers, batch).predictions
                 with clock("student"):
                     with autocast(world.device, world.dtype), sync_gradients(modules, is_last):
                         out = modules["model"](batch.tokens, batch.lengths, at=batch.at,
@@ -129,7 +130,7 @@ def train_epoch(epoch, wandb, *, teacher,
             if val_data is not None and progress.is_due(args.eval_interval):
                 val_loader = in_order(val_data, world.rank, world.size)
                 scores = evaluate(student, val_loader, world.device, dtype=world.dtype,
-                                  teachers=[teacher])
+                                  teachers=teachers)
                 log.row(step + 1, wandb, **scores)
                 if progress.is_best(scores["val_kl"]):
                     save_model(student, tokenizer, f"{name}_best.pth")
@@ -141,26 +142,26 @@ def train_epoch(epoch, wandb, *, teacher,
                 return
 
 
-def sample_rollouts(batches, student, teacher, tokenizer, max_seq_len, args, world):
+def sample_rollouts(batches, student, teachers, tokenizer, max_seq_len, args, world):
     """The student's answers to the prompts of batches: {step: [Batch]} -> {step: [Rollout]}."""
-    requests = []                                       # (step, prompt, the teacher's prompt)
-    teacher_limit = teacher.source.config.max_seq_len
+    requests = []                                       # (step, teacher, prompt, its prompt)
+    teacher_limit = min(each.source.config.max_seq_len for each in teachers)
     for step, micro_batches in batches.items():
         rng = np.random.default_rng([args.seed, step, world.rank])
         for batch in micro_batches:
-            for turns, teacher_turns in zip(prompts_and_answers(batch),
-                                            prompts_and_answers(batch.teacher or batch)):
+            for route, turns, teacher_turns in zip(batch.routes, prompts_and_answers(batch),
+                                                   prompts_and_answers(batch.teacher or batch)):
                 # A random turn of the conversation, of those that leave room for an answer.
                 prompts = [(prompt, other) for (prompt, _), (other, _) in zip(turns, teacher_turns)
                            if len(prompt) < max_seq_len and len(other) < teacher_limit]
                 for _ in range(args.num_samples):
-                    requests.append((step, *prompts[rng.integers(len(prompts))]))
-    prompts = [prompt for _, prompt, _ in requests]
+                    requests.append((step, route, *prompts[rng.integers(len(prompts))]))
+    prompts = [prompt for _, _, prompt, _ in requests]
     limits = [min(args.max_new_tokens, max_seq_len - len(prompt), teacher_limit - len(other))
-              for _, prompt, other in requests]
+              for _, _, prompt, other in requests]
     guide = None                                        # MiniLLM: a mixture with the teacher
     if args.objective == "minillm":
-        guide = Guide(teacher.source, [other for _, _, other in requests], args.teacher_share)
+        guide = Guide(teachers[0].source, [other for *_, other in requests], args.teacher_share)
 
     answers = [None] * len(requests)
     any_busy = bool if args.shard == "none" else partial(any_process, device=world.device)
@@ -173,8 +174,8 @@ def sample_rollouts(batches, student, teacher, tokenizer, max_seq_len, args, wor
             answers[i] = answer
     student.train()
     rollouts = {step: [] for step in batches}
-    for (step, prompt, other), answer in zip(requests, answers):
-        rollouts[step].append(Rollout(prompt, other, answer))
+    for (step, route, prompt, other), answer in zip(requests, answers):
+        rollouts[step].append(Rollout(prompt, other, answer, route))
     return rollouts
 
 
@@ -184,7 +185,7 @@ def main():
     add = parser.add_argument_group("lesson").add_argument
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
         help="files of conversations: prompts for the student; validation reads their answers")
-    add("--teacher", default="out/full_sft_768.pth",
+    add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]|NAME=PATH",
         help="teacher weights; those of --student with --lora_rank: it without its adapters")
     add("--teacher_data_path", nargs="+", default=None,
         help="context distillation: files with the same answers, row by row, to prompts with "
@@ -227,21 +228,26 @@ def main():
         student, tokenizer = load_model(args.student)
         prepare(student, args.student, world, lora_options(args), args.grad_checkpoint,
                 args.compile)
-        if args.lora_rank and args.teacher == args.student:
-            teacher = Teacher(WithoutAdapters(student), 1.0, tokenizer)
+        if args.lora_rank and args.teacher == [args.student]:
+            teachers = [Teacher(WithoutAdapters(student), 1.0, tokenizer)]
         else:
-            model, its_tokenizer = load_teacher(args.teacher, world, args.shard, args.compile)
-            teacher = Teacher(model, 1.0, its_tokenizer)
-        if share_vocabulary([teacher], [(student, tokenizer)]):
+            load = partial(load_teacher, world=world, shard=args.shard, compiled=args.compile)
+            teachers = make_teachers(args.teacher or ["out/full_sft_768.pth"], None, world.device,
+                                     load)
+        if share_vocabulary(teachers, [(student, tokenizer)]):
             args.teacher_data_path = args.teacher_data_path or args.data_path
+        check_routed(teachers, args)
+        if len(teachers) > 1 and args.objective == "minillm":
+            raise ValueError("--objective minillm samples from one --teacher")
 
         # 4. Data: the prompts, and the answers for what is not on-policy
         max_seq_len = student.context_length(args.max_seq_len)
-        other_side = teacher_side([teacher], tokenizer, args.data_path, args.teacher_data_path,
+        other_side = teacher_side(teachers, tokenizer, args.data_path, args.teacher_data_path,
                                   max_seq_len)
         train_data, val_data = open_data(
             PromptDataset, args.data_path, tokenizer, max_seq_len, args.val_path,
-            args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, other_side)
+            args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, other_side,
+            [one.name for one in teachers])
         n_missing = np.count_nonzero(~train_data.answered())
         if n_missing and args.on_policy_fraction < 1:
             raise ValueError(f"{train_data}: {n_missing:,} of {len(train_data):,} samples have no "
@@ -262,13 +268,13 @@ def main():
 
     # 6. Train
     stop, wandb, log = StopSignal(), init_wandb(args, name, progress), Log(name, progress, world)
-    Logger(f"{teacher} -> student {student.config}")
+    Logger(f"{' + '.join(map(str, teachers))} -> student {student.config}")
     Logger(f"loss = {describe(args)}; {progress.total_steps} steps of {data.step_samples} prompts, "
            f"{args.num_samples} answers each")
     loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
                          world.device)
     for epoch in progress.epochs(data.steps_per_epoch):
-        train_epoch(epoch, wandb, teacher=teacher,
+        train_epoch(epoch, wandb, teachers=teachers,
                     args=args, world=world, name=name, student=student, tokenizer=tokenizer,
                     modules=modules, optimizer=optimizer, scaler=scaler, data=data,
                     val_data=val_data, loader=loader, progress=progress, log=log, stop=stop)
@@ -297,7 +303,7 @@ def check(parser, args):
         if wrong:
             parser.error("--objective minillm needs samples of the current step from the "
                          f"unmodified distributions: {' '.join(wrong)}")
-    if args.teacher == args.student and not args.teacher_data_path:
+    if args.teacher == [args.student] and not args.teacher_data_path:
         Logger("teacher and student are the same model with the same prompts, so the KD loss is "
                "zero. --teacher_data_path gives the teacher prompts with privileged context")
     if args.save_interval % args.sample_every:

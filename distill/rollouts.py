@@ -21,6 +21,7 @@ class Rollout(NamedTuple):
     prompt: list[int]
     teacher_prompt: list[int]       # with privileged context it differs from the student's
     answer: Any                     # model.generate.Sampled
+    route: int | None = None        # number of its teacher, if each prompt has its own
 
 
 class WeightedBatch(NamedTuple):
@@ -47,15 +48,16 @@ def rollout_batches(rollouts: list[Rollout], n_batches: int, device,
                     teacher_share: float | None) -> list[WeightedBatch]:
     """A step's rollouts as micro-batches of similar lengths. teacher_share: with MiniLLM's policy
     gradient."""
-    rollouts = sorted(rollouts, key=lambda each: len(each.prompt) + len(each.answer.tokens))
+    rollouts = sorted(rollouts, key=lambda each: (each.route or 0,
+                                                    len(each.prompt) + len(each.answer.tokens)))
     weights = [()] * len(rollouts)
     if teacher_share is not None:
         weights = policy_gradient([rollout.answer for rollout in rollouts], teacher_share)
     batches = []
     for part in np.array_split(np.arange(len(rollouts)), n_batches):
-        prompts, teacher_prompts, sampled = zip(*(rollouts[i] for i in part))
+        prompts, teacher_prompts, sampled, routes = zip(*(rollouts[i] for i in part))
         answers = [answer.tokens for answer in sampled]
-        batch = batch_of_answers(prompts, answers)
+        batch = batch_of_answers(prompts, answers, routes)
         batch = batch._replace(teacher=batch_of_answers(teacher_prompts, answers)).to(device)
         token_weights = (torch.cat(each).to(device) for each in zip(*(weights[i] for i in part)))
         batches.append(WeightedBatch(batch, *token_weights))
