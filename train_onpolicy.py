@@ -49,13 +49,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dataset.lm_dataset import (MicroBatches, PromptDataset, in_order, make_loader, open_data,
                                 prompts_and_answers)
-from distill.flags import add_divergence_args
+from distill.flags import add_divergence_args, check_routed
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
 from distill.rollouts import (Rollout, WeightedBatch, as_line, count_step, grade, is_on_policy,
                               load_reward, mean_stats, policy_loss, rollout_batches, rollout_stats,
                               rounds, warn_of_collapse)
-from distill.teachers import Teacher, share_vocabulary, teacher_outputs, teacher_side
+from distill.teachers import (Teacher, make_teachers, share_vocabulary, teacher_outputs,
+                              teacher_side)
 from evaluation.validation import evaluate
 from interop.checkpoint import load_model, load_teacher, prepare, run_name, save_model
 from model.generate import Guide, sample
@@ -178,14 +179,14 @@ def train_epoch(epoch, wandb, *, teachers, reward,
 def sample_rollouts(batches, student, teachers, reward, tokenizer, max_seq_len, args, world):
     """The student's answers to the prompts of batches: {step: [Batch]} -> {step: [Rollout]}."""
     requests = []                                       # (step, a Rollout without its answer)
-    teacher_limit = teachers[0].source.config.max_seq_len if teachers else max_seq_len
+    teacher_limit = min([each.source.config.max_seq_len for each in teachers] or [max_seq_len])
     for step, micro_batches in batches.items():
         rng = np.random.default_rng([args.seed, step, world.rank])
         for batch in micro_batches:
-            for turns, teacher_turns in zip(prompts_and_answers(batch),
-                                            prompts_and_answers(batch.teacher or batch)):
+            for route, turns, teacher_turns in zip(batch.routes, prompts_and_answers(batch),
+                                                   prompts_and_answers(batch.teacher or batch)):
                 # A random turn of the conversation, of those that leave room for an answer.
-                turns = [Rollout(prompt, other, None, gold)
+                turns = [Rollout(prompt, other, None, gold, route=route)
                          for (prompt, gold), (other, _) in zip(turns, teacher_turns)
                          if len(prompt) < max_seq_len and len(other) < teacher_limit]
                 requests += [(step, turns[rng.integers(len(turns))])] * args.num_samples
@@ -231,8 +232,9 @@ def main():
     add = parser.add_argument_group("lesson").add_argument
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
         help="files of conversations: prompts for the student; validation reads their answers")
-    add("--teacher", default="out/full_sft_768.pth",
-        help="teacher weights; those of --student with --lora_rank: it without its adapters")
+    add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]|NAME=PATH",
+        help="weights; several are mixed, or each teaches the rows of its NAME; those of --student "
+             "with --lora_rank: it without its adapters; default: out/full_sft_768.pth")
     add("--teacher_data_path", nargs="+", default=None,
         help="context distillation: files with the same answers, row by row, to prompts with "
              "privileged context, which the teacher reads instead of --data_path")
@@ -291,13 +293,18 @@ def main():
         teachers = []                                   # at --reward_weight 1
         if args.teacher_ema is not None:
             teachers = [Teacher(copy.deepcopy(student).to(world.device).eval(), 1.0, tokenizer)]
-        elif args.lora_rank and args.teacher == args.student:
+        elif args.lora_rank and args.teacher == [args.student]:
             teachers = [Teacher(WithoutAdapters(student), 1.0, tokenizer)]
         elif args.teacher:
-            model, its_tokenizer = load_teacher(args.teacher, world, args.shard, args.compile)
-            teachers = [Teacher(model, 1.0, its_tokenizer)]
+            load = partial(load_teacher, world=world, shard=args.shard, compiled=args.compile)
+            teachers = make_teachers(args.teacher, None, world.device, load)
         if share_vocabulary(teachers, [(student, tokenizer)]):
             args.teacher_data_path = args.teacher_data_path or args.data_path
+        check_routed(teachers, args)
+        if len(teachers) > 1 and (args.objective != "gkd" and not teachers[0].name
+                                  or args.objective == "minillm" or args.privileged):
+            raise ValueError("several teachers: --objective gkd, or pg with routed ones, and no "
+                             "--privileged")
 
         # 4. Data: the prompts, and the answers for what is not on-policy
         max_seq_len = student.context_length(args.max_seq_len)
@@ -305,7 +312,8 @@ def main():
                                   max_seq_len)
         train_data, val_data = open_data(
             PromptDataset, args.data_path, tokenizer, max_seq_len, args.val_path,
-            args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, other_side)
+            args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, other_side,
+            [one.name for one in teachers])
         val_data = val_data.with_room(Logger) if val_data else None
         n_missing = np.count_nonzero(~train_data.answered())
         if n_missing and args.on_policy_fraction < 1:
@@ -332,7 +340,7 @@ def main():
 
     # 6. Train
     stop, wandb, log = StopSignal(), init_wandb(args, name, progress), Log(name, progress, world)
-    Logger(f"{teachers[0] if teachers else 'no teacher'} -> student {student.config}")
+    Logger(f"{' + '.join(map(str, teachers)) or 'no teacher'} -> student {student.config}")
     Logger(f"loss = {describe(args)}; {progress.total_steps} steps of {data.step_samples} prompts, "
            f"{args.num_samples} answers each")
     loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
@@ -365,6 +373,7 @@ def check(parser, args):
     args.temperature = args.generation_temperature if is_pg else args.temperature
     args.divergence = "reverse_kl" if is_minillm else args.divergence
     args.reward_weight = args.reward_weight if args.reward and is_pg else 0.0
+    args.teacher = args.teacher or ["out/full_sft_768.pth"]
     args.teacher = None if args.reward_weight == 1 or is_ema else args.teacher
     needed = {"gkd": {}, "pg": {"top_p": 1, "top_k": 0}, "minillm": {
         "temperature": 1, "generation_temperature": 1, "top_p": 1, "top_k": 0, "sample_every": 1}}
@@ -387,7 +396,8 @@ def check(parser, args):
     ):
         if refused:
             parser.error(reason)
-    if (args.teacher == args.student or is_ema) and not (args.teacher_data_path or args.privileged):
+    is_self = args.teacher == [args.student] or is_ema
+    if is_self and not (args.teacher_data_path or args.privileged):
         Logger("teacher and student are the same model with the same prompts, so the KD loss is "
                "zero. --teacher_data_path gives the teacher prompts with privileged context")
 

@@ -49,6 +49,11 @@ class Batch(NamedTuple):
     # (S,) the place in `teacher.at` that has seen the same text, or -1. None: place i matches i
     match: torch.Tensor | None = None
 
+    @property
+    def routes(self) -> list[int | None]:
+        """The teacher of each sample; None: not routed."""
+        return [i for i, part in self.parts for _ in part.lengths] or [None] * len(self.lengths)
+
     def each(self, change) -> "Batch":
         """`change` applied to each tensor, also of the teacher's batch."""
         tensors = {name: change(value) for name, value in self._asdict().items()
@@ -304,12 +309,16 @@ def prompts_and_answers(batch: Batch) -> list[list[tuple[list[int], list[int]]]]
     return found
 
 
-def batch_of_answers(prompts, answers) -> Batch:
-    """One sample per prompt and its answer, as ids; all answer tokens are targets."""
+def batch_of_answers(prompts, answers, routes=()) -> Batch:
+    """One sample per prompt and its answer, as ids; all answer tokens are targets. routes: the
+    teacher of each, in rising order, if each has its own."""
+    parts = ((i, [pair for pair, route in zip(zip(prompts, answers), routes) if route == i])
+             for i in sorted({*routes} - {None}))
+    parts = tuple((i, batch_of_answers(*zip(*pairs))) for i, pairs in parts)
     ids = np.concatenate([prompt + answer for prompt, answer in zip(prompts, answers)])
     sizes = np.array([(len(prompt), len(answer)) for prompt, answer in zip(prompts, answers)])
     is_target = np.tile([False, True], len(sizes)).repeat(sizes.flatten())
-    return packed_batch(ids, is_target, sizes.sum(axis=1))
+    return packed_batch(ids, is_target, sizes.sum(axis=1))._replace(parts=parts)
 
 
 def sample_key(sample: np.ndarray) -> int:

@@ -87,6 +87,20 @@ def describe_loss(args, student_config) -> str:
     return " + ".join([f"{args.alpha:.2f} CE", kd, *terms])
 
 
+def check_routed(teachers, args):
+    """Refuse what does not work with teachers of the form NAME=PATH."""
+    names = {teacher.name for teacher in teachers}
+    if names == {""}:
+        return
+    if ("" in names or len(names) < len(teachers) or any(one.is_cached for one in teachers)
+            or args.teacher_data_path):
+        raise ValueError("routed teachers, --teacher NAME=PATH ..., each need a name of their own, "
+                         "and neither --teacher_cache nor --teacher_data_path")
+    if args.shard == "zero3":
+        raise ValueError("--shard zero3 needs every teacher in every batch, and a routed teacher, "
+                         "NAME=PATH, only reads its own samples: --shard zero2")
+
+
 def check_teachers(teachers, args):
     """Refuse combinations of teachers and losses that do not work."""
     names = {teacher.name for teacher in teachers}
@@ -99,13 +113,7 @@ def check_teachers(teachers, args):
         if not single_model:
             raise ValueError(f"{flag} needs exactly one --teacher PATH in memory, without a name, "
                              "and no --teacher_cache")
-    if names != {""}:
-        if "" in names or len(names) < len(teachers) or any(one.is_cached for one in teachers):
-            raise ValueError("routed teachers, --teacher NAME=PATH ..., each need a name of their "
-                             "own, and no --teacher_cache")
-        if args.shard == "zero3":
-            raise ValueError("--shard zero3 needs every teacher in every batch, and a routed "
-                             "teacher, NAME=PATH, only reads its own samples: --shard zero2")
+    check_routed(teachers, args)
     if uld and (intermediate or plain):
         raise ValueError("--divergence uld compares sorted probabilities, "
                          f"{[*intermediate, *plain][0]} compares position by position. Leave one "

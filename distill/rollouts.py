@@ -30,6 +30,7 @@ class Rollout(NamedTuple):
     reward: float = np.nan
     advantage: float = 0.0          # the reward, normalised over the answers to the prompt
     kd_weight: float = 1.0          # of the teacher
+    route: int | None = None        # number of its teacher, if each prompt has its own
 
 
 class WeightedBatch(NamedTuple):
@@ -58,7 +59,8 @@ def rollout_batches(rollouts: list[Rollout], n_batches: int, device,
                     teacher_share: float | None) -> list[WeightedBatch]:
     """A step's rollouts as micro-batches of similar lengths. teacher_share: with MiniLLM's policy
     gradient."""
-    rollouts = sorted(rollouts, key=lambda each: len(each.prompt) + len(each.answer.tokens))
+    rollouts = sorted(rollouts, key=lambda each: (each.route or 0,
+                                                  len(each.prompt) + len(each.answer.tokens)))
     ones = [torch.ones(len(each.answer.tokens)) for each in rollouts]
     weights = [(None, None)] * len(rollouts)
     if teacher_share is not None:
@@ -69,9 +71,9 @@ def rollout_batches(rollouts: list[Rollout], n_batches: int, device,
                for pair, each, one in zip(weights, rollouts, ones)]
     batches = []
     for part in np.array_split(np.arange(len(rollouts)), n_batches):
-        prompts, teacher_prompts, sampled, *_ = zip(*(rollouts[i] for i in part))
+        prompts, teacher_prompts, sampled, *_, routes = zip(*(rollouts[i] for i in part))
         answers = [answer.tokens for answer in sampled]
-        batch = batch_of_answers(prompts, answers)
+        batch = batch_of_answers(prompts, answers, routes)
         batch = batch._replace(teacher=batch_of_answers(teacher_prompts, answers)).to(device)
         token_weights = (None if each[0] is None else torch.cat(each).to(device)
                          for each in zip(*(weights[i] for i in part)))
@@ -154,7 +156,7 @@ def policy_loss(final, head, weighted: WeightedBatch, teacher, args):
         advantage = (1 - W) (log p - log q when sampled) + W r       loss = -advantage log q
 
     final, head     (S, D), (V, D) of the student; gradients flow
-    teacher         [Dense], or [] where W = 1
+    teacher         [Dense], several if they are routed, or [] where W = 1
     args            temperature; reward_weight W; clip_ratio c. Above 0, loss = -min(r advantage,
                     clip(r, 1 - c, 1 + c) advantage), where r = q / q when sampled: what changed
                     enough in a round of several steps gets no more gradient. Schulman et al. 2017
@@ -164,7 +166,9 @@ def policy_loss(final, head, weighted: WeightedBatch, teacher, args):
     advantage, terms = W * weighted.advantage, {}
     if teacher:
         with torch.no_grad():
-            log_p = token_log_probs(teacher[0].states, teacher[0].head, targets, T)
+            log_p = torch.cat([token_log_probs(one.states, one.head,
+                                               targets[one.begin:one.begin + len(one.states)], T)
+                               for one in teacher])
         gap = (log_p - weighted.log_q) * (1 if weighted.kd_weight is None else weighted.kd_weight)
         advantage, terms["kd"] = advantage + (1 - W) * gap, -gap.sum()
     log_q = token_log_probs(final, head, targets, T)

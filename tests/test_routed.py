@@ -13,10 +13,12 @@ from dataset.formats import BadLine, read_routes, to_messages
 from dataset.lm_dataset import MicroBatches, SFTDataset, in_order
 from distill.fused import Dense, compare, fused_distillation_loss
 from distill.losses import forward_kl, pick_divergence
+from distill.rollouts import Rollout, rollout_batches
 from distill.teachers import Teacher, read_once, teacher_outputs
 from helpers_run import TINY, complaint, first_gradients, rows, succeed
 from interop.checkpoint import load_model, new_model, save_model
 from model.config import LMConfig
+from model.generate import Sampled
 from model.tokenizer import Tokenizer
 from runtime.args import parse_teacher
 from runtime.processes import World
@@ -215,3 +217,35 @@ def test_an_interrupted_run_of_several_epochs_goes_on_with_two_processes(read, f
     assert "after step 3" in succeed(SCRIPT, **flags | one | broken, resume=True)
     for row, other in zip(*(rows(tmp_path / f"{name}/full_dist_32.jsonl") for name in ("out", "broken")), strict=True):
         assert {**row, "tokens_per_s": 0} == pytest.approx({**other, "tokens_per_s": 0}, rel=1e-3)
+
+
+# -- on-policy -----------------------------------------------------------------------------------------------------
+
+def test_on_policy_each_teacher_judges_the_answers_to_its_own_prompts(flags, tmp_path):
+    """On the data's answers it is distillation; on the student's own the split of a step makes no difference either."""
+    shared = {name: value for name, value in flags.items() if name not in ("size", "out_dir")} | {"optimizer": "adamw"}
+    succeed(SCRIPT, **shared, size="tiny", out_dir=tmp_path)
+    found = {(0, 0): learned(tmp_path)}
+    for fraction, batch_size, processes in ((0, 8, 1), (0, 2, 2), (1, 8, 1), (1, 2, 1)):
+        folder = tmp_path / f"{fraction}{batch_size}"
+        succeed("train_onpolicy.py", **shared | {"batch_size": batch_size}, accumulation_steps=8 // batch_size // processes,
+                processes=processes, on_policy_fraction=fraction, max_new_tokens=6, out_dir=folder)
+        found[fraction, batch_size] = first_gradients(folder / "full_onpolicy_32.resume")
+    for one, other in (((0, 0), (0, 8)), ((0, 0), (0, 2)), ((1, 8), (1, 2))):
+        for g, truth in zip(found[one], found[other], strict=True):
+            assert (g - truth).abs().max() <= 4e-6 * truth.abs().max()
+
+
+def test_rollouts_go_to_the_teacher_of_their_prompt():
+    rollouts = [Rollout([n], [n], Sampled([n] * n, True, [0.0] * n, [0.0] * n, []), route=route) for n, route in ((3, 1), (5, 0), (2, 0), (4, 1), (1, 0))]
+    batches = [each.batch for each in rollout_batches(rollouts, 2, "cpu", None)]
+    assert [[(i, part.targets.unique().tolist()) for i, part in batch.parts] for batch in batches] == [
+        [(0, [1, 2, 5])], [(1, [3, 4])]]
+    assert [batch.targets.unique(sorted=True).tolist() for batch in batches] == [[1, 2, 5], [3, 4]]
+    assert batches[0].routes == [0, 0, 0]
+
+
+def test_on_policy_refuses_a_mixture_to_sample_from_and_other_prompts_for_routed_teachers(flags, world):
+    flags = {name: value for name, value in flags.items() if name != "size"}
+    assert "several teachers: --objective gkd" in complaint("train_onpolicy.py", **flags, objective="minillm")
+    assert "nor --teacher_data_path" in complaint("train_onpolicy.py", **flags, teacher_data_path=world["mixed"])
