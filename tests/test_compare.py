@@ -181,6 +181,14 @@ def test_a_main_row_has_more_seeds_unless_the_command_says_how_many(config, tmp_
     assert [len(rows[name]["updates"]) for name in ("SFT", "SKD")] == [1, 1]
 
 
+def test_a_value_of_the_plan_can_be_set(config, tmp_path):
+    config |= {"seconds": 0, "validate": ""}
+    config["values"]["samples"] = 24
+    arena(config, tmp_path, "--set", "samples=12", "--rows", "SFT")
+    assert all("--samples 12 " in each["command"] for each in trials(tmp_path) if "SFT" in each["name"]
+               and "test" not in each["name"])
+
+
 def test_a_run_that_fails_ends_the_arena_with_the_end_of_its_log(config, tmp_path):
     config |= {"begin": 0, "made": {}}
     config["rows"].pop("Teacher")
