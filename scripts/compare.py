@@ -5,6 +5,7 @@ The arena: methods on the same data, from the same start, at equal updates and a
     python scripts/compare.py --quick       one seed, nothing tuned, equal updates only
     python scripts/compare.py               everything; the same command resumes an interrupted run
     python scripts/compare.py --config configs/compare_experience.yaml --rows SFT SeqKD --seeds 5
+    python scripts/compare.py --config configs/compare_reasoning.yaml --set domain=numbers --out out/n
 
 configs/compare.yaml explains the keys. Seconds are CPU seconds of the updates, teacher included,
 and of files made for the row alone, but not of start-up. The folder OUT gets table.md, table.json
@@ -435,6 +436,8 @@ def main(argv=None):
     add("--seconds", type=lambda text: text if text == "slowest" else float(text),
         help="CPU seconds per run of the second comparison; slowest: those of the slowest row; "
              "0: no second comparison; default: that of the YAML")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE",
+        help="values of the YAML to replace; give --out too")
     add("--out", help="folder of all files; default: that of the YAML, with --quick OUT_quick")
     args = parser.parse_args(argv)
 
@@ -453,9 +456,13 @@ def main(argv=None):
             ("updates", plan.updates > plan.begin and plan.updates % TEN == 0,
              f"be a multiple of {TEN} above {plan.begin}"))
         names = [row.name for row in plan.rows]
-        for name in set(args.rows or []) - set(names):
-            near = did_you_mean(name, names)
-            parser.error(f"--rows: {args.config} has no {name!r}; did you mean {near}?")
+        changes = dict(each.split("=", 1) for each in args.set)
+        for flag, given, known in (("rows", args.rows or [], names),
+                                   ("set", changes, plan.values)):
+            for name in set(given) - set(known):
+                near = did_you_mean(name, known)
+                parser.error(f"--{flag}: {args.config} has no {name!r}; did you mean {near}?")
+        plan.values |= changes
         wanted = [row for row in plan.rows if row.name in (args.rows or names)]
         plan.rows = [row for row in wanted if row.quick or not args.quick]
         if args.seeds or args.quick:

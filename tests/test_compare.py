@@ -192,6 +192,14 @@ def test_a_reference_can_be_a_made_file(config, tmp_path):
     assert found["updates"][0]["test"]["exact_match"] == 50
 
 
+def test_a_value_of_the_plan_can_be_set(config, tmp_path):
+    config |= {"seconds": 0, "validate": ""}
+    config["values"]["samples"] = 24
+    arena(config, tmp_path, "--set", "samples=12", "--rows", "SFT")
+    assert all("--samples 12 " in each["command"] for each in trials(tmp_path) if "SFT" in each["name"]
+               and "test" not in each["name"])
+
+
 def test_a_run_that_fails_ends_the_arena_with_the_end_of_its_log(config, tmp_path):
     config |= {"begin": 0, "made": {}}
     config["rows"].pop("Teacher")
