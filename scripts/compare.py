@@ -306,7 +306,8 @@ class Comparison:
     def references(self) -> dict[str, dict]:
         """Rows of the models that the others start or learn from, but for those of a seed."""
         needed = set().union(*(placeholders(row.command, self.plan) for row in self.plan.rows))
-        found = {name: {"made": self.values[name]} for name in self.plan.references}
+        found = {name: {"made": self.values[name]} for name in self.plan.references
+                 if name not in self.plan.made}
         found |= {name: self.make(name, {}) for name, part in self.plan.made.items()
                   if name in needed and "seed" not in placeholders(part.command, self.plan)}
         return {name: {"group": "Reference models", "note": "", "tuned": {}, "updates": [

@@ -11,10 +11,13 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from dataset.reasoning import build
 from helpers_run import ROOT, Shell
 from interop import gguf, hf
-from interop.checkpoint import new_model
+from interop.checkpoint import new_model, save_model
 from model.config import LMConfig
+from runtime.files import write_jsonl
+from scripts.train_tokenizer import all_texts, train
 
 
 def blocks(page, language: str) -> list[str]:
@@ -73,7 +76,11 @@ TINY_BENCHMARKS = {
 }
 ROWS = {None: "SFT", "configs/compare_experience.yaml": "on-policy, MiniLLM + replay",
         "configs/compare_curriculum.yaml": "the curriculum", "configs/compare_methods.yaml": "SKD",
-        "configs/compare_ability.yaml": "no new questions"}       # a row of each comparison
+        "configs/compare_ability.yaml": "no new questions",
+        "configs/compare_reasoning.yaml": "on-policy, T 1.5", "configs/compare_rl.yaml": "both",
+        "configs/compare_routed.yaml": "routed"}                  # a row of each comparison
+# The models that lesson 13 makes, and the lessons after it start from: their widths.
+REASONING_MODELS = {"full_sft_48": 48, "full_sft_64": 64, "teacher/full_sft_64": 64}
 # What makes a command small. argparse takes the last value of a flag, so a flag can be given again.
 SMALL = ["--max_steps", "2", "--batch_size", "4", "--num_workers", "0"]
 
@@ -83,8 +90,10 @@ def sixteenth(match) -> str:
 
 
 def small(command: str) -> list[str]:
-    """The same command for models of 1/16 of the width (768 -> 48, 256 -> 16), and two steps."""
-    if ("--dim" in command or "out/real" in command) and "out/experience" not in command:
+    """The same command for models of 1/16 of the width (768 -> 48, 256 -> 16), and two steps. Those
+    of the reasoning world and of experience are small and keep their width."""
+    if (("--dim" in command or "out/real" in command)
+            and not re.search("out/experience|reasoning", command)):
         command = re.sub(r"(?<=--dim )\d+|(?<=full_sft_)\d+", sixteenth, command)
     command = command.replace("dim=1024, n_layers=24, n_heads=16", "dim=32, n_layers=2, n_heads=2")
     words = shlex.split(re.sub(r"full_(dist|sft)_(384|576)", r"full_\1_32", command))
@@ -93,7 +102,7 @@ def small(command: str) -> list[str]:
     if "quickstart.py" in words:
         return ["2" if word == "3" else word for word in words] + ["--smoke"]
     if "scripts/train_tokenizer.py" in words:
-        return [*words, "--vocab_size", "600"]
+        return words if "reasoning" in command else [*words, "--vocab_size", "600"]
     if "-m" in words and words[2] in TINY_BENCHMARKS:
         return words + shlex.split(TINY_BENCHMARKS[words[2]])
     if "scripts/compare.py" in words:
@@ -101,7 +110,8 @@ def small(command: str) -> list[str]:
         return [*words, "--updates", "20", "--processes", "1", "--seeds", "1", "--seconds", "0",
                 "--rows", ROWS[config]]
     if "scripts/generate_answers.py" in words:
-        return [*words, "--keep_unfinished"]            # the model has not learned to end an answer
+        # The model has not learned to end an answer, nor to give the right one.
+        return [word for word in words if word != "--only_right"] + ["--keep_unfinished"]
     if set(words) & set(LAUNCHERS):
         return ["env", "NPROC=2", *words, *SMALL]
     if "out/experience" in words and "none" in words:   # enough to write letters
@@ -124,6 +134,8 @@ def small(command: str) -> list[str]:
         return [*words, "--max_new_tokens", "8"]
     if "dataset/miniworld.py" in words:
         return [*words, "--smoke"]
+    if "dataset/reasoning.py" in words:
+        return [*words, "--base_size", "500"]
     return words
 
 
@@ -169,6 +181,29 @@ def stand_ins(folder: Path):
             tasks.write(json.dumps(row) + "\n")
 
     sizes = {"dim": 32, "n_layers": 30, "n_heads": 2, "max_seq_len": 1024}
+    reasoning_world(folder)
     gguf.write(*new_model(LMConfig(**sizes)), folder / "out/smollm2.gguf")
     shutil.copy(folder / "out/smollm2.gguf", folder / "out/stories260K.bin")
     hf.write(*new_model(LMConfig(architecture="gpt2", **sizes)), folder / "out/gpt2-medium")
+
+
+def reasoning_world(folder: Path):
+    """What the first commands of lesson 13 make: dataset/reasoning with few base rows, and the
+    models, untrained. The comparisons in configs/ make their models in two steps."""
+    data, out = folder / "dataset/reasoning", folder / "out/reasoning"
+    for name, rows in build(0, (2, 5, 9), (16, 64, 256), 500).items():
+        write_jsonl(data / f"{name}.jsonl", rows)
+    texts = (text for name in ("base", "roads_teacher", "numbers_teacher")
+             for text in all_texts(data / f"{name}.jsonl"))
+    out.mkdir(parents=True, exist_ok=True)
+    train(texts, 420).save(out / "tokenizer.json")
+    for name, dim in REASONING_MODELS.items():
+        config = LMConfig(dim=dim, n_layers=2, n_heads=4, max_seq_len=128)
+        save_model(*new_model(config, out / "tokenizer.json"), out / f"{name}.pth")
+    for config in filter(None, ROWS):
+        plan = (folder / config).read_text(encoding="utf-8")
+        if "dataset/reasoning" in plan:
+            plan = re.sub(r"--max_steps \d+", "--max_steps 2", plan)
+            plan = re.sub(r"--max_new_tokens \d+", "--max_new_tokens 8", plan)
+            plan = plan.replace("scripts/evaluate.py", "scripts/evaluate.py --limit 4")
+            (folder / config).write_text(plan, encoding="utf-8")

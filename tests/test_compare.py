@@ -18,6 +18,7 @@ from argparse import Namespace
 
 import pytest
 import yaml
+from helpers_docs import ROWS
 from helpers_run import ROOT
 from matplotlib.axes import Axes
 
@@ -181,6 +182,16 @@ def test_a_main_row_has_more_seeds_unless_the_command_says_how_many(config, tmp_
     assert [len(rows[name]["updates"]) for name in ("SFT", "SKD")] == [1, 1]
 
 
+def test_a_reference_can_be_a_made_file(config, tmp_path):
+    start = {"command": f"{tmp_path}/train.py --slow 0 --steps 10 --rate 2 --out {{out}}/start.pth",
+             "writes": "{out}/start.pth"}
+    config |= {"made": config["made"] | {"start": start}}
+    del config["values"]["start"]
+    found = arena(config, tmp_path, "--quick", "--rows", "SFT")["rows"]["start"]
+    assert found["group"] == "Reference models"
+    assert found["updates"][0]["test"]["exact_match"] == 50
+
+
 def test_a_value_of_the_plan_can_be_set(config, tmp_path):
     config |= {"seconds": 0, "validate": ""}
     config["values"]["samples"] = 24
@@ -332,9 +343,9 @@ def is_running(pid: int) -> bool:
 
 PLANS = {name: compare.read(ROOT / f"configs/{name}.yaml")
          for name in ("compare", "compare_experience", "compare_methods", "compare_curriculum",
-                      "compare_ability", "compare_reasoning")}
+                      "compare_ability", "compare_reasoning", "compare_rl", "compare_routed")}
 SAMPLES = {"compare": 24, "compare_experience": 32, "compare_methods": 32, "compare_curriculum": None,
-           "compare_ability": 48, "compare_reasoning": 16}
+           "compare_ability": 48, "compare_reasoning": 16, "compare_rl": 8, "compare_routed": 32}
 PARSERS = {}            # {script: its argument parser}
 
 
@@ -399,6 +410,12 @@ def test_every_made_file_is_needed_and_its_command_is_one_of_its_script():
         for command in plan.tests.values():
             if "evaluate" in command:
                 given(plan, command.replace("{weights}", "0=a.pth"), 10, {})
+
+
+def test_the_rows_that_stand_for_a_comparison_in_the_tests_of_the_docs_are_rows_of_it():
+    for config, name in ROWS.items():
+        plan = PLANS["compare" if config is None else config[len("configs/"):-len(".yaml")]]
+        assert name in [row.name for row in plan.rows], config
 
 
 def test_written_questions_are_judged_by_the_world_and_its_rules():
