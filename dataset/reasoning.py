@@ -128,6 +128,7 @@ def build(seed: int, lengths: tuple[int, int, int], n_prompts, n_base: int) -> d
     files["base"] = [shown_row(domains[0].places, domains[0].new, trained, rng)
                      if rng.random() < SHOWN_SHARE else rng.choice(old[rng.choice(list(old))])
                      for _ in range(n_base)]
+    files["shown"] = [row for row in files["base"] if row["leaf"] == "shown"][:N_REPLAY]
     both = [row for rows in old.values() for row in rows]
     files["replay"], files["kept"] = sample(both, N_REPLAY, "replay"), sample(both, N_TEST, "kept")
     return files

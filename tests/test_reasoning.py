@@ -77,6 +77,7 @@ def test_a_small_prompt_set_is_a_part_of_a_larger_one_and_repeated(files):
 
 
 def test_a_shown_question_is_answered_by_its_context_and_by_nothing_else(files):
+    assert files["shown"] == [row for row in files["base"] if row["leaf"] == "shown"][:len(files["shown"])] != []
     roads, _ = make_domains(0)
     shown = [row for row in files["base"] if row["leaf"] == "shown"]
     assert 0.2 < len(shown) / len(files["base"]) < 0.4
