@@ -468,7 +468,7 @@ def test_answers_written_ahead_have_an_age_and_a_stop_waits_for_the_last_of_them
     ({"objective": "pg", "top_k": 5}, "--objective pg needs samples of the current step from the unmodified distributions: --top_k 0"),
     ({"objective": "pg", "reward": "answer"}, "--num_samples 2, or more"),
     ({"objective": "pg", "reward": "nothing.py", "num_samples": 2}, "no file at nothing.py"),
-    ({"objective": "pg", "reward": "answer", "num_samples": 2, "reward_weight": 1, "privileged": "answer"}, "--privileged needs a teacher"),
+    ({"objective": "pg", "reward": "answer", "num_samples": 2, "reward_weight": 1, "privileged": "answer"}, "--privileged is for a teacher"),
     ({"privileged": "sibling", "num_samples": 2}, "by which --reward?"),
     ({"privileged": "answer", "on_policy_fraction": 0.5}, "--on_policy_fraction 1"),
     ({"teacher_ema": 1}, "--teacher_ema 1.0 must lie in [0, 1)"),
