@@ -30,8 +30,8 @@ The teacher can be the student that is shown more: --privileged puts an exchange
 in which it was answered right, by the data or by another rollout. Shenfeld et al. 2026 (SDFT),
 https://arxiv.org/abs/2601.19897; Hübotter et al. 2026 (SDPO), https://arxiv.org/abs/2601.20802.
 
-When: answers are long, and one mistake leads to the next. On short answers it ties with the cheaper
-methods at equal time: each of them learns 96 to 97 % of an experience (NOTES.md).
+When: answers are long and prompts few. From 64 prompts it solves 93 % of a world of reasoning, and
+SFT 35 (lesson 14). With many prompts, or short answers, it ties with the cheaper methods.
 
 one process    python train_onpolicy.py --config configs/onpolicy_tiny.yaml
 two processes  the same after torchrun --nproc_per_node 2, with --ddp
@@ -233,8 +233,8 @@ def main():
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
         help="files of conversations: prompts for the student; validation reads their answers")
     add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]|NAME=PATH",
-        help="weights; several are mixed, or each teaches the rows of its NAME; those of --student "
-             "with --lora_rank: it without its adapters; default: out/full_sft_768.pth")
+        help="weights; several are mixed, or each teaches the rows of its NAME; with --lora_rank "
+             "--student too, without its adapters; default: out/full_sft_768.pth")
     add("--teacher_data_path", nargs="+", default=None,
         help="context distillation: files with the same answers, row by row, to prompts with "
              "privileged context, which the teacher reads instead of --data_path")

@@ -1,5 +1,4 @@
-"""对照：处处相同的优势。A control for --reward: the same advantage at each token, no information.
-https://arxiv.org/abs/2608.31046"""
+"""对照：处处相同的优势。A control for --reward: a constant, https://arxiv.org/abs/2608.31046"""
 
 normalise = False
 

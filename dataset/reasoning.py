@@ -101,8 +101,7 @@ def describe(domains: list[Domain]) -> str:
 def build(seed: int, lengths: tuple[int, int, int], n_prompts, n_base: int) -> dict:
     """{file: rows}. lengths: the fewest and most steps to train on, and the most to test on."""
     domains, files = make_domains(seed), {}
-    trained = range(lengths[0], lengths[1] + 1)
-    longer = range(lengths[1] + 1, lengths[2] + 1)
+    trained, longer = range(lengths[0], lengths[1] + 1), range(lengths[1] + 1, lengths[2] + 1)
 
     def sample(rows, n, purpose):
         return random_for(seed, purpose).sample(rows, min(n, len(rows)))

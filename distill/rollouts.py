@@ -121,10 +121,9 @@ def grade(group, reward, tokenizer, privileged, max_length) -> list[Rollout]:
         question = tokenizer.decode(group[0].prompt).rpartition(header)[2].partition(end)[0]
         rewards = np.array([float(function(question, text(each.answer.tokens), text(each.gold)))
                             for each in group])
-        advantages = rewards
-        if normalise:       # equal rewards may have a standard deviation, of rounding errors
-            spread = rewards.std() if rewards.min() < rewards.max() else np.inf
-            advantages = (rewards - rewards.mean()) / spread
+        # Equal rewards may have a standard deviation, of rounding errors.
+        spread = rewards.std() if rewards.min() < rewards.max() else np.inf
+        advantages = (rewards - rewards.mean()) / spread if normalise else rewards
         group = [each._replace(reward=float(value), advantage=float(advantage))
                  for each, value, advantage in zip(group, rewards, advantages)]
     if privileged is None:

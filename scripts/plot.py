@@ -3,8 +3,7 @@
 Plot: the curves of several runs in one picture, from the .jsonl log beside each run's weights.
 
     python scripts/plot.py --logs distilled=out/a.jsonl alone=out/b.jsonl --out out/curves.png
-    python scripts/plot.py --logs out/a.jsonl --only loss grad_norm --out out/curves.png
-    python scripts/plot.py --logs out/a.jsonl --against step sampled_tokens --out out/curves.png
+    python scripts/plot.py --logs a.jsonl --only loss --against step sampled_tokens --out c.png
 """
 
 import sys
