@@ -379,18 +379,17 @@ def check(parser, args):
         "temperature": 1, "generation_temperature": 1, "top_p": 1, "top_k": 0, "sample_every": 1}}
     wrong = [f"--{flag} {value}" for flag, value in needed[args.objective].items()
              if vars(args)[flag] != value]
+    sibling, alone = args.privileged == "sibling", args.reward_weight == 1
     for refused, reason in (
-            (args.tokenizer, f"--tokenizer {args.tokenizer} is for a randomly initialised model; "
-             "--student has its own"),
+            (args.tokenizer, f"--tokenizer {args.tokenizer}: --student has its own"),
             (wrong, f"--objective {args.objective} needs samples of the current step from the "
              f"unmodified distributions: {' '.join(wrong)}"),
-            (args.num_samples == 1 and (args.reward_weight or args.privileged == "sibling"),
+            (args.num_samples == 1 and (args.reward_weight or sibling),
              "--reward compares several answers to a prompt: --num_samples 2, or more"),
-            (args.privileged == "sibling" and not args.reward, "--privileged sibling shows a right "
-             "answer: by which --reward?"),
-            (args.privileged and (args.reward_weight == 1 or is_minillm), "--privileged needs a "
-             "teacher that reads rollouts: --objective gkd, or pg with --reward_weight below 1"),
-            (args.on_policy_fraction < 1 and (args.privileged or args.reward_weight == 1),
+            (sibling and not args.reward, "--privileged sibling: right by which --reward?"),
+            (args.privileged and (alone or is_minillm), "--privileged is for a teacher that reads "
+             "rollouts: --objective gkd, or pg with --reward_weight below 1"),
+            (args.on_policy_fraction < 1 and (args.privileged or alone),
              "--privileged and --reward_weight 1 are for rollouts: --on_policy_fraction 1"),
             (is_ema and args.shard != "none", "--teacher_ema averages whole weights: --shard none")
     ):

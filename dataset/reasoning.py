@@ -27,7 +27,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only dataset/
 
 from dataset.formats import final_answer
-from dataset.miniworld import invent, random_for
+from dataset.miniworld import chat, invent, random_for
 from runtime.args import make_parser, parse_args
 from runtime.files import write_jsonl, write_text
 
@@ -48,8 +48,7 @@ class Domain(NamedTuple):
 
     def rows(self, rules: dict, lengths) -> list[dict]:
         """A problem for each rule, place to start from and number of steps."""
-        return [{"conversations": problem(rules[rule], rule, place, n_steps),
-                 "leaf": f"{self.name}/{rule}"}
+        return [chat(*problem(rules[rule], rule, place, n_steps), f"{self.name}/{rule}")
                 for rule, place, n_steps in product(rules, self.places, lengths)]
 
 
@@ -58,15 +57,13 @@ def make_domains(seed: int) -> list[Domain]:
     towns = invent(rng, N_TOWNS, "burg")
     numbers = [f"{n:02}" for n in range(N_NUMBERS)]
 
-    def road(colour):
-        return ring(towns, rng)
-
     def addition(rule):
         return {number: numbers[(int(number) + int(rule)) % N_NUMBERS] for number in numbers}
 
+    steps = ("roads", towns, lambda colour: ring(towns, rng)), ("numbers", numbers, addition)
     return [Domain(name, places, *({rule: step(rule) for rule in rules.split()}
                                    for rules in RULES[name].values()))
-            for name, places, step in (("roads", towns, road), ("numbers", numbers, addition))]
+            for name, places, step in steps]
 
 
 def ring(towns: list[str], rng: Random) -> dict[str, str]:
@@ -75,29 +72,22 @@ def ring(towns: list[str], rng: Random) -> dict[str, str]:
     return dict(zip(order, [*order[1:], order[0]]))
 
 
-def problem(step: dict[str, str], rule: str, place: str, n_steps: int) -> list[dict]:
-    """The question and the answer, a thought with a line per step, as messages."""
+def problem(step: dict[str, str], rule: str, place: str, n_steps: int) -> tuple[str, str]:
+    """The question and the answer, a thought with a line per step."""
     question, lines = f"{COUNTS[n_steps]} {rule} {place}", []
     for left in reversed(range(n_steps)):
         place = step[place]
         lines.append(f"{COUNTS[left]} {rule} {place}")
-    answer = "<think>" + "\n".join(lines) + f"</think> {place}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def without_thought(row: dict) -> dict:
-    question, answer = row["conversations"]
-    answer = {**answer, "content": final_answer(answer["content"])}
-    return {**row, "conversations": [question, answer]}
+    return question, "<think>" + "\n".join(lines) + f"</think> {place}"
 
 
 def shown_row(towns: list[str], colours, lengths, rng: Random) -> dict:
     """A question about a road that is another one in each conversation, first answered as context
     and then asked again: the model learns to use what its prompt shows."""
     rule, place, n_steps = map(rng.choice, (list(colours), towns, lengths))
-    question, answer = problem(ring(towns, rng), rule, place, n_steps)
-    turns = [question, {**answer, "train": False}, question, answer]
-    return {"conversations": turns, "leaf": "shown"}
+    row = chat(*problem(ring(towns, rng), rule, place, n_steps), "shown")
+    question, answer = row["conversations"]
+    return {**row, "conversations": [question, {**answer, "train": False}, question, answer]}
 
 
 def describe(domains: list[Domain]) -> str:
@@ -127,7 +117,9 @@ def build(seed: int, lengths: tuple[int, int, int], n_prompts, n_base: int) -> d
         files[f"{name}_test"] = problems[n_val:n_val + n_test][:N_TEST]
         files[f"{name}_longer"] = sample(domain.rows(domain.new, longer), N_TEST, f"{name} longer")
         prompts = files[name] = problems[n_val + n_test:]
-        files[f"{name}_answers"] = list(map(without_thought, prompts))
+        turns = [[turn["content"] for turn in row["conversations"]] for row in prompts]
+        files[f"{name}_answers"] = [chat(question, final_answer(answer), name)
+                                    for question, answer in turns]
         for n in n_prompts:                 # repeated, so that most rows are prompts, not replay
             files[f"{name}_{n}"] = (prompts[:n] * (1 + N_TRAIN // n))[:max(n, N_TRAIN)]
 

@@ -4,8 +4,7 @@ The arena: methods on the same data, from the same start, at equal updates and a
 
     python scripts/compare.py --quick       one seed, nothing tuned, equal updates only
     python scripts/compare.py               everything; the same command resumes an interrupted run
-    python scripts/compare.py --config configs/compare_experience.yaml --rows SFT SeqKD --seeds 5
-    python scripts/compare.py --config configs/compare_reasoning.yaml --set domain=numbers --out out/n
+    python scripts/compare.py --config configs/compare_reasoning.yaml --rows SFT SeqKD --seeds 5
 
 configs/compare.yaml explains the keys. Seconds are CPU seconds of the updates, teacher included,
 and of files made for the row alone, but not of start-up. The folder OUT gets table.md, table.json
