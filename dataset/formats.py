@@ -283,9 +283,14 @@ def category(row: dict, default: str) -> str:
 
 def final_answer(text: str) -> str:
     """The text after the last ####, else all of it: "2 + 3 = <<2+3=5>>5\\n#### 5" -> "5"; without
-    the thought before it. GSM8K, Cobbe et al. 2021, https://arxiv.org/abs/2110.14168."""
+    the thought before it, with single spaces for white space. GSM8K, Cobbe et al. 2021,
+    https://arxiv.org/abs/2110.14168."""
     text = text.rpartition("</think>")[2]
-    return text.rpartition(FINAL_ANSWER)[2].strip() or text.strip()
+    return " ".join((text.rpartition(FINAL_ANSWER)[2].strip() or text).split())
+
+
+def is_right(given: str, gold: str) -> bool:
+    return final_answer(given) == final_answer(gold)
 
 
 def _alternating(turns) -> list[dict]:

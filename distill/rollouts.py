@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dataset.formats import check_exists, final_answer
+from dataset.formats import check_exists, is_right
 from dataset.lm_dataset import Batch, batch_of_answers
 from distill.fused import token_log_probs
 from runtime.log import Logger
@@ -95,7 +95,7 @@ def load_reward(rule: str):
     """A function reward(question, answer, gold) of texts, and whether it is normalised. rule:
     "answer", or a Python file with `reward`, and with `normalise = False` if it is not."""
     if rule == "answer":
-        return lambda question, answer, gold: final_answer(answer) == final_answer(gold), True
+        return lambda question, answer, gold: is_right(answer, gold), True
     check_exists(Path(rule))
     names = runpy.run_path(rule)
     if "reward" not in names:

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from statistics import fmean
 from typing import NamedTuple
 
-from dataset.formats import category, files_of, final_answer, read_each, to_question
+from dataset.formats import (category, files_of, final_answer, is_right, read_each, to_question)
 from evaluation.scores import score_answers
 from model.generate import generate
 from runtime.log import Logger
@@ -93,18 +93,9 @@ def write_answers(model, tokenizer, conversations, max_new_tokens: int, **sampli
     return [tokenizer.decode(next(answers)).strip() if fit else "" for fit in fits]
 
 
-def plain(text: str) -> str:
-    """The final answer, with single spaces for white space."""
-    return " ".join(final_answer(text).split())
-
-
-def is_right(given: str, gold: str) -> bool:
-    return plain(given) == plain(gold)
-
-
 def words(text: str) -> list[str]:
     """"Take 2 mg, 每日。" -> take 2 mg 每 日"""
-    return WORDS.findall(plain(text).lower())
+    return WORDS.findall(final_answer(text).lower())
 
 
 def is_text(question: ExamQuestion) -> bool:
@@ -156,5 +147,5 @@ def classes(answered: list[tuple[str, ExamQuestion]]) -> dict[str, float]:
 def class_of(text: str, question: ExamQuestion) -> int | str | None:
     """The index of the option that the text equals, or None; without options the final answer."""
     if question.options is None:
-        return plain(text)
+        return final_answer(text)
     return next((i for i, option in enumerate(question.options) if is_right(text, option)), None)

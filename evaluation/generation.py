@@ -12,7 +12,7 @@ from statistics import fmean
 
 import torch
 
-from evaluation.exam import is_right
+from dataset.formats import is_right
 from model.generate import generate
 
 

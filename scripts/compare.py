@@ -49,9 +49,10 @@ TEN = 10                    # steps come in tens, so that stages and rounds can 
 # -- 1. The YAML file: its keys and their defaults; ... marks required ones ------------------------
 
 PLAN = {"title": ..., "note": ..., "out": ..., "updates": ..., "seeds": ..., "values": ...,
-        "tests": ..., "columns": ..., "rows": ..., "picture": ..., "references": (), "files": {},
-        "made": {}, "begin": 0, "validate": "", "tune_part": 0, "seconds": 0, "quick": {}}
-MADE = {"command": ..., "writes": ..., "existing": ""}
+        "tests": ..., "columns": ..., "rows": ..., "picture": ..., "beside": (), "references": (),
+        "files": {}, "made": {}, "begin": 0, "validate": "", "tune_part": 0, "seconds": 0,
+        "quick": {}}
+MADE = {"command": ..., "writes": ...}
 ROW = {"command": ..., "writes": ..., "tune": {}, "charge": (), "seeds": 0, "quick": True,
        "note": ""}
 COLUMN = {"read": ..., "form": ".1f", "spread": True, "equal_seconds": False, "lost_since": ""}
@@ -253,10 +254,8 @@ class Comparison:
         return self.jobs.run(name, filled(command, values), filled(writes, values))
 
     def make(self, name: str, values: dict) -> dict:
-        """The record of a made file; without seconds if it existed before."""
+        """The record of a made file."""
         part = self.plan.made[name]
-        if part.existing and (ROOT / part.existing).exists():
-            return {"made": part.existing}
         return self.run(f"make {name}", part.command, part.writes, values)
 
     def train(self, phase: str, row, runs: list[dict], steps: int) -> list[dict]:
@@ -385,30 +384,47 @@ def table(results: dict, plan, how: str) -> str:
 
 
 def draw(results: dict, plan, path: Path):
-    """A panel per comparison: each row's mean, spread and seeds in the colour of its group, and the
-    references as dotted lines."""
+    """A panel for each {title: column} of `picture`, also those of the YAML files in `beside` that
+    have results: each row's mean, spread and seeds in the colour of its group, at equal seconds if
+    they were measured, and the references as dotted lines."""
     from matplotlib.figure import Figure
 
-    column, groups = plan.columns[plan.picture], list(dict.fromkeys(row.group for row in plan.rows))
-    panels = {"updates": f"{results['updates']:,} updates each"}
-    if results["seconds"]:
-        panels["seconds"] = f"{results['seconds']:.0f} CPU seconds each"
-    figure = Figure((4.2 + 3.6 * len(panels), 1.2 + 0.27 * len(plan.rows)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (phase, title) in zip(axes, panels.items()):
-        for y, row in enumerate(plan.rows):
-            values, color = figures(results, row.name, phase, column), f"C{groups.index(row.group)}"
-            axis.plot(values, [y] * len(values), ".", color=color, alpha=0.35)
-            spread = stdev(values) if len(values) > 1 else 0.0
-            axis.errorbar(mean(values), y, xerr=spread, fmt="o", color=color)
-        for name in plan.references:
-            x, = figures(results, name, "updates", column)
-            axis.axvline(x, color="0.6", linestyle=":")
-            axis.annotate(name, (x, 1), xycoords=("data", "axes fraction"), ha="center")
-        axis.set_title(title, pad=16)
-        axis.set(xlabel=plan.picture, xlim=(0, 100), ylim=(len(plan.rows) - 0.5, -0.5))
-    axes[0].set_yticks(range(len(plan.rows)), [row.name for row in plan.rows])
+    drawn = [(plan, results)]
+    for other in map(read, plan.beside):
+        if (done := ROOT / other.out / "table.json").exists():
+            drawn.append((other, json.loads(done.read_text(encoding="utf-8"))))
+    panels = [(*both, *panel) for both in drawn for panel in both[0].picture.items()]
+    height = max(len(plan.rows) for plan, *_ in panels)
+    figure = Figure((5.4 * len(panels), 1.2 + 0.27 * height), layout="constrained")
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        draw_panel(axis, *panel)
     save_picture(figure, path)
+
+
+def draw_panel(axis, plan, results: dict, title: str, name: str):
+    rows = [row for row in plan.rows if row.name in results["rows"]]
+    groups, column = list(dict.fromkeys(row.group for row in rows)), plan.columns[name]
+    phase, each = "updates", f"{results['updates']:,} updates each"
+    if results["seconds"] and column.equal_seconds:
+        phase, each = "seconds", f"{results['seconds']:.0f} CPU seconds each"
+    for y, row in enumerate(rows):
+        values, color = figures(results, row.name, phase, column), f"C{groups.index(row.group)}"
+        axis.plot(values, [y] * len(values), ".", color=color, alpha=0.35)
+        spread = stdev(values) if len(values) > 1 else 0.0
+        axis.errorbar(mean(values), y, xerr=spread, fmt="o", color=color)
+    for reference in plan.references:
+        x, = figures(results, reference, "updates", column)
+        axis.axvline(x, color="0.6", linestyle=":")
+        axis.annotate(reference, (x, 1), xycoords=("data", "axes fraction"), ha="center")
+    axis.set_title(f"{title}\n{each}", pad=16)
+    axis.set(xlabel=name, ylim=(len(rows) - 0.5, -0.5))
+    axis.set_yticks(range(len(rows)), [row.name for row in rows])
+    if "KL" in name:
+        axis.set_xscale("log")
+        axis.set_xticks(ticks := [0.1, 0.2, 0.5, 1, 2], map(str, ticks))
+        axis.minorticks_off()
+    else:
+        axis.set_xlim(0, 100)
 
 
 def write_parts(files: dict, folder: Path) -> dict[str, str]:

@@ -31,8 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scrip
 
 import torch
 
-from dataset.formats import Question, read_questions
-from evaluation.exam import is_right
+from dataset.formats import Question, is_right, read_questions
 from interop.checkpoint import load_model, sha256_of_model
 from model.generate import column_major, generate_steps
 from runtime.args import add_process_args, checking_input, make_parser, parse_args

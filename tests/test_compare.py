@@ -62,7 +62,7 @@ def config(tmp_path, monkeypatch) -> dict:
     return {
         "title": "Two rows", "note": "A note.", "out": str(tmp_path / "out"), "updates": 100,
         "seeds": 2, "begin": 10, "tune_part": 0.5, "seconds": 0.45,
-        "quick": {"updates": 20, "seeds": 1}, "references": ["start"], "picture": "exact",
+        "quick": {"updates": 20, "seeds": 1}, "references": ["start"], "picture": {"Exact": "exact"},
         "values": {"data": f"{tmp_path}/data.jsonl", "start": f"{tmp_path}/start.pth",
                    "samples": 24,
                    "learn": f"{tmp_path}/train.py --start {{start}} --data {{data}} --steps {{steps}}"
@@ -243,7 +243,9 @@ def test_a_mistake_is_reported_before_anything_runs(config, tmp_path, capsys):
     assert not (tmp_path / "out/trials.jsonl").exists()
 
 
-def test_the_picture_has_a_point_for_each_row_in_each_panel(tmp_path, monkeypatch):
+def test_the_picture_has_a_point_for_each_row_in_each_panel_and_those_beside_it(
+        config, tmp_path, monkeypatch):
+    monkeypatch.undo()                                                  # the fixture draws nothing
     def seeds(*values):
         return [{"test": {"exact_match": value}} for value in values]
 
@@ -251,8 +253,15 @@ def test_the_picture_has_a_point_for_each_row_in_each_panel(tmp_path, monkeypatc
     results = {"updates": 100, "seconds": 5.0, "rows": {"teacher": {"updates": seeds(90.0)},
                                                         "SFT": row, "SeqKD": row}}
     rows = [Namespace(name=name, group="Text") for name in ("SFT", "SeqKD")]
-    column = Namespace(read="test exact_match", lost_since="")
-    plan = Namespace(rows=rows, references=["teacher"], picture="exact", columns={"exact": column})
+    column = Namespace(read="test exact_match", lost_since="", equal_seconds=False)
+    timed = Namespace(read="test exact_match", lost_since="", equal_seconds=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/table.json").write_text(json.dumps(
+        {"updates": 9, "seconds": None, "rows": {"SFT": {"updates": seeds(7.0)},
+                                                 "start": {"updates": seeds(1.0)}}}))
+    (tmp_path / "beside.yaml").write_text(yaml.safe_dump(config))
+    plan = Namespace(rows=rows, references=["teacher"], picture={"A": "exact", "B": "KL"},
+                     columns={"exact": column, "KL": timed}, beside=[tmp_path / "beside.yaml"])
     points, errorbar = [], Axes.errorbar
 
     def noted(axis, x, y, **how):
@@ -263,7 +272,7 @@ def test_the_picture_has_a_point_for_each_row_in_each_panel(tmp_path, monkeypatc
     compare.draw(results, plan, tmp_path / "table.png")
     spread = 50 ** 0.5                                                          # of 10 and 20
     assert points == [(15, 0, pytest.approx(spread)), (15, 1, pytest.approx(spread)), (30, 0, 0),
-                      (30, 1, 0)]
+                      (30, 1, 0), (7, 0, 0)]
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -9,8 +9,8 @@ import json
 import pytest
 import torch
 
-from dataset.formats import BadLine, to_messages
-from evaluation.exam import ExamQuestion, answer, grade, is_right, read_exam, token_f1
+from dataset.formats import BadLine, is_right, to_messages
+from evaluation.exam import ExamQuestion, answer, grade, read_exam, token_f1
 from evaluation.scores import score
 from model.config import LMConfig
 from model.generate import generate

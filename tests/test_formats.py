@@ -128,7 +128,7 @@ def test_a_bad_record_of_an_exam_is_named(tmp_path, record, reason):
 @pytest.mark.parametrize("text, final", [
     ("Ann has 2 + 3 = <<2+3=5>>5 cats.\n#### 5", "5"),
     ("#### 4\nNo:\n#### 5 \n", "5"),
-    (" five\ncats ", "five\ncats"),
+    (" five\ncats ", "five cats"),
     ("five ####", "five ####"),
     ("<think>\n#### 4\n</think>\n\n5", "5"),
 ])
