@@ -316,13 +316,10 @@ def main():
             [one.name for one in teachers])
         val_data = val_data.with_room(Logger) if val_data else None
         n_missing = np.count_nonzero(~train_data.answered())
-        if n_missing and args.on_policy_fraction < 1:
-            raise ValueError(f"{train_data}: {n_missing:,} of {len(train_data):,} samples have no "
-                             f"answer, which {1 - args.on_policy_fraction:.0%} of the steps learn: "
-                             "--on_policy_fraction 1")
-        if n_missing and "answer" in (args.reward, args.privileged):
-            raise ValueError(f"{train_data}: {n_missing:,} of {len(train_data):,} samples have no "
-                             "answer, which --reward answer and --privileged answer need")
+        if n_missing and (args.on_policy_fraction < 1 or "answer" in (args.reward, args.privileged)):
+            raise ValueError(
+                f"{train_data}: {n_missing:,} of {len(train_data):,} samples have no answer, which "
+                "--on_policy_fraction below 1, --reward answer and --privileged answer need")
         data = MicroBatches(train_data.with_room(Logger), args.batch_size, args.accumulation_steps,
                             world.rank, world.size, args.seed)
 
@@ -358,9 +355,8 @@ def main():
 def describe(args) -> str:
     _, divergence = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
     T, W = args.temperature, args.reward_weight
-    loss = f"{T:g}^2 * {divergence}"
-    if args.objective == "pg":
-        loss = f"-({1 - W:g} * (log p - log q) + {W:g} * reward) * log q"
+    loss = (f"-({1 - W:g} * (log p - log q) + {W:g} * reward) * log q" if args.objective == "pg"
+            else f"{T:g}^2 * {divergence}")
     whole = " of whole answers, by policy gradient" if args.objective == "minillm" else ""
     return (f"{loss} at T={T:g}{whole}, on the student's own answers in "
             f"{args.on_policy_fraction:.0%} of the steps")

@@ -53,8 +53,7 @@ PLAN = {"title": ..., "note": ..., "out": ..., "updates": ..., "seeds": ..., "va
         "files": {}, "made": {}, "begin": 0, "validate": "", "tune_part": 0, "seconds": 0,
         "quick": {}}
 MADE = {"command": ..., "writes": ...}
-ROW = {"command": ..., "writes": ..., "tune": {}, "charge": (), "seeds": 0, "quick": True,
-       "note": ""}
+ROW = {"command": ..., "writes": ..., "tune": {}, "charge": (), "seeds": 0, "note": ""}
 COLUMN = {"read": ..., "form": ".1f", "spread": True, "equal_seconds": False, "lost_since": ""}
 
 
@@ -310,8 +309,7 @@ class Comparison:
         found |= {name: self.make(name, {}) for name, part in self.plan.made.items()
                   if name in needed and "seed" not in placeholders(part.command, self.plan)}
         return {name: {"group": "Reference models", "note": "", "tuned": {}, "updates": [
-                    {key: record[key] for key in record.keys() & {"seconds"}}
-                    | self.scores(f"test, {name}", self.plan.tests, [record])[0]]}
+                    record | self.scores(f"test, {name}", self.plan.tests, [record])[0]]}
                 for name, record in found.items() if record["made"].endswith(".pth")}
 
     def results(self):
@@ -384,18 +382,16 @@ def table(results: dict, plan, how: str) -> str:
 
 
 def draw(results: dict, plan, path: Path):
-    """A panel for each {title: column} of `picture`, also those of the YAML files in `beside` that
-    have results: each row's mean, spread and seeds in the colour of its group, at equal seconds if
-    they were measured, and the references as dotted lines."""
+    """A panel for each {title: column} of `picture`, also of the YAML files in `beside`: each row's
+    mean, spread and seeds, at equal seconds if they were measured, and dotted references."""
     from matplotlib.figure import Figure
 
-    drawn = [(plan, results)]
-    for other in map(read, plan.beside):
-        if (done := ROOT / other.out / "table.json").exists():
-            drawn.append((other, json.loads(done.read_text(encoding="utf-8"))))
-    panels = [(*both, *panel) for both in drawn for panel in both[0].picture.items()]
-    height = max(len(plan.rows) for plan, *_ in panels)
-    figure = Figure((5.4 * len(panels), 1.2 + 0.27 * height), layout="constrained")
+    beside = [(other, json.loads(done.read_text())) for other in map(read, plan.beside)
+              if (done := ROOT / other.out / "table.json").exists()]
+    panels = [(*both, *panel) for both in ((plan, results), *beside)
+              for panel in both[0].picture.items()]
+    height = 1.2 + 0.27 * max(len(panel[0].rows) for panel in panels)
+    figure = Figure((5.4 * len(panels), height), layout="constrained")
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         draw_panel(axis, *panel)
     save_picture(figure, path)
@@ -443,7 +439,7 @@ def main(argv=None):
     add("--config", default="configs/compare.yaml", help="YAML file of the comparison")
     add("--rows", nargs="+", metavar="NAME", help="rows to run; default: all")
     add("--quick", action="store_true",
-        help="nothing tuned, equal updates only, without the slowest rows")
+        help="one seed, nothing tuned, equal updates only")
     add("--processes", type=int, default=os.cpu_count(),
         help="runs at a time, each with one thread; default: one per core")
     add("--seeds", type=int, help="runs per row; default: those of the YAML")
@@ -478,8 +474,7 @@ def main(argv=None):
                 near = did_you_mean(name, known)
                 parser.error(f"--{flag}: {args.config} has no {name!r}; did you mean {near}?")
         plan.values |= changes
-        wanted = [row for row in plan.rows if row.name in (args.rows or names)]
-        plan.rows = [row for row in wanted if row.quick or not args.quick]
+        plan.rows = [row for row in plan.rows if row.name in (args.rows or names)]
         if args.seeds or args.quick:
             for row in plan.rows:
                 row.seeds = 0                           # as many as the others
@@ -493,8 +488,6 @@ def main(argv=None):
     how = f"{plan.updates:,} updates, seeds: {plan.seeds}, "
     how += (f"tuned in {len(candidates(plan.rows[0]))} tries of {plan.tune_steps:,} updates"
             if plan.validate else "nothing tuned")
-    if left_out := [row.name for row in wanted if row not in plan.rows]:
-        how += f", left out: {', '.join(left_out)}"
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: background jobs ignore it
         signal.signal(number, signal.default_int_handler)
     jobs = Jobs(plan.out, args.processes)

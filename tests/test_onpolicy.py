@@ -294,9 +294,8 @@ def test_answers_are_needed_off_policy_only(told, processes, flags, tmp_path):
     said = succeed("train_onpolicy.py", **given, processes=processes)
     assert "validation: none" in said and all(row["kd"] > 0.01 for row in rows(tmp_path / f"{NAME}.jsonl"))
     if processes == 1:
-        assert "3 of 3 samples have no answer, which 50% of the steps learn: --on_policy_fraction 1" in complaint(
-            "train_onpolicy.py", **given, on_policy_fraction=0.5)
-        assert "3 of 3 samples have no answer, which --reward answer and" in complaint("train_onpolicy.py", **given, reward="answer")
+        for flag in ({"on_policy_fraction": 0.5}, {"reward": "answer"}):
+            assert "3 of 3 samples have no answer, which" in complaint("train_onpolicy.py", **given, **flag)
 
 
 @pytest.mark.parametrize("more", [{}, {"objective": "minillm"}, {"objective": "pg", "generation_temperature": 2}, {"num_samples": 2, "accumulation_steps": 2, "batch_size": 4},
