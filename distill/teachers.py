@@ -12,6 +12,7 @@ import torch
 from dataset.lm_dataset import in_order, sample_key
 from distill.cache import TeacherCache
 from distill.fused import Dense, TopK
+from distill.served import ServedTeacher
 from runtime.args import parse_teacher
 from runtime.files import file_sha256
 from runtime.log import Logger, Pace
@@ -28,7 +29,8 @@ class Teacher(NamedTuple):
     name: str = ""              # routed: it teaches the samples that name it, and no others
 
     def __str__(self):
-        name = self.source.described() if self.is_cached else f"teacher {self.source.config}"
+        name = (self.source.described() if self.is_cached or isinstance(self.source, ServedTeacher)
+                else f"teacher {self.source.config}")
         name = f"{self.name} ({name})" if self.name else name
         return name if self.weight == 1.0 else f"{self.weight:.2g} x ({name})"
 
@@ -117,6 +119,8 @@ def teacher_outputs(teachers: list[Teacher], batch, return_hidden: bool = False)
     predictions, out, begin = [], None, 0
     for i, inputs in batch.parts or whole:
         source, weight, *_ = teachers[i]
+        if isinstance(source, ServedTeacher):               # the only teacher
+            return TeacherOutputs(source.look_up(inputs), None, None)
         if isinstance(source, TeacherCache | StatesInMemory):
             found = source.look_up(inputs.keys)
             if isinstance(found, TopK):                     # the only teacher: check_teachers
