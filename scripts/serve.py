@@ -40,6 +40,7 @@ def main():
         import uvicorn
 
         from serving.api import make_app
+        from serving.page import add_page
     except ImportError as error:
         sys.exit(f"serving needs {error.name}: pip install fastapi uvicorn")
     from serving.engine import Engine
@@ -66,7 +67,9 @@ def main():
                             args.max_waiting) for name, (model, tokenizer) in models.items()}
     host, port = listening.getsockname()[:2]
     print(f"{', '.join(models)} at http://{host}:{port}/v1", flush=True)
-    server = uvicorn.Server(uvicorn.Config(make_app(engines, key), log_level="warning"))
+    app = make_app(engines, key)
+    add_page(app, engines, Path("out"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     server.run(sockets=[listening])
 
 

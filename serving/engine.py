@@ -49,11 +49,13 @@ class Answer:
 
 @dataclass(eq=False)
 class Reading:
-    """Given tokens. The result is a Token for each but the first, which nothing predicts."""
+    """Given tokens. The result is a Token for each but the first, which nothing predicts; or from the
+    position `logits_from` on, the logits of what comes next."""
 
     tokens: list[int]
-    emit: Callable          # called once, with a list of Tokens or an error
+    emit: Callable          # called once, with a list of Tokens, with logits (S, V), or an error
     n_top: int = 0
+    logits_from: int | None = None
     cancelled: bool = False
 
 
@@ -153,6 +155,9 @@ class Engine:
                               device=self.rows.device)
         final = self.model(tokens, lengths, with_logits=False).final.split(lengths)
         for each, states in zip(requests, final):
+            if each.logits_from is not None:
+                each.emit(self.model.logits(states[each.logits_from:]).float())
+                continue
             logits = self.model.logits(states[:-1]).float()
             each.emit(described(logits, each.tokens[1:], [each] * len(logits)))
 
