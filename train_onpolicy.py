@@ -55,7 +55,7 @@ from distill.losses import DIVERGENCES, pick_divergence
 from distill.rollouts import (Rollout, WeightedBatch, as_line, count_step, grade, is_on_policy,
                               load_reward, mean_stats, policy_loss, rollout_batches, rollout_stats,
                               rounds, warn_of_collapse)
-from distill.served import ServedTeacher
+from distill.served import add_served_args, make_served
 from distill.teachers import (Teacher, make_teachers, share_vocabulary, teacher_outputs,
                               teacher_side)
 from evaluation.validation import evaluate
@@ -90,6 +90,7 @@ def train_epoch(epoch, wandb, *, teachers, reward,
             rollouts = sample_rollouts(on_policy, student, teachers, reward, tokenizer,
                                        data.dataset.max_seq_len, args, world)
         if args.teacher_url:                    # it reads them while the student learns
+            teachers[0].source.forget()
             teachers[0].source.prefetch([each.teacher_prompt + each.answer.tokens[:-1]
                                          for step in steps for each in rollouts.get(step, [])])
 
@@ -239,11 +240,7 @@ def main():
     add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]|NAME=PATH",
         help="weights; several are mixed, or each teaches the rows of its NAME; with --lora_rank "
              "--student too, without its adapters; default: out/full_sft_768.pth")
-    add("--teacher_url", default=None,
-        help="a teacher behind a server of OpenAI's protocol, e.g. http://localhost:8000/v1")
-    add("--teacher_model", default=None, help="its name there")
-    add("--teacher_key_env", default=None, help="environment variable with the API key")
-    add("--teacher_top_k", type=int, default=20, help="most likely tokens that it is asked for")
+    add_served_args(add)
     add("--teacher_data_path", nargs="+", default=None,
         help="context distillation: files with the same answers, row by row, to prompts with "
              "privileged context, which the teacher reads instead of --data_path")
@@ -304,13 +301,10 @@ def main():
             teachers = [Teacher(copy.deepcopy(student).to(world.device).eval(), 1.0, tokenizer)]
         elif args.lora_rank and args.teacher == [args.student]:
             teachers = [Teacher(WithoutAdapters(student), 1.0, tokenizer)]
-        elif args.teacher_url:
-            served = ServedTeacher(args.teacher_url, args.teacher_model, tokenizer,
-                                   args.teacher_top_k, args.teacher_key_env).to(world.device)
-            teachers = [Teacher(served, 1.0, tokenizer)]
-        elif args.teacher:
+        elif args.teacher or args.teacher_url:
             load = partial(load_teacher, world=world, shard=args.shard, compiled=args.compile)
-            teachers = make_teachers(args.teacher, None, world.device, load)
+            teachers = make_teachers(args.teacher, None, world.device, load,
+                                     make_served(args, tokenizer))
         if share_vocabulary(teachers, [(student, tokenizer)]):
             args.teacher_data_path = args.teacher_data_path or args.data_path
         check_routed(teachers, args)

@@ -12,8 +12,8 @@ answer are known, and recognised from it:
 
 import json
 from argparse import Namespace
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -43,8 +43,9 @@ class ServedTeacher:
         self.url, self.model, self.top_k = url.rstrip("/"), model, top_k
         self.tokenizer, self.n_tokens = tokenizer, tokenizer.vocab_size
         self.device, self.pool = torch.device("cpu"), ThreadPoolExecutor(parallel)
-        self.asked = {}                     # tokens of a sequence -> the future of its rows
+        self.asked = {}         # tokens of a sequence -> (the future of a request, place in it)
         self.config = Namespace(max_seq_len=self.check())
+        self.about = {"ids": tokenizer.ids, "tokenizer": str(tokenizer.path)}
 
     def __str__(self):
         return f"{self.model} at {urlsplit(self.url).netloc}"
@@ -114,28 +115,65 @@ class ServedTeacher:
         return rows
 
     def prefetch(self, sequences: list[list[int]]):
-        """Ask for these sequences in the background, for look_up. Forgets all others."""
-        sequences = list(dict.fromkeys(map(tuple, sequences)))
-        self.asked = {each: self.asked[each] for each in sequences if each in self.asked}
-        new = sorted((each for each in sequences if each not in self.asked), key=len)
+        """Ask for these sequences in the background, each once, for look_up."""
+        new = {tuple(each) for each in sequences} - self.asked.keys()
+        new = sorted(new, key=len)
         for start in range(0, len(new), AT_ONCE):
             part = new[start:start + AT_ONCE]
             future = self.pool.submit(self.ask, [list(each) for each in part])
             self.asked |= {each: (future, i) for i, each in enumerate(part)}
 
+    def forget(self):
+        """All answers, such as those to the samples of a student that has changed since."""
+        self.asked = {}
+
     def look_up(self, batch) -> TopK:
         """The predictions at the supervised positions of a batch."""
-        tokens, ends = batch.tokens.tolist(), list(accumulate(batch.lengths))
-        sequences = [tuple(tokens[end - length:end]) for end, length in zip(ends, batch.lengths)]
-        if any(each not in self.asked for each in sequences):
-            self.prefetch(sequences)
-        rows = []
-        for each in sequences:
-            future, i = self.asked[each]
-            rows.append(future.result()[i])
-        rows = np.concatenate(rows)[batch.at.cpu().numpy()]                         # (S, k, 2)
-        log_p = torch.from_numpy(rows[..., 1])
+        self.prefetch(sequences_of(batch))
+        found = (self.asked[tuple(each)] for each in sequences_of(batch))
+        rows = np.concatenate([future.result()[i] for future, i in found])          # (N, k, 2)
+        rows = torch.from_numpy(rows[batch.at.cpu().numpy()]).to(self.device)       # (S, k, 2)
+        log_p = rows[..., 1].float()
         # What the top-k leave over; at least what rounding may hide.
-        tail = torch.log((1 - log_p.exp().sum(dim=-1)).clamp_min(1e-7))
-        return TopK(torch.from_numpy(rows[..., 0]).long().to(self.device),
-                    log_p.float().to(self.device), tail.float().to(self.device))
+        tail = (1 - rows[..., 1].exp().sum(dim=-1)).clamp_min(1e-7).log().float()
+        return TopK(rows[..., 0].long(), log_p, tail)
+
+
+def sequences_of(batch) -> list[list[int]]:
+    """The tokens of each sample."""
+    return [part.tolist() for part in batch.tokens.split(batch.lengths)]
+
+
+def read_ahead(loader, teachers, n: int = 4):
+    """The same batches, while served teachers already read the next n."""
+    served = [each.source for each in teachers if isinstance(each.source, ServedTeacher)]
+    if not served:
+        yield from loader
+        return
+    waiting = deque()
+    for batch in loader:
+        served[0].prefetch(sequences_of(batch.teacher or batch))
+        waiting.append(batch)
+        if len(waiting) > n:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def add_served_args(add):
+    add("--teacher_url", default=None,
+        help="a teacher behind a server of OpenAI's protocol, e.g. http://localhost:8000/v1")
+    add("--teacher_model", default=None, help="its name there")
+    add("--teacher_key_env", default=None, metavar="VARIABLE",
+        help="environment variable with the server's key")
+    add("--teacher_top_k", type=int, default=20,
+        help="most likely tokens that a served teacher is asked for at each position")
+
+
+def make_served(args, tokenizer) -> ServedTeacher | None:
+    """The teacher of add_served_args' flags, or None. Raises ValueError."""
+    if not args.teacher_url:
+        return None
+    if not args.teacher_model:
+        raise ValueError("--teacher_url needs the model's name there: --teacher_model NAME")
+    return ServedTeacher(args.teacher_url, args.teacher_model, tokenizer, args.teacher_top_k,
+                         args.teacher_key_env)

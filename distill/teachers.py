@@ -23,20 +23,20 @@ ROWS_AT_ONCE = 1 << 14          # of states that processes send each other
 
 
 class Teacher(NamedTuple):
-    source: Any         # a model (Transformer, WithoutAdapters), its StatesInMemory, a TeacherCache
+    source: Any         # a model (Transformer, WithoutAdapters), its StatesInMemory, or what has its
+                        # outputs without the model: a TeacherCache, a ServedTeacher
     weight: float = 1.0         # several teachers act as one: p = sum of weight * p of each
     tokenizer: Any = None       # of a model
     name: str = ""              # routed: it teaches the samples that name it, and no others
 
     def __str__(self):
-        name = (self.source.described() if self.is_cached or isinstance(self.source, ServedTeacher)
-                else f"teacher {self.source.config}")
+        name = self.source.described() if self.is_cached else f"teacher {self.source.config}"
         name = f"{self.name} ({name})" if self.name else name
         return name if self.weight == 1.0 else f"{self.weight:.2g} x ({name})"
 
     @property
     def is_cached(self) -> bool:
-        return isinstance(self.source, TeacherCache)
+        return isinstance(self.source, TeacherCache | ServedTeacher)
 
 
 class StatesInMemory:
@@ -78,9 +78,9 @@ class StatesInMemory:
     def head(self):  # -> (V, D)
         return self.model.head
 
-    def look_up(self, keys) -> Dense:
-        """The states of these samples, packed in the given order."""
-        states = torch.cat([self.states[slice(*self.places[key])] for key in keys])
+    def look_up(self, batch) -> Dense:
+        """The states at the supervised positions of its samples."""
+        states = torch.cat([self.states[slice(*self.places[key])] for key in batch.keys])
         return Dense(states.to(self.device), self.head)
 
 
@@ -92,13 +92,14 @@ class TeacherOutputs(NamedTuple):
     out: Any                            # the model's whole Output, for intermediate-layer losses
 
 
-def make_teachers(models, caches, device, load) -> list[Teacher]:
+def make_teachers(models, caches, device, load, served=None) -> list[Teacher]:
     """From --teacher and --teacher_cache, each as parse_teacher reads it; their weights normalised
     to sum to 1, unless each has a name.
 
     load    path -> (model, tokenizer)
+    served  a ServedTeacher
     """
-    teachers = []
+    teachers = [Teacher(served.to(device))] if served else []
     for name, path, weight in map(parse_teacher, models or []):
         model, tokenizer = load(path)
         teachers.append(Teacher(model, weight, tokenizer, name))
@@ -119,10 +120,8 @@ def teacher_outputs(teachers: list[Teacher], batch, return_hidden: bool = False)
     predictions, out, begin = [], None, 0
     for i, inputs in batch.parts or whole:
         source, weight, *_ = teachers[i]
-        if isinstance(source, ServedTeacher):               # the only teacher
-            return TeacherOutputs(source.look_up(inputs), None, None)
-        if isinstance(source, TeacherCache | StatesInMemory):
-            found = source.look_up(inputs.keys)
+        if isinstance(source, TeacherCache | StatesInMemory | ServedTeacher):
+            found = source.look_up(inputs)
             if isinstance(found, TopK):                     # the only teacher: check_teachers
                 return TeacherOutputs(found, None, None)
         else:
@@ -217,7 +216,8 @@ def read_once(teachers, data, limit_gb: float, world) -> list[Teacher]:
 
 def check_caches(teachers, data):
     """Refuse caches that were not written for the training and validation data (or None)."""
-    for cache in (teacher.source for teacher in teachers if teacher.is_cached):
+    caches = [each.source for each in teachers if isinstance(each.source, TeacherCache)]
+    for cache in caches:
         for part in (part for part in data if part is not None):
             cache.check(part.tokenizer.path, part.max_seq_len,
                         {path: file_sha256(path) for path in part.paths},
