@@ -175,7 +175,7 @@ async def answer(request: Request, body: dict, engine: Engine, prompts, n_top: i
     max_seq_len = engine.model.config.max_seq_len
     alone = body["echo"] and body["max_tokens"] == 0            # only the prompts are read
     for prompt in prompts:
-        if not 0 < len(prompt) + (not alone) <= max_seq_len:
+        if not prompt or len(prompt) + (not alone) > max_seq_len:
             raise Refused(400, f"a prompt of {len(prompt):,} tokens; the model reads {max_seq_len:,} "
                                "with the answer")
     prompts = [prompt for prompt in prompts for _ in range(body["n"])]
