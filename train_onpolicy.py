@@ -322,8 +322,8 @@ def main():
             args.val_fraction, args.skip_bad_lines, main_process_first(world), Logger, other_side,
             [one.name for one in teachers])
         val_data = val_data.with_room(Logger) if val_data else None
-        n_missing = np.count_nonzero(~train_data.answered())
-        if n_missing and (args.on_policy_fraction < 1 or "answer" in (args.reward, args.privileged)):
+        needed = args.on_policy_fraction < 1 or "answer" in (args.reward, args.privileged)
+        if needed and (n_missing := np.count_nonzero(~train_data.answered())):
             raise ValueError(
                 f"{train_data}: {n_missing:,} of {len(train_data):,} samples have no answer, which "
                 "--on_policy_fraction below 1, --reward answer and --privileged answer need")
