@@ -188,7 +188,8 @@ def main():
         chain = fill_in(args, SIZES)
         own_teacher = args.lora_rank > 0 and args.teacher == [weights for weights, _ in chain]
         load = partial(load_teacher, world=world, shard=args.shard, compiled=args.compile)
-        served = args.teacher_url and make_served(args, load_tokenizer(args.tokenizer or chain[0][0]))
+        served = args.teacher_url and make_served(
+            args, load_tokenizer(args.tokenizer or chain[0][0]))
         teachers = [] if own_teacher else make_teachers(args.teacher, args.teacher_cache,
                                                         world.device, load, served)
         vocabulary = args.tokenizer or next((t.tokenizer for t in teachers if t.tokenizer), None)

@@ -2,11 +2,11 @@
 远处的教师：在 OpenAI 协议的服务后面，只返回 top-k 对数概率。
 A teacher elsewhere: behind a server of OpenAI's protocol, which returns top-k log-probabilities.
 
-It is asked to "complete" token ids with echo, so it reads them and writes nothing. Two dialects of the
-answer are known, and recognised from it:
+It is asked to "complete" token ids with echo, so it reads them and writes nothing. Two dialects of
+the answer are known, and recognised from it:
 
-    echo                our scripts/serve.py, vLLM: logprobs.top_logprobs, a dict per token, with keys
-                        "token_id:17"
+    echo                our scripts/serve.py, vLLM: logprobs.top_logprobs, a dict per token, with
+                        keys "token_id:17"
     prompt_logprobs     vLLM, SGLang: a dict {"17": {"logprob": -0.1, ...}} per token
 """
 
@@ -22,14 +22,14 @@ import torch
 from distill.fused import TopK
 from runtime.endpoint import make_client
 
-PROBE = "3 plus 4 is 7.\nГод 年 🙂"         # text of which teacher and student must have the same ids
+PROBE = "3 plus 4 is 7.\nГод 年 🙂"         # teacher and student must have the same ids of it
 AT_ONCE = 8                                 # sequences of a request
 NEVER = -1e4                                # log-probability of what a server calls impossible
 
 
 class ServedTeacher:
-    """Predictions for given tokens. Raises ValueError, with the endpoint and what to do, if it cannot
-    be reached, refuses, or has another tokenizer.
+    """Predictions for given tokens. Raises ValueError, with the endpoint and what to do, if it
+    cannot be reached, refuses, or has another tokenizer.
 
     top_k       most likely tokens of each position
     parallel    requests at a time
@@ -60,13 +60,13 @@ class ServedTeacher:
     def check(self) -> int:
         """Whether its ids of a text are ours. Returns its context length, if it tells."""
         ids = self.tokenizer.encode(PROBE)
-        given = [name for name in self.request(PROBE)["choices"][0]["logprobs"]["tokens"]]
+        given = self.request(PROBE)["choices"][0]["logprobs"]["tokens"]
         theirs = [int(name.removeprefix("token_id:")) for name in given
                   if name.startswith("token_id:")]
         if theirs[len(theirs) - len(ids):] != ids:
-            raise ValueError(f"{self} splits {PROBE!r} into the tokens {given}, the student's tokenizer "
-                             f"into {ids}: train the student with the teacher's tokenizer, or on its "
-                             "answers (scripts/generate_answers.py --teacher_url)")
+            raise ValueError(f"{self} splits {PROBE!r} into the tokens {given}, the student's "
+                             f"tokenizer into {ids}: train the student with the teacher's "
+                             "tokenizer, or on its answers (SeqKD)")
         names = {each.id: each for each in self.client.models.list()}
         return getattr(names.get(self.model), "max_model_len", None) or 1 << 30
 
@@ -98,8 +98,8 @@ class ServedTeacher:
             return [self.rows(choice, len(sequence))
                     for choice, sequence in zip(choices, sequences, strict=True)]
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"{self} did not return the log-probabilities of {self.top_k} tokens at "
-                             f"each position ({type(error).__name__}: {error})") from None
+            raise ValueError(f"{self} did not return the log-probabilities of {self.top_k} tokens "
+                             f"at each position ({type(error).__name__}: {error})") from None
 
     def rows(self, choice: dict, n: int) -> np.ndarray:     # -> (n, k, 2) float64
         if choice.get("prompt_logprobs"):
@@ -110,7 +110,8 @@ class ServedTeacher:
                      for place in choice["logprobs"]["top_logprobs"][1:n + 1]]
         rows = np.empty((n, self.top_k, 2))
         for row, place in zip(rows, found, strict=True):
-            pairs = [(i, NEVER if log_p is None else max(NEVER, log_p)) for i, log_p in place.items()]
+            pairs = [(i, max(NEVER, NEVER if log_p is None else log_p))
+                     for i, log_p in place.items()]
             row[:] = sorted(pairs, key=lambda pair: -pair[1])[:self.top_k]
         return rows
 

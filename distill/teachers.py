@@ -23,8 +23,9 @@ ROWS_AT_ONCE = 1 << 14          # of states that processes send each other
 
 
 class Teacher(NamedTuple):
-    source: Any         # a model (Transformer, WithoutAdapters), its StatesInMemory, or what has its
-                        # outputs without the model: a TeacherCache, a ServedTeacher
+    # A model (Transformer, WithoutAdapters), its StatesInMemory, or what has the outputs of a model
+    # that is not in memory: a TeacherCache, a ServedTeacher
+    source: Any
     weight: float = 1.0         # several teachers act as one: p = sum of weight * p of each
     tokenizer: Any = None       # of a model
     name: str = ""              # routed: it teaches the samples that name it, and no others

@@ -1,6 +1,7 @@
 """
 服务：用 OpenAI 的协议提供一个或几个模型；教师可以在另一台机器上。
-Serve one or several models with OpenAI's protocol, for clients, and as teachers of students elsewhere.
+Serve models with OpenAI's protocol: for clients, for the page at /, and as teachers of students
+elsewhere.
 
     python scripts/serve.py --weights teacher=out/full_sft_128.pth student=out/full_dist_64.pth
     curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \

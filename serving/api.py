@@ -1,15 +1,16 @@
 """
 OpenAI 的协议：对话、续写、给定词元的对数概率；不同的请求由引擎合成一个批次。
-OpenAI's protocol: chats, completions, log-probabilities of given tokens. Engines batch the requests.
+OpenAI's protocol: chats, completions, log-probabilities of given tokens; engines batch the requests.
 
     GET  /health, /v1/models
-    POST /v1/chat/completions    messages, stream, temperature, top_p, top_k, max_tokens, stop, n, seed,
-                                 logprobs, top_logprobs
-    POST /v1/completions         the same with a prompt, or prompts: texts or lists of ids; logprobs: a
-                                 number; echo: the prompt too, with its log-probabilities (what a
-                                 teacher is asked for; max_tokens 0 then means that alone)
+    POST /v1/chat/completions    messages, stream, temperature, top_p, top_k, max_tokens, stop, n,
+                                 seed, logprobs, top_logprobs
+    POST /v1/completions         the same with a prompt, or prompts: texts or lists of ids;
+                                 logprobs: a number; echo: the prompt too, with its
+                                 log-probabilities, what a teacher is asked for; with max_tokens 0
+                                 that alone
 
-With return_tokens_as_token_ids a token of the log-probabilities is "token_id:17" instead of its text.
+With return_tokens_as_token_ids a token is "token_id:17" in log-probabilities, instead of its text.
 """
 
 import asyncio
@@ -31,8 +32,8 @@ MAX_TOP = 100               # most likely tokens that are reported at each posit
 MAX_ANSWERS = 16            # n, or prompts of one request
 
 # What a request may say: the type, the default, and the smallest and largest value.
-FIELDS = {"temperature": (float, 1.0, 0, 10), "top_p": (float, 1.0, 0, 1), "top_k": (int, 0, 0, 1 << 20),
-          "max_tokens": (int, None, 0, 1 << 20), "n": (int, 1, 1, MAX_ANSWERS),
+FIELDS = {"temperature": (float, 1.0, 0, 10), "top_p": (float, 1.0, 0, 1),
+          "top_k": (int, 0, 0, 1 << 20), "max_tokens": (int, None, 0, 1 << 20), "n": (int, 1, 1, MAX_ANSWERS),
           "seed": (int, None, -1 << 62, 1 << 62), "top_logprobs": (int, 0, 0, MAX_TOP),
           "stream": (bool, False, 0, 1), "echo": (bool, False, 0, 1),
           "return_tokens_as_token_ids": (bool, False, 0, 1)}
@@ -62,7 +63,7 @@ def make_app(engines: dict[str, Engine], key: str | None = None) -> FastAPI:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if key and request.url.path.startswith("/v1") and not hmac.compare_digest(
                 given.encode(), key.encode()):
-            return await refuse(request, Refused(401, "wrong or missing key: Authorization: Bearer KEY"))
+            return await refuse(request, Refused(401, "wrong or no key: Authorization: Bearer KEY"))
         return await call_next(request)
 
     @app.get("/health")
@@ -97,7 +98,7 @@ def make_app(engines: dict[str, Engine], key: str | None = None) -> FastAPI:
     return app
 
 
-# -- what a request says -----------------------------------------------------------------------------
+# -- what a request says ---------------------------------------------------------------------------
 
 
 async def read_body(request: Request) -> dict:
@@ -155,7 +156,7 @@ def read_prompts(body, engine: Engine) -> list[list[int]]:
     if isinstance(prompt, str) or isinstance(prompt, list) and prompt and type(prompt[0]) is int:
         prompt = [prompt]
     if not isinstance(prompt, list) or not 1 <= len(prompt) <= MAX_ANSWERS:
-        raise Refused(400, f"prompt is a text, a list of ids, or a list of up to {MAX_ANSWERS} of them")
+        raise Refused(400, f"prompt is a text, a list of ids, or up to {MAX_ANSWERS} of them")
     start, prompts = [] if tokenizer.bos is None else [tokenizer.bos], []
     for each in prompt:
         ids = start + tokenizer.encode(each) if isinstance(each, str) else each
@@ -166,7 +167,7 @@ def read_prompts(body, engine: Engine) -> list[list[int]]:
     return prompts
 
 
-# -- answers -----------------------------------------------------------------------------------------
+# -- answers ---------------------------------------------------------------------------------------
 
 
 async def answer(request: Request, body: dict, engine: Engine, prompts, n_top: int | None,
@@ -176,8 +177,8 @@ async def answer(request: Request, body: dict, engine: Engine, prompts, n_top: i
     alone = body["echo"] and body["max_tokens"] == 0            # only the prompts are read
     for prompt in prompts:
         if not prompt or len(prompt) + (not alone) > max_seq_len:
-            raise Refused(400, f"a prompt of {len(prompt):,} tokens; the model reads {max_seq_len:,} "
-                               "with the answer")
+            raise Refused(400, f"a prompt of {len(prompt):,} tokens; the model reads "
+                               f"{max_seq_len:,} with the answer")
     prompts = [prompt for prompt in prompts for _ in range(body["n"])]
     listeners, requests = [], []
     for i, prompt in enumerate(prompts):
@@ -217,7 +218,8 @@ class Listener:
     async def pieces(self):
         """(text, its Tokens, None), ...; at the end the reason: "stop" or "length"."""
         ends = self.tokenizer.end_of_turn, self.tokenizer.end_of_text
-        ids, tokens, sent, reason = [], [], 0, None if self.answer else "length"
+        ids, tokens, sent, last = [], [], 0, None
+        reason = None if self.answer else "length"
         try:
             if self.reading:
                 self.read = await self.next()
@@ -277,7 +279,6 @@ class Form:
     def whole(self, answers) -> dict:
         choices = []
         for text, tokens, reason, listener in answers:
-            prompt = (listener.reading or listener.answer)
             if listener.reading:
                 text = self.engine.tokenizer.decode(listener.reading.tokens) + text
                 tokens = [Token(listener.reading.tokens[0], None, []), *listener.read, *tokens]
@@ -294,7 +295,8 @@ class Form:
 
     async def events(self, listeners):
         """Server-sent events: a chunk per piece of text of any of the answers."""
-        merged, kind = asyncio.Queue(), "chat.completion.chunk" if self.as_chat else "text_completion"
+        merged = asyncio.Queue()
+        kind = "chat.completion.chunk" if self.as_chat else "text_completion"
 
         async def forward(listener):
             try:
@@ -315,7 +317,8 @@ class Form:
                 index, text, tokens, reason = got
                 n_new += len(tokens)
                 running -= reason is not None
-                said = {"delta": {"role": "assistant", "content": text}} if self.as_chat else {"text": text}
+                said = ({"delta": {"role": "assistant", "content": text}} if self.as_chat
+                        else {"text": text})
                 yield event(self.head | {"object": kind, "choices": [
                     {"index": index, **said, "logprobs": self.log_probs(tokens),
                      "finish_reason": reason}]})

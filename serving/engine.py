@@ -9,7 +9,7 @@ Engine: a model and its thread. All requests share one continuous batch (model/g
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ class Token(NamedTuple):
 class Answer:
     prompt: list[int]
     max_new_tokens: int
-    emit: Callable          # called in the engine's thread: with a Token, and None or an error at the end
+    emit: Callable          # called in the engine's thread with each Token, then None or an error
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -49,8 +49,8 @@ class Answer:
 
 @dataclass(eq=False)
 class Reading:
-    """Given tokens. The result is a Token for each but the first, which nothing predicts; or from the
-    position `logits_from` on, the logits of what comes next."""
+    """Given tokens. The result is a Token for each but the first, which nothing predicts; or from
+    the position `logits_from` on, the logits of what comes next."""
 
     tokens: list[int]
     emit: Callable          # called once, with a list of Tokens, with logits (S, V), or an error

@@ -1,6 +1,6 @@
 """
 网页的数据：两个模型在同一个回答上的分布，out/ 里的训练曲线与比较表。
-What the page at / asks for: two models' distributions over one answer, and the curves and tables in out/.
+What the page at / asks for: two models' distributions over one answer; curves and tables in out/.
 """
 
 import asyncio
@@ -64,7 +64,7 @@ def add_page(app: FastAPI, engines: dict[str, Engine], out: Path):
         """Both models' logits of what follows `tokens`, fp32 in base64."""
         body = await read_body(request)
         pair, tokens, _ = read_pair(engines, body)
-        both = await asyncio.gather(*(logits_of(engine, tokens, len(tokens) - 1) for engine in pair))
+        both = await asyncio.gather(*(logits_of(each, tokens, len(tokens) - 1) for each in pair))
         return {"logits": [base64.b64encode(each[0].numpy().tobytes()).decode() for each in both]}
 
     @app.get("/v1/page/runs")
@@ -76,7 +76,8 @@ def add_page(app: FastAPI, engines: dict[str, Engine], out: Path):
 
     @app.get("/v1/page/runs/{name:path}")
     async def run(name: str):
-        return [json.loads(line) for line in read_below(out, f"{name}.jsonl").splitlines()[-MAX_ROWS:]]
+        lines = read_below(out, f"{name}.jsonl").splitlines()
+        return [json.loads(line) for line in lines[-MAX_ROWS:]]
 
     @app.get("/v1/page/tables")
     async def tables():

@@ -5,12 +5,10 @@ is refused by name, a client that leaves gives back its row, and a stop finishes
 """
 
 import concurrent.futures
-import json
 import re
 import signal
 import socket
 import threading
-import time
 
 import httpx
 import openai
