@@ -14,6 +14,7 @@ import json
 from argparse import Namespace
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -21,10 +22,15 @@ import torch
 
 from distill.fused import TopK
 from runtime.endpoint import make_client
+from runtime.errors import FileError
 
 PROBE = "3 plus 4 is 7.\nГод 年 🙂"         # teacher and student must have the same ids of it
 AT_ONCE = 8                                 # sequences of a request
 NEVER = -1e4                                # log-probability of what a server calls impossible
+
+
+class Refused(FileError):
+    """The endpoint cannot be reached, or answers with an error."""
 
 
 class ServedTeacher:
@@ -60,7 +66,8 @@ class ServedTeacher:
     def check(self) -> int:
         """Whether its ids of a text are ours. Returns its context length, if it tells."""
         ids = self.tokenizer.encode(PROBE)
-        given = self.request(PROBE)["choices"][0]["logprobs"]["tokens"]
+        with self.reading():
+            given = self.request(PROBE)["choices"][0]["logprobs"]["tokens"]
         theirs = [int(name.removeprefix("token_id:")) for name in given
                   if name.startswith("token_id:")]
         if theirs[len(theirs) - len(ids):] != ids:
@@ -85,19 +92,27 @@ class ServedTeacher:
         except ValueError as error:
             problem = str(error)
         problem = " ".join(problem.replace(self.key, "***").split())
-        raise ValueError(f"{self}: {problem:.300}. Check that it is up, --teacher_url, "
-                         "--teacher_model and --teacher_key_env")
+        raise Refused(f"{self}: {problem:.300}. Check that it is up, --teacher_url, "
+                         "--teacher_model and --teacher_key_env; --resume continues")
 
     def ask(self, sequences: list[list[int]]) -> list[np.ndarray]:
         """For each sequence of N tokens the predictions after each of them: (N, k) ids and
         log-probabilities, as one array of (id, log_p) pairs."""
         # The prediction after the last token stands at one more token, whichever it is.
         answer = self.request([[*sequence, sequence[-1]] for sequence in sequences])
-        try:
+        with self.reading():
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             return [self.rows(choice, len(sequence))
                     for choice, sequence in zip(choices, sequences, strict=True)]
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+
+    @contextmanager
+    def reading(self):
+        """An answer of another form becomes a ValueError that says so."""
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, Refused):
+                raise
             raise ValueError(f"{self} did not return the log-probabilities of {self.top_k} tokens "
                              f"at each position ({type(error).__name__}: {error})") from None
 
