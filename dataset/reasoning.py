@@ -2,9 +2,9 @@
 推理世界：要走好几步才有答案的问题，步骤写在 <think> 里，全部由一个种子生成。
 A world of reasoning: problems of several steps, with the steps as a thought, from one seed.
 
-    three red kuburg      <think>two red miburg
-                          one red taburg
-                          zero red zoburg</think> zoburg
+    three red kuburg      <think>two red vaburg
+                          one red kiburg
+                          zero red beburg</think> beburg
 
     three +7 48           <think>two +7 55
                           one +7 62
