@@ -1,6 +1,6 @@
 """
 OpenAI 的协议：对话、续写、给定词元的对数概率；不同的请求由引擎合成一个批次。
-OpenAI's protocol: chats, completions, log-probabilities of given tokens; engines batch the requests.
+OpenAI's protocol: chats, completions, log-probabilities of given tokens. Engines batch requests.
 
     GET  /health, /v1/models
     POST /v1/chat/completions    messages, stream, temperature, top_p, top_k, max_tokens, stop, n,
@@ -33,8 +33,9 @@ MAX_ANSWERS = 16            # n, or prompts of one request
 
 # What a request may say: the type, the default, and the smallest and largest value.
 FIELDS = {"temperature": (float, 1.0, 0, 10), "top_p": (float, 1.0, 0, 1),
-          "top_k": (int, 0, 0, 1 << 20), "max_tokens": (int, None, 0, 1 << 20), "n": (int, 1, 1, MAX_ANSWERS),
-          "seed": (int, None, -1 << 62, 1 << 62), "top_logprobs": (int, 0, 0, MAX_TOP),
+          "top_k": (int, 0, 0, 1 << 20), "max_tokens": (int, None, 0, 1 << 20),
+          "n": (int, 1, 1, MAX_ANSWERS), "seed": (int, None, -1 << 62, 1 << 62),
+          "top_logprobs": (int, 0, 0, MAX_TOP),
           "stream": (bool, False, 0, 1), "echo": (bool, False, 0, 1),
           "return_tokens_as_token_ids": (bool, False, 0, 1)}
 
@@ -290,8 +291,9 @@ class Form:
                        for each in answers)
         n_new = sum(len(tokens) for _, tokens, *_ in answers)
         kind = "chat.completion" if self.as_chat else "text_completion"
-        return self.head | {"object": kind, "choices": choices, "usage": {
-            "prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}}
+        usage = {"prompt_tokens": n_prompt, "completion_tokens": n_new,
+                 "total_tokens": n_prompt + n_new}
+        return self.head | {"object": kind, "choices": choices, "usage": usage}
 
     async def events(self, listeners):
         """Server-sent events: a chunk per piece of text of any of the answers."""
