@@ -386,7 +386,7 @@ def draw(results: dict, plan, path: Path):
     mean, spread and seeds, at equal seconds if they were measured, and dotted references."""
     from matplotlib.figure import Figure
 
-    beside = [(other, json.loads(done.read_text())) for other in map(read, plan.beside)
+    beside = [(other, json.loads(done.read_bytes())) for other in map(read, plan.beside)
               if (done := ROOT / other.out / "table.json").exists()]
     panels = [(*both, *panel) for both in ((plan, results), *beside)
               for panel in both[0].picture.items()]
