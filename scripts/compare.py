@@ -386,7 +386,7 @@ def draw(results: dict, plan, path: Path):
     mean, spread and seeds, at equal seconds if they were measured, and dotted references."""
     from matplotlib.figure import Figure
 
-    beside = [(other, json.loads(done.read_text())) for other in map(read, plan.beside)
+    beside = [(other, json.loads(done.read_bytes())) for other in map(read, plan.beside)
               if (done := ROOT / other.out / "table.json").exists()]
     panels = [(*both, *panel) for both in ((plan, results), *beside)
               for panel in both[0].picture.items()]
@@ -417,7 +417,7 @@ def draw_panel(axis, plan, results: dict, title: str, name: str):
     axis.set_yticks(range(len(rows)), [row.name for row in rows])
     if "KL" in name:
         axis.set_xscale("log")
-        axis.set_xticks(ticks := [0.1, 0.2, 0.5, 1, 2], map(str, ticks))
+        axis.set_xticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5], map(str, ticks))
         axis.minorticks_off()
     else:
         axis.set_xlim(0, 100)

@@ -67,7 +67,7 @@ def test_a_second_run_on_the_same_files_is_refused_and_the_lock_dies_with_its_pr
         path.touch()
         os.utime(path, (1, 1))
     going_on = start("train_sft.py", **more, resume=True)
-    wait_until(lambda: "resumed" in going_on.output)
+    wait_until(lambda: "loss = " in going_on.output)        # printed after the signals have handlers
     going_on.send(signal.SIGTERM)
     assert going_on.wait().code == 130 and not any(path.exists() for path in stale)
 
