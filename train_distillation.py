@@ -27,12 +27,10 @@ from distill.flags import (add_divergence_args, add_intermediate_args, check_cha
                            check_loss_args, check_teachers, describe_loss, make_intermediate)
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
-from distill.served import add_served_args, make_served, read_ahead
 from distill.teachers import (Teacher, check_caches, make_teachers, progressive_distillation,
                               read_once, share_vocabulary, teacher_outputs, teacher_side)
 from evaluation.validation import evaluate, gradient_norms
-from interop.checkpoint import (freeze, load_teacher, load_tokenizer, prepare, run_name,
-                                save_model)
+from interop.checkpoint import freeze, load_teacher, prepare, run_name, save_model
 from interop.sizes import fill_in, init_student_model, init_teacher_model   # noqa: F401
 from model.config import LMConfig
 from model.lora import WithoutAdapters
@@ -149,7 +147,6 @@ def main():
         help="offline distillation: teacher outputs cached by scripts/cache_teacher.py")
     add("--teacher_states_gb", type=float, default=4.0,
         help="memory per process, in 10^9 bytes, for teacher's states that epochs share; 0: none")
-    add_served_args(add)
     add("--student", "--weights", default=None,
         help="initial weights; default: --size's student; the word none: random weights")
     add("--size", default="auto", choices=["auto", *SIZES],
@@ -188,10 +185,8 @@ def main():
         chain = fill_in(args, SIZES)
         own_teacher = args.lora_rank > 0 and args.teacher == [weights for weights, _ in chain]
         load = partial(load_teacher, world=world, shard=args.shard, compiled=args.compile)
-        served = args.teacher_url and make_served(
-            args, load_tokenizer(args.tokenizer or chain[0][0]))
         teachers = [] if own_teacher else make_teachers(args.teacher, args.teacher_cache,
-                                                        world.device, load, served)
+                                                        world.device, load)
         vocabulary = args.tokenizer or next((t.tokenizer for t in teachers if t.tokenizer), None)
         students = []
         for weights, config in chain:
@@ -246,8 +241,8 @@ def distill(teacher, student, train_loader, epochs, *, args, world):
     Logger(f"{' + '.join(map(str, teacher))} -> student {student.config}")
     Logger(f"loss = {describe_loss(args, student.config)}; "
            f"{progress.total_steps} steps of {data.step_samples} samples")
-    loader = read_ahead(make_loader(data, progress.steps_done, progress.total_steps,
-                                    args.num_workers, world.device), teacher)
+    loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
+                         world.device)
     for epoch in progress.epochs(data.steps_per_epoch):
         train_epoch(epoch, wandb, args.alpha, args.temperature, teachers=teacher,
                     args=args, world=world, name=name, student=student, tokenizer=tokenizer,

@@ -310,9 +310,9 @@ class TeacherCache:
     def find(self, keys):  # (n,) -> (n,) places in the index
         return np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
 
-    def look_up(self, batch) -> Dense | TopK:
-        """The teacher's outputs at the supervised positions of its samples."""
-        keys = np.array(batch.keys, dtype=np.uint64)
+    def look_up(self, keys) -> Dense | TopK:
+        """The teacher's outputs at the positions of these samples, packed in the given order."""
+        keys = np.array(keys, dtype=np.uint64)
         found = self.find(keys)
         if (self.keys[found] != keys).any():
             raise ValueError(f"a sample of the batch is not in {self}; TeacherCache.check names it")

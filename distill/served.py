@@ -12,7 +12,6 @@ the answer are known, and recognised from it:
 
 import json
 from argparse import Namespace
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -158,21 +157,6 @@ class ServedTeacher:
 def sequences_of(batch) -> list[list[int]]:
     """The tokens of each sample."""
     return [part.tolist() for part in batch.tokens.split(batch.lengths)]
-
-
-def read_ahead(loader, teachers, n: int = 4):
-    """The same batches, while served teachers already read the next n."""
-    served = [each.source for each in teachers if isinstance(each.source, ServedTeacher)]
-    if not served:
-        yield from loader
-        return
-    waiting = deque()
-    for batch in loader:
-        served[0].prefetch(sequences_of(batch.teacher or batch))
-        waiting.append(batch)
-        if len(waiting) > n:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def add_served_args(add):

@@ -79,9 +79,9 @@ class StatesInMemory:
     def head(self):  # -> (V, D)
         return self.model.head
 
-    def look_up(self, batch) -> Dense:
-        """The states at the supervised positions of its samples."""
-        states = torch.cat([self.states[slice(*self.places[key])] for key in batch.keys])
+    def look_up(self, keys) -> Dense:
+        """The states of these samples, packed in the given order."""
+        states = torch.cat([self.states[slice(*self.places[key])] for key in keys])
         return Dense(states.to(self.device), self.head)
 
 
@@ -121,8 +121,10 @@ def teacher_outputs(teachers: list[Teacher], batch, return_hidden: bool = False)
     predictions, out, begin = [], None, 0
     for i, inputs in batch.parts or whole:
         source, weight, *_ = teachers[i]
-        if isinstance(source, TeacherCache | StatesInMemory | ServedTeacher):
-            found = source.look_up(inputs)
+        if isinstance(source, ServedTeacher):               # the only teacher
+            return TeacherOutputs(source.look_up(inputs), None, None)
+        if isinstance(source, TeacherCache | StatesInMemory):
+            found = source.look_up(inputs.keys)
             if isinstance(found, TopK):                     # the only teacher: check_teachers
                 return TeacherOutputs(found, None, None)
         else:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dataset.lm_dataset import batch_of_answers
+from distill.cache import TeacherCache
 from distill.served import ServedTeacher
 from helpers_run import TINY, complaint, start, succeed, wait_until
 from interop.checkpoint import load_model
@@ -41,10 +42,8 @@ def flags(models, data, tmp_path):
                    "max_steps": 4, "log_interval": 1, "out_dir": tmp_path}
 
 
-@pytest.mark.parametrize("script, name, more", [
-    ("train_distillation.py", "full_dist_32", {}),
-    ("train_onpolicy.py", "full_onpolicy_32", {"sample_every": 2, "max_new_tokens": 8})])
-def test_a_served_teacher_gives_the_loss_of_the_teacher_in_memory(server, models, flags, tmp_path, script, name, more):
+def test_a_served_teacher_gives_the_loss_of_the_teacher_in_memory(server, models, flags, tmp_path):
+    script, name, more = "train_onpolicy.py", "full_onpolicy_32", {"sample_every": 2, "max_new_tokens": 8}
     succeed(script, **flags | more, teacher=models / "teacher.pth")
     near = losses(tmp_path, name)
     succeed(script, **flags | more, teacher_url=server.url, teacher_model="teacher", teacher_top_k=100)
@@ -67,6 +66,18 @@ def test_predictions_are_the_model_s_and_no_sequence_is_asked_for_twice(server, 
     assert torch.allclose(total, torch.ones(len(total)), atol=1e-5)
     served.client = None                                # a further request would fail
     assert torch.equal(served.look_up(batch).ids, ids)
+
+
+def test_the_cache_of_a_served_teacher_is_that_of_the_teacher_in_memory(server, models, flags, tmp_path):
+    of = {"data_path": flags["data_path"], "max_seq_len": 128, "device": "cpu"}
+    succeed("scripts/cache_teacher.py", **of, teacher=models / "teacher.pth", top_k=8, cache_dir=tmp_path / "near")
+    succeed("scripts/cache_teacher.py", **of, teacher_url=server.url, teacher_model="teacher", teacher_top_k=8,
+            cache_dir=tmp_path / "far")
+    near, far = TeacherCache(tmp_path / "near"), TeacherCache(tmp_path / "far")
+    assert (near.keys == far.keys).all()
+    near, far = near.look_up(near.keys), far.look_up(far.keys)
+    assert torch.equal(near.ids, far.ids) and torch.allclose(near.log_p, far.log_p, atol=1e-4)
+    succeed("train_distillation.py", **flags, teacher_cache=tmp_path / "far")
 
 
 # -- failures
@@ -139,7 +150,7 @@ def test_the_other_dialect_is_recognised(other):
     (lambda request: (200, {"choices": [{"index": 0, "text": "hello", "logprobs": None}]}), "did not return"),
 ], ids=["another tokenizer", "no permission", "no object", "no log-probabilities"])
 def test_a_server_that_is_no_teacher_stops_the_run_before_training(other, flags, says, said):
-    output = complaint("train_distillation.py", **flags, teacher_url=other(says), teacher_model="m")
+    output = complaint("train_onpolicy.py", **flags, teacher_url=other(says), teacher_model="m")
     assert said in output and "step 1" not in output
 
 
