@@ -55,6 +55,7 @@ from distill.losses import DIVERGENCES, pick_divergence
 from distill.rollouts import (Rollout, WeightedBatch, as_line, count_step, grade, is_on_policy,
                               load_reward, mean_stats, policy_loss, rollout_batches, rollout_stats,
                               rounds, warn_of_collapse)
+from distill.served import add_served_args, make_served
 from distill.teachers import (Teacher, make_teachers, share_vocabulary, teacher_outputs,
                               teacher_side)
 from evaluation.validation import evaluate
@@ -88,6 +89,10 @@ def train_epoch(epoch, wandb, *, teachers, reward,
                          if is_on_policy(step, args.seed, args.on_policy_fraction)}
             rollouts = sample_rollouts(on_policy, student, teachers, reward, tokenizer,
                                        data.dataset.max_seq_len, args, world)
+        if args.teacher_url:                    # it reads them while the student learns
+            teachers[0].source.forget()
+            teachers[0].source.prefetch([each.teacher_prompt + each.answer.tokens[:-1]
+                                         for step in steps for each in rollouts.get(step, [])])
 
         for step in steps:
             # 1. Learning rate: linear warm-up, then cosine
@@ -235,6 +240,7 @@ def main():
     add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]|NAME=PATH",
         help="weights; several are mixed, or each teaches the rows of its NAME; with --lora_rank "
              "--student too, without its adapters; default: out/full_sft_768.pth")
+    add_served_args(add)
     add("--teacher_data_path", nargs="+", default=None,
         help="context distillation: files with the same answers, row by row, to prompts with "
              "privileged context, which the teacher reads instead of --data_path")
@@ -295,9 +301,10 @@ def main():
             teachers = [Teacher(copy.deepcopy(student).to(world.device).eval(), 1.0, tokenizer)]
         elif args.lora_rank and args.teacher == [args.student]:
             teachers = [Teacher(WithoutAdapters(student), 1.0, tokenizer)]
-        elif args.teacher:
+        elif args.teacher or args.teacher_url:
             load = partial(load_teacher, world=world, shard=args.shard, compiled=args.compile)
-            teachers = make_teachers(args.teacher, None, world.device, load)
+            teachers = make_teachers(args.teacher, None, world.device, load,
+                                     make_served(args, tokenizer))
         if share_vocabulary(teachers, [(student, tokenizer)]):
             args.teacher_data_path = args.teacher_data_path or args.data_path
         check_routed(teachers, args)
@@ -370,7 +377,7 @@ def check(parser, args):
     args.divergence = "reverse_kl" if is_minillm else args.divergence
     args.reward_weight = args.reward_weight if args.reward and is_pg else 0.0
     args.teacher = args.teacher or ["out/full_sft_768.pth"]
-    args.teacher = None if args.reward_weight == 1 or is_ema else args.teacher
+    args.teacher = None if args.reward_weight == 1 or is_ema or args.teacher_url else args.teacher
     needed = {"gkd": {}, "pg": {"top_p": 1, "top_k": 0}, "minillm": {
         "temperature": 1, "generation_temperature": 1, "top_p": 1, "top_k": 0, "sample_every": 1}}
     wrong = [f"--{flag} {value}" for flag, value in needed[args.objective].items()

@@ -12,7 +12,6 @@ import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from glob import escape
 from pathlib import Path
 from time import monotonic
@@ -25,10 +24,10 @@ from tqdm import tqdm
 from evaluation.exam import write_answers
 from interop.checkpoint import load_model, sha256_of_model
 from model.generate import column_major
+from runtime.endpoint import make_client
 from runtime.log import Logger
 from runtime.precision import pick_dtype
 
-MAX_BODY = 1 << 24          # bytes of a reply; the longest answers have some 100,000
 MAX_FAILURES = 10           # failed requests in a row: the endpoint is down, not the request
 FATAL = (401, 403, 404)     # wrong key, no permission, wrong model name: every request would fail
 
@@ -68,26 +67,9 @@ class EndpointAgent:
     def __init__(self, url: str, model: str, replies, key_env: str | None = None, budget: int = 0,
                  rpm: float = 0, parallel: int = 8, retries: int = 5, timeout: float = 600.0,
                  rank: int = 0, n_processes: int = 1):
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"*_url {url} must begin with http:// or https:// and end before "
-                             "/chat/completions")
-        try:
-            import openai           # needed for endpoints only
-        except ImportError:
-            raise ValueError("an endpoint needs the openai package: pip install openai") from None
-        # Without a key, the package would send the user's OPENAI_API_KEY.
-        key = os.environ.get(key_env, "").strip() if key_env else "none"
-        if not key:             # key_env is not repeated: it may be the key itself, by mistake
-            raise ValueError("*_key_env names an environment variable with the API key; there is "
-                             "none of this name, or it is empty. Type: export NAME=KEY")
-        self.openai, self.url, self.model = openai, url.rstrip("/"), model
-        self.name, self.key = f"{model} at {urlsplit(url).hostname}", key
-        hooks = {"request": [self.wait_for_turn, partial(bound_time, timeout)],
-                 "response": [bound_size]}
-        self.client = openai.OpenAI(
-            base_url=self.url, api_key=self.key, timeout=timeout, max_retries=retries,
-            default_headers={"Accept-Encoding": "identity"},
-            http_client=openai.DefaultHttpxClient(event_hooks=hooks))
+        self.client, self.key = make_client(url, key_env, retries, timeout, self.wait_for_turn)
+        self.url, self.model = url.rstrip("/"), model
+        self.name = f"{model} at {urlsplit(url).hostname}"
         self.parallel = max(1, parallel // n_processes)
         self.path, self.replies, spent = open_replies(Path(replies), rank)
         self.budget, self.left = budget, (budget - spent) // n_processes        # tokens
@@ -136,14 +118,15 @@ class EndpointAgent:
             self.stop.set()
             raise OutOfBudget(f"{self.name}: the budget of {self.budget:,} tokens is used. The "
                               f"replies are in {self.path}; a larger budget resumes")
+        import openai               # needed for endpoints only
         row = {"request": key, "model": self.model, "reply": None, "tokens": 0}
         status = problem = None
         try:
             raw = self.client.chat.completions.with_raw_response.create(**request)
             row["reply"], row["tokens"] = read_completion(raw.text, request["messages"])
-        except self.openai.APIStatusError as error:
+        except openai.APIStatusError as error:
             status, problem = error.status_code, f"{error.status_code} {error.response.text}"
-        except self.openai.APIError as error:               # no connection, or no reply in time
+        except openai.APIError as error:                    # no connection, or no reply in time
             problem = f"{error} ({error.__cause__!r})"
         except ValueError as error:                         # no completion
             problem = str(error)
@@ -169,33 +152,6 @@ class EndpointAgent:
     def without_key(self, text: str) -> str:
         # A short, made-up key may be a part of any reply.
         return text.replace(self.key, "***") if len(self.key) >= 8 else text
-
-
-def bound_time(seconds: float, request):
-    """A request hook: the whole attempt may take so many seconds, not only each read. No attempt
-    shares its connection, whose reads end at its deadline."""
-    deadline = monotonic() + seconds
-    request.headers["Connection"] = "close"
-
-    def watch(event, info):
-        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            stream = info["return_value"]
-            read = stream.read
-            stream.read = lambda size, timeout: read(size, max(1e-3, deadline - monotonic()))
-
-    request.extensions["trace"] = watch
-
-
-def bound_size(response):
-    """A response hook: a reply has at most MAX_BODY bytes, and is not compressed."""
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise ValueError("a compressed reply, which was not requested")
-    body = bytearray()
-    for part in response.iter_raw():
-        body += part
-        if len(body) > MAX_BODY:
-            raise ValueError(f"a reply of more than {MAX_BODY:,} bytes")
-    response._content = bytes(body)
 
 
 def read_completion(body: str, messages: list[dict]) -> tuple[str, int]:

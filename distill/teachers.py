@@ -12,6 +12,7 @@ import torch
 from dataset.lm_dataset import in_order, sample_key
 from distill.cache import TeacherCache
 from distill.fused import Dense, TopK
+from distill.served import ServedTeacher
 from runtime.args import parse_teacher
 from runtime.files import file_sha256
 from runtime.log import Logger, Pace
@@ -22,7 +23,9 @@ ROWS_AT_ONCE = 1 << 14          # of states that processes send each other
 
 
 class Teacher(NamedTuple):
-    source: Any         # a model (Transformer, WithoutAdapters), its StatesInMemory, a TeacherCache
+    # A model (Transformer, WithoutAdapters), its StatesInMemory, or what has the outputs of a model
+    # that is not in memory: a TeacherCache, a ServedTeacher
+    source: Any
     weight: float = 1.0         # several teachers act as one: p = sum of weight * p of each
     tokenizer: Any = None       # of a model
     name: str = ""              # routed: it teaches the samples that name it, and no others
@@ -34,7 +37,7 @@ class Teacher(NamedTuple):
 
     @property
     def is_cached(self) -> bool:
-        return isinstance(self.source, TeacherCache)
+        return isinstance(self.source, TeacherCache | ServedTeacher)
 
 
 class StatesInMemory:
@@ -90,13 +93,14 @@ class TeacherOutputs(NamedTuple):
     out: Any                            # the model's whole Output, for intermediate-layer losses
 
 
-def make_teachers(models, caches, device, load) -> list[Teacher]:
+def make_teachers(models, caches, device, load, served=None) -> list[Teacher]:
     """From --teacher and --teacher_cache, each as parse_teacher reads it; their weights normalised
     to sum to 1, unless each has a name.
 
     load    path -> (model, tokenizer)
+    served  a ServedTeacher
     """
-    teachers = []
+    teachers = [Teacher(served.to(device))] if served else []
     for name, path, weight in map(parse_teacher, models or []):
         model, tokenizer = load(path)
         teachers.append(Teacher(model, weight, tokenizer, name))
@@ -117,6 +121,8 @@ def teacher_outputs(teachers: list[Teacher], batch, return_hidden: bool = False)
     predictions, out, begin = [], None, 0
     for i, inputs in batch.parts or whole:
         source, weight, *_ = teachers[i]
+        if isinstance(source, ServedTeacher):               # the only teacher
+            return TeacherOutputs(source.look_up(inputs), None, None)
         if isinstance(source, TeacherCache | StatesInMemory):
             found = source.look_up(inputs.keys)
             if isinstance(found, TopK):                     # the only teacher: check_teachers
@@ -213,7 +219,8 @@ def read_once(teachers, data, limit_gb: float, world) -> list[Teacher]:
 
 def check_caches(teachers, data):
     """Refuse caches that were not written for the training and validation data (or None)."""
-    for cache in (teacher.source for teacher in teachers if teacher.is_cached):
+    caches = [each.source for each in teachers if isinstance(each.source, TeacherCache)]
+    for cache in caches:
         for part in (part for part in data if part is not None):
             cache.check(part.tokenizer.path, part.max_seq_len,
                         {path: file_sha256(path) for path in part.paths},

@@ -112,64 +112,90 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
     if min([rows, *limits]) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} and rows={rows} must be 1 or more")
 
-    device = next(model.parameters()).device
-    rows = min(rows, len(prompts))
-    dtype = dtype or model.norm.weight.dtype
-    caches = []
-    for each, texts in zip(models, sides):
-        capacity = max((len(text) + limit for text, limit in zip(texts, limits)), default=0)
-        caches.append(KVCache(each.config, rows, capacity, device, dtype))
+    capacities = [max((len(text) + limit for text, limit in zip(texts, limits)), default=0)
+                  for texts in sides]
     # Sorted, because prompts of the same length share an attention call.
     waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
-    active, newest = [], []             # per row of the cache: index of its prompt, its last token
-    left = dict(enumerate(limits))
+    rows = min(rows, len(prompts))
+    active, left = ActiveRows(models, rows, capacities, dtype), dict(enumerate(limits))
     # Inference mode saves a sixth of the time of small steps. But a sharded model may keep what it
     # gathers for the next training step, whose backward pass refuses inference tensors.
     without_gradients = torch.inference_mode if any_busy is bool else torch.no_grad
-    while any_busy(bool(waiting or active)):
-        # 1. Fill free rows with new prompts, a quarter of the rows at a time; or continue all rows
-        first, free = len(active), rows - len(active)
-        if waiting and free >= min(len(waiting), -(-rows // 4)):
-            active += [waiting.popleft() for _ in range(min(free, len(waiting)))]
-            newest += [None] * (len(active) - first)
-            inputs = [[texts[i] for i in active[first:]] for texts in sides]
-        elif active:
-            first, inputs = 0, [[[token] for token in newest]] * len(sides)
-        else:
-            for each in models:
-                each(torch.zeros(1, dtype=torch.long, device=device), [1])
-            continue
-
-        # 2. Forward passes
-        logits = []
+    while any_busy(bool(waiting or active.owners)):
+        # 1. Forward passes: fill free rows with new prompts, a quarter of the rows at a time; or
+        #    continue all rows
+        free = rows - len(active.owners)
         with without_gradients():
-            for each, cache, texts in zip(models, caches, inputs):
-                lengths = [len(text) for text in texts]
-                tokens = torch.tensor([token for text in texts for token in text], device=device)
-                ends = [end - 1 for end in accumulate(lengths)]         # last token of each text
-                at = torch.tensor(ends, device=device) if len(tokens) > len(texts) else None
-                out = each(tokens, lengths, at=at, cache=cache.rows(first, len(active)))
-                logits.append(out.logits)                               # (n, V)
+            if waiting and free >= min(len(waiting), -(-rows // 4)):
+                new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                first, logits = active.begin(new, [[texts[i] for i in new] for texts in sides])
+            elif active.owners:
+                first, logits = active.advance()
+            else:
+                for each in models:
+                    each(torch.zeros(1, dtype=torch.long, device=active.device), [1])
+                continue
 
-        # 3. Sample
+        # 2. Sample
         mixture = logits[0]
         if guide is not None:
             log_q, log_p = (one.float().log_softmax(dim=-1) for one in logits)
             mixture = torch.logaddexp(log_p + math.log(guide.share),
                                       log_q + math.log1p(-guide.share))
-        newest[first:] = choose(mixture, **sampling).tolist()
+        tokens = active.newest[first:] = choose(mixture, **sampling).tolist()
 
-        # 4. Remove finished rows
-        indices = active[first:]
+        # 3. Remove finished rows
+        indices = active.owners[first:]
         for i in indices:
             left[i] -= 1
-        done = [token == stop or left[i] == 0 for i, token in zip(indices, newest[first:])]
-        yield Step(indices, newest[first:], done, logits)
-        for row in reversed([first + n for n, is_done in enumerate(done) if is_done]):
-            for cache in caches:
-                cache.drop(row, len(active))        # the last row moves here
-            active[row], newest[row] = active[-1], newest[-1]
-            del active[-1], newest[-1]
+        done = [token == stop or left[i] == 0 for i, token in zip(indices, tokens)]
+        yield Step(indices, tokens, done, logits)
+        active.remove([first + n for n, is_done in enumerate(done) if is_done])
+
+
+class ActiveRows:
+    """The sequences that are being generated, a row each in the KV cache of each model.
+
+    owners      whose sequence each row is: anything, such as the index of a prompt
+    newest      the last token of each row; whoever samples it writes it here
+    """
+
+    def __init__(self, models, n_rows: int, capacities: list[int], dtype=None):
+        self.models, self.device = models, next(models[0].parameters()).device
+        dtype = dtype or models[0].norm.weight.dtype
+        self.caches = [KVCache(model.config, n_rows, capacity, self.device, dtype)
+                       for model, capacity in zip(models, capacities)]
+        self.owners, self.newest = [], []
+
+    def begin(self, owners: list, sides: list[list[list[int]]]):
+        """New rows at the end, with the prompts that each model reads. Returns the first of them,
+        and each model's logits of what comes next."""
+        first = len(self.owners)
+        self.owners += owners
+        self.newest += [None] * len(owners)
+        return first, self._forward(first, sides)
+
+    def advance(self):
+        """The same for the newest token of all rows."""
+        return 0, self._forward(0, [[[token] for token in self.newest]] * len(self.models))
+
+    def _forward(self, first, sides) -> list[torch.Tensor]:     # (n, V) of each model
+        logits = []
+        for model, cache, texts in zip(self.models, self.caches, sides):
+            lengths = [len(text) for text in texts]
+            tokens = torch.tensor([token for text in texts for token in text], device=self.device)
+            ends = [end - 1 for end in accumulate(lengths)]         # last token of each text
+            at = torch.tensor(ends, device=self.device) if len(tokens) > len(texts) else None
+            rows = cache.rows(first, len(self.owners))
+            logits.append(model(tokens, lengths, at=at, cache=rows).logits)
+        return logits
+
+    def remove(self, rows: list[int]):
+        for row in sorted(rows, reverse=True):
+            for cache in self.caches:
+                cache.drop(row, len(self.owners))       # the last row moves here
+            self.owners[row], self.newest[row] = self.owners[-1], self.newest[-1]
+            del self.owners[-1], self.newest[-1]
 
 
 class Sampled(NamedTuple):

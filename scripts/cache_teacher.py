@@ -14,6 +14,7 @@ most; the same command resumes it, on any number of processes. distill/cache.py 
 """
 
 import dataclasses
+import hashlib
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ import torch
 from dataset.lm_dataset import by_length, dataset_of, sample_key
 from dataset.mixture import Joined
 from distill.cache import VERSION, CacheWriter, lay_out, pack, row_type
+from distill.served import add_served_args, make_served
 from interop.checkpoint import load_model, load_tokenizer, sha256_of_model
+from model.tokenizer import DEFAULT
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.files import file_sha256
 from runtime.log import Logger
@@ -55,11 +58,60 @@ def check_room(writer: CacheWriter, missing: list[int]):
             f"{row_type(about | {'top_k': 1}).itemsize - 4} K + 4 bytes a position")
 
 
+def local_teacher(args, world):
+    """(tokenizer, context length, its fields of about.json, head, read): `read` gives the rows of a
+    batch."""
+    teacher, own = load_model(args.teacher)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else own
+    if reason := tokenizer.unreadable(own.ids):
+        raise ValueError(f"the teacher cannot read the tokens of {args.tokenizer}, {reason}: "
+                         "distil it without a cache")
+    teacher.n_tokens = min(teacher.n_tokens, tokenizer.vocab_size)
+    head = teacher.head.detach().clone()            # fp32, before the weights are cast
+    dtype = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
+    teacher = teacher.to(world.device, dtype)
+    Logger(f"teacher {teacher.config}: {teacher.n_parameters() / 1e6:.2f} M parameters, "
+           f"from {args.teacher}")
+
+    @torch.no_grad()
+    def read(about, batch):  # -> (S,)
+        with autocast(world.device, world.dtype):
+            out = teacher(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
+        return pack(about, out.final, teacher.head)
+
+    about = {"teacher": args.teacher, "teacher_sha256": sha256_of_model(args.teacher),
+             "teacher_sizes": dataclasses.asdict(teacher.config), "vocab_size": len(head),
+             "dim": teacher.config.dim, "dtype": str(world.dtype).removeprefix("torch.")}
+    return tokenizer, teacher.config.max_seq_len, about, head, read
+
+
+def served_teacher(args):
+    """The same for a teacher behind a server."""
+    args.top_k = args.top_k or args.teacher_top_k
+    tokenizer = load_tokenizer(args.tokenizer or DEFAULT)
+    teacher = make_served(args, tokenizer)
+    Logger(teacher.described())
+
+    def read(about, batch):  # -> (S,)
+        found = teacher.look_up(batch)
+        teacher.forget()
+        rows = np.empty(len(found.ids), row_type(about))
+        for name in ("ids", "log_p", "tail"):
+            rows[name] = getattr(found, name).numpy()
+        return rows
+
+    name = f"{args.teacher_model} at {args.teacher_url}"
+    about = {"teacher": name, "teacher_sha256": hashlib.sha256(name.encode()).hexdigest(),
+             "teacher_sizes": {}, "vocab_size": tokenizer.vocab_size, "dim": 0, "dtype": "served"}
+    return tokenizer, teacher.config.max_seq_len, about, None, read
+
+
 def main():
     # 1. Arguments
     parser = make_parser(__doc__)
     add = parser.add_argument_group("cache").add_argument
-    add("--teacher", required=True, help="its weights, in any format of interop/checkpoint.py")
+    add("--teacher", help="its weights, in any format of interop/checkpoint.py")
+    add_served_args(add)
     add("--data_path", nargs="+", required=True,
         help="files of conversations or texts: all that training and validation will read")
     add("--cache_dir", default="out/teacher_cache", help="folder of the cache, of one teacher")
@@ -79,6 +131,8 @@ def main():
     add("--tokens_per_batch", type=int, default=8192, help="tokens per forward pass of the teacher")
     add_process_args(parser)
     args = parse_args(parser)
+    if (args.teacher is None) == (args.teacher_url is None):
+        parser.error("give either --teacher WEIGHTS or --teacher_url URL")
     if args.temperature != 1.0 and not args.top_k:
         parser.error(f"--temperature {args.temperature:g} needs a --top_k: hidden states, the "
                      "default, serve any temperature")
@@ -88,33 +142,20 @@ def main():
 
     with checking_input():
         # 3. Teacher
-        teacher, own = load_model(args.teacher)
-        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else own
-        config = teacher.config
-        if reason := tokenizer.unreadable(own.ids):
-            raise ValueError(f"the teacher cannot read the tokens of {args.tokenizer}, {reason}: "
-                             "distil it without a cache")
-        teacher.n_tokens = min(teacher.n_tokens, tokenizer.vocab_size)
-        max_seq_len = args.max_seq_len or config.max_seq_len
+        tokenizer, limit, of_teacher, head, read = (served_teacher(args) if args.teacher_url
+                                                    else local_teacher(args, world))
+        max_seq_len = args.max_seq_len or limit
         for flag, value, limit, what in (
-                ("max_seq_len", max_seq_len, config.max_seq_len, "teacher's context length"),
-                ("top_k", args.top_k, teacher.n_tokens, "number of tokens in the vocabulary")):
+                ("max_seq_len", max_seq_len, limit, "teacher's context length"),
+                ("top_k", args.top_k, of_teacher["vocab_size"], "tokens of the vocabulary")):
             if value > limit:
                 raise ValueError(f"--{flag} {value} exceeds {limit}, the {what}")
-        head = teacher.head.detach().clone()            # fp32, before the weights are cast
-        dtype = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
-        teacher = teacher.to(world.device, dtype)
-        Logger(f"teacher {config}: {teacher.n_parameters() / 1e6:.2f} M parameters, "
-               f"from {args.teacher}")
 
         # 4. Data, and the parts of the cache that are missing
-        about = {"version": VERSION, "teacher": args.teacher,
-                 "teacher_sha256": sha256_of_model(args.teacher),
-                 "teacher_sizes": dataclasses.asdict(config), "tokenizer": str(tokenizer.path),
-                 "ids": tokenizer.ids, "max_seq_len": max_seq_len,
-                 "top_k": args.top_k, "temperature": args.temperature,
-                 "dtype": str(world.dtype).removeprefix("torch."), "vocab_size": len(head),
-                 "dim": config.dim, "skip_bad_lines": args.skip_bad_lines}
+        about = of_teacher | {
+            "version": VERSION, "tokenizer": str(tokenizer.path), "ids": tokenizer.ids,
+            "max_seq_len": max_seq_len, "top_k": args.top_k, "temperature": args.temperature,
+            "skip_bad_lines": args.skip_bad_lines}
         with main_process_first(world):
             data = Joined([dataset_of([path])([path], tokenizer, max_seq_len, args.skip_bad_lines,
                                               Logger) for path in args.data_path])
@@ -142,10 +183,7 @@ def main():
             if parts.stop.requested:
                 break
             batch = data.batch(samples[part][places]).to(world.device)
-            with torch.no_grad():
-                with autocast(world.device, world.dtype):
-                    out = teacher(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
-                rows.append(pack(about, out.final, teacher.head))           # (S, D) -> (S,)
+            rows.append(read(about, batch))
             parts.progress.add(len(batch.tokens))
         else:
             writer.write(part, np.concatenate(rows))

@@ -22,6 +22,7 @@ from ability_tree import agents
 from ability_tree.agents import (EndpointAgent, LocalAgent, OutOfBudget, add_agent_args, make_agent)
 from evaluation import exam
 from interop.checkpoint import load_model, save_model
+from runtime import endpoint as endpoints
 from runtime.args import parse_args
 
 KEY = "sk-0123456789abcdef"
@@ -281,7 +282,7 @@ NO_REPLY = {
 @pytest.mark.parametrize("body", NO_REPLY.values(), ids=NO_REPLY)
 def test_an_endpoint_that_does_anything_else_costs_a_bounded_time_and_gives_no_reply(
         body, endpoint, agent, log, monkeypatch, tmp_path):
-    monkeypatch.setattr(agents, "MAX_BODY", 1 << 16)
+    monkeypatch.setattr(endpoints, "MAX_BODY", 1 << 16)
     body, headers, status = (*body, {}, 200)[:3] if isinstance(body, tuple) else (body, {}, 200)
     plan = None if body is None else (status, body, headers)
     start = time.monotonic()

@@ -1,0 +1,220 @@
+"""
+服务的规律：答案与直接生成相同；给定词元的对数概率就是模型的；坏请求得到清楚的拒绝；离开的客户让出位置。
+Laws of the server: an answer is what generate() writes, log-probabilities are the model's, a bad request
+is refused by name, a client that leaves gives back its row, and a stop finishes what is running.
+"""
+
+import concurrent.futures
+import re
+import signal
+import socket
+import threading
+
+import httpx
+import openai
+import pytest
+import torch
+
+from helpers_run import complaint, start, wait_until
+from interop.checkpoint import load_model
+from model.generate import generate
+from serving.engine import Answer, Engine, Full, Reading
+
+KEY = "sk-0123456789abcdef"
+ASKED = [{"role": "user", "content": "3 plus 4?"}]
+
+
+class Server:
+    """scripts/serve.py with these flags, at a free port."""
+
+    def __init__(self, *weights, **flags):
+        self.run = start("scripts/serve.py", weights=list(weights), port=0, device="cpu", **flags)
+        wait_until(lambda: "http://" in self.run.output or not self.run.processes[0].is_alive())
+        self.url = re.search(r"http://\S+", self.run.output)[0]
+        self.root = self.url.removesuffix("/v1")
+
+    def client(self, key="none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=30)
+
+    def stop(self):
+        self.run.send(signal.SIGTERM)
+        return self.run.wait()
+
+
+@pytest.fixture(scope="module")
+def server(models):
+    server = Server(f"teacher={models}/teacher.pth", f"student={models}/student.pth")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client()
+
+
+@pytest.fixture(scope="module")
+def teacher(models):
+    model, tokenizer = load_model(models / "teacher.pth", "cpu")
+    return model.eval(), tokenizer
+
+
+def chat(client, **more):
+    return client.chat.completions.create(**{"model": "teacher", "messages": ASKED, "max_tokens": 12} | more)
+
+
+# -- answers
+
+
+def test_a_greedy_answer_is_that_of_generate(client, teacher):
+    model, tokenizer = teacher
+    prompt = tokenizer.encode_chat(ASKED, add_generation_prompt=True)[0]
+    ids, = generate(model, [prompt], 12, tokenizer.end_of_turn)
+    found = chat(client, temperature=0, logprobs=True, extra_body={"return_tokens_as_token_ids": True})
+    assert found.choices[0].message.content == tokenizer.decode(ids)
+    assert [each.token for each in found.choices[0].logprobs.content][:len(ids)] == [f"token_id:{i}" for i in ids]
+    assert found.usage.prompt_tokens == len(prompt) and found.choices[0].finish_reason in ("stop", "length")
+
+
+def test_a_stream_has_the_text_of_the_whole_answer(client):
+    whole = chat(client, n=3, seed=5, temperature=5, stop=["e"])
+    texts = ["", "", ""]
+    *chunks, last = chat(client, n=3, seed=5, temperature=5, stop=["e"], stream=True, stream_options={"include_usage": True})
+    for chunk in chunks:
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert last.usage.completion_tokens > 0
+    assert len(set(texts)) > 1 and not any("e" in text for text in texts)
+
+
+def test_the_same_seed_gives_the_same_answer_whoever_else_asks(client):
+    alone = chat(client, seed=3, temperature=5).choices[0].message.content
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        together = [*pool.map(lambda seed: chat(client, seed=seed, temperature=5).choices[0].message.content, (1, 2, 3, 4, 5, 3))]
+    assert together[2] == together[5] == alone and len(set(together)) > 2
+
+
+def test_log_probabilities_of_given_tokens_are_the_model_s(client, teacher):
+    model, tokenizer = teacher
+    prompts = [tokenizer.encode("The dose is 3 mg."), tokenizer.encode("每日 2 次")]
+    found = client.completions.create(model="teacher", prompt=prompts, echo=True, max_tokens=0, logprobs=4,
+                                      extra_body={"return_tokens_as_token_ids": True})
+    for prompt, choice in zip(prompts, found.choices, strict=True):
+        with torch.no_grad():
+            log_p = model(torch.tensor(prompt), [len(prompt)]).logits.log_softmax(-1)
+        own = log_p[:-1].gather(1, torch.tensor(prompt[1:])[:, None]).squeeze(1)
+        first, *rest = choice.logprobs.token_logprobs
+        assert first is None and rest == pytest.approx(own.tolist(), abs=1e-5)
+        for place, top in zip(log_p, choice.logprobs.top_logprobs[1:]):
+            values, ids = place.topk(4)
+            assert top == pytest.approx({f"token_id:{i}": value for i, value in zip(ids.tolist(), values.tolist())},
+                                        abs=1e-5)
+        assert choice.text == tokenizer.decode(prompt)
+
+
+def test_a_text_is_continued(client, teacher):
+    model, tokenizer = teacher
+    ids, = generate(model, [tokenizer.encode("The ")], 5, tokenizer.end_of_turn)
+    found = client.completions.create(model="teacher", prompt="The ", max_tokens=5, temperature=0)
+    assert found.choices[0].text == tokenizer.decode(ids)
+
+
+def test_models_and_health_are_listed(client, server):
+    assert [each.id for each in client.models.list()] == ["teacher", "student"]
+    assert httpx.get(f"{server.root}/health").json() == {
+        name: {"answering": 0, "waiting": 0} for name in ("teacher", "student")}
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize("wrong, status, said", [
+    ({"model": "none"}, 404, "this server has teacher, student"),
+    ({"messages": []}, 400, "messages"), ({"messages": [{"role": "robot", "content": "a"}]}, 400, "messages[0]"),
+    ({"temperature": -1}, 400, "temperature is -1"), ({"n": 99}, 400, "n is 99"),
+    ({"top_p": "much"}, 400, "top_p is 'much'"), ({"stop": [1]}, 400, "stop"),
+    ({"messages": [{"role": "user", "content": "a " * 200}]}, 400, "the model reads 128"),
+])
+def test_a_bad_request_is_refused_by_the_name_of_its_field(client, wrong, status, said):
+    with pytest.raises(openai.APIStatusError) as refused:
+        chat(client, **wrong)
+    assert refused.value.status_code == status and said in refused.value.message
+
+
+@pytest.mark.parametrize("body, status", [(b"{", 400), (b"[1]", 400), (b"[" * 100_000, 400), (b" " * (5 << 20), 413)])
+def test_a_body_that_is_no_request_is_refused_without_a_stack_trace(server, body, status):
+    answer = httpx.post(f"{server.url}/chat/completions", content=body)
+    assert answer.status_code == status and "Traceback" not in answer.text and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [-1], [10 ** 9], [[1, "a"]], 3, [["a"]]])
+def test_a_prompt_is_a_text_or_ids_of_the_vocabulary(client, prompt):
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="teacher", prompt=prompt)
+
+
+# -- many clients
+
+
+def test_a_client_that_leaves_gives_back_its_row(models):
+    server = Server(f"teacher={models}/teacher.pth", max_concurrency=1, max_waiting=1)
+    health = lambda: httpx.get(f"{server.root}/health").json()["teacher"]
+    forever = {"model": "teacher", "messages": ASKED, "stream": True, "max_tokens": 100_000}
+    with httpx.stream("POST", f"{server.url}/chat/completions", json=forever) as stream:
+        next(stream.iter_lines())
+    wait_until(lambda: health() == {"answering": 0, "waiting": 0})
+    server.stop()
+
+
+def test_a_full_queue_answers_429_and_an_engine_takes_all_or_none(teacher):
+    engine, events = Engine("teacher", *teacher, n_rows=1, max_waiting=2), []
+    gate = threading.Event()
+    engine.submit(Answer([1, 2], 1, lambda token: gate.wait(10)))       # the engine's thread waits in it
+    wait_until(lambda: engine.rows.owners)
+    engine.submit(Reading([1, 2], events.append), Reading([1, 2, 3], events.append))
+    with pytest.raises(Full):
+        engine.submit(Reading([1, 2], events.append))
+    gate.set()
+    wait_until(lambda: len(events) == 2)
+    assert sorted(map(len, events)) == [1, 2]
+
+
+def test_an_error_reaches_its_client_and_the_engine_goes_on(teacher, monkeypatch):
+    engine, got = Engine("teacher", *teacher), []
+    engine.submit(Answer([10 ** 9], 1, got.append))                     # no such row of the embedding
+    wait_until(lambda: got)
+    assert isinstance(got[0], Exception)
+    engine.submit(Reading([1, 2], got.append))
+    wait_until(lambda: len(got) == 2)
+    assert len(got[1]) == 1
+
+
+# -- the process
+
+
+def test_the_key_is_needed_and_in_no_log(models, monkeypatch):
+    server = Server(f"teacher={models}/teacher.pth", api_key_env="SERVE_KEY", variables={"SERVE_KEY": KEY})
+    for key in ("none", KEY + "0"):
+        with pytest.raises(openai.AuthenticationError):
+            chat(server.client(key))
+    assert chat(server.client(KEY)).choices[0].message.content is not None
+    assert httpx.get(f"{server.root}/health").status_code == 200
+    assert KEY not in server.stop().output
+
+
+def test_sigterm_finishes_what_is_running(models):
+    server = Server(f"teacher={models}/teacher.pth")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(chat, server.client(), max_tokens=100, n=8)
+        wait_until(lambda: httpx.get(f"{server.root}/health").json()["teacher"]["answering"])
+        ended = server.stop()
+        assert len(answer.result().choices) == 8 and ended.code in (0, -signal.SIGTERM) and "Traceback" not in ended.output
+
+
+def test_a_port_in_use_and_a_wide_open_host_are_named(models):
+    weights = f"{models}/teacher.pth"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "--port 0" in complaint("scripts/serve.py", weights=weights, port=port)
+    assert "--api_key_env" in complaint("scripts/serve.py", weights=weights, host="0.0.0.0", port=0)
+    assert "two models" in complaint("scripts/serve.py", weights=[weights, weights], port=0)
