@@ -376,6 +376,7 @@ def check(parser, args):
     args.temperature = args.generation_temperature if is_pg else args.temperature
     args.divergence = "reverse_kl" if is_minillm else args.divergence
     args.reward_weight = args.reward_weight if args.reward and is_pg else 0.0
+    two = args.teacher_url and (args.teacher or is_ema)
     args.teacher = args.teacher or ["out/full_sft_768.pth"]
     args.teacher = None if args.reward_weight == 1 or is_ema or args.teacher_url else args.teacher
     needed = {"gkd": {}, "pg": {"top_p": 1, "top_k": 0}, "minillm": {
@@ -394,7 +395,10 @@ def check(parser, args):
              "rollouts: --objective gkd, or pg with --reward_weight below 1"),
             (args.on_policy_fraction < 1 and (args.privileged or alone),
              "--privileged and --reward_weight 1 are for rollouts: --on_policy_fraction 1"),
-            (is_ema and args.shard != "none", "--teacher_ema averages whole weights: --shard none")
+            (is_ema and args.shard != "none", "--teacher_ema averages whole weights: --shard none"),
+            (two, "--teacher_url, --teacher or --teacher_ema: give one of them"),
+            (args.teacher_url and (args.objective != "gkd" or args.temperature != 1),
+             "--teacher_url knows the most likely tokens at temperature 1: --objective gkd")
     ):
         if refused:
             parser.error(reason)

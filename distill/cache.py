@@ -67,8 +67,13 @@ def checksum(about: dict, part: int, rows: np.ndarray) -> bytes:
 
 def command(about: dict, path, *more) -> str:
     """The command that writes a cache with this about.json at PATH."""
-    flags = ["--teacher", about["teacher"], "--data_path", *about["files"], "--cache_dir", path]
-    for name in ("tokenizer", "max_seq_len", "top_k", "temperature", "dtype"):
+    of_process = ("dtype",)
+    teacher = ["--teacher", about["teacher"]]
+    if about["dtype"] == "served":                      # "NAME at URL"
+        name, _, url = about["teacher"].rpartition(" at ")
+        teacher, of_process = ["--teacher_url", url, "--teacher_model", name], ()
+    flags = [*teacher, "--data_path", *about["files"], "--cache_dir", path]
+    for name in ("tokenizer", "max_seq_len", "top_k", "temperature", *of_process):
         flags += [f"--{name}", about[name]]
     flags += ["--skip_bad_lines"] * about["skip_bad_lines"]
     return shlex.join(map(str, ["python", "scripts/cache_teacher.py", *flags, *more]))

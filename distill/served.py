@@ -92,7 +92,7 @@ class ServedTeacher:
             problem = str(error)
         problem = " ".join(problem.replace(self.key, "***").split())
         raise Refused(f"{self}: {problem:.300}. Check that it is up, --teacher_url, "
-                         "--teacher_model and --teacher_key_env; --resume continues")
+                      "--teacher_model and --teacher_key_env; --resume continues")
 
     def ask(self, sequences: list[list[int]]) -> list[np.ndarray]:
         """For each sequence of N tokens the predictions after each of them: (N, k) ids and

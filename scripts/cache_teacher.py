@@ -87,7 +87,7 @@ def local_teacher(args, world):
 
 def served_teacher(args):
     """The same for a teacher behind a server."""
-    args.top_k = args.top_k or args.teacher_top_k
+    args.top_k = args.teacher_top_k = args.top_k or args.teacher_top_k
     tokenizer = load_tokenizer(args.tokenizer or DEFAULT)
     teacher = make_served(args, tokenizer)
     Logger(teacher.described())
@@ -133,9 +133,9 @@ def main():
     args = parse_args(parser)
     if (args.teacher is None) == (args.teacher_url is None):
         parser.error("give either --teacher WEIGHTS or --teacher_url URL")
-    if args.temperature != 1.0 and not args.top_k:
-        parser.error(f"--temperature {args.temperature:g} needs a --top_k: hidden states, the "
-                     "default, serve any temperature")
+    if args.temperature != 1.0 and (args.teacher_url or not args.top_k):
+        parser.error(f"--temperature {args.temperature:g} needs a --top_k of a --teacher: hidden "
+                     "states, the default, serve any temperature, and a server answers at 1")
 
     # 2. Processes
     world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)

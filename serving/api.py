@@ -176,6 +176,8 @@ async def answer(request: Request, body: dict, engine: Engine, prompts, n_top: i
     """The response to n answers to each prompt."""
     max_seq_len = engine.model.config.max_seq_len
     alone = body["echo"] and body["max_tokens"] == 0            # only the prompts are read
+    if body["echo"] and body["stream"]:
+        raise Refused(400, "echo is for whole answers: leave out stream")
     for prompt in prompts:
         if not prompt or len(prompt) + (not alone) > max_seq_len:
             raise Refused(400, f"a prompt of {len(prompt):,} tokens; the model reads "
@@ -304,7 +306,7 @@ class Form:
             try:
                 async for piece in listener.pieces():
                     await merged.put((listener.index, *piece))
-            except Exception as error:
+            except Exception as error:          # of the engine, whatever a model may raise
                 await merged.put(error)
 
         tasks = [asyncio.create_task(forward(listener)) for listener in listeners]

@@ -25,7 +25,7 @@ class Full(Exception):
 
 
 class Token(NamedTuple):
-    """A token, and the model's distribution where it stands, in nats."""
+    """A token, and the model's log-probabilities where it stands."""
 
     id: int
     log_p: float
@@ -91,15 +91,15 @@ class Engine:
                 self.changed.wait_for(lambda: self.answers or self.readings or self.rows.owners)
                 new = self.take(self.answers, self.n_rows - len(self.rows.owners))
                 reading = self.take(self.readings, READ_TOKENS, lambda each: len(each.tokens))
-            try:
-                if reading:
-                    self.read(reading)
-                self.step(new)
-            except Exception as error:                  # the clients get it, the others go on
-                Logger(f"{self.name}: {type(error).__name__}: {error}")
-                for request in {*reading, *new, *self.rows.owners}:
-                    request.emit(error)
-                self.rows.remove(range(len(self.rows.owners)))
+            for work, requests in ((self.read, reading), (self.step, new)):
+                try:
+                    work(requests)
+                except Exception as error:      # whatever a model may raise: its clients get it
+                    Logger(f"{self.name}: {type(error).__name__}: {error}")
+                    rows = self.rows.owners if work == self.step else []
+                    for request in {*requests, *rows}:
+                        request.emit(error)
+                    self.rows.remove(range(len(rows)))
 
     def take(self, waiting: deque, room: int, size=lambda request: 1) -> list:
         """The first of the waiting requests that fit, at least one, without those whose client has
@@ -149,6 +149,8 @@ class Engine:
         self.rows.remove(done)
 
     def read(self, requests: list[Reading]):
+        if not requests:
+            return
         requests.sort(key=lambda each: len(each.tokens))
         lengths = [len(each.tokens) for each in requests]
         tokens = torch.tensor([token for each in requests for token in each.tokens],

@@ -132,7 +132,7 @@ def test_models_and_health_are_listed(client, server):
     ({"model": "none"}, 404, "this server has teacher, student"),
     ({"messages": []}, 400, "messages"), ({"messages": [{"role": "robot", "content": "a"}]}, 400, "messages[0]"),
     ({"temperature": -1}, 400, "temperature is -1"), ({"n": 99}, 400, "n is 99"),
-    ({"top_p": "much"}, 400, "top_p is 'much'"), ({"stop": [1]}, 400, "stop"),
+    ({"stream": True, "extra_body": {"echo": True}}, 400, "echo"), ({"top_p": "much"}, 400, "top_p is 'much'"), ({"stop": [1]}, 400, "stop"),
     ({"messages": [{"role": "user", "content": "a " * 200}]}, 400, "the model reads 128"),
 ])
 def test_a_bad_request_is_refused_by_the_name_of_its_field(client, wrong, status, said):
@@ -187,6 +187,17 @@ def test_an_error_reaches_its_client_and_the_engine_goes_on(teacher, monkeypatch
     engine.submit(Reading([1, 2], got.append))
     wait_until(lambda: len(got) == 2)
     assert len(got[1]) == 1
+
+
+def test_an_unreadable_request_leaves_the_answers_of_others_alone(teacher):
+    engine, tokens, got = Engine("teacher", *teacher), [], []
+    gate = threading.Event()
+    engine.submit(Answer([1, 2], 5, lambda token: tokens.append(token) or gate.wait(10)))
+    wait_until(lambda: tokens)
+    engine.submit(Reading([10 ** 9, 1], got.append))
+    gate.set()
+    wait_until(lambda: got and tokens[-1] is None)
+    assert isinstance(got[0], Exception) and not any(isinstance(token, Exception) for token in tokens)
 
 
 # -- the process

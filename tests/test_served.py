@@ -80,7 +80,23 @@ def test_the_cache_of_a_served_teacher_is_that_of_the_teacher_in_memory(server, 
     succeed("train_distillation.py", **flags, teacher_cache=tmp_path / "far")
 
 
+def test_the_way_out_of_a_served_cache_is_its_own_command(server, models, flags, tmp_path):
+    of = {"data_path": flags["data_path"], "max_seq_len": 128, "device": "cpu", "cache_dir": tmp_path / "cache"}
+    succeed("scripts/cache_teacher.py", **of, teacher_url=server.url, teacher_model="teacher", top_k=4)
+    next((tmp_path / "cache").glob("part-*.bin")).unlink()
+    said = complaint("train_distillation.py", **flags, teacher_cache=tmp_path / "cache")
+    assert f"--teacher_url {server.url} --teacher_model teacher --data_path" in said and "--dtype" not in said
+    assert "a server answers at 1" in complaint("scripts/cache_teacher.py", **of, teacher_url=server.url,
+                                                teacher_model="teacher", top_k=4, temperature=2)
+
+
 # -- failures
+
+
+@pytest.mark.parametrize("wrong, said", [({"objective": "pg"}, "--objective gkd"), ({"temperature": 2}, "temperature 1"),
+                                         ({"teacher": "a.pth"}, "give one of them")])
+def test_flags_that_a_served_teacher_cannot_follow_are_refused(flags, wrong, said):
+    assert said in complaint("train_onpolicy.py", **flags, teacher_url="http://localhost:1/v1", teacher_model="m", **wrong)
 
 
 class Answers(BaseHTTPRequestHandler):
