@@ -48,6 +48,9 @@ class Batch(NamedTuple):
     teacher: "Batch | None" = None          # the same samples as the teacher reads them
     # (S,) the place in `teacher.at` that has seen the same text, or -1. None: place i matches i
     match: torch.Tensor | None = None
+    # With another tokenizer (Tokenizer.shared_tokens, same_text):
+    shared: torch.Tensor | None = None      # (V,) the shared token that each id counts as
+    span: torch.Tensor | None = None        # (S,) the shared token of a span, V + 1, or -1
 
     @property
     def routes(self) -> list[int | None]:
@@ -93,7 +96,7 @@ class TokenDataset:
 
     validated_on = None             # name of a validation file beside the data
     teacher = None                  # the same samples as a teacher reads them, see paired_with
-    across = False                  # whether its ids mean other tokens
+    shared = None                   # (V,), (V of the teacher): with another tokenizer
     routes = None                   # (samples,) number of the teacher of each, see routed
 
     def __init__(self, paths, tokenizer, max_seq_len: int = 512, skip_bad_lines: bool = False,
@@ -223,10 +226,15 @@ class TokenDataset:
         if self.teacher is None:
             return batch
         its = self.teacher.batch(np.searchsorted(self.teacher.rows, self.rows[samples]))
-        match = None
-        if self.across:
-            match = same_text(batch, self.tokenizer.n_bytes, its, self.teacher.tokenizer.n_bytes)
-        return batch._replace(teacher=its, match=match)
+        return self.matched(batch, its)
+
+    def matched(self, batch: Batch, its: Batch) -> Batch:
+        """The batch with the same samples as the teacher reads them."""
+        if self.shared is None:
+            return batch._replace(teacher=its)
+        batch, its = (one._replace(shared=shared) for one, shared in zip((batch, its), self.shared))
+        match, span = same_text(batch, self.tokenizer.n_bytes, its, self.teacher.tokenizer.n_bytes)
+        return batch._replace(teacher=its, match=match, span=span)
 
     def pack(self, samples: np.ndarray, step_targets: int = 0, step_samples: int = 0) -> Batch:
         parts = [self.sample(i) for i in samples]
@@ -252,8 +260,8 @@ class TokenDataset:
                              "chat_template of the teacher")
         pair = self.view(np.flatnonzero(np.isin(self.rows, teacher.rows)))
         pair.teacher = teacher
-        pair.across = self.tokenizer.conflict(teacher.tokenizer.ids) is not None
-        if pair.across:
+        if self.tokenizer.conflict(teacher.tokenizer.ids):
+            pair.shared = [*map(torch.from_numpy, self.tokenizer.shared_tokens(teacher.tokenizer))]
             return pair
         answered = pair.answered()
         for i, j in enumerate(np.searchsorted(teacher.rows, pair.rows)):
@@ -327,22 +335,37 @@ def sample_key(sample: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def same_text(student: Batch, student_bytes, teacher: Batch, teacher_bytes) -> torch.Tensor:
-    """(S,) For each student target the teacher target that begins at the same byte, or -1.
+def same_text(student: Batch, student_bytes, teacher: Batch, teacher_bytes):  # -> (S,), (S,)
+    """For each student target the teacher target that begins at the same byte, or -1; and the span,
+    the text up to the next match: a shared token, V + 1 for another text, or -1 where nothing
+    matches or a sample is cut within it.
 
         student  | he | llo | <|im_end|> |      bytes  0  2  5
-        teacher  | hel | lo | <|im_end|> |             0  3  5      match  0 -1 2
+        teacher  | hel | lo | <|im_end|> |             0  3  5      match  0 -1 2   span  V+1 -1 2
     """
-    def place(batch, n_bytes):  # -> (S,) rising: sample number in the upper half, byte in the lower
+    def places(batch, n_bytes):  # begins and ends (S,), rising: sample << 32 | byte
         sample = np.searchsorted(np.cumsum(batch.lengths), batch.at.numpy(), side="right")
         size = n_bytes[batch.targets.numpy()]
         begins = np.cumsum(size) - size
         first = np.searchsorted(sample, sample)             # the first target of the same sample
-        return (sample.astype(np.int64) << 32) + begins - begins[first]
+        begins = (sample.astype(np.int64) << 32) + begins - begins[first]
+        return begins, begins + size
 
-    ours, theirs = place(student, student_bytes), place(teacher, teacher_bytes)
+    (ours, our_ends), (theirs, their_ends) = (places(student, student_bytes),
+                                              places(teacher, teacher_bytes))
     found = np.minimum(np.searchsorted(theirs, ours), len(theirs) - 1)
-    return torch.from_numpy(np.where(theirs[found] == ours, found, -1))
+    match = np.where(theirs[found] == ours, found, -1)
+
+    begins = np.flatnonzero(match >= 0)
+    ends = our_ends[np.append(begins[1:], len(ours)) - 1]
+    is_whole = ends == their_ends[np.append(match[begins[1:]], len(theirs)) - 1]
+    n_bytes, span = np.append(student_bytes, -1), np.full(len(ours), -1)
+    span[begins] = np.where(is_whole, len(n_bytes), -1)
+    for batch, first in (student, begins), (teacher, match[begins]):
+        token = batch.shared[batch.targets[first]].numpy()
+        is_span = is_whole & (n_bytes[token] == ends - ours[begins])
+        span[begins[is_span]] = token[is_span]
+    return torch.from_numpy(match), torch.from_numpy(span)
 
 
 class PretrainDataset(TokenDataset):
@@ -530,5 +553,6 @@ def in_order(dataset: TokenDataset, rank: int = 0, world_size: int = 1,
     for first in range(0, len(parts), world_size):
         has_part = first + rank < len(parts)
         batch = dataset.batch(parts[first + rank if has_part else first])
-        yield batch if has_part else batch._replace(at=batch.at[:0], targets=batch.targets[:0],
-                                                    parts=())
+        yield batch if has_part else batch._replace(parts=(), **{
+            name: value[:0] for name, value in batch._asdict().items()
+            if name in ("at", "targets", "match", "span") and value is not None})

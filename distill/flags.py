@@ -8,7 +8,7 @@ from argparse import SUPPRESS
 import torch
 
 from distill.features import IntermediateLosses
-from distill.losses import pick_divergence
+from distill.losses import ACROSS, pick_divergence
 from distill.teachers import Teacher, teacher_side
 
 INTERMEDIATE = ("feature", "attention", "contrastive")
@@ -51,7 +51,7 @@ def check_loss_args(parser, args):
     """Exits with a message if the divergence cannot do without labels."""
     if args.divergence == "uld" and args.alpha == 0:
         parser.error("--divergence uld must be combined with labels, --alpha 0.5: it compares how "
-                     "sure the two are, not of what")
+                     "sure the two are, not of what; gold can do without")
 
 
 def make_intermediate(args, student_config, teachers) -> IntermediateLosses:
@@ -106,18 +106,17 @@ def check_teachers(teachers, args):
     names = {teacher.name for teacher in teachers}
     single_model = len(teachers) == 1 and not teachers[0].is_cached and names == {""}
     intermediate = [f"--{name}_weight" for name in INTERMEDIATE if vars(args)[f"{name}_weight"] > 0]
-    uld = ["--divergence uld"] if args.divergence == "uld" else []
+    across = [f"--divergence {args.divergence}"] if args.divergence in ACROSS else []
     plain = ["--plain_loss"] if args.plain_loss else []
     context = ["--teacher_data_path"] if args.teacher_data_path else []
-    for flag in (*intermediate, *uld, *plain, *context):
+    for flag in (*intermediate, *across, *plain, *context):
         if not single_model:
             raise ValueError(f"{flag} needs exactly one --teacher PATH in memory, without a name, "
                              "and no --teacher_cache")
     check_routed(teachers, args)
-    if uld and (intermediate or plain):
-        raise ValueError("--divergence uld compares sorted probabilities, "
-                         f"{[*intermediate, *plain][0]} compares position by position. Leave one "
-                         "of them out")
+    if across and (intermediate or plain):
+        raise ValueError(f"{across[0]} is for two tokenizers, {[*intermediate, *plain][0]} "
+                         "compares position by position. Leave one of them out")
     if context and args.attention_weight > 0:
         raise ValueError("--attention_weight compares all tokens of a sample, but with "
                          "--teacher_data_path the prompts differ. Leave one of them out")

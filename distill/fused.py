@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dataset.lm_dataset import Batch
 from distill.losses import forward_kl, uld
 
 CHUNK_BYTES = 32 << 20      # of one (rows, V) buffer in fp32; CE + forward KL uses three
@@ -27,6 +28,10 @@ class Dense(NamedTuple):
     head: torch.Tensor              # (V, D of the teacher)
     weight: float = 1.0             # several teachers act as one: p = sum of weight * p of each
     begin: int = 0                  # routed: its first position among those of the student
+    # With another tokenizer: the batch, and the states at all S' positions of the teacher
+    batch: Batch | None = None
+    all_states: torch.Tensor | None = None
+    rest: torch.Tensor | None = None    # (S,) of `with_rests`
 
 
 class TopK(NamedTuple):
@@ -59,25 +64,29 @@ def fused_distillation_loss(hidden, head, targets, teacher, alpha=0.0, temperatu
 
     Under autocast the matrix products run in its dtype; the loss is fp32. CE + forward KL has a
     closed form, softmax - one-hot and T (q - p); other divergences use autograd chunk by chunk.
+    With another tokenizer all but `uld` are over spans (`in_spans`).
     """
+    teacher, rest = (teacher, None) if divergence is uld else with_rests(
+        hidden, head, targets, teacher, temperature)
     closed_form = (divergence is forward_kl and kd_weight is None and ce_weight is None
                    and not isinstance(teacher, TopK))
     chunks = Chunks(hidden, head, teacher, chunk_bytes, divide_rows=1 if closed_form else 4)
     with torch.autocast(hidden.device.type, enabled=False):     # `chunks` has the products' dtype
-        return Fused(*FusedLoss.apply(hidden, head, targets, chunks, closed_form, alpha,
+        return Fused(*FusedLoss.apply(hidden, head, rest, targets, chunks, closed_form, alpha,
                                       temperature, divergence, kd_weight, ce_weight))
 
 
 class FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, chunks, closed_form, alpha, temperature, divergence,
-                kd_weight, ce_weight):
+    def forward(ctx, hidden, head, rest, targets, chunks, closed_form, alpha, temperature,
+                divergence, kd_weight, ce_weight):
         # In fp16 the gradients of rare tokens would underflow: these products run in fp32.
         dtype = torch.float32 if chunks.dtype == torch.float16 else chunks.dtype
         h, w = hidden.detach().to(dtype), head.detach().to(dtype)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
         grad_head = (torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1]
                      else None)                                     # a frozen head
+        grad_rest = None if rest is None else torch.empty_like(rest)
         ce, kd = hidden.new_zeros(2, dtype=torch.float32)
 
         for rows in chunks:
@@ -88,7 +97,9 @@ class FusedLoss(torch.autograd.Function):
                                           chunks.buffer("scratch", rows, head))
             else:
                 parts = by_autograd(logits, chunks, rows, targets[rows], alpha, temperature,
-                                    divergence, kd_weight, ce_weight)
+                                    divergence, kd_weight, ce_weight, rest)
+            if rest is not None:
+                grad_rest[rows] = parts[3]
             ce, kd, slope = ce + parts[0], kd + parts[1], parts[2].to(dtype)        # (), (), (C, V)
             grad_hidden[rows] = slope @ w
             if grad_head is not None and dtype == torch.float32:
@@ -98,7 +109,7 @@ class FusedLoss(torch.autograd.Function):
 
         # A plain attribute: save_for_backward would keep the tensors as long as the graph.
         ctx.grads = (grad_hidden.to(hidden.dtype),
-                     None if grad_head is None else grad_head.to(head.dtype))
+                     None if grad_head is None else grad_head.to(head.dtype), grad_rest)
         ctx.mark_non_differentiable(ce, kd)
         return alpha * ce + (1 - alpha) * kd, ce, kd
 
@@ -183,21 +194,26 @@ def ce_and_forward_kl(logits, log_p, targets, alpha, temperature, scratch):  # -
 
 
 def by_autograd(logits, chunks, rows, targets, alpha, temperature, divergence, kd_weight,
-                ce_weight):  # -> (), (), (C, V)
-    """The same three for any divergence."""
+                ce_weight, rest):  # -> (), (), (C, V)
+    """The same three for any divergence; with another tokenizer also the gradient for rest."""
     with torch.enable_grad():
         logits = logits.requires_grad_()
         ce = F.cross_entropy(logits, targets, reduction="none")                     # (C,)
         ce = (ce if ce_weight is None else ce * ce_weight[rows]).sum()
         log_q = F.log_softmax(logits / temperature, dim=-1)                         # (C, V)
+        wanted = [logits]
         if isinstance(chunks.teacher, TopK):
             kd = divergence(*in_buckets(chunks.teacher, rows, log_q))               # (C,)
+        elif rest is not None:
+            wanted.append(rest[rows].detach().requires_grad_())
+            log_p = chunks.teacher_log_p(rows, temperature)
+            kd = divergence(*in_spans(chunks.teacher[0], rows, log_p, log_q, targets, wanted[1]))
         else:
             kd = divergence(chunks.teacher_log_p(rows, temperature), log_q)
         kd = temperature ** 2 * (kd if kd_weight is None else kd * kd_weight[rows]).sum()
-        slope, = torch.autograd.grad(alpha * ce + (1 - alpha) * kd, logits)
+        slopes = torch.autograd.grad(alpha * ce + (1 - alpha) * kd, wanted)
     logits.requires_grad_(False)
-    return ce.detach(), kd.detach(), slope
+    return ce.detach(), kd.detach(), *slopes
 
 
 def in_buckets(top: TopK, rows, log_q):  # (C, V) -> (C, k + 1) twice
@@ -206,6 +222,44 @@ def in_buckets(top: TopK, rows, log_q):  # (C, V) -> (C, k + 1) twice
     tail_p = top.tail[rows, None].float().clamp_min(MIN_LOG_P)
     tail_q = log_q.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True).clamp_min(MIN_LOG_P)
     return torch.cat([log_p, tail_p], dim=-1), torch.cat([log_q.gather(-1, ids), tail_q], dim=-1)
+
+
+def with_rests(hidden, head, targets, teacher, temperature):  # -> the same teacher, (S,)
+    """For each span the log-probability of its tokens after the first: the student's, with
+    gradients, and the teacher's in `Dense.rest`. None without another tokenizer."""
+    if isinstance(teacher, TopK) or teacher[0].batch is None:
+        return teacher, None
+
+    def rest(states, head, targets, begins):  # (S, D), (V, D), (S,), (S,) -> (S,)
+        log_p = token_log_probs(states[~begins], head, targets[~begins], temperature)
+        begin = torch.where(begins, torch.arange(len(begins), device=begins.device), 0)
+        return log_p.new_zeros(len(begins)).index_add(0, begin.cummax(dim=0).values[~begins], log_p)
+
+    batch, all_states = teacher[0].batch, teacher[0].all_states
+    begins = torch.zeros(len(all_states), dtype=torch.bool, device=all_states.device)
+    begins[batch.match[batch.match >= 0]] = True
+    with torch.no_grad():
+        its = rest(all_states, teacher[0].head, batch.teacher.targets, begins)
+    return ([teacher[0]._replace(rest=its[batch.match.clamp_min(0)])],
+            rest(hidden, head, targets, batch.match >= 0))
+
+
+def in_spans(teacher: Dense, rows, log_p, log_q, targets, rest):  # -> (C, V + 2) twice
+    """Teacher and student over V shared tokens, tokens that count as none, and the span: the text
+    up to the next byte at which both begin a token. Its tokens' probabilities are multiplied;
+    the first keeps what follows it otherwise."""
+    batch, tiny = teacher.batch, torch.finfo(torch.float32).tiny
+    match, span = batch.match[rows].clamp_min(0), batch.span[rows, None].clamp_min(0)
+
+    def over(log_p, shared, first, rest):  # (C, V), (V,), (C,), (C,) -> (C, V + 2)
+        p, first, rest = log_p.exp(), first[:, None], rest[:, None]
+        p_first = p.gather(1, first)
+        p = p.scatter(1, first, p_first * -rest.expm1())
+        found = p.new_zeros(len(p), len(batch.shared) + 2).scatter_add(1, shared.expand_as(p), p)
+        return found.scatter_add(1, span, p_first * rest.exp()).clamp_min(tiny).log()
+
+    return (over(log_p, batch.teacher.shared, batch.teacher.targets[match], teacher.rest[rows]),
+            over(log_q, batch.shared, targets, rest))
 
 
 def token_log_probs(hidden, head, targets, temperature=1.0, chunk_bytes=CHUNK_BYTES):
@@ -226,8 +280,8 @@ BINS = 10               # of confidence
 
 
 @torch.no_grad()
-def compare(hidden, head, targets, teacher=(), matched=None, temperature=1.0,
-            across=False) -> dict[str, torch.Tensor]:
+def compare(hidden, head, targets, teacher=(), matched=None,
+            temperature=1.0) -> dict[str, torch.Tensor]:
     """Student against teacher, as sums over the S positions, in nats; without a teacher only `ce`.
 
     ce              cross-entropy with the labels
@@ -240,12 +294,13 @@ def compare(hidden, head, targets, teacher=(), matched=None, temperature=1.0,
                     https://arxiv.org/abs/2604.13016, there on the student's own answers
     acceptance      sum over v of min(p, q): how likely the teacher accepts a token that the student
                     drafts. Leviathan et al. 2022, https://arxiv.org/abs/2211.17192, Sec. 3
-    uld             instead of all that compares tokens, where the vocabularies differ (`across`);
-                    it and entropy are over the positions that are `matched`
 
+    With another tokenizer the kl is that of `in_spans`, and it and entropy are over the positions
+    that are `matched`; none of the others that compare tokens.
     All at temperature 1. A TopK has only kl and entropy, over its k + 1 buckets at its own
     `temperature`, not comparable, and agreement.
     """
+    teacher, rest = with_rests(hidden, head, targets, teacher, 1.0) if teacher else ((), None)
     sums, chunks = {}, Chunks(hidden, head, teacher)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in [*chunks] or [slice(0, 0)]:         # zeros for a process without targets
@@ -265,8 +320,10 @@ def compare(hidden, head, targets, teacher=(), matched=None, temperature=1.0,
                 log_p = chunks.teacher_log_p(rows, 1.0)
                 p, used = log_p.exp(), 1.0 if matched is None else matched[rows]
                 found["entropy"] = -(torch.linalg.vecdot(p, log_p) * used).sum()
-                if across:
-                    found["uld"] = (uld(log_p, log_q) * used).sum()
+                if rest is not None:
+                    kl = forward_kl(*in_spans(chunks.teacher[0], rows, log_p, log_q, labels[:, 0],
+                                              rest[rows]))
+                    found["kl"] = (kl * used).sum()
                 else:
                     top_p = log_p.topk(top_q.indices.shape[-1])                     # (C, k)
                     same = top_p.indices[:, :, None] == top_q.indices[:, None, :]   # (C, k, k)

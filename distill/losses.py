@@ -125,6 +125,21 @@ def uld(log_p, log_q):  # (N, V of the teacher), (N, V of the student) -> (N,)
     return (p - q).abs().sum(dim=-1)
 
 
+def gold(log_p, log_q):  # (N, V + 2), (N, V + 2) -> (N,)
+    """KL(p || q) over what two tokenizers have in common: the next V shared tokens, and the text up
+    to the next byte at which both begin a token, as one event (distill/fused.py, `in_spans`)
+
+    use    teacher and student with different tokenizers. With one tokenizer it is the forward KL
+    trap   few shared tokens, as of two scripts, leave little to compare
+    paper  after Patiño et al. 2025 (GOLD),
+           https://huggingface.co/spaces/HuggingFaceH4/on-policy-distillation. There a token that
+           the other vocabulary lacks is compared by ULD, here by the shared token it begins with
+    """
+    return forward_kl(log_p, log_q)
+
+
+ACROSS = ("uld", "gold")        # these take two tokenizers
+
 # The choices of --divergence: (beta, skew, normalised) -> (the function, the formula a run prints).
 # Add your own here; the losses and all lessons take it as it is.
 DIVERGENCES = {
@@ -142,6 +157,7 @@ DIVERGENCES = {
     "tvd": lambda beta, skew, normalised: (tvd, "TV(teacher, student)"),
     "akl": lambda beta, skew, normalised: (akl, "AKL(teacher, student)"),
     "uld": lambda beta, skew, normalised: (uld, "ULD(teacher, student)"),
+    "gold": lambda beta, skew, normalised: (gold, "KL(teacher || student) over byte spans"),
 }
 
 
