@@ -48,9 +48,8 @@ class Batch(NamedTuple):
     teacher: "Batch | None" = None          # the same samples as the teacher reads them
     # (S,) the place in `teacher.at` that has seen the same text, or -1. None: place i matches i
     match: torch.Tensor | None = None
-    # With another tokenizer (Tokenizer.shared_tokens, same_text):
-    shared: torch.Tensor | None = None      # (V,) the shared token that each id counts as
-    span: torch.Tensor | None = None        # (S,) the shared token of a span, V + 1, or -1
+    shared: torch.Tensor | None = None      # (V,) of Tokenizer.shared_tokens
+    span: torch.Tensor | None = None        # (S,) of same_text
 
     @property
     def routes(self) -> list[int | None]:
@@ -243,6 +242,16 @@ class TokenDataset:
                              step_targets, step_samples)
         return batch._replace(keys=tuple(map(sample_key, parts)))
 
+    def retold(self, prompt: list[int], answer: list[int]) -> list[int]:
+        """An answer in the teacher's tokens, after its prompt; what is no text ends it."""
+        ours, its = self.tokenizer, self.teacher.tokenizer
+        ends = answer[-1] == ours.end_of_turn
+        text, broken, _ = ours.decode(
+            i if ours.names.get(i) in (None, *ours.matched) else ours.vocab_size
+            for i in answer[:len(answer) - ends]).partition("\ufffd")
+        ids = its.encode(text + broken) + [its.end_of_turn] * (ends and not broken)
+        return ids[:self.teacher.max_seq_len - len(prompt)]
+
     def paired_with(self, teacher: "TokenDataset") -> "TokenDataset":
         """A view whose batches also hold the teacher's version of the same samples: other tokens,
         or another prompt. Samples of which the teacher keeps no target are left out.
@@ -343,28 +352,25 @@ def same_text(student: Batch, student_bytes, teacher: Batch, teacher_bytes):  # 
         student  | he | llo | <|im_end|> |      bytes  0  2  5
         teacher  | hel | lo | <|im_end|> |             0  3  5      match  0 -1 2   span  V+1 -1 2
     """
-    def places(batch, n_bytes):  # begins and ends (S,), rising: sample << 32 | byte
+    def places(batch, n_bytes):  # -> (2, S) begins and ends, rising: sample << 32 | byte
         sample = np.searchsorted(np.cumsum(batch.lengths), batch.at.numpy(), side="right")
         size = n_bytes[batch.targets.numpy()]
         begins = np.cumsum(size) - size
         first = np.searchsorted(sample, sample)             # the first target of the same sample
         begins = (sample.astype(np.int64) << 32) + begins - begins[first]
-        return begins, begins + size
+        return np.stack([begins, begins + size])
 
-    (ours, our_ends), (theirs, their_ends) = (places(student, student_bytes),
-                                              places(teacher, teacher_bytes))
-    found = np.minimum(np.searchsorted(theirs, ours), len(theirs) - 1)
-    match = np.where(theirs[found] == ours, found, -1)
+    ours, theirs = places(student, student_bytes), places(teacher, teacher_bytes)
+    found = np.minimum(np.searchsorted(theirs[0], ours[0]), len(theirs[0]) - 1)
+    match, span = np.where(theirs[0, found] == ours[0], found, -1), np.full(len(found), -1)
 
-    begins = np.flatnonzero(match >= 0)
-    ends = our_ends[np.append(begins[1:], len(ours)) - 1]
-    is_whole = ends == their_ends[np.append(match[begins[1:]], len(theirs)) - 1]
-    n_bytes, span = np.append(student_bytes, -1), np.full(len(ours), -1)
-    span[begins] = np.where(is_whole, len(n_bytes), -1)
+    begins, n_bytes = np.flatnonzero(match >= 0), np.append(student_bytes, -1)
+    ends, span[begins] = ours[1, np.append(begins[1:], 0) - 1], len(n_bytes)
     for batch, first in (student, begins), (teacher, match[begins]):
         token = batch.shared[batch.targets[first]].numpy()
-        is_span = is_whole & (n_bytes[token] == ends - ours[begins])
+        is_span = n_bytes[token] == ends - ours[0, begins]
         span[begins[is_span]] = token[is_span]
+    span[begins[ends != theirs[1, np.append(match[begins[1:]], 0) - 1]]] = -1           # cut
     return torch.from_numpy(match), torch.from_numpy(span)
 
 
@@ -553,6 +559,5 @@ def in_order(dataset: TokenDataset, rank: int = 0, world_size: int = 1,
     for first in range(0, len(parts), world_size):
         has_part = first + rank < len(parts)
         batch = dataset.batch(parts[first + rank if has_part else first])
-        yield batch if has_part else batch._replace(parts=(), **{
-            name: value[:0] for name, value in batch._asdict().items()
-            if name in ("at", "targets", "match", "span") and value is not None})
+        yield batch if has_part else batch._replace(at=batch.at[:0], targets=batch.targets[:0],
+                                                    parts=())

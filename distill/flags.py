@@ -8,7 +8,7 @@ from argparse import SUPPRESS
 import torch
 
 from distill.features import IntermediateLosses
-from distill.losses import ACROSS, pick_divergence
+from distill.losses import pick_divergence
 from distill.teachers import Teacher, teacher_side
 
 INTERMEDIATE = ("feature", "attention", "contrastive")
@@ -106,7 +106,7 @@ def check_teachers(teachers, args):
     names = {teacher.name for teacher in teachers}
     single_model = len(teachers) == 1 and not teachers[0].is_cached and names == {""}
     intermediate = [f"--{name}_weight" for name in INTERMEDIATE if vars(args)[f"{name}_weight"] > 0]
-    across = [f"--divergence {args.divergence}"] if args.divergence in ACROSS else []
+    across = [f"--divergence {args.divergence}"] if args.divergence in ("uld", "gold") else []
     plain = ["--plain_loss"] if args.plain_loss else []
     context = ["--teacher_data_path"] if args.teacher_data_path else []
     for flag in (*intermediate, *across, *plain, *context):

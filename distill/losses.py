@@ -126,19 +126,14 @@ def uld(log_p, log_q):  # (N, V of the teacher), (N, V of the student) -> (N,)
 
 
 def gold(log_p, log_q):  # (N, V + 2), (N, V + 2) -> (N,)
-    """KL(p || q) over what two tokenizers have in common: the next V shared tokens, and the text up
-    to the next byte at which both begin a token, as one event (distill/fused.py, `in_spans`)
+    """KL(p || q) over tokens and spans of bytes that two tokenizers share (fused.py, in_spans)
 
-    use    teacher and student with different tokenizers. With one tokenizer it is the forward KL
-    trap   few shared tokens, as of two scripts, leave little to compare
-    paper  after Patiño et al. 2025 (GOLD),
-           https://huggingface.co/spaces/HuggingFaceH4/on-policy-distillation. There a token that
-           the other vocabulary lacks is compared by ULD, here by the shared token it begins with
+    use    teacher and student with different tokenizers; with one it is the forward KL
+    paper  Patiño et al. 2025, https://huggingface.co/spaces/HuggingFaceH4/on-policy-distillation,
+           where the tokens that one of them lacks are compared by ULD
     """
     return forward_kl(log_p, log_q)
 
-
-ACROSS = ("uld", "gold")        # these take two tokenizers
 
 # The choices of --divergence: (beta, skew, normalised) -> (the function, the formula a run prints).
 # Add your own here; the losses and all lessons take it as it is.

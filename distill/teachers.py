@@ -12,7 +12,6 @@ import torch
 from dataset.lm_dataset import in_order, sample_key
 from distill.cache import TeacherCache
 from distill.fused import Dense, TopK
-from distill.losses import ACROSS
 from distill.served import ServedTeacher
 from runtime.args import parse_teacher
 from runtime.files import file_sha256
@@ -138,10 +137,7 @@ def teacher_outputs(teachers: list[Teacher], batch, return_hidden: bool = False)
         return TeacherOutputs(predictions, None, out)
     # With another tokenizer: only positions where both have read the same text are used; the others
     # get weight 0.
-    states = predictions[0].states
-    its = predictions[0]._replace(states=states[batch.match.clamp_min(0)], all_states=states,
-                                  batch=batch)
-    return TeacherOutputs([its], batch.span >= 0, out)
+    return TeacherOutputs([predictions[0]._replace(batch=batch)], batch.span >= 0, out)
 
 
 def share_vocabulary(teachers, students, divergence="forward_kl") -> bool:
@@ -149,7 +145,7 @@ def share_vocabulary(teachers, students, divergence="forward_kl") -> bool:
     have, in place: the probability of a token that one of them lacks is left out, as padding is.
 
     Returns whether a teacher must read conversations in its own format, because it lacks a special
-    token of the student's. Raises ValueError where an id is another token, except for ACROSS.
+    token of the student's. Raises ValueError where an id is another token, except for gold and ULD.
     """
     everyone = [*teachers, *(Teacher(model, 1.0, tokenizer) for model, tokenizer in students)]
     vocabularies = [(each.source.about["ids"], each.source.about["tokenizer"]) if each.is_cached
@@ -159,11 +155,12 @@ def share_vocabulary(teachers, students, divergence="forward_kl") -> bool:
         for _, tokenizer in students:
             conflict = tokenizer.conflict(ids)
             across |= conflict is not None
-            if conflict and divergence not in ACROSS:
+            one = len(teachers) == 1 and not teacher.is_cached
+            if conflict and not (one and divergence in ("uld", "gold")):
                 raise ValueError(
                     f"the teacher's vocabulary has {teacher.source.n_tokens} tokens, the student's "
                     f"{tokenizer.vocab_size}, and {conflict}: {path}, {tokenizer.path}. Train both "
-                    "with one tokenizer, or compare the bytes that both write: --divergence gold")
+                    "with one tokenizer, or take one --teacher and --divergence gold")
             if not conflict and not teacher.is_cached and (reason := tokenizer.unreadable(ids)):
                 own_format = True
                 Logger(f"{path} cannot read the student's conversations, {reason}: as with "

@@ -29,8 +29,7 @@ def evaluate(model, val_loader, device, *, teachers=(), temperature=1.0,
             predictions, matched = (), None
             if teachers:
                 predictions, matched, _ = teacher_outputs(teachers, batch)
-            found = compare(out.final, model.head, batch.targets, predictions, matched,
-                            temperature)
+            found = compare(out.final, model.head, batch.targets, predictions, matched, temperature)
         found["tokens"] = torch.tensor(len(batch.targets), device=device)
         sums = {name: sums.get(name, 0) + value.to(dtype_of_sums) for name, value in found.items()}
     model.train()

@@ -237,30 +237,26 @@ class Tokenizer:
             sizes[self.special_tokens[name]] = len(name.encode())
         return sizes
 
-    def shared_tokens(self, other: "Tokenizer") -> tuple[np.ndarray, np.ndarray]:
-        """The token of both vocabularies that each id of either counts as, by its id here:
-        (vocab_size,), (other.vocab_size,). vocab_size: none.
+    def shared_tokens(self, other: "Tokenizer") -> list[np.ndarray]:
+        """(vocab_size,), (other.vocab_size,) The token of both vocabularies that each id of either
+        counts as, by its id here; vocab_size: none. That is the first of the tokens with which the
+        other writes its bytes, and so on until both have it: " helicopter" -> " hel". Special
+        tokens are shared by name, those that end a turn or a text by that."""
+        ours, theirs = ({**one.ranks, **one.special_tokens, "end of text": one.end_of_text,
+                         "end of turn": one.end_of_turn} for one in (self, other))
 
-        A token of one vocabulary counts as the first token that the other writes its bytes with,
-        and so on until both have it: " helicopter" -> " hel". Special tokens are shared by name;
-        those that end a turn or a text, by what they do.
-        """
-        tokens = [{i: token for token, i in one.ranks.items()} | one.names
-                  | {one.end_of_text: "end of text", one.end_of_turn: "end of turn"}
-                  for one in (self, other)]
-        in_both = {*tokens[0].values()} & {*tokens[1].values()}
-        ids = {token: i for i, token in tokens[0].items() if token in in_both}
-        found = [np.full(one.vocab_size, self.vocab_size) for one in (self, other)]
-        for n, table in enumerate(found):
-            for i, token in tokens[n].items():
-                side = n                                # of a vocabulary that has the token
-                while (token not in in_both and isinstance(token, bytes)
-                       and not {*token} & {*(self, other)[1 - side]._missing}):
-                    side = 1 - side
-                    first = (self, other)[side]._encoding._encode_single_piece(token)[0]
-                    token = tokens[side][first]
-                table[i] = ids.get(token, self.vocab_size)
-        return found[0], found[1]
+        def shared(token, writer, reader):
+            if token in ours and token in theirs:
+                return ours[token]
+            if isinstance(token, str) or {*token} & {*writer._missing}:
+                return self.vocab_size
+            first = writer._encoding._encode_single_piece(token)[0]
+            return shared(writer._encoding.decode_single_token_bytes(first), reader, writer)
+
+        tables = [np.full(one.vocab_size, self.vocab_size) for one in (self, other)]
+        for table, tokens, pair in zip(tables, (ours, theirs), ((other, self), (self, other))):
+            table[[*tokens.values()]] = [shared(token, *pair) for token in tokens]
+        return tables
 
     # -- text ---------------------------------------------------------------------------------
 

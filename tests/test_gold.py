@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.lm_dataset import packed_batch, same_text
-from distill.fused import Dense, compare, fused_distillation_loss, in_spans, with_rests
+from dataset.lm_dataset import PromptDataset, packed_batch, prompts_and_answers, same_text
+from distill.fused import Dense, compare, fused_distillation_loss, in_spans, span_rests
 from distill.losses import forward_kl, gold, uld
+from distill.rollouts import Rollout, rollout_batches
+from helpers_run import TINY, complaint, rows, succeed
+from interop.checkpoint import load_model, save_model
+from model.config import LMConfig
+from model.generate import Sampled
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
+from model.transformer import Transformer
 
 D, END = 5, SPECIAL_TOKENS["<|im_end|>"]
 
@@ -57,7 +63,7 @@ def models(batch, ours, theirs, scale=1.0):
     """Student (hidden, head, targets) with gradients, teacher."""
     hidden = (scale * randn(len(batch.at), D)).requires_grad_()
     states, head = scale * randn(len(batch.teacher.at), 6, seed=2), randn(theirs.vocab_size, 6, seed=3)
-    teacher = Dense(states[batch.match.clamp_min(0)], head, batch=batch, all_states=states)
+    teacher = Dense(states, head, batch=batch)
     return hidden, randn(ours.vocab_size, D, seed=1).requires_grad_(), batch.targets, teacher
 
 
@@ -109,14 +115,14 @@ def test_a_span_that_is_cut_on_one_side_is_not_compared():
 def over_spans(batch, teacher, hidden, head, temperature=1.0):
     """in_spans of all rows, from logits in float64."""
     log_q, log_p, its = ((states.double() @ weight.double().T / temperature).log_softmax(dim=-1)
-                         for states, weight in ((hidden, head), (teacher.states, teacher.head),
-                                                (teacher.all_states, teacher.head)))
+                         for states, weight in ((hidden, head), (teacher.at_targets, teacher.head),
+                                                (teacher.states, teacher.head)))
     rest = torch.zeros(len(hidden), dtype=torch.float64)
     rest[0], rest[4] = log_q[1, batch.targets[1]], log_q[5, batch.targets[5]]
     its_rest = torch.zeros(len(hidden), dtype=torch.float64)
     its_rest[0] = its[1, batch.teacher.targets[1]]
     return (log_p, log_q, rest, its_rest,
-            in_spans(teacher._replace(rest=its_rest), slice(None), log_p, log_q, batch.targets, rest))
+            in_spans(teacher, slice(None), log_p, log_q, batch.targets, torch.stack([rest, its_rest], dim=1)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -162,11 +168,11 @@ def test_the_fused_loss_is_the_plain_sum_in_value_and_gradient(chunk_rows, tempe
 def test_the_gradient_equals_finite_differences():
     hidden, head, _, teacher = models(HELLO, OURS, THEIRS)
     log_p, log_q, rest, its_rest, _ = over_spans(HELLO, teacher, hidden.detach(), head.detach())
-    teacher = teacher._replace(rest=its_rest)
 
     def loss(some, rest):
         logits = torch.cat([some, log_q[:, 8:]], dim=1)
-        return forward_kl(*in_spans(teacher, slice(None), log_p, logits.log_softmax(dim=1), HELLO.targets, rest)).sum()
+        rests = torch.stack([rest, its_rest], dim=1)
+        return forward_kl(*in_spans(teacher, slice(None), log_p, logits.log_softmax(dim=1), HELLO.targets, rests)).sum()
 
     assert torch.autograd.gradcheck(loss, (log_q[:, :8].clone().requires_grad_(), (rest - 0.1).requires_grad_()))
 
@@ -192,7 +198,7 @@ def test_it_is_0_where_both_agree():
     answers = [b"he", b"llo", END],
     batch = matched(OURS, OURS, a_batch(OURS, *answers), a_batch(OURS, *answers))
     hidden, head, targets, _ = models(batch, OURS, OURS)
-    teacher = Dense(hidden.detach(), head.detach(), batch=batch, all_states=hidden.detach())
+    teacher = Dense(hidden.detach(), head.detach(), batch=batch)
     found = fused_distillation_loss(hidden, head, targets, [teacher], divergence=gold)
     found.loss.backward()
     assert abs(found.kd.item()) < 1e-5 and hidden.grad.abs().max() < 1e-5
@@ -213,7 +219,7 @@ def test_a_validation_compares_spans_whatever_the_divergence():
     found = compare(hidden, head, targets, [teacher], weight)
     loss = fused_distillation_loss(hidden, head, targets, [teacher], divergence=gold, kd_weight=weight)
     assert found["kl"].item() == pytest.approx(loss.kd.item(), rel=1e-5) and "agreement" not in found
-    p = (teacher.states @ teacher.head.T).softmax(dim=1)[weight]
+    p = (teacher.at_targets @ teacher.head.T).softmax(dim=1)[weight]
     assert found["entropy"].item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
 
 
@@ -225,4 +231,58 @@ def test_no_position_gives_0():
         loss.loss.backward()
         assert loss.loss.item() == 0 and hidden.grad.shape == (0, D)
     assert compare(hidden, head, targets, [teacher])["kl"] == 0
-    assert with_rests(hidden, head, targets, [teacher], 1.0)[1].shape == (0,)
+    assert span_rests(hidden, head, targets, [teacher], 1.0).shape == (0, 2)
+
+
+# -- on-policy -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def byte_teacher(byte_tokenizer, tmp_path_factory):
+    """A teacher whose tokens are bytes."""
+    torch.manual_seed(1)
+    path, tokenizer = tmp_path_factory.mktemp("bytes") / "bytes.pth", byte_tokenizer()
+    model = Transformer(LMConfig(dim=16, n_layers=1, n_heads=2, max_seq_len=512, vocab_size=tokenizer.vocab_size))
+    save_model(model, tokenizer, path)
+    return path
+
+
+@pytest.fixture
+def prompts(data, cache, models, byte_tokenizer):
+    """Prompts that a teacher of bytes reads too, and the student's tokenizer."""
+    _, ours = load_model(models / "student.pth")
+    files = [data / "experience_student.jsonl"]
+    return PromptDataset(files, ours, 128).paired_with(PromptDataset(files, byte_tokenizer(), 40)), ours
+
+
+def test_the_teacher_reads_the_bytes_of_the_student_s_answer(prompts):
+    data, ours = prompts
+    text = ours.encode("monday 7")
+    for answer, bytes_, ends in ((text + [ours.end_of_turn], b"monday 7", True), (text, b"monday 7", False),
+                                 (text + ours.encode("\xe9")[:1], b"monday 7\xef\xbf\xbd", False),      # half a character
+                                 (text + [ours.special_tokens["<|im_start|>"], *text], b"monday 7\xef\xbf\xbd", False)):
+        assert data.retold([1], answer) == [*(16 + byte for byte in bytes_), *[data.teacher.tokenizer.end_of_turn] * ends]
+    assert len(data.retold([1] * 35, text)) == 40 - 35          # as far as its context reaches
+
+
+def test_rollouts_are_matched_by_their_bytes(prompts):
+    data, ours = prompts
+    answer = [*ours.encode("monday 7"), ours.end_of_turn]
+    sampled = Sampled(answer, True, [0.0] * len(answer), [0.0] * len(answer), [0.0] * len(answer))
+    ((batch, *_),) = rollout_batches([Rollout([20], [30], sampled)], 1, "cpu", data)
+    assert prompts_and_answers(batch.teacher) == [[([30], data.retold([30], answer))]]
+    n = np.cumsum([0, *ours.n_bytes[answer]])
+    assert batch.match.tolist() == n[:-1].tolist() and (batch.span >= 0).all()
+
+
+def test_a_student_learns_on_policy_from_a_teacher_of_other_tokens(byte_teacher, data, models, tmp_path):
+    flags = TINY | {"data_path": data / "experience_student.jsonl", "student": models / "student.pth", "teacher": byte_teacher,
+                    "max_new_tokens": 6, "max_steps": 2, "log_interval": 1, "eval_interval": 2, "val_fraction": 0.1,
+                    "out_dir": tmp_path, "size": None, "on_policy_fraction": 0.5, "dtype": "float32"}
+    assert "--divergence gold" in complaint("train_onpolicy.py", **flags)
+    gold = flags | {"divergence": "gold"}
+    for more, reason in (({"objective": "pg"}, "--divergence gold"), ({"privileged": "answer"}, "in the student's tokens"),
+                         ({"teacher": [byte_teacher] * 2}, "one --teacher")):
+        assert reason in complaint("train_onpolicy.py", **gold | {"on_policy_fraction": 1.0} | more)
+    succeed("train_onpolicy.py", **gold)
+    one, two, validation = rows(tmp_path / "full_onpolicy_32.jsonl")
+    assert one["kd"] > 0 and two["kd"] > 0 and validation["val_kl"] > 0
