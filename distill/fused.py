@@ -205,9 +205,8 @@ def by_autograd(logits, chunks, rows, targets, alpha, temperature, divergence, k
             log_p, log_q = in_buckets(chunks.teacher, rows, log_q)
         else:
             log_p = chunks.teacher_log_p(rows, temperature)
-        wanted = [logits]
+        wanted = [logits] if rests is None else [logits, rests[rows].detach().requires_grad_()]
         if rests is not None:
-            wanted.append(rests[rows].detach().requires_grad_())
             log_p, log_q = in_spans(chunks.teacher[0], rows, log_p, log_q, targets, wanted[1])
         kd = divergence(log_p, log_q)                                               # (C,)
         kd = temperature ** 2 * (kd if kd_weight is None else kd * kd_weight[rows]).sum()

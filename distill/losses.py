@@ -129,8 +129,7 @@ def gold(log_p, log_q):  # (N, V + 2), (N, V + 2) -> (N,)
     """KL(p || q) over tokens and spans of bytes that two tokenizers share (fused.py, in_spans)
 
     use    teacher and student with different tokenizers; with one it is the forward KL
-    paper  Patiño et al. 2025, https://huggingface.co/spaces/HuggingFaceH4/on-policy-distillation,
-           where the tokens that one of them lacks are compared by ULD
+    paper  Patiño et al. 2025, https://huggingface.co/spaces/HuggingFaceH4/on-policy-distillation
     """
     return forward_kl(log_p, log_q)
 
