@@ -368,8 +368,7 @@ def same_text(student: Batch, student_bytes, teacher: Batch, teacher_bytes):  # 
     ends, span[begins] = ours[1, np.append(begins[1:], 0) - 1], len(n_bytes)
     for batch, first in (student, begins), (teacher, match[begins]):
         token = batch.shared[batch.targets[first]].numpy()
-        is_span = n_bytes[token] == ends - ours[0, begins]
-        span[begins[is_span]] = token[is_span]
+        span[begins] = np.where(n_bytes[token] == ends - ours[0, begins], token, span[begins])
     span[begins[ends != theirs[1, np.append(match[begins[1:]], 0) - 1]]] = -1           # cut
     return torch.from_numpy(match), torch.from_numpy(span)
 
