@@ -2,12 +2,17 @@
 远处的教师：在 OpenAI 协议的服务后面，只返回 top-k 对数概率。
 A teacher elsewhere: behind a server of OpenAI's protocol, which returns top-k log-probabilities.
 
-It is asked to "complete" token ids with echo, so it reads them and writes nothing. Two dialects of
-the answer are known, and recognised from it:
+It is asked to "complete" token ids with echo, so it reads them and writes nothing. Three dialects
+of the answer are known, and recognised from it:
 
     echo                our scripts/serve.py, vLLM: logprobs.top_logprobs, a dict per token, with
                         keys "token_id:17"
-    prompt_logprobs     vLLM, SGLang: a dict {"17": {"logprob": -0.1, ...}} per token
+    prompt_logprobs     vLLM: a dict {"17": {"logprob": -0.1, ...}} per token
+    /generate           SGLang, whose completions name tokens by their text: a list of
+                        [log p, id, ...] per token
+
+llama.cpp returns no log-probabilities of given tokens: learn from its answers
+(scripts/generate_answers.py).
 """
 
 import json
@@ -51,7 +56,7 @@ class ServedTeacher:
                  budget: int = 0, parallel: int = 4, retries: int = 5, timeout: float = 300.0):
         self.client, self.key = make_client(url, key_env, retries, timeout)
         self.url, self.model, self.top_k = url.rstrip("/"), model, top_k
-        self.budget, self.n_read = budget, 0
+        self.budget, self.n_read, self.is_sglang = budget, 0, False
         self.device, self.pool = torch.device("cpu"), ThreadPoolExecutor(parallel)
         self.asked = {}         # tokens of a sequence -> (the future of a request, place in it)
 
@@ -68,12 +73,18 @@ class ServedTeacher:
     def check(self, tokenizer):
         """Whether its ids of a text are those of the student's tokenizer."""
         ids = tokenizer.encode(PROBE)
-        with self.reading():
-            given = self.request(PROBE)["choices"][0]["logprobs"]["tokens"]
-        theirs = [int(name.removeprefix("token_id:")) for name in given
-                  if name.startswith("token_id:")]
+        theirs, _ = self.request([PROBE])[0]
+        if None in theirs:
+            self.is_sglang = True
+            try:
+                theirs, _ = self.request([PROBE])[0]
+            except Refused:
+                raise ValueError(
+                    f"{self} names tokens by their text, not by their ids, which vLLM, SGLang and "
+                    "scripts/serve.py do. Learn from its answers: scripts/generate_answers.py "
+                    f"--teacher_url {self.url}") from None
         if theirs[len(theirs) - len(ids):] != ids:
-            raise ValueError(f"{self} splits {PROBE!r} into the tokens {given}, the student's "
+            raise ValueError(f"{self} splits {PROBE!r} into the tokens {theirs}, the student's "
                              f"tokenizer into {ids}: train the student with the teacher's "
                              "tokenizer, or on its answers (scripts/generate_answers.py)")
         self.n_tokens = tokenizer.vocab_size
@@ -84,20 +95,35 @@ class ServedTeacher:
         tells = getattr(names.get(self.model), "max_model_len", None)
         self.config = Namespace(max_seq_len=tells or 1 << 30)
 
-    def request(self, prompt) -> dict:
-        """The answer to one request, as JSON."""
+    def request(self, prompts: list) -> list[tuple[list, list[dict]]]:
+        """For each prompt, a text or a list of ids: its ids, None for those it does not tell; and
+        {id: log p} where each of them stands."""
+        import httpx
         import openai
         try:
-            raw = self.client.completions.with_raw_response.create(
-                model=self.model, prompt=prompt, max_tokens=0, echo=True, logprobs=self.top_k,
-                temperature=1.0, extra_body={"return_tokens_as_token_ids": True})
-            return json.loads(raw.text)
+            if self.is_sglang:
+                kind = "text" if isinstance(prompts[0], str) else "input_ids"
+                raw = self.client.post(
+                    self.url.removesuffix("/v1") + "/generate", cast_to=httpx.Response,
+                    body={kind: prompts, "return_logprob": True, "logprob_start_len": 0,
+                          "top_logprobs_num": self.top_k, "sampling_params": {"max_new_tokens": 0}})
+            else:
+                raw = self.client.completions.with_raw_response.create(
+                    model=self.model, prompt=prompts, max_tokens=0, echo=True, temperature=1.0,
+                    logprobs=self.top_k, extra_body={"return_tokens_as_token_ids": True})
+            answer = json.loads(raw.text)
         except openai.APIStatusError as error:
             problem = f"{error.status_code} {error.response.text}"
         except openai.APIError as error:
             problem = f"{error} ({error.__cause__!r})"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problem = str(error)
+        else:
+            with self.reading():
+                if self.is_sglang:
+                    return [of_sglang(each["meta_info"]) for each in answer]
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                return [of_openai(choice) for choice in choices]
         problem = " ".join(problem.replace(self.key, "***").split())
         raise Refused(f"{self}: {problem:.300}. Check that it is up, --teacher_url, "
                       "--teacher_model and --teacher_key_env; --resume continues")
@@ -110,11 +136,10 @@ class ServedTeacher:
             raise Refused(f"{self}: the {self.budget:,} tokens of --teacher_budget are used; "
                           "--resume continues with as many again")
         # The prediction after the last token stands at one more token, whichever it is.
-        answer = self.request([[*sequence, sequence[-1]] for sequence in sequences])
+        answers = self.request([[*sequence, sequence[-1]] for sequence in sequences])
         with self.reading():
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            return [self.rows(choice, len(sequence))
-                    for choice, sequence in zip(choices, sequences, strict=True)]
+            return [self.rows(places[1:len(sequence) + 1])
+                    for (_, places), sequence in zip(answers, sequences, strict=True)]
 
     @contextmanager
     def reading(self):
@@ -127,16 +152,11 @@ class ServedTeacher:
             raise ValueError(f"{self} did not return the log-probabilities of {self.top_k} tokens "
                              f"at each position ({type(error).__name__}: {error})") from None
 
-    def rows(self, choice: dict, n: int) -> np.ndarray:     # -> (n,)
-        if choice.get("prompt_logprobs"):
-            found = [{i: each["logprob"] for i, each in place.items()}
-                     for place in choice["prompt_logprobs"][1:n + 1]]
-        else:
-            found = choice["logprobs"]["top_logprobs"][1:n + 1]
-        rows = np.zeros(n, self.row)
-        for row, place in zip(rows, found, strict=True):
-            pairs = [(int(name.removeprefix("token_id:")), max(NEVER, NEVER if p is None else p))
-                     for name, p in place.items()]
+    def rows(self, places: list[dict]) -> np.ndarray:       # -> (places,)
+        rows = np.zeros(len(places), self.row)
+        for row, place in zip(rows, places):
+            pairs = [(i, max(NEVER, NEVER if log_p is None else log_p))
+                     for i, log_p in place.items()]
             pairs.sort(key=lambda pair: -pair[1])
             row["ids"], row["log_p"] = zip(*pairs[:self.top_k])
             # What the top-k leave over; at least what rounding may hide.
@@ -170,6 +190,24 @@ class ServedTeacher:
 
     def look_up(self, batch) -> TopK:
         return unpack(self.read(batch), self.device)
+
+
+def of_openai(choice: dict) -> tuple[list, list[dict]]:
+    def as_id(name: str) -> int | None:
+        return int(name.removeprefix("token_id:")) if name.startswith("token_id:") else None
+
+    if choice.get("prompt_logprobs"):
+        places = [{int(i): each["logprob"] for i, each in (place or {}).items()}
+                  for place in choice["prompt_logprobs"]]
+    else:
+        places = [{as_id(name): log_p for name, log_p in (place or {}).items()}
+                  for place in choice["logprobs"]["top_logprobs"]]
+    return [as_id(name) for name in choice["logprobs"]["tokens"]], places
+
+
+def of_sglang(info: dict) -> tuple[list, list[dict]]:
+    return ([i for _, i, *_ in info["input_token_logprobs"]],
+            [{i: log_p for log_p, i, *_ in place or []} for place in info["input_top_logprobs"]])
 
 
 def sequences_of(batch) -> list[list[int]]:

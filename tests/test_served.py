@@ -139,7 +139,7 @@ class Answers(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         status, body = self.server.says(request)
-        data = json.dumps(body).encode()
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -176,8 +176,7 @@ def other():
 def vllm(tokenizer, k):
     """prompt_logprobs, as vLLM and SGLang write them: the token itself may be one more than k."""
     def says(request):
-        prompts = request["prompt"]
-        prompts = [tokenizer.encode(prompts)] if isinstance(prompts, str) else prompts
+        prompts = [tokenizer.encode(each) if isinstance(each, str) else each for each in request["prompt"]]
         place = {str(i): {"logprob": -math.log(20 + i), "rank": i + 1} for i in range(k)}
         return 200, {"choices": [
             {"index": n, "text": "", "logprobs": {"tokens": [f"token_id:{i}" for i in ids]},
@@ -186,19 +185,38 @@ def vllm(tokenizer, k):
     return says
 
 
-def test_the_other_dialect_is_recognised(other):
-    served = teacher(other(vllm(Tokenizer.load(), 5)), "m", Tokenizer.load(), top_k=5)
+def sglang(tokenizer, k):
+    """Completions name tokens by their text; /generate returns [log p, id, text] of each."""
+    def says(request):
+        if "sampling_params" not in request:
+            return 200, {"choices": [{"index": 0, "logprobs": {
+                "tokens": ["3", " plus"], "top_logprobs": [None, {" plus": -1.0}]}}]}
+        prompts = request.get("input_ids") or [tokenizer.encode(text) for text in request["text"]]
+        place = [[-math.log(20 + i), i, None] for i in range(k)]
+        return 200, [{"text": "", "meta_info": {
+            "input_token_logprobs": [[None, ids[0], None]] + [[-1.0, i, None] for i in ids[1:]],
+            "input_top_logprobs": [None] + [place] * (len(ids) - 1)}} for ids in prompts]
+    return says
+
+
+@pytest.mark.parametrize("dialect", [vllm, sglang])
+def test_another_dialect_is_recognised(other, dialect):
+    served = teacher(other(dialect(Tokenizer.load(), 5)), "m", Tokenizer.load(), top_k=5)
     top = served.look_up(batch_of_answers([[20]], [[21, 22]]))
     assert top.ids.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert top.log_p[0].tolist() == pytest.approx([-math.log(20 + i) for i in range(5)], abs=1e-6)
 
 
 @pytest.mark.parametrize("says, said", [
-    (lambda request: (200, {"choices": [{"index": 0, "logprobs": {"tokens": ["token_id:5"]}}]}), "the student's tokenizer"),
+    (lambda request: (200, {"choices": [{"index": 0, "logprobs": {"tokens": ["token_id:5"], "top_logprobs": [None]}}]}), "the student's tokenizer"),
     (lambda request: (401, {"error": {"message": "who are you?"}}), "401"),
+    (lambda request: (404, {}) if "sampling_params" in request else
+     (200, {"choices": [{"index": 0, "logprobs": {"tokens": ["3", " plus"], "top_logprobs": [None, {}]}}]}),
+     "generate_answers.py --teacher_url"),
+    (lambda request: (200, "[" * 100_000), "recursion"),
     (lambda request: (200, ["no completion"]), "did not return"),
     (lambda request: (200, {"choices": [{"index": 0, "text": "hello", "logprobs": None}]}), "did not return"),
-], ids=["another tokenizer", "no permission", "no object", "no log-probabilities"])
+], ids=["another tokenizer", "no permission", "no ids", "deep JSON", "no object", "no log-probabilities"])
 def test_a_server_that_is_no_teacher_stops_the_run_before_training(other, flags, says, said):
     output = complaint("train_onpolicy.py", **flags, teacher_url=other(says), teacher_model="m")
     assert said in output and "step 1" not in output
