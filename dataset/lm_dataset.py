@@ -262,7 +262,8 @@ class TokenDataset:
             raise ValueError(
                 f"{self} has {self.n_rows:,} samples and {teacher} {teacher.n_rows:,}: which "
                 "belong together? The teacher's files must match the student's row by row")
-        ours, theirs = self.tokenizer.chat.lead, teacher.tokenizer.chat.lead
+        both = self.tokenizer, teacher.tokenizer
+        ours, theirs = (one.chat.lead + " " * one.prefix_space for one in both)
         if ours != theirs:              # same_text counts the bytes of answers from their start
             raise ValueError(f"answers begin with {ours!r} in the student's chat format and "
                              f"{theirs!r} in the teacher's; give the student's folder the "

@@ -135,8 +135,7 @@ def teacher_outputs(teachers: list[Teacher], batch, return_hidden: bool = False)
         begin += len(inputs.at) if batch.parts else 0
     if batch.match is None:
         return TeacherOutputs(predictions, None, out)
-    # With another tokenizer: only positions where both have read the same text are used; the others
-    # get weight 0.
+    # With another tokenizer: positions where the two have not read the same text get weight 0.
     return TeacherOutputs([predictions[0]._replace(batch=batch)], batch.span >= 0, out)
 
 

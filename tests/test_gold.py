@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.lm_dataset import PromptDataset, packed_batch, prompts_and_answers, same_text
+from dataset.lm_dataset import PromptDataset, SFTDataset, packed_batch, prompts_and_answers, same_text
 from distill.fused import Dense, compare, fused_distillation_loss, in_spans, span_rests
 from distill.losses import forward_kl, gold, uld
 from distill.rollouts import Rollout, rollout_batches
@@ -232,6 +232,15 @@ def test_no_position_gives_0():
         assert loss.loss.item() == 0 and hidden.grad.shape == (0, D)
     assert compare(hidden, head, targets, [teacher])["kl"] == 0
     assert span_rests(hidden, head, targets, [teacher], 1.0).shape == (0, 2)
+
+
+def test_a_tokenizer_that_puts_a_space_before_a_text_is_refused(byte_tokenizer, data, cache):
+    """The bytes of its answers begin one later."""
+    ours = byte_tokenizer()
+    theirs = Tokenizer("[a-z]+|.", ours.special_tokens, ours.ranks, prefix_space=True)
+    pair = [SFTDataset([data / "sft_data.jsonl"], one, 512) for one in (ours, theirs)]
+    with pytest.raises(ValueError, match="answers begin with '' .* and ' ' in the teacher's"):
+        pair[0].paired_with(pair[1])
 
 
 # -- on-policy -------------------------------------------------------------------------------------------------
