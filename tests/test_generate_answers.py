@@ -19,7 +19,7 @@ from model.config import LMConfig
 from model.generate import generate
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
 from runtime.precision import seed_of
-from scripts.generate_answers import (Task, main, part_slices, read_tasks, report, text_of,
+from scripts.generate_answers import (Task, main, part_slices, read_tasks, report, to_answer,
                                       to_rows)
 
 SCRIPT = "scripts/generate_answers.py"
@@ -120,7 +120,7 @@ def test_an_answer_is_the_text_that_encodes_to_its_tokens_where_a_space_is_put_b
     ranks = {bytes([value]): 16 + value for value in range(256)}
     for prefix_space in (False, True):
         tokenizer = Tokenizer(PATTERN, SPECIAL_TOKENS, ranks, prefix_space=prefix_space)
-        assert text_of(tokenizer.encode("5 a"), tokenizer) == "5 a"
+        assert to_answer(tokenizer.encode("5 a"), tokenizer)[0] == "5 a"
 
 
 def test_a_question_is_a_conversation_up_to_its_last_answer_or_to_its_end(flags, tmp_path):
@@ -177,7 +177,7 @@ def test_an_answer_is_left_out_if_it_is_empty_unfinished_or_not_the_gold_one(byt
     def what_becomes_of(text, finished=True, gold=None, keep=False):
         tokens = tokenizer.encode(text) + [tokenizer.end_of_turn] * finished
         task = Task(Question([], None, {}), [], gold)
-        counts, rows = to_rows([task], [tokens], tokenizer, gold is not None, keep)
+        counts, rows = to_rows([task], [to_answer(tokens, tokenizer)], gold is not None, keep)
         assert len(rows) == counts["written"]
         return [key for key in ("written", "unfinished", "empty", "wrong") if counts[key]]
 
@@ -196,8 +196,8 @@ def test_a_right_answer_is_known_by_what_follows_the_thought_and_kept_once(byte_
     tasks = [Task(Question([{"role": "user", "content": each}], gold, {}), [], gold) for each in "ab"]
 
     def what_becomes_of(texts, finished, only_right=True, keep_unfinished=False):
-        answers = [tokenizer.encode(text) + [tokenizer.end_of_turn] * finished for text in texts] * 2
-        found, rows = to_rows(tasks, answers, tokenizer, only_right, keep_unfinished)
+        answers = [to_answer(tokenizer.encode(text) + [tokenizer.end_of_turn] * finished, tokenizer) for text in texts] * 2
+        found, rows = to_rows(tasks, answers, only_right, keep_unfinished)
         assert [row["conversations"][0]["content"] for row in rows] == sorted(row["conversations"][0]["content"] for row in rows)
         return found, [row["conversations"][-1]["content"] for row in rows if row["conversations"][0]["content"] == "a"]
 
