@@ -27,9 +27,11 @@ def blocks(page, language: str) -> list[str]:
 
 
 def commands(*pages) -> list[str]:
-    """The lines of the bash blocks of these pages, without comments and repetitions."""
+    """The commands of the bash blocks of these pages, without comments and repetitions: each is a
+    line, and those that are indented below it."""
     lines = [re.sub(r"\s+#.*", "", line).strip()
-             for page in pages for block in blocks(page, "bash") for line in block.splitlines()]
+             for page in pages for block in blocks(page, "bash")
+             for line in re.sub(r"( \\)?\n +", " ", block).splitlines()]
     return list(dict.fromkeys(line for line in lines if line))
 
 
@@ -57,7 +59,8 @@ QUICKSTART = ("README.md", "docs/results.md", "docs/losses.md", "docs/offline.md
 PROMPTS = ("docs/experience.md", "docs/memory.md")
 STAGES = ("docs/curriculum.md", "docs/ability_tree.md")
 MODELS = ("docs/data.md", "docs/models.md", "docs/real_teachers.md")
-PAGES = QUICKSTART + PROMPTS + STAGES + MODELS
+SERVED = ("docs/served_teachers.md",)
+PAGES = QUICKSTART + PROMPTS + STAGES + MODELS + SERVED
 
 
 # ------------------------------------------------------------------------- the commands, made small
