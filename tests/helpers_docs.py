@@ -114,8 +114,9 @@ def small(command: str) -> list[str]:
         return [*words, "--updates", "20", "--processes", "1", "--seeds", "1", "--seconds", "0",
                 "--rows", ROWS[config]]
     if "scripts/generate_answers.py" in words:
-        # The model has not learned to end an answer, nor to give the right one.
-        return [word for word in words if word != "--only_right"] + ["--keep_unfinished"]
+        # The model has not learned to end an answer, nor to give the right one, nor to write a text.
+        words = [word for word in words if word != "--only_right"] + ["--keep_unfinished"]
+        return words + ["--temperature", "1"] * ("--teacher_url" in words)
     if set(words) & set(LAUNCHERS):
         return ["env", "NPROC=2", *words, *SMALL]
     if "out/experience" in words and "none" in words:   # enough to write letters
