@@ -247,7 +247,7 @@ def main():
                 break
             parts.write(part, to_rows(tasks[slices[part]], answers, args.only_right,
                                       args.keep_unfinished))
-    except ValueError as error:         # of an endpoint that is down, or whose budget is used
+    except (ValueError if endpoint else ()) as error:       # it is down, or its budget is used
         why = str(error)
 
     # 6. Join
