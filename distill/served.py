@@ -73,7 +73,7 @@ class ServedTeacher:
     def check(self, tokenizer):
         """Whether its ids of a text are those of the student's tokenizer."""
         ids = tokenizer.encode(PROBE)
-        theirs, _ = self.request([PROBE])[0]
+        theirs, _ = self.request([PROBE], max_tokens=1)[0]      # to llama.cpp 0 means no limit
         if None in theirs:
             self.is_sglang = True
             try:
@@ -83,7 +83,7 @@ class ServedTeacher:
                     f"{self} names tokens by their text, not by their ids, which vLLM, SGLang and "
                     "scripts/serve.py do. Learn from its answers: scripts/generate_answers.py "
                     f"--teacher_url {self.url}") from None
-        if theirs[len(theirs) - len(ids):] != ids:
+        if ids not in (theirs[:len(ids)], theirs[1:len(ids) + 1]):      # a begin token comes first
             raise ValueError(f"{self} splits {PROBE!r} into the tokens {theirs}, the student's "
                              f"tokenizer into {ids}: train the student with the teacher's "
                              "tokenizer, or on its answers (scripts/generate_answers.py)")
@@ -95,7 +95,7 @@ class ServedTeacher:
         tells = getattr(names.get(self.model), "max_model_len", None)
         self.config = Namespace(max_seq_len=tells or 1 << 30)
 
-    def request(self, prompts: list) -> list[tuple[list, list[dict]]]:
+    def request(self, prompts: list, max_tokens: int = 0) -> list[tuple[list, list[dict]]]:
         """For each prompt, a text or a list of ids: its ids, None for those it does not tell; and
         {id: log p} where each of them stands."""
         import httpx
@@ -109,8 +109,9 @@ class ServedTeacher:
                           "top_logprobs_num": self.top_k, "sampling_params": {"max_new_tokens": 0}})
             else:
                 raw = self.client.completions.with_raw_response.create(
-                    model=self.model, prompt=prompts, max_tokens=0, echo=True, temperature=1.0,
-                    logprobs=self.top_k, extra_body={"return_tokens_as_token_ids": True})
+                    model=self.model, prompt=prompts, max_tokens=max_tokens, temperature=1.0,
+                    echo=True, logprobs=self.top_k,
+                    extra_body={"return_tokens_as_token_ids": True})
             answer = json.loads(raw.text)
         except openai.APIStatusError as error:
             problem = f"{error.status_code} {error.response.text}"
