@@ -42,7 +42,7 @@ class Body(BaseModel, strict=True):
         "max_tokens", "max_completion_tokens"))
     n: int = Field(1, ge=1, le=MAX_ANSWERS)
     seed: int | None = Field(None, ge=-1 << 62, le=1 << 62)
-    stop: Text | list[Text] = []
+    stop: Text | Annotated[list[Text], Field(max_length=16)] = []
     stream: bool = False
     stream_options: dict = {}
     return_tokens_as_token_ids: bool = False        # "token_id:17" instead of a token's text
@@ -177,7 +177,8 @@ def pick(engines: dict[str, Engine], name: str) -> Engine:
 async def respond(request: Request, body: Chat | Completion, engines: dict[str, Engine]):
     """n answers to each prompt, whole or as a stream."""
     engine = pick(engines, body.model)
-    max_seq_len, prompts = engine.model.config.max_seq_len, body.prompts(engine)
+    max_seq_len = engine.model.config.max_seq_len
+    prompts = await asyncio.to_thread(body.prompts, engine)     # 4 MB take a second
     if body.echo and body.stream:
         raise HTTPException(400, "echo: is for whole answers; leave out stream")
     for prompt in prompts:
@@ -269,8 +270,7 @@ class Reply:
     async def changed(self):
         """Whichever choice the engine has said more of, until all are done."""
         if self.body.echo:
-            engine = self.engine
-            read = await engine.read(engine.log_probs, self.prompts, self.body.n_top or 0)
+            read = await self.engine.read(self.engine.log_probs, self.prompts, self.body.n_top or 0)
             for choice in self.choices:
                 choice.echo(read[choice.index // self.body.n])
         while not all(choice.reason for choice in self.choices):

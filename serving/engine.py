@@ -17,6 +17,8 @@ import torch
 from model.generate import ActiveRows, choose
 from runtime.log import Logger
 
+READ_TOKENS = 4096          # in one forward pass, or one longer sequence
+
 
 class Full(Exception):
     """As many requests are waiting as may."""
@@ -126,8 +128,12 @@ class Engine:
     @torch.inference_mode()
     def log_probs(self, sequences: list[list[int]], n_top: int) -> list[list[Token]]:
         """Of each sequence a Token for each but the first, which nothing predicts."""
-        return [described(self.model.logits(states[:-1]).float(), ids[1:], [n_top] * len(ids[1:]))
-                for ids, states in zip(sequences, self.states(*sequences))]
+        found, n = [], max(1, READ_TOKENS // max(map(len, sequences)))
+        for part in (sequences[i:i + n] for i in range(0, len(sequences), n)):
+            for ids, states in zip(part, self.states(*part)):
+                logits = self.model.logits(states[:-1]).float()
+                found.append(described(logits, ids[1:], [n_top] * len(logits)))
+        return found
 
 
 def described(logits, ids: list[int], n_tops: list[int]) -> list[Token]:     # (S, V)

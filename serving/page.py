@@ -54,10 +54,8 @@ def add_page(app: FastAPI, engines: dict[str, Engine], out: Path):
     async def compare(request: Request):
         """What two models predict at each token of an answer and after it; see `divergences`."""
         body = await read_body(request, Pair)
-        pair, prompt = read_pair(engines, body)
-        found = await pair[0].read(divergences, pair, prompt + body.answer, len(prompt) - 1,
-                                   body.temperature)
-        return {"prompt": prompt} | found
+        pair = [pick(engines, name) for name in body.models]
+        return await pair[0].read(divergences, pair, body)
 
     @app.get("/v1/page/files")
     def files():
@@ -84,32 +82,26 @@ def is_shown(path: Path) -> bool:
     return path.name in ("table.md", "report.md")
 
 
-def read_pair(engines, body: Pair) -> tuple[list[Engine], list[int]]:
-    """Two engines with one vocabulary, and the prompt's ids."""
-    pair = [pick(engines, name) for name in body.models]
-    if reason := pair[0].tokenizer.conflict(pair[1].tokenizer.ids):
+@torch.inference_mode()
+def divergences(pair: list[Engine], body: Pair) -> dict:
+    """KL(first || second) and both entropies, in nats, at each token of the answer and after it;
+    both models' logits of what follows, fp32 in base64; and the prompt's ids."""
+    (first, second), found = pair, {"kl": [], "entropies": [[], []]}
+    if reason := first.tokenizer.conflict(second.tokenizer.ids):
         raise HTTPException(400, f"the two have no common vocabulary: {reason}")
-    prompt = pair[0].tokenizer.encode_chat([each.model_dump() for each in body.messages],
-                                           add_generation_prompt=True)[0]
+    prompt = first.tokenizer.encode_chat([each.model_dump() for each in body.messages],
+                                         add_generation_prompt=True)[0]
     limit = min(engine.model.config.max_seq_len for engine in pair)
     n = min(engine.model.n_tokens for engine in pair)
     if len(prompt + body.answer) > limit or not all(0 <= i < n for i in body.answer):
         raise HTTPException(400, f"answer: ids below {n}, with the prompt at most {limit}")
-    return pair, prompt
-
-
-@torch.inference_mode()
-def divergences(pair: list[Engine], tokens: list[int], begin: int, temperature: float) -> dict:
-    """From position `begin` on: KL(first || second) and both entropies, in nats; and both models'
-    logits of what follows the last token, fp32 in base64."""
-    n = min(engine.model.n_tokens for engine in pair)
-    found = {"kl": [], "entropies": [[], []]}
-    states = [engine.states(tokens)[0][begin:].split(AT_ONCE) for engine in pair]
+    states = [engine.states(prompt + body.answer)[0][len(prompt) - 1:].split(AT_ONCE)
+              for engine in pair]
     for part in zip(*states):
         logits = [engine.model.logits(each)[:, :n].float() for engine, each in zip(pair, part)]
-        log_p, log_q = ((each / temperature).log_softmax(dim=-1) for each in logits)
+        log_p, log_q = ((each / body.temperature).log_softmax(dim=-1) for each in logits)
         found["kl"] += (log_p.exp() * (log_p - log_q)).sum(dim=-1).tolist()
         for entropies, log in zip(found["entropies"], (log_p, log_q)):
             entropies += (-log.exp() * log).sum(dim=-1).tolist()
     last = (each[-1].cpu().numpy().tobytes() for each in logits)
-    return found | {"logits": [base64.b64encode(each).decode() for each in last]}
+    return found | {"logits": [base64.b64encode(each).decode() for each in last], "prompt": prompt}

@@ -198,10 +198,9 @@ def test_a_full_queue_takes_all_of_a_request_or_none(teacher):
 def test_a_full_queue_answers_429_and_when_to_come_back(teacher):
     engine = Engine("teacher", *teacher, n_rows=1, max_waiting=1)
     engine.n_readings, engine.waiting = 1, [None] * 2                   # as many as may, not served
-    body = {"model": "teacher", "messages": ASKED, "prompt": "a", "max_tokens": 0, "echo": True}
     with TestClient(make_app({"teacher": engine})) as client:
-        for path in ("completions", "chat/completions"):
-            refused = client.post(f"/v1/{path}", json=body)
+        for path, more in (("chat/completions", {"messages": ASKED}), ("completions", {"prompt": "a", "echo": True, "max_tokens": 0})):
+            refused = client.post(f"/v1/{path}", json={"model": "teacher"} | more)
             assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"
 
 
