@@ -27,6 +27,7 @@ from distill.flags import (add_divergence_args, add_intermediate_args, check_cha
                            check_loss_args, check_teachers, describe_loss, make_intermediate)
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
+from distill.served import add_served_args, make_served, read_ahead
 from distill.teachers import (Teacher, check_caches, make_teachers, progressive_distillation,
                               read_once, share_vocabulary, teacher_outputs, teacher_side)
 from evaluation.validation import evaluate, gradient_norms
@@ -145,10 +146,10 @@ def main():
         help="context distillation: the same rows with privileged context, for the teacher")
     add("--teacher_cache", nargs="+", action="extend", metavar="DIR[=WEIGHT]",
         help="offline distillation: teacher outputs cached by scripts/cache_teacher.py")
+    add_served_args(add)
     add("--teacher_states_gb", type=float, default=4.0,
         help="memory per process, in 10^9 bytes, for teacher's states that epochs share; 0: none")
-    add("--student", "--weights", default=None,
-        help="initial weights; default: --size's student; the word none: random weights")
+    add("--student", "--weights", help="initial weights; default: --size's student; none: random")
     add("--size", default="auto", choices=["auto", *SIZES],
         help="row of SIZES for all that you do not give; auto: the first whose weights exist")
     add("--dim", type=int, default=None, help="width of the student; default: --size's")
@@ -161,13 +162,10 @@ def main():
     add("--divergence", default="forward_kl", choices=DIVERGENCES,
         help="divergence from the teacher (distill/losses.py); only uld takes another tokenizer")
     add("--temperature", type=float, default=1.0, help="softmax temperature of both models")
-    add("--final_temperature", type=float, default=None,
-        help="temperature at the last step, linear from --temperature; default: constant")
-    add("--plain_loss", action="store_true",
-        help="compute the loss from all logits at once; default: in chunks (fused)")
+    add("--final_temperature", type=float, help="at the last step, linear; default: constant")
+    add("--plain_loss", action="store_true", help="all logits at once; default: in chunks (fused)")
     add("--epochs", type=int, default=None, help="passes over the data; default: --size's")
-    add("--batch_size", type=int, default=None,
-        help="samples per micro-batch and process; default: --size's")
+    add("--batch_size", type=int, help="samples per micro-batch and process; default: --size's")
     add("--learning_rate", type=float, default=None,
         help="learning rate; cosine decay from 1.1x to 0.1x of it; default: --size's")
     add_divergence_args(parser)
@@ -186,7 +184,7 @@ def main():
         own_teacher = args.lora_rank > 0 and args.teacher == [weights for weights, _ in chain]
         load = partial(load_teacher, world=world, shard=args.shard, compiled=args.compile)
         teachers = [] if own_teacher else make_teachers(args.teacher, args.teacher_cache,
-                                                        world.device, load)
+                                                        world.device, load, make_served(args))
         vocabulary = args.tokenizer or next((t.tokenizer for t in teachers if t.tokenizer), None)
         students = []
         for weights, config in chain:
@@ -243,6 +241,7 @@ def distill(teacher, student, train_loader, epochs, *, args, world):
            f"{progress.total_steps} steps of {data.step_samples} samples")
     loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
                          world.device)
+    loader = read_ahead(loader, teacher)
     for epoch in progress.epochs(data.steps_per_epoch):
         train_epoch(epoch, wandb, args.alpha, args.temperature, teachers=teacher,
                     args=args, world=world, name=name, student=student, tokenizer=tokenizer,

@@ -303,8 +303,7 @@ def main():
             teachers = [Teacher(WithoutAdapters(student), 1.0, tokenizer)]
         elif args.teacher or args.teacher_url:
             load = partial(load_teacher, world=world, shard=args.shard, compiled=args.compile)
-            teachers = make_teachers(args.teacher, None, world.device, load,
-                                     make_served(args, tokenizer))
+            teachers = make_teachers(args.teacher, None, world.device, load, make_served(args))
         if share_vocabulary(teachers, [(student, tokenizer)]):
             args.teacher_data_path = args.teacher_data_path or args.data_path
         check_routed(teachers, args)

@@ -110,6 +110,11 @@ def pack(about: dict, states, head) -> np.ndarray:  # (S, D), (V, D) -> (S,) row
     return rows
 
 
+def unpack(rows: np.ndarray, device) -> TopK:       # (S,) rows of a top-k
+    arrays = rows["ids"].astype(np.int64), rows["log_p"].copy(), rows["tail"].copy()
+    return TopK(*(torch.from_numpy(array).to(device) for array in arrays))
+
+
 # -- writing -------------------------------------------------------------------------------------
 
 class Layout(NamedTuple):
@@ -328,8 +333,7 @@ class TeacherCache:
                                zip(parts.tolist(), begins.tolist(), n_rows.tolist())])
         rows = rows.view(self.row)[:, 0]                                            # (S,)
         if self.top_k:
-            arrays = rows["ids"].astype(np.int64), rows["log_p"].copy(), rows["tail"].copy()
-            return TopK(*(torch.from_numpy(array).to(self.device) for array in arrays))
+            return unpack(rows, self.device)
         states = torch.from_numpy(rows["states"]).view(torch.bfloat16)
         return Dense(states.to(self.device), self.head[:self.n_tokens])
 

@@ -48,7 +48,9 @@ def add_intermediate_args(parser, weights: bool = True):
 
 
 def check_loss_args(parser, args):
-    """Exits with a message if the divergence cannot do without labels."""
+    """Exits with a message if the divergence cannot do without labels, or for a second teacher."""
+    if args.teacher_url and (args.teacher or args.teacher_cache):
+        parser.error("--teacher_url, --teacher or --teacher_cache: give one of them")
     if args.divergence == "uld" and args.alpha == 0:
         parser.error("--divergence uld must be combined with labels, --alpha 0.5: it compares how "
                      "sure the two are, not of what")
@@ -104,13 +106,14 @@ def check_routed(teachers, args):
 def check_teachers(teachers, args):
     """Refuse combinations of teachers and losses that do not work."""
     names = {teacher.name for teacher in teachers}
-    single_model = len(teachers) == 1 and not teachers[0].is_cached and names == {""}
+    single = len(teachers) == 1 and names == {""}
+    single_model = single and not teachers[0].is_cached
     intermediate = [f"--{name}_weight" for name in INTERMEDIATE if vars(args)[f"{name}_weight"] > 0]
     uld = ["--divergence uld"] if args.divergence == "uld" else []
     plain = ["--plain_loss"] if args.plain_loss else []
     context = ["--teacher_data_path"] if args.teacher_data_path else []
     for flag in (*intermediate, *uld, *plain, *context):
-        if not single_model:
+        if not single_model and not (single and flag in context and args.teacher_url):
             raise ValueError(f"{flag} needs exactly one --teacher PATH in memory, without a name, "
                              "and no --teacher_cache")
     check_routed(teachers, args)

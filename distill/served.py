@@ -2,16 +2,23 @@
 远处的教师：在 OpenAI 协议的服务后面，只返回 top-k 对数概率。
 A teacher elsewhere: behind a server of OpenAI's protocol, which returns top-k log-probabilities.
 
-It is asked to "complete" token ids with echo, so it reads them and writes nothing. Two dialects of
-the answer are known, and recognised from it:
+It is asked to "complete" token ids with echo, so it reads them and writes nothing. Three dialects
+of the answer are known, and recognised from it:
 
     echo                our scripts/serve.py, vLLM: logprobs.top_logprobs, a dict per token, with
                         keys "token_id:17"
-    prompt_logprobs     vLLM, SGLang: a dict {"17": {"logprob": -0.1, ...}} per token
+    prompt_logprobs     vLLM: a dict {"17": {"logprob": -0.1, ...}} per token
+    /generate           SGLang, whose completions name tokens by their text: a list of
+                        [log p, id, ...] per token
+
+llama.cpp returns no log-probabilities of given tokens: learn from its answers
+(scripts/generate_answers.py).
 """
 
 import json
+import math
 from argparse import Namespace
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -19,12 +26,14 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
+from distill.cache import row_type, unpack
 from distill.fused import TopK
 from runtime.endpoint import make_client
 from runtime.errors import FileError
 
 PROBE = "3 plus 4 is 7.\nГод 年 🙂"         # teacher and student must have the same ids of it
 AT_ONCE = 8                                 # sequences of a request
+BATCHES_AHEAD = 8                           # that are read before the student needs them
 NEVER = -1e4                                # log-probability of what a server calls impossible
 
 
@@ -33,24 +42,23 @@ class Refused(FileError):
 
 
 class ServedTeacher:
-    """Predictions for given tokens. Raises ValueError, with the endpoint and what to do, if it
-    cannot be reached, refuses, or has another tokenizer.
+    """Predictions for given tokens. All methods raise ValueError, with the endpoint and what to do,
+    if it cannot be reached, refuses, or returns something else.
 
     top_k       most likely tokens of each position
+    budget      tokens that it may be asked to read; 0: no limit
     parallel    requests at a time
     """
 
     temperature = 1.0                       # of the log-probabilities
 
-    def __init__(self, url: str, model: str, tokenizer, top_k: int = 20, key_env: str | None = None,
-                 parallel: int = 4, retries: int = 5, timeout: float = 300.0):
+    def __init__(self, url: str, model: str, top_k: int = 20, key_env: str | None = None,
+                 budget: int = 0, parallel: int = 4, retries: int = 5, timeout: float = 300.0):
         self.client, self.key = make_client(url, key_env, retries, timeout)
         self.url, self.model, self.top_k = url.rstrip("/"), model, top_k
-        self.tokenizer, self.n_tokens = tokenizer, tokenizer.vocab_size
+        self.budget, self.n_read, self.is_sglang = budget, 0, False
         self.device, self.pool = torch.device("cpu"), ThreadPoolExecutor(parallel)
         self.asked = {}         # tokens of a sequence -> (the future of a request, place in it)
-        self.config = Namespace(max_seq_len=self.check())
-        self.about = {"ids": tokenizer.ids, "tokenizer": str(tokenizer.path)}
 
     def __str__(self):
         return f"{self.model} at {urlsplit(self.url).netloc}"
@@ -62,47 +70,77 @@ class ServedTeacher:
         self.device = torch.device(device)
         return self
 
-    def check(self) -> int:
-        """Whether its ids of a text are ours. Returns its context length, if it tells."""
-        ids = self.tokenizer.encode(PROBE)
-        with self.reading():
-            given = self.request(PROBE)["choices"][0]["logprobs"]["tokens"]
-        theirs = [int(name.removeprefix("token_id:")) for name in given
-                  if name.startswith("token_id:")]
-        if theirs[len(theirs) - len(ids):] != ids:
-            raise ValueError(f"{self} splits {PROBE!r} into the tokens {given}, the student's "
+    def check(self, tokenizer):
+        """Whether its ids of a text are those of the student's tokenizer."""
+        ids = tokenizer.encode(PROBE)
+        theirs, _ = self.request([PROBE], max_tokens=1)[0]      # to llama.cpp 0 means no limit
+        if None in theirs:
+            self.is_sglang = True
+            try:
+                theirs, _ = self.request([PROBE])[0]
+            except Refused:
+                raise ValueError(
+                    f"{self} names tokens by their text, not by their ids, which vLLM, SGLang and "
+                    "scripts/serve.py do. Learn from its answers: scripts/generate_answers.py "
+                    f"--teacher_url {self.url}") from None
+        if ids not in (theirs[:len(ids)], theirs[1:len(ids) + 1]):      # a begin token comes first
+            raise ValueError(f"{self} splits {PROBE!r} into the tokens {theirs}, the student's "
                              f"tokenizer into {ids}: train the student with the teacher's "
-                             "tokenizer, or on its answers (SeqKD)")
+                             "tokenizer, or on its answers (scripts/generate_answers.py)")
+        self.n_tokens = tokenizer.vocab_size
+        self.about = {"ids": tokenizer.ids, "tokenizer": str(tokenizer.path), "top_k": self.top_k,
+                      "vocab_size": tokenizer.vocab_size}
+        self.row = row_type(self.about)
         names = {each.id: each for each in self.client.models.list()}
-        return getattr(names.get(self.model), "max_model_len", None) or 1 << 30
+        tells = getattr(names.get(self.model), "max_model_len", None)
+        self.config = Namespace(max_seq_len=tells or 1 << 30)
 
-    def request(self, prompt) -> dict:
-        """The answer to one request, as JSON."""
+    def request(self, prompts: list, max_tokens: int = 0) -> list[tuple[list, list[dict]]]:
+        """For each prompt, a text or a list of ids: its ids, None for those it does not tell; and
+        {id: log p} where each of them stands."""
+        import httpx
         import openai
         try:
-            raw = self.client.completions.with_raw_response.create(
-                model=self.model, prompt=prompt, max_tokens=0, echo=True, logprobs=self.top_k,
-                temperature=1.0, extra_body={"return_tokens_as_token_ids": True})
-            return json.loads(raw.text)
+            if self.is_sglang:
+                kind = "text" if isinstance(prompts[0], str) else "input_ids"
+                raw = self.client.post(
+                    self.url.removesuffix("/v1") + "/generate", cast_to=httpx.Response,
+                    body={kind: prompts, "return_logprob": True, "logprob_start_len": 0,
+                          "top_logprobs_num": self.top_k, "sampling_params": {"max_new_tokens": 0}})
+            else:
+                raw = self.client.completions.with_raw_response.create(
+                    model=self.model, prompt=prompts, max_tokens=max_tokens, temperature=1.0,
+                    echo=True, logprobs=self.top_k,
+                    extra_body={"return_tokens_as_token_ids": True})
+            answer = json.loads(raw.text)
         except openai.APIStatusError as error:
             problem = f"{error.status_code} {error.response.text}"
         except openai.APIError as error:
             problem = f"{error} ({error.__cause__!r})"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problem = str(error)
+        else:
+            with self.reading():
+                if self.is_sglang:
+                    return [of_sglang(each["meta_info"]) for each in answer]
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                return [of_openai(choice) for choice in choices]
         problem = " ".join(problem.replace(self.key, "***").split())
         raise Refused(f"{self}: {problem:.300}. Check that it is up, --teacher_url, "
                       "--teacher_model and --teacher_key_env; --resume continues")
 
     def ask(self, sequences: list[list[int]]) -> list[np.ndarray]:
-        """For each sequence of N tokens the predictions after each of them: (N, k) ids and
-        log-probabilities, as one array of (id, log_p) pairs."""
+        """The predictions after each token of each sequence, (tokens,) rows as in a TeacherCache of
+        top-k."""
+        self.n_read += sum(map(len, sequences))
+        if 0 < self.budget < self.n_read:
+            raise Refused(f"{self}: the {self.budget:,} tokens of --teacher_budget are used; "
+                          "--resume continues with as many again")
         # The prediction after the last token stands at one more token, whichever it is.
-        answer = self.request([[*sequence, sequence[-1]] for sequence in sequences])
+        answers = self.request([[*sequence, sequence[-1]] for sequence in sequences])
         with self.reading():
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            return [self.rows(choice, len(sequence))
-                    for choice, sequence in zip(choices, sequences, strict=True)]
+            return [self.rows(places[1:len(sequence) + 1])
+                    for (_, places), sequence in zip(answers, sequences, strict=True)]
 
     @contextmanager
     def reading(self):
@@ -115,48 +153,81 @@ class ServedTeacher:
             raise ValueError(f"{self} did not return the log-probabilities of {self.top_k} tokens "
                              f"at each position ({type(error).__name__}: {error})") from None
 
-    def rows(self, choice: dict, n: int) -> np.ndarray:     # -> (n, k, 2) float64
-        if choice.get("prompt_logprobs"):
-            found = [{int(i): each["logprob"] for i, each in place.items()}
-                     for place in choice["prompt_logprobs"][1:n + 1]]
-        else:
-            found = [{int(name.removeprefix("token_id:")): log_p for name, log_p in place.items()}
-                     for place in choice["logprobs"]["top_logprobs"][1:n + 1]]
-        rows = np.empty((n, self.top_k, 2))
-        for row, place in zip(rows, found, strict=True):
+    def rows(self, places: list[dict]) -> np.ndarray:       # -> (places,)
+        rows = np.zeros(len(places), self.row)
+        for row, place in zip(rows, places):
             pairs = [(i, max(NEVER, NEVER if log_p is None else log_p))
                      for i, log_p in place.items()]
-            row[:] = sorted(pairs, key=lambda pair: -pair[1])[:self.top_k]
+            pairs.sort(key=lambda pair: -pair[1])
+            row["ids"], row["log_p"] = zip(*pairs[:self.top_k])
+            # What the top-k leave over; at least what rounding may hide.
+            tail = 1 - sum(math.exp(log_p) for log_p in row["log_p"])
+            row["tail"] = math.log(max(tail, 1e-7))
         return rows
 
     def prefetch(self, sequences: list[list[int]]):
         """Ask for these sequences in the background, each once, for look_up."""
-        new = {tuple(each) for each in sequences} - self.asked.keys()
-        new = sorted(new, key=len)
+        new = sorted({tuple(each) for each in sequences} - self.asked.keys(), key=len)
         for start in range(0, len(new), AT_ONCE):
             part = new[start:start + AT_ONCE]
-            future = self.pool.submit(self.ask, [list(each) for each in part])
+            future = self.pool.submit(self.ask, part)
             self.asked |= {each: (future, i) for i, each in enumerate(part)}
 
     def forget(self):
         """All answers, such as those to the samples of a student that has changed since."""
         self.asked = {}
 
+    def read(self, batch) -> np.ndarray:
+        """The (S,) rows at the supervised positions of a batch."""
+        sequences = sequences_of(batch)
+        self.prefetch(sequences)
+        found = (self.asked[tuple(each)] for each in sequences)
+        try:
+            rows = np.concatenate([future.result()[i] for future, i in found])
+        except ValueError:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return rows[(batch.teacher or batch).at.cpu().numpy()]
+
     def look_up(self, batch) -> TopK:
-        """The predictions at the supervised positions of a batch."""
-        self.prefetch(sequences_of(batch))
-        found = (self.asked[tuple(each)] for each in sequences_of(batch))
-        rows = np.concatenate([future.result()[i] for future, i in found])          # (N, k, 2)
-        rows = torch.from_numpy(rows[batch.at.cpu().numpy()]).to(self.device)       # (S, k, 2)
-        log_p = rows[..., 1].float()
-        # What the top-k leave over; at least what rounding may hide.
-        tail = (1 - rows[..., 1].exp().sum(dim=-1)).clamp_min(1e-7).log().float()
-        return TopK(rows[..., 0].long(), log_p, tail)
+        return unpack(self.read(batch), self.device)
+
+
+def of_openai(choice: dict) -> tuple[list, list[dict]]:
+    def as_id(name: str) -> int | None:
+        return int(name.removeprefix("token_id:")) if name.startswith("token_id:") else None
+
+    if choice.get("prompt_logprobs"):
+        places = [{int(i): each["logprob"] for i, each in (place or {}).items()}
+                  for place in choice["prompt_logprobs"]]
+    else:
+        places = [{as_id(name): log_p for name, log_p in (place or {}).items()}
+                  for place in choice["logprobs"]["top_logprobs"]]
+    return [as_id(name) for name in choice["logprobs"]["tokens"]], places
+
+
+def of_sglang(info: dict) -> tuple[list, list[dict]]:
+    return ([i for _, i, *_ in info["input_token_logprobs"]],
+            [{i: log_p for log_p, i, *_ in place or []} for place in info["input_top_logprobs"]])
 
 
 def sequences_of(batch) -> list[list[int]]:
-    """The tokens of each sample."""
+    """The tokens of each sample, as its teacher reads them."""
+    batch = batch.teacher or batch
     return [part.tolist() for part in batch.tokens.split(batch.lengths)]
+
+
+def read_ahead(loader, teachers):
+    """The batches of a loader. A served teacher reads the next ones while the student learns."""
+    served = [one.source for one in teachers if isinstance(one.source, ServedTeacher)]
+    ahead = deque()
+    for batch in loader:
+        ahead.append(batch)
+        for each in served:
+            each.prefetch(sequences_of(batch))
+        if len(ahead) > len(served) * BATCHES_AHEAD:
+            yield ahead.popleft()
+    yield from ahead
 
 
 def add_served_args(add):
@@ -167,13 +238,15 @@ def add_served_args(add):
         help="environment variable with the server's key")
     add("--teacher_top_k", type=int, default=20,
         help="most likely tokens that a served teacher is asked for at each position")
+    add("--teacher_budget", type=int, default=0,
+        help="maximum number of tokens that it is asked to read in this run; 0: no limit")
 
 
-def make_served(args, tokenizer) -> ServedTeacher | None:
-    """The teacher of add_served_args' flags, or None. Raises ValueError."""
+def make_served(args) -> ServedTeacher | None:
+    """The teacher of add_served_args' flags, if there is one. Raises ValueError."""
     if not args.teacher_url:
         return None
     if not args.teacher_model:
         raise ValueError("--teacher_url needs the model's name there: --teacher_model NAME")
-    return ServedTeacher(args.teacher_url, args.teacher_model, tokenizer, args.teacher_top_k,
-                         args.teacher_key_env)
+    return ServedTeacher(args.teacher_url, args.teacher_model, args.teacher_top_k,
+                         args.teacher_key_env, args.teacher_budget)

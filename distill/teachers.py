@@ -122,7 +122,7 @@ def teacher_outputs(teachers: list[Teacher], batch, return_hidden: bool = False)
     for i, inputs in batch.parts or whole:
         source, weight, *_ = teachers[i]
         if isinstance(source, ServedTeacher):               # the only teacher
-            return TeacherOutputs(source.look_up(inputs), None, None)
+            return TeacherOutputs(source.look_up(batch), None, None)
         if isinstance(source, TeacherCache | StatesInMemory):
             found = source.look_up(inputs.keys)
             if isinstance(found, TopK):                     # the only teacher: check_teachers
@@ -148,6 +148,9 @@ def share_vocabulary(teachers, students, divergence="forward_kl") -> bool:
     Returns whether a teacher must read conversations in its own format, because it lacks a special
     token of the student's. Raises ValueError where an id is another token, except for ULD.
     """
+    for one in teachers:
+        if isinstance(one.source, ServedTeacher):
+            one.source.check(students[-1][1])
     everyone = [*teachers, *(Teacher(model, 1.0, tokenizer) for model, tokenizer in students)]
     vocabularies = [(each.source.about["ids"], each.source.about["tokenizer"]) if each.is_cached
                     else (each.tokenizer.ids, each.tokenizer.path) for each in everyone]
@@ -186,7 +189,10 @@ def teacher_side(teachers, tokenizer, paths, teacher_paths, max_seq_len: int):
 
     Raises ValueError for samples longer than the context of a teacher that reads them.
     """
-    for source, _, its_tokenizer, _ in (teacher for teacher in teachers if not teacher.is_cached):
+    for source, _, its_tokenizer, _ in teachers:
+        if isinstance(source, TeacherCache):
+            continue
+        its_tokenizer = its_tokenizer or tokenizer          # a ServedTeacher's is the student's
         if teacher_paths or tokenizer.conflict(its_tokenizer.ids):
             return teacher_paths or paths, its_tokenizer, source.config.max_seq_len
         if differ := [name for name in ("chat", "bos", "end_of_text")

@@ -37,7 +37,8 @@ def init_teacher_model(lm_config, *, weights=None, world=None, shard="none", com
 def fill_in(args, sizes: dict) -> list[tuple[str, LMConfig]]:
     """Complete the arguments from a row of SIZES; auto: the first whose weights exist, else the
     first. Returns, for each student from large to small, its weights and sizes of a new one."""
-    roles = ["student"] if args.teacher_cache else ["student", "teacher"]
+    elsewhere = args.teacher_cache or args.teacher_url
+    roles = ["student"] if elsewhere else ["student", "teacher"]
     found = [name for name, size in sizes.items()
              if all(Path(sft_weights(size[f"lm_config_{role}"], args.out_dir)).exists()
                     for role in roles)]
@@ -47,7 +48,7 @@ def fill_in(args, sizes: dict) -> list[tuple[str, LMConfig]]:
         setattr(args, key, size[key] if vars(args)[key] is None else vars(args)[key])
     Logger(f"size {row}: {args.epochs} epochs, batch size {args.batch_size}, learning rate "
            f"{args.learning_rate:g}")
-    if not args.teacher and not args.teacher_cache:
+    if not args.teacher and not elsewhere:
         args.teacher = [sft_weights(size["lm_config_teacher"], args.out_dir)]
     given = size["lm_config_student"]
     last = LMConfig(dim=args.dim or given.dim, n_layers=args.n_layers or given.n_layers,

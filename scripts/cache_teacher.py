@@ -89,16 +89,13 @@ def served_teacher(args):
     """The same for a teacher behind a server."""
     args.top_k = args.teacher_top_k = args.top_k or args.teacher_top_k
     tokenizer = load_tokenizer(args.tokenizer or DEFAULT)
-    teacher = make_served(args, tokenizer)
+    teacher = make_served(args)
+    teacher.check(tokenizer)
     Logger(teacher.described())
 
     def read(about, batch):  # -> (S,)
-        found = teacher.look_up(batch)
         teacher.forget()
-        rows = np.empty(len(found.ids), row_type(about))
-        for name in ("ids", "log_p", "tail"):
-            rows[name] = getattr(found, name).numpy()
-        return rows
+        return teacher.read(batch)
 
     name = f"{args.teacher_model} at {args.teacher_url}"
     about = {"teacher": name, "teacher_sha256": hashlib.sha256(name.encode()).hexdigest(),

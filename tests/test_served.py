@@ -14,7 +14,8 @@ import torch
 
 from dataset.lm_dataset import batch_of_answers
 from distill.cache import TeacherCache
-from distill.served import ServedTeacher
+from distill.served import ServedTeacher, read_ahead
+from distill.teachers import Teacher
 from helpers_run import TINY, complaint, start, succeed, wait_until
 from interop.checkpoint import load_model
 from model.tokenizer import Tokenizer
@@ -26,6 +27,12 @@ def server(models):
     server = Server(f"teacher={models}/teacher.pth")
     yield server
     server.stop()
+
+
+def teacher(url, name, tokenizer, **options) -> ServedTeacher:
+    served = ServedTeacher(url, name, **options)
+    served.check(tokenizer)
+    return served
 
 
 def rows(folder, name):
@@ -42,8 +49,14 @@ def flags(models, data, tmp_path):
                    "max_steps": 4, "log_interval": 1, "out_dir": tmp_path}
 
 
-def test_a_served_teacher_gives_the_loss_of_the_teacher_in_memory(server, models, flags, tmp_path):
-    script, name, more = "train_onpolicy.py", "full_onpolicy_32", {"sample_every": 2, "max_new_tokens": 8}
+@pytest.mark.parametrize("script, name, more", [
+    ("train_onpolicy.py", "full_onpolicy_32", {"sample_every": 2, "max_new_tokens": 8}),
+    ("train_distillation.py", "full_dist_32", {"alpha": 0.5}),
+    ("train_distillation.py", "full_dist_32", {"with_context": True})])
+def test_a_served_teacher_gives_the_loss_of_the_teacher_in_memory(server, models, data, flags, tmp_path, script, name, more):
+    if more.pop("with_context", False):
+        flags |= {"data_path": data / "experience_student.jsonl", "teacher_data_path": data / "experience_teacher.jsonl",
+                  "val_path": None, "eval_interval": 2}
     succeed(script, **flags | more, teacher=models / "teacher.pth")
     near = losses(tmp_path, name)
     succeed(script, **flags | more, teacher_url=server.url, teacher_model="teacher", teacher_top_k=100)
@@ -52,9 +65,24 @@ def test_a_served_teacher_gives_the_loss_of_the_teacher_in_memory(server, models
     assert far == pytest.approx(near, rel=0.05)
 
 
+def test_the_next_batches_are_read_while_the_student_learns():
+    class Recorder(ServedTeacher):
+        def prefetch(self, sequences):
+            self.seen += sequences
+
+    served = Recorder("http://localhost:1/v1", "m")
+    served.seen = []
+    batches = [batch_of_answers([[i]], [[i]]) for i in range(1, 20)]
+    ahead = read_ahead(iter(batches), [Teacher(served)])
+    assert next(ahead) is batches[0] and served.seen == [[i] for i in range(1, len(served.seen) + 1)]
+    assert 5 < len(served.seen) < 19 and [batches[0], *ahead] == batches
+    plain = read_ahead(iter(batches), [Teacher(None)])
+    assert [next(plain), *plain] == batches
+
+
 def test_predictions_are_the_model_s_and_no_sequence_is_asked_for_twice(server, models):
     model, tokenizer = load_model(models / "teacher.pth", "cpu")
-    served = ServedTeacher(server.url, "teacher", tokenizer, top_k=5)
+    served = teacher(server.url, "teacher", tokenizer, top_k=5)
     assert served.config.max_seq_len == model.config.max_seq_len
     batch = batch_of_answers([[20, 21], [30]], [[22, 23, 24], [31, 32]])
     top = served.look_up(batch)
@@ -99,13 +127,19 @@ def test_flags_that_a_served_teacher_cannot_follow_are_refused(flags, wrong, sai
     assert said in complaint("train_onpolicy.py", **flags, teacher_url="http://localhost:1/v1", teacher_model="m", **wrong)
 
 
+@pytest.mark.parametrize("wrong, said", [({"teacher": "a.pth"}, "give one of them"), ({"temperature": 2}, "at temperature 1"),
+                                         ({"feature_weight": 1}, "in memory"), ({"teacher_budget": 100}, "budget")])
+def test_what_distillation_cannot_ask_of_a_served_teacher_is_refused(server, flags, wrong, said):
+    assert said in complaint("train_distillation.py", **flags, teacher_url=server.url, teacher_model="teacher", **wrong)
+
+
 class Answers(BaseHTTPRequestHandler):
     """Says what its server's `says` makes of a request."""
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         status, body = self.server.says(request)
-        data = json.dumps(body).encode()
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -142,8 +176,7 @@ def other():
 def vllm(tokenizer, k):
     """prompt_logprobs, as vLLM and SGLang write them: the token itself may be one more than k."""
     def says(request):
-        prompts = request["prompt"]
-        prompts = [tokenizer.encode(prompts)] if isinstance(prompts, str) else prompts
+        prompts = [tokenizer.encode(each) if isinstance(each, str) else each for each in request["prompt"]]
         place = {str(i): {"logprob": -math.log(20 + i), "rank": i + 1} for i in range(k)}
         return 200, {"choices": [
             {"index": n, "text": "", "logprobs": {"tokens": [f"token_id:{i}" for i in ids]},
@@ -152,30 +185,66 @@ def vllm(tokenizer, k):
     return says
 
 
-def test_the_other_dialect_is_recognised(other):
-    served = ServedTeacher(other(vllm(Tokenizer.load(), 5)), "m", Tokenizer.load(), top_k=5)
+def sglang(tokenizer, k):
+    """Completions name tokens by their text; /generate returns [log p, id, text] of each."""
+    def says(request):
+        if "sampling_params" not in request:
+            return 200, {"choices": [{"index": 0, "logprobs": {
+                "tokens": ["3", " plus"], "top_logprobs": [None, {" plus": -1.0}]}}]}
+        prompts = request.get("input_ids") or [tokenizer.encode(text) for text in request["text"]]
+        place = [[-math.log(20 + i), i, None] for i in range(k)]
+        return 200, [{"text": "", "meta_info": {
+            "input_token_logprobs": [[None, ids[0], None]] + [[-1.0, i, None] for i in ids[1:]],
+            "input_top_logprobs": [None] + [place] * (len(ids) - 1)}} for ids in prompts]
+    return says
+
+
+@pytest.mark.parametrize("dialect", [vllm, sglang])
+def test_another_dialect_is_recognised(other, dialect):
+    served = teacher(other(dialect(Tokenizer.load(), 5)), "m", Tokenizer.load(), top_k=5)
     top = served.look_up(batch_of_answers([[20]], [[21, 22]]))
     assert top.ids.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert top.log_p[0].tolist() == pytest.approx([-math.log(20 + i) for i in range(5)], abs=1e-6)
 
 
 @pytest.mark.parametrize("says, said", [
-    (lambda request: (200, {"choices": [{"index": 0, "logprobs": {"tokens": ["token_id:5"]}}]}), "the student's tokenizer"),
+    (lambda request: (200, {"choices": [{"index": 0, "logprobs": {"tokens": ["token_id:5"], "top_logprobs": [None]}}]}), "the student's tokenizer"),
     (lambda request: (401, {"error": {"message": "who are you?"}}), "401"),
+    (lambda request: (404, {}) if "sampling_params" in request else
+     (200, {"choices": [{"index": 0, "logprobs": {"tokens": ["3", " plus"], "top_logprobs": [None, {}]}}]}),
+     "generate_answers.py --teacher_url"),
+    (lambda request: (200, "[" * 100_000), "recursion"),
     (lambda request: (200, ["no completion"]), "did not return"),
     (lambda request: (200, {"choices": [{"index": 0, "text": "hello", "logprobs": None}]}), "did not return"),
-], ids=["another tokenizer", "no permission", "no object", "no log-probabilities"])
+], ids=["another tokenizer", "no permission", "no ids", "deep JSON", "no object", "no log-probabilities"])
 def test_a_server_that_is_no_teacher_stops_the_run_before_training(other, flags, says, said):
     output = complaint("train_onpolicy.py", **flags, teacher_url=other(says), teacher_model="m")
     assert said in output and "step 1" not in output
 
 
-def test_a_server_that_dies_stops_the_run_cleanly(models, flags, tmp_path):
+@pytest.mark.parametrize("script, name, more", [("train_onpolicy.py", "full_onpolicy_32", {"max_new_tokens": 4}),
+                                                ("train_distillation.py", "full_dist_32", {"batch_size": 2})])
+def test_a_server_that_dies_stops_the_run_cleanly_and_resume_goes_on(models, flags, tmp_path, script, name, more):
+    asked = tmp_path / "asked.jsonl"            # more than is read ahead; what has been read needs no server
+    asked.write_text("".join(json.dumps({"question": f"{i} plus 1?", "answer": f"{i + 1}."}) + "\n" for i in range(4000)))
+    flags |= {"data_path": asked, "max_steps": 2000, "epochs": 1, "batch_size": 2, "save_interval": 1, "teacher_model": "teacher",
+              "teacher_key_env": None, **more}
+
+    def run_until(done, server):
+        run = start(script, **flags, teacher_url=server.url)
+        wait_until(lambda: (tmp_path / f"{name}.resume").exists() and rows(tmp_path, name)[-1]["step"] > done)
+        return run
+
     mortal = Server(f"teacher={models}/teacher.pth")
-    run = start("train_onpolicy.py", **flags | {"max_steps": 10_000, "save_interval": 1, "max_new_tokens": 4},
-                teacher_url=mortal.url, teacher_model="teacher")
-    wait_until(lambda: (tmp_path / "full_onpolicy_32.resume").exists())
+    run = run_until(0, mortal)
     mortal.run.send()
     ended = run.wait(120)
     assert ended.code == 1 and "Traceback" not in ended.output and "teacher at 127.0.0.1" in ended.output
-    assert (tmp_path / "full_onpolicy_32.pth").exists()
+    assert (tmp_path / f"{name}.pth").exists()
+    done = rows(tmp_path, name)[-1]["step"]
+    flags["resume"] = True
+    again = Server(f"teacher={models}/teacher.pth")
+    run = run_until(done, again)
+    run.send()
+    run.wait(60)
+    again.stop()
