@@ -329,12 +329,9 @@ class Reply:
         return {"token": self.name(i), "logprob": log_p, "bytes": None}
 
     def name(self, i: int) -> str:
-        as_id = self.body.return_tokens_as_token_ids
-        return f"token_id:{i}" if as_id else token_name(self.engine.tokenizer, i)
-
-
-def token_name(tokenizer, i: int) -> str:
-    return tokenizer.names.get(i) or tokenizer.decode([i])
+        if self.body.return_tokens_as_token_ids:
+            return f"token_id:{i}"
+        return self.engine.tokenizer.names.get(i) or self.engine.tokenizer.decode([i])
 
 
 def event(data: dict) -> str:

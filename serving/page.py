@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from runtime.files import read_rows
-from serving.api import Message, pick, read_body, token_name
+from serving.api import Message, pick, read_body
 from serving.engine import Engine
 
 FILES = Path(__file__).parent / "page"
@@ -47,8 +47,11 @@ def add_page(app: FastAPI, engines: dict[str, Engine], out: Path):
 
     @app.get("/v1/page/vocabulary/{model}")
     def vocabulary(model: str):
+        """The bytes of each token, as characters from 0 to 255."""
         engine = pick(engines, model)
-        return [token_name(engine.tokenizer, i) for i in range(engine.model.n_tokens)]
+        texts = {i: name.encode() for i, name in engine.tokenizer.names.items()}
+        texts |= {i: token for token, i in engine.tokenizer.ranks.items()}
+        return [texts.get(i, b"").decode("latin-1") for i in range(engine.model.n_tokens)]
 
     @app.post("/v1/page/compare")
     async def compare(request: Request):

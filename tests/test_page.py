@@ -15,6 +15,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from interop.checkpoint import load_model
+from model.tokenizer import Tokenizer
 from serving.api import make_app
 from serving.engine import Engine
 from serving.page import FILES, add_page
@@ -104,6 +105,14 @@ def test_models_of_different_vocabularies_are_not_compared(pair, byte_tokenizer)
     add_page(app, engines, FILES)
     refused = TestClient(app).post("/v1/page/compare", json={"models": ["a", "b"], "messages": ASKED})
     assert refused.status_code == 400 and "no common vocabulary" in refused.json()["error"]["message"]
+
+
+def test_the_vocabulary_is_the_bytes_of_each_token(api, pair):
+    tokenizer = pair[0][1]
+    names = api.get("/v1/page/vocabulary/teacher").json()
+    for text in ("3 plus 4?", "矮龘 ⏎"):
+        assert "".join(names[i] for i in tokenizer.encode(text)).encode("latin-1").decode() == text
+    assert names[tokenizer.end_of_turn] == "<|im_end|>" and len(names) == tokenizer.vocab_size
 
 
 def test_only_logs_and_tables_of_the_folder_are_shown(api):
@@ -292,11 +301,25 @@ def test_what_if_lets_both_models_continue_from_another_token(tab):
     tab.ask("3 plus 4?", 4)
     tab.page.click("#answers .card:first-child .tokens button >> nth=0")
     tab.until("document.querySelectorAll('#bars .bar').length === 11")
-    name = tab.js("document.querySelectorAll('#bars .bar')[3].title")
+    name = tab.js("document.querySelectorAll('#bars .bar code')[3].textContent")
     tab.page.click("#bars .bar >> nth=3")
     tab.until("document.querySelectorAll('#what-if p').length === 2")
     assert tab.js("[...document.querySelectorAll('#what-if u')].map(e => e.textContent)") == [name, name]
     tab.until("[...document.querySelectorAll('#what-if p')].every(e => e.childNodes.length > 3)")
+
+
+def test_a_character_of_several_tokens_is_read_as_one(tab):
+    tab, ids = tab(), Tokenizer.load().encode("矮龘")
+    assert len(ids) > 2                                                     # some token holds a part of a character
+
+    def says(route):
+        choices = [{"index": 0, "logprobs": {"content": [{"token": f"token_id:{i}", "logprob": -0.1}]}, "finish_reason": "stop"} for i in ids]
+        route.fulfill(status=200, content_type="text/event-stream", body="".join(f"data: {json.dumps({'choices': [each]})}\n\n" for each in choices))
+
+    tab.page.route("**/v1/chat/completions", says)
+    tab.ask("高的反义词是什么？")
+    assert tab.js("document.querySelector('#answers .tokens').textContent").replace("◌", "") == "矮龘"
+    assert tab.js("document.querySelectorAll('#answers .card:first-child .tokens button').length") == len(ids)
 
 
 def test_what_a_model_or_a_table_says_is_text_and_never_html(tab):

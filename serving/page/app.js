@@ -24,12 +24,12 @@ const TEXTS = {
     "词元越红，教师的分布里学生还没学会的就越多。把鼠标移到词元上，或者点它；方向键也行。"],
   place: ["Token {}: what both expect here", "第 {} 个词元：两个模型各自的预测"],
   bars_help: ["Click a token to let both models continue from it instead.", "点一个词元，让两个模型改从它写下去。"],
-  rest: ["all others", "其余全部"],
+  rest: ["others", "其余"],
   entropy: ["Entropy of {}", "{} 的熵"], nats: ["At this token, in nats", "这个词元处，单位奈特"],
   forward: ["KL(teacher ‖ student)", "KL(教师 ‖ 学生)"], covering: ["forward, mode-covering", "前向，覆盖所有峰"],
   reverse: ["KL(student ‖ teacher)", "KL(学生 ‖ 教师)"], seeking: ["reverse, mode-seeking", "反向，追逐一个峰"],
   jsd: ["JSD", "JSD"], between: ["to the mean of both", "到两者的平均"],
-  continues: ["{} continues: ", "{} 续写："], ends: ["(end)", "（结束）"],
+  continues: ["{} continues: ", "{} 续写："],
   one_model: ["This server has one model; dark knowledge needs two: --weights TEACHER STUDENT",
     "这个服务只有一个模型；暗知识需要两个：--weights 教师 学生"],
   run_list: ["Runs in out/, newest first", "out/ 里的运行，新的在前"], quantities: ["Curves", "曲线"],
@@ -131,12 +131,27 @@ async function vocabulary(model) {
   return vocabularies[model];
 }
 
-// What is visible of a token that is white space or a part of a character.
-const visible = text => text === "" ? "∅" : text.replace(/\n/g, "⏎").replace(/^ +$/, spaces => "␣".repeat(spaces.length));
+const bytes = (names, ids) => Uint8Array.from(ids.map(id => names[id]).join(""), c => c.charCodeAt(0));
 
-function tokenButton(name, properties) {
-  return make("button", {type: "button", textContent: visible(name), tabIndex: -1,
-    className: /^<\|.*\|>$/.test(name) ? "special" : "", ...properties});
+// Token by token: of a character that several tokens make up, the last one has the text.
+function reader(names) {
+  const decoder = new TextDecoder();
+  return id => decoder.decode(bytes(names, [id]), {stream: true});
+}
+
+// What is visible of a token that is white space or a part of a character.
+const visible = text => text === "" ? "◌" : text.replace(/\n/g, "⏎").replace(/^ +$/, spaces => "␣".repeat(spaces.length));
+
+function nameOf(names, id) {
+  const token = bytes(names, [id]), text = new TextDecoder().decode(token);
+  return text.includes("\ufffd") ? [...token].map(byte => byte.toString(16)).join(" ") : visible(text);
+}
+
+const isSpecial = text => /^<\|.*\|>$/.test(text);
+
+function tokenButton(text, properties) {
+  return make("button", {type: "button", textContent: visible(text), tabIndex: -1,
+    className: isSpecial(text) ? "special" : "", ...properties});
 }
 
 // One stop of the Tab key for all tokens; arrow keys go from one to the next.
@@ -162,13 +177,13 @@ function conversation() {
 async function answer(model, messages, card, signal) {
   const box = withArrowKeys(make("div", {className: "tokens"})), status = make("small");
   card.append(box, status);
-  const names = await vocabulary(model), shared = {model, messages, ids: []}, begun = performance.now();
+  const next = reader(await vocabulary(model)), shared = {model, messages, ids: []}, begun = performance.now();
   const body = {model, messages, logprobs: true, return_tokens_as_token_ids: true};
   for (const id of ["temperature", "top_p", "top_k", "max_tokens", "seed"]) body[id] = +$(id).value;
   for await (const choice of stream("/v1/chat/completions", body, signal)) {
     for (const token of choice.logprobs.content) {
       const at = shared.ids.push(+token.token.slice("token_id:".length)) - 1;
-      box.append(tokenButton(names[shared.ids[at]], {title: `p = ${Math.exp(token.logprob).toFixed(3)}`,
+      box.append(tokenButton(next(shared.ids[at]), {title: `p = ${Math.exp(token.logprob).toFixed(3)}`,
         onclick: () => attempt(() => explain(shared, at))}));
     }
     if (box.firstChild) box.firstChild.tabIndex = 0;
@@ -223,8 +238,8 @@ async function colour() {
   if (answer !== shown) return kl;
   shown.prompt = found.prompt;
   $("asked").textContent = say("asked", answer.messages.at(-1).content, answer.model);
-  const buttons = answer.ids.map((id, i) => {
-    const button = tokenButton(names[id], {title: `KL = ${kl[i].toFixed(3)} nats`, onclick: () => attempt(() => choose(i))});
+  const next = reader(names), buttons = answer.ids.map((id, i) => {
+    const button = tokenButton(next(id), {title: `KL = ${kl[i].toFixed(3)} nats`, onclick: () => attempt(() => choose(i))});
     button.style.backgroundColor = heat(kl[i]);
     return button;
   });
@@ -302,8 +317,8 @@ async function showPosition() {
   const bars = (a, b) => draw("svg", {role: "img", "aria-label": `${teacher} ${a.toFixed(4)}, ${student} ${b.toFixed(4)}`},
     ...bar(1, "teacher", a), ...bar(16, "student", b));
   $("bars").replaceChildren(
-    ...top.map(i => make("button", {className: i === taken ? "bar taken" : "bar", onclick: () => attempt(() => whatIf(i)), title: names[i]},
-      make("code", {textContent: visible(names[i])}), bars(p[i], q[i]))),
+    ...top.map(i => make("button", {className: i === taken ? "bar taken" : "bar", onclick: () => attempt(() => whatIf(i))},
+      make("code", {textContent: nameOf(names, i)}), bars(p[i], q[i]))),
     make("div", {className: "bar"}, make("code", {textContent: say("rest"), className: "quiet"}), bars(rest(p), rest(q))));
   $("position").hidden = false;
 }
@@ -312,12 +327,17 @@ async function showPosition() {
 async function whatIf(id) {
   const before = shown.ids.slice(0, seen.at), prompt = [...shown.prompt, ...before, id], names = await vocabulary(pair()[0]);
   const lines = pair().map((model, i) => make("p", {}, make("b", {className: ["teacher", "student"][i],
-    textContent: say("continues", model)}), before.map(each => names[each]).join(""), make("u", {textContent: names[id]})));
+    textContent: say("continues", model)}), ...before.map(reader(names)), make("u", {textContent: nameOf(names, id)})));
   $("what-if").replaceChildren(...lines);
   $("what-if").hidden = false;
+  const body = {prompt, max_tokens: 64, temperature: 0, logprobs: 0, return_tokens_as_token_ids: true};
   await Promise.all(pair().map(async (model, i) => {
-    for await (const choice of stream("/v1/completions", {model, prompt, max_tokens: 64, temperature: 0}))
-      lines[i].append(choice.text, ...(choice.finish_reason === "stop" ? [make("small", {textContent: ` ${say("ends")}`})] : []));
+    const next = reader(names);
+    [...before, id].forEach(next);
+    for await (const choice of stream("/v1/completions", {model, ...body})) {
+      const texts = choice.logprobs.tokens.map(name => next(+name.slice("token_id:".length)));
+      lines[i].append(...texts.map(text => isSpecial(text) ? make("small", {textContent: ` ${text}`}) : text));
+    }
   }));
 }
 
