@@ -243,6 +243,15 @@ def test_an_answer_appears_while_it_is_written_and_can_be_stopped(tab, server):
         assert time.time() < end
 
 
+def test_up_to_four_models_answer(tab):
+    tab = tab()
+    tab.page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": name} for name in "abcde"]}))
+    tab.page.reload()
+    tab.until("document.querySelectorAll('#models input').length === 5")
+    tab.page.click("#models label >> nth=4")
+    assert tab.js("[...document.querySelectorAll('#models input:checked')].map(e => e.value).join('')") == "abcd"
+
+
 def test_system_prompt_and_experience_reach_the_model(tab):
     tab, bodies = tab(), []
     tab.page.on("request", lambda request: bodies.append(request.post_data_json) if "chat/completions" in request.url else None)

@@ -214,6 +214,18 @@ def test_an_error_reaches_its_client_and_the_engine_goes_on(teacher):
     assert got[2] in ("stop", "length")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_stack_trace_leaves_the_server(teacher, stream, capsys):
+    model, tokenizer = teacher
+    engine = Engine("teacher", model, tokenizer)
+    engine.step = lambda new: 1 / 0
+    with TestClient(make_app({"teacher": engine}), raise_server_exceptions=False) as client:
+        answer = client.post("/v1/chat/completions", json={"model": "teacher", "messages": ASKED, "stream": stream})
+    assert "internal error" in answer.text and "Traceback" not in answer.text and "division" not in answer.text
+    assert answer.status_code == (200 if stream else 500)               # a stream has begun, and ends with the error
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
 def test_no_sampling_setting_ends_the_answers_of_others(client):
     for strange in ({"temperature": 1e-40}, {"top_p": 1e-40}, {"extra_body": {"top_k": 10 ** 30}}, {"max_tokens": 10 ** 30}):
         assert chat(client, **strange).choices[0].finish_reason in ("stop", "length")

@@ -305,7 +305,8 @@ async function showPosition() {
   $("numbers").replaceChildren(make("tr", {}, make("th", {textContent: say("nats")}), make("th")),
     ...rows.map(([className, name, note, value]) => make("tr", {},
       make("td", {className}, name, make("small", {textContent: note})), make("td", {textContent: value.toFixed(4)}))));
-  $("place").textContent = say("place", seen.at + 1);
+  $("place").replaceChildren(say("place", seen.at + 1), ...pair().map((model, i) =>
+    make("small", {className: ["teacher", "student"][i], textContent: ` ■ ${model}`})));
 
   // The top 10 of both together, the teacher's order; then what is left, so that each colour sums to 1.
   const most = p.map((x, i) => Math.max(x, q[i])), taken = shown.ids[seen.at];
