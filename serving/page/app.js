@@ -7,7 +7,8 @@ const TEXTS = {
   key: ["Key of this server", "服务的密钥"], enter: ["Enter", "进入"], theme: ["Light or dark", "浅色或深色"],
   models: ["Models, up to four", "模型，至多四个"], prompt: ["Prompt", "提示"],
   more: ["Sampling and context", "采样与上下文"], system: ["System prompt", "系统提示"],
-  experience: ["Experience (Q + E): context before the prompt; context distillation teaches a student to do without it",
+  experience: ["Experience (Q + E): context before the prompt; "
+      + "context distillation teaches a student to do without it",
     "经验（Q + E）：放在提示之前的上下文；上下文蒸馏让学生不用它也会"],
   temperature: ["Temperature, 0: greedy", "温度，0：贪心"], max_tokens: ["Tokens, at most", "最多词元数"],
   seed: ["Seed", "随机种子"], send: ["Send", "发送"], stop: ["Stop", "停止"],
@@ -20,7 +21,8 @@ const TEXTS = {
     "先在“并排对话”里提一个问题，这里再解释回答的每个词元。"],
   answer: ["The answer's tokens", "回答的词元"], asked: ["“{}”, and the answer of {}:", "“{}”，{} 的回答："],
   scale: ["KL(teacher ‖ student), nats: 3 and more", "KL(教师 ‖ 学生)，奈特：3 及以上"],
-  tokens_help: ["The redder a token, the more of the teacher's distribution the student still has to learn. Hover over one, or click it; arrow keys work too.",
+  tokens_help: ["The redder a token, the more of the teacher's distribution the student still has to learn. "
+      + "Hover over one, or click it; arrow keys work too.",
     "词元越红，教师的分布里学生还没学会的就越多。把鼠标移到词元上，或者点它；方向键也行。"],
   place: ["Token {}: what both expect here", "第 {} 个词元：两个模型各自的预测"],
   bars_help: ["Click a token to let both models continue from it instead.", "点一个词元，让两个模型改从它写下去。"],
@@ -36,7 +38,8 @@ const TEXTS = {
   no_runs: ["No runs yet.", "还没有运行。"], step: ["step", "步"], tables: ["Tables of comparisons", "比较的表格"],
 };
 let language = localStorage.getItem("language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
-const say = (name, ...values) => values.reduce((text, value) => text.replace("{}", () => value), TEXTS[name][language === "zh" ? 1 : 0]);
+const say = (name, ...values) =>
+  values.reduce((text, value) => text.replace("{}", () => value), TEXTS[name][language === "zh" ? 1 : 0]);
 const $ = id => document.getElementById(id);
 
 function showLanguage() {
@@ -81,8 +84,11 @@ function askKey() {
 
 async function ask(path, body, signal) {
   const key = sessionStorage.getItem("key");
-  const headers = {...(body && {"Content-Type": "application/json"}), ...(key && {Authorization: `Bearer ${key}`})};
-  const response = await fetch(path, {method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body)});
+  const headers = {
+    ...(body && {"Content-Type": "application/json"}),
+    ...(key && {Authorization: `Bearer ${key}`})};
+  const method = body ? "POST" : "GET";
+  const response = await fetch(path, {method, headers, signal, body: body && JSON.stringify(body)});
   if (response.status === 401) {
     await askKey();
     return ask(path, body, signal);
@@ -140,7 +146,8 @@ function reader(names) {
 }
 
 // What is visible of a token that is white space or a part of a character.
-const visible = text => text === "" ? "◌" : text.replace(/\n/g, "⏎").replace(/^ +$/, spaces => "␣".repeat(spaces.length));
+const visible = text =>
+  text === "" ? "◌" : text.replace(/\n/g, "⏎").replace(/^ +$/, spaces => "␣".repeat(spaces.length));
 
 function nameOf(names, id) {
   const token = bytes(names, [id]), text = new TextDecoder().decode(token);
@@ -208,14 +215,20 @@ $("ask").onsubmit = event => {
   }).finally(() => { if (running === mine) $("stop").hidden = true; });
 };
 $("stop").onclick = () => running?.abort();
-$("ask").onkeydown = event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit(); };
+$("ask").onkeydown = event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+};
 
 // -- 4. Dark knowledge ------------------------------------------------------------------------------
 
 let shown = null;           // {model, messages, ids, at, prompt}: an answer, and the chosen token in it
 let seen = null;            // {at, logits} of the token whose bars are drawn
 const pair = () => [$("teacher").value, $("student").value];
-const heat = kl => `color-mix(in srgb, var(--hot) ${(75 * Math.min(1, Math.max(0, kl) / 3)).toFixed(1)}%, transparent)`;
+
+function heat(kl) {
+  const percent = 75 * Math.min(1, Math.max(0, kl) / 3);
+  return `color-mix(in srgb, var(--hot) ${percent.toFixed(1)}%, transparent)`;
+}
 
 // An answer of side by side, seen by teacher and student; at: a token, or by default the least alike.
 async function explain(shared, at) {
@@ -239,7 +252,8 @@ async function colour() {
   shown.prompt = found.prompt;
   $("asked").textContent = say("asked", answer.messages.at(-1).content, answer.model);
   const next = reader(names), buttons = answer.ids.map((id, i) => {
-    const button = tokenButton(next(id), {title: `KL = ${kl[i].toFixed(3)} nats`, onclick: () => attempt(() => choose(i))});
+    const button = tokenButton(next(id), {title: `KL = ${kl[i].toFixed(3)} nats`,
+      onclick: () => attempt(() => choose(i))});
     button.style.backgroundColor = heat(kl[i]);
     return button;
   });
@@ -266,10 +280,11 @@ async function choose(at) {
 
 const decode = text => new Float32Array(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer);
 
-// Both models' distributions at one token.
+// Both models' distributions at one token, unless another one is wanted by now.
+let wanted = null;
 async function look(at) {
-  const answer = shown, found = await compare(answer.ids.slice(0, at));
-  if (answer !== shown) return;
+  const mine = wanted = {}, found = await compare(shown.ids.slice(0, at));
+  if (mine !== wanted) return;
   seen = {at, logits: found.logits.map(decode)};
   await showPosition();
 }
@@ -279,32 +294,39 @@ function hover(at) {        // a pointer on its way to somewhere else asks for n
   clearTimeout(hovering);
   hovering = setTimeout(() => { if (shown && seen && seen.at !== at) attempt(() => look(at)); }, 120);
 }
+const placeOf = event => [...$("answer-tokens").children].indexOf(event.target);
 withArrowKeys($("answer-tokens")).onpointerover = event => {
-  const at = [...$("answer-tokens").children].indexOf(event.target);
-  if (at >= 0 && event.pointerType === "mouse") hover(at);
+  if (placeOf(event) >= 0 && event.pointerType === "mouse") hover(placeOf(event));
 };
 $("answer-tokens").onpointerleave = () => { if (shown) hover(shown.at); };
-$("answer-tokens").addEventListener("focusin", event => hover([...$("answer-tokens").children].indexOf(event.target)));
+$("answer-tokens").addEventListener("focusin", event => hover(placeOf(event)));
 
 export function softmax(logits, T) {
-  const most = logits.reduce((a, b) => Math.max(a, b)), e = Float64Array.from(logits, x => Math.exp((x - most) / T));
+  const most = logits.reduce((a, b) => Math.max(a, b));
+  const e = Float64Array.from(logits, x => Math.exp((x - most) / T));
   const sum = e.reduce((a, b) => a + b);
   return e.map(x => x / sum);
 }
 
-export const KL = (p, q) => p.reduce((sum, x, i) => sum + (x > 0 ? x * Math.log(x / Math.max(q[i], 1e-300)) : 0), 0);
+export const KL = (p, q) =>
+  p.reduce((sum, x, i) => sum + (x > 0 ? x * Math.log(x / Math.max(q[i], 1e-300)) : 0), 0);
 export const entropy = p => -p.reduce((sum, x) => sum + (x > 0 ? x * Math.log(x) : 0), 0);
 
 async function showPosition() {
   if (!seen) return;
-  const [p, q] = seen.logits.map(each => softmax(each, +$("soften").value)), middle = p.map((x, i) => (x + q[i]) / 2);
+  const [p, q] = seen.logits.map(each => softmax(each, +$("soften").value));
+  const middle = p.map((x, i) => (x + q[i]) / 2);
   const [teacher, student] = pair(), names = await vocabulary(teacher);
-  const rows = [["teacher", say("entropy", teacher), "", entropy(p)], ["student", say("entropy", student), "", entropy(q)],
-    ["", say("forward"), say("covering"), KL(p, q)], ["", say("reverse"), say("seeking"), KL(q, p)],
+  const rows = [
+    ["teacher", say("entropy", teacher), "", entropy(p)],
+    ["student", say("entropy", student), "", entropy(q)],
+    ["", say("forward"), say("covering"), KL(p, q)],
+    ["", say("reverse"), say("seeking"), KL(q, p)],
     ["", say("jsd"), say("between"), (KL(p, middle) + KL(q, middle)) / 2]];
   $("numbers").replaceChildren(make("tr", {}, make("th", {textContent: say("nats")}), make("th")),
     ...rows.map(([className, name, note, value]) => make("tr", {},
-      make("td", {className}, name, make("small", {textContent: note})), make("td", {textContent: value.toFixed(4)}))));
+      make("td", {className}, name, make("small", {textContent: note})),
+      make("td", {textContent: value.toFixed(4)}))));
   $("place").replaceChildren(say("place", seen.at + 1), ...pair().map((model, i) =>
     make("small", {className: ["teacher", "student"][i], textContent: ` ■ ${model}`})));
 
@@ -315,20 +337,25 @@ async function showPosition() {
   const bar = (y, kind, value) => [
     draw("rect", {y, width: `${(value * 84).toFixed(2)}%`, height: 13, rx: 2, class: kind}),
     draw("text", {x: `${(value * 84 + 1).toFixed(2)}%`, y: y + 10.5}, value.toFixed(4))];
-  const bars = (a, b) => draw("svg", {role: "img", "aria-label": `${teacher} ${a.toFixed(4)}, ${student} ${b.toFixed(4)}`},
+  const bars = (a, b) => draw("svg",
+    {role: "img", "aria-label": `${teacher} ${a.toFixed(4)}, ${student} ${b.toFixed(4)}`},
     ...bar(1, "teacher", a), ...bar(16, "student", b));
   $("bars").replaceChildren(
-    ...top.map(i => make("button", {className: i === taken ? "bar taken" : "bar", onclick: () => attempt(() => whatIf(i))},
+    ...top.map(i => make("button",
+      {className: i === taken ? "bar taken" : "bar", onclick: () => attempt(() => whatIf(i))},
       make("code", {textContent: nameOf(names, i)}), bars(p[i], q[i]))),
-    make("div", {className: "bar"}, make("code", {textContent: say("rest"), className: "quiet"}), bars(rest(p), rest(q))));
+    make("div", {className: "bar"},
+      make("code", {textContent: say("rest"), className: "quiet"}), bars(rest(p), rest(q))));
   $("position").hidden = false;
 }
 
 // Both models continue after another token, greedily.
 async function whatIf(id) {
-  const before = shown.ids.slice(0, seen.at), prompt = [...shown.prompt, ...before, id], names = await vocabulary(pair()[0]);
-  const lines = pair().map((model, i) => make("p", {}, make("b", {className: ["teacher", "student"][i],
-    textContent: say("continues", model)}), ...before.map(reader(names)), make("u", {textContent: nameOf(names, id)})));
+  const before = shown.ids.slice(0, seen.at), prompt = [...shown.prompt, ...before, id];
+  const names = await vocabulary(pair()[0]);
+  const lines = pair().map((model, i) => make("p", {},
+    make("b", {className: ["teacher", "student"][i], textContent: say("continues", model)}),
+    ...before.map(reader(names)), make("u", {textContent: nameOf(names, id)})));
   $("what-if").replaceChildren(...lines);
   $("what-if").hidden = false;
   const body = {prompt, max_tokens: 64, temperature: 0, logprobs: 0, return_tokens_as_token_ids: true};
@@ -367,13 +394,16 @@ const read = path => askJSON(`/v1/page/files/${path.split("/").map(encodeURIComp
 
 // Once at first, then every two seconds: what has changed in out/?
 async function refresh() {
-  const found = await askJSON("/v1/page/files"), before = files, changed = Object.keys(found).filter(path => found[path] !== before[path]);
+  const found = await askJSON("/v1/page/files"), before = files;
+  const changed = Object.keys(found).filter(path => found[path] !== before[path]);
   files = found;
   const [logs, tables] = [".jsonl", ".md"].map(end => Object.keys(found).filter(path => path.endsWith(end)));
-  const boxes = [...document.querySelectorAll("#run-list input")], picked = boxes.length ? checked() : logs.slice(0, 1);
+  const boxes = [...document.querySelectorAll("#run-list input")];
+  const picked = boxes.length ? checked() : logs.slice(0, 1);
   if (boxes.map(box => box.value).join() !== logs.join() || !logs.length) {
     $("run-list").replaceChildren($("run-list").firstElementChild, ...logs.map(path => make("label", {},
-      make("input", {type: "checkbox", value: path, checked: picked.includes(path), onchange: () => attempt(showRuns)}),
+      make("input", {type: "checkbox", value: path, checked: picked.includes(path),
+        onchange: () => attempt(showRuns)}),
       ` ${path.slice(0, -".jsonl".length)}`)));
     if (!logs.length) $("run-list").append(make("p", {className: "quiet", textContent: say("no_runs")}));
   }
@@ -383,7 +413,8 @@ async function refresh() {
   if (changed.some(path => logs.includes(path))) await showRuns();
   if (changed.some(path => tables.includes(path))) {
     const table = $("table-list").value;
-    $("table-list").replaceChildren(...tables.map(path => make("option", {textContent: path, selected: path === table})));
+    $("table-list").replaceChildren(...tables.map(path =>
+      make("option", {textContent: path, selected: path === table})));
     await showTable();
   }
 }
@@ -392,8 +423,10 @@ async function showRuns() {
   const paths = checked();
   for (const path of paths) rowsOf[path] ??= await read(path);
   const has = name => paths.some(path => rowsOf[path].some(row => Number.isFinite(row[name])));
-  const names = new Set(paths.flatMap(path => rowsOf[path].flatMap(Object.keys)).filter(name => name !== "step" && has(name)));
-  const known = [...USUAL.filter(name => names.has(name)), ...[...names].filter(name => !USUAL.includes(name)).sort()];
+  const all = paths.flatMap(path => rowsOf[path].flatMap(Object.keys));
+  const names = new Set(all.filter(name => name !== "step" && has(name)));
+  const others = [...names].filter(name => !USUAL.includes(name)).sort();
+  const known = [...USUAL.filter(name => names.has(name)), ...others];
   quantities ??= ["loss", "kd", "val_kl", "val_agreement", "lr", "tokens_per_s"].filter(name => names.has(name));
   if ([...$("quantities").children].map(label => label.textContent.trim()).join() !== known.join())
     $("quantities").replaceChildren(...known.map(name => make("label", {},
@@ -405,16 +438,21 @@ async function showRuns() {
 }
 
 const W = 320, H = 180, LEFT = 50, RIGHT = 10, TOP = 8, BOTTOM = 24;
-const short = value => Math.abs(value) >= 10000 ? Math.round(value).toLocaleString("en") : `${+value.toPrecision(3)}`;
+const short = value =>
+  Math.abs(value) >= 10000 ? Math.round(value).toLocaleString("en") : `${+value.toPrecision(3)}`;
 
 // One quantity of several runs. The pointer reads values off; otherwise the last ones are shown.
 function chart(quantity, paths) {
-  const curves = paths.map(path => rowsOf[path].filter(row => Number.isFinite(row[quantity])).map(row => [row.step, row[quantity]]));
+  const curves = paths.map(path => rowsOf[path].filter(row => Number.isFinite(row[quantity]))
+    .map(row => [row.step, row[quantity]]));
   const xs = curves.flat().map(([x]) => x), ys = curves.flat().map(([, y]) => y);
   const [first, last, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
-  const place = ([x, y]) => [LEFT + (W - LEFT - RIGHT) * (x - first) / (last - first || 1), TOP + (H - TOP - BOTTOM) * (high - y) / (high - low || 1)];
+  const place = ([x, y]) => [
+    LEFT + (W - LEFT - RIGHT) * (x - first) / (last - first || 1),
+    TOP + (H - TOP - BOTTOM) * (high - y) / (high - low || 1)];
   const lines = curves.map((curve, i) => {
-    const path = draw("path", {d: curve.map((point, n) => `${n ? "L" : "M"}${place(point).map(v => v.toFixed(1))}`).join("")});
+    const steps = curve.map((point, n) => `${n ? "L" : "M"}${place(point).map(v => v.toFixed(1))}`);
+    const path = draw("path", {d: steps.join("")});
     path.style.stroke = COLOURS[i % COLOURS.length];
     return path;
   });
@@ -422,17 +460,21 @@ function chart(quantity, paths) {
   const cursor = draw("line", {y1: TOP, y2: H - BOTTOM, visibility: "hidden"}), legend = make("div");
   const readAt = step => legend.replaceChildren(...curves.map((curve, i) => {
     const point = curve.findLast(([x]) => x <= step) ?? curve[0];
-    const line = make("small", {}, `${paths[i].slice(0, -".jsonl".length)}: `, make("b", {textContent: point ? short(point[1]) : "–"}),
+    const line = make("small", {}, `${paths[i].slice(0, -".jsonl".length)}: `,
+      make("b", {textContent: point ? short(point[1]) : "–"}),
       Number.isFinite(step) && point ? ` (${say("step")} ${point[0]})` : "");
     line.style.color = COLOURS[i % COLOURS.length];
     return line;
   }));
   const picture = draw("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": quantity},
-    draw("line", {x1: LEFT, y1: H - BOTTOM, x2: W - RIGHT, y2: H - BOTTOM}), draw("line", {x1: LEFT, y1: TOP, x2: LEFT, y2: H - BOTTOM}),
+    draw("line", {x1: LEFT, y1: H - BOTTOM, x2: W - RIGHT, y2: H - BOTTOM}),
+    draw("line", {x1: LEFT, y1: TOP, x2: LEFT, y2: H - BOTTOM}),
     label(LEFT - 4, TOP + 8, short(high), "end"), label(LEFT - 4, H - BOTTOM, short(low), "end"),
-    label(LEFT, H - 8, `${first}`, "start"), label(W - RIGHT, H - 8, `${say("step")} ${last}`, "end"), cursor, ...lines);
+    label(LEFT, H - 8, `${first}`, "start"), label(W - RIGHT, H - 8, `${say("step")} ${last}`, "end"),
+    cursor, ...lines);
   picture.onpointermove = event => {
-    const box = picture.getBoundingClientRect(), x = Math.min(W - RIGHT, Math.max(LEFT, (event.clientX - box.left) * W / box.width));
+    const box = picture.getBoundingClientRect(), under = (event.clientX - box.left) * W / box.width;
+    const x = Math.min(W - RIGHT, Math.max(LEFT, under));
     for (const [name, value] of [["x1", x], ["x2", x], ["visibility", "visible"]]) cursor.setAttribute(name, value);
     readAt(first + (last - first) * (x - LEFT) / (W - LEFT - RIGHT));
   };
@@ -445,10 +487,13 @@ function chart(quantity, paths) {
 async function showTable() {
   $("tables").hidden = !$("table-list").value;
   if ($("tables").hidden) return;
-  const blocks = (await read($("table-list").value)).split(/\n\s*\n/).filter(block => block.startsWith("|"));
-  $("table").replaceChildren(...blocks.map(block => make("div", {className: "card scroll"}, make("table", {},
-    ...block.split("\n").filter(line => line.startsWith("|") && !/^\|[-:| ]+\|$/.test(line)).map((line, n) => make("tr", {},
-      ...line.split("|").slice(1, -1).map(cell => make(n ? "td" : "th", {textContent: cell.trim().replaceAll("**", "")}))))))));
+  const text = await read($("table-list").value);
+  const tables = text.split(/\n\s*\n/).filter(block => block.startsWith("|")).map(block => {
+    const lines = block.split("\n").filter(line => line.startsWith("|") && !/^\|[-:| ]+\|$/.test(line));
+    return make("table", {}, ...lines.map((line, n) => make("tr", {}, ...line.split("|").slice(1, -1).map(cell =>
+      make(n ? "td" : "th", {textContent: cell.trim().replaceAll("**", "")})))));
+  });
+  $("table").replaceChildren(...tables.map(table => make("div", {className: "card scroll"}, table)));
 }
 $("table-list").onchange = () => attempt(showTable);
 
