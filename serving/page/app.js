@@ -437,7 +437,7 @@ async function showRuns() {
   $("charts").replaceChildren(...known.filter(name => quantities.includes(name)).map(name => chart(name, paths)));
 }
 
-const W = 320, H = 180, LEFT = 50, RIGHT = 10, TOP = 8, BOTTOM = 24;
+const W = 320, H = 180, LEFT = 56, RIGHT = 10, TOP = 8, BOTTOM = 24;
 const short = value =>
   Math.abs(value) >= 10000 ? Math.round(value).toLocaleString("en") : `${+value.toPrecision(3)}`;
 
