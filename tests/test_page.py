@@ -20,7 +20,7 @@ from model.tokenizer import Tokenizer
 from serving.api import make_app
 from serving.engine import Engine
 from serving.page import FILES, add_page
-from test_serve import ASKED, KEY, Server
+from test_serve import ASKED, KEY, Server, serve  # noqa: F401
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -412,8 +412,8 @@ def test_the_keyboard_reaches_everything(tab):
     assert not tab.js("document.getElementById('chat').hidden")
 
 
-def test_a_server_with_a_key_asks_for_it_once(browser, models):
-    server = Server(f"teacher={models}/teacher.pth", api_key_env="SERVE_KEY", variables={"SERVE_KEY": KEY})
+def test_a_server_with_a_key_asks_for_it_once(browser, models, serve):
+    server = serve(f"teacher={models}/teacher.pth", api_key_env="SERVE_KEY", variables={"SERVE_KEY": KEY})
     tab = Tab(browser, server.root)
     tab.until("!document.getElementById('login').hidden")
     for key in ("wrong", KEY):

@@ -44,6 +44,16 @@ class Server:
         return self.run.wait()
 
 
+@pytest.fixture
+def serve():
+    """Server(...), which does not outlive its test."""
+    started = []
+    yield lambda *weights, **flags: started.append(Server(*weights, **flags)) or started[-1]
+    for each in started:
+        if each.run.processes[0].is_alive():
+            each.run.send()
+
+
 @pytest.fixture(scope="module")
 def server(models):
     server = Server(f"teacher={models}/teacher.pth", f"student={models}/student.pth")
@@ -162,8 +172,8 @@ def test_a_prompt_is_a_text_or_ids_of_the_vocabulary(client, prompt):
 # -- many clients
 
 
-def test_a_client_that_leaves_gives_back_its_row(models):
-    server = Server(f"teacher={models}/teacher.pth", max_concurrency=1, max_waiting=1)
+def test_a_client_that_leaves_gives_back_its_row(models, serve):
+    server = serve(f"teacher={models}/teacher.pth", max_concurrency=1, max_waiting=1)
     health = lambda: httpx.get(f"{server.root}/health").json()["teacher"]
     forever = {"model": "teacher", "messages": ASKED, "stream": True, "max_tokens": 100_000}
     with httpx.stream("POST", f"{server.url}/chat/completions", json=forever) as stream:
@@ -172,8 +182,8 @@ def test_a_client_that_leaves_gives_back_its_row(models):
     server.stop()
 
 
-def test_a_client_that_hangs_up_on_a_whole_answer_gives_back_its_row(models):
-    server = Server(f"teacher={models}/teacher.pth", max_concurrency=1, max_waiting=1)
+def test_a_client_that_hangs_up_on_a_whole_answer_gives_back_its_row(models, serve):
+    server = serve(f"teacher={models}/teacher.pth", max_concurrency=1, max_waiting=1)
     health = lambda: httpx.get(f"{server.root}/health").json()["teacher"]
     forever = {"model": "teacher", "messages": ASKED, "temperature": 10, "n": 16}      # some of 16 last to the limit
     with pytest.raises(httpx.ReadTimeout):
@@ -250,8 +260,8 @@ def test_answers_go_on_while_tokens_are_read(teacher):
 # -- the process
 
 
-def test_the_key_is_needed_and_in_no_log(models, monkeypatch):
-    server = Server(f"teacher={models}/teacher.pth", api_key_env="SERVE_KEY", variables={"SERVE_KEY": KEY})
+def test_the_key_is_needed_and_in_no_log(models, serve, monkeypatch):
+    server = serve(f"teacher={models}/teacher.pth", api_key_env="SERVE_KEY", variables={"SERVE_KEY": KEY})
     for key in ("none", KEY + "0"):
         with pytest.raises(openai.AuthenticationError):
             chat(server.client(key))
@@ -260,8 +270,8 @@ def test_the_key_is_needed_and_in_no_log(models, monkeypatch):
     assert KEY not in server.stop().output
 
 
-def test_sigterm_finishes_what_is_running(models):
-    server = Server(f"teacher={models}/teacher.pth")
+def test_sigterm_finishes_what_is_running(models, serve):
+    server = serve(f"teacher={models}/teacher.pth")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(chat, server.client(), max_tokens=100, n=8)
         wait_until(lambda: httpx.get(f"{server.root}/health").json()["teacher"]["answering"])
