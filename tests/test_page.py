@@ -365,6 +365,10 @@ def test_a_curve_grows_while_its_run_goes_on_and_runs_are_overlaid(tab, workplac
             file.write('{"step": 4, "loss": 0.5}\n{"step": 5, "lo')
     tab.until(f"{points} === 4")
     assert "live" in tab.js("document.querySelector('#run-list label').className")
+    with open(workplace / "out/a.jsonl", "a") as file:
+        file.write('ss": 0.4, "sample": "\'hello\' -> \'<b>there</b>\'"}\n')
+    tab.until("document.getElementById('samples').textContent.includes('step 5')")
+    assert "<b>there</b>" in tab.js("document.getElementById('samples').textContent")
 
 
 def test_it_speaks_chinese_and_remembers_it(tab):

@@ -35,7 +35,7 @@ const TEXTS = {
   one_model: ["This server has one model; dark knowledge needs two: --weights TEACHER STUDENT",
     "这个服务只有一个模型；暗知识需要两个：--weights 教师 学生"],
   run_list: ["Runs in out/, newest first", "out/ 里的运行，新的在前"], quantities: ["Curves", "曲线"],
-  no_runs: ["No runs yet.", "还没有运行。"], step: ["step", "步"], tables: ["Tables of comparisons", "比较的表格"],
+  no_runs: ["No runs yet.", "还没有运行。"], samples: ["The newest samples of the student's text", "学生写的文字，最新的几段"], step: ["step", "步"], tables: ["Tables of comparisons", "比较的表格"],
 };
 let language = localStorage.getItem("language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
 const say = (name, ...values) =>
@@ -435,6 +435,11 @@ async function showRuns() {
         attempt(showRuns);
       }}), ` ${name}`)));
   $("charts").replaceChildren(...known.filter(name => quantities.includes(name)).map(name => chart(name, paths)));
+  const samples = paths.flatMap(path => rowsOf[path].filter(row => row.sample).slice(-5).reverse().map(row =>
+    make("p", {}, make("small", {textContent: `${path.slice(0, -".jsonl".length)}, ${say("step")} ${row.step}: `}),
+      make("code", {textContent: row.sample}))));
+  $("samples").hidden = !samples.length;
+  $("samples").replaceChildren(make("h3", {textContent: say("samples")}), ...samples);
 }
 
 const W = 320, H = 180, LEFT = 56, RIGHT = 10, TOP = 8, BOTTOM = 24;
