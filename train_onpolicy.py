@@ -89,10 +89,16 @@ def train_epoch(epoch, wandb, *, teachers, reward,
                          if is_on_policy(step, args.seed, args.on_policy_fraction)}
             rollouts = sample_rollouts(on_policy, student, teachers, reward, tokenizer,
                                        data.dataset.max_seq_len, args, world)
-        if args.teacher_url:                    # it reads them while the student learns
+        if args.teacher_url:                    # it reads all of them in few requests
+            asked = [each.teacher_prompt + each.answer.tokens[:-1]
+                     for step in steps for each in rollouts.get(step, [])]
             teachers[0].source.forget()
-            teachers[0].source.prefetch([each.teacher_prompt + each.answer.tokens[:-1]
-                                         for step in steps for each in rollouts.get(step, [])])
+            teachers[0].source.prefetch(asked)
+            if any_process(not teachers[0].source.answered(asked), world.device):
+                save_model(student, tokenizer, f"{name}.pth")
+                save_resume(f"{name}.resume", modules, optimizer, scaler, progress)
+                stop.stopped = True
+                return
 
         for step in steps:
             # 1. Learning rate: linear warm-up, then cosine
