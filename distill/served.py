@@ -68,14 +68,15 @@ class ServedTeacher:
         return f"{self.model} at {urlsplit(self.url).netloc}"
 
     def described(self) -> str:
-        return f"teacher {self}, its top {self.top_k} tokens"
+        return f"{self}, its top {self.top_k} tokens"
 
     def to(self, device) -> "ServedTeacher":
         self.device = torch.device(device)
         return self
 
     def check(self, tokenizer):
-        """Whether its ids of a text are those of the student's tokenizer."""
+        """Raises ValueError unless its ids of a text are those of the student's tokenizer. After
+        this it has a `config`, and reads."""
         ids = tokenizer.encode(PROBE)
         theirs, _ = self.request([PROBE], max_tokens=1)[0]      # to llama.cpp 0 means no limit
         if None in theirs:
