@@ -49,8 +49,8 @@ from evaluation.exam import read_exam
 from interop.checkpoint import load_teacher, prepare, save_model, weight_file
 from interop.sizes import init_student_model
 from model.config import LMConfig
-from runtime.args import (add_training_args, check_ranges, checking_input, lora_options,
-                          make_parser, parse_args, resume_command)
+from runtime.args import (add_training_args, check_ranges, checking_input, make_parser,
+                          model_options, parse_args, resume_command)
 from runtime.checkpoint import (end_run, load_resume, save_resume, set_aside,
                                 start_progress)
 from runtime.files import keep_previous
@@ -301,7 +301,7 @@ def main():
         if share_vocabulary(teachers, [(student, tokenizer)]):
             raise ValueError("a curriculum's teacher reads the student's tokens; distil these two "
                              "by train_distillation.py")
-        prepare(student, weights, world, lora_options(args), args.grad_checkpoint, args.compile)
+        prepare(student, weights, world, **model_options(args))
 
         # 4. Data. All stages are checked before the first begins.
         max_seq_len = student.context_length(args.max_seq_len)

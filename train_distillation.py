@@ -35,7 +35,7 @@ from interop.checkpoint import freeze, load_teacher, prepare, run_name, save_mod
 from interop.sizes import fill_in, init_student_model, init_teacher_model   # noqa: F401
 from model.config import LMConfig
 from model.lora import WithoutAdapters
-from runtime.args import add_training_args, checking_input, lora_options, make_parser, parse_args
+from runtime.args import add_training_args, checking_input, make_parser, model_options, parse_args
 from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
 from runtime.log import Log, Logger, init_wandb
 from runtime.optim import OPTIMIZERS, parameter_groups, trained_weights
@@ -188,7 +188,7 @@ def main():
         students = []
         for weights, config in chain:
             student, tokenizer = init_student_model(config, weights=weights, vocabulary=vocabulary)
-            prepare(student, weights, world, lora_options(args), args.grad_checkpoint, args.compile)
+            prepare(student, weights, world, **model_options(args))
             students.append((student, tokenizer))
         if share_vocabulary(teachers, students, args.divergence):
             args.teacher_data_path = args.teacher_data_path or args.data_path

@@ -62,7 +62,7 @@ from evaluation.validation import evaluate
 from interop.checkpoint import load_model, load_teacher, prepare, run_name, save_model
 from model.generate import Guide, sample
 from model.lora import WithoutAdapters
-from runtime.args import add_training_args, checking_input, lora_options, make_parser, parse_args
+from runtime.args import add_training_args, checking_input, make_parser, model_options, parse_args
 from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
 from runtime.log import Clock, Log, Logger, init_wandb
 from runtime.optim import OPTIMIZERS, parameter_groups, trained_weights
@@ -301,8 +301,7 @@ def main():
     with checking_input():
         # 3. Models. A student with adapters can be its own teacher: the model without them.
         student, tokenizer = load_model(args.student)
-        prepare(student, args.student, world, lora_options(args), args.grad_checkpoint,
-                args.compile)
+        prepare(student, args.student, world, **model_options(args))
         reward = load_reward(args.reward) if args.reward else None
         teachers = []                                   # at --reward_weight 1
         if args.teacher_ema is not None:

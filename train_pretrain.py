@@ -23,7 +23,7 @@ from evaluation.validation import evaluate
 from interop.checkpoint import prepare, run_name, save_model
 from interop.sizes import init_student_model
 from model.config import LMConfig
-from runtime.args import add_training_args, checking_input, lora_options, make_parser, parse_args
+from runtime.args import add_training_args, checking_input, make_parser, model_options, parse_args
 from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
 from runtime.log import Log, Logger, init_wandb
 from runtime.optim import OPTIMIZERS, parameter_groups, trained_weights
@@ -116,7 +116,7 @@ def main():
                           max_seq_len=args.max_seq_len or 512)
         weights = args.weights
         student, tokenizer = init_student_model(config, weights=weights, vocabulary=args.tokenizer)
-        prepare(student, weights, world, lora_options(args), args.grad_checkpoint, args.compile)
+        prepare(student, weights, world, **model_options(args))
 
         # 4. Data
         max_seq_len = student.context_length(args.max_seq_len)

@@ -18,6 +18,7 @@ from model.compile import compile_layers
 from model.config import LMConfig
 from model.gpt2 import GPT2
 from model.lora import TARGETS, Adapted, add_lora, load_lora, merge_lora, store_frozen
+from model.qat import fake_quantize
 from model.quantize import quantize
 from model.tokenizer import DEFAULT, Tokenizer
 from model.transformer import Transformer
@@ -146,15 +147,19 @@ def freeze(model: Transformer, world: World) -> Transformer:
 
 
 def prepare(model: Transformer, base, world: World, lora: dict | None = None,
-            grad_checkpoint: bool = False, compiled: bool = False) -> Transformer:
+            qat: str | None = None, grad_checkpoint: bool = False,
+            compiled: bool = False) -> Transformer:
     """Prepare a model that was loaded from `base` for training, in place. lora: arguments of
-    add_lora; save_model then writes the adapters alone."""
+    add_lora; save_model then writes the adapters alone. qat: the kind of fake_quantize."""
     Logger(f"student {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {base}")
     model.train()
     model.grad_checkpoint = grad_checkpoint
     if lora:
         Logger(adapt(model, base, **lora))
         store_frozen(model, world.dtype)
+    if qat:
+        fake_quantize(model, qat)
+        Logger(f"quantisation-aware training: {qat} layers, int8 embedding and head")
     if compiled:
         compile_layers(model, world.device, world.dtype)
     return model
@@ -185,8 +190,8 @@ def adapt(model: Transformer, base, rank: int, alpha: float | None, dropout: flo
 
 
 def run_name(out_dir, prefix: str, model: Transformer) -> str:
-    """OUT_DIR/PREFIX_DIM, with _moe or _lora: the beginning of the names of a run's files."""
-    kind = model.config.moe_path + ("_lora" if model.adapted else "")
+    """OUT_DIR/PREFIX_DIM, with _moe, _lora or _qat: the beginning of the names of a run's files."""
+    kind = model.config.moe_path + "_lora" * bool(model.adapted) + "_qat" * bool(model.qat)
     return f"{out_dir}/{prefix}_{model.config.dim}{kind}"
 
 

@@ -54,7 +54,8 @@ def fill_in(args, sizes: dict) -> list[tuple[str, LMConfig]]:
     last = LMConfig(dim=args.dim or given.dim, n_layers=args.n_layers or given.n_layers,
                     n_heads=args.n_heads or given.n_heads, use_moe=args.use_moe,
                     max_seq_len=args.max_seq_len or given.max_seq_len)
-    if args.teacher == [args.student] and not args.teacher_data_path and args.alpha == 0:
+    same = args.teacher == [args.student] and not args.teacher_data_path
+    if same and args.alpha == 0 and not args.qat:       # with it, KL is what rounding costs
         Logger("teacher and student are the same model with the same prompts, so the KD loss is "
                "zero. --teacher_data_path gives the teacher prompts with privileged context")
     chain = [chain_link(link, last, args.out_dir) for link in args.chain]

@@ -34,7 +34,7 @@ class LMConfig:
     qk_norm: bool = False               # Qwen3
     attention_bias: bool = False        # Qwen2
     dropout: float = 0.0
-    quantization: str | None = None     # "int8" or "int4", for inference only (model/quantize.py)
+    quantization: str | None = None     # int8 to int2, for inference only (model/quantize.py)
 
     # Mixture of experts instead of the FFN, with MiniMind's names.
     use_moe: bool = False
@@ -82,8 +82,8 @@ class LMConfig:
             self.hidden_dim = -(-8 * self.dim // 3 // 32) * 32      # rounded up to a multiple of 32
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
-        if self.quantization not in (None, "int8", "int4"):
-            raise ValueError(f"quantization={self.quantization!r} is not int8 or int4")
+        if self.quantization not in (None, "int8", "int4", "int3", "int2"):
+            raise ValueError(f"quantization={self.quantization!r} is not int8, int4, int3 or int2")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 "
                              f"and n_routed_experts={self.n_routed_experts}")

@@ -82,6 +82,9 @@ class MoEFeedForward(nn.Module):
         has_shared = config.n_shared_experts > 0
         self.shared = FeedForward(D, H * config.n_shared_experts) if has_shared else None
 
+    def stacks(self):  # -> (E, H, D), (E, D, H), (E, H, D); model/qat.py rounds them
+        return self.w1, self.w2, self.w3
+
     def forward(self, x, sample, n_samples: int):  # (N, D), (N,) -> (N, D), () balance loss
         """sample: the index of each token's sample."""
         N, D = x.shape
@@ -95,7 +98,7 @@ class MoEFeedForward(nn.Module):
         expert, order = chosen.flatten().sort(stable=True)                  # (N * A,) twice
         experts_here = torch.arange(E, device=x.device)
         ends = torch.searchsorted(expert, experts_here, right=True, out_int32=True)         # (E,)
-        y = experts(x[order // A], ends, self.w1, self.w2, self.w3)
+        y = experts(x[order // A], ends, *self.stacks())
         y = y[order.argsort()].view(N, A, D)                            # in the tokens' order again
         y = (y * gate.to(y.dtype).unsqueeze(-1)).sum(dim=1)                 # (N, D)
         if self.shared is not None:

@@ -228,6 +228,7 @@ class Transformer(nn.Module):
 
     block = Block
     adapted = None          # description of its adapters, if it has any (interop/checkpoint.py)
+    qat = None              # the grid to which training rounds its weights (model/qat.py)
     # Activation checkpointing: in training keep only each layer's input and recompute the rest in
     # the backward pass. Chen et al. 2016, https://arxiv.org/abs/1604.06174
     grad_checkpoint = False
@@ -348,12 +349,14 @@ class Transformer(nn.Module):
     @property
     def head(self):  # -> (n_tokens, D), a view
         """The matrix that turns final hidden states into logits, for losses that run it."""
-        weight = self.output.dequantised() if self.config.quantization else self.output.weight
+        is_rounded = self.config.quantization or self.qat
+        weight = self.output.dequantised() if is_rounded else self.output.weight
         return weight[:self.n_tokens] if self.n_tokens < len(weight) else weight
 
     def n_parameters(self) -> int:
         """Tied weights count once, two 4-bit weights in a byte as two, and scales not at all."""
-        return sum(weight.numel() * (2 if weight.dtype == torch.uint8 else 1)
+        bits = int((self.config.quantization or "int8").removeprefix("int"))
+        return sum(weight.numel() * 8 // (bits if weight.dtype == torch.uint8 else 8)
                    for name, weight in self.named_parameters()
                    if not name.endswith((".scale", ".low")))
 

@@ -119,6 +119,9 @@ def add_training_args(parser: argparse.ArgumentParser):
         help="linear warm-up before the cosine, in steps; below 1: a fraction of all steps")
     add("--seed", type=int, default=1337,
         help="random seed of initial weights, shuffling and dropout")
+    add("--qat", default=None, choices=["int8", "int4", "int3", "int2"],
+        help="quantisation-aware training (model/qat.py): each forward pass rounds the weights as "
+             "scripts/convert.py --quantize; the weights that train stay fp32")
 
     add = parser.add_argument_group("LoRA (model/lora.py)").add_argument
     add("--lora_rank", type=int, default=0,
@@ -198,12 +201,12 @@ def parse_teacher(spec: str) -> tuple[str, str, float]:
     return name, path, 1.0
 
 
-def lora_options(args) -> dict | None:
-    """The arguments of add_lora; None without --lora_rank."""
-    if not args.lora_rank:
-        return None
-    return {"rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout,
+def model_options(args) -> dict:
+    """The arguments of `prepare` (interop/checkpoint.py) that are flags."""
+    lora = {"rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout,
             "targets": args.lora_targets}
+    return {"lora": lora if args.lora_rank else None, "qat": args.qat,
+            "grad_checkpoint": args.grad_checkpoint, "compiled": args.compile}
 
 
 def check_training_args(parser, args):
@@ -211,6 +214,8 @@ def check_training_args(parser, args):
     for flag, unset in (("lora_alpha", None), ("lora_dropout", 0.0), ("lora_targets", None)):
         if not args.lora_rank and vars(args)[flag] != unset:
             parser.error(f"--{flag} has no effect without --lora_rank: set a rank, or leave it out")
+    if args.qat and args.lora_rank:
+        parser.error("--qat trains the weights, --lora_rank freezes them: leave one of them out")
     if args.shard != "none" and not args.ddp:
         parser.error(f"--shard {args.shard} shards the model over the processes of --ddp. Type:\n"
                      f"    torchrun --nproc_per_node 2 {command_line()} --ddp")

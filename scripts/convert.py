@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scrip
 import torch
 
 from interop.checkpoint import load_model, save_model
-from model.quantize import quantize
+from model.quantize import KINDS, quantize
 from model.transformer import Transformer
 from runtime.args import checking_input, make_parser, parse_args
 from runtime.log import Logger
@@ -105,8 +105,8 @@ def main():
     add("--out", type=Path, required=True, help="FILE.pth, FILE.gguf, or a folder (Hugging Face)")
     add("--layers", type=numbers, default=None, metavar="0,2,4",
         help="layers of --student_from that are kept, counted from 0")
-    add("--quantize", default=None, choices=["int8", "int4"],
-        help="quantisation of a .pth, for inference: 8 or 4 bits per weight")
+    add("--quantize", default=None, choices=[*KINDS],
+        help="quantisation of a .pth, for inference: 8, 4, 3 or 2 bits per weight")
     add("--dtype", default=None, choices=sorted(set().union(*DTYPES.values())),
         help="dtype of the weights; default: float32, float16 in a GGUF file; q8_0 is GGUF's int8")
     args = parse_args(parser)

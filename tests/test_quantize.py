@@ -13,11 +13,11 @@ from torch import nn
 from interop.checkpoint import load_model, save_model
 from model.gpt2 import GPT2
 from model.moe import MoEFeedForward
-from model.quantize import FEW_ROWS, Int4, Int8, Int8Embedding, Quantised, quantize
+from model.quantize import FEW_ROWS, KINDS, Int4, Int8, Int8Embedding, Quantised, integers, pack, quantize
 
-SIZES = dict(dim=32, hidden_dim=64)         # int4 needs columns in groups of 32
+SIZES = dict(dim=32, hidden_dim=64)         # all but int8 need columns in groups of 32
 TOKENS, LENGTHS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8] * 2), [5, 7, 12]
-kinds = pytest.mark.parametrize("kind", ["int8", "int4"])
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def normal(*shape):
@@ -25,7 +25,7 @@ def normal(*shape):
 
 
 def quantised(weight, kind, bias=None):
-    return {"int8": Int8, "int4": Int4}[kind](weight, bias)
+    return KINDS[kind](weight, bias)
 
 
 def unpacked(model):
@@ -59,6 +59,18 @@ def test_int4_by_hand():
     packed = code.weight.flatten().tolist()
     assert packed[:3] == [0 + 16 * 5, 1 + 16 * 1, 2 + 16 * 2]              # weight 0 with weight 16, 1 with 17, 2 with 18
     assert torch.equal(code.dequantised(), weight)
+
+
+def test_three_bits_by_hand():
+    packed = pack(torch.tensor([6, 1, *[0] * 30], dtype=torch.uint8).view(32, 1), bits=3).flatten().tolist()
+    assert packed == [2, 1, *[0] * 6, 1, 0, 0, 0]                           # 6 = 110: its low bits 10 = 2, its third bit 1
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_packing_keeps_every_value_at_every_place(bits):
+    q = torch.randint(2**bits, (2, 3, 32, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    packed = pack(q, bits)
+    assert packed.shape == (2, 3, 4 * bits, 5) and torch.equal(integers(packed, bits), q)
 
 
 @kinds
@@ -115,9 +127,10 @@ def test_for_few_rows_activations_and_sums_are_rounded_to_bf16_and_weights_are_w
 
 def test_the_sizes_in_bytes():
     size = {kind: sum(p.numel() * p.element_size() for p in quantised(normal(64, 96), kind).parameters())
-            for kind in ("int8", "int4")}
+            for kind in KINDS}
     assert size["int8"] == 64 * 96 + 4 * 64                                 # 8 bits, and 32 a row
     assert size["int4"] == 64 * 96 * 6 / 8                                  # 4 bits, and 64 a group of 32: 6
+    assert size["int3"] == 64 * 96 * 5 / 8 and size["int2"] == 64 * 96 * 4 / 8
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -144,7 +157,7 @@ def test_every_matrix_is_quantised_but_the_router(tiny, kind):
     floats = [name for name, weight in model.named_parameters()
               if weight.is_floating_point() and weight.dim() > 1 and not name.endswith((".scale", ".low"))]
     assert floats == ["layers.0.ffn.router.weight", "layers.1.ffn.router.weight"]
-    assert type(model.tok_embeddings) is Int8Embedding and type(model.output) is Int8      # int8 in both kinds
+    assert type(model.tok_embeddings) is Int8Embedding and type(model.output) is Int8      # int8 in all kinds
 
 
 @kinds
