@@ -26,7 +26,7 @@ from random import Random
 
 import torch
 
-from ability_tree.agents import add_agent_args, make_agent
+from ability_tree.agents import make_agent
 from ability_tree.generate_distill_data import (add_share_args, plan, question_text,
                                                 seeds_of_leaves)
 from ability_tree.generate_logits import bare
@@ -38,6 +38,7 @@ from ability_tree.workflow import Workflow
 from evaluation.tables import markdown
 from interop.checkpoint import load_config, load_tokenizer
 from runtime.args import check_ranges, checking_input, make_parser, parse_args
+from runtime.endpoint import add_agent_args
 from runtime.files import read_rows, write_jsonl, write_text
 from runtime.log import Logger
 

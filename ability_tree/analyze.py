@@ -14,13 +14,14 @@ agent classifies the questions that have no path.
 
 from pathlib import Path
 
-from ability_tree.agents import add_agent_args, identity_of, make_agent
+from ability_tree.agents import identity_of, make_agent
 from ability_tree.inference import prompt
 from ability_tree.prompts import PROMPTS
 from ability_tree.steps import (add_request_args, batches_of, beside, read_abilities, read_choices,
                                 rows_of, settings, sha256_of, work_in_parts)
 from ability_tree.tree import AbilityTree, compare, spell
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
+from runtime.endpoint import add_agent_args
 from runtime.files import write_jsonl
 from runtime.log import Logger
 from runtime.precision import seed_of

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ability_tree.agents import OutOfBudget, add_agent_args, make_agent
+from ability_tree.agents import make_agent
 from ability_tree.prompts import PROMPTS
 from ability_tree.steps import add_request_args, batches_of, beside, read_abilities
 from ability_tree.tree import AbilityTree, key_of, spell
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
+from runtime.endpoint import OutOfBudget, add_agent_args
 from runtime.files import write_jsonl
 from runtime.log import Logger
 from runtime.precision import seed_of

@@ -19,13 +19,14 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from ability_tree.agents import add_agent_args, identity_of, make_agent
+from ability_tree.agents import identity_of, make_agent
 from ability_tree.prompts import LETTERS, PROMPTS, folded, name_of, nonempty
 from ability_tree.steps import (add_request_args, finish_questions, read_abilities, read_choices,
                                 rows_of, settings, sha256_of, table, work_in_parts)
 from ability_tree.tree import AbilityTree, key_of, spell
 from dataset.formats import bare_question
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
+from runtime.endpoint import add_agent_args
 from runtime.log import Logger
 from runtime.precision import seed_of
 from runtime.processes import init_distributed_mode

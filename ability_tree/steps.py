@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from ability_tree.agents import OutOfBudget
 from ability_tree.prompts import PROMPTS
 from dataset.formats import files_of, read_each, to_messages
 from evaluation.tables import aligned
 from runtime.args import checking_input
+from runtime.endpoint import OutOfBudget
 from runtime.files import file_sha256, write_jsonl
 from runtime.log import Logger
 from runtime.parts import Parts

@@ -16,13 +16,14 @@ generate an answer, which must be one of the options. An endpoint always generat
     OUT_rejected.jsonl    the others, with "leaf", "agent_a", "agent_b" (letters, or null), "reason"
 """
 
-from ability_tree.agents import LocalAgent, add_agent_args, identity_of, make_agent
+from ability_tree.agents import LocalAgent, identity_of, make_agent
 from ability_tree.inference import reply
 from ability_tree.prompts import PROMPTS, nonempty
 from ability_tree.steps import (add_request_args, batches_of, finish_questions, read_abilities,
                                 read_choices, settings, sha256_of, table, work_in_parts)
 from ability_tree.tree import spell
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
+from runtime.endpoint import add_agent_args
 from runtime.log import Logger
 from runtime.precision import seed_of
 from runtime.processes import init_distributed_mode

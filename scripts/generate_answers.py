@@ -15,6 +15,7 @@ thought, and equal answers to a question are kept once (without the flag each ti
     python train_sft.py --config configs/seqkd_tiny.yaml
 
 two processes  torchrun --nproc_per_node 2 scripts/generate_answers.py --ddp ...
+an endpoint    ... --teacher_url http://localhost:8000/v1 --teacher_model NAME ...
 
 --teacher_data_path gives the teacher the same questions, row by row, with a hint or privileged
 context; the file holds the questions of --data_path. An interrupted run loses one part at most; the
@@ -24,6 +25,7 @@ same command resumes it, on any number of processes, to the same bytes.
 import shlex
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +37,7 @@ from dataset.formats import Question, is_right, read_questions
 from interop.checkpoint import load_model, sha256_of_model
 from model.generate import column_major, generate_steps
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
+from runtime.endpoint import add_agent_args, make_endpoint
 from runtime.files import file_sha256, write_jsonl
 from runtime.log import Logger
 from runtime.parts import Parts
@@ -45,11 +48,11 @@ BATCHES_PER_PART = 8    # at most: the last answers of a part leave rows of the 
 N_PARTS = 16            # at least, down to one batch a part: processes share few questions, too
 
 # Flags that change the answers: a resumed run must have them as before.
-SAME = ("limit", "only_right", "keep_unfinished", "skip_bad_lines", "max_new_tokens", "temperature",
-        "top_p", "top_k", "num_samples", "seed", "batch_size")
+SAME = ("teacher_url", "teacher_model", "limit", "only_right", "keep_unfinished", "skip_bad_lines",
+        "max_new_tokens", "temperature", "top_p", "top_k", "num_samples", "seed", "batch_size")
 
 # Why an answer is left out, and how the report says it.
-LEFT_OUT = {"too long": "the question fills the teacher's max_seq_len",
+LEFT_OUT = {"too long": "the question fills the teacher's max_seq_len", "no reply": "no reply",
             "unfinished": "no end within --max_new_tokens (--keep_unfinished keeps them)",
             "empty": "empty", "wrong": "not the file's final answer",
             "repeated": "equal to a right answer before it to the same question"}
@@ -96,9 +99,9 @@ def part_slices(n_questions: int, batch_size: int, num_samples: int) -> list[sli
     return [slice(start, start + size) for start in range(0, n_questions, size)]
 
 
-def answer(teacher, tokenizer, tasks, num_samples, parts, **sampling) -> list | None:
-    """The tokens of each answer, end of turn included, question by question; of one that leaves no
-    room for an answer None. None instead of the list after Ctrl-C. sampling: see generate_steps."""
+def generated(teacher, tokenizer, tasks, num_samples, parts, **sampling) -> list:
+    """(text, number of tokens, its fault or "") of each answer, question by question. After Ctrl-C
+    there are fewer. sampling: see generate_steps."""
     prompts = [ids for ids, _ in tokenizer.encode_chats([task.messages for task in tasks],
                                                         add_generation_prompt=True)
                for _ in range(num_samples)]
@@ -107,28 +110,32 @@ def answer(teacher, tokenizer, tasks, num_samples, parts, **sampling) -> list | 
     for step in generate_steps(teacher, [prompts[i] for i in places], stop=tokenizer.end_of_turn,
                                **sampling):
         if parts.stop.requested:
-            return None
+            return []
         for i, token in zip(step.indices, step.tokens):
             answers[places[i]].append(token)
         parts.progress.add(sum(step.done), len(step.tokens))
     parts.progress.add(len(prompts) - len(places))
-    return [answers.get(i) for i in range(len(prompts))]
+    return [to_answer(answers[i], tokenizer) if i in answers else ("", 0, "too long")
+            for i in range(len(prompts))]
 
 
-def to_rows(tasks, answers, tokenizer, only_right=False, keep_unfinished=False):
+def requested(endpoint, tasks, num_samples, parts, *, max_new_tokens, temperature, generator, **_):
+    """The same by an endpoint, which counts the question's tokens, too."""
+    rows = endpoint.ask([task.messages for task in tasks for _ in range(num_samples)],
+                        max_new_tokens, temperature, generator.initial_seed(), parts.stop)
+    parts.progress.add(len(rows), sum(row["tokens"] for row in rows if row))
+    return [(row["reply"], row["tokens"], "unfinished" * (row.get("finish_reason") == "length"))
+            if row else ("", 0, "no reply") for row in rows]
+
+
+def to_rows(tasks, answers, only_right=False, keep_unfinished=False):
     """({what became of the answers: how many}, rows of the file)."""
     counts, rows, kept = Counter(asked=len(answers)), [], set()
     of_answers = [i for i in range(len(tasks)) for _ in range(len(answers) // len(tasks))]
-    for i, tokens in zip(of_answers, answers):
+    for i, (text, n_tokens, fault) in zip(of_answers, answers):
         question, _, gold = tasks[i]
-        if tokens is None:
-            counts["too long"] += 1
-            continue
-        counts["tokens"] += len(tokens)
-        finished = tokens[-1] == tokenizer.end_of_turn
-        tokens = tokens[:-1] if finished else tokens
-        text = text_of(tokens, tokenizer)
-        reason = ("unfinished" if not finished and not keep_unfinished else
+        counts["tokens"] += n_tokens
+        reason = (fault if fault and not (fault == "unfinished" and keep_unfinished) else
                   "empty" if not text.strip() else          # the training scripts refuse it
                   "wrong" if only_right and not is_right(text, gold) else
                   "repeated" if only_right and (i, text) in kept else "written")
@@ -140,10 +147,12 @@ def to_rows(tasks, answers, tokenizer, only_right=False, keep_unfinished=False):
     return counts, rows
 
 
-def text_of(tokens: list[int], tokenizer) -> str:
-    """The text that encodes to these tokens, without the space that some tokenizers put first."""
-    text = tokenizer.decode(tokens)
-    return text.removeprefix(" ") if tokenizer.prefix_space else text
+def to_answer(tokens: list[int], tokenizer) -> tuple[str, int, str]:
+    """The text encodes to these tokens, without the space that some tokenizers put first."""
+    finished = tokens[-1] == tokenizer.end_of_turn
+    text = tokenizer.decode(tokens[:len(tokens) - finished])
+    text = text.removeprefix(" ") if tokenizer.prefix_space else text
+    return text, len(tokens), "" if finished else "unfinished"
 
 
 def report(counts: Counter, only_right: bool) -> str:
@@ -156,8 +165,8 @@ def report(counts: Counter, only_right: bool) -> str:
 def main():
     # 1. Arguments
     parser = make_parser(__doc__)
+    add_agent_args(parser, "teacher")
     add = parser.add_argument_group("data").add_argument
-    add("--teacher", required=True, help="its weights, in any format of interop/checkpoint.py")
     add("--data_path", nargs="+", required=True,
         help="files of questions, in the formats of dataset/dataset.md, with or without answers")
     add("--teacher_data_path", nargs="+", default=None,
@@ -190,6 +199,8 @@ def main():
     if args.teacher_data_path and len(args.teacher_data_path) != len(args.data_path):
         parser.error(f"--teacher_data_path names {len(args.teacher_data_path)} files, --data_path "
                      f"{len(args.data_path)}; they are pairs")
+    if args.teacher_url and (args.top_p, args.top_k) != (1.0, 0):
+        parser.error("--top_p and --top_k are of a --teacher; an endpoint has its own settings")
 
     # 2. Processes
     world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
@@ -197,20 +208,26 @@ def main():
 
     with checking_input():
         # 3. Teacher
-        teacher, tokenizer = load_model(args.teacher, world.device, dtype)
-        column_major(teacher)
-        Logger(f"teacher {teacher.config}: {teacher.n_parameters() / 1e6:.2f} M parameters, "
-               f"from {args.teacher}")
+        endpoint, about = make_endpoint(vars(args), "teacher"), {}
+        if endpoint:
+            answer = partial(requested, endpoint)
+            Logger(f"teacher {endpoint.name}; its replies are kept in {endpoint.path}")
+        else:
+            teacher, tokenizer = load_model(args.teacher, world.device, dtype)
+            answer = partial(generated, column_major(teacher), tokenizer)
+            args.batch_size = args.teacher_parallel or args.batch_size
+            about = {"--teacher": sha256_of_model(args.teacher), "its tokenizer": tokenizer.sha256,
+                     "--dtype": str(dtype).removeprefix("torch.")}
+            Logger(f"teacher {teacher.config}: {teacher.n_parameters() / 1e6:.2f} M parameters, "
+                   f"from {args.teacher}")
 
         # 4. Questions, and the parts of the file that are still missing
         tasks = read_tasks(args.data_path, args.teacher_data_path, args.limit, args.only_right,
                            args.skip_bad_lines)
         slices = part_slices(len(tasks), args.batch_size, args.num_samples)
-        about = {"--teacher": sha256_of_model(args.teacher), "its tokenizer": tokenizer.sha256,
-                 "--data_path": list(map(file_sha256, args.data_path)),
-                 "--teacher_data_path": list(map(file_sha256, args.teacher_data_path or [])),
-                 "--dtype": str(dtype).removeprefix("torch."),
-                 **{f"--{flag}": vars(args)[flag] for flag in SAME}}
+        about |= {"--data_path": list(map(file_sha256, args.data_path)),
+                  "--teacher_data_path": list(map(file_sha256, args.teacher_data_path or [])),
+                  **{f"--{flag}": vars(args)[flag] for flag in SAME}}
         parts = Parts(args.out, about, len(slices), world)
         with main_process_first(world):
             missing = parts.prepare()
@@ -218,20 +235,23 @@ def main():
            f"{len(missing)} of {len(slices)} parts are missing")
 
     # 5. Generate
-    sizes = [args.num_samples * len(tasks[each]) for each in slices]
-    for part in parts.mine(missing, sizes, "answers"):
-        generator = torch.Generator(world.device).manual_seed(seed_of(args.seed, part))
-        answers = answer(teacher, tokenizer, tasks[slices[part]], args.num_samples, parts,
-                         max_new_tokens=args.max_new_tokens, rows=args.batch_size,
-                         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                         generator=generator)
-        if answers is None:
-            break
-        parts.write(part, to_rows(tasks[slices[part]], answers, tokenizer, args.only_right,
-                                  args.keep_unfinished))
+    sizes, why = [args.num_samples * len(tasks[each]) for each in slices], None
+    try:
+        for part in parts.mine(missing, sizes, "answers"):
+            generator = torch.Generator(world.device).manual_seed(seed_of(args.seed, part))
+            answers = answer(tasks[slices[part]], args.num_samples, parts,
+                             max_new_tokens=args.max_new_tokens, rows=args.batch_size,
+                             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                             generator=generator)
+            if parts.stop.requested:
+                break
+            parts.write(part, to_rows(tasks[slices[part]], answers, args.only_right,
+                                      args.keep_unfinished))
+    except (ValueError if endpoint else ()) as error:       # it is down, or its budget is used
+        why = str(error)
 
     # 6. Join
-    results = parts.join()
+    results = parts.join(why)
     if world.rank != 0:
         return
     counts = sum((Counter(of_part) for of_part, _ in results), Counter())
@@ -245,8 +265,8 @@ def main():
            f"{new_tokens / parts.progress.seconds():,.0f} tokens/s")
     # The student's folder is its own: train_sft.py could otherwise overwrite the teacher.
     Logger("Learn from them: " + shlex.join([
-        "python", "train_sft.py", "--weights", args.teacher, "--data_path", args.out, "--out_dir",
-        f"{Path(args.out).with_suffix('')}_sft"]))
+        "python", "train_sft.py", "--weights", args.teacher or "STUDENT", "--data_path", args.out,
+        "--out_dir", f"{Path(args.out).with_suffix('')}_sft"]))
 
 
 if __name__ == "__main__":

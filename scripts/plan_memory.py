@@ -256,7 +256,8 @@ def main():
              "with --grad_checkpoint and the simplest --shard and --lora_rank that fit")
     add("--teacher", default="copy",
         help="a size or a path; copy: of the student's size; self: the student without its "
-             "adapters, which takes no memory; none: train_sft.py")
+             "adapters, which takes no memory; served: behind a server or in a cache, which takes "
+             "none here; none: train_sft.py")
     recipe = parser.add_argument_group("recipe: flags of the training scripts")
     add = recipe.add_argument
     add("--batch_size", type=int, default=2, help="samples per micro-batch and process")
@@ -299,7 +300,7 @@ def main():
     run["distilled"] = args.teacher != "none"
     with checking_input():
         student = config_of(args.student)
-        others = {"copy": student, "self": None, "none": None}
+        others = {"copy": student, "self": None, "served": None, "none": None}
         teacher = others[args.teacher] if args.teacher in others else config_of(args.teacher)
         terms = plan(student, teacher, **run)
     for name, formula in terms.items():
@@ -315,6 +316,7 @@ def main():
         print(f"it fits with {flags}: {found[1] / 1e9:.2f} GB" if found else
               "none of these flags makes it fit: more processes, or a smaller model")
 
+    run["distilled"] &= args.teacher != "served"        # its seconds are the server's
     terms = step(student, teacher, **run)
     found, share = seconds(terms, rates)
     print(*(f"{name:<32}{found[name]:>8.3f} s    {terms[name]}" for name in terms), sep="\n")

@@ -27,9 +27,11 @@ def blocks(page, language: str) -> list[str]:
 
 
 def commands(*pages) -> list[str]:
-    """The lines of the bash blocks of these pages, without comments and repetitions."""
+    """The commands of the bash blocks of these pages, without comments and repetitions: each is a
+    line, and those that are indented below it."""
     lines = [re.sub(r"\s+#.*", "", line).strip()
-             for page in pages for block in blocks(page, "bash") for line in block.splitlines()]
+             for page in pages for block in blocks(page, "bash")
+             for line in re.sub(r"( \\)?\n +", " ", block).splitlines()]
     return list(dict.fromkeys(line for line in lines if line))
 
 
@@ -57,7 +59,8 @@ QUICKSTART = ("README.md", "docs/results.md", "docs/losses.md", "docs/offline.md
 PROMPTS = ("docs/experience.md", "docs/memory.md")
 STAGES = ("docs/curriculum.md", "docs/ability_tree.md")
 MODELS = ("docs/data.md", "docs/models.md", "docs/real_teachers.md")
-PAGES = QUICKSTART + PROMPTS + STAGES + MODELS
+SERVED = ("docs/served_teachers.md",)
+PAGES = QUICKSTART + PROMPTS + STAGES + MODELS + SERVED
 
 
 # ------------------------------------------------------------------------- the commands, made small
@@ -111,8 +114,9 @@ def small(command: str) -> list[str]:
         return [*words, "--updates", "20", "--processes", "1", "--seeds", "1", "--seconds", "0",
                 "--rows", ROWS[config]]
     if "scripts/generate_answers.py" in words:
-        # The model has not learned to end an answer, nor to give the right one.
-        return [word for word in words if word != "--only_right"] + ["--keep_unfinished"]
+        # The model has not learned to end an answer, nor to give the right one, nor to write a text.
+        words = [word for word in words if word != "--only_right"] + ["--keep_unfinished"]
+        return words + ["--temperature", "1"] * ("--teacher_url" in words)
     if set(words) & set(LAUNCHERS):
         return ["env", "NPROC=2", *words, *SMALL]
     if "out/experience" in words and "none" in words:   # enough to write letters

@@ -352,7 +352,7 @@ STEP = """
 import os
 from random import Random
 from ability_tree import {name} as step
-from ability_tree.agents import OutOfBudget
+from runtime.endpoint import OutOfBudget
 
 class Fake:
     def __init__(self, role):

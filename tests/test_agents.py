@@ -18,12 +18,12 @@ from itertools import count
 import pytest
 import torch
 
-from ability_tree import agents
-from ability_tree.agents import (EndpointAgent, LocalAgent, OutOfBudget, add_agent_args, make_agent)
+from ability_tree.agents import LocalAgent, make_agent
 from evaluation import exam
 from interop.checkpoint import load_model, save_model
 from runtime import endpoint as endpoints
 from runtime.args import parse_args
+from runtime.endpoint import EndpointAgent, OutOfBudget, add_agent_args
 
 KEY = "sk-0123456789abcdef"
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def agent(tmp_path):
 def log(monkeypatch):
     """The lines of the log."""
     lines = []
-    for module in (agents, exam):
+    for module in (endpoints, exam):
         monkeypatch.setattr(module, "Logger", lines.append)
     return lines
 
@@ -370,7 +370,7 @@ def test_requests_of_all_threads_and_their_retries_keep_the_pace(endpoint, agent
     server = endpoint((500, {}), (500, {}))
     paced = agent(server, parallel=4, rpm=1200)         # one in 50 ms
     clock, times = [100.0], []
-    monkeypatch.setattr(agents, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(endpoints, "monotonic", lambda: clock[0])
 
     def wait(seconds):
         clock[0] += seconds

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import signal
+import threading
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from model.config import LMConfig
 from model.generate import generate
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
 from runtime.precision import seed_of
-from scripts.generate_answers import (Task, main, part_slices, read_tasks, report, text_of,
+from scripts.generate_answers import (Task, main, part_slices, read_tasks, report, to_answer,
                                       to_rows)
+from test_agents import Endpoint, completion
+from test_serve import Server
 
 SCRIPT = "scripts/generate_answers.py"
 N = 32
@@ -120,7 +123,7 @@ def test_an_answer_is_the_text_that_encodes_to_its_tokens_where_a_space_is_put_b
     ranks = {bytes([value]): 16 + value for value in range(256)}
     for prefix_space in (False, True):
         tokenizer = Tokenizer(PATTERN, SPECIAL_TOKENS, ranks, prefix_space=prefix_space)
-        assert text_of(tokenizer.encode("5 a"), tokenizer) == "5 a"
+        assert to_answer(tokenizer.encode("5 a"), tokenizer)[0] == "5 a"
 
 
 def test_a_question_is_a_conversation_up_to_its_last_answer_or_to_its_end(flags, tmp_path):
@@ -177,7 +180,7 @@ def test_an_answer_is_left_out_if_it_is_empty_unfinished_or_not_the_gold_one(byt
     def what_becomes_of(text, finished=True, gold=None, keep=False):
         tokens = tokenizer.encode(text) + [tokenizer.end_of_turn] * finished
         task = Task(Question([], None, {}), [], gold)
-        counts, rows = to_rows([task], [tokens], tokenizer, gold is not None, keep)
+        counts, rows = to_rows([task], [to_answer(tokens, tokenizer)], gold is not None, keep)
         assert len(rows) == counts["written"]
         return [key for key in ("written", "unfinished", "empty", "wrong") if counts[key]]
 
@@ -196,8 +199,8 @@ def test_a_right_answer_is_known_by_what_follows_the_thought_and_kept_once(byte_
     tasks = [Task(Question([{"role": "user", "content": each}], gold, {}), [], gold) for each in "ab"]
 
     def what_becomes_of(texts, finished, only_right=True, keep_unfinished=False):
-        answers = [tokenizer.encode(text) + [tokenizer.end_of_turn] * finished for text in texts] * 2
-        found, rows = to_rows(tasks, answers, tokenizer, only_right, keep_unfinished)
+        answers = [to_answer(tokenizer.encode(text) + [tokenizer.end_of_turn] * finished, tokenizer) for text in texts] * 2
+        found, rows = to_rows(tasks, answers, only_right, keep_unfinished)
         assert [row["conversations"][0]["content"] for row in rows] == sorted(row["conversations"][0]["content"] for row in rows)
         return found, [row["conversations"][-1]["content"] for row in rows if row["conversations"][0]["content"] == "a"]
 
@@ -256,6 +259,110 @@ def test_few_questions_are_one_batch_and_many_are_parts_of_eight_batches():
         assert len(slices) == n_parts and [i for each in slices for i in range(n)[each]] == list(range(n))
 
 
+# --------------------------------------------------------------------------------------------------- behind an endpoint
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    server = Server(f"big={folder}/model.pth")
+    yield server
+    server.stop()
+
+
+def behind(url, flags, folder, **more):
+    """The same flags with an endpoint instead of weights."""
+    return flags | {"teacher": None, "dtype": None, "teacher_url": url, "teacher_model": "big",
+                    "teacher_replies": folder / "replies.jsonl"} | more
+
+
+def test_an_endpoint_s_answers_are_those_of_its_weights_and_no_question_is_sent_twice(written, flags, folder, tmp_path):
+    mortal = Server(f"big={folder}/model.pth")
+    far = behind(mortal.url, flags, tmp_path)
+    printed = succeed(SCRIPT, out=tmp_path / "out.jsonl", **far)
+    turns = [{"role": "assistant", "content": row["conversations"][1]["content"].strip()} for row in read(written[0])]
+    assert read(tmp_path / "out.jsonl") == [{"conversations": [row["conversations"][0], turn], "id": row["id"]}
+                                            for row, turn in zip(read(written[0]), turns, strict=True)]
+    assert counts(printed) == counts(written[1]) and "--weights STUDENT --data_path" in printed
+    mortal.stop()
+    assert counts(succeed(SCRIPT, out=tmp_path / "again.jsonl", **far)) == counts(printed)
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_an_interrupted_run_by_an_endpoint_resumes_to_the_file_of_two_processes(served, flags, tmp_path):
+    far = behind(served.url, flags, tmp_path, teacher_parallel=1, **SAMPLED)
+    out, parts = tmp_path / "ended.jsonl", tmp_path / "ended.jsonl.parts"
+    running = start(SCRIPT, out=out, **far)
+    wait_until(lambda: list(parts.glob("part-*.json")))
+    running.send(signal.SIGINT)
+    ended = running.wait()
+    assert ended.code == 130 and not out.exists() and "parts are saved. Resume with" in ended.output
+    succeed(SCRIPT, out=out, **far)
+    fresh = behind(served.url, flags, tmp_path, teacher_replies=tmp_path / "others.jsonl", **SAMPLED)
+    succeed(SCRIPT, out=tmp_path / "unbroken.jsonl", processes=2, **fresh)
+    assert out.read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
+    sent = [sum(path.read_text().count("\n") for path in tmp_path.glob(f"{name}.jsonl*")) for name in ("replies", "others")]
+    assert sent == [3 * N, 3 * N]
+    assert len({row["conversations"][1]["content"] for row in read(out)}) > N
+
+
+@pytest.fixture
+def runs(monkeypatch, flags, tmp_path):
+    """runs(then, ...) -> what main() printed at its end, or why it stopped, by an endpoint that does `then`."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)       # pytest keeps its own
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    servers = []
+
+    def run(then, **more):
+        servers.append(Endpoint(then=then))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        given = behind(servers[0].url, flags, tmp_path, out=tmp_path / "out.jsonl", limit=6, **more)
+        words = [[f"--{name}"] + [str(value)] * (value is not True) for name, value in given.items() if value is not None]
+        monkeypatch.setattr("sys.argv", [SCRIPT, *sum(words, [])])
+        try:
+            main()
+        except SystemExit as ended:
+            return servers, ended.code
+
+    yield run
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def numbered(request) -> int:
+    return int(re.search(r"is (\d+) plus", request["messages"][0]["content"])[1])
+
+
+def test_failed_refused_and_unfinished_answers_are_left_out_and_counted(runs, tmp_path, capsys):
+    def then(request):
+        i, body = numbered(request), completion("five")
+        body["choices"][0] |= {"finish_reason": "length" if i == 1 else "stop"}
+        return (400, {"error": "too long"}) if i == 0 else (200, completion(None)) if i == 2 else (200, body)
+
+    runs(then)
+    printed = capsys.readouterr().out
+    assert [row["id"] for row in read(tmp_path / "out.jsonl")] == [3, 4, 5]
+    assert "wrote 3 of 6 answers; left out: 1 no reply, 1 no end within --max_new_tokens" in printed
+    assert "1 empty" in printed and "no reply to request" in printed and "too long" in printed
+    (tmp_path / "out.jsonl").unlink()
+    runs(then, keep_unfinished=True)
+    assert [row["id"] for row in read(tmp_path / "out.jsonl")] == [1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("then, more, reason", [
+    ((401, {"error": "who are you?"}), {}, "401 .*who are you.*Check that it is up"),
+    ((500, {"error": "oops"}), {"num_samples": 3, "temperature": 1, "teacher_parallel": 1}, "10 failed requests in a row"),
+    (lambda request: (200, completion("five")), {"teacher_budget": 25, "teacher_parallel": 1}, "budget of 25 tokens is used"),
+], ids=["no permission", "down", "no budget"])
+def test_a_run_whose_endpoint_gives_up_says_why_keeps_its_parts_and_resumes(then, more, reason, runs, tmp_path, capsys):
+    servers, code = runs(then, batch_size=1, **more)
+    printed = capsys.readouterr().out
+    assert code == 1 and re.search(f"stopped; big at 127.0.0.1: .*{reason}.*parts are saved. Resume with: ", printed)
+    servers[0].then = lambda request: (200, completion("five"))
+    runs(None, batch_size=1, **more | {"teacher_budget": 0})
+    assert "wrote " in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -289,6 +396,9 @@ def test_a_bad_line_on_one_side_takes_its_partner_with_it(tmp_path):
     ({"num_samples": 2}, "need a --temperature above 0"),
     ({"data_path": ["a", "b"]}, "--teacher_data_path names 1 files, --data_path 2; they are pairs"),
     ({"data_path": "none.jsonl"}, "no file at none.jsonl"),
+    ({"teacher_url": "http://h/v1"}, "give either --teacher WEIGHTS or --teacher_url URL, and not both"),
+    ({"teacher_rpm": 5}, "--teacher_rpm: no effect without --teacher_url"),
+    ({"teacher_url": "http://h/v1", "temperature": 1, "top_p": 0.8}, "an endpoint has its own settings"),
     ({"max_new_tokens": 1, "limit": 1}, "nothing to write: 0 of 1 answers; left out: 1 no end"),
 ])
 def test_what_cannot_be_answered_says_why(more, reason, flags, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers_run import ROOT
 from model.config import LMConfig
 from model.lora import add_lora, store_frozen
 from model.sizes import SIZES, operations
@@ -332,6 +333,17 @@ def test_seconds_are_printed_and_the_picture_is_drawn(run, tmp_path):
     assert re.search(r"^\| +64 \|", printed, re.MULTILINE)
     run(f"--picture {tmp_path}/a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_served_teacher_takes_no_memory_and_no_time_here(run):
+    """And the manual has the plan's figures, with 2 bytes and 4.5 bits of each weight on the server."""
+    server = count(SIZES["70B"]).all
+    for name, flags in (("1.7B, full", "--student 1.7B"), ("8B, LoRA 16", "--student 8B --lora_rank 16")):
+        printed = run(f"{flags} --grad_checkpoint --teacher served")
+        assert "teacher" not in printed
+        whole = float(re.search(r"on each process +([\d.]+) GB", printed)[1])
+        assert (f"| {name} | {whole:.0f} GB | 0 | {2 * server / 1e9:.0f} GB | {4.5 / 8 * server / 1e9:.0f} GB |"
+                in (ROOT / "docs/memory.md").read_text(encoding="utf-8"))
 
 
 def test_a_model_at_a_path_is_read(models, run):
