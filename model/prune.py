@@ -193,6 +193,26 @@ def prune(model: Transformer, importance: Importance, **sizes) -> Transformer:
     return smaller.eval()
 
 
+@torch.no_grad()
+def dense(model: Transformer, importance: Importance) -> Transformer:
+    """A model without experts: each FFN has the units of the shared expert and of all others, whose
+    outputs are scaled by the expert's mean weight. Measure it anew, and prune its units."""
+    old = model.config
+    n = old.n_shared_experts + old.n_routed_experts
+    bigger = type(model)(LMConfig(**vars(old) | {"use_moe": False,
+                                                 "hidden_dim": n * old.hidden_dim}))
+    state = {name: weight for name, weight in model.state_dict().items() if ".ffn." not in name}
+    for i, (layer, used) in enumerate(zip(model.layers, importance.experts)):
+        ffn, shared = layer.ffn, layer.ffn.shared
+        parts = {"w1": [*ffn.w1], "w3": [*ffn.w3], "w2": [*ffn.w2 * used[:, None, None]]}
+        for name, weights in parts.items():
+            weights += [getattr(shared, name).weight] if shared else []
+            state[f"layers.{i}.ffn.{name}.weight"] = torch.cat(weights, dim=int(name == "w2"))
+    bigger.load_state_dict(state)
+    bigger.n_tokens = model.n_tokens
+    return bigger.eval()
+
+
 def n_parameters(model: Transformer, **sizes) -> int:
     """Of the pruned model, before it is made."""
     old, new = model.config, resized(model.config, sizes)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scrip
 
 from dataset.lm_dataset import dataset_of, in_order, permutation
 from interop.checkpoint import load_model, save_model
-from model.prune import measure, n_parameters, prune, sizes_for
+from model.prune import dense, measure, prune, sizes_for
 from runtime.args import checking_input, make_parser, parse_args
 from runtime.log import Logger
 from runtime.precision import pick_device
@@ -40,32 +40,44 @@ def main():
         help="share of the parameters that stays, in (0, 1]; layers and FFNs shrink alike")
     for name, what in SIZES.items():
         add(f"--{name}", type=int, default=None, help=f"number that stays: {what}; default: all")
+    add("--dense", action="store_true",
+        help="make a mixture of experts dense first: --hidden_dim then counts units of all experts")
     add("--by", default="activation", choices=["activation", "magnitude", "random"],
         help="importance; the other two are for comparison")
     add("--seed", type=int, default=1337, help="random seed of --by random, and of the rows")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
     args = parse_args(parser, target="(0, 1]")
     sizes = {name: vars(args)[name] for name in SIZES if vars(args)[name] is not None}
-    if bool(sizes) == (args.target is not None):
+    if bool(sizes) == (args.target is not None) and not args.dense:
         parser.error(f"give either --target or sizes: --{', --'.join(SIZES)}")
 
+    device = pick_device(args.device)
     with checking_input():
-        model, tokenizer = load_model(args.weights, pick_device(args.device))
+        model, tokenizer = load_model(args.weights, device)
         if model.config.quantization:
             raise ValueError(f"{args.weights} is quantised: prune it first, then quantise")
         if args.out.suffix != ".pth" or args.out.exists() and args.out.samefile(args.weights):
             raise ValueError(f"--out {args.out}: give another FILE.pth")
-        sizes = sizes or sizes_for(model, args.target)
-        n_before, n_after = n_parameters(model), n_parameters(model, **sizes)
         data = dataset_of(args.data_path)(args.data_path, tokenizer, model.config.max_seq_len)
         data = data.view(permutation(len(data), args.seed, 0)[:args.rows])
 
-        importance = measure(model, in_order(data), args.by, args.seed)
-        smaller = prune(model, importance, **sizes)
+        def importance():
+            batches = (batch.to(device) for batch in in_order(data))
+            return measure(model, batches, args.by, args.seed)
+
+        before = f"{args.weights}, {model.config}: {model.n_parameters() / 1e6:.2f} M parameters"
+        n_before = model.n_parameters()
+        if args.dense:
+            if not model.config.use_moe:
+                raise ValueError(f"--dense: {args.weights} has no experts")
+            model = dense(model, importance())
+        if args.target:
+            sizes = sizes_for(model, args.target * n_before / model.n_parameters())
+        smaller = prune(model, importance(), **sizes)
         save_model(smaller, tokenizer, args.out)
-    Logger(f"{args.weights}, {model.config}: {n_before / 1e6:.2f} M parameters -> {args.out}, "
-           f"{smaller.config}: {n_after / 1e6:.2f} M ({n_after / n_before:.0%}): "
-           f"{', '.join(f'{name} {size}' for name, size in sizes.items())}")
+    n = smaller.n_parameters()
+    Logger(f"{before} -> {args.out}, {smaller.config}: {n / 1e6:.2f} M ({n / n_before:.0%}; "
+           f"{', '.join(f'{name} {size}' for name, size in sizes.items())})")
     # The student's folder is its own.
     Logger(f"Teach it: python train_distillation.py --teacher {args.weights} --student {args.out} "
            f"--out_dir {args.out.with_suffix('')}")

@@ -11,7 +11,7 @@ from dataset.lm_dataset import packed_batch
 from helpers_run import complaint, succeed
 from interop.checkpoint import build, load_model, save_model
 from model.config import LMConfig
-from model.prune import axes_of, best, measure, n_parameters, prune, sizes_for
+from model.prune import axes_of, best, dense, measure, n_parameters, prune, sizes_for
 
 SIZES = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=272, max_seq_len=64, norm_eps=1e-12)
 FAMILIES = {"llama": {}, "qwen2": {"attention_bias": True, "tie_embeddings": False}, "qwen3": {"qk_norm": True, "head_dim": 16},
@@ -96,6 +96,19 @@ def test_the_most_used_experts_stay(batch):
     for layer, old, used in zip(smaller.layers, model.layers, importance.experts):
         assert torch.equal(layer.ffn.router.weight, old.ffn.router.weight[best(used, 2)])
         assert torch.equal(layer.ffn.w1, old.ffn.w1[best(used, 2)])
+
+
+def test_equal_experts_become_the_same_dense_network(batch):
+    model = made("moe")
+    with torch.no_grad():
+        for layer in model.layers:
+            for weight in (layer.ffn.w1, layer.ffn.w2, layer.ffn.w3):
+                weight.copy_(weight[:1].expand_as(weight))
+    single = dense(model, measure(model, [batch]))
+    assert not single.config.use_moe and single.config.hidden_dim == 5 * 64
+    assert torch.allclose(logits(single, batch), logits(model, batch), atol=1e-4)
+    smaller = prune(single, measure(single, [batch]), hidden_dim=96)
+    assert logits(smaller, batch).isfinite().all()
 
 
 @pytest.mark.parametrize("by", ["activation", "magnitude", "random"])
