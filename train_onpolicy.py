@@ -158,12 +158,11 @@ def train_epoch(epoch, wandb, *, teachers, reward,
             saving = step == steps[-1] and progress.is_due(args.save_interval, len(steps))
             if progress.is_due(args.log_interval) or saving:
                 means = mean_stats(stats, world.device)
-                log.row(step + 1, wandb, **means, **spent, **clock.shares(), lr=lr,
+                sample = as_line(rollouts[step][0], tokenizer) if step in rollouts else None
+                log.row(step + 1, wandb, sample, **means, **spent, **clock.shares(), lr=lr,
                         grad_norm=full_tensor(grad_norm))
                 warn_of_collapse(means, progress.memory)
                 stats.clear()
-                if step in rollouts:
-                    Logger(as_line(rollouts[step][0], tokenizer))
             if val_data is not None and progress.is_due(args.eval_interval):
                 val_loader = in_order(val_data, world.rank, world.size)
                 scores = evaluate(student, val_loader, world.device, dtype=world.dtype,

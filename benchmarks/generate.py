@@ -1,7 +1,7 @@
 """
-生成有多快：缓存一次分配、连续批处理、权重量化，与教科书写法并排，写出的词元相同。
+生成有多快：缓存一次分配、连续批处理、权重量化、经 HTTP，与教科书写法并排，写出的词元相同。
 How fast answers are generated: a preallocated cache, continuous batching, 8-bit and 4-bit weights,
-beside the textbook's way. Greedy decoding, random weights, answers of given lengths.
+over HTTP, beside the textbook's way. Greedy decoding, random weights, answers of given lengths.
 
 one table           python -m benchmarks.generate
 quick               python -m benchmarks.generate --cases 16 --new_tokens 32 --repeats 1
@@ -9,12 +9,19 @@ a larger model      python -m benchmarks.generate --cases 1 --dim 768 --n_layers
 
 Cases: one prompt; 16 in one batch; mixed, 64 prompts, 16 at a time, answers of 8 to 128 tokens.
 The fp32 forms must write the same tokens. int8 and int4 are other weights and may write others.
+Over HTTP (with fastapi and uvicorn) up to 16 clients send one prompt each, in the same process.
 """
 
 import copy
+import json
 import math
+import socket
 import tempfile
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -25,6 +32,7 @@ from benchmarks.measure import (add_result_args, compare, parse, setting, table,
 from model.config import LMConfig
 from model.generate import column_major, generate
 from model.quantize import KINDS, quantize
+from model.tokenizer import Tokenizer
 from model.transformer import Transformer, rope_rotation, rotate
 from runtime.args import checking_input, make_parser
 from runtime.log import peak_above
@@ -78,7 +86,34 @@ def ours(model, prompts, sizes):
     return generate(model, prompts, sizes, rows=ROWS)
 
 
+def served(model, prompts, sizes):
+    """By the application of scripts/serve.py, in this process, with a client for each row."""
+    import uvicorn
+
+    from serving.api import make_app
+    from serving.engine import Engine
+
+    engine = Engine("", model, Tokenizer.load(), ROWS)
+    listening = socket.create_server(("127.0.0.1", 0))
+    engine.ends = ()                            # no token ends an answer before its length
+    server = uvicorn.Server(uvicorn.Config(make_app({"": engine}), log_level="warning"))
+    Thread(target=server.run, args=[[listening]], daemon=True).start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
+
+    def ask(prompt, size) -> list[int]:
+        body = {"model": "", "prompt": prompt, "max_tokens": size, "temperature": 0,
+                "logprobs": 0, "return_tokens_as_token_ids": True}
+        request = urllib.request.Request(url, json.dumps(body).encode())
+        answer = json.load(urllib.request.urlopen(request))["choices"][0]
+        return [int(name.removeprefix("token_id:")) for name in answer["logprobs"]["tokens"]]
+
+    with ThreadPoolExecutor(ROWS) as clients:
+        return list(clients.map(ask, prompts, sizes))
+
+
 FORMS = {"plain, growing cache": plain, "ours": ours}
+if find_spec("uvicorn") and find_spec("fastapi"):
+    FORMS["ours, over HTTP"] = served
 QUANTISED = {f"ours, {kind}": kind for kind in KINDS}
 
 
@@ -144,7 +179,7 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
     `saved`."""
     device, prompts, sizes = torch.device(case.device), case.prompts(), case.sizes()
     model, call = case.model(QUANTISED.get(form, "fp32")), FORMS.get(form, ours)
-    if call is ours:
+    if call is not plain:
         column_major(model)
     call(model, [[1, 2]], [2])                              # loads the code of the kernels
     with peak_above(device) as above:

@@ -248,4 +248,4 @@ def repetition(tokens: list[int], n: int = 4) -> float:
 
 def as_line(rollout: Rollout, tokenizer) -> str:
     prompt, answer = tokenizer.decode(rollout.prompt), tokenizer.decode(rollout.answer.tokens)
-    return f"    {prompt[-200:]!r} -> {answer[:200]!r}"
+    return f"{prompt[-200:]!r} -> {answer[:200]!r}"

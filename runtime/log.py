@@ -172,9 +172,9 @@ class Log:
             tokens = self.tokens_before + self.world.size * self.tokens
             self.show(self.progress.steps_done, means, tokens)
 
-    def row(self, step: int, wandb=None, **more):
-        """Report the means since the last row together with `more`. What is not finite is shown,
-        but not written."""
+    def row(self, step: int, wandb=None, sample: str | None = None, **more):
+        """Report the means since the last row together with `more`, and a sample of the student's
+        text. What is not finite is shown, but not written."""
         if self.steps:
             dtype = sum_dtype(self.world.device)
             sums = torch.stack([torch.as_tensor(value, dtype=dtype)
@@ -191,9 +191,12 @@ class Log:
             return
         finite = {name: value for name, value in more.items() if math.isfinite(value)}
         pace = self.show(step, more, self.tokens_before)
-        speed = {"tokens_per_s": pace} if pace else {}
+        speed, text = {"tokens_per_s": pace} if pace else {}, {}
+        if sample is not None:
+            Logger(f"    {sample}")
+            text = {"sample": sample}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite, **speed}) + "\n")
+            file.write(json.dumps({"step": step, **finite, **speed, **text}) + "\n")
         if wandb is not None:
             wandb.log({**finite, **speed}, step=step)
 
@@ -224,7 +227,7 @@ def draw_curves(rows: list[dict], path: Path):
     panels = {}                     # {"loss": {"loss": {step: value}, "val_loss": {step: value}}}
     for row in rows:
         for name, value in row.items():
-            if name not in ("step", "tokens_per_s"):
+            if name not in ("step", "tokens_per_s", "sample"):
                 lines = panels.setdefault(name.removeprefix("val_"), {})
                 lines.setdefault(name, {})[row["step"]] = value
     panels = {title: lines for title, lines in panels.items()

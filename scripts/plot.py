@@ -24,7 +24,7 @@ def read_curves(path: Path) -> dict[str, dict[int, float]]:
         raise ValueError(f"{problem}; a run writes NAME.jsonl beside its NAME.pth")
     curves = {}
     for row in read_rows(path, "step"):
-        for name in row.keys() - {"step"}:
+        for name in row.keys() - {"step", "sample"}:
             curves.setdefault(name, {})[row["step"]] = row[name]
     return curves
 

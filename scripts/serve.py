@@ -57,21 +57,20 @@ def main():
         except OSError as error:
             raise ValueError(f"--port {args.port} at {args.host}: {error.strerror}. Another server "
                              "may run there; --port 0 takes a free one") from None
-        models = {}
+        engines = {}
         for spec in args.weights:
             name, _, path = spec.rpartition("=")
             name = name or Path(path).stem
-            if name in models:
+            if name in engines:
                 raise ValueError(f"--weights: two models have the name {name}; write NAME=PATH")
-            models[name] = load_model(path, pick_device(args.device))
-    engines = {name: Engine(name, column_major(model.eval()), tokenizer, args.max_concurrency,
-                            args.max_waiting) for name, (model, tokenizer) in models.items()}
+            model, tokenizer = load_model(path, pick_device(args.device))
+            engines[name] = Engine(name, column_major(model.eval()), tokenizer,
+                                   args.max_concurrency, args.max_waiting)
     host, port = listening.getsockname()[:2]
-    print(f"{', '.join(models)} at http://{host}:{port}/v1", flush=True)
+    print(f"{', '.join(engines)} at http://{host}:{port}/v1", flush=True)
     app = make_app(engines, key)
     add_page(app, engines, Path("out"))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    server.run(sockets=[listening])
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
 
 
 if __name__ == "__main__":

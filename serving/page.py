@@ -3,26 +3,36 @@
 What the page at / asks for: two models' distributions over one answer; curves and tables in out/.
 """
 
-import asyncio
 import base64
-import json
-from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 
-from serving.api import Refused, pick, read_body, read_messages
-from serving.engine import Engine, Full, Reading
+from runtime.files import read_rows
+from serving.api import Message, pick, read_body
+from serving.engine import Engine
 
 FILES = Path(__file__).parent / "page"
 MAX_ROWS = 2000             # of a run's log that are sent
-SECURITY = {"Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-                                       "connect-src 'self'; img-src 'self'; base-uri 'none'; "
+AT_ONCE = 256               # positions whose logits are in memory together
+SECURITY = {"Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; "
                                        "form-action 'none'; frame-ancestors 'none'",
             "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-cache"}
+
+
+class Pair(BaseModel, strict=True):
+    """Two models and what both read: a conversation, and the ids of an answer to it."""
+
+    models: Annotated[list[str], Field(min_length=2, max_length=2)]
+    messages: list[Message] = Field(min_length=1)
+    answer: list[int] = []
+    temperature: float = Field(1.0, ge=0.05, le=10)
 
 
 def add_page(app: FastAPI, engines: dict[str, Engine], out: Path):
@@ -30,104 +40,71 @@ def add_page(app: FastAPI, engines: dict[str, Engine], out: Path):
 
     @app.get("/")
     @app.get("/page/{name}")
-    async def page(name: str = "index.html"):
-        if name not in ("index.html", "app.js", "style.css"):
-            raise Refused(404, f"no file {name}")
+    def page(name: str = "index.html"):
+        if name not in ("index.html", "app.js", "style.css", "icon.svg"):
+            raise HTTPException(404, f"no file {name}")
         return FileResponse(FILES / name, headers=SECURITY)
 
     @app.get("/v1/page/vocabulary/{model}")
-    async def vocabulary(model: str):
-        engine = pick(engines, {"model": model})
-        tokenizer = engine.tokenizer
-        return [tokenizer.names.get(i) or tokenizer.decode([i])
-                for i in range(engine.model.n_tokens)]
+    def vocabulary(model: str):
+        """The bytes of each token, as characters from 0 to 255."""
+        engine = pick(engines, model)
+        texts = {i: name.encode() for i, name in engine.tokenizer.names.items()}
+        texts |= {i: token for token, i in engine.tokenizer.ranks.items()}
+        return [texts.get(i, b"").decode("latin-1") for i in range(engine.model.n_tokens)]
 
     @app.post("/v1/page/compare")
     async def compare(request: Request):
-        """KL(first || second) and both entropies at each token of an answer, at a temperature."""
-        body = await read_body(request)
-        pair, tokens, n_prompt = read_pair(engines, body)
-        T = max(body["temperature"], 0.05)
-        log_p, log_q = [(logits / T).log_softmax(dim=-1)
-                        for logits in await asyncio.gather(*(
-                            logits_of(engine, tokens, n_prompt - 1) for engine in pair))]
-        kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-        entropies = [-(each.exp() * each).sum(dim=-1) for each in (log_p, log_q)]
-        own = [each[:-1].gather(1, torch.tensor(tokens[n_prompt:])[:, None]).squeeze(1)
-               for each in (log_p, log_q)]
-        return {"tokens": tokens, "n_prompt": n_prompt, "kl": kl.tolist(),
-                "entropies": [each.tolist() for each in entropies],
-                "log_p": [each.tolist() for each in own]}
+        """What two models predict at each token of an answer and after it; see `divergences`."""
+        body = await read_body(request, Pair)
+        pair = [pick(engines, name) for name in body.models]
+        return await pair[0].read(divergences, pair, body)
 
-    @app.post("/v1/page/distribution")
-    async def distribution(request: Request):
-        """Both models' logits of what follows `tokens`, fp32 in base64."""
-        body = await read_body(request)
-        pair, tokens, _ = read_pair(engines, body)
-        both = await asyncio.gather(*(logits_of(each, tokens, len(tokens) - 1) for each in pair))
-        return {"logits": [base64.b64encode(each[0].numpy().tobytes()).decode() for each in both]}
+    @app.get("/v1/page/files")
+    def files():
+        """{path: time of its last change} of runs' logs and of tables, newest first."""
+        times = {path: path.stat().st_mtime for path in out.rglob("*.*")
+                 if path.resolve().is_relative_to(out.resolve()) and is_shown(path)}
+        return {str(path.relative_to(out)): times[path]
+                for path in sorted(times, key=times.get, reverse=True)[:200]}
 
-    @app.get("/v1/page/runs")
-    async def runs():
-        """{name: time of its last row}, newest first."""
-        logs = [path for path in out.rglob("*.jsonl") if path.with_suffix(".pth").exists()]
-        logs = sorted(logs, key=lambda path: -path.stat().st_mtime)[:200]
-        return {str(path.relative_to(out).with_suffix("")): path.stat().st_mtime for path in logs}
-
-    @app.get("/v1/page/runs/{name:path}")
-    async def run(name: str):
-        lines = read_below(out, f"{name}.jsonl").splitlines()
-        return [json.loads(line) for line in lines[-MAX_ROWS:]]
-
-    @app.get("/v1/page/tables")
-    async def tables():
-        return [str(path.relative_to(out)) for path in sorted(out.glob("*/table.md"))]
-
-    @app.get("/v1/page/tables/{name:path}")
-    async def table(name: str):
-        return read_below(out, name)
+    @app.get("/v1/page/files/{name:path}")
+    def file(name: str):
+        if name not in files():
+            raise HTTPException(404, f"no file {name}")
+        if name.endswith(".jsonl"):
+            return read_rows(out / name, "step")[-MAX_ROWS:]
+        return (out / name).read_text(encoding="utf-8")
 
 
-def read_below(folder: Path, name: str) -> str:
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()) or path.suffix not in (".jsonl", ".md"):
-        raise Refused(404, f"no file {name}")
-    if not path.is_file():
-        raise Refused(404, f"no file {name}")
-    text = path.read_text(encoding="utf-8")
-    return text if text.endswith("\n") else text.rpartition("\n")[0]    # a row is being written
+def is_shown(path: Path) -> bool:
+    """A table of comparisons; or a log of runtime/log.py, not other rows, such as answers."""
+    if path.suffix == ".jsonl" and path.is_file():
+        with open(path, "rb") as file:
+            return file.read(8) == b'{"step":'
+    return path.name in ("table.md", "report.md")
 
 
-def read_pair(engines, body) -> tuple[list[Engine], list[int], int]:
-    """Two engines with one tokenizer, the tokens to read, and how many of them are the prompt's."""
-    names = body.get("models")
-    if not isinstance(names, list) or len(names) != 2:
-        raise Refused(400, "models is a list of two names")
-    pair = [pick(engines, {"model": name}) for name in names]
-    if reason := pair[0].tokenizer.conflict(pair[1].tokenizer.ids):
-        raise Refused(400, f"the two have no common vocabulary: {reason}")
-    tokens, n_prompt = body.get("tokens"), 1
-    if tokens is None:
-        tokenizer = pair[0].tokenizer
-        tokens = tokenizer.encode_chat(read_messages(body), add_generation_prompt=True)[0]
-        n_prompt = len(tokens)
-        tokens += tokenizer.encode(str(body.get("answer", ""))) + [tokenizer.end_of_turn]
+@torch.inference_mode()
+def divergences(pair: list[Engine], body: Pair) -> dict:
+    """KL(first || second) and both entropies, in nats, at each token of the answer and after it;
+    both models' logits of what follows, fp32 in base64; and the prompt's ids."""
+    (first, second), found = pair, {"kl": [], "entropies": [[], []]}
+    if reason := first.tokenizer.conflict(second.tokenizer.ids):
+        raise HTTPException(400, f"the two have no common vocabulary: {reason}")
+    prompt = first.tokenizer.encode_chat([each.model_dump() for each in body.messages],
+                                         add_generation_prompt=True)[0]
     limit = min(engine.model.config.max_seq_len for engine in pair)
     n = min(engine.model.n_tokens for engine in pair)
-    if not (isinstance(tokens, list) and 0 < len(tokens) <= limit
-            and all(type(i) is int and 0 <= i < n for i in tokens)):
-        raise Refused(400, f"tokens is a list of 1 to {limit} ids below {n}")
-    return pair, tokens, n_prompt
-
-
-async def logits_of(engine: Engine, tokens: list[int], begin: int) -> torch.Tensor:
-    queue = asyncio.Queue()
-    emit = partial(asyncio.get_running_loop().call_soon_threadsafe, queue.put_nowait)
-    try:
-        engine.submit(Reading(tokens, emit, logits_from=begin))
-    except Full:
-        raise Refused(429, "too many requests are waiting", **{"Retry-After": "1"}) from None
-    got = await queue.get()
-    if isinstance(got, Exception):
-        raise got
-    return got.cpu()
+    if len(prompt + body.answer) > limit or not all(0 <= i < n for i in body.answer):
+        raise HTTPException(400, f"answer: ids below {n}, with the prompt at most {limit}")
+    states = [engine.states(prompt + body.answer)[0][len(prompt) - 1:].split(AT_ONCE)
+              for engine in pair]
+    for part in zip(*states):
+        logits = [engine.model.logits(each)[:, :n].float() for engine, each in zip(pair, part)]
+        log_p, log_q = ((each / body.temperature).log_softmax(dim=-1) for each in logits)
+        found["kl"] += (log_p.exp() * (log_p - log_q)).sum(dim=-1).tolist()
+        for entropies, log in zip(found["entropies"], (log_p, log_q)):
+            entropies += (-log.exp() * log).sum(dim=-1).tolist()
+    last = (each[-1].cpu().numpy().tobytes() for each in logits)
+    return found | {"logits": [base64.b64encode(each).decode() for each in last], "prompt": prompt}

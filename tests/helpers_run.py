@@ -134,7 +134,7 @@ def start(script, *more, processes=1, variables=None, stdin="", cwd=None, **flag
     """`start("train_sft.py", max_steps=3, use_moe=True)` is `python train_sft.py --max_steps 3
     --use_moe`; with processes=2, two of them with --ddp and what torchrun sets. `start("-m",
     "ability_tree.tree", ...)` is `python -m ability_tree.tree ...`. cwd: the folder, or the repo."""
-    argv = [script, *map(str, more)] + (["--ddp"] if processes > 1 else [])
+    argv = [str(script), *map(str, more)] + (["--ddp"] if processes > 1 else [])
     for name, value in flags.items():
         if value is True:
             argv.append(f"--{name}")

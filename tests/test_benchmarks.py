@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import data, ddp, generate, loss, measure, scaling, step
+from benchmarks import ddp, generate, loss, measure, scaling, step
 from benchmarks.measure import TOLERANCE, deviation, timed
 from runtime.log import peak_above
 
@@ -106,8 +106,6 @@ def test_a_wrong_flag_is_refused_before_anything_is_measured(capsys):
             (loss.main, "--vocab 50 0", "1 or more"),
             (step.main, "--pad 339", "would cut samples"),
             (generate.main, "--dim 48", "multiple of 32"),
-            (data.main, "--rows 3", "does not fill one batch"),
-            (data.main, "--max_seq_len 8", "64 or more"),
             (ddp.main, "--processes 1", "2 or more"),
             (ddp.main, "--device cuda:1", "cpu or cuda"),
             (ddp.main, "--tokens 300", "--tokens 300 is not a multiple of --length 256"),

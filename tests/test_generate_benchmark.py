@@ -7,11 +7,9 @@ batches.
 import json
 
 import pytest
-import torch
 
-from benchmarks import data, generate, measure
+from benchmarks import generate, measure
 from dataset import lm_dataset
-from model.tokenizer import Tokenizer
 
 TINY = ["--prompt", "5", "--new_tokens", "6", "--dim", "32", "--n_layers", "1"]
 
@@ -74,31 +72,3 @@ def test_the_answers_depend_on_the_first_token_of_the_prompt(tmp_path):
 def test_mixed_answers_have_from_8_tokens_to_the_longest():
     sizes = generate.Case("mixed", 64, 128, 512, 8, 0, "cpu", 1, "").sizes()
     assert len(sizes) == 64 and 8 <= min(sizes) < 20 and 120 < max(sizes) <= 128
-
-
-# -- data
-
-
-def test_every_form_of_data_is_in_the_table_and_the_json(tmp_path, capsys, here):
-    # With limits of 64 and 512 tokens most chats are cut, or none.
-    for limit in ("64", "512"):
-        data.main(["--rows", "37", "--batch_size", "4", "--max_seq_len", limit, "--repeats", "1",
-                   "--json", str(tmp_path / "all.json")])
-        rows, printed = read(tmp_path), " ".join(capsys.readouterr().out.split())
-        assert [row["form"] for row in rows] == list(data.FORMS) and rows[0]["speed"] == 1.0
-        # the same number for all
-        assert len({row["tokens"] for row in rows}) == 1
-        assert all(f"| {row['form']} | {row['seconds']:.3f} |" in printed for row in rows)
-
-
-def test_the_targets_of_the_plain_dataset_are_the_assistants_tokens_and_ends_of_turn(tmp_path):
-    tokenizer, path = Tokenizer.load(), tmp_path / "chats.jsonl"
-    turns = [("user", "2 + 3 = ?"), ("assistant", "5"), ("user", "and 4?"), ("assistant", "9")]
-    path.write_text(json.dumps({"conversations": [{"role": role, "content": content} for role,
-                                                  content in turns]}))
-    ids, targets = data.PlainChats(path, tokenizer, 60)[0]
-    assert tokenizer.decode(targets[targets != data.IGNORED].tolist()) == "5<|im_end|>9<|im_end|>"
-    assert len(ids) == len(targets) == 60
-    learned = (targets != data.IGNORED).nonzero().flatten()
-    # a target is read next
-    assert torch.equal(ids[learned[0] + 1], targets[learned[0]])

@@ -4,6 +4,7 @@ Laws of the server: an answer is what generate() writes, log-probabilities are t
 is refused by name, a client that leaves gives back its row, and a stop finishes what is running.
 """
 
+import asyncio
 import concurrent.futures
 import re
 import signal
@@ -14,11 +15,13 @@ import httpx
 import openai
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
-from helpers_run import complaint, start, wait_until
+from helpers_run import ROOT, complaint, start, wait_until
 from interop.checkpoint import load_model
 from model.generate import generate
-from serving.engine import Answer, Engine, Full, Reading
+from serving.api import make_app
+from serving.engine import Answer, Engine, Full
 
 KEY = "sk-0123456789abcdef"
 ASKED = [{"role": "user", "content": "3 plus 4?"}]
@@ -28,7 +31,7 @@ class Server:
     """scripts/serve.py with these flags, at a free port."""
 
     def __init__(self, *weights, **flags):
-        self.run = start("scripts/serve.py", weights=list(weights), port=0, device="cpu", **flags)
+        self.run = start(ROOT / "scripts/serve.py", weights=list(weights), port=0, device="cpu", **flags)
         wait_until(lambda: "http://" in self.run.output or not self.run.processes[0].is_alive())
         self.url = re.search(r"http://\S+", self.run.output)[0]
         self.root = self.url.removesuffix("/v1")
@@ -39,6 +42,16 @@ class Server:
     def stop(self):
         self.run.send(signal.SIGTERM)
         return self.run.wait()
+
+
+@pytest.fixture
+def serve():
+    """Server(...), which does not outlive its test."""
+    started = []
+    yield lambda *weights, **flags: started.append(Server(*weights, **flags)) or started[-1]
+    for each in started:
+        if each.run.processes[0].is_alive():
+            each.run.send()
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +133,7 @@ def test_a_text_is_continued(client, teacher):
 
 
 def test_models_and_health_are_listed(client, server):
+    wait_until(lambda: not httpx.get(f"{server.root}/health").json()["teacher"]["answering"])
     assert [each.id for each in client.models.list()] == ["teacher", "student"]
     assert httpx.get(f"{server.root}/health").json() == {
         name: {"answering": 0, "waiting": 0} for name in ("teacher", "student")}
@@ -130,9 +144,11 @@ def test_models_and_health_are_listed(client, server):
 
 @pytest.mark.parametrize("wrong, status, said", [
     ({"model": "none"}, 404, "this server has teacher, student"),
-    ({"messages": []}, 400, "messages"), ({"messages": [{"role": "robot", "content": "a"}]}, 400, "messages[0]"),
-    ({"temperature": -1}, 400, "temperature is -1"), ({"n": 99}, 400, "n is 99"),
-    ({"stream": True, "extra_body": {"echo": True}}, 400, "echo"), ({"top_p": "much"}, 400, "top_p is 'much'"), ({"stop": [1]}, 400, "stop"),
+    ({"messages": []}, 400, "messages"), ({"messages": [{"role": "robot", "content": "a"}]}, 400, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]}, 400, "messages.0.content"),
+    ({"temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"), ({"n": 99}, 400, "n: "),
+    ({"top_p": 0}, 400, "top_p"), ({"top_p": "much"}, 400, "top_p"), ({"stop": [1]}, 400, "stop"), ({"stop": ""}, 400, "stop"),
+    ({"max_tokens": True}, 400, "max_tokens"), ({"extra_body": {"seed": 1.5}}, 400, "seed"),
     ({"messages": [{"role": "user", "content": "a " * 200}]}, 400, "the model reads 128"),
 ])
 def test_a_bad_request_is_refused_by_the_name_of_its_field(client, wrong, status, said):
@@ -156,8 +172,8 @@ def test_a_prompt_is_a_text_or_ids_of_the_vocabulary(client, prompt):
 # -- many clients
 
 
-def test_a_client_that_leaves_gives_back_its_row(models):
-    server = Server(f"teacher={models}/teacher.pth", max_concurrency=1, max_waiting=1)
+def test_a_client_that_leaves_gives_back_its_row(models, serve):
+    server = serve(f"teacher={models}/teacher.pth", max_concurrency=1, max_waiting=1)
     health = lambda: httpx.get(f"{server.root}/health").json()["teacher"]
     forever = {"model": "teacher", "messages": ASKED, "stream": True, "max_tokens": 100_000}
     with httpx.stream("POST", f"{server.url}/chat/completions", json=forever) as stream:
@@ -166,45 +182,86 @@ def test_a_client_that_leaves_gives_back_its_row(models):
     server.stop()
 
 
-def test_a_full_queue_answers_429_and_an_engine_takes_all_or_none(teacher):
-    engine, events = Engine("teacher", *teacher, n_rows=1, max_waiting=2), []
+def test_a_client_that_hangs_up_on_a_whole_answer_gives_back_its_row(models, serve):
+    server = serve(f"teacher={models}/teacher.pth", max_concurrency=1, max_waiting=1)
+    health = lambda: httpx.get(f"{server.root}/health").json()["teacher"]
+    forever = {"model": "teacher", "messages": ASKED, "temperature": 10, "n": 16}      # some of 16 last to the limit
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/chat/completions", json=forever, timeout=0.05)
+    wait_until(lambda: health() == {"answering": 0, "waiting": 0}, 2)
+    assert "Traceback" not in server.stop().output
+
+
+def test_a_full_queue_takes_all_of_a_request_or_none(teacher):
+    engine, done = Engine("teacher", *teacher, n_rows=1, max_waiting=2), []
     gate = threading.Event()
-    engine.submit(Answer([1, 2], 1, lambda token: gate.wait(10)))       # the engine's thread waits in it
+    engine.submit(Answer([1, 2], 1, lambda got: gate.wait(10)))         # the engine's thread waits in it
     wait_until(lambda: engine.rows.owners)
-    engine.submit(Reading([1, 2], events.append), Reading([1, 2, 3], events.append))
+    engine.submit(Answer([1, 2], 1, done.append), Answer([1, 2, 3], 1, done.append))
     with pytest.raises(Full):
-        engine.submit(Reading([1, 2], events.append))
+        engine.submit(Answer([1, 2], 1, done.append))
     gate.set()
-    wait_until(lambda: len(events) == 2)
-    assert sorted(map(len, events)) == [1, 2]
+    wait_until(lambda: len(done) == 4)                                  # a Token and a reason each
+    assert len(engine.waiting) == 0
 
 
-def test_an_error_reaches_its_client_and_the_engine_goes_on(teacher, monkeypatch):
+def test_a_full_queue_answers_429_and_when_to_come_back(teacher):
+    engine = Engine("teacher", *teacher, n_rows=1, max_waiting=1)
+    engine.n_readings, engine.waiting = 1, [None] * 2                   # as many as may, not served
+    with TestClient(make_app({"teacher": engine})) as client:
+        for path, more in (("chat/completions", {"messages": ASKED}), ("completions", {"prompt": "a", "echo": True, "max_tokens": 0})):
+            refused = client.post(f"/v1/{path}", json={"model": "teacher"} | more)
+            assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"
+
+
+def test_an_error_reaches_its_client_and_the_engine_goes_on(teacher):
     engine, got = Engine("teacher", *teacher), []
     engine.submit(Answer([10 ** 9], 1, got.append))                     # no such row of the embedding
     wait_until(lambda: got)
     assert isinstance(got[0], Exception)
-    engine.submit(Reading([1, 2], got.append))
-    wait_until(lambda: len(got) == 2)
-    assert len(got[1]) == 1
+    engine.submit(Answer([1, 2], 1, got.append))
+    wait_until(lambda: len(got) == 3)
+    assert got[2] in ("stop", "length")
 
 
-def test_an_unreadable_request_leaves_the_answers_of_others_alone(teacher):
-    engine, tokens, got = Engine("teacher", *teacher), [], []
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_stack_trace_leaves_the_server(teacher, stream, capsys):
+    model, tokenizer = teacher
+    engine = Engine("teacher", model, tokenizer)
+    engine.step = lambda new: 1 / 0
+    with TestClient(make_app({"teacher": engine}), raise_server_exceptions=False) as client:
+        answer = client.post("/v1/chat/completions", json={"model": "teacher", "messages": ASKED, "stream": stream})
+    assert "internal error" in answer.text and "Traceback" not in answer.text and "division" not in answer.text
+    assert answer.status_code == (200 if stream else 500)               # a stream has begun, and ends with the error
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_no_sampling_setting_ends_the_answers_of_others(client):
+    for strange in ({"temperature": 1e-40}, {"top_p": 1e-40}, {"extra_body": {"top_k": 10 ** 30}}, {"max_tokens": 10 ** 30}):
+        assert chat(client, **strange).choices[0].finish_reason in ("stop", "length")
+
+
+def test_answers_go_on_while_tokens_are_read(teacher):
+    engine, got = Engine("teacher", *teacher), []
     gate = threading.Event()
-    engine.submit(Answer([1, 2], 5, lambda token: tokens.append(token) or gate.wait(10)))
-    wait_until(lambda: tokens)
-    engine.submit(Reading([10 ** 9, 1], got.append))
-    gate.set()
-    wait_until(lambda: got and tokens[-1] is None)
-    assert isinstance(got[0], Exception) and not any(isinstance(token, Exception) for token in tokens)
+
+    async def read():
+        reading = asyncio.ensure_future(engine.read(gate.wait, 10))
+        await asyncio.sleep(0)
+        engine.submit(Answer([1, 2], 5, got.append))
+        while not got or isinstance(got[-1], tuple):                    # until the reason comes
+            await asyncio.sleep(0.01)
+        assert not reading.done()
+        gate.set()
+        assert await reading
+    asyncio.run(read())
 
 
 # -- the process
 
 
-def test_the_key_is_needed_and_in_no_log(models, monkeypatch):
-    server = Server(f"teacher={models}/teacher.pth", api_key_env="SERVE_KEY", variables={"SERVE_KEY": KEY})
+def test_the_key_is_needed_and_in_no_log(models, serve, monkeypatch):
+    server = serve(f"teacher={models}/teacher.pth", api_key_env="SERVE_KEY", variables={"SERVE_KEY": KEY})
     for key in ("none", KEY + "0"):
         with pytest.raises(openai.AuthenticationError):
             chat(server.client(key))
@@ -213,8 +270,8 @@ def test_the_key_is_needed_and_in_no_log(models, monkeypatch):
     assert KEY not in server.stop().output
 
 
-def test_sigterm_finishes_what_is_running(models):
-    server = Server(f"teacher={models}/teacher.pth")
+def test_sigterm_finishes_what_is_running(models, serve):
+    server = serve(f"teacher={models}/teacher.pth")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(chat, server.client(), max_tokens=100, n=8)
         wait_until(lambda: httpx.get(f"{server.root}/health").json()["teacher"]["answering"])

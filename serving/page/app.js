@@ -1,34 +1,53 @@
-// The page of scripts/serve.py. No library, no build step; text of models is never HTML.
+// The page of scripts/serve.py. No library, no build step; what models write is text, never HTML.
 
 // -- 1. Texts ---------------------------------------------------------------------------------------
 
 const TEXTS = {
   chat: ["Side by side", "并排对话"], tokens: ["Dark knowledge", "暗知识"], runs: ["Training", "训练"],
-  models: ["Models, up to four", "模型，至多四个"], prompt: ["Prompt", "提示"], more: ["Sampling and context", "采样与上下文"],
-  system: ["System prompt", "系统提示"],
-  experience: ["Experience, put before the prompt as a context that a student can learn to do without",
-    "经验：放在提示之前的上下文，学生可以学会不用它"],
-  temperature: ["Temperature, 0: greedy", "温度，0：贪心"], max_tokens: ["Tokens", "词元数"], seed: ["Seed", "种子"],
-  send: ["Send", "发送"], stop: ["Stop", "停止"], hint: ["Ctrl+Enter sends. Click a token to see why it was chosen.",
-    "Ctrl+Enter 发送。点一个词元，看它为什么被选中。"],
-  teacher: ["Teacher", "教师"], student: ["Student", "学生"], softmax: ["Temperature of both softmaxes", "两个 softmax 的温度"],
-  tokens_help: ["The answer, coloured by KL(teacher ‖ student): red tokens are those that the student has to learn. Click one.",
-    "回答按 KL(教师 ‖ 学生) 上色：红的是学生还要学的词元。点一个看看。"],
-  bars_help: ["Click a row to continue from that token instead.", "点一行，看看从那个词元会怎样继续。"],
-  run_list: ["Runs in out/, newest first", "out/ 里的运行，新的在前"], tables: ["Tables of comparisons", "比较的表格"],
-  entropy: ["entropy, nats", "熵，nats"], probability: ["probability", "概率"], continues: ["continues", "的续写"],
-  one_model: ["This server has one model; dark knowledge needs two.", "这个服务只有一个模型；暗知识需要两个。"],
-  no_runs: ["No runs yet.", "还没有运行。"], key: ["Key of this server", "服务的密钥"], steps: ["step", "步"],
+  key: ["Key of this server", "服务的密钥"], enter: ["Enter", "进入"], theme: ["Light or dark", "浅色或深色"],
+  models: ["Models, up to four", "模型，至多四个"], prompt: ["Prompt", "提示"],
+  more: ["Sampling and context", "采样与上下文"], system: ["System prompt", "系统提示"],
+  experience: ["Experience (Q + E): context before the prompt; "
+      + "context distillation teaches a student to do without it",
+    "经验（Q + E）：放在提示之前的上下文；上下文蒸馏让学生不用它也会"],
+  temperature: ["Temperature, 0: greedy", "温度，0：贪心"], max_tokens: ["Tokens, at most", "最多词元数"],
+  seed: ["Seed", "随机种子"], send: ["Send", "发送"], stop: ["Stop", "停止"],
+  hint: ["Ctrl+Enter sends. Click a token to see what else could have come.",
+    "Ctrl+Enter 发送。点一个词元，看看本来还可能是什么。"],
+  n_tokens: ["tokens", "个词元"], per_second: ["tokens/s", "词元/秒"],
+  teacher: ["Teacher", "教师"], student: ["Student", "学生"],
+  softmax: ["Temperature of both softmaxes:", "两个 softmax 的温度："],
+  nothing: ["Ask something in “Side by side” first; then each token of the answer is explained here.",
+    "先在“并排对话”里提一个问题，这里再解释回答的每个词元。"],
+  answer: ["The answer's tokens", "回答的词元"], asked: ["“{}”, and the answer of {}:", "“{}”，{} 的回答："],
+  scale: ["KL(teacher ‖ student), nats: 3 and more", "KL(教师 ‖ 学生)，奈特：3 及以上"],
+  tokens_help: ["The redder a token, the more of the teacher's distribution the student still has to learn. "
+      + "Hover over one, or click it; arrow keys work too.",
+    "词元越红，教师的分布里学生还没学会的就越多。把鼠标移到词元上，或者点它；方向键也行。"],
+  place: ["Token {}: what both expect here", "第 {} 个词元：两个模型各自的预测"],
+  bars_help: ["Click a token to let both models continue from it instead.", "点一个词元，让两个模型改从它写下去。"],
+  rest: ["others", "其余"],
+  entropy: ["Entropy of {}", "{} 的熵"], nats: ["At this token, in nats", "这个词元处，单位奈特"],
+  forward: ["KL(teacher ‖ student)", "KL(教师 ‖ 学生)"], covering: ["forward, mode-covering", "前向，覆盖所有峰"],
+  reverse: ["KL(student ‖ teacher)", "KL(学生 ‖ 教师)"], seeking: ["reverse, mode-seeking", "反向，追逐一个峰"],
+  jsd: ["JSD", "JSD"], between: ["to the mean of both", "到两者的平均"],
+  continues: ["{} continues: ", "{} 续写："],
+  one_model: ["This server has one model; dark knowledge needs two: --weights TEACHER STUDENT",
+    "这个服务只有一个模型；暗知识需要两个：--weights 教师 学生"],
+  run_list: ["Runs in out/, newest first", "out/ 里的运行，新的在前"], quantities: ["Curves", "曲线"],
+  no_runs: ["No runs yet.", "还没有运行。"], samples: ["The newest samples of the student's text", "学生写的文字，最新的几段"], step: ["step", "步"], tables: ["Tables of comparisons", "比较的表格"],
 };
 let language = localStorage.getItem("language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
-const say = name => TEXTS[name][language === "zh" ? 1 : 0];
+const say = (name, ...values) =>
+  values.reduce((text, value) => text.replace("{}", () => value), TEXTS[name][language === "zh" ? 1 : 0]);
 const $ = id => document.getElementById(id);
 
 function showLanguage() {
-  document.documentElement.lang = language;
+  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
   for (const each of document.querySelectorAll("[data-text]")) each.textContent = say(each.dataset.text);
+  for (const each of document.querySelectorAll("[data-label]")) each.ariaLabel = say(each.dataset.label);
   $("language").textContent = language === "zh" ? "English" : "中文";
-  $("language").lang = language === "zh" ? "en" : "zh";
+  $("language").lang = language === "zh" ? "en" : "zh-CN";
 }
 
 // make("p", {className: "quiet"}, "text", child, ...)
@@ -47,22 +66,53 @@ function draw(tag, attributes, ...children) {
 
 // -- 2. Requests ------------------------------------------------------------------------------------
 
+let keyGiven = null;        // a promise: several requests wait for one key
+
+function askKey() {
+  $("login").hidden = false;
+  $("key").focus();
+  return keyGiven ??= new Promise(resolve => {
+    $("login").onsubmit = event => {
+      event.preventDefault();
+      sessionStorage.setItem("key", $("key").value);
+      $("login").hidden = true;
+      keyGiven = null;
+      resolve();
+    };
+  });
+}
+
 async function ask(path, body, signal) {
   const key = sessionStorage.getItem("key");
-  const headers = {...(body && {"Content-Type": "application/json"}), ...(key && {Authorization: `Bearer ${key}`})};
-  const response = await fetch(path, {method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body)});
+  const headers = {
+    ...(body && {"Content-Type": "application/json"}),
+    ...(key && {Authorization: `Bearer ${key}`})};
+  const method = body ? "POST" : "GET";
+  const response = await fetch(path, {method, headers, signal, body: body && JSON.stringify(body)});
   if (response.status === 401) {
-    const given = prompt(say("key"));
-    if (given) {
-      sessionStorage.setItem("key", given);
-      return ask(path, body, signal);
-    }
+    await askKey();
+    return ask(path, body, signal);
   }
   if (!response.ok) throw Error((await response.json()).error?.message ?? response.statusText);
   return response;
 }
 
 const askJSON = async (path, body) => (await ask(path, body)).json();
+
+// The choices of a streamed answer, as they come.
+async function* stream(path, body, signal) {
+  const response = await ask(path, {...body, stream: true}, signal);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", part = await reader.read(); !part.done; part = await reader.read()) {
+    const events = (rest + part.value).split("\n\n");
+    rest = events.pop();
+    for (const event of events.filter(each => each !== "data: [DONE]")) {
+      const {error, choices} = JSON.parse(event.slice(6));
+      if (error) throw Error(error.message);
+      yield choices[0];
+    }
+  }
+}
 
 // A problem is shown until something works again.
 async function attempt(work) {
@@ -79,6 +129,7 @@ async function attempt(work) {
 // -- 3. Side by side --------------------------------------------------------------------------------
 
 let models = [], running = null;
+let newest = null;          // the answer that a visit to dark knowledge begins with
 const vocabularies = {};
 
 async function vocabulary(model) {
@@ -86,8 +137,43 @@ async function vocabulary(model) {
   return vocabularies[model];
 }
 
+const bytes = (names, ids) => Uint8Array.from(ids.map(id => names[id]).join(""), c => c.charCodeAt(0));
+
+// Token by token: of a character that several tokens make up, the last one has the text.
+function reader(names) {
+  const decoder = new TextDecoder();
+  return id => decoder.decode(bytes(names, [id]), {stream: true});
+}
+
 // What is visible of a token that is white space or a part of a character.
-const visible = text => text === "" ? "∅" : text.replace(/\n/g, "⏎").replace(/^ +$/, spaces => "␣".repeat(spaces.length));
+const visible = text =>
+  text === "" ? "◌" : text.replace(/\n/g, "⏎").replace(/^ +$/, spaces => "␣".repeat(spaces.length));
+
+function nameOf(names, id) {
+  const token = bytes(names, [id]), text = new TextDecoder().decode(token);
+  return text.includes("\ufffd") ? [...token].map(byte => byte.toString(16)).join(" ") : visible(text);
+}
+
+const isSpecial = text => /^<\|.*\|>$/.test(text);
+
+function tokenButton(text, properties) {
+  return make("button", {type: "button", textContent: visible(text), tabIndex: -1,
+    className: isSpecial(text) ? "special" : "", ...properties});
+}
+
+// One stop of the Tab key for all tokens; arrow keys go from one to the next.
+function withArrowKeys(box) {
+  box.addEventListener("focusin", event => {
+    for (const each of box.children) each.tabIndex = each === event.target ? 0 : -1;
+  });
+  box.onkeydown = event => {
+    const next = {ArrowRight: "nextSibling", ArrowLeft: "previousSibling"}[event.key];
+    if (!next || !document.activeElement[next]) return;
+    document.activeElement[next].focus();
+    event.preventDefault();
+  };
+  return box;
+}
 
 function conversation() {
   const system = $("system").value.trim(), experience = $("experience").value.trim(), asked = $("prompt").value;
@@ -95,219 +181,324 @@ function conversation() {
     {role: "user", content: experience ? `${experience}\n\n${asked}` : asked}];
 }
 
-async function* events(response) {
-  let rest = "";
-  for await (const chunk of response.body.pipeThrough(new TextDecoderStream())) {
-    const lines = (rest + chunk).split("\n\n");
-    rest = lines.pop();
-    for (const line of lines) if (line !== "data: [DONE]") yield JSON.parse(line.slice(6));
-  }
-}
-
 async function answer(model, messages, card, signal) {
-  const text = make("div", {className: "tokens"}), status = make("small");
-  card.append(text, status);
-  const begun = performance.now(), ids = [], names = await vocabulary(model);
-  const response = await ask("/v1/chat/completions", {
-    model, messages, stream: true, temperature: +$("temperature").value, top_p: +$("top_p").value, top_k: +$("top_k").value,
-    max_tokens: +$("max_tokens").value, seed: +$("seed").value, logprobs: true, return_tokens_as_token_ids: true}, signal);
-  for await (const event of events(response)) {
-    if (event.error) throw Error(event.error.message);
-    for (const token of event.choices[0].logprobs.content) {
-      const at = ids.push(+token.token.slice(9)) - 1;
-      text.append(make("button", {textContent: visible(names[ids[at]]), title: `p = ${Math.exp(token.logprob).toFixed(3)}`,
-        onclick: () => attempt(() => explain(model, messages, ids, at))}));
+  const box = withArrowKeys(make("div", {className: "tokens"})), status = make("small");
+  card.append(box, status);
+  const next = reader(await vocabulary(model)), shared = {model, messages, ids: []}, begun = performance.now();
+  const body = {model, messages, logprobs: true, return_tokens_as_token_ids: true};
+  for (const id of ["temperature", "top_p", "top_k", "max_tokens", "seed"]) body[id] = +$(id).value;
+  for await (const choice of stream("/v1/chat/completions", body, signal)) {
+    for (const token of choice.logprobs.content) {
+      const at = shared.ids.push(+token.token.slice("token_id:".length)) - 1;
+      box.append(tokenButton(next(shared.ids[at]), {title: `p = ${Math.exp(token.logprob).toFixed(3)}`,
+        onclick: () => attempt(() => explain(shared, at))}));
     }
-    const seconds = (performance.now() - begun) / 1000;
-    status.textContent = `${ids.length} ${say("max_tokens")} · ${(ids.length / seconds).toFixed(0)} /s`;
+    if (box.firstChild) box.firstChild.tabIndex = 0;
+    const n = shared.ids.length, seconds = (performance.now() - begun) / 1000;
+    status.textContent = `${n} ${say("n_tokens")} · ${(n / seconds).toFixed(0)} ${say("per_second")}`
+      + (choice.finish_reason ? ` · ${choice.finish_reason}` : "");
   }
+  return shared;
 }
 
 $("ask").onsubmit = event => {
   event.preventDefault();
   running?.abort();
-  running = new AbortController();
+  const mine = running = new AbortController(), messages = conversation();
   const chosen = [...document.querySelectorAll("#models input:checked")].map(box => box.value);
   const cards = chosen.map(model => make("article", {className: "card"}, make("h3", {textContent: model})));
   $("answers").replaceChildren(...cards);
   $("stop").hidden = false;
-  const messages = conversation(), mine = running;
-  attempt(() => Promise.all(chosen.map((model, i) => answer(model, messages, cards[i], mine.signal))))
-    .finally(() => { if (running === mine) $("stop").hidden = true; });
+  shown = newest = null;
+  attempt(async () => {
+    [newest] = await Promise.all(chosen.map((model, i) => answer(model, messages, cards[i], mine.signal)));
+  }).finally(() => { if (running === mine) $("stop").hidden = true; });
 };
 $("stop").onclick = () => running?.abort();
-$("ask").onkeydown = event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit(); };
+$("ask").onkeydown = event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+};
 
 // -- 4. Dark knowledge ------------------------------------------------------------------------------
 
-let shown = null;           // {tokens, n_prompt, at, logits}: the answer and the chosen position in it
+let shown = null;           // {model, messages, ids, at, prompt}: an answer, and the chosen token in it
+let seen = null;            // {at, logits} of the token whose bars are drawn
+const pair = () => [$("teacher").value, $("student").value];
 
-// An answer of side by side, seen by both models.
-async function explain(model, messages, ids, at) {
-  if (models.length < 2) throw Error(say("one_model"));
-  const pair = [$("teacher").value, $("student").value];
-  const asked = await askJSON("/v1/page/compare", {models: pair, messages, answer: ""});
-  shown = {tokens: [...asked.tokens.slice(0, asked.n_prompt), ...ids], n_prompt: asked.n_prompt, at};
-  select("tokens");
-  await colour();
-  await choose(at);
+function heat(kl) {
+  const percent = 75 * Math.min(1, Math.max(0, kl) / 3);
+  return `color-mix(in srgb, var(--hot) ${percent.toFixed(1)}%, transparent)`;
 }
 
-// The answer's tokens, coloured by KL at the slider's temperature.
+// An answer of side by side, seen by teacher and student; at: a token, or by default the least alike.
+async function explain(shared, at) {
+  if (models.length < 2) throw Error(say("one_model"));
+  shown = {...shared, ids: [...shared.ids], at};
+  select("tokens");
+  $("nothing").hidden = true;
+  $("explained").hidden = false;
+  const kl = await colour();
+  await choose(at ?? kl.indexOf(Math.max(...kl)));
+}
+
+const compare = answer => askJSON("/v1/page/compare",
+  {models: pair(), messages: shown.messages, answer, temperature: +$("soften").value});
+
+// The whole answer, coloured by KL at the slider's temperature. Returns KL at each token.
 async function colour() {
-  if (!shown) return;
-  const names = await vocabulary($("teacher").value), {tokens, n_prompt} = shown;
-  const found = await askJSON("/v1/page/compare", {models: [$("teacher").value, $("student").value], tokens,
-    temperature: +$("soften").value});
-  // Prediction i is of token i + 1.
-  const kl = found.kl.slice(n_prompt - 1), answers = tokens.slice(n_prompt);
-  $("answer-tokens").replaceChildren(...answers.map((id, i) => {
-    const button = make("button", {textContent: visible(names[id]), title: `KL = ${kl[i].toFixed(3)} nats`,
+  const answer = shown, names = await vocabulary(pair()[0]), found = await compare(answer.ids);
+  const kl = found.kl.slice(0, answer.ids.length);
+  if (answer !== shown) return kl;
+  shown.prompt = found.prompt;
+  $("asked").textContent = say("asked", answer.messages.at(-1).content, answer.model);
+  const next = reader(names), buttons = answer.ids.map((id, i) => {
+    const button = tokenButton(next(id), {title: `KL = ${kl[i].toFixed(3)} nats`,
       onclick: () => attempt(() => choose(i))});
-    button.style.backgroundColor = `rgba(var(--hot), ${(0.75 * (1 - Math.exp(-kl[i]))).toFixed(3)})`;
-    button.ariaPressed = i === shown.at;
+    button.style.backgroundColor = heat(kl[i]);
     return button;
-  }));
+  });
+  const focused = [...$("answer-tokens").children].indexOf(document.activeElement);
+  $("answer-tokens").replaceChildren(...buttons);
+  buttons[focused]?.focus();
+  press();
+  return kl;
+}
+
+function press() {
+  [...$("answer-tokens").children].forEach((button, i) => {
+    button.ariaPressed = i === shown.at;
+    button.tabIndex = i === shown.at ? 0 : -1;
+  });
 }
 
 async function choose(at) {
   shown.at = at;
-  const tokens = shown.tokens.slice(0, shown.n_prompt + at);
-  const {logits} = await askJSON("/v1/page/distribution", {models: [$("teacher").value, $("student").value], tokens});
-  shown.logits = logits.map(text => new Float32Array(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer));
-  $("what-if").replaceChildren();
-  [...$("answer-tokens").children].forEach((button, i) => { button.ariaPressed = i === at; });
+  press();
+  $("what-if").hidden = true;
+  await look(at);
+}
+
+const decode = text => new Float32Array(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer);
+
+// Both models' distributions at one token, unless another one is wanted by now.
+let wanted = null;
+async function look(at) {
+  const mine = wanted = {}, found = await compare(shown.ids.slice(0, at));
+  if (mine !== wanted) return;
+  seen = {at, logits: found.logits.map(decode)};
   await showPosition();
 }
 
+let hovering = null;
+function hover(at) {        // a pointer on its way to somewhere else asks for nothing
+  clearTimeout(hovering);
+  hovering = setTimeout(() => { if (shown && seen && seen.at !== at) attempt(() => look(at)); }, 120);
+}
+const placeOf = event => [...$("answer-tokens").children].indexOf(event.target);
+withArrowKeys($("answer-tokens")).onpointerover = event => {
+  if (placeOf(event) >= 0 && event.pointerType === "mouse") hover(placeOf(event));
+};
+$("answer-tokens").onpointerleave = () => { if (shown) hover(shown.at); };
+$("answer-tokens").addEventListener("focusin", event => hover(placeOf(event)));
+
 export function softmax(logits, T) {
-  const most = logits.reduce((a, b) => Math.max(a, b)), e = Float64Array.from(logits, x => Math.exp((x - most) / T));
+  const most = logits.reduce((a, b) => Math.max(a, b));
+  const e = Float64Array.from(logits, x => Math.exp((x - most) / T));
   const sum = e.reduce((a, b) => a + b);
   return e.map(x => x / sum);
 }
 
-const KL = (p, q) => p.reduce((sum, x, i) => sum + (x > 0 ? x * Math.log(x / Math.max(q[i], 1e-300)) : 0), 0);
-const entropy = p => -p.reduce((sum, x) => sum + (x > 0 ? x * Math.log(x) : 0), 0);
+export const KL = (p, q) =>
+  p.reduce((sum, x, i) => sum + (x > 0 ? x * Math.log(x / Math.max(q[i], 1e-300)) : 0), 0);
+export const entropy = p => -p.reduce((sum, x) => sum + (x > 0 ? x * Math.log(x) : 0), 0);
 
 async function showPosition() {
-  if (!shown?.logits) return;
-  const [p, q] = shown.logits.map(each => softmax(each, +$("soften").value));
-  const middle = p.map((x, i) => (x + q[i]) / 2), names = await vocabulary($("teacher").value);
-  const rows = [[`${$("teacher").value}: ${say("entropy")}`, entropy(p)], [`${$("student").value}: ${say("entropy")}`, entropy(q)],
-    ["KL(teacher ‖ student)", KL(p, q)], ["KL(student ‖ teacher)", KL(q, p)],
-    ["JSD", (KL(p, middle) + KL(q, middle)) / 2]];
-  $("numbers").replaceChildren(...rows.map(([name, value]) =>
-    make("tr", {}, make("td", {textContent: name}), make("td", {textContent: value.toFixed(4)}))));
-  const likely = p.map((x, i) => [Math.max(x, q[i]), i]);
-  const top = [...likely.keys()].sort((a, b) => Math.max(p[b], q[b]) - Math.max(p[a], q[a])).slice(0, 10).sort((a, b) => p[b] - p[a]);
-  $("bars").replaceChildren(...top.map(i => {
-    const bar = (y, kind, value) => [
-      draw("rect", {x: 0, y, width: `${(value * 85).toFixed(2)}%`, height: 12, class: kind}),
-      draw("text", {x: `${(value * 85 + 1).toFixed(2)}%`, y: y + 10}, value.toFixed(4))];
-    return make("button", {className: "bar", onclick: () => attempt(() => whatIf(i)), title: names[i]},
-      make("code", {textContent: visible(names[i])}),
-      draw("svg", {role: "img", "aria-label": `${p[i].toFixed(4)}, ${q[i].toFixed(4)}`}, ...bar(1, "teacher", p[i]), ...bar(16, "student", q[i])));
-  }));
+  if (!seen) return;
+  const [p, q] = seen.logits.map(each => softmax(each, +$("soften").value));
+  const middle = p.map((x, i) => (x + q[i]) / 2);
+  const [teacher, student] = pair(), names = await vocabulary(teacher);
+  const rows = [
+    ["teacher", say("entropy", teacher), "", entropy(p)],
+    ["student", say("entropy", student), "", entropy(q)],
+    ["", say("forward"), say("covering"), KL(p, q)],
+    ["", say("reverse"), say("seeking"), KL(q, p)],
+    ["", say("jsd"), say("between"), (KL(p, middle) + KL(q, middle)) / 2]];
+  $("numbers").replaceChildren(make("tr", {}, make("th", {textContent: say("nats")}), make("th")),
+    ...rows.map(([className, name, note, value]) => make("tr", {},
+      make("td", {className}, name, make("small", {textContent: note})),
+      make("td", {textContent: value.toFixed(4)}))));
+  $("place").replaceChildren(say("place", seen.at + 1), ...pair().map((model, i) =>
+    make("small", {className: ["teacher", "student"][i], textContent: ` ■ ${model}`})));
+
+  // The top 10 of both together, the teacher's order; then what is left, so that each colour sums to 1.
+  const most = p.map((x, i) => Math.max(x, q[i])), taken = shown.ids[seen.at];
+  const top = [...most.keys()].sort((a, b) => most[b] - most[a]).slice(0, 10).sort((a, b) => p[b] - p[a]);
+  const rest = each => Math.max(0, 1 - top.reduce((sum, i) => sum + each[i], 0));
+  const bar = (y, kind, value) => [
+    draw("rect", {y, width: `${(value * 84).toFixed(2)}%`, height: 13, rx: 2, class: kind}),
+    draw("text", {x: `${(value * 84 + 1).toFixed(2)}%`, y: y + 10.5}, value.toFixed(4))];
+  const bars = (a, b) => draw("svg",
+    {role: "img", "aria-label": `${teacher} ${a.toFixed(4)}, ${student} ${b.toFixed(4)}`},
+    ...bar(1, "teacher", a), ...bar(16, "student", b));
+  $("bars").replaceChildren(
+    ...top.map(i => make("button",
+      {className: i === taken ? "bar taken" : "bar", onclick: () => attempt(() => whatIf(i))},
+      make("code", {textContent: nameOf(names, i)}), bars(p[i], q[i]))),
+    make("div", {className: "bar"},
+      make("code", {textContent: say("rest"), className: "quiet"}), bars(rest(p), rest(q))));
   $("position").hidden = false;
 }
 
 // Both models continue after another token, greedily.
 async function whatIf(id) {
-  const prompt = [...shown.tokens.slice(0, shown.n_prompt + shown.at), id], pair = [$("teacher").value, $("student").value];
-  const names = await vocabulary(pair[0]);
-  const found = await Promise.all(pair.map(model => askJSON("/v1/completions", {model, prompt, max_tokens: 64, temperature: 0})));
-  const begin = shown.tokens.slice(shown.n_prompt, shown.n_prompt + shown.at).map(each => names[each]).join("");
-  $("what-if").replaceChildren(...found.map((each, i) => make("p", {},
-    make("b", {className: ["teacher", "student"][i], textContent: `${pair[i]} ${say("continues")}: `}),
-    begin, make("u", {textContent: names[id]}), each.choices[0].text)));
+  const before = shown.ids.slice(0, seen.at), prompt = [...shown.prompt, ...before, id];
+  const names = await vocabulary(pair()[0]);
+  const lines = pair().map((model, i) => make("p", {},
+    make("b", {className: ["teacher", "student"][i], textContent: say("continues", model)}),
+    ...before.map(reader(names)), make("u", {textContent: nameOf(names, id)})));
+  $("what-if").replaceChildren(...lines);
+  $("what-if").hidden = false;
+  const body = {prompt, max_tokens: 64, temperature: 0, logprobs: 0, return_tokens_as_token_ids: true};
+  await Promise.all(pair().map(async (model, i) => {
+    const next = reader(names);
+    [...before, id].forEach(next);
+    for await (const choice of stream("/v1/completions", {model, ...body})) {
+      const texts = choice.logprobs.tokens.map(name => next(+name.slice("token_id:".length)));
+      lines[i].append(...texts.map(text => isSpecial(text) ? make("small", {textContent: ` ${text}`}) : text));
+    }
+  }));
 }
 
-let waiting = null;
+let slid = null;
 $("soften").oninput = () => {
   $("soften-value").textContent = (+$("soften").value).toFixed(1);
   attempt(showPosition);
-  clearTimeout(waiting);
-  waiting = setTimeout(() => attempt(colour), 200);
+  clearTimeout(slid);
+  slid = setTimeout(() => { if (shown) attempt(colour); }, 200);
 };
 $("teacher").onchange = $("student").onchange = () => attempt(async () => {
+  if (!shown) return;
   await colour();
-  if (shown) await choose(shown.at);
+  await choose(shown.at);
 });
 
 // -- 5. Training ------------------------------------------------------------------------------------
 
-const SHOWN = ["loss", "val_kl", "val_loss", "val_agreement", "val_accuracy"];      // at first, if a run has them
-let runs = {}, quantities = null;
-const rowsOf = {};
+const USUAL = ["loss", "ce", "kd", "val_kl", "val_agreement", "val_loss", "val_accuracy", "lr", "tokens_per_s"];
+const COLOURS = ["var(--teacher)", "var(--student)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)"];
+let files = {}, quantities = null;
+const rowsOf = {};          // {path of a run's log: its rows}
 
-async function refreshRuns() {
-  const found = await askJSON("/v1/page/runs"), changed = Object.keys(found).filter(name => found[name] !== runs[name]);
-  if (Object.keys(found).join() !== Object.keys(runs).join()) {
-    const before = new Set([...document.querySelectorAll("#run-list input:checked")].map(box => box.value));
-    $("run-list").replaceChildren($("run-list").firstElementChild, ...Object.keys(found).map((name, i) => make("label", {},
-      make("input", {type: "checkbox", value: name, checked: before.size ? before.has(name) : i === 0,
-        onchange: () => attempt(showRuns)}), ` ${name}`)));
-    if (!Object.keys(found).length) $("run-list").append(make("p", {className: "quiet", textContent: say("no_runs")}));
+const checked = () => [...document.querySelectorAll("#run-list input:checked")].map(box => box.value);
+const read = path => askJSON(`/v1/page/files/${path.split("/").map(encodeURIComponent).join("/")}`);
+
+// Once at first, then every two seconds: what has changed in out/?
+async function refresh() {
+  const found = await askJSON("/v1/page/files"), before = files;
+  const changed = Object.keys(found).filter(path => found[path] !== before[path]);
+  files = found;
+  const [logs, tables] = [".jsonl", ".md"].map(end => Object.keys(found).filter(path => path.endsWith(end)));
+  const boxes = [...document.querySelectorAll("#run-list input")];
+  const picked = boxes.length ? checked() : logs.slice(0, 1);
+  if (boxes.map(box => box.value).join() !== logs.join() || !logs.length) {
+    $("run-list").replaceChildren($("run-list").firstElementChild, ...logs.map(path => make("label", {},
+      make("input", {type: "checkbox", value: path, checked: picked.includes(path),
+        onchange: () => attempt(showRuns)}),
+      ` ${path.slice(0, -".jsonl".length)}`)));
+    if (!logs.length) $("run-list").append(make("p", {className: "quiet", textContent: say("no_runs")}));
   }
-  runs = found;
-  changed.forEach(name => delete rowsOf[name]);
-  if (changed.length) await showRuns();
+  for (const box of document.querySelectorAll("#run-list input"))
+    box.parentElement.classList.toggle("live", box.value in before && changed.includes(box.value));
+  changed.forEach(path => delete rowsOf[path]);
+  if (changed.some(path => logs.includes(path))) await showRuns();
+  if (changed.some(path => tables.includes(path))) {
+    const table = $("table-list").value;
+    $("table-list").replaceChildren(...tables.map(path =>
+      make("option", {textContent: path, selected: path === table})));
+    await showTable();
+  }
 }
 
 async function showRuns() {
-  const names = [...document.querySelectorAll("#run-list input:checked")].map(box => box.value);
-  for (const name of names) rowsOf[name] ??= await askJSON(`/v1/page/runs/${name.split("/").map(encodeURIComponent).join("/")}`);
-  const known = [...new Set(names.flatMap(name => rowsOf[name].flatMap(Object.keys)))]
-    .filter(name => names.some(run => rowsOf[run].some(row => typeof row[name] === "number")) && name !== "step").sort();
-  quantities ??= SHOWN.filter(name => known.includes(name));
-  $("quantities").replaceChildren(...known.map(name => make("label", {},
-    make("input", {type: "checkbox", checked: quantities.includes(name), onchange: event => {
-      quantities = event.target.checked ? [...quantities, name] : quantities.filter(each => each !== name);
-      attempt(showRuns);
-    }}), ` ${name}`)));
-  $("charts").replaceChildren(...quantities.filter(name => known.includes(name)).map(name => chart(name, names)));
+  const paths = checked();
+  for (const path of paths) rowsOf[path] ??= await read(path);
+  const has = name => paths.some(path => rowsOf[path].some(row => Number.isFinite(row[name])));
+  const all = paths.flatMap(path => rowsOf[path].flatMap(Object.keys));
+  const names = new Set(all.filter(name => name !== "step" && has(name)));
+  const others = [...names].filter(name => !USUAL.includes(name)).sort();
+  const known = [...USUAL.filter(name => names.has(name)), ...others];
+  quantities ??= ["loss", "kd", "val_kl", "val_agreement", "lr", "tokens_per_s"].filter(name => names.has(name));
+  if ([...$("quantities").children].map(label => label.textContent.trim()).join() !== known.join())
+    $("quantities").replaceChildren(...known.map(name => make("label", {},
+      make("input", {type: "checkbox", checked: quantities.includes(name), onchange: event => {
+        quantities = event.target.checked ? [...quantities, name] : quantities.filter(each => each !== name);
+        attempt(showRuns);
+      }}), ` ${name}`)));
+  $("charts").replaceChildren(...known.filter(name => quantities.includes(name)).map(name => chart(name, paths)));
+  const samples = paths.flatMap(path => rowsOf[path].filter(row => row.sample).slice(-5).reverse().map(row =>
+    make("p", {}, make("small", {textContent: `${path.slice(0, -".jsonl".length)}, ${say("step")} ${row.step}: `}),
+      make("code", {textContent: row.sample}))));
+  $("samples").hidden = !samples.length;
+  $("samples").replaceChildren(make("h3", {textContent: say("samples")}), ...samples);
 }
 
-const COLOURS = ["var(--teacher)", "var(--student)", "#3a9d6e", "#a45ac4", "#c2a01e", "#50a9bd"];
+const W = 320, H = 180, LEFT = 56, RIGHT = 10, TOP = 8, BOTTOM = 24;
+const short = value =>
+  Math.abs(value) >= 10000 ? Math.round(value).toLocaleString("en") : `${+value.toPrecision(3)}`;
 
-function chart(quantity, names) {
-  const curves = names.map(name => rowsOf[name].filter(row => Number.isFinite(row[quantity])).map(row => [row.step, row[quantity]]));
+// One quantity of several runs. The pointer reads values off; otherwise the last ones are shown.
+function chart(quantity, paths) {
+  const curves = paths.map(path => rowsOf[path].filter(row => Number.isFinite(row[quantity]))
+    .map(row => [row.step, row[quantity]]));
   const xs = curves.flat().map(([x]) => x), ys = curves.flat().map(([, y]) => y);
-  const [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
-  const W = 320, H = 170, place = ([x, y]) => [40 + (W - 50) * (x - left) / (right - left || 1), 10 + (H - 35) * (high - y) / (high - low || 1)];
+  const [first, last, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+  const place = ([x, y]) => [
+    LEFT + (W - LEFT - RIGHT) * (x - first) / (last - first || 1),
+    TOP + (H - TOP - BOTTOM) * (high - y) / (high - low || 1)];
   const lines = curves.map((curve, i) => {
-    const path = draw("path", {d: curve.map((point, n) => `${n ? "L" : "M"}${place(point).map(v => v.toFixed(1))}`).join("")});
+    const steps = curve.map((point, n) => `${n ? "L" : "M"}${place(point).map(v => v.toFixed(1))}`);
+    const path = draw("path", {d: steps.join("")});
     path.style.stroke = COLOURS[i % COLOURS.length];
     return path;
   });
   const label = (x, y, text, anchor) => draw("text", {x, y, "text-anchor": anchor}, text);
-  const number = value => Math.abs(value) >= 1000 ? Math.round(value).toLocaleString() : `${+value.toPrecision(3)}`;
-  const last = curves.map((curve, i) => {
-    const line = make("small", {textContent: `${names[i]}: ${curve.length ? number(curve.at(-1)[1]) : "–"}  `});
+  const cursor = draw("line", {y1: TOP, y2: H - BOTTOM, visibility: "hidden"}), legend = make("div");
+  const readAt = step => legend.replaceChildren(...curves.map((curve, i) => {
+    const point = curve.findLast(([x]) => x <= step) ?? curve[0];
+    const line = make("small", {}, `${paths[i].slice(0, -".jsonl".length)}: `,
+      make("b", {textContent: point ? short(point[1]) : "–"}),
+      Number.isFinite(step) && point ? ` (${say("step")} ${point[0]})` : "");
     line.style.color = COLOURS[i % COLOURS.length];
     return line;
-  });
-  return make("figure", {className: "card chart"}, make("h3", {textContent: quantity}),
-    draw("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": quantity},
-      draw("line", {x1: 40, y1: H - 25, x2: W - 10, y2: H - 25}), draw("line", {x1: 40, y1: 10, x2: 40, y2: H - 25}),
-      label(36, 16, number(high), "end"), label(36, H - 27, number(low), "end"),
-      label(40, H - 8, number(left), "start"), label(W - 10, H - 8, `${say("steps")} ${number(right)}`, "end"), ...lines),
-    ...last);
+  }));
+  const picture = draw("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": quantity},
+    draw("line", {x1: LEFT, y1: H - BOTTOM, x2: W - RIGHT, y2: H - BOTTOM}),
+    draw("line", {x1: LEFT, y1: TOP, x2: LEFT, y2: H - BOTTOM}),
+    label(LEFT - 4, TOP + 8, short(high), "end"), label(LEFT - 4, H - BOTTOM, short(low), "end"),
+    label(LEFT, H - 8, `${first}`, "start"), label(W - RIGHT, H - 8, `${say("step")} ${last}`, "end"),
+    cursor, ...lines);
+  picture.onpointermove = event => {
+    const box = picture.getBoundingClientRect(), under = (event.clientX - box.left) * W / box.width;
+    const x = Math.min(W - RIGHT, Math.max(LEFT, under));
+    for (const [name, value] of [["x1", x], ["x2", x], ["visibility", "visible"]]) cursor.setAttribute(name, value);
+    readAt(first + (last - first) * (x - LEFT) / (W - LEFT - RIGHT));
+  };
+  picture.onpointerleave = () => { cursor.setAttribute("visibility", "hidden"); readAt(Infinity); };
+  readAt(Infinity);
+  return make("figure", {className: "card chart"}, make("h3", {textContent: quantity}), picture, legend);
 }
 
-async function showTables() {
-  const names = await askJSON("/v1/page/tables");
-  $("table-list").replaceChildren(...names.map(name => make("option", {textContent: name})));
-  $("table-list").hidden = !names.length;
-  if (names.length) await showTable();
-}
-
+// Tables of Markdown, of which a file may have several.
 async function showTable() {
-  const text = await askJSON(`/v1/page/tables/${$("table-list").value}`);
-  const rows = text.split("\n").filter(line => line.startsWith("|") && !/^\|[-:| ]+\|$/.test(line));
-  const cells = rows.map(row => row.split("|").slice(1, -1).map(cell => cell.trim().replaceAll("**", "")));
-  $("table").replaceChildren(make("table", {}, ...cells.map((row, n) =>
-    make("tr", {}, ...row.map(cell => make(n ? "td" : "th", {textContent: cell}))))));
+  $("tables").hidden = !$("table-list").value;
+  if ($("tables").hidden) return;
+  const text = await read($("table-list").value);
+  const tables = text.split(/\n\s*\n/).filter(block => block.startsWith("|")).map(block => {
+    const lines = block.split("\n").filter(line => line.startsWith("|") && !/^\|[-:| ]+\|$/.test(line));
+    return make("table", {}, ...lines.map((line, n) => make("tr", {}, ...line.split("|").slice(1, -1).map(cell =>
+      make(n ? "td" : "th", {textContent: cell.trim().replaceAll("**", "")})))));
+  });
+  $("table").replaceChildren(...tables.map(table => make("div", {className: "card scroll"}, table)));
 }
 $("table-list").onchange = () => attempt(showTable);
 
@@ -322,7 +513,8 @@ function select(tab) {
     $(`tab-${each}`).tabIndex = each === tab ? 0 : -1;
   }
   history.replaceState(null, "", `#${tab}`);
-  if (tab === "runs") attempt(async () => { await refreshRuns(); await showTables(); });
+  if (tab === "runs") attempt(refresh);
+  if (tab === "tokens" && !shown && newest) attempt(() => explain(newest));
 }
 for (const tab of TABS) $(`tab-${tab}`).onclick = () => select(tab);
 document.querySelector("nav").onkeydown = event => {
@@ -336,9 +528,19 @@ $("language").onclick = () => {
   language = language === "zh" ? "en" : "zh";
   localStorage.setItem("language", language);
   showLanguage();
-  attempt(showPosition);
+  attempt(async () => {
+    await showPosition();
+    await showRuns();
+  });
 };
-setInterval(() => { if (!$("runs").hidden) attempt(refreshRuns); }, 2000);
+const root = document.documentElement.style;
+root.colorScheme = localStorage.getItem("theme") ?? "";
+$("theme").onclick = () => {
+  const dark = root.colorScheme ? root.colorScheme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.colorScheme = dark ? "light" : "dark";
+  localStorage.setItem("theme", root.colorScheme);
+};
+setInterval(() => { if (!$("runs").hidden && !keyGiven) attempt(refresh); }, 2000);
 
 showLanguage();
 select(TABS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "chat");
