@@ -258,7 +258,7 @@ def main():
     add("--checkpoint_path", type=weight_file,
         help="initial weights of --start_stage, such as out/stage1_best")
     add("--divergence", default="forward_kl",
-        choices=[name for name in DIVERGENCES if name not in ("jsd", "uld")],
+        choices=[name for name in DIVERGENCES if name not in ("jsd", "uld", "gold")],
         help="divergence from the teacher in all stages (distill/losses.py)")
     add("--eval_samples", type=int, default=400,
         help="maximum number of held-out samples, and of questions, of each side; 0: all")

@@ -119,12 +119,11 @@ def train_epoch(epoch, wandb, alpha=0.0, temperature=1.0, *, teachers,
         if val_data is not None and progress.is_due(args.eval_interval):
             val_loader = in_order(val_data, world.rank, world.size)
             scores = evaluate(student, val_loader, world.device, dtype=world.dtype,
-                              teachers=teachers, temperature=temperature,
-                              across=args.divergence == "uld")
+                              teachers=teachers, temperature=temperature)
             norms = gradient_norms(student, modules, weights, next(in_order(val_data)), world,
                                    teachers, alpha, T, divergence)
             log.row(step + 1, wandb, **scores, **norms)
-            if progress.is_best(scores["val_uld" if "val_uld" in scores else "val_kl"]):
+            if progress.is_best(scores["val_kl"]):
                 save_model(student, tokenizer, f"{name}_best.pth")
         stopping = stop.agreed(step + 1, world)
         if stopping or progress.is_due(args.save_interval):
@@ -160,7 +159,7 @@ def main():
         help="teacher assistants from large to small: weight files, or sizes like 96x3")
     add("--alpha", type=float, default=0.0, help="weight of CE in [0, 1]; KD: 1 - alpha")
     add("--divergence", default="forward_kl", choices=DIVERGENCES,
-        help="divergence from the teacher (distill/losses.py); only uld takes another tokenizer")
+        help="divergence from the teacher (distill/losses.py); gold, uld take another tokenizer")
     add("--temperature", type=float, default=1.0, help="softmax temperature of both models")
     add("--final_temperature", type=float, help="at the last step, linear; default: constant")
     add("--plain_loss", action="store_true", help="all logits at once; default: in chunks (fused)")

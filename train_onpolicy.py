@@ -106,7 +106,7 @@ def train_epoch(epoch, wandb, *, teachers, reward,
             if step in rollouts:
                 stats.update(rollout_stats(rollouts[step], age=step - steps[0]))
                 micro_batches = count_step(rollout_batches(
-                    rollouts[step], args.accumulation_steps, world.device,
+                    rollouts[step], args.accumulation_steps, world.device, data.dataset,
                     args.teacher_share if args.objective == "minillm" else None), world)
                 spent["sampled_tokens"] += micro_batches[0].batch.step_targets
             seed_everything(args.seed, step, world.rank)    # resuming repeats this step's dropout
@@ -114,7 +114,8 @@ def train_epoch(epoch, wandb, *, teachers, reward,
                 batch, kd_weight, ce_weight, *_ = weighted
                 is_last = micro == len(micro_batches) - 1
                 with clock("teacher"), torch.no_grad(), autocast(world.device, world.dtype):
-                    predictions = teacher_outputs(teachers, batch).predictions
+                    predictions, matched, _ = teacher_outputs(teachers, batch)
+                    kd_weight = kd_weight if matched is None else matched
                 with clock("student"):
                     with autocast(world.device, world.dtype), sync_gradients(modules, is_last):
                         out = modules["model"](batch.tokens, batch.lengths, at=batch.at,
@@ -259,7 +260,7 @@ def main():
         help="decay per step, in [0, 1), of a moving average of the student, which is the teacher")
     add("--divergence", default="forward_kl",
         choices=[name for name in DIVERGENCES if name != "uld"],
-        help="divergence from the teacher (distill/losses.py); minillm always uses reverse_kl")
+        help="gkd's divergence from the teacher (distill/losses.py); gold takes another tokenizer")
     add("--temperature", type=float, default=1.0,
         help="softmax temperature in the loss; pg always uses --generation_temperature")
     add("--on_policy_fraction", type=float, default=1.0,
@@ -303,7 +304,7 @@ def main():
         elif args.teacher or args.teacher_url:
             load = partial(load_teacher, world=world, shard=args.shard, compiled=args.compile)
             teachers = make_teachers(args.teacher, None, world.device, load, make_served(args))
-        if share_vocabulary(teachers, [(student, tokenizer)]):
+        if share_vocabulary(teachers, [(student, tokenizer)], args.divergence):
             args.teacher_data_path = args.teacher_data_path or args.data_path
         check_routed(teachers, args)
         if len(teachers) > 1 and (args.objective != "gkd" and not teachers[0].name
@@ -372,7 +373,7 @@ def check(parser, args):
     is_pg, is_minillm, is_ema = (args.objective == "pg", args.objective == "minillm",
                                  args.teacher_ema is not None)
     args.temperature = args.generation_temperature if is_pg else args.temperature
-    args.divergence = "reverse_kl" if is_minillm else args.divergence
+    args.divergence = args.divergence if args.objective == "gkd" else "reverse_kl"
     args.reward_weight = args.reward_weight if args.reward and is_pg else 0.0
     two = args.teacher_url and (args.teacher or is_ema)
     args.teacher = args.teacher or ["out/full_sft_768.pth"]
@@ -389,8 +390,9 @@ def check(parser, args):
             (args.num_samples == 1 and (args.reward_weight or sibling),
              "--reward compares several answers to a prompt: --num_samples 2, or more"),
             (sibling and not args.reward, "--privileged sibling: right by which --reward?"),
-            (args.privileged and (alone or is_minillm), "--privileged is for a teacher that reads "
-             "rollouts: --objective gkd, or pg with --reward_weight below 1"),
+            (args.privileged and (alone or is_minillm or args.divergence == "gold"),
+             "--privileged is for a teacher that reads rollouts, in the student's tokens: "
+             "--objective gkd, or pg with --reward_weight below 1"),
             (args.on_policy_fraction < 1 and (args.privileged or alone),
              "--privileged and --reward_weight 1 are for rollouts: --on_policy_fraction 1"),
             (is_ema and args.shard != "none", "--teacher_ema averages whole weights: --shard none"),

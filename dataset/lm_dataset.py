@@ -48,6 +48,8 @@ class Batch(NamedTuple):
     teacher: "Batch | None" = None          # the same samples as the teacher reads them
     # (S,) the place in `teacher.at` that has seen the same text, or -1. None: place i matches i
     match: torch.Tensor | None = None
+    shared: torch.Tensor | None = None      # (V,) of Tokenizer.shared_tokens
+    span: torch.Tensor | None = None        # (S,) of same_text
 
     @property
     def routes(self) -> list[int | None]:
@@ -93,7 +95,7 @@ class TokenDataset:
 
     validated_on = None             # name of a validation file beside the data
     teacher = None                  # the same samples as a teacher reads them, see paired_with
-    across = False                  # whether its ids mean other tokens
+    shared = None                   # (V,), (V of the teacher): with another tokenizer
     routes = None                   # (samples,) number of the teacher of each, see routed
 
     def __init__(self, paths, tokenizer, max_seq_len: int = 512, skip_bad_lines: bool = False,
@@ -223,10 +225,15 @@ class TokenDataset:
         if self.teacher is None:
             return batch
         its = self.teacher.batch(np.searchsorted(self.teacher.rows, self.rows[samples]))
-        match = None
-        if self.across:
-            match = same_text(batch, self.tokenizer.n_bytes, its, self.teacher.tokenizer.n_bytes)
-        return batch._replace(teacher=its, match=match)
+        return self.matched(batch, its)
+
+    def matched(self, batch: Batch, its: Batch) -> Batch:
+        """The batch with the same samples as the teacher reads them."""
+        if self.shared is None:
+            return batch._replace(teacher=its)
+        batch, its = (one._replace(shared=shared) for one, shared in zip((batch, its), self.shared))
+        match, span = same_text(batch, self.tokenizer.n_bytes, its, self.teacher.tokenizer.n_bytes)
+        return batch._replace(teacher=its, match=match, span=span)
 
     def pack(self, samples: np.ndarray, step_targets: int = 0, step_samples: int = 0) -> Batch:
         parts = [self.sample(i) for i in samples]
@@ -234,6 +241,16 @@ class TokenDataset:
         batch = packed_batch(stream & ~self.flag, stream & self.flag > 0, self.lengths[samples],
                              step_targets, step_samples)
         return batch._replace(keys=tuple(map(sample_key, parts)))
+
+    def retold(self, prompt: list[int], answer: list[int]) -> list[int]:
+        """An answer in the teacher's tokens, after its prompt; what is no text ends it."""
+        ours, its = self.tokenizer, self.teacher.tokenizer
+        ends = answer[-1] == ours.end_of_turn
+        text, broken, _ = ours.decode(
+            i if ours.names.get(i) in (None, *ours.matched) else ours.vocab_size
+            for i in answer[:len(answer) - ends]).partition("\ufffd")
+        ids = its.encode(text + broken) + [its.end_of_turn] * (ends and not broken)
+        return ids[:self.teacher.max_seq_len - len(prompt)]
 
     def paired_with(self, teacher: "TokenDataset") -> "TokenDataset":
         """A view whose batches also hold the teacher's version of the same samples: other tokens,
@@ -245,15 +262,16 @@ class TokenDataset:
             raise ValueError(
                 f"{self} has {self.n_rows:,} samples and {teacher} {teacher.n_rows:,}: which "
                 "belong together? The teacher's files must match the student's row by row")
-        ours, theirs = self.tokenizer.chat.lead, teacher.tokenizer.chat.lead
+        both = self.tokenizer, teacher.tokenizer
+        ours, theirs = (one.chat.lead + " " * one.prefix_space for one in both)
         if ours != theirs:              # same_text counts the bytes of answers from their start
             raise ValueError(f"answers begin with {ours!r} in the student's chat format and "
                              f"{theirs!r} in the teacher's; give the student's folder the "
                              "chat_template of the teacher")
         pair = self.view(np.flatnonzero(np.isin(self.rows, teacher.rows)))
         pair.teacher = teacher
-        pair.across = self.tokenizer.conflict(teacher.tokenizer.ids) is not None
-        if pair.across:
+        if self.tokenizer.conflict(teacher.tokenizer.ids):
+            pair.shared = [*map(torch.from_numpy, self.tokenizer.shared_tokens(teacher.tokenizer))]
             return pair
         answered = pair.answered()
         for i, j in enumerate(np.searchsorted(teacher.rows, pair.rows)):
@@ -327,22 +345,33 @@ def sample_key(sample: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def same_text(student: Batch, student_bytes, teacher: Batch, teacher_bytes) -> torch.Tensor:
-    """(S,) For each student target the teacher target that begins at the same byte, or -1.
+def same_text(student: Batch, student_bytes, teacher: Batch, teacher_bytes):  # -> (S,), (S,)
+    """For each student target the teacher target that begins at the same byte, or -1; and the span,
+    the text up to the next match: a shared token, V + 1 for another text, or -1 where nothing
+    matches or a sample is cut within it.
 
         student  | he | llo | <|im_end|> |      bytes  0  2  5
-        teacher  | hel | lo | <|im_end|> |             0  3  5      match  0 -1 2
+        teacher  | hel | lo | <|im_end|> |             0  3  5      match  0 -1 2   span  V+1 -1 2
     """
-    def place(batch, n_bytes):  # -> (S,) rising: sample number in the upper half, byte in the lower
+    def places(batch, n_bytes):  # -> (2, S) begins and ends, rising: sample << 32 | byte
         sample = np.searchsorted(np.cumsum(batch.lengths), batch.at.numpy(), side="right")
         size = n_bytes[batch.targets.numpy()]
         begins = np.cumsum(size) - size
         first = np.searchsorted(sample, sample)             # the first target of the same sample
-        return (sample.astype(np.int64) << 32) + begins - begins[first]
+        begins = (sample.astype(np.int64) << 32) + begins - begins[first]
+        return np.stack([begins, begins + size])
 
-    ours, theirs = place(student, student_bytes), place(teacher, teacher_bytes)
-    found = np.minimum(np.searchsorted(theirs, ours), len(theirs) - 1)
-    return torch.from_numpy(np.where(theirs[found] == ours, found, -1))
+    ours, theirs = places(student, student_bytes), places(teacher, teacher_bytes)
+    found = np.minimum(np.searchsorted(theirs[0], ours[0]), len(theirs[0]) - 1)
+    match, span = np.where(theirs[0, found] == ours[0], found, -1), np.full(len(found), -1)
+
+    begins, n_bytes = np.flatnonzero(match >= 0), np.append(student_bytes, -1)
+    ends, span[begins] = ours[1, np.append(begins[1:], 0) - 1], len(n_bytes)
+    for batch, first in (student, begins), (teacher, match[begins]):
+        token = batch.shared[batch.targets[first]].numpy()
+        span[begins] = np.where(n_bytes[token] == ends - ours[0, begins], token, span[begins])
+    span[begins[ends != theirs[1, np.append(match[begins[1:]], 0) - 1]]] = -1           # cut
+    return torch.from_numpy(match), torch.from_numpy(span)
 
 
 class PretrainDataset(TokenDataset):

@@ -53,7 +53,7 @@ def check_loss_args(parser, args):
         parser.error("--teacher_url, --teacher or --teacher_cache: give one of them")
     if args.divergence == "uld" and args.alpha == 0:
         parser.error("--divergence uld must be combined with labels, --alpha 0.5: it compares how "
-                     "sure the two are, not of what")
+                     "sure the two are, not of what; gold can do without")
 
 
 def make_intermediate(args, student_config, teachers) -> IntermediateLosses:
@@ -109,18 +109,17 @@ def check_teachers(teachers, args):
     single = len(teachers) == 1 and names == {""}
     single_model = single and not teachers[0].is_cached
     intermediate = [f"--{name}_weight" for name in INTERMEDIATE if vars(args)[f"{name}_weight"] > 0]
-    uld = ["--divergence uld"] if args.divergence == "uld" else []
+    across = [f"--divergence {args.divergence}"] if args.divergence in ("uld", "gold") else []
     plain = ["--plain_loss"] if args.plain_loss else []
     context = ["--teacher_data_path"] if args.teacher_data_path else []
-    for flag in (*intermediate, *uld, *plain, *context):
+    for flag in (*intermediate, *across, *plain, *context):
         if not single_model and not (single and flag in context and args.teacher_url):
             raise ValueError(f"{flag} needs exactly one --teacher PATH in memory, without a name, "
                              "and no --teacher_cache")
     check_routed(teachers, args)
-    if uld and (intermediate or plain):
-        raise ValueError("--divergence uld compares sorted probabilities, "
-                         f"{[*intermediate, *plain][0]} compares position by position. Leave one "
-                         "of them out")
+    if across and (intermediate or plain):
+        raise ValueError(f"{across[0]} is for two tokenizers, {[*intermediate, *plain][0]} "
+                         "compares position by position. Leave one of them out")
     if context and args.attention_weight > 0:
         raise ValueError("--attention_weight compares all tokens of a sample, but with "
                          "--teacher_data_path the prompts differ. Leave one of them out")

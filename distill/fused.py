@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dataset.lm_dataset import Batch
 from distill.losses import forward_kl, uld
 
 CHUNK_BYTES = 32 << 20      # of one (rows, V) buffer in fp32; CE + forward KL uses three
@@ -27,6 +28,11 @@ class Dense(NamedTuple):
     head: torch.Tensor              # (V, D of the teacher)
     weight: float = 1.0             # several teachers act as one: p = sum of weight * p of each
     begin: int = 0                  # routed: its first position among those of the student
+    batch: Batch | None = None      # with another tokenizer: states are at the teacher's positions
+
+    @property
+    def at_targets(self):  # -> (S, D)
+        return self.states if self.batch is None else self.states[self.batch.match.clamp_min(0)]
 
 
 class TopK(NamedTuple):
@@ -59,25 +65,28 @@ def fused_distillation_loss(hidden, head, targets, teacher, alpha=0.0, temperatu
 
     Under autocast the matrix products run in its dtype; the loss is fp32. CE + forward KL has a
     closed form, softmax - one-hot and T (q - p); other divergences use autograd chunk by chunk.
+    With another tokenizer all but `uld` are over spans (`in_spans`).
     """
+    rests = None if divergence is uld else span_rests(hidden, head, targets, teacher, temperature)
     closed_form = (divergence is forward_kl and kd_weight is None and ce_weight is None
                    and not isinstance(teacher, TopK))
     chunks = Chunks(hidden, head, teacher, chunk_bytes, divide_rows=1 if closed_form else 4)
     with torch.autocast(hidden.device.type, enabled=False):     # `chunks` has the products' dtype
-        return Fused(*FusedLoss.apply(hidden, head, targets, chunks, closed_form, alpha,
+        return Fused(*FusedLoss.apply(hidden, head, rests, targets, chunks, closed_form, alpha,
                                       temperature, divergence, kd_weight, ce_weight))
 
 
 class FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, chunks, closed_form, alpha, temperature, divergence,
-                kd_weight, ce_weight):
+    def forward(ctx, hidden, head, rests, targets, chunks, closed_form, alpha, temperature,
+                divergence, kd_weight, ce_weight):
         # In fp16 the gradients of rare tokens would underflow: these products run in fp32.
         dtype = torch.float32 if chunks.dtype == torch.float16 else chunks.dtype
         h, w = hidden.detach().to(dtype), head.detach().to(dtype)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
         grad_head = (torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1]
                      else None)                                     # a frozen head
+        grad_rests = []
         ce, kd = hidden.new_zeros(2, dtype=torch.float32)
 
         for rows in chunks:
@@ -88,7 +97,8 @@ class FusedLoss(torch.autograd.Function):
                                           chunks.buffer("scratch", rows, head))
             else:
                 parts = by_autograd(logits, chunks, rows, targets[rows], alpha, temperature,
-                                    divergence, kd_weight, ce_weight)
+                                    divergence, kd_weight, ce_weight, rests)
+                grad_rests += parts[3:]
             ce, kd, slope = ce + parts[0], kd + parts[1], parts[2].to(dtype)        # (), (), (C, V)
             grad_hidden[rows] = slope @ w
             if grad_head is not None and dtype == torch.float32:
@@ -98,7 +108,8 @@ class FusedLoss(torch.autograd.Function):
 
         # A plain attribute: save_for_backward would keep the tensors as long as the graph.
         ctx.grads = (grad_hidden.to(hidden.dtype),
-                     None if grad_head is None else grad_head.to(head.dtype))
+                     None if grad_head is None else grad_head.to(head.dtype),
+                     torch.cat(grad_rests) if grad_rests else None)
         ctx.mark_non_differentiable(ce, kd)
         return alpha * ce + (1 - alpha) * kd, ce, kd
 
@@ -118,7 +129,7 @@ class Chunks:
         self.dtype = torch.get_autocast_dtype(device) if autocast else torch.float32
         self.hidden, self.head = hidden.detach().to(self.dtype), head.detach().to(self.dtype)
         self.teacher = teacher if isinstance(teacher, TopK) else [
-            one._replace(states=one.states.detach().to(self.dtype),
+            one._replace(states=one.at_targets.detach().to(self.dtype),
                          head=one.head.detach().to(self.dtype)) for one in teacher]
         fit = chunk_bytes // (4 * len(head) * divide_rows)
         self.size = max(1, min(len(hidden), MAX_ROWS // divide_rows, fit))
@@ -183,21 +194,25 @@ def ce_and_forward_kl(logits, log_p, targets, alpha, temperature, scratch):  # -
 
 
 def by_autograd(logits, chunks, rows, targets, alpha, temperature, divergence, kd_weight,
-                ce_weight):  # -> (), (), (C, V)
-    """The same three for any divergence."""
+                ce_weight, rests):  # -> (), (), (C, V)
+    """The same three for any divergence; with another tokenizer also the gradient for rests."""
     with torch.enable_grad():
         logits = logits.requires_grad_()
         ce = F.cross_entropy(logits, targets, reduction="none")                     # (C,)
         ce = (ce if ce_weight is None else ce * ce_weight[rows]).sum()
         log_q = F.log_softmax(logits / temperature, dim=-1)                         # (C, V)
         if isinstance(chunks.teacher, TopK):
-            kd = divergence(*in_buckets(chunks.teacher, rows, log_q))               # (C,)
+            log_p, log_q = in_buckets(chunks.teacher, rows, log_q)
         else:
-            kd = divergence(chunks.teacher_log_p(rows, temperature), log_q)
+            log_p = chunks.teacher_log_p(rows, temperature)
+        wanted = [logits] if rests is None else [logits, rests[rows].detach().requires_grad_()]
+        if rests is not None:
+            log_p, log_q = in_spans(chunks.teacher[0], rows, log_p, log_q, targets, wanted[1])
+        kd = divergence(log_p, log_q)                                               # (C,)
         kd = temperature ** 2 * (kd if kd_weight is None else kd * kd_weight[rows]).sum()
-        slope, = torch.autograd.grad(alpha * ce + (1 - alpha) * kd, logits)
+        slopes = torch.autograd.grad(alpha * ce + (1 - alpha) * kd, wanted)
     logits.requires_grad_(False)
-    return ce.detach(), kd.detach(), slope
+    return ce.detach(), kd.detach(), *slopes
 
 
 def in_buckets(top: TopK, rows, log_q):  # (C, V) -> (C, k + 1) twice
@@ -206,6 +221,42 @@ def in_buckets(top: TopK, rows, log_q):  # (C, V) -> (C, k + 1) twice
     tail_p = top.tail[rows, None].float().clamp_min(MIN_LOG_P)
     tail_q = log_q.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True).clamp_min(MIN_LOG_P)
     return torch.cat([log_p, tail_p], dim=-1), torch.cat([log_q.gather(-1, ids), tail_q], dim=-1)
+
+
+def span_rests(hidden, head, targets, teacher, temperature):  # -> (S, 2), or None
+    """Log-probability of each span's tokens after its first: the student's, with gradients, and the
+    teacher's. None unless the teacher has another tokenizer."""
+    if isinstance(teacher, TopK) or not teacher or teacher[0].batch is None:
+        return None
+
+    def rest(states, head, targets, begins):  # (S, D), (V, D), (S,), (S,) -> (S,)
+        log_p = token_log_probs(states[~begins], head, targets[~begins], temperature)
+        begin = torch.where(begins, torch.arange(len(begins), device=begins.device), 0)
+        return log_p.new_zeros(len(begins)).index_add(0, begin.cummax(dim=0).values[~begins], log_p)
+
+    its, batch = teacher[0], teacher[0].batch
+    match = batch.match[:len(targets)]                          # of a batch without targets: none
+    begins = torch.isin(torch.arange(len(its.states), device=match.device), match)
+    own = rest(hidden, head, targets, match >= 0)
+    theirs = rest(its.states, its.head, batch.teacher.targets, begins)
+    return torch.stack([own, theirs[match.clamp_min(0)]], dim=1)
+
+
+def in_spans(teacher: Dense, rows, log_p, log_q, targets, rests):  # -> (C, V + 2) twice
+    """Teacher and student over V shared tokens, the tokens that count as none, and the span. Its
+    probability, the product of its tokens', is taken from that of the first of them."""
+    batch, tiny = teacher.batch, torch.finfo(torch.float32).tiny
+    match, span = batch.match[rows].clamp_min(0), batch.span[rows, None].clamp_min(0)
+
+    def over(log_p, shared, first, rest):  # (C, V), (V,), (C,), (C,) -> (C, V + 2)
+        p, first, rest = log_p.exp(), first[:, None], rest[:, None]
+        p_first = p.gather(1, first)
+        p = p.scatter(1, first, p_first * -rest.expm1())
+        found = p.new_zeros(len(p), len(batch.shared) + 2).scatter_add(1, shared.expand_as(p), p)
+        return found.scatter_add(1, span, p_first * rest.exp()).clamp_min(tiny).log()
+
+    return (over(log_p, batch.teacher.shared, batch.teacher.targets[match], rests[:, 1]),
+            over(log_q, batch.shared, targets, rests[:, 0]))
 
 
 def token_log_probs(hidden, head, targets, temperature=1.0, chunk_bytes=CHUNK_BYTES):
@@ -226,8 +277,8 @@ BINS = 10               # of confidence
 
 
 @torch.no_grad()
-def compare(hidden, head, targets, teacher=(), matched=None, temperature=1.0,
-            across=False) -> dict[str, torch.Tensor]:
+def compare(hidden, head, targets, teacher=(), matched=None,
+            temperature=1.0) -> dict[str, torch.Tensor]:
     """Student against teacher, as sums over the S positions, in nats; without a teacher only `ce`.
 
     ce              cross-entropy with the labels
@@ -240,12 +291,12 @@ def compare(hidden, head, targets, teacher=(), matched=None, temperature=1.0,
                     https://arxiv.org/abs/2604.13016, there on the student's own answers
     acceptance      sum over v of min(p, q): how likely the teacher accepts a token that the student
                     drafts. Leviathan et al. 2022, https://arxiv.org/abs/2211.17192, Sec. 3
-    uld             instead of all that compares tokens, where the vocabularies differ (`across`);
-                    it and entropy are over the positions that are `matched`
 
-    All at temperature 1. A TopK has only kl and entropy, over its k + 1 buckets at its own
-    `temperature`, not comparable, and agreement.
+    All at temperature 1. With another tokenizer kl is over `in_spans`, kl and entropy are of the
+    `matched` positions, and the last three are missing. A TopK has only kl and entropy, over its
+    k + 1 buckets at its own `temperature`, not comparable, and agreement.
     """
+    rests = span_rests(hidden, head, targets, teacher, 1.0)
     sums, chunks = {}, Chunks(hidden, head, teacher)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in [*chunks] or [slice(0, 0)]:         # zeros for a process without targets
@@ -265,8 +316,9 @@ def compare(hidden, head, targets, teacher=(), matched=None, temperature=1.0,
                 log_p = chunks.teacher_log_p(rows, 1.0)
                 p, used = log_p.exp(), 1.0 if matched is None else matched[rows]
                 found["entropy"] = -(torch.linalg.vecdot(p, log_p) * used).sum()
-                if across:
-                    found["uld"] = (uld(log_p, log_q) * used).sum()
+                if rests is not None:
+                    spans = in_spans(teacher[0], rows, log_p, log_q, targets[rows], rests[rows])
+                    found["kl"] = (forward_kl(*spans) * used).sum()
                 else:
                     top_p = log_p.topk(top_q.indices.shape[-1])                     # (C, k)
                     same = top_p.indices[:, :, None] == top_q.indices[:, None, :]   # (C, k, k)

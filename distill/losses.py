@@ -125,6 +125,15 @@ def uld(log_p, log_q):  # (N, V of the teacher), (N, V of the student) -> (N,)
     return (p - q).abs().sum(dim=-1)
 
 
+def gold(log_p, log_q):  # (N, V + 2), (N, V + 2) -> (N,)
+    """KL(p || q) over tokens and spans of bytes that two tokenizers share (fused.py, in_spans)
+
+    use    teacher and student with different tokenizers; with one it is the forward KL
+    paper  Patiño et al. 2025, https://huggingface.co/spaces/HuggingFaceH4/on-policy-distillation
+    """
+    return forward_kl(log_p, log_q)
+
+
 # The choices of --divergence: (beta, skew, normalised) -> (the function, the formula a run prints).
 # Add your own here; the losses and all lessons take it as it is.
 DIVERGENCES = {
@@ -142,6 +151,7 @@ DIVERGENCES = {
     "tvd": lambda beta, skew, normalised: (tvd, "TV(teacher, student)"),
     "akl": lambda beta, skew, normalised: (akl, "AKL(teacher, student)"),
     "uld": lambda beta, skew, normalised: (uld, "ULD(teacher, student)"),
+    "gold": lambda beta, skew, normalised: (gold, "KL(teacher || student) over byte spans"),
 }
 
 

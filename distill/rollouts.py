@@ -55,10 +55,10 @@ def is_on_policy(step: int, seed: int, fraction: float) -> bool:
     return np.random.default_rng([seed, step, COIN]).random() < fraction
 
 
-def rollout_batches(rollouts: list[Rollout], n_batches: int, device,
-                    teacher_share: float | None) -> list[WeightedBatch]:
+def rollout_batches(rollouts: list[Rollout], n_batches: int, device, data=None,
+                    teacher_share: float | None = None) -> list[WeightedBatch]:
     """A step's rollouts as micro-batches of similar lengths. teacher_share: with MiniLLM's policy
-    gradient."""
+    gradient. data: of the prompts; it knows the teacher's tokenizer if that is another."""
     rollouts = sorted(rollouts, key=lambda each: (each.route or 0,
                                                   len(each.prompt) + len(each.answer.tokens)))
     ones = [torch.ones(len(each.answer.tokens)) for each in rollouts]
@@ -74,7 +74,10 @@ def rollout_batches(rollouts: list[Rollout], n_batches: int, device,
         prompts, teacher_prompts, sampled, *_, routes = zip(*(rollouts[i] for i in part))
         answers = [answer.tokens for answer in sampled]
         batch = batch_of_answers(prompts, answers, routes)
-        batch = batch._replace(teacher=batch_of_answers(teacher_prompts, answers)).to(device)
+        if data and data.shared:
+            answers = [*map(data.retold, teacher_prompts, answers)]
+        its = batch_of_answers(teacher_prompts, answers)
+        batch = (data.matched(batch, its) if data else batch._replace(teacher=its)).to(device)
         token_weights = (None if each[0] is None else torch.cat(each).to(device)
                          for each in zip(*(weights[i] for i in part)))
         batches.append(WeightedBatch(batch, *token_weights))

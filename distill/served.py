@@ -125,7 +125,9 @@ class ServedTeacher:
                     return [of_sglang(each["meta_info"]) for each in answer]
                 choices = sorted(answer["choices"], key=lambda choice: choice["index"])
                 return [of_openai(choice) for choice in choices]
-        problem = " ".join(problem.replace(self.key, "***").split())
+        if len(self.key) >= 8:                          # a short one may be a part of any text
+            problem = problem.replace(self.key, "***")
+        problem = " ".join(problem.split())
         raise Refused(f"{self}: {problem:.300}. Check that it is up, --teacher_url, "
                       "--teacher_model and --teacher_key_env; --resume continues")
 
@@ -157,7 +159,7 @@ class ServedTeacher:
         rows = np.zeros(len(places), self.row)
         for row, place in zip(rows, places):
             pairs = [(i, max(NEVER, NEVER if log_p is None else log_p))
-                     for i, log_p in place.items()]
+                     for i, log_p in place.items() if i < self.n_tokens]    # others are padding
             pairs.sort(key=lambda pair: -pair[1])
             row["ids"], row["log_p"] = zip(*pairs[:self.top_k])
             # What the top-k leave over; at least what rounding may hide.

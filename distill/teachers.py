@@ -135,10 +135,8 @@ def teacher_outputs(teachers: list[Teacher], batch, return_hidden: bool = False)
         begin += len(inputs.at) if batch.parts else 0
     if batch.match is None:
         return TeacherOutputs(predictions, None, out)
-    # With another tokenizer: only positions where both have read the same text are used; the others
-    # get weight 0.
-    states = predictions[0].states[batch.match.clamp_min(0)]
-    return TeacherOutputs([predictions[0]._replace(states=states)], batch.match >= 0, out)
+    # With another tokenizer: positions where the two have not read the same text get weight 0.
+    return TeacherOutputs([predictions[0]._replace(batch=batch)], batch.span >= 0, out)
 
 
 def share_vocabulary(teachers, students, divergence="forward_kl") -> bool:
@@ -146,7 +144,7 @@ def share_vocabulary(teachers, students, divergence="forward_kl") -> bool:
     have, in place: the probability of a token that one of them lacks is left out, as padding is.
 
     Returns whether a teacher must read conversations in its own format, because it lacks a special
-    token of the student's. Raises ValueError where an id is another token, except for ULD.
+    token of the student's. Raises ValueError where an id is another token, except for gold and ULD.
     """
     for one in teachers:
         if isinstance(one.source, ServedTeacher):
@@ -154,21 +152,21 @@ def share_vocabulary(teachers, students, divergence="forward_kl") -> bool:
     everyone = [*teachers, *(Teacher(model, 1.0, tokenizer) for model, tokenizer in students)]
     vocabularies = [(each.source.about["ids"], each.source.about["tokenizer"]) if each.is_cached
                     else (each.tokenizer.ids, each.tokenizer.path) for each in everyone]
-    own_format = False
+    own_format = across = False
     for (ids, path), teacher in zip(vocabularies, everyone):
         for _, tokenizer in students:
             conflict = tokenizer.conflict(ids)
-            if conflict and divergence != "uld":
+            across |= conflict is not None
+            if conflict and (teachers[1:] or teacher.is_cached or "uld" != divergence != "gold"):
                 raise ValueError(
                     f"the teacher's vocabulary has {teacher.source.n_tokens} tokens, the student's "
                     f"{tokenizer.vocab_size}, and {conflict}: {path}, {tokenizer.path}. Train both "
-                    "with one tokenizer, or compare sorted probabilities: train_distillation.py "
-                    "--divergence uld --alpha 0.5")
+                    "with one tokenizer, or take one --teacher and --divergence gold")
             if not conflict and not teacher.is_cached and (reason := tokenizer.unreadable(ids)):
                 own_format = True
                 Logger(f"{path} cannot read the student's conversations, {reason}: as with "
                        "--teacher_data_path, the teacher reads its own tokens")
-    if divergence == "uld":
+    if across:
         return own_format
     n = min(each.source.n_tokens for each in everyone)
     for (ids, path), (source, *_) in zip(vocabularies, everyone):

@@ -12,13 +12,13 @@ from runtime.processes import is_sharded, sum_over_processes, unwrapped
 
 
 @torch.no_grad()
-def evaluate(model, val_loader, device, *, teachers=(), temperature=1.0, across=False,
+def evaluate(model, val_loader, device, *, teachers=(), temperature=1.0,
              dtype=torch.float32) -> dict[str, float]:
     """Means over the supervised tokens of all processes, in nats per token.
 
     val_loader  Batches, see dataset.lm_dataset.in_order
     teachers    none: only val_loss, the cross-entropy with the labels. Else val_ce, and val_NAME of
-                all that distill.fused.compare finds; `across`: where vocabularies differ
+                all that distill.fused.compare finds
     """
     model.eval()
     sums, dtype_of_sums = {}, sum_dtype(device)
@@ -29,8 +29,7 @@ def evaluate(model, val_loader, device, *, teachers=(), temperature=1.0, across=
             predictions, matched = (), None
             if teachers:
                 predictions, matched, _ = teacher_outputs(teachers, batch)
-            found = compare(out.final, model.head, batch.targets, predictions, matched,
-                            temperature, across)
+            found = compare(out.final, model.head, batch.targets, predictions, matched, temperature)
         found["tokens"] = torch.tensor(len(batch.targets), device=device)
         sums = {name: sums.get(name, 0) + value.to(dtype_of_sums) for name, value in found.items()}
     model.train()

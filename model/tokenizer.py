@@ -237,6 +237,25 @@ class Tokenizer:
             sizes[self.special_tokens[name]] = len(name.encode())
         return sizes
 
+    def shared_tokens(self, other: "Tokenizer") -> list[np.ndarray]:
+        """(vocab_size,), (other.vocab_size,) The token of both that each id of either counts as, by
+        its id here, or vocab_size: the first with which the other writes its bytes, and so on until
+        both have it, " helicopter" -> " hel"; special tokens by name, or by what they end."""
+        ours, theirs = ({**one.ranks, **one.special_tokens, "end of text": one.end_of_text,
+                         "end of turn": one.end_of_turn} for one in (self, other))
+        ids = {token: ours[token] for token in ours.keys() & theirs.keys()}
+
+        def shared(token, writer, reader):
+            if token in ids or isinstance(token, str) or {*token} & {*writer._missing}:
+                return ids.get(token, self.vocab_size)
+            first = writer._encoding._encode_single_piece(token)[0]
+            return shared(writer._encoding.decode_single_token_bytes(first), reader, writer)
+
+        tables = [np.full(one.vocab_size, self.vocab_size) for one in (self, other)]
+        for table, tokens, pair in zip(tables, (ours, theirs), ((other, self), (self, other))):
+            table[[*tokens.values()]] = [shared(token, *pair) for token in tokens]
+        return tables
+
     # -- text ---------------------------------------------------------------------------------
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:

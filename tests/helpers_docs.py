@@ -99,7 +99,7 @@ def small(command: str) -> list[str]:
             and not re.search("out/experience|reasoning", command)):
         command = re.sub(r"(?<=--dim )\d+|(?<=full_sft_)\d+", sixteenth, command)
     command = command.replace("dim=1024, n_layers=24, n_heads=16", "dim=32, n_layers=2, n_heads=2")
-    words = shlex.split(re.sub(r"full_(dist|sft)_(384|576)", r"full_\1_32", command))
+    words = shlex.split(re.sub(r"full_(dist|sft)_(192|384|576)", r"full_\1_32", command))
     if re.search(r"configs/(stories|smollm2|gpt2)", command):
         words += ["--dim", "32", "--val_fraction", "0.2"]           # of few rows
     if "quickstart.py" in words:

@@ -473,19 +473,6 @@ def test_compare_with_a_top_k_takes_its_buckets_and_its_temperature():
         "agreement": (likeliest == q.argmax(axis=1)).sum()}, rel=1e-4)
 
 
-def test_compare_with_another_vocabulary_gives_uld_at_the_matched_positions():
-    hidden, head, targets = a_student()
-    teacher, matched = a_teacher(vocab=V + 5), torch.arange(S) % 2 == 0
-    p, q = probabilities(teacher.states, teacher.head), probabilities(hidden, head)
-    ranked_q = np.pad(-np.sort(-q), ((0, 0), (0, 5)))
-    found = compare(hidden, head, targets, [teacher], matched, across=True)
-    assert found.pop("ece").abs().sum().item() / S == pytest.approx(ece(q, targets.numpy()))
-    assert {name: value.item() for name, value in found.items()} == pytest.approx({
-        "ce": -np.log(q[np.arange(S), targets]).sum(), "entropy": entropy(p[::2]),
-        "student_entropy": entropy(q),
-        "uld": np.abs(-np.sort(-p) - ranked_q)[::2].sum()}, rel=1e-4)
-
-
 def test_compare_without_a_teacher_is_the_cross_entropy_alone():
     hidden, head, targets = a_student(tokens=600)                       # three chunks
     found = compare(hidden, head, targets)

@@ -13,7 +13,7 @@ import torch
 
 from dataset.lm_dataset import packed_batch
 from distill.losses import (DIVERGENCES, akl, distillation_loss_fn, forward_kl, jsd,
-                            pick_divergence, reverse_kl, skew_kl, skew_reverse_kl, tvd, uld)
+                            gold, pick_divergence, reverse_kl, skew_kl, skew_reverse_kl, tvd, uld)
 from runtime.schedules import get_lr, get_temperature
 
 
@@ -80,12 +80,12 @@ CASES = {   # name: (ours on log-probabilities, the formula on plain lists)
     "tvd": (tvd, lambda p, q: sum(abs(x - y) for x, y in zip(p, q)) / 2),
     "akl": (akl, akl_by_hand),
     "uld": (uld, uld_by_hand),
+    "gold": (gold, kl),
 }
 
 
 def test_every_choice_has_a_formula_in_plain_python():
-    """uld, which compares two vocabularies, has its own tests."""
-    assert {name for name in DIVERGENCES if not any(case.startswith(name) for case in CASES)} <= {"uld"}
+    assert all(any(case.startswith(name) for case in CASES) for name in DIVERGENCES)
 
 
 each_divergence = pytest.mark.parametrize("ours, by_hand", CASES.values(), ids=CASES)
@@ -203,6 +203,7 @@ def test_uld_ignores_which_token_is_which_and_takes_two_vocabularies():
     ("tvd", {}, "tvd", "TV(teacher, student)"),
     ("akl", {}, "akl", "AKL(teacher, student)"),
     ("uld", {}, "uld", "ULD(teacher, student)"),
+    ("gold", {}, "gold", "KL(teacher || student) over byte spans"),
 ])
 def test_a_name_and_its_settings_give_the_divergence_and_its_printed_formula(
         name, settings, case, formula):
@@ -305,7 +306,7 @@ def sizes_of_the_gradient(divergence) -> list[float]:
 
 
 @pytest.mark.parametrize("name",
-                         ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "akl"])
+                         ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "akl", "gold"])
 def test_temperature_squared_keeps_the_size_of_the_gradient(name):
     # A smooth divergence is quadratic near its 0: its slope falls once with q - p, and once with
     # dq/dz.

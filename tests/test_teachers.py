@@ -206,17 +206,17 @@ def test_a_changed_file_and_one_the_teacher_has_not_read_are_refused(flags, data
 
 def test_tokens_of_two_vocabularies_are_matched_where_they_begin_at_the_same_byte():
     # Ids here are numbers of bytes, but for 9, the end of turn, one byte as well. The first token is only read.
-    n_bytes = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 1])
+    n_bytes, shared = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 1]), torch.arange(10)
 
     def batch(*answers):
         ids = np.concatenate([[0, *answer, 9] for answer in answers])
         sizes = np.array([len(answer) + 2 for answer in answers])
-        return packed_batch(ids, ids > 0, sizes)
+        return packed_batch(ids, ids > 0, sizes)._replace(shared=shared)
 
     student, teacher = batch([2, 3], [1, 1, 1]), batch([3, 2], [2, 1])
     # Sample one: bytes 0 2 5 against 0 3 5; sample two: 0 1 2 3 against 0 2 3.
-    assert same_text(student, n_bytes, teacher, n_bytes).tolist() == [0, -1, 2, 3, -1, 4, 5]
-    assert same_text(student, n_bytes, student, n_bytes).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert same_text(student, n_bytes, teacher, n_bytes)[0].tolist() == [0, -1, 2, 3, -1, 4, 5]
+    assert same_text(student, n_bytes, student, n_bytes)[0].tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_of_real_text_each_match_has_the_same_text_before_and_behind_it(data, cache, models, byte_tokenizer):
@@ -234,17 +234,18 @@ def test_of_real_text_each_match_has_the_same_text_before_and_behind_it(data, ca
             assert ours._encoding.decode_single_token_bytes(int(batch.targets[s]))[0] == taught.targets[t] - 16
 
 
-def test_a_teacher_of_other_tokens_teaches_by_uld_and_only_by_it(flags, byte_teacher, tmp_path):
+@pytest.mark.parametrize("divergence, alpha", [("uld", 0.5), ("gold", 0.0)])
+def test_a_teacher_of_other_tokens_teaches_by_its_bytes(divergence, alpha, flags, byte_teacher, tmp_path):
     other = flags | {"teacher": byte_teacher, "val_path": flags["data_path"]}
     said = complaint(SCRIPT, **other)
-    assert "the teacher's vocabulary has 272 tokens, the student's 1024" in said and "--divergence uld" in said
+    assert "the teacher's vocabulary has 272 tokens, the student's 1024" in said and "--divergence gold" in said
     assert "--alpha 0.5" in complaint(SCRIPT, **other, divergence="uld")        # how sure, not of what: labels stay
 
     for processes in (1, 2):
-        succeed(SCRIPT, **other | {"batch_size": 8 // processes, "out_dir": tmp_path / str(processes)}, divergence="uld",
-                alpha=0.5, processes=processes)
+        succeed(SCRIPT, **other | {"batch_size": 8 // processes, "out_dir": tmp_path / str(processes)},
+                divergence=divergence, alpha=alpha, processes=processes)
         first, last = rows(tmp_path / f"{processes}/{FILE}.jsonl")
-        assert first["kd"] > 0 and last["val_uld"] > 0 and "val_kl" not in last
+        assert first["kd"] > 0 and last["val_kl"] > 0 and "val_agreement" not in last
     assert close(learned(tmp_path / "1"), learned(tmp_path / "2"))
 
 
@@ -254,9 +255,9 @@ def test_where_only_the_student_cuts_a_token_the_teacher_is_not_used(flags, byte
     eight = tmp_path / "eight.jsonl"
     eight.write_text("".join(flags["data_path"].read_text().splitlines(keepends=True)[:8]))
     succeed(SCRIPT, **flags | {"student": byte_teacher, "data_path": eight, "val_path": eight, "learning_rate": 0.0},
-            divergence="uld", alpha=0.5)
+            divergence="gold")
     row, validation = rows(tmp_path / "out/full_dist_16.jsonl")
-    assert row["kd"] == pytest.approx(validation["val_uld"], rel=1e-5)
+    assert row["kd"] == pytest.approx(validation["val_kl"], rel=1e-5)
 
 
 @pytest.fixture
@@ -400,6 +401,7 @@ def test_a_file_smaller_than_a_step_is_a_smaller_step(kind, divide, flags, model
     ({"feature_weight": 1.0, "layer_map": "1:9"}, "'1:9'"),
     ({"attention_weight": 1.0, "relation_heads": 5}, "n_relation_heads=5"),
     ({"divergence": "uld", "alpha": 0.5, "plain_loss": True}, "--plain_loss"),
+    ({"divergence": "gold", "feature_weight": 1.0}, "--feature_weight compares position by position"),
     ({"teacher_cache": "nowhere"}, "nowhere"),
     ({"teacher": "tests"}, "tests is a folder without a config.json"),
 ], ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
