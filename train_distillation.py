@@ -240,7 +240,7 @@ def distill(teacher, student, train_loader, epochs, *, args, world):
            f"{progress.total_steps} steps of {data.step_samples} samples")
     loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
                          world.device)
-    loader = read_ahead(loader, teacher)
+    loader = read_ahead(loader, teacher, stop, args.accumulation_steps)
     for epoch in progress.epochs(data.steps_per_epoch):
         train_epoch(epoch, wandb, args.alpha, args.temperature, teachers=teacher,
                     args=args, world=world, name=name, student=student, tokenizer=tokenizer,

@@ -89,12 +89,15 @@ def train_epoch(epoch, wandb, *, teachers, reward,
                          if is_on_policy(step, args.seed, args.on_policy_fraction)}
             rollouts = sample_rollouts(on_policy, student, teachers, reward, tokenizer,
                                        data.dataset.max_seq_len, args, world)
-        if args.teacher_url:                    # it reads them while the student learns
+        lost = False
+        if args.teacher_url:                    # it reads all of them in few requests
+            asked = [each.teacher_prompt + each.answer.tokens[:-1]
+                     for step in steps for each in rollouts.get(step, [])]
             teachers[0].source.forget()
-            teachers[0].source.prefetch([each.teacher_prompt + each.answer.tokens[:-1]
-                                         for step in steps for each in rollouts.get(step, [])])
+            teachers[0].source.prefetch(asked)
+            lost = any_process(not teachers[0].source.answered(asked), world.device)
 
-        for step in steps:
+        for step in steps if not lost else ():
             # 1. Learning rate: linear warm-up, then cosine
             lr = get_lr(step, total_steps, args.learning_rate, args.warmup_iters)
             for group in optimizer.param_groups:
@@ -179,6 +182,11 @@ def train_epoch(epoch, wandb, *, teachers, reward,
                 save_resume(f"{name}.resume", modules, optimizer, scaler, progress)
             if stopping:
                 return
+        if lost:                                # a round without its teacher is not begun
+            save_model(student, tokenizer, f"{name}.pth")
+            save_resume(f"{name}.resume", modules, optimizer, scaler, progress)
+            stop.stopped = True
+            return
 
 
 def sample_rollouts(batches, student, teachers, reward, tokenizer, max_seq_len, args, world):

@@ -131,4 +131,5 @@ def check_teachers(teachers, args):
         if (args.temperature, args.final_temperature) != (cache.temperature, None):
             raise ValueError(f"{cache} holds the top {cache.top_k} tokens at temperature "
                              f"{cache.temperature:g}, and a tail probability cannot be rescaled: "
-                             "train at this --temperature, or write it for another")
+                             f"train at --temperature {cache.temperature:g}, or write a cache for "
+                             "another")

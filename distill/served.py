@@ -21,6 +21,8 @@ from argparse import Namespace
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count, islice
+from threading import Lock
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -30,6 +32,7 @@ from distill.cache import row_type, unpack
 from distill.fused import TopK
 from runtime.endpoint import make_client
 from runtime.errors import FileError
+from runtime.log import Logger
 
 PROBE = "3 plus 4 is 7.\nГод 年 🙂"         # teacher and student must have the same ids of it
 AT_ONCE = 8                                 # sequences of a request
@@ -57,21 +60,23 @@ class ServedTeacher:
         self.client, self.key = make_client(url, key_env, retries, timeout)
         self.url, self.model, self.top_k = url.rstrip("/"), model, top_k
         self.budget, self.n_read, self.is_sglang = budget, 0, False
-        self.device, self.pool = torch.device("cpu"), ThreadPoolExecutor(parallel)
+        self.device, self.parallel = torch.device("cpu"), parallel
+        self.pool, self.lock = ThreadPoolExecutor(parallel), Lock()
         self.asked = {}         # tokens of a sequence -> (the future of a request, place in it)
 
     def __str__(self):
         return f"{self.model} at {urlsplit(self.url).netloc}"
 
     def described(self) -> str:
-        return f"teacher {self}, its top {self.top_k} tokens"
+        return f"{self}, its top {self.top_k} tokens"
 
     def to(self, device) -> "ServedTeacher":
         self.device = torch.device(device)
         return self
 
     def check(self, tokenizer):
-        """Whether its ids of a text are those of the student's tokenizer."""
+        """Raises ValueError unless its ids of a text are those of the student's tokenizer. After
+        this it has a `config`, and reads."""
         ids = tokenizer.encode(PROBE)
         theirs, _ = self.request([PROBE], max_tokens=1)[0]      # to llama.cpp 0 means no limit
         if None in theirs:
@@ -128,16 +133,17 @@ class ServedTeacher:
         if len(self.key) >= 8:                          # a short one may be a part of any text
             problem = problem.replace(self.key, "***")
         problem = " ".join(problem.split())
-        raise Refused(f"{self}: {problem:.300}. Check that it is up, --teacher_url, "
-                      "--teacher_model and --teacher_key_env; --resume continues")
+        raise Refused(f"{self}: {problem:.300}. Check that it is up, --teacher_url, which ends in "
+                      "/v1, --teacher_model and --teacher_key_env")
 
     def ask(self, sequences: list[list[int]]) -> list[np.ndarray]:
         """The predictions after each token of each sequence, (tokens,) rows as in a TeacherCache of
         top-k."""
-        self.n_read += sum(map(len, sequences))
-        if 0 < self.budget < self.n_read:
-            raise Refused(f"{self}: the {self.budget:,} tokens of --teacher_budget are used; "
-                          "--resume continues with as many again")
+        with self.lock:
+            self.n_read += sum(map(len, sequences))
+            if 0 < self.budget < self.n_read:
+                raise Refused(f"{self}: the {self.budget:,} tokens of --teacher_budget are used; "
+                              "--resume continues with as many again")
         # The prediction after the last token stands at one more token, whichever it is.
         answers = self.request([[*sequence, sequence[-1]] for sequence in sequences])
         with self.reading():
@@ -175,6 +181,21 @@ class ServedTeacher:
             future = self.pool.submit(self.ask, part)
             self.asked |= {each: (future, i) for i, each in enumerate(part)}
 
+    def answered(self, sequences: list[list[int]]) -> bool:
+        """Wait for these. False, with a message, if one of them does not come."""
+        try:
+            for each in sequences:
+                if tuple(each) in self.asked:
+                    self.asked[tuple(each)][0].result()
+        except Refused as error:
+            Logger(f"*** {error} ***")
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            self.pool = ThreadPoolExecutor(self.parallel)
+            self.asked = {each: (future, i) for each, (future, i) in self.asked.items()
+                          if future.done() and not future.cancelled() and not future.exception()}
+            return False
+        return True
+
     def forget(self):
         """All answers, such as those to the samples of a student that has changed since."""
         self.asked = {}
@@ -184,11 +205,7 @@ class ServedTeacher:
         sequences = sequences_of(batch)
         self.prefetch(sequences)
         found = (self.asked[tuple(each)] for each in sequences)
-        try:
-            rows = np.concatenate([future.result()[i] for future, i in found])
-        except ValueError:
-            self.pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        rows = np.concatenate([future.result()[i] for future, i in found])
         return rows[(batch.teacher or batch).at.cpu().numpy()]
 
     def look_up(self, batch) -> TopK:
@@ -219,17 +236,24 @@ def sequences_of(batch) -> list[list[int]]:
     return [part.tolist() for part in batch.tokens.split(batch.lengths)]
 
 
-def read_ahead(loader, teachers):
-    """The batches of a loader. A served teacher reads the next ones while the student learns."""
+def read_ahead(loader, teachers, stop, per_step: int):
+    """The batches of a loader, per_step in each step. A served teacher reads the next ones while
+    the student learns. If it cannot read those of the next step, this step is the last."""
     served = [one.source for one in teachers if isinstance(one.source, ServedTeacher)]
-    ahead = deque()
-    for batch in loader:
-        ahead.append(batch)
-        for each in served:
-            each.prefetch(sequences_of(batch))
-        if len(ahead) > len(served) * BATCHES_AHEAD:
-            yield ahead.popleft()
-    yield from ahead
+    if not served:
+        yield from loader
+        return
+    teacher, ahead = served[0], deque()
+    for i in count():
+        for batch in islice(loader, max(BATCHES_AHEAD, 2 * per_step) - len(ahead)):
+            teacher.prefetch(sequences_of(batch))
+            ahead.append(batch)
+        if not ahead:
+            return
+        if i % per_step == 0:               # the answers for this step and the next
+            for batch in islice(ahead, 2 * per_step):
+                stop.requested |= not teacher.answered(sequences_of(batch))
+        yield ahead.popleft()
 
 
 def add_served_args(add):

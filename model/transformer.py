@@ -74,7 +74,8 @@ class Layout(NamedTuple):
     rotation: torch.Tensor | None       # (N, 1, K/2) complex, for RoPE; None: learned positions
     cache: KVCache | None
     n_cached: int                       # tokens in the longest row of the cache before this pass
-    mask: torch.Tensor | None           # (B, 1, 1, n_cached + 1), filled cache positions; None: all
+    mask: torch.Tensor | None           # (B, 1, R, max_length), positions of the cache that each of
+                                        # the R = 1 or T H/G queries of a key/value head sees
 
 
 # -- RoPE ------------------------------------------------------------------------------------------
@@ -175,13 +176,14 @@ class Attention(nn.Module):
             ys.append(y.transpose(1, 2).reshape(n * T, self.H, self.K))
         return torch.cat(ys)
 
-    def attend_to_cache(self, q, layout: Layout):  # (B, H, K) -> (B, H, K), one new token per row
-        """The H / G query heads that share a key/value head take the place of T, so that its keys
-        and values are read once for all of them."""
-        k, v = layout.cache.read(self.layer, layout.n_cached + 1)       # (B, G, n_cached + 1, K)
-        q = q.unflatten(1, (self.G, -1))                                    # (B, G, H/G, K)
+    def attend_to_cache(self, q, layout: Layout):  # (N, H, K) -> (N, H, K), T new tokens per row
+        """The H / G query heads that share a key/value head follow each other in the place of T, so
+        that its keys and values are read once for all of them."""
+        k, v = layout.cache.read(self.layer, layout.max_length)         # (B, G, max_length, K)
+        (B, T), = layout.groups
+        q = q.view(B, T, self.G, -1, self.K).transpose(1, 2).flatten(2, 3)  # (B, G, T H/G, K)
         y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=layout.mask)
-        return y.flatten(1, 2)
+        return y.view(B, self.G, T, -1, self.K).transpose(1, 2).reshape(B * T, self.H, self.K)
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -267,8 +269,8 @@ class Transformer(nn.Module):
         lengths         tokens of each sample, N in total. Sort them: consecutive samples of the
                         same length share an attention call
         at              (S,) increasing positions, from 0 to N - 1, that need logits; None: all
-        cache           empty: it is filled with these prompts. Filled: `tokens` has one new token
-                        for each of its rows
+        cache           empty: it is filled with these prompts. Filled: `tokens` has T new tokens
+                        for each of its rows. To forget the last ones, lower its `lengths`
         return_hidden   also return the hidden states after each layer
         with_logits     False skips the head, for a loss that runs it in chunks (distill/fused.py)
         """
@@ -305,14 +307,20 @@ class Transformer(nn.Module):
             f"a sample of {max_length} tokens is longer than max_seq_len={self.config.max_seq_len};"
             " cut it, or train with a larger --max_seq_len")
         if n_cached:
-            assert max(lengths) == 1, "a filled cache takes one token per row"
-            B, positions, numbers = len(lengths), cache.lengths, cache.numbers
-            if min(filled) < n_cached:
-                is_filled = numbers[:n_cached + 1] <= positions[:, None]
-                mask = is_filled[:, None, None]                         # (B, 1, 1, n_cached + 1)
+            B, T, positions, numbers = len(lengths), lengths[0], cache.lengths, cache.numbers
+            assert lengths == [T] * B, "each row of a filled cache takes the same number of tokens"
+            sample, offsets = numbers[:B], numbers[:B + 1] * T
+            if T > 1:
+                sample = sample.repeat_interleave(T)                            # (N,)
+                positions = (positions[:, None] + numbers[:T]).flatten()        # (N,)
+            if T > 1 or min(filled) < n_cached:
+                mask = numbers[:max_length] <= positions.view(B, 1, T, 1)       # all up to itself
+                if T > 1:
+                    queries_per_key = self.config.n_heads // self.config.n_kv_heads
+                    mask = mask.repeat_interleave(queries_per_key, dim=2)
             rotation = None if cache.rotation is None else cache.rotation[positions]
-            return Layout([(B, 1)], numbers[:B], positions, numbers[:B + 1], max_length, rotation,
-                          cache, n_cached, mask)
+            return Layout([(B, T)], sample, positions, offsets, max_length, rotation, cache,
+                          n_cached, mask)
         groups = [(len(list(group)), T) for T, group in groupby(lengths)]
         sample = torch.arange(len(lengths), device=device).repeat_interleave(
             to_device(lengths, device, torch.long), output_size=tokens.shape[0])

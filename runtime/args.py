@@ -26,8 +26,8 @@ RANGES = {name: interval for interval, names in {
     "[-1, inf)": "local_rank",
     "[1, inf)": "accumulation_steps batch_size depth dim epochs max_bad_steps max_new_tokens "
                 "max_seq_len max_tries n_heads n_layers n_samples n_seeds num_samples "
-                "relation_heads repeats rounds rows sample_every threads tokens_per_batch "
-                "vocab_size",
+                "relation_heads repeats rounds rows sample_every teacher_top_k threads "
+                "tokens_per_batch vocab_size",
     "[1, 1000]": "parallel processes",
     "[0, 10000]": "lora_rank measure num_workers",
     "(0, inf)": "gpu_gb lora_alpha max_mb smoothing temperature",

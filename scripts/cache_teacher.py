@@ -114,7 +114,7 @@ def main():
     add("--cache_dir", default="out/teacher_cache", help="folder of the cache, of one teacher")
     add("--top_k", type=int, default=0,
         help="number of token probabilities kept at each position; 0: the final hidden state, "
-             "which gives all of them")
+             "which gives all of them; of a served teacher --teacher_top_k")
     add("--temperature", type=float, default=1.0,
         help="softmax temperature of the top-k, above 0, as in training; hidden states serve any")
     add("--tokenizer", default=None,

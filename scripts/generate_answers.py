@@ -143,7 +143,8 @@ def to_rows(tasks, answers, only_right=False, keep_unfinished=False):
         if reason == "written":
             kept.add((i, text))
             turn = {"role": "assistant", "content": text}
-            rows.append({"conversations": [*question.messages, turn], **question.others})
+            others = {key: value for key, value in question.others.items() if key != "noisy"}
+            rows.append({"conversations": [*question.messages, turn], **others})
     return counts, rows
 
 

@@ -4,7 +4,7 @@ Serve models with OpenAI's protocol: for clients, for the page at /, and as teac
 elsewhere.
 
     python scripts/serve.py --weights teacher=out/full_sft_128.pth student=out/full_dist_64.pth
-    curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \
+    curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
         -d '{"model": "student", "messages": [{"role": "user", "content": "3 plus 4?"}]}'
 
 serving/api.py lists what a request may say. Ctrl-C and SIGTERM finish what is running.
@@ -13,6 +13,7 @@ serving/api.py lists what a request may say. Ctrl-C and SIGTERM finish what is r
 import os
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
@@ -29,12 +30,12 @@ def main():
     add("--weights", nargs="+", required=True, metavar="[NAME=]PATH",
         help="models, in any known format, and their names in requests; default: the file's name")
     add("--host", default="127.0.0.1",
-        help="address to listen at; 0.0.0.0: of all networks, which needs --api_key_env")
+        help="address to listen at; 0.0.0.0 lets other machines in and needs --api_key_env")
     add("--port", type=int, default=8000, help="port to listen at; 0: a free one, which is printed")
     add("--api_key_env", default=None, metavar="VARIABLE",
         help="environment variable with the key that clients must send")
     add("--max_concurrency", type=int, default=16, help="answers generated at a time, per model")
-    add("--max_waiting", type=int, default=64, help="requests that may wait, per model")
+    add("--max_waiting", type=int, default=64, help="answers that may wait, per model; more: 429")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
     args = parse_args(parser, port="[0, 65535]", concurrency="[1, inf)", waiting="[1, inf)")
     try:
@@ -55,22 +56,26 @@ def main():
         try:
             listening = socket.create_server((args.host, args.port), reuse_port=False)
         except OSError as error:
-            raise ValueError(f"--port {args.port} at {args.host}: {error.strerror}. Another server "
-                             "may run there; --port 0 takes a free one") from None
+            reason = error.strerror.split(" (")[0]
+            raise ValueError(f"--port {args.port} at {args.host}: {reason}. Another server may run "
+                             "there; --port 0 takes a free one") from None
         engines = {}
         for spec in args.weights:
-            name, _, path = spec.rpartition("=")
-            name = name or Path(path).stem
+            name, equals, path = spec.partition("=")
+            if not equals or Path(spec).exists():       # a path may have a "=", too
+                name, path = Path(spec).stem, spec
             if name in engines:
                 raise ValueError(f"--weights: two models have the name {name}; write NAME=PATH")
             model, tokenizer = load_model(path, pick_device(args.device))
             engines[name] = Engine(name, column_major(model.eval()), tokenizer,
                                    args.max_concurrency, args.max_waiting)
     host, port = listening.getsockname()[:2]
-    print(f"{', '.join(engines)} at http://{host}:{port}/v1", flush=True)
+    print(f"{', '.join(engines)} at http://{host}:{port}/v1 and a page at http://{host}:{port}",
+          flush=True)
     app = make_app(engines, key)
     add_page(app, engines, Path("out"))
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):           # uvicorn has finished what was running
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
 
 
 if __name__ == "__main__":

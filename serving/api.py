@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import (AliasChoices, BaseModel, Field, ValidationError, field_validator,
                       model_validator)
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from model.tokenizer import ROLES
 from runtime.log import Logger
@@ -27,6 +28,10 @@ from serving.engine import Answer, Engine, Full, Token
 MAX_BODY = 4 << 20          # bytes of a request
 MAX_TOP = 100               # most likely tokens that are reported at each position
 MAX_ANSWERS = 16            # n, or prompts of one request
+MAX_STOPS = 16
+MAY_BE = {"prompt": f"a text, a list of ids, or a list of up to {MAX_ANSWERS} of these",
+          "stop": f"a text, or a list of up to {MAX_STOPS} texts",
+          "content": "a text, or text parts"}
 Text = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[int], Field(min_length=1)]
 
@@ -42,7 +47,7 @@ class Body(BaseModel, strict=True):
         "max_tokens", "max_completion_tokens"))
     n: int = Field(1, ge=1, le=MAX_ANSWERS)
     seed: int | None = Field(None, ge=-1 << 62, le=1 << 62)
-    stop: Text | Annotated[list[Text], Field(max_length=16)] = []
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] = []
     stream: bool = False
     stream_options: dict = {}
     return_tokens_as_token_ids: bool = False        # "token_id:17" instead of a token's text
@@ -143,6 +148,11 @@ def make_app(engines: dict[str, Engine], key: str | None = None) -> FastAPI:
             {"id": name, "object": "model", "created": 0, "owned_by": "minidistill",
              "max_model_len": engine.model.config.max_seq_len} for name, engine in engines.items()]}
 
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str):
+        pick(engines, name)
+        return next(each for each in (await models())["data"] if each["id"] == name)
+
     @app.post("/v1/chat/completions")
     async def chat(request: Request):
         return await respond(request, await read_body(request, Chat), engines)
@@ -156,16 +166,20 @@ def make_app(engines: dict[str, Engine], key: str | None = None) -> FastAPI:
 
 async def read_body(request: Request, kind: type[BaseModel]):
     raw = bytearray()
-    async for part in request.stream():
-        raw += part
-        if len(raw) > MAX_BODY:
-            raise HTTPException(413, f"the body has more than {MAX_BODY:,} bytes")
+    try:
+        async for part in request.stream():
+            raw += part
+            if len(raw) > MAX_BODY:
+                raise HTTPException(413, f"the body has more than {MAX_BODY:,} bytes")
+    except ClientDisconnect:
+        raise HTTPException(499, "the client has left") from None
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the body"
-        raise HTTPException(400, f"{where}: {first['msg']}") from None
+        place, said = error.errors()[0]["loc"], error.errors()[0]["msg"]
+        for field in MAY_BE.keys() & {*place}:          # of its types, pydantic names the first
+            place, said = place[:place.index(field) + 1], MAY_BE[field]
+        raise HTTPException(400, f"{'.'.join(map(str, place)) or 'the body'}: {said}") from None
 
 
 def pick(engines: dict[str, Engine], name: str) -> Engine:
@@ -182,7 +196,9 @@ async def respond(request: Request, body: Chat | Completion, engines: dict[str, 
     if body.echo and body.stream:
         raise HTTPException(400, "echo: is for whole answers; leave out stream")
     for prompt in prompts:
-        if not prompt or len(prompt) + (body.max_tokens != 0) > max_seq_len:
+        if not prompt:
+            raise HTTPException(400, "prompt: is empty")
+        if len(prompt) + (body.max_tokens != 0) > max_seq_len:
             raise HTTPException(400, f"a prompt of {len(prompt):,} tokens; the model reads "
                                      f"{max_seq_len:,} with the answer")
     reply = Reply(body, engine, prompts)

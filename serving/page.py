@@ -45,7 +45,7 @@ def add_page(app: FastAPI, engines: dict[str, Engine], out: Path):
             raise HTTPException(404, f"no file {name}")
         return FileResponse(FILES / name, headers=SECURITY)
 
-    @app.get("/v1/page/vocabulary/{model}")
+    @app.get("/v1/page/vocabulary/{model:path}")
     def vocabulary(model: str):
         """The bytes of each token, as characters from 0 to 255."""
         engine = pick(engines, model)

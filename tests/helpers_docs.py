@@ -134,6 +134,8 @@ def small(command: str) -> list[str]:
         return words + SMALL + more
     if "scripts/evaluate.py" in words:
         return [*words, "--limit", "8", "--max_new_tokens", "8"]
+    if "scripts/speculate.py" in words:
+        return [*words, "--limit", "2", "--max_new_tokens", "8"]
     if "scripts/chat.py" in words:
         return [*words, "--max_new_tokens", "8"]
     if "dataset/miniworld.py" in words:

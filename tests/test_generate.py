@@ -73,6 +73,23 @@ def test_the_cache_gives_the_logits_of_the_whole_text(tiny):
     assert cache.lengths.tolist() == [7, 4, 5]
 
 
+@pytest.mark.parametrize("sizes", [{}, {"n_kv_heads": 4}, {"qk_norm": True, "attention_bias": True}, {"use_moe": True}],
+                         ids=["plain", "own key/value heads", "qk_norm and bias", "experts"])
+def test_a_filled_cache_takes_several_tokens_per_row_and_forgets_those_that_are_cut(tiny, sizes):
+    model, texts = tiny(**sizes), [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]]
+    cache = KVCache(model.config, rows=3, capacity=12, device="cpu")
+    model(torch.tensor(sum(texts, [])), [5, 2, 3], cache=cache)
+    for new, kept in (([[7, 8, 9], [0, 1, 2], [3, 3, 3]], 1), ([[1, 2], [2, 4], [0, 0]], 2), ([[5], [6], [7]], 1)):
+        longer = [text + more for text, more in zip(texts, new)]
+        T = len(new[0])
+        cached = model(torch.tensor(sum(new, [])), [T] * 3, cache=cache).logits
+        whole = torch.cat([model(torch.tensor(text), [len(text)]).logits[-T:] for text in longer])
+        assert torch.allclose(cached, whole, atol=1e-4)
+        texts = [text[:len(text) - T + kept] for text in longer]
+        cache.lengths -= T - kept
+    assert cache.lengths.tolist() == [len(text) for text in texts] == [9, 6, 7]
+
+
 # -- where an answer ends --------------------------------------------------------------------------
 
 def test_the_stop_token_ends_its_row_and_the_others_continue(counter):

@@ -20,7 +20,8 @@ PAIRS = [(page.with_name(page.name.replace("_zh.md", ".md")), page) for page in 
 ENGLISH = [page for page, _ in PAIRS]
 INDEX, GLOSSARY = ROOT / "docs/README.md", ROOT / "docs/glossary.md"
 # The models that quickstart.py leaves for the lessons, untrained: (dim, n_layers, n_heads).
-MODELS = {"pretrain_64": (64, 2, 4), "full_sft_64": (64, 2, 4), "full_sft_128": (128, 4, 8)}
+MODELS = {"pretrain_64": (64, 2, 4), "full_sft_64": (64, 2, 4), "full_dist_64": (64, 2, 4),
+          "full_sft_128": (128, 4, 8)}
 
 
 def read(page) -> str:

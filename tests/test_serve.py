@@ -7,6 +7,7 @@ is refused by name, a client that leaves gives back its row, and a stop finishes
 import asyncio
 import concurrent.futures
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -203,6 +204,25 @@ def test_a_full_queue_takes_all_of_a_request_or_none(teacher):
     gate.set()
     wait_until(lambda: len(done) == 4)                                  # a Token and a reason each
     assert len(engine.waiting) == 0
+
+
+def test_a_name_may_have_a_slash_and_a_path_an_equals_sign(models, tmp_path):
+    folder = tmp_path / "lr=0.1"
+    shutil.copytree(models, folder)
+    server = Server(f"{folder}/teacher.pth", f"a/b={folder}/student.pth")
+    client = server.client()
+    assert client.models.retrieve("teacher").id == "teacher" and client.models.retrieve("a/b").id == "a/b"
+    assert httpx.get(f"{server.root}/v1/page/vocabulary/a%2Fb").status_code == 200
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("c")
+    server.stop()
+
+
+@pytest.mark.parametrize("body, said", [({"prompt": [1.5]}, "prompt: a text, a list of ids"), ({"prompt": ["a"] * 17}, "up to 16"),
+                                        ({"prompt": ""}, "prompt: is empty"), ({"prompt": "a", "stop": ["a"] * 17}, "stop: a text")])
+def test_what_a_field_may_be_is_said(server, body, said):
+    answer = httpx.post(f"{server.url}/completions", json={"model": "teacher", **body})
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
 
 
 def test_a_full_queue_answers_429_and_when_to_come_back(teacher):

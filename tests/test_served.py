@@ -7,6 +7,7 @@ tokenizer, a dead server and an answer without log-probabilities are named.
 import json
 import math
 import threading
+from types import SimpleNamespace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -16,7 +17,7 @@ from dataset.lm_dataset import batch_of_answers
 from distill.cache import TeacherCache
 from distill.served import ServedTeacher, read_ahead
 from distill.teachers import Teacher
-from helpers_run import TINY, complaint, start, succeed, wait_until
+from helpers_run import TINY, complaint, run, start, succeed, wait_until
 from interop.checkpoint import load_model
 from model.tokenizer import Tokenizer
 from test_serve import Server
@@ -71,13 +72,29 @@ def test_the_next_batches_are_read_while_the_student_learns():
             self.seen += sequences
 
     served = Recorder("http://localhost:1/v1", "m")
-    served.seen = []
+    served.seen, served.answered, stop = [], lambda sequences: sequences != [[7]], SimpleNamespace(requested=False)
     batches = [batch_of_answers([[i]], [[i]]) for i in range(1, 20)]
-    ahead = read_ahead(iter(batches), [Teacher(served)])
+    ahead = read_ahead(iter(batches), [Teacher(served)], stop, 1)
     assert next(ahead) is batches[0] and served.seen == [[i] for i in range(1, len(served.seen) + 1)]
-    assert 5 < len(served.seen) < 19 and [batches[0], *ahead] == batches
-    plain = read_ahead(iter(batches), [Teacher(None)])
+    assert 5 < len(served.seen) < 19 and not stop.requested
+    assert [next(ahead) for _ in range(5)][-1] is batches[5] and stop.requested     # the step before [7] is the last
+    assert [*batches[:6], *ahead] == batches
+    plain = read_ahead(iter(batches), [Teacher(None)], stop, 1)
     assert [next(plain), *plain] == batches
+
+
+def test_a_budget_is_of_one_run_and_resume_makes_progress(server, flags, tmp_path):
+    flags |= {"max_steps": 8, "batch_size": 2, "teacher_url": server.url, "teacher_model": "teacher", "teacher_budget": 250}
+    ended = run("train_distillation.py", **flags)
+    done = rows(tmp_path, "full_dist_32")[-1]["step"]
+    assert ended.code == 130 and "250 tokens of --teacher_budget" in ended.output and 0 < done < 8
+    for _ in range(8):
+        ended = run("train_distillation.py", **flags, resume=True)
+        assert rows(tmp_path, "full_dist_32")[-1]["step"] > done
+        done = rows(tmp_path, "full_dist_32")[-1]["step"]
+        if ended.code == 0:
+            break
+    assert done == 8
 
 
 def test_predictions_are_the_model_s_and_no_sequence_is_asked_for_twice(server, models):
@@ -128,7 +145,8 @@ def test_flags_that_a_served_teacher_cannot_follow_are_refused(flags, wrong, sai
 
 
 @pytest.mark.parametrize("wrong, said", [({"teacher": "a.pth"}, "give one of them"), ({"temperature": 2}, "at temperature 1"),
-                                         ({"feature_weight": 1}, "in memory"), ({"teacher_budget": 100}, "budget")])
+                                         ({"feature_weight": 1}, "in memory"), ({"teacher_budget": 100}, "budget"),
+                                         ({"teacher_top_k": 0}, "teacher_top_k")])
 def test_what_distillation_cannot_ask_of_a_served_teacher_is_refused(server, flags, wrong, said):
     assert said in complaint("train_distillation.py", **flags, teacher_url=server.url, teacher_model="teacher", **wrong)
 
@@ -227,21 +245,21 @@ def test_a_server_that_is_no_teacher_stops_the_run_before_training(other, flags,
 def test_a_server_that_dies_stops_the_run_cleanly_and_resume_goes_on(models, flags, tmp_path, script, name, more):
     asked = tmp_path / "asked.jsonl"            # more than is read ahead; what has been read needs no server
     asked.write_text("".join(json.dumps({"question": f"{i} plus 1?", "answer": f"{i + 1}."}) + "\n" for i in range(4000)))
-    flags |= {"data_path": asked, "max_steps": 2000, "epochs": 1, "batch_size": 2, "save_interval": 1, "teacher_model": "teacher",
-              "teacher_key_env": None, **more}
+    flags |= {"data_path": asked, "max_steps": 2000, "epochs": 1, "batch_size": 2, "teacher_model": "teacher", **more}
 
     def run_until(done, server):
         run = start(script, **flags, teacher_url=server.url)
-        wait_until(lambda: (tmp_path / f"{name}.resume").exists() and rows(tmp_path, name)[-1]["step"] > done)
+        log = tmp_path / f"{name}.jsonl"
+        wait_until(lambda: log.exists() and log.read_text() and rows(tmp_path, name)[-1]["step"] > done)
         return run
 
     mortal = Server(f"teacher={models}/teacher.pth")
     run = run_until(0, mortal)
     mortal.run.send()
     ended = run.wait(120)
-    assert ended.code == 1 and "Traceback" not in ended.output and "teacher at 127.0.0.1" in ended.output
-    assert (tmp_path / f"{name}.pth").exists()
+    assert ended.code == 130 and "Traceback" not in ended.output and "teacher at 127.0.0.1" in ended.output
     done = rows(tmp_path, name)[-1]["step"]
+    assert f"stopped after step {done} of 2000; everything is saved" in ended.output
     flags["resume"] = True
     again = Server(f"teacher={models}/teacher.pth")
     run = run_until(done, again)

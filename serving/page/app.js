@@ -4,7 +4,7 @@
 
 const TEXTS = {
   chat: ["Side by side", "并排对话"], tokens: ["Dark knowledge", "暗知识"], runs: ["Training", "训练"],
-  key: ["Key of this server", "服务的密钥"], enter: ["Enter", "进入"], theme: ["Light or dark", "浅色或深色"],
+  key: ["Key of this server", "服务的密钥"], enter: ["Enter", "进入"], wrong_key: ["This key is wrong.", "密钥不对。"], theme: ["Light or dark", "浅色或深色"],
   models: ["Models, up to four", "模型，至多四个"], prompt: ["Prompt", "提示"],
   more: ["Sampling and context", "采样与上下文"], system: ["System prompt", "系统提示"],
   experience: ["Experience (Q + E): context before the prompt; "
@@ -20,14 +20,14 @@ const TEXTS = {
   nothing: ["Ask something in “Side by side” first; then each token of the answer is explained here.",
     "先在“并排对话”里提一个问题，这里再解释回答的每个词元。"],
   answer: ["The answer's tokens", "回答的词元"], asked: ["“{}”, and the answer of {}:", "“{}”，{} 的回答："],
-  scale: ["KL(teacher ‖ student), nats: 3 and more", "KL(教师 ‖ 学生)，奈特：3 及以上"],
+  scale: ["KL(teacher ‖ student), nats: 3 and more", "KL(教师 ‖ 学生)，nats：3 及以上"],
   tokens_help: ["The redder a token, the more of the teacher's distribution the student still has to learn. "
       + "Hover over one, or click it; arrow keys work too.",
     "词元越红，教师的分布里学生还没学会的就越多。把鼠标移到词元上，或者点它；方向键也行。"],
   place: ["Token {}: what both expect here", "第 {} 个词元：两个模型各自的预测"],
   bars_help: ["Click a token to let both models continue from it instead.", "点一个词元，让两个模型改从它写下去。"],
   rest: ["others", "其余"],
-  entropy: ["Entropy of {}", "{} 的熵"], nats: ["At this token, in nats", "这个词元处，单位奈特"],
+  entropy: ["Entropy of {}", "{} 的熵"], nats: ["At this token, in nats", "这个词元处，单位 nats"],
   forward: ["KL(teacher ‖ student)", "KL(教师 ‖ 学生)"], covering: ["forward, mode-covering", "前向，覆盖所有峰"],
   reverse: ["KL(student ‖ teacher)", "KL(学生 ‖ 教师)"], seeking: ["reverse, mode-seeking", "反向，追逐一个峰"],
   jsd: ["JSD", "JSD"], between: ["to the mean of both", "到两者的平均"],
@@ -74,7 +74,7 @@ function askKey() {
   return keyGiven ??= new Promise(resolve => {
     $("login").onsubmit = event => {
       event.preventDefault();
-      sessionStorage.setItem("key", $("key").value);
+      sessionStorage.setItem("key", $("key").value.replace(/[^\x21-\x7e]/g, ""));
       $("login").hidden = true;
       keyGiven = null;
       resolve();
@@ -90,6 +90,8 @@ async function ask(path, body, signal) {
   const method = body ? "POST" : "GET";
   const response = await fetch(path, {method, headers, signal, body: body && JSON.stringify(body)});
   if (response.status === 401) {
+    $("wrong-key").hidden = !key;
+    sessionStorage.removeItem("key");
     await askKey();
     return ask(path, body, signal);
   }
@@ -151,7 +153,7 @@ const visible = text =>
 
 function nameOf(names, id) {
   const token = bytes(names, [id]), text = new TextDecoder().decode(token);
-  return text.includes("\ufffd") ? [...token].map(byte => byte.toString(16)).join(" ") : visible(text);
+  return text.includes("\ufffd") ? [...token].map(byte => byte.toString(16)).join(" ") : visible(text).replace(/^ /, "␣");
 }
 
 const isSpecial = text => /^<\|.*\|>$/.test(text);
@@ -186,7 +188,7 @@ async function answer(model, messages, card, signal) {
   card.append(box, status);
   const next = reader(await vocabulary(model)), shared = {model, messages, ids: []}, begun = performance.now();
   const body = {model, messages, logprobs: true, return_tokens_as_token_ids: true};
-  for (const id of ["temperature", "top_p", "top_k", "max_tokens", "seed"]) body[id] = +$(id).value;
+  for (const id of ["temperature", "top_p", "top_k", "max_tokens", "seed"]) if ($(id).value) body[id] = +$(id).value;
   for await (const choice of stream("/v1/chat/completions", body, signal)) {
     for (const token of choice.logprobs.content) {
       const at = shared.ids.push(+token.token.slice("token_id:".length)) - 1;
@@ -358,6 +360,7 @@ async function whatIf(id) {
     ...before.map(reader(names)), make("u", {textContent: nameOf(names, id)})));
   $("what-if").replaceChildren(...lines);
   $("what-if").hidden = false;
+  $("what-if").scrollIntoView({block: "nearest"});      // on a phone it lies below the numbers
   const body = {prompt, max_tokens: 64, temperature: 0, logprobs: 0, return_tokens_as_token_ids: true};
   await Promise.all(pair().map(async (model, i) => {
     const next = reader(names);
@@ -457,7 +460,7 @@ function chart(quantity, paths) {
     TOP + (H - TOP - BOTTOM) * (high - y) / (high - low || 1)];
   const lines = curves.map((curve, i) => {
     const steps = curve.map((point, n) => `${n ? "L" : "M"}${place(point).map(v => v.toFixed(1))}`);
-    const path = draw("path", {d: steps.join("")});
+    const path = draw("path", {d: steps.join("") + (curve.length === 1 ? "h0.01" : "")});     // a dot
     path.style.stroke = COLOURS[i % COLOURS.length];
     return path;
   });
