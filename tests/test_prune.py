@@ -1,0 +1,157 @@
+"""
+剪枝的规律：什么都不剪，什么都不变；剪去为零的部分，什么都不变；先打乱次序，结果相同；剪过的模型写成别人的文件还是它。
+Laws of pruning: pruning nothing changes nothing, nor does pruning what is zero; the order of the parts does not matter; a
+pruned model is the same in other people's files.
+"""
+
+import pytest
+import torch
+
+from dataset.lm_dataset import packed_batch
+from helpers_run import complaint, succeed
+from interop.checkpoint import build, load_model, save_model
+from model.config import LMConfig
+from model.prune import axes_of, best, dense, measure, n_parameters, prune, sizes_for
+
+SIZES = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=272, max_seq_len=64, norm_eps=1e-12)
+FAMILIES = {"llama": {}, "qwen2": {"attention_bias": True, "tie_embeddings": False}, "qwen3": {"qk_norm": True, "head_dim": 16},
+            "moe": {"use_moe": True}, "gpt2": {"architecture": "gpt2", "n_kv_heads": 4}}
+SMALLER = dict(n_layers=2, n_heads=2, hidden_dim=32, dim=16)
+
+
+def made(family) -> torch.nn.Module:
+    """Weights are drawn wide, norms and biases too, so that no part is too small to be seen in the logits."""
+    model, generator = build(LMConfig(**SIZES | FAMILIES[family])).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3 + (weight.dim() == 1))
+    return model
+
+
+@pytest.fixture(scope="module")
+def batch():
+    ids = torch.randint(272, (42,), generator=torch.Generator().manual_seed(1)).numpy()
+    return packed_batch(ids, ids >= 0, torch.tensor([21, 21]).numpy())
+
+
+@torch.no_grad()
+def logits(model, batch):
+    return model(batch.tokens, batch.lengths).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruning_nothing_changes_nothing(family, batch):
+    model = made(family)
+    same = prune(model, measure(model, [batch]))
+    assert torch.equal(logits(same, batch), logits(model, batch))
+    assert n_parameters(model) == model.n_parameters()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruning_what_is_zero_changes_nothing(family, batch):
+    """GPT-2's norms subtract a mean of all dimensions, so zeros matter there."""
+    model = made(family)
+    sizes = {size: SMALLER[size] for size in ("n_heads", "hidden_dim", "dim") if size != "dim" or family != "gpt2"}
+    letters = {"Q": 2, "G": 2, "H": 2} | ({"D": 2} if "dim" in sizes else {})
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            for axis, letter in enumerate(axes_of(name)):
+                if letter in letters:       # every second unit and dimension, the second half of the heads
+                    n = weight.shape[axis]
+                    weight.index_fill_(axis, torch.arange(n // 2, n) if letter in "QG" else torch.arange(1, n, 2), 0)
+    smaller = prune(model, measure(model, [batch]), **sizes)
+    assert smaller.n_parameters() == n_parameters(model, **sizes) < 0.8 * model.n_parameters()
+    assert torch.allclose(logits(smaller, batch), logits(model, batch), atol=1e-4, rtol=1e-4)
+
+
+def test_the_order_of_units_and_heads_does_not_matter(batch):
+    model, order = made("llama"), torch.randperm(64, generator=torch.Generator().manual_seed(2))
+    expected = logits(prune(model, measure(model, [batch]), n_heads=2, hidden_dim=40), batch)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            for axis, letter in enumerate(axes_of(name)):
+                if letter == "H":
+                    weight.copy_(weight.index_select(axis, order))
+                elif letter in "QG":
+                    weight.copy_(weight.roll(weight.shape[axis] // 2, axis))
+    found = logits(prune(model, measure(model, [batch]), n_heads=2, hidden_dim=40), batch)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_layer_that_does_nothing_leaves_first(batch):
+    model = made("llama")
+    with torch.no_grad():
+        model.layers[1].attention.wo.weight.zero_()
+        model.layers[1].ffn.w2.weight.zero_()
+    smaller = prune(model, measure(model, [batch]), n_layers=2)
+    assert torch.equal(logits(smaller, batch), logits(model, batch))
+
+
+def test_the_most_used_experts_stay(batch):
+    model = made("moe")
+    importance = measure(model, [batch])
+    for used in importance.experts:
+        assert used.sum() == pytest.approx(1)       # norm_topk_prob
+    smaller = prune(model, importance, n_routed_experts=2)
+    for layer, old, used in zip(smaller.layers, model.layers, importance.experts):
+        assert torch.equal(layer.ffn.router.weight, old.ffn.router.weight[best(used, 2)])
+        assert torch.equal(layer.ffn.w1, old.ffn.w1[best(used, 2)])
+
+
+def test_equal_experts_become_the_same_dense_network(batch):
+    model = made("moe")
+    with torch.no_grad():
+        for layer in model.layers:
+            for weight in (layer.ffn.w1, layer.ffn.w2, layer.ffn.w3):
+                weight.copy_(weight[:1].expand_as(weight))
+    single = dense(model, measure(model, [batch]))
+    assert not single.config.use_moe and single.config.hidden_dim == 5 * 64
+    assert torch.allclose(logits(single, batch), logits(model, batch), atol=1e-4)
+    smaller = prune(single, measure(single, [batch]), hidden_dim=96)
+    assert logits(smaller, batch).isfinite().all()
+
+
+@pytest.mark.parametrize("by", ["activation", "magnitude", "random"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_becomes_smaller(family, by, batch):
+    model = made(family)
+    smaller = prune(model, measure(model, [batch], by), **SMALLER)
+    assert {size: getattr(smaller.config, size) for size in SMALLER} == SMALLER
+    assert smaller.n_parameters() == n_parameters(model, **SMALLER) and logits(smaller, batch).isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_target_is_a_share_of_the_parameters(family):
+    model = made(family)
+    sizes = sizes_for(model, 0.6)
+    assert 0.3 < n_parameters(model, **sizes) / n_parameters(model) <= 0.6
+    with pytest.raises(ValueError, match="less than one layer"):
+        sizes_for(model, 0.01)
+
+
+@pytest.mark.parametrize("sizes, said", [({"n_heads": 3}, "multiple of 2"), ({"dim": 64}, "exceeds"), ({"n_layers": 0}, "n_layers")])
+def test_sizes_that_do_not_fit_are_refused(sizes, said, batch):
+    model = made("llama")
+    with pytest.raises(ValueError, match=said):
+        prune(model, measure(model, [batch]), **sizes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("out", ["folder", "model.gguf"])
+def test_a_pruned_model_is_the_same_in_other_files(family, out, batch, byte_tokenizer, tmp_path):
+    model = made(family)
+    sizes = SMALLER | ({"n_heads": 4, "dim": 32} if family in ("qwen2", "gpt2") else {})    # heads there split dim
+    smaller = prune(model, measure(model, [batch]), **sizes)
+    save_model(smaller, byte_tokenizer(), tmp_path / "small.pth")
+    dtype = {"dtype": "float32"}
+    succeed("scripts/convert.py", weights=tmp_path / "small.pth", out=tmp_path / out, **dtype)
+    assert torch.allclose(logits(load_model(tmp_path / out)[0], batch), logits(smaller, batch), atol=1e-5)
+
+
+def test_prune_then_distil(models, data, tmp_path):
+    of = {"weights": models / "teacher.pth", "data_path": data / "sft_data.jsonl", "out": tmp_path / "half.pth", "device": "cpu"}
+    assert "Teach it: python train_distillation.py" in succeed("scripts/prune.py", **of, hidden_dim=32, rows=8)
+    assert load_model(tmp_path / "half.pth")[0].config.hidden_dim == 32
+    assert "give either" in complaint("scripts/prune.py", **of)
+    assert "exceeds" in complaint("scripts/prune.py", **of, hidden_dim=4096)
+    assert "another FILE.pth" in complaint("scripts/prune.py", **of | {"out": models / "teacher.pth"}, hidden_dim=32)
