@@ -213,7 +213,7 @@ async def respond(request: Request, body: Chat | Completion, engines: dict[str, 
     if not whole.done():
         whole.cancel()
         return Response(status_code=499)                # nobody reads it
-    return JSONResponse(await whole)
+    return Response(await whole, media_type="application/json")
 
 
 class Choice:
@@ -296,11 +296,15 @@ class Reply:
             choice.add(got)
             yield choice
 
-    async def whole(self) -> dict:
+    async def whole(self) -> bytes:
         async for _ in self.changed():
             pass
+        return await asyncio.to_thread(self.written)    # log-probabilities may be megabytes
+
+    def written(self) -> bytes:
         choices = [self.choice(each, "message") for each in self.choices]
-        return self.form("chat.completion", choices) | {"usage": self.usage()}
+        whole = self.form("chat.completion", choices) | {"usage": self.usage()}
+        return json.dumps(whole, ensure_ascii=False).encode()
 
     async def events(self):
         """Server-sent events: a chunk per piece of text of any of the answers."""
