@@ -447,12 +447,13 @@ async function showRuns() {
 
 const W = 320, H = 180, LEFT = 56, RIGHT = 10, TOP = 8, BOTTOM = 24;
 const short = value =>
-  Math.abs(value) >= 10000 ? Math.round(value).toLocaleString("en") : `${+value.toPrecision(3)}`;
+  Math.abs(value) >= 10000 ? Math.round(value).toLocaleString("en")
+    : value && Math.abs(value) < 0.001 ? value.toExponential(1) : `${+value.toPrecision(3)}`;
 
 // One quantity of several runs. The pointer reads values off; otherwise the last ones are shown.
 function chart(quantity, paths) {
-  const curves = paths.map(path => rowsOf[path].filter(row => Number.isFinite(row[quantity]))
-    .map(row => [row.step, row[quantity]]));
+  const curves = paths.map(path => [...new Map(rowsOf[path].filter(row => Number.isFinite(row[quantity]))
+    .map(row => [row.step, row[quantity]]))]);          // of two rows of a step, the later one
   const xs = curves.flat().map(([x]) => x), ys = curves.flat().map(([, y]) => y);
   const [first, last, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
   const place = ([x, y]) => [
