@@ -147,8 +147,7 @@ def freeze(model: Transformer, world: World) -> Transformer:
 
 
 def prepare(model: Transformer, base, world: World, lora: dict | None = None,
-            qat: str | None = None, grad_checkpoint: bool = False,
-            compiled: bool = False) -> Transformer:
+            qat: str | None = None, grad_checkpoint=False, compiled=False) -> Transformer:
     """Prepare a model that was loaded from `base` for training, in place. lora: arguments of
     add_lora; save_model then writes the adapters alone. qat: the kind of fake_quantize."""
     Logger(f"student {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {base}")
