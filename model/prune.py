@@ -90,13 +90,13 @@ def measure(model: Transformer, batches, by: str = "activation", seed: int = 0) 
         n += len(batch.tokens)
     for hook in hooks:
         hook.remove()
-    means = {name: value / n for name, value in sums.items()}
+    means = {name: value.cpu() / n for name, value in sums.items()}
 
     def score(name, norm):                  # norm: of the columns of the weight that reads it
         if by == "random":
             generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
-            return torch.rand(norm.shape, generator=generator).to(norm.device)
-        return norm if by == "magnitude" else means.get(name, 1.0) * norm
+            return torch.rand(norm.shape, generator=generator)
+        return norm.cpu() if by == "magnitude" else means.get(name, 1.0) * norm.cpu()
 
     layers, groups, units, experts = [], [], {}, []
     for i, layer in enumerate(model.layers):
@@ -171,7 +171,7 @@ def prune(model: Transformer, importance: Importance, **sizes) -> Transformer:
                 other = 3 - axis
                 shape = [*kept.shape]
                 shape.insert(other, weight.shape[other])
-                weight = weight.gather(axis, kept.unsqueeze(other).expand(shape))
+                weight = weight.gather(axis, kept.unsqueeze(other).expand(shape).to(weight.device))
                 continue
             elif letter == "H":
                 shared = ".shared." in name
@@ -204,7 +204,7 @@ def dense(model: Transformer, importance: Importance) -> Transformer:
     state = {name: weight for name, weight in model.state_dict().items() if ".ffn." not in name}
     for i, (layer, used) in enumerate(zip(model.layers, importance.experts)):
         ffn, shared = layer.ffn, layer.ffn.shared
-        parts = {"w1": [*ffn.w1], "w3": [*ffn.w3], "w2": [*ffn.w2 * used[:, None, None]]}
+        parts = {"w1": [*ffn.w1], "w3": [*ffn.w3], "w2": [*ffn.w2 * used[:, None, None].to(ffn.w2)]}
         for name, weights in parts.items():
             weights += [getattr(shared, name).weight] if shared else []
             state[f"layers.{i}.ffn.{name}.weight"] = torch.cat(weights, dim=int(name == "w2"))
