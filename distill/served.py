@@ -62,7 +62,8 @@ class ServedTeacher:
         self.budget, self.n_read, self.is_sglang = budget, 0, False
         self.device, self.parallel = torch.device("cpu"), parallel
         self.pool, self.lock = ThreadPoolExecutor(parallel), Lock()
-        self.asked = {}         # tokens of a sequence -> (the future of a request, place in it)
+        # Tokens of a sequence -> (the future of a request, place in it); kept for later epochs
+        self.asked = {}
 
     def __str__(self):
         return f"{self.model} at {urlsplit(self.url).netloc}"

@@ -201,6 +201,12 @@ def parse_teacher(spec: str) -> tuple[str, str, float]:
     return name, path, 1.0
 
 
+def parse_named(spec: str) -> tuple[str, str]:
+    """(NAME, PATH) of [NAME=]PATH; without a name the file's. A path may have a "=", too."""
+    name, equals, path = spec.partition("=")
+    return (name, path) if equals and not Path(spec).exists() else (Path(spec).stem, spec)
+
+
 def model_options(args) -> dict:
     """The arguments of `prepare` (interop/checkpoint.py) that are flags."""
     lora = {"rank": args.lora_rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout,

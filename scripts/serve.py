@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scrip
 
 from interop.checkpoint import load_model
 from model.generate import column_major
-from runtime.args import checking_input, make_parser, parse_args
+from runtime.args import checking_input, make_parser, parse_args, parse_named
 from runtime.precision import pick_device
 
 
@@ -61,9 +61,7 @@ def main():
                              "there; --port 0 takes a free one") from None
         engines = {}
         for spec in args.weights:
-            name, equals, path = spec.partition("=")
-            if not equals or Path(spec).exists():       # a path may have a "=", too
-                name, path = Path(spec).stem, spec
+            name, path = parse_named(spec)
             if name in engines:
                 raise ValueError(f"--weights: two models have the name {name}; write NAME=PATH")
             model, tokenizer = load_model(path, pick_device(args.device))

@@ -29,7 +29,7 @@ from evaluation.tables import markdown
 from interop.checkpoint import load_model
 from model.generate import column_major
 from model.transformer import KVCache
-from runtime.args import checking_input, make_parser, parse_args
+from runtime.args import checking_input, make_parser, parse_args, parse_named
 
 
 class Round(NamedTuple):
@@ -107,12 +107,14 @@ def main():
         # 2. Models and prompts
         target, tokenizer = load_model(args.weights)
         drafts = {"no draft": column_major(target)}
-        for name, _, path in (spec.rpartition("=") for spec in args.draft):
+        for name, path in map(parse_named, args.draft):
             draft, vocabulary = load_model(path)
+            if name in drafts:
+                raise ValueError(f"--draft: two models have the name {name}; write NAME=PATH")
             if vocabulary.ids != tokenizer.ids:
                 reason = tokenizer.conflict(vocabulary.ids) or "their special tokens differ"
                 raise ValueError(f"{path} cannot draft for {args.weights}: {reason}")
-            drafts[name or path] = column_major(draft)
+            drafts[name] = column_major(draft)
         tests = read_tests(args.data, args.limit)["conversations"]
         if not tests:
             raise ValueError(f"--data {' '.join(args.data)}: no conversations to answer")

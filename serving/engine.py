@@ -36,8 +36,9 @@ class Token(NamedTuple):
 class Answer:
     prompt: list[int]
     max_new_tokens: int
-    emit: Callable          # called in the engine's thread with each Token; at the end with the
-    sampling: tuple = ()    # reason, "stop" or "length", or an error. sampling: see `choose`
+    # Called in the engine's thread with each Token; at the end with "stop" or "length", or an error
+    emit: Callable
+    sampling: tuple = ()    # arguments of `choose`
     n_top: int = 0          # how many of the most likely tokens each Token has
     cancelled: bool = False
     n_tokens: int = 0

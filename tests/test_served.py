@@ -192,7 +192,7 @@ def other():
 
 
 def vllm(tokenizer, k):
-    """prompt_logprobs, as vLLM and SGLang write them: the token itself may be one more than k."""
+    """prompt_logprobs, as vLLM writes them: the token itself may be one more than k."""
     def says(request):
         prompts = [tokenizer.encode(each) if isinstance(each, str) else each for each in request["prompt"]]
         place = {str(i): {"logprob": -math.log(20 + i), "rank": i + 1} for i in range(k)}

@@ -160,3 +160,9 @@ def test_a_draft_of_another_vocabulary_and_data_without_conversations_are_refuse
     printed = complaint("scripts/speculate.py", weights=models / "teacher.pth", data=data / "mcq_test.jsonl",
                         draft=models / "student.pth")
     assert "mcq_test.jsonl: no conversations to answer" in printed
+
+
+def test_two_drafts_of_one_name_are_refused(models, data):
+    draft = models / "student.pth"
+    assert "two models have the name a" in complaint("scripts/speculate.py", "--draft", f"a={draft}", f"a={draft}",
+                                                     weights=models / "teacher.pth", data=data / "val.jsonl")
