@@ -10,6 +10,8 @@ The recipe is Minitron's: Muralidharan et al. 2024, https://arxiv.org/abs/2407.1
 needs forward passes only. Then the unpruned model teaches the pruned one.
 """
 
+import copy
+import dataclasses
 import re
 from collections import defaultdict
 from typing import NamedTuple
@@ -30,6 +32,21 @@ AXES = {
     "wq.bias": "Q", "wk.bias": "G", "wv.bias": "G", "wo.bias": "D",
     "w1.weight": "HD", "w3.weight": "HD", "w2.weight": "DH", "w1.bias": "H", "w2.bias": "D",
     "router.weight": "ED", "ffn.w1": "EHD", "ffn.w3": "EHD", "ffn.w2": "EDH"}
+
+
+def keep_layers(model: Transformer, layers: list[int]) -> Transformer:
+    """The model, changed in place, with these layers only, in this order. DistilBERT's student
+    starts so: Sanh et al. 2019, https://arxiv.org/abs/1910.01108, Sec. 3. Raises ValueError for a
+    layer that the model does not have."""
+    last = model.config.n_layers - 1
+    if not all(0 <= i <= last for i in layers):
+        raise ValueError(f"--layers {','.join(map(str, layers))}: the model has layers 0 to {last}")
+
+    model.config = dataclasses.replace(model.config, n_layers=len(layers))
+    model.layers = torch.nn.ModuleList(copy.deepcopy(model.layers[old]) for old in layers)
+    for new, layer in enumerate(model.layers):
+        layer.attention.layer = new
+    return model
 
 
 class Importance(NamedTuple):

@@ -1,5 +1,5 @@
 """
-转换的规律：换一种文件，模型不变；留层、量化、打分与当教师，都与原来的那一个一致。
+转换的规律：换一种文件，模型不变；量化、打分与当教师，都与原来的那一个一致。
 Laws of scripts/convert.py and of other people's files: a model is the same in every file, has the
 same scores, and teaches and learns the same; what cannot be converted is refused before anything is read.
 """
@@ -151,8 +151,6 @@ def test_a_folder_may_have_a_point_in_its_name(files, tmp_path):
 
 CONFLICTS = (
     ({"out": "m.bin"}, "--out m.bin: write FILE.pth, FILE.gguf, or a folder"),
-    ({"out": "m.pth", "layers": "0"}, "--layers a --student_from"),
-    ({"out": "m.pth", "weights": None, "student_from": "nowhere.pth"}, "--student_from needs --layers"),
     ({"out": "m.gguf", "quantize": "int8"}, "--quantize is for our own --out FILE.pth; a GGUF file has"),
     ({"out": "folder", "quantize": "int4"}, "--quantize is for our own --out FILE.pth"),
     ({"out": "m.pth", "dtype": "float16"}, "--dtype float16: m.pth can have float32"),
@@ -164,52 +162,15 @@ CONFLICTS = (
 )
 
 
-def test_flags_that_conflict_are_refused_before_anything_is_read(tmp_path, monkeypatch, capfd):
+def test_flags_that_conflict_are_refused_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README").touch()
     (tmp_path / "folder.pth").mkdir()
     for flags, reason in CONFLICTS:
         flags = {"weights": "nowhere.pth"} | flags
         with pytest.raises(SystemExit, match=re.escape(reason)):
-            convert(**{name: value for name, value in flags.items() if value is not None})
+            convert(**flags)
     assert not (tmp_path / "m.gguf").exists()
-    with pytest.raises(SystemExit):
-        convert(student_from="nowhere.pth", layers="0,two", out="m.pth")
-    assert "'0,two' is no list of layers like 0,2,4" in capfd.readouterr().err
-
-
-# -- some of its layers ----------------------------------------------------------------------------
-
-@pytest.mark.parametrize("kind", [
-    {}, {"use_moe": True}, {"tie_embeddings": False, "qk_norm": True, "attention_bias": True},
-], ids=["plain", "experts", "untied, q/k norms, biases"])
-def test_a_student_has_exactly_the_layers_that_are_named_in_their_order(kind, tiny, byte_tokenizer, tmp_path):
-    teacher = tiny(**SIZES | kind)
-    save_model(teacher, byte_tokenizer(), tmp_path / "teacher.pth")
-    convert(student_from=tmp_path / "teacher.pth", layers="3,1", out=tmp_path / "student.pth")
-    student, _ = load_model(tmp_path / "student.pth")
-    assert student.config == dataclasses.replace(teacher.config, n_layers=2)
-    for new, old in ((student.layers[0], teacher.layers[3]), (student.layers[1], teacher.layers[1]),
-                     (student.norm, teacher.norm), (student.output, teacher.output),
-                     (student.tok_embeddings, teacher.tok_embeddings)):
-        assert same(new.state_dict(), old.state_dict())
-
-
-def test_a_student_generates_with_a_cache_what_the_full_pass_finds_most_likely(files):
-    """Each layer has its own place in the cache: layer 3 of the teacher is layer 0 of the student."""
-    student = convert_script.keep_layers(load_model(files / "model.pth")[0], [3, 1])
-    assert [layer.attention.layer for layer in student.layers] == [0, 1]
-    prompt = [40, 50, 60]
-    answer = generate(student, [prompt], 20)[0]
-    with torch.no_grad():
-        best = student(torch.tensor(prompt + answer), [23]).logits.argmax(dim=-1)
-    assert best[2:-1].tolist() == answer
-
-
-def test_a_layer_that_does_not_exist_is_named_with_those_that_do(files):
-    for layers in ([4], [0, -1], [1, 9]):
-        with pytest.raises(ValueError, match=rf"--layers {','.join(map(str, layers))}: the model has layers 0 to 3"):
-            convert_script.keep_layers(load_model(files / "model.pth")[0], layers)
 
 
 # -- quantised -------------------------------------------------------------------------------------

@@ -1,17 +1,20 @@
 """
-剪枝的规律：什么都不剪，什么都不变；剪去为零的部分，什么都不变；先打乱次序，结果相同；剪过的模型写成别人的文件还是它。
-Laws of pruning: pruning nothing changes nothing, nor does pruning what is zero; the order of the parts does not matter; a
-pruned model is the same in other people's files.
+剪枝的规律：指定的层原样留下；什么都不剪，什么都不变；剪去为零的部分，什么都不变；先打乱次序，结果相同；剪过的模型写成别人的文件还是它。
+Laws of pruning: the layers that are named stay as they are; pruning nothing changes nothing, nor does pruning what is zero;
+the order of the parts does not matter; a pruned model is the same in other people's files.
 """
+
+import dataclasses
 
 import pytest
 import torch
 
 from dataset.lm_dataset import packed_batch
-from helpers_run import complaint, succeed
+from helpers_run import ROOT, complaint, same, succeed
 from interop.checkpoint import build, load_model, save_model
 from model.config import LMConfig
-from model.prune import axes_of, best, dense, measure, n_parameters, prune, sizes_for
+from model.generate import generate
+from model.prune import axes_of, best, dense, keep_layers, measure, n_parameters, prune, sizes_for
 
 SIZES = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=272, max_seq_len=64, norm_eps=1e-12)
 FAMILIES = {"llama": {}, "qwen2": {"attention_bias": True, "tie_embeddings": False}, "qwen3": {"qk_norm": True, "head_dim": 16},
@@ -37,6 +40,36 @@ def batch():
 @torch.no_grad()
 def logits(model, batch):
     return model(batch.tokens, batch.lengths).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_has_exactly_the_layers_that_are_named_in_their_order(family, byte_tokenizer, tmp_path):
+    """Nothing is measured then, so the default --data_path need not exist."""
+    save_model(teacher := made(family), byte_tokenizer(), tmp_path / "teacher.pth")
+    succeed(ROOT / "scripts/prune.py", weights=tmp_path / "teacher.pth", layers="2,0", out=tmp_path / "student.pth", cwd=tmp_path)
+    student, _ = load_model(tmp_path / "student.pth")
+    assert student.config == dataclasses.replace(teacher.config, n_layers=2)
+    for new, old in ((student.layers[0], teacher.layers[2]), (student.layers[1], teacher.layers[0]),
+                     (student.norm, teacher.norm), (student.output, teacher.output),
+                     (student.tok_embeddings, teacher.tok_embeddings)):
+        assert same(new.state_dict(), old.state_dict())
+
+
+def test_a_student_generates_with_a_cache_what_the_full_pass_finds_most_likely():
+    """Each layer has its own place in the cache: layer 2 of the teacher is layer 0 of the student."""
+    student = keep_layers(made("llama"), [2, 0])
+    assert [layer.attention.layer for layer in student.layers] == [0, 1]
+    prompt = [40, 50, 60]
+    answer = generate(student, [prompt], 20)[0]
+    with torch.no_grad():
+        most_likely = student(torch.tensor(prompt + answer), [23]).logits.argmax(dim=-1)
+    assert most_likely[2:-1].tolist() == answer
+
+
+def test_a_layer_that_does_not_exist_is_named_with_those_that_do():
+    for layers in ([3], [0, -1], [1, 9]):
+        with pytest.raises(ValueError, match=rf"--layers {','.join(map(str, layers))}: the model has layers 0 to 2"):
+            keep_layers(made("llama"), layers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -152,6 +185,11 @@ def test_prune_then_distil(models, data, tmp_path):
     of = {"weights": models / "teacher.pth", "data_path": data / "sft_data.jsonl", "out": tmp_path / "half.pth", "device": "cpu"}
     assert "Teach it: python train_distillation.py" in succeed("scripts/prune.py", **of, hidden_dim=32, rows=8)
     assert load_model(tmp_path / "half.pth")[0].config.hidden_dim == 32
-    assert "give either" in complaint("scripts/prune.py", **of)
+    succeed("scripts/prune.py", **of | {"out": tmp_path / "first.pth"}, layers=0, hidden_dim=32, rows=8)
+    config = load_model(tmp_path / "first.pth")[0].config
+    assert (config.n_layers, config.hidden_dim) == (1, 32)
+    for flags in ({}, {"target": 0.5, "hidden_dim": 32}):
+        assert "either --target or sizes" in complaint("scripts/prune.py", **of, **flags)
+    assert "argument --layers: invalid numbers value: '0,two'" in complaint("scripts/prune.py", **of, layers="0,two")
     assert "exceeds" in complaint("scripts/prune.py", **of, hidden_dim=4096)
     assert "another FILE.pth" in complaint("scripts/prune.py", **of | {"out": models / "teacher.pth"}, hidden_dim=32)
