@@ -59,18 +59,17 @@ def speculate(target, draft, prompt: list[int], n_draft: int, max_new_tokens: in
     if not 0 < len(ids) < end:
         raise ValueError(f"a prompt of {len(ids)} tokens: give 1 to {longest - 1}")
     caches = [KVCache(model.config, 1, end, "cpu") for model in (target, draft)]
-    tokens = []
-    while len(ids) < end and stop not in tokens:
+    while len(ids) < end and stop not in ids[len(prompt):]:
         # 1. Draft; one token is left to the target
-        n_max, drafted = min(n_draft, end - len(ids) - 1), []
-        q = torch.zeros(n_max + 1, target.n_tokens, dtype=torch.double)
+        n_max, drafted, q = min(n_draft, end - len(ids) - 1), [], []
         while len(drafted) < n_max and stop not in drafted:
-            q_i = q[len(drafted)] = predict(draft, caches[1], ids + drafted, 1, temperature)[0]
-            drafted.append(q_i.multinomial(1, generator=generator).item())
+            q.append(predict(draft, caches[1], ids + drafted, 1, temperature)[0])           # (V,)
+            drafted.append(q[-1].multinomial(1, generator=generator).item())
 
-        # 2. Verify: one pass of the target reads all drafts
-        n, q = len(drafted), q[:len(drafted) + 1]
+        # 2. Verify: one pass of the target reads all drafts. After x_n nothing is drafted: q is 0
+        n = len(drafted)
         p = predict(target, caches[0], ids + drafted, n + 1, temperature)           # (n + 1, V)
+        q = torch.stack([*q, torch.zeros_like(p[n])])                               # (n + 1, V)
 
         # 3. Accept up to the first rejection, and forget what follows it
         ratio = (p / q)[range(n), drafted]
@@ -79,7 +78,7 @@ def speculate(target, draft, prompt: list[int], n_draft: int, max_new_tokens: in
         for cache in caches:
             cache.lengths.clamp_(max=len(ids) + n_accepted)
 
-        # 4. Add one token. After x_n nothing was drafted: q is 0 there, and p - q is p
+        # 4. Add one token. After x_n p - q is p
         tokens = drafted[:n_accepted]
         if stop not in tokens:
             rest = (p[n_accepted] - q[n_accepted]).clamp_min(0.0)       # multinomial normalises it
@@ -112,14 +111,12 @@ def main():
             if name in drafts:
                 raise ValueError(f"--draft: two models have the name {name}; write NAME=PATH")
             if vocabulary.ids != tokenizer.ids:
-                reason = tokenizer.conflict(vocabulary.ids) or "their special tokens differ"
-                raise ValueError(f"{path} cannot draft for {args.weights}: {reason}")
+                raise ValueError(f"{path} cannot draft for {args.weights}: its tokenizer differs")
             drafts[name] = column_major(draft)
         tests = read_tests(args.data, args.limit)["conversations"]
         if not tests:
             raise ValueError(f"--data {' '.join(args.data)}: no conversations to answer")
         prompts = tokenizer.encode_chats([test["messages"][:-1] for test in tests], True)
-        stop, decode = tokenizer.end_of_turn, tokenizer.decode
 
         # 3. Answers. Drafts take turns, so that a busy machine slows down all of them alike
         rounds, seconds = {name: [] for name in drafts}, dict.fromkeys(drafts, 0.0)
@@ -128,12 +125,13 @@ def main():
             for name, draft in drafts.items():
                 start, n_draft = time.perf_counter(), 0 if draft is target else args.n_draft
                 answer = [*speculate(target, draft, prompt, n_draft, args.max_new_tokens,
-                                     stop, args.temperature, torch.Generator().manual_seed(i))]
+                                     tokenizer.end_of_turn, args.temperature,
+                                     torch.Generator().manual_seed(i))]
                 seconds[name] += time.perf_counter() - start
                 rounds[name] += answer
-                shown.append(f"    {name}: ")
-                for tokens, n, *_ in answer:
-                    shown[-1] += f"[{decode(tokens[:n])}]" * (n > 0) + decode(tokens[n:])
+                text = "".join(f"[{tokenizer.decode(tokens[:n])}]" * (n > 0)
+                               + tokenizer.decode(tokens[n:]) for tokens, n, *_ in answer)
+                shown.append(f"    {name}: {text}")
             if i * args.samples // len(prompts) > (i - 1) * args.samples // len(prompts):
                 print("\n".join(shown))
 

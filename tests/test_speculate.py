@@ -156,7 +156,7 @@ def test_a_draft_of_another_vocabulary_and_data_without_conversations_are_refuse
     save_model(*new_model(LMConfig(dim=16, n_layers=1, n_heads=2), tmp_path / "other.json"), tmp_path / "other.pth")
     printed = complaint("scripts/speculate.py", weights=models / "teacher.pth", data=data / "val.jsonl",
                         draft=tmp_path / "other.pth")
-    assert "other.pth cannot draft for" in printed and "they split texts into other tokens" in printed
+    assert "other.pth cannot draft for" in printed and "its tokenizer differs" in printed
     printed = complaint("scripts/speculate.py", weights=models / "teacher.pth", data=data / "mcq_test.jsonl",
                         draft=models / "student.pth")
     assert "mcq_test.jsonl: no conversations to answer" in printed
