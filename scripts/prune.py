@@ -9,7 +9,7 @@ heads, FFN units, dimensions and experts that matter least on a few rows of data
         --data_path alpaca.jsonl --out out/smollm2_68m.pth
     python train_distillation.py --teacher out/full_sft_128.pth --student out/half.pth
 
-Prune, then distil: a pruned model writes nonsense until its teacher has taught it.
+Prune, then distil: a pruned model makes many errors until its teacher has taught it.
 """
 
 import sys
