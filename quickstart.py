@@ -170,8 +170,11 @@ for kind in kinds:
         models += [f"SFT{kind}{labels}={of_all_seeds(f'{folder}sft_alone/full_sft_64{kind}.pth')}",
                    f"distilled{kind}{labels}={of_all_seeds(f'{folder}full_dist_64{kind}.pth')}"]
 print(f"\n== evaluating {len(models)} models")
+tests = ["--data", *(f"{data}/{name}.jsonl" for name in ("test", "mcq_test", "test_habits"))]
 run(["python", "scripts/evaluate.py", "--weights", *models, "--json", f"{out}/scores.json",
-     "--report", f"{out}/report.md", "--data",
-     *(f"{data}/{name}.jsonl" for name in ("test", "mcq_test", "test_habits"))])
+     "--report", f"{out}/report.md", *tests])
+print("\n== the report card of the student")
+run(["python", "scripts/report.py", "--teacher", models[0], "--out", f"{out}/report_card.md", *tests,
+     "--student", *(f"distilled{kind}={out}/full_dist_64{kind}.pth" for kind in kinds)])
 print(f"\nThe table is in {out}/report.md, the picture in {out}/report.png. Chat with the student: "
       "python scripts/chat.py")

@@ -26,6 +26,7 @@ import numpy as np
 
 from dataset.formats import BadLine, bare_question, read_rows, to_messages, to_question, to_text
 from dataset.lm_dataset import text_samples
+from distill.fused import BINS
 from evaluation.scores import Score, score, score_answers, score_samples
 from evaluation.tables import markdown, mean_and_spread
 from model.generate import generate
@@ -92,20 +93,25 @@ def to_distribution(row: dict) -> dict:
 
 
 def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
-    """Scores by the keys of COLUMNS; "leaves" {leaf: exact match %}; "kl_by_position". Kinds of
-    rows that the tests do not have are left out.
+    """Scores by the keys of COLUMNS; of all tokens "loss" in nats, "calibration" error in % and
+    "acceptance" in %, of drafts by the reference; "leaves" {leaf: exact match %}; "kl_by_position".
+    Kinds of rows that the tests do not have are left out.
 
-    reference   a model of the same vocabulary, for agreement and KL; None leaves them out
+    reference   a model of the same vocabulary, for agreement, KL and acceptance; None leaves them
+                out
     """
     results = {"parameters": model.n_parameters()}
     conversations, choices, distributions, texts = tests.values()
     scores = score(model, tokenizer, [test["messages"] for test in conversations], reference)
     pieces = text_samples(texts, tokenizer, min(TEXT_TOKENS, model.config.max_seq_len))
     of_texts = score_samples(model, pieces, reference)
-    if reference is not None and scores + of_texts:
-        n_tokens = sum(s.n_tokens for s in scores + of_texts)
-        results["agreement"] = 100 * sum(s.agree for s in scores + of_texts) / n_tokens
-        results["kl"] = sum(sum(s.kl) for s in scores + of_texts) / n_tokens
+    if both := scores + of_texts:
+        n_tokens = sum(s.n_tokens for s in both)
+        results |= {"loss": nats_per_token(both), "calibration": calibration_error(both)}
+        if reference is not None:
+            results["agreement"] = 100 * sum(s.agree for s in both) / n_tokens
+            results["kl"] = sum(sum(s.kl) for s in both) / n_tokens
+            results["acceptance"] = 100 * sum(s.accepted for s in both) / n_tokens
     if of_texts:
         results["text_loss"] = nats_per_token(of_texts)
         results["text_perplexity"] = math.exp(results["text_loss"])
@@ -141,6 +147,14 @@ def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
 
 def nats_per_token(scores: list[Score]) -> float:
     return -sum(s.log_p for s in scores) / sum(s.n_tokens for s in scores)
+
+
+def calibration_error(scores: list[Score]) -> float:
+    """Expected calibration error in %: how far the probability of the top-1 token is from the share
+    of these tokens that are right, in bins of probability (distill.fused.calibration_gaps)."""
+    top_p, right = (np.concatenate(part) for part in zip(*((s.top_p, s.right) for s in scores)))
+    bins = np.minimum(top_p * BINS, BINS - 1).astype(int)
+    return 100 * np.abs(np.bincount(bins, top_p - right)).sum() / len(bins)
 
 
 def kl_by_position(scores: list[Score]) -> dict[str, float]:

@@ -22,6 +22,9 @@ class Score(NamedTuple):
     exact: bool             # all are top-1: greedy decoding would generate exactly them
     agree: int              # at how many the reference model has the same top-1 token
     kl: list[float]         # KL(reference || model) at each, nats
+    accepted: float         # sum over all, and over v, of min(p, q): drafts the reference accepts
+    top_p: list[float]      # probability of the top-1 token at each
+    right: list[bool]       # whether that is the target
     positions: list[int]    # position of each in its turn: 1, 2, ..., and from 1 in the next turn
 
 
@@ -30,7 +33,7 @@ def score(model, tokenizer, conversations, reference=None,
     """One Score per conversation, in order, by teacher forcing: some 50 times faster than greedy
     decoding, which generates the same answer if each target is top-1 after the gold prefix.
 
-    reference   a model with the same vocabulary, for `agree` and `kl`; None leaves them 0
+    reference   a model with the same vocabulary, for `agree`, `kl`, `accepted`; None leaves them 0
     """
     return score_samples(model, tokenizer.encode_chats(conversations), reference, tokens_per_batch)
 
@@ -69,27 +72,30 @@ def score_samples(model, samples, reference=None, tokens_per_batch: int = 4096) 
         blocks = zip(states.split(rows), other.split(rows), batch.targets.split(rows))
         values = torch.cat([score_block(model, reference, *block) for block in blocks], dim=1).cpu()
         positions = [positions_in_turns(samples[i][1][1:]) for i in chosen]
-        parts = values.split([len(at) for at in positions], dim=1)                  # (4, targets)
-        for i, at, (log_p, hit, same, kl) in zip(chosen, positions, parts):
+        parts = values.split([len(at) for at in positions], dim=1)                  # (6, targets)
+        for i, at, (log_p, top_p, hit, same, kl, accepted) in zip(chosen, positions, parts):
             scores[i] = Score(float(log_p.sum()), len(at), bool(hit.all()), int(same.sum()),
-                              kl.tolist(), at)
+                              kl.tolist(), float(accepted.sum()), top_p.tolist(),
+                              hit.bool().tolist(), at)
     return scores
 
 
-def score_block(model, reference, states, other, targets):  # (S, D), (S, D'), (S,) -> (4, S)
-    """At each position: log-probability of the target, whether it is top-1, agreement, KL."""
+def score_block(model, reference, states, other, targets):  # (S, D), (S, D'), (S,) -> (6, S)
+    """At each position: log-probability of the target, probability of the top-1 token, whether that
+    is the target, agreement, KL, sum over v of min(p, q)."""
     logits = model.logits(states).float()                                   # (S, V)
-    log_p, best = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
-    target_log_p, hit = log_p.gather(1, targets[:, None]).squeeze(1), (best == targets).float()
-    agree, kl = torch.zeros_like(target_log_p), torch.zeros_like(target_log_p)
-    if reference is not None:
-        theirs, n = reference.logits(other).float(), min(model.n_tokens, reference.n_tokens)
-        if n < max(model.n_tokens, reference.n_tokens):     # one has more special tokens
-            theirs, logits = theirs[:, :n], logits[:, :n]
-            log_p, best = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
-        agree = (theirs.argmax(dim=-1) == best).float()
-        kl = forward_kl(theirs.log_softmax(dim=-1), log_p)
-    return torch.stack([target_log_p, hit, agree, kl])
+    log_q, best = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
+    found = [log_q.gather(1, targets[:, None]).squeeze(1), log_q.amax(dim=-1).exp(),
+             (best == targets).float()]
+    if reference is None:
+        return torch.stack(found + 3 * [torch.zeros_like(found[0])])
+    theirs, n = reference.logits(other).float(), min(model.n_tokens, reference.n_tokens)
+    if n < max(model.n_tokens, reference.n_tokens):         # one has more special tokens
+        theirs, logits = theirs[:, :n], logits[:, :n]
+        log_q, best = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
+    log_p = theirs.log_softmax(dim=-1)
+    return torch.stack(found + [(theirs.argmax(dim=-1) == best).float(), forward_kl(log_p, log_q),
+                                torch.minimum(log_p, log_q).exp().sum(dim=-1)])
 
 
 def positions_in_turns(targets: list[bool]) -> list[int]:

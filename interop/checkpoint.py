@@ -196,12 +196,17 @@ def run_name(out_dir, prefix: str, model: Transformer) -> str:
 
 def sha256_of_model(path) -> str:
     """The hash of a weight file; of a folder, the hash of the names and hashes of its weights."""
-    path = Path(path)
-    if path.is_file():
+    if Path(path).is_file():
         return file_sha256(path)
-    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
-    lines = "".join(f"{file.name} {file_sha256(file)}" for file in files)
+    lines = "".join(f"{file.name} {file_sha256(file)}" for file in weight_files(path))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def weight_files(path) -> list[Path]:
+    """The file itself, or the weights in a Hugging Face folder."""
+    path = Path(path)
+    return [path] if path.is_file() else sorted(
+        file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
 
 
 # -- formats ---------------------------------------------------------------------------------------

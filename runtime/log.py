@@ -123,9 +123,12 @@ class Log:
         self.values, self.sums = {}, {}             # of this step; of the steps since the last row
         self.steps = self.skipped = self.tokens = self.tokens_before = 0
         self.skipped_in_a_row = 0
+        self.cpu_before, self.cpu = 0.0, time.process_time()    # of the rows; at the last one
         if world.rank == 0:
             old = read_rows(self.path, "step") if self.first_step else []
-            write_jsonl(self.path, [row for row in old if row["step"] <= self.first_step])
+            old = [row for row in old if row["step"] <= self.first_step]
+            write_jsonl(self.path, old)
+            self.cpu_before = max((row.get("total_cpu_seconds", 0.0) for row in old), default=0.0)
 
     def add(self, tokens: int, **values: torch.Tensor):
         """One micro-batch: tokens that the model read, and values that add up to the step's over
@@ -177,9 +180,11 @@ class Log:
         text. What is not finite is shown, but not written."""
         if self.steps:
             dtype = sum_dtype(self.world.device)
+            used, self.cpu = time.process_time() - self.cpu, time.process_time()
             sums = torch.stack([torch.as_tensor(value, dtype=dtype)
-                                for value in (*self.sums.values(), self.tokens)])
-            *sums, tokens = sum_over_processes(sums.to(self.world.device)).tolist()
+                                for value in (*self.sums.values(), self.tokens, used)])
+            *sums, tokens, used = sum_over_processes(sums.to(self.world.device)).tolist()
+            self.cpu_before += used
             n_finite = self.steps - self.skipped
             more = {name: value / n_finite for name, value in zip(self.sums, sums)} | more
             if self.skipped:
@@ -192,6 +197,7 @@ class Log:
         finite = {name: value for name, value in more.items() if math.isfinite(value)}
         pace = self.show(step, more, self.tokens_before)
         speed, text = {"tokens_per_s": pace} if pace else {}, {}
+        speed["total_cpu_seconds"] = self.cpu_before
         if sample is not None:
             Logger(f"    {sample}")
             text = {"sample": sample}
@@ -218,7 +224,7 @@ class Log:
 
 def draw_curves(rows: list[dict], path: Path):
     """One panel per quantity over the steps, with its validation values (val_*) in the same panel.
-    Constants and tokens_per_s, a property of the machine, are left out; without a panel, no file.
+    Constants and what the machine decides are left out; without a panel, no file.
     """
     from matplotlib.figure import Figure        # needed once, at the end of a run
 
@@ -227,7 +233,7 @@ def draw_curves(rows: list[dict], path: Path):
     panels = {}                     # {"loss": {"loss": {step: value}, "val_loss": {step: value}}}
     for row in rows:
         for name, value in row.items():
-            if name not in ("step", "tokens_per_s", "sample"):
+            if name not in ("step", "tokens_per_s", "total_cpu_seconds", "sample"):
                 lines = panels.setdefault(name.removeprefix("val_"), {})
                 lines.setdefault(name, {})[row["step"]] = value
     panels = {title: lines for title, lines in panels.items()

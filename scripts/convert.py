@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scrip
 
 import torch
 
-from interop.checkpoint import load_model, save_model
+from interop.checkpoint import load_model, save_model, weight_files
 from model.quantize import KINDS, quantize
 from runtime.args import checking_input, make_parser, parse_args
 from runtime.log import Logger
@@ -94,8 +94,7 @@ def main():
             from interop import hf
 
             hf.write(model, tokenizer, args.out, getattr(torch, dtype))
-    files = [args.out] if args.out.is_file() else args.out.glob("*.safetensors")
-    size = sum(file.stat().st_size for file in files)
+    size = sum(file.stat().st_size for file in weight_files(args.out))
     Logger(f"{args.out}: {model.config}, {model.n_parameters():,} parameters, {size / 1e6:,.1f} MB")
 
 

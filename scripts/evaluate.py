@@ -18,12 +18,12 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
-from evaluation.exam import write_answers
 from evaluation.generation import measure_generation
 from evaluation.metrics import measure, read_tests, tables
+from evaluation.samples import sample_answers, side_by_side, spread
 from evaluation.tables import interval
 from interop.checkpoint import load_model
-from model.generate import column_major, generate
+from model.generate import column_major
 from runtime.args import checking_input, make_parser, parse_args
 from runtime.files import write_text
 from runtime.pictures import save_picture
@@ -42,29 +42,6 @@ def named(specs: list[str]) -> dict[str, list[str]]:
                              f"FIRST={','.join(models[label])} SECOND={paths}")
         models[label] = paths.split(",")
     return models
-
-
-def sample_answers(model, tokenizer, tests, n: int, max_new_tokens: int) -> list[str]:
-    """Greedy answers to the first n conversations, or continuations of n texts after 16 tokens."""
-    if tests["conversations"]:
-        asked = [test["messages"][:-1] for test in tests["conversations"][:n]]
-        return write_answers(model, tokenizer, asked, max_new_tokens)
-    begin = [] if tokenizer.bos is None else [tokenizer.bos]
-    prompts = [begin + tokenizer.encode(text)[:16] for text in tests["texts"][:n]]
-    answers = generate(model, prompts, max_new_tokens, tokenizer.end_of_text)
-    return [tokenizer.decode(ids) for ids in answers]
-
-
-def side_by_side(tests, answers: dict[str, list[str]]) -> str:
-    """Markdown: questions, the answers of the test file, and those of each model."""
-    shown = [[turn["content"] for turn in test["messages"][-2:]] for test in tests["conversations"]]
-    shown = shown or [(text, "") for text in tests["texts"]]
-    blocks = []
-    for (question, gold), *given in zip(shown, *answers.values()):
-        lines = [f"- **{label}**: {' '.join(text.split())}"
-                 for label, text in zip(["the file", *answers], [gold, *given]) if text]
-        blocks.append("\n".join([f"> {question}".replace("\n", "\n> "), "", *lines]))
-    return "\n\n".join(blocks)
 
 
 def average(seeds: list[dict]) -> dict:
@@ -138,7 +115,8 @@ def main():
     add("--limit", type=int, default=0,
         help="number of rows used from the start of each file; 0: all")
     add("--samples", type=int, default=0,
-        help="number of questions whose greedy answers, or texts whose continuations, are shown")
+        help="number of questions whose greedy answers, or texts whose continuations, are shown, "
+             "spread over the files")
     add("--by_generation", action="store_true", help="score generated answers to conversations")
     add("--num_samples", type=int, default=16, help="by_generation: samples per question; 0: none")
     add("--temperature", type=float, default=1.0, help="by_generation: temperature of the samples")
@@ -164,6 +142,7 @@ def main():
         tests = read_tests(args.data, args.limit)
         if args.by_generation and not tests["conversations"]:
             raise ValueError(f"--by_generation: {', '.join(args.data)} has no conversations")
+        samples = spread(tests, args.samples)
         reference, vocabulary = load_model(path_of_reference, device)
 
         # 3. Scores
@@ -183,8 +162,8 @@ def main():
                 others |= set() if comparable else {label}
                 results[label].append(
                     measure(model, tokenizer, tests, reference if comparable else None))
-            if args.samples:
-                answers[label] = sample_answers(model, tokenizer, tests, args.samples,
+            if samples:
+                answers[label] = sample_answers(model, tokenizer, samples,
                                                 args.max_new_tokens or 64)
 
     # 4. Report
@@ -199,7 +178,7 @@ def main():
         text += (f". {', '.join(sorted(others))}: another vocabulary than {name}'s, so neither "
                  "agreement nor KL, and figures per token do not compare")
     if answers:
-        text += f"\n\n{side_by_side(tests, answers)}"
+        text += f"\n\n{side_by_side(samples, answers)}"
     print(text)
     if args.json:
         write_text(args.json, json.dumps(results, indent=2))

@@ -255,7 +255,7 @@ def rows(path: Path) -> list[dict]:
     """A metrics file, less what the clock decides; a line that is not whole yet is left out."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "cpu_seconds")} for row in found]
+    return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "cpu_seconds", "total_cpu_seconds")} for row in found]
 
 
 def pad(source, out, vocab_size: int, tokenizer=None):

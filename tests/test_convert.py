@@ -393,9 +393,9 @@ def test_samples_show_what_each_model_answers_side_by_side(of, files, data, tmp_
     for name, label in (("model.pth", "big"), ("student.pth", "small")):
         model, tokenizer = load_model(files / name)
         if of == "texts":
-            prompts, stop = [tokenizer.encode(text)[:16] for text in TEXTS[:2]], tokenizer.end_of_text
+            prompts, stop = [tokenizer.encode(text)[:16] for text in TEXTS[:4:2]], tokenizer.end_of_text
         else:
-            asked = [json.loads(line)["conversations"][:-1] for line in test.read_text().splitlines()[:2]]
+            asked = [json.loads(line)["conversations"][:-1] for line in test.read_text().splitlines()[:4:2]]
             prompts, stop = [tokenizer.encode_chat(each, True)[0] for each in asked], tokenizer.end_of_turn
         for ids in generate(model, prompts, 5, stop):
             answer = " ".join(tokenizer.decode(ids).split())

@@ -83,7 +83,8 @@ def test_a_run_leaves_its_curves_beside_its_rows_also_when_it_is_stopped(data, t
 
 def answer(kl, first=1) -> Score:
     positions = list(range(first, first + len(kl)))
-    return Score(log_p=-1.0, n_tokens=len(kl), exact=True, agree=0, kl=kl, positions=positions)
+    return Score(log_p=-1.0, n_tokens=len(kl), exact=True, agree=0, kl=kl, accepted=0.0, top_p=[1.0] * len(kl),
+                 right=[True] * len(kl), positions=positions)
 
 
 def test_spans_of_positions_double_and_only_those_that_occur_are_there():

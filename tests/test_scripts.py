@@ -306,11 +306,12 @@ def steps(printed) -> tuple[list[str], list[str]]:
     return [name for name, done in outputs if not done], [name for name, done in outputs if done]
 
 
-def test_quickstart_ends_in_a_table_and_a_picture(clone):
+def test_quickstart_ends_in_a_table_a_picture_and_a_report_card(clone):
     report = (clone / "out/smoke/report.md").read_text()
     labels = [line.split("|")[1].strip() for line in report.splitlines() if line.startswith("|")]
     assert labels[2:7] == ["teacher", "SFT", "distilled", "SFT, right labels", "distilled, right labels"]
     assert (clone / "out/smoke/report.png").stat().st_size > 10_000
+    assert "CPU seconds of its training" in (clone / "out/smoke/report_card.md").read_text()
 
 
 def test_quickstart_repeats_only_what_depends_on_a_file_that_changed(clone):

@@ -1,0 +1,233 @@
+"""
+成绩单：学生与教师并排：大小、速度、质量、蒸馏所费，一页 Markdown 和一张图。
+Report card: students beside their teacher, in size, speed, quality and cost of the distillation.
+One page of Markdown and one picture.
+
+    python scripts/report.py --teacher out/full_sft_128.pth --student out/full_dist_64.pth
+    python scripts/report.py --teacher smollm2.gguf --student half=out/half.pth int8=out/int8.pth \\
+        --data alpaca_test.json --out out/card.md
+
+Scores are those of scripts/evaluate.py. Times are of this machine, of models that take turns.
+"""
+
+import sys
+import time
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
+
+import torch
+
+from evaluation.metrics import measure, read_tests
+from evaluation.samples import openings, sample_answers, side_by_side, spread
+from evaluation.tables import markdown
+from interop.checkpoint import load_model, weight_files
+from model.generate import column_major, generate
+from model.transformer import KVCache
+from runtime.args import checking_input, make_parser, parse_args, parse_named
+from runtime.files import read_rows, write_text
+from runtime.log import Logger
+from runtime.pictures import save_picture
+from runtime.precision import pick_device
+
+REPEATS, ROWS = 3, 16       # medians of 3 times; answers generated at once
+
+# Row of the table -> (key of the results, how to print it). Costs and speeds are also shown as a
+# share of the teacher's.
+COSTS = {
+    "parameters": ("parameters", "{:,.0f}"),
+    "file, MB": ("file", "{:,.2f}"),
+    "memory, 16 answers at once, MB": ("memory", "{:,.1f}"),
+    "ms to the first token": ("first", "{:,.1f}"),
+}
+SPEEDS = {
+    "tokens/s, one answer": ("single", "{:,.0f}"),
+    "tokens/s, 16 answers at once": ("batch", "{:,.0f}"),
+}
+QUALITY = {
+    "exact match %": ("exact_match", "{:.1f}"),
+    "multiple choice %": ("multiple_choice", "{:.1f}"),
+    "held-out loss, nats per token": ("loss", "{:.3f}"),
+    "calibration error %": ("calibration", "{:.1f}"),
+    "habits KL, nats": ("habits_kl", "{:.3f}"),
+    "KL to the teacher, nats per token": ("kl", "{:.3f}"),
+    "agreement with the teacher %": ("agreement", "{:.1f}"),
+    "accepted as drafts of the teacher %": ("acceptance", "{:.1f}"),
+}
+SCORES = "exact_match", "multiple_choice", "agreement", "acceptance"        # 100 % is the best
+TRAINING = {"optimizer steps": ("step", "{:,.0f}"),
+            "CPU seconds of its training": ("total_cpu_seconds", "{:,.0f}")}
+
+
+def memory(model, context: int) -> float:
+    """MB of the weights, and of a KV cache for ROWS sequences of `context` tokens."""
+    tensors = {weight.data_ptr(): weight for weight in model.state_dict().values()}     # tied: once
+    cache = KVCache(model.config, ROWS, context, "meta")
+    return sum(tensor.nbytes for tensor in [*tensors.values(), cache.kv]) / 1e6
+
+
+def speeds(models: dict, rows: list, n_tokens: int) -> dict[str, dict[str, float]]:
+    """{label: ms until the first token of an answer, tokens/s of one answer, and of ROWS at once}.
+    models: {label: (model, tokenizer)}"""
+    found = {label: {"first": [], "single": [], "batch": []} for label in models}
+    for _ in range(REPEATS):
+        for label, (model, tokenizer) in models.items():
+            prompts = [*islice(cycle(openings(tokenizer, rows)), ROWS)]
+            for name, asked, n in (("first", prompts[:1], 1), ("single", prompts[:1], n_tokens),
+                                   ("batch", prompts, n_tokens)):
+                start = time.perf_counter()
+                written = sum(map(len, generate(model, asked, n)))
+                seconds = time.perf_counter() - start
+                found[label][name].append(1000 * seconds if n == 1 else written / seconds)
+    return {label: {name: median(values) for name, values in of_label.items()}
+            for label, of_label in found.items()}
+
+
+def training(path: Path) -> dict[str, float]:
+    """Steps and CPU seconds of the run that wrote these weights; empty if its log is missing."""
+    rows = read_rows(path.with_suffix(".jsonl"), "step") if path.is_file() else []
+    return {key: rows[-1][key] for key, _ in TRAINING.values() if key in rows[-1]} if rows else {}
+
+
+def table(results: dict[str, dict], teacher: str) -> str:
+    """A row per measure that any model has, a column per model."""
+    rows = [["", *results]]
+    for title, (key, form) in (COSTS | SPEEDS | QUALITY | TRAINING).items():
+        cells = [form.format(of[key]) if key in of else "" for of in results.values()]
+        if title in COSTS | SPEEDS:
+            cells = [cell if label == teacher else f"{cell} ({percent(of, results[teacher], key)})"
+                     for (label, of), cell in zip(results.items(), cells)]
+        if any(cells):
+            rows.append([title, *cells])
+    return markdown(rows)
+
+
+def percent(of: dict, theirs: dict, key: str) -> str:
+    return f"{100 * of[key] / theirs[key]:.0f} %"
+
+
+def summary(results: dict[str, dict], teacher: str) -> str:
+    """A paragraph for each student."""
+    said, theirs = [], results[teacher]
+    for label, of in results.items():
+        if label == teacher:
+            continue
+        text = (f"**{label}** has {percent(of, theirs, 'parameters')} of the parameters of "
+                f"**{teacher}**, takes {percent(of, theirs, 'memory')} of its memory and writes "
+                f"one answer {of['single'] / theirs['single']:.1f} times as fast.")
+        for key, what in (("exact_match", "questions"), ("multiple_choice", "multiple choice")):
+            if theirs.get(key):
+                text += f" {what.capitalize()} right: {of[key]:.1f} %, teacher {theirs[key]:.1f} %."
+        if "agreement" in of:
+            text += (f" The two have the same most likely token at {of['agreement']:.0f} % of the "
+                     "positions.")
+        if "total_cpu_seconds" in of:
+            text += f" Its training took {of['total_cpu_seconds']:,.0f} CPU seconds."
+        said.append(text)
+    return "\n\n".join(said)
+
+
+def draw(results: dict[str, dict], teacher: str, path: Path):
+    """Bars of the students: costs in % of the teacher's, and scores in % beside the teacher's tick.
+    """
+    from matplotlib.figure import Figure
+
+    theirs, students = results[teacher], [label for label in results if label != teacher]
+    costs = {title.removesuffix(", MB").replace("ms to", "time to"): {
+        label: 100 * of[key] / theirs[key] for label, of in results.items()}
+        for title, (key, _) in COSTS.items()}
+    costs |= {title.replace("tokens/s", "time per token"): {
+        label: 100 * theirs[key] / of[key] for label, of in results.items()}
+        for title, (key, _) in SPEEDS.items()}
+    scores = {title.removesuffix(" %"): {
+        label: of[key] for label, of in results.items() if key in of}
+        for title, (key, _) in QUALITY.items() if key in SCORES and theirs.get(key)}
+    figure = Figure(figsize=(11, 1.6 + 0.5 * max(len(costs), len(scores)) * len(students) ** 0.5),
+                    layout="constrained")
+    height = 0.75 / len(students)
+    panels = (("What it costs, % of the teacher (less is better)", costs),
+              ("What it can, % (the line is the teacher)", scores))
+    for axis, (title, values) in zip(figure.subplots(1, 2), panels):
+        for i, label in enumerate(students):
+            places = [row + (i - (len(students) - 1) / 2) * height for row in range(len(values))]
+            widths = [of.get(label, 0.0) for of in values.values()]
+            bars = axis.barh(places, widths, 0.9 * height, color=f"C{i}", label=label)
+            axis.bar_label(bars, [f"{width:.0f}" for width in widths], padding=3)
+        for row, of in enumerate(values.values()):
+            axis.vlines(of[teacher], row - 0.42, row + 0.42, color="black", linewidth=2)
+        axis.set_yticks(range(len(values)), list(values))
+        axis.set(title=title, xlim=(0, 112), ylim=(len(values) - 0.5, -0.5))
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=len(students), frameon=False)
+    save_picture(figure, path)
+
+
+def main():
+    # 1. Arguments
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--teacher", required=True, metavar="[NAME=]PATH", help="model, in any known format")
+    add("--student", nargs="+", required=True, metavar="[NAME=]PATH", help="models beside it")
+    add("--data", nargs="+", help="test files, as of scripts/evaluate.py", default=[
+        "dataset/test.jsonl", "dataset/mcq_test.jsonl", "dataset/test_habits.jsonl"])
+    add("--limit", type=int, default=0,
+        help="number of rows used from the start of each file; 0: all")
+    add("--samples", type=int, default=4, help="number of questions whose answers are shown")
+    add("--max_new_tokens", type=int, default=64, help="maximum length of an answer, in tokens")
+    add("--out", type=Path, default=Path("out/report_card.md"),
+        help="Markdown file; the picture is beside it, with the suffix .png")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    args = parse_args(parser)
+    device = pick_device(args.device)
+
+    with checking_input():
+        # 2. Models and tests
+        teacher, _ = parse_named(args.teacher)
+        paths, models = {}, {}
+        for name, path in map(parse_named, [args.teacher, *args.student]):
+            if name in paths:
+                raise ValueError(f"two models have the name {name}; write NAME=PATH")
+            paths[name] = Path(path)
+        tests = read_tests(args.data, args.limit)
+        if not (rows := spread(tests, ROWS)):
+            raise ValueError(f"--data {' '.join(args.data)}: no conversations or texts")
+        for name, path in paths.items():
+            models[name] = load_model(path, device)
+            column_major(models[name][0])
+
+        # 3. Measure
+        results = speeds(models, rows, args.max_new_tokens)
+        context = args.max_new_tokens + max(map(len, openings(models[teacher][1], rows)))
+        reference, vocabulary = models[teacher]
+        shown, answers = spread(tests, args.samples), {}
+        for name, (model, tokenizer) in models.items():
+            Logger(f"scoring {name}, {paths[name]}")
+            comparable = tokenizer.unreadable(vocabulary.ids) is None
+            size = sum(file.stat().st_size for file in weight_files(paths[name]))
+            results[name] |= {"file": size / 1e6, "memory": memory(model, context)}
+            results[name] |= measure(model, tokenizer, tests, reference if comparable else None)
+            if name != teacher:
+                results[name] |= training(paths[name])
+            answers[name] = sample_answers(model, tokenizer, shown, args.max_new_tokens)
+
+    # 4. Page and picture
+    picture = args.out.with_suffix(".png")
+    draw(results, teacher, picture)
+    note = (f"Times: {device}, {torch.get_num_threads()} threads, median of {REPEATS}, answers of "
+            f"{args.max_new_tokens} tokens; memory: weights and KV cache. Test data: "
+            f"{f'the first {args.limit} rows of ' * bool(args.limit)}{', '.join(args.data)}.")
+    page = [f"# Report card: {', '.join(name for name in results if name != teacher)}",
+            summary(results, teacher), f"![The same as a picture]({picture.name})",
+            table(results, teacher), note]
+    if shown:
+        page += ["## Answers", side_by_side(shown, answers)]
+    write_text(args.out, "\n\n".join(page) + "\n")
+    print(f"\n{summary(results, teacher)}\n\n{table(results, teacher)}\n\n"
+          f"The page is {args.out}, the picture {picture}.")
+
+
+if __name__ == "__main__":
+    main()
