@@ -174,7 +174,8 @@ tests = ["--data", *(f"{data}/{name}.jsonl" for name in ("test", "mcq_test", "te
 run(["python", "scripts/evaluate.py", "--weights", *models, "--json", f"{out}/scores.json",
      "--report", f"{out}/report.md", *tests])
 print("\n== the report card of the student")
-run(["python", "scripts/report.py", "--teacher", models[0], "--out", f"{out}/report_card.md", *tests,
-     "--student", *(f"distilled{kind}={out}/full_dist_64{kind}.pth" for kind in kinds)])
+run(["python", "scripts/report.py", "--teacher", models[0], "--student",
+     *(f"distilled{kind}={out}/full_dist_64{kind}.pth" for kind in kinds),
+     "--out", f"{out}/report_card.md", *tests])
 print(f"\nThe table is in {out}/report.md, the picture in {out}/report.png. Chat with the student: "
       "python scripts/chat.py")
