@@ -5,14 +5,16 @@ Offline distillation (logit caching): the teacher reads the data once and its ou
     DIR/about.json       teacher, tokenizer, data files, size of each file below and checksum of the
                          next two; written before the parts
     DIR/index.npz        position of each sample, by a hash of its tokens (dataset/lm_dataset.py)
-    DIR/head.pth         (V, D) fp32, turns states into logits; not with top-k
-    DIR/part-00000.bin   per supervised position the final hidden state in bf16, 2 D bytes, or the
+    DIR/head.pth         (V, D) fp32, turns states into logits; only with states
+    DIR/part-00000.bin   per supervised position the final hidden state in bf16, 2 D bytes; or the
                          top-k log-probabilities, ids and the log-probability of all
-                         other tokens, 6 k + 4 bytes, less at k < D / 3; at the end 4 bytes, a
-                         checksum of these, the part's number and the cache's identity
+                         other tokens, 6 k + 4 bytes, less at k < D / 3; or N sampled ids, 2 N
+                         bytes. At the end 4 bytes, a checksum of these, the part's number and the
+                         cache's identity
 
-The samples alone decide which part holds which sample, so any number of processes writes the same
-parts, and an interrupted run resumes at the missing ones.
+The samples alone decide which part holds which sample, and a part's number is the seed of its
+sampled ids. So any number of processes writes the same parts, and an interrupted run resumes at the
+missing ones.
 """
 
 import hashlib
@@ -25,20 +27,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from distill.fused import CHUNK_BYTES, Dense, TopK
+from distill.fused import CHUNK_BYTES, MIN_LOG_P, Dense, TopK
 from runtime.checkpoint import load_verified
 from runtime.errors import FileError
 from runtime.files import file_crc32, named_errors, write_atomic, write_json
 
-VERSION = 2                 # raise it when the meaning of a file changes
+VERSION = 3                 # raise it when the meaning of a file changes
 PART_BYTES = 64 << 20       # of a part, plus at most one sample: what an interruption costs
 N_PARTS = 16                # at least, if there are that many samples: processes share parts
 
 # The fields that make two caches different. A file is identified by its content, not by its path.
 IDENTITY = {"version": "format", "teacher_sha256": "teacher", "teacher_sizes": "its sizes",
             "ids": "tokenizer", "max_seq_len": "--max_seq_len", "top_k": "--top_k",
-            "temperature": "--temperature", "dtype": "--dtype", "files": "data",
-            "samples_sha256": "tokens of the samples"}
+            "sampled": "--sampled", "temperature": "--temperature", "dtype": "--dtype",
+            "files": "data", "samples_sha256": "tokens of the samples"}
 
 
 def differences(was: dict, now: dict) -> dict[str, str]:
@@ -73,7 +75,7 @@ def command(about: dict, path, *more) -> str:
         name, _, url = about["teacher"].rpartition(" at ")
         teacher, of_process = ["--teacher_url", url, "--teacher_model", name], ()
     flags = [*teacher, "--data_path", *about["files"], "--cache_dir", path]
-    for name in ("tokenizer", "max_seq_len", "top_k", "temperature", *of_process):
+    for name in ("tokenizer", "max_seq_len", "top_k", "sampled", "temperature", *of_process):
         flags += [f"--{name}", about[name]]
     flags += ["--skip_bad_lines"] * about["skip_bad_lines"]
     return shlex.join(map(str, ["python", "scripts/cache_teacher.py", *flags, *more]))
@@ -83,36 +85,65 @@ def command(about: dict, path, *more) -> str:
 
 def row_type(about: dict) -> np.dtype:
     """What is stored per position. NumPy has no bf16, so its 16 bits are stored as an integer."""
-    if not about["top_k"]:
+    k = about["top_k"] or about["sampled"]
+    if not k:
         return np.dtype([("states", "<i2", (about["dim"],))])
-    ids = "<u2" if about["vocab_size"] <= 1 << 16 else "<u4"
-    return np.dtype([("log_p", "<f4", (about["top_k"],)), ("ids", ids, (about["top_k"],)),
-                     ("tail", "<f4")])
+    ids = ("ids", "<u2" if about["vocab_size"] <= 1 << 16 else "<u4", (k,))
+    return np.dtype([ids] if about["sampled"] else [("log_p", "<f4", (k,)), ids, ("tail", "<f4")])
 
 
-def pack(about: dict, states, head) -> np.ndarray:  # (S, D), (V, D) -> (S,) rows
-    """The rows of S positions. The logits of a top-k are computed in the head's dtype."""
+def pack(about: dict, states, head, rng=None) -> np.ndarray:  # (S, D), (V, D) -> (S,) rows
+    """The rows of S positions. Their logits, if needed, are computed in the head's dtype; `rng`, a
+    NumPy generator, is for samples."""
     rows = np.empty(len(states), row_type(about))
-    if not about["top_k"]:
+    if "states" in rows.dtype.names:
         rows["states"] = states.to(torch.bfloat16).view(torch.int16).cpu().numpy()
         return rows
     size = max(1, CHUNK_BYTES // (4 * len(head)))
     for start in range(0, len(states), size):
         logits = states[start:start + size].to(head.dtype) @ head.T
         logits = logits.float() / about["temperature"]                      # (C, V)
+        chunk = rows[start:start + size]
+        if about["sampled"]:
+            chunk["ids"] = sample_ids(logits, about["sampled"], rng).cpu().numpy()
+            continue
         top = logits.topk(about["top_k"], dim=-1)                           # (C, k), descending
         log_sum = logits.logsumexp(dim=-1, keepdim=True)
         tail = logits.scatter_(-1, top.indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
-        chunk = rows[start:start + size]
         chunk["log_p"] = (top.values - log_sum).cpu().numpy()
         chunk["ids"] = top.indices.cpu().numpy()
         chunk["tail"] = (tail - log_sum).squeeze(-1).cpu().numpy()
     return rows
 
 
-def unpack(rows: np.ndarray, device) -> TopK:       # (S,) rows of a top-k
-    arrays = rows["ids"].astype(np.int64), rows["log_p"].copy(), rows["tail"].copy()
-    return TopK(*(torch.from_numpy(array).to(device) for array in arrays))
+def sample_ids(logits, n, rng):  # (C, V) -> (C, n), each row rising
+    """n tokens per row, with replacement: where uniform numbers fall among the cumulative
+    probabilities. These are fp64, because fp32 sums near 1 lose rare tokens."""
+    ends = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    at = torch.from_numpy(np.sort(rng.random((len(logits), n)))).to(logits.device)
+    return torch.searchsorted(ends, at * ends[:, -1:])
+
+
+def unpack(rows: np.ndarray, device) -> TopK:       # (S,) rows of a top-k or of samples
+    ids = torch.from_numpy(rows["ids"].astype(np.int64)).to(device)
+    if "tail" in rows.dtype.names:
+        return TopK(ids, *(torch.from_numpy(rows[name].copy()).to(device)
+                           for name in ("log_p", "tail")))
+    return of_samples(ids)
+
+
+def of_samples(ids) -> TopK:  # (S, N), each row rising
+    """The distribution of N samples: count / N for each token, nothing for all others.
+
+    Its mean is the teacher's p. The gradient of the forward KL is linear in p, so its mean is that
+    of the whole distribution; those of other divergences are biased. Anshumann et al. 2025,
+    https://arxiv.org/abs/2503.16870
+    """
+    first, n = torch.searchsorted(ids, ids), ids.shape[-1]              # of equal ids
+    counts = torch.searchsorted(ids, ids, right=True) - first
+    is_first = first == torch.arange(n, device=ids.device)              # the others repeat it
+    log_p = (counts / n).log().where(is_first, MIN_LOG_P)
+    return TopK(ids, log_p, torch.full_like(log_p[:, 0], MIN_LOG_P))
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -193,7 +224,7 @@ class CacheWriter:
                  "n_rows": self.layout.n_rows[order],
                  "part_ends": np.cumsum(self.part_bytes) // self.row_bytes}
         files = {"index.npz": lambda file: np.savez(file, **index)}
-        if not self.about["top_k"]:
+        if not (self.about["top_k"] or self.about["sampled"]):
             files["head.pth"] = lambda file: torch.save(self.head, file)
         sizes, crc32 = {}, {}
         for name, write in files.items():
@@ -244,9 +275,9 @@ def damaged_files(path: Path, about: dict) -> list[str]:
 class TeacherCache:
     """The cached outputs of a teacher, looked up by sample.
 
-    head         (V, D) fp32; None with top-k
-    top_k        tokens stored per position; 0: hidden states, which give all V logits
-    temperature  of the top-k log-probabilities; 1 for states, which serve any temperature
+    head         (V, D) fp32; None if sparse
+    sparse       tokens stored per position, as text; "": hidden states, which give all V logits
+    temperature  of the sparse tokens; 1 for states, which serve any temperature
     n_tokens     number of tokens that get logits, the first ones (share_vocabulary)
     about        the content of about.json
 
@@ -272,19 +303,21 @@ class TeacherCache:
                              f"missing or damaged: {', '.join(damaged[:3])}. Complete it: "
                              f"{command(about, self)}")
         self.row = row_type(about)
-        self.top_k, self.temperature = about["top_k"], about["temperature"]
+        self.sparse = (f"top {about['top_k']} tokens" if about["top_k"] else
+                       f"{about['sampled']} sampled tokens" if about["sampled"] else "")
+        self.temperature = about["temperature"]
         self.n_tokens = about["vocab_size"]
         with np.load(self.path / "index.npz") as index:
             self.keys, self.starts = index["keys"], index["starts"]     # (samples,), by rising key
             self.n_rows, self.part_ends = index["n_rows"], index["part_ends"]
         self.parts = {}                             # number -> (rows, row bytes), memory-mapped
-        self.head = None if self.top_k else load_verified(self.path / "head.pth", mmap=False)
+        self.head = None if self.sparse else load_verified(self.path / "head.pth", mmap=False)
 
     def __str__(self):
         return str(self.path)
 
     def described(self) -> str:
-        what = f"top {self.top_k} tokens at T={self.temperature:g}" if self.top_k else "states"
+        what = f"{self.sparse} at T={self.temperature:g}" if self.sparse else "states"
         return f"{self.about['teacher']} on disk, its {what} in {self}"
 
     def to(self, device) -> "TeacherCache":
@@ -332,7 +365,7 @@ class TeacherCache:
         rows = np.concatenate([self.part(i)[begin:begin + n] for i, begin, n in
                                zip(parts.tolist(), begins.tolist(), n_rows.tolist())])
         rows = rows.view(self.row)[:, 0]                                            # (S,)
-        if self.top_k:
+        if self.sparse:
             return unpack(rows, self.device)
         states = torch.from_numpy(rows["states"]).view(torch.bfloat16)
         return Dense(states.to(self.device), self.head[:self.n_tokens])

@@ -124,12 +124,16 @@ def check_teachers(teachers, args):
         raise ValueError("--attention_weight compares all tokens of a sample, but with "
                          "--teacher_data_path the prompts differ. Leave one of them out")
     caches = [teacher.source for teacher in teachers if teacher.is_cached]
-    for cache in [cache for cache in caches if cache.top_k]:
+    for cache in [cache for cache in caches if cache.sparse]:
         if len(teachers) > 1:
-            raise ValueError(f"{cache} holds the top {cache.top_k} tokens only, which cannot be "
-                             "mixed with other teachers; write it without --top_k")
+            raise ValueError(f"{cache} holds the {cache.sparse} only, which cannot be mixed with "
+                             "other teachers; write it without --top_k and --sampled")
+        if cache.about["sampled"] and args.divergence != "forward_kl":
+            raise ValueError(f"{cache} holds the {cache.sparse}, which are unbiased only in a loss "
+                             "that is linear in the teacher's probabilities: --divergence "
+                             f"forward_kl, not {args.divergence}, or a cache without --sampled")
         if (args.temperature, args.final_temperature) != (cache.temperature, None):
-            raise ValueError(f"{cache} holds the top {cache.top_k} tokens at temperature "
-                             f"{cache.temperature:g}, and a tail probability cannot be rescaled: "
+            raise ValueError(f"{cache} holds the {cache.sparse} at temperature "
+                             f"{cache.temperature:g}, which cannot be changed afterwards: "
                              f"train at --temperature {cache.temperature:g}, or write a cache for "
                              "another")

@@ -59,6 +59,7 @@ class ServedTeacher:
                  budget: int = 0, parallel: int = 4, retries: int = 5, timeout: float = 300.0):
         self.client, self.key = make_client(url, key_env, retries, timeout)
         self.url, self.model, self.top_k = url.rstrip("/"), model, top_k
+        self.sparse = f"top {top_k} tokens"
         self.budget, self.n_read, self.is_sglang = budget, 0, False
         self.device, self.parallel = torch.device("cpu"), parallel
         self.pool, self.lock = ThreadPoolExecutor(parallel), Lock()
@@ -69,7 +70,7 @@ class ServedTeacher:
         return f"{self.model} at {urlsplit(self.url).netloc}"
 
     def described(self) -> str:
-        return f"{self}, its top {self.top_k} tokens"
+        return f"{self}, its {self.sparse}"
 
     def to(self, device) -> "ServedTeacher":
         self.device = torch.device(device)
@@ -95,7 +96,7 @@ class ServedTeacher:
                              "tokenizer, or on its answers (scripts/generate_answers.py)")
         self.n_tokens = tokenizer.vocab_size
         self.about = {"ids": tokenizer.ids, "tokenizer": str(tokenizer.path), "top_k": self.top_k,
-                      "vocab_size": tokenizer.vocab_size}
+                      "sampled": 0, "vocab_size": tokenizer.vocab_size}
         self.row = row_type(self.about)
         names = {each.id: each for each in self.client.models.list()}
         tells = getattr(names.get(self.model), "max_model_len", None)

@@ -172,9 +172,9 @@ def share_vocabulary(teachers, students, divergence="forward_kl") -> bool:
     for (ids, path), (source, *_) in zip(vocabularies, everyone):
         if more := [name for name, i in ids["special_tokens"].items() if i >= n]:
             Logger(f"{path}: not all have {', '.join(more)}; its logits are left out")
-        if source.n_tokens > n and isinstance(source, TeacherCache) and source.top_k:
-            raise ValueError(f"{source} holds the top {source.top_k} of {source.n_tokens} tokens, "
-                             f"of which the student has {n}. Write it again with --tokenizer "
+        if source.n_tokens > n and isinstance(source, TeacherCache) and source.sparse:
+            raise ValueError(f"{source} holds the {source.sparse} of {source.n_tokens}, of which "
+                             f"the student has {n}. Write it again with --tokenizer "
                              f"{students[-1][1].path}")
         source.n_tokens = n
     return own_format

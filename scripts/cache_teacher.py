@@ -44,7 +44,8 @@ def megabytes(size: float) -> str:
 
 def check_room(writer: CacheWriter, missing: list[int]):
     """Print the size of the cache; raise ValueError if it is more than the disk has left."""
-    about, head = writer.about, 0 if writer.about["top_k"] else writer.head.nbytes
+    about = writer.about
+    head = 0 if about["top_k"] or about["sampled"] else writer.head.nbytes
     needed = int(writer.part_bytes[missing].sum()) + head
     free = shutil.disk_usage(writer.path).free
     and_head = f", and {megabytes(head)} for the head" if head else ""
@@ -52,10 +53,11 @@ def check_room(writer: CacheWriter, missing: list[int]):
            f"bytes = {megabytes(writer.part_bytes.sum())} in {len(writer.part_bytes)} parts"
            f"{and_head}; {len(missing)} parts are missing; free on that disk: {megabytes(free)}")
     if needed > free:
+        of_id = row_type(about | {"top_k": 0, "sampled": 1}).itemsize
         raise ValueError(
             f"{megabytes(needed)} do not fit in the {megabytes(free)} that are free at "
-            f"{writer.path}. Give another --cache_dir, fewer files, or --top_k K, which takes "
-            f"{row_type(about | {'top_k': 1}).itemsize - 4} K + 4 bytes a position")
+            f"{writer.path}. Give another --cache_dir, fewer files, --top_k K, which takes "
+            f"{of_id + 4} K + 4 bytes a position, or --sampled N, which takes {of_id} N")
 
 
 def local_teacher(args, world):
@@ -74,10 +76,10 @@ def local_teacher(args, world):
            f"from {args.teacher}")
 
     @torch.no_grad()
-    def read(about, batch):  # -> (S,)
+    def read(about, batch, rng):  # -> (S,)
         with autocast(world.device, world.dtype):
             out = teacher(batch.tokens, batch.lengths, at=batch.at, with_logits=False)
-        return pack(about, out.final, teacher.head)
+        return pack(about, out.final, teacher.head, rng)
 
     about = {"teacher": args.teacher, "teacher_sha256": sha256_of_model(args.teacher),
              "teacher_sizes": dataclasses.asdict(teacher.config), "vocab_size": len(head),
@@ -93,7 +95,7 @@ def served_teacher(args):
     teacher.check(tokenizer)
     Logger(teacher.described())
 
-    def read(about, batch):  # -> (S,)
+    def read(about, batch, rng):  # -> (S,)
         teacher.forget()
         return teacher.read(batch)
 
@@ -115,8 +117,12 @@ def main():
     add("--top_k", type=int, default=0,
         help="number of token probabilities kept at each position; 0: the final hidden state, "
              "which gives all of them; of a served teacher --teacher_top_k")
+    add("--sampled", type=int, default=0,
+        help="number of token ids sampled from the distribution at each position instead, for an "
+             "unbiased forward KL; 0: none")
     add("--temperature", type=float, default=1.0,
-        help="softmax temperature of the top-k, above 0, as in training; hidden states serve any")
+        help="softmax temperature of the top-k or the samples, above 0, as in training; hidden "
+             "states serve any")
     add("--tokenizer", default=None,
         help="the student's tokenizer if its conversations have another format: its file, or a "
              "model that has one; default: the teacher's")
@@ -130,9 +136,12 @@ def main():
     args = parse_args(parser)
     if (args.teacher is None) == (args.teacher_url is None):
         parser.error("give either --teacher WEIGHTS or --teacher_url URL")
-    if args.temperature != 1.0 and (args.teacher_url or not args.top_k):
-        parser.error(f"--temperature {args.temperature:g} needs a --top_k of a --teacher: hidden "
-                     "states, the default, serve any temperature, and a server answers at 1")
+    if args.sampled and (args.top_k or args.teacher_url):
+        parser.error("--sampled needs a --teacher and no --top_k: a server tells its top-k only")
+    if args.temperature != 1.0 and (args.teacher_url or not (args.top_k or args.sampled)):
+        parser.error(f"--temperature {args.temperature:g} needs a --top_k or --sampled of a "
+                     "--teacher: hidden states, the default, serve any temperature, and a server "
+                     "answers at 1")
 
     # 2. Processes
     world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
@@ -151,8 +160,8 @@ def main():
         # 4. Data, and the parts of the cache that are missing
         about = of_teacher | {
             "version": VERSION, "tokenizer": str(tokenizer.path), "ids": tokenizer.ids,
-            "max_seq_len": max_seq_len, "top_k": args.top_k, "temperature": args.temperature,
-            "skip_bad_lines": args.skip_bad_lines}
+            "max_seq_len": max_seq_len, "top_k": args.top_k, "sampled": args.sampled,
+            "temperature": args.temperature, "skip_bad_lines": args.skip_bad_lines}
         with main_process_first(world):
             data = Joined([dataset_of([path])([path], tokenizer, max_seq_len, args.skip_bad_lines,
                                               Logger) for path in args.data_path])
@@ -175,12 +184,12 @@ def main():
     samples = [layout.samples[layout.part(part)] for part in range(parts.n_parts)]
     n_tokens = [int((data.lengths[chosen] - 1).sum()) for chosen in samples]
     for part in parts.mine(missing, n_tokens, "tokens"):
-        rows = []
+        rows, rng = [], np.random.default_rng(part)     # the same, whoever writes it
         for places in by_length(data.lengths[samples[part]], args.tokens_per_batch):
             if parts.stop.requested:
                 break
             batch = data.batch(samples[part][places]).to(world.device)
-            rows.append(read(about, batch))
+            rows.append(read(about, batch, rng))
             parts.progress.add(len(batch.tokens))
         else:
             writer.write(part, np.concatenate(rows))

@@ -19,8 +19,9 @@ import torch
 from helpers_run import ROOT, complaint, run, start, succeed, wait_until
 
 from dataset import lm_dataset
-from distill.cache import CacheWriter, TeacherCache, lay_out, pack, row_type
-from distill.fused import Dense, fused_distillation_loss
+from distill.cache import (CacheWriter, TeacherCache, lay_out, of_samples, pack, row_type, sample_ids,
+                           unpack)
+from distill.fused import MIN_LOG_P, Dense, TopK, fused_distillation_loss
 from interop.checkpoint import load_model
 from runtime.files import file_sha256
 
@@ -145,7 +146,7 @@ def test_a_top_k_has_the_most_likely_tokens_at_its_temperature(flags, lesson, tm
     succeed(SCRIPT, cache_dir=tmp_path / "top", top_k=5, temperature=2, **flags)
     cache = TeacherCache(tmp_path / "top")
     cached, truth = cache.look_up(batch.keys), torch.log_softmax(live.logits / 2, dim=-1)
-    assert (cache.top_k, cache.temperature, cache.head) == (5, 2.0, None)
+    assert (cache.sparse, cache.temperature, cache.head) == ("top 5 tokens", 2.0, None)
     assert torch.allclose(cached.log_p, truth.topk(5).values, atol=1e-4)
     assert torch.allclose(cached.log_p, truth.gather(1, cached.ids), atol=1e-4)
     tail = truth.sort(descending=True).values[:, 5:].logsumexp(dim=-1)
@@ -161,6 +162,81 @@ def test_samples_are_found_in_any_order_and_by_any_subset(written, lesson):
         assert torch.equal(cache.look_up(some).states, torch.cat([alone[key] for key in some]))
     with pytest.raises(ValueError, match="a sample of the batch is not in"):
         cache.look_up([123])
+
+
+# -- samples -------------------------------------------------------------------------------------
+
+def test_the_mean_gradient_of_samples_is_that_of_the_whole_distribution_and_of_a_top_k_it_is_not():
+    """20,000 caches of one position, 40 tokens; the student is another random model."""
+    V, D, n, T = 40, 6, 20_000, 2.0
+    state, teacher_head, hidden, head = (torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+                                         for seed, size in enumerate([(1, D), (V, D), (1, D), (V, D)]))
+    about = {"top_k": 0, "sampled": 0, "vocab_size": V, "temperature": T}
+
+    def gradients(teacher, n):
+        """Of n students that are the same, one a row."""
+        own = hidden.repeat(n, 1).requires_grad_()
+        fused_distillation_loss(own, head, torch.zeros(n, dtype=torch.long), teacher,
+                                temperature=T).loss.backward()
+        return own.grad                                                                 # (n, D)
+
+    exact = gradients([Dense(state, teacher_head)], 1)[0]
+    rows = pack(about | {"sampled": 4}, state.repeat(n, 1), teacher_head, np.random.default_rng(0))
+    sampled = gradients(unpack(rows, "cpu"), n)
+    error = sampled.std(dim=0) / n ** 0.5
+    assert (error < 0.03).all() and ((sampled.mean(dim=0) - exact).abs() < 4 * error).all()
+
+    top = unpack(pack(about | {"top_k": 4}, state, teacher_head), "cpu")
+    without = top._replace(log_p=top.log_p.log_softmax(dim=-1), tail=torch.tensor([-torch.inf]))
+    for biased in (top, without):               # with one bucket for the tail; renormalised
+        assert ((gradients(biased, 1)[0] - exact).abs() > 10 * error).any()
+
+
+def test_a_token_that_is_sampled_twice_counts_twice():
+    # Of four samples token 3 is three, so KL = .75 ln(.75 / .1) + .25 ln(.25 / .2); q - p.
+    q = torch.tensor([[0.2, 0.4, 0.3, 0.1]])
+    hidden, found = q.log().requires_grad_(), of_samples(torch.tensor([[0, 3, 3, 3]]))
+    fused = fused_distillation_loss(hidden, torch.eye(4), torch.tensor([0]), found)
+    fused.loss.backward()
+    assert fused.kd.item() == pytest.approx(0.75 * np.log(7.5) + 0.25 * np.log(1.25), rel=1e-5)
+    assert torch.allclose(hidden.grad, torch.tensor([[-0.05, 0.4, 0.3, -0.65]]), atol=1e-5)
+    again = TopK(torch.tensor([[0, 3]]), torch.tensor([[0.25, 0.75]]).log(), torch.tensor([MIN_LOG_P]))
+    assert fused_distillation_loss(q.log(), torch.eye(4), torch.tensor([0]), again).kd.item() == (
+        pytest.approx(fused.kd.item(), rel=1e-6))
+
+
+def test_rare_tokens_are_sampled_as_often_as_they_should_be():
+    """1e-8 each, a hundredth together: sums in fp32 would lose them behind the first token."""
+    logits = torch.full((1, 1_000_001), 1e-8).log()
+    logits[0, 0] = np.log(0.99)
+    ids = sample_ids(logits, 100_000, np.random.default_rng(0))
+    assert (ids > 0).float().mean().item() == pytest.approx(0.01, abs=0.002)
+    assert (ids.diff() >= 0).all() and ids.max() > 900_000
+
+
+def test_samples_take_two_bytes_each_and_are_the_same_however_they_are_written(flags, lesson, tmp_path):
+    one, resumed, batches = (tmp_path / name for name in ("one", "resumed", "batches"))
+    sampled = flags | {"sampled": 12, "temperature": 2}
+    said = succeed(SCRIPT, cache_dir=one, **sampled)
+    cache = TeacherCache(one)
+    assert "positions x 24 bytes" in said and cache.head is None and not (one / "head.pth").exists()
+    assert f"its 12 sampled tokens at T=2 in {one}" in cache.described()
+    n_bytes = sum(size for name, size in cache.about["bytes"].items() if "part" in name)
+    assert n_bytes == cache.about["positions"] * 24 + 16 * 4
+
+    shutil.copytree(one, resumed)
+    for part in (0, 3, 7, 15):
+        (resumed / f"part-{part:05d}.bin").unlink()
+    succeed(SCRIPT, cache_dir=resumed, processes=2, **sampled)
+    succeed(SCRIPT, cache_dir=batches, **sampled | {"tokens_per_batch": 1000})
+    assert contents(one) == contents(resumed) == contents(batches)
+
+    batch, live, student = lesson
+    found, p = cache.look_up(batch.keys), torch.softmax(live.logits / 2, dim=-1)
+    shares = torch.zeros_like(p).scatter_add(1, found.ids, found.log_p.exp())
+    assert torch.allclose(shares.sum(dim=1), torch.ones(len(p)))
+    n_positions = len(p)                                    # each token's own error is sqrt(p / 12 S)
+    assert ((shares - p).mean(dim=0).abs() < 5 * (p.mean(dim=0) / 12 / n_positions).sqrt() + 0.01).all()
 
 
 # -- however it is written -----------------------------------------------------------------------
@@ -227,10 +303,10 @@ def test_the_printed_size_is_the_size_on_disk(written):
 def test_a_cache_that_does_not_fit_on_the_disk_is_not_begun(monkeypatch, tmp_path):
     script = runpy.run_path(str(ROOT / SCRIPT))
     layout = lay_out(np.arange(4, dtype=np.uint64), np.full(4, 9), np.full(4, 250), row_bytes=200)
-    about = {"dim": 100, "top_k": 0, "vocab_size": 7}
+    about = {"dim": 100, "top_k": 0, "sampled": 0, "vocab_size": 7}
     writer = CacheWriter(tmp_path, about, layout, torch.zeros(7, 100))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
-    with pytest.raises(ValueError, match=r"0.20 MB .* 0.10 MB .*--top_k K, which takes 6 K \+ 4 bytes"):
+    with pytest.raises(ValueError, match=r"0.20 MB .* 0.10 MB .*--top_k K, which takes 6 K \+ 4 bytes a position, or --sampled N, which takes 2 N"):
         script["check_room"](writer, writer.missing())
 
 
@@ -248,8 +324,9 @@ def test_a_second_run_has_nothing_to_do_also_on_one_of_the_files(written, flags,
     ({"teacher": "other.pth", "teacher_sha256": "0" * 64},
      r"teacher was \S+teacher.pth \(\w{8}\), is other.pth \(00000000\). Give another --cache_dir"),
     ({"top_k": 4}, "--top_k was 0, is 4"),
+    ({"sampled": 4}, "--sampled was 0, is 4"),
     ({"max_seq_len": 64, "temperature": 2.0}, "--max_seq_len was 128, is 64; --temp"),
-    ({"version": 9}, "holds another cache: format was 2, is 9. Give"),
+    ({"version": 9}, "holds another cache: format was 3, is 9. Give"),
 ])
 def test_a_folder_keeps_one_teacher_and_one_setting(copied, writer_for, changed, message):
     before, writer = contents(copied), writer_for(copied, **changed)
@@ -304,15 +381,23 @@ def test_no_cache_and_another_format_are_errors_with_the_command(tmp_path, copie
         TeacherCache(tmp_path / "none")
     about = json.loads((copied / "about.json").read_text())
     (copied / "about.json").write_text(json.dumps(about | {"version": 0}))
-    with pytest.raises(ValueError, match="has format 0, this program reads 2"):
+    with pytest.raises(ValueError, match="has format 0, this program reads 3"):
         TeacherCache(copied)
 
 
 @pytest.mark.parametrize("flag, value, message", [
     ("top_k", -1, "--top_k -1 must be 0 or more"),
-    ("temperature", 2, "--temperature 2 needs a --top_k"),
+    ("temperature", 2, "--temperature 2 needs a --top_k or --sampled"),
+    ("sampled", -1, "--sampled -1 must be 0 or more"),
     ("top_k", 10**6, "--top_k 1000000 "),
     ("max_seq_len", 999, "--max_seq_len 999 "),
 ])
 def test_a_flag_out_of_range_is_refused(flag, value, message, flags, tmp_path):
     assert message in complaint(SCRIPT, cache_dir=tmp_path, **flags | {flag: value})
+
+
+@pytest.mark.parametrize("other", [{"top_k": 4}, {"teacher": None, "teacher_url": "http://x/v1", "teacher_model": "m"}],
+                         ids=["top_k", "teacher_url"])
+def test_samples_need_a_teacher_here_and_no_top_k(other, flags, tmp_path):
+    message = complaint(SCRIPT, cache_dir=tmp_path, **flags | {"sampled": 4} | other)
+    assert "--sampled needs a --teacher and no --top_k" in message

@@ -192,6 +192,22 @@ def test_top_words_are_of_one_temperature_and_teach_alone(flags, tmp_path):
     assert "top 8 tokens only, which cannot be mixed" in said
 
 
+def test_sampled_words_teach_by_the_forward_kl_alone(flags, data, tmp_path):
+    """Many samples are nearly the teacher in memory."""
+    both = [flags["data_path"], data / "val.jsonl"]
+    flags |= {"temperature": 2.0, "val_path": both[1]}
+    succeed(SCRIPT, **flags)
+    sampled = cached(flags, tmp_path / "samples", data_path=both, sampled=10_000, temperature=2.0)
+    said = succeed(SCRIPT, **sampled | {"out_dir": tmp_path / "disk"})
+    assert "its 10000 sampled tokens at T=2" in said
+    assert close(learned(tmp_path / "disk"), learned(tmp_path / "out"), 0.1)
+    assert rows(tmp_path / f"disk/{FILE}.jsonl")[-1]["val_kl"] > 0
+    refused = complaint(SCRIPT, **sampled | {"divergence": "reverse_kl"})
+    assert "linear in the teacher's probabilities: --divergence forward_kl, not reverse_kl" in refused
+    assert "at temperature 2, which cannot be changed" in complaint(SCRIPT, **sampled | {"temperature": 1.0})
+    assert "10000 sampled tokens only, which cannot be mixed" in complaint(SCRIPT, **sampled | {"teacher": flags["teacher"]})
+
+
 def test_a_changed_file_and_one_the_teacher_has_not_read_are_refused(flags, data, tmp_path):
     mine = tmp_path / "mine.jsonl"
     mine.write_text(flags["data_path"].read_text())
@@ -324,7 +340,7 @@ def test_tokens_that_only_the_teacher_has_are_left_out(flags, tmp_path):
     succeed(SCRIPT, **cached(newer, tmp_path / "states") | {"out_dir": tmp_path / "disk"})
     assert close(learned(tmp_path / "disk"), learned(tmp_path / "out"), 1e-2)           # its states are bf16
     top = cached(newer, tmp_path / "top", top_k=1026)
-    assert "top 1026 of 1026 tokens, of which the student has 1024" in complaint(SCRIPT, **top)
+    assert "top 1026 tokens of 1026, of which the student has 1024" in complaint(SCRIPT, **top)
     succeed(SCRIPT, **cached(newer, tmp_path / "trimmed", top_k=1024, tokenizer=flags["student"]) | {"out_dir": tmp_path / "k"})
     assert close(learned(tmp_path / "k"), learned(tmp_path / "out"), 1e-3)
 
