@@ -81,7 +81,8 @@ ROWS = {None: "SFT", "configs/compare_experience.yaml": "on-policy, MiniLLM + re
         "configs/compare_ability.yaml": "no new questions",
         "configs/compare_reasoning.yaml": "on-policy, T 1.5", "configs/compare_rl.yaml": "both",
         "configs/compare_routed.yaml": "routed",                  # a row of each comparison
-        "configs/compare_teachers.yaml": "of the first teacher", "configs/compare_pruning.yaml": "3 x 192"}
+        "configs/compare_teachers.yaml": "of the first teacher", "configs/compare_pruning.yaml": "3 x 192",
+        "configs/compare_cache.yaml": "14 samples, 28 bytes"}
 # The models that lesson 13 makes, and the lessons after it start from: their widths.
 REASONING_MODELS = {"full_sft_48": 48, "full_sft_64": 64, "teacher/full_sft_64": 64}
 # What makes a command small. argparse takes the last value of a flag, so a flag can be given again.

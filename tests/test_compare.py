@@ -350,10 +350,10 @@ def is_running(pid: int) -> bool:
 PLANS = {name: compare.read(ROOT / f"configs/{name}.yaml")
          for name in ("compare", "compare_experience", "compare_methods", "compare_curriculum",
                       "compare_ability", "compare_reasoning", "compare_rl", "compare_routed", "compare_teachers",
-                      "compare_pruning")}
+                      "compare_pruning", "compare_cache")}
 SAMPLES = {"compare": 24, "compare_experience": 32, "compare_methods": 32, "compare_curriculum": None,
            "compare_ability": 48, "compare_reasoning": 16, "compare_rl": 8, "compare_routed": 32,
-           "compare_teachers": 24, "compare_pruning": 24}
+           "compare_teachers": 24, "compare_pruning": 24, "compare_cache": 24}
 PARSERS = {}            # {script: its argument parser}
 
 
