@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "evaluation": ["dataset", "distill", "interop", "model", "runtime"],
     "ability_tree": ["dataset", "evaluation", "interop", "model", "runtime"],
     "scripts": ["dataset", "distill", "evaluation", "interop", "model", "runtime"],
+    "exercises": ["runtime"],
     "benchmarks": ["dataset", "distill", "evaluation", "interop", "model", "runtime"],
 }
 LESSONS = ["train_pretrain.py", "train_sft.py", "train_distillation.py", "train_onpolicy.py", "train_curriculum.py"]
