@@ -13,5 +13,9 @@ import torch.nn.functional as F
 
 
 def masked_loss(logits, ids, is_answer):  # (T, V), (T,), (T,) bool -> ()
-    """is_answer[t]: token t is the assistant's. Token 0 never is."""
-    raise NotImplementedError  # your lines here; which mask belongs to logits[t]?
+    """is_answer[t]: token t is the assistant's. Token 0 never is.
+
+    ids         7  3  5  4  2  6        the assistant's: 4 and its end of turn, 2
+    is_answer   0  0  0  1  1  0        which rows of the logits predict these two?
+    """
+    raise NotImplementedError  # your lines here

@@ -13,4 +13,5 @@ import torch.nn.functional as F
 
 
 def soft_loss(student_logits, teacher_logits, temperature):  # (N, V), (N, V), float -> ()
+    """Student (2, 2, 0), teacher (4, 2, 0): 0.349 at T = 1, 4 * 0.120 = 0.479 at T = 2."""
     raise NotImplementedError  # your lines here

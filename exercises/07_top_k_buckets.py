@@ -16,5 +16,9 @@ import torch
 
 
 def top_k_buckets(log_p, ids):  # (N, V), (N, k) -> (N, k + 1)
-    """log_p is normalised; the ids of a row differ, and k < V."""
-    raise NotImplementedError  # your lines here; a tail of 1e-11 must not become 0
+    """log_p is normalised; the ids of a row differ, and k < V.
+
+    p = (0.5, 0.3, 0.1, 0.1), ids = (0, 1): the logarithms of (0.5, 0.3, 0.2). A tail of 1e-11 must
+    not become 0: can you do without the 1 - ...?
+    """
+    raise NotImplementedError  # your lines here

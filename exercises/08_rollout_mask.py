@@ -17,4 +17,11 @@ import torch
 
 
 def rollout_mask(ids, prompt_lengths, end):  # (B, T), (B,), int -> (B, T) bool
-    raise NotImplementedError  # your lines here; cumsum counts the ends so far
+    """With end = 2:
+
+    ids      5  2  6  7  8  2  2  2         a prompt of 3 tokens, an answer of 7, 8 and its end
+    sampled  0  0  0  1  1  1  0  0
+
+    cumsum(dim=1) counts along a row.
+    """
+    raise NotImplementedError  # your lines here

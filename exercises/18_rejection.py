@@ -14,5 +14,8 @@ have distribution p, and as many drafts as possible should be accepted.
 
 def rejection(p, q):  # (V,), (V,) -> (V,), (V,)
     """Returns accept, probabilities, and rest, a distribution (any where nothing is rejected).
-    Tokens with q(v) = 0 are never drafted; their accept(v) may be anything."""
+    Tokens with q(v) = 0 are never drafted; their accept(v) may be anything.
+
+    p = (0.5, 0.3, 0.2), q = (0.1, 0.6, 0.3): which part of q can stay, and what does p still lack?
+    """
     raise NotImplementedError  # your lines here

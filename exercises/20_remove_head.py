@@ -15,5 +15,8 @@ import torch
 
 
 def remove_head(wq, wk, wv, wo, head, n_heads):  # (H K, D) three times, (D, H K) -> the same, H - 1
-    """As in nn.Linear, a matrix has a row per output and a column per input."""
+    """As in nn.Linear, a matrix has a row per output and a column per input.
+
+    H = 3, K = 2, head = 1: components 2 and 3 go, 0, 1, 4 and 5 stay.
+    """
     raise NotImplementedError  # your lines here
