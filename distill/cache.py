@@ -32,7 +32,7 @@ from runtime.checkpoint import load_verified
 from runtime.errors import FileError
 from runtime.files import file_crc32, named_errors, write_atomic, write_json
 
-VERSION = 3                 # raise it when the meaning of a file changes
+VERSION = 2                 # raise it when the meaning of a file changes
 PART_BYTES = 64 << 20       # of a part, plus at most one sample: what an interruption costs
 N_PARTS = 16                # at least, if there are that many samples: processes share parts
 
@@ -62,7 +62,9 @@ def differences(was: dict, now: dict) -> dict[str, str]:
 
 def checksum(about: dict, part: int, rows: np.ndarray) -> bytes:
     """4 bytes that other rows, the rows of another part, or of another cache do not have."""
-    identity = [about[field] for field in IDENTITY if field != "files"]     # those may move
+    # Files may move; a cache without samples is one of before there were any.
+    identity = [about[field] for field in IDENTITY
+                if field != "files" and (field != "sampled" or about["sampled"])]
     seed = json.dumps([*identity, sorted(set(about["files"].values())), part], sort_keys=True)
     return zlib.crc32(rows.data, zlib.crc32(seed.encode())).to_bytes(4, "little")
 
@@ -247,7 +249,7 @@ class CacheWriter:
 def read_about(file: Path) -> dict:
     """Raises ValueError for a damaged file, by the field that is missing."""
     with named_errors(file):
-        about = json.loads(file.read_bytes())
+        about = {"sampled": 0} | json.loads(file.read_bytes())      # older ones have no such field
         if about["version"] == VERSION:
             [about[field] for field in (*IDENTITY, "teacher", "tokenizer", "vocab_size", "dim",
                                         "skip_bad_lines", "bytes", "crc32")]

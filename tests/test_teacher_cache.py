@@ -326,7 +326,7 @@ def test_a_second_run_has_nothing_to_do_also_on_one_of_the_files(written, flags,
     ({"top_k": 4}, "--top_k was 0, is 4"),
     ({"sampled": 4}, "--sampled was 0, is 4"),
     ({"max_seq_len": 64, "temperature": 2.0}, "--max_seq_len was 128, is 64; --temp"),
-    ({"version": 9}, "holds another cache: format was 3, is 9. Give"),
+    ({"version": 9}, "holds another cache: format was 2, is 9. Give"),
 ])
 def test_a_folder_keeps_one_teacher_and_one_setting(copied, writer_for, changed, message):
     before, writer = contents(copied), writer_for(copied, **changed)
@@ -381,8 +381,15 @@ def test_no_cache_and_another_format_are_errors_with_the_command(tmp_path, copie
         TeacherCache(tmp_path / "none")
     about = json.loads((copied / "about.json").read_text())
     (copied / "about.json").write_text(json.dumps(about | {"version": 0}))
-    with pytest.raises(ValueError, match="has format 0, this program reads 3"):
+    with pytest.raises(ValueError, match="has format 0, this program reads 2"):
         TeacherCache(copied)
+
+
+def test_a_cache_of_before_there_were_samples_is_still_read(copied):
+    about = json.loads((copied / "about.json").read_text())
+    assert about.pop("sampled") == 0
+    (copied / "about.json").write_text(json.dumps(about))
+    assert len(TeacherCache(copied).part(0))
 
 
 @pytest.mark.parametrize("flag, value, message", [
