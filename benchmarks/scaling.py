@@ -27,7 +27,7 @@ from model.config import LMConfig
 from model.transformer import Transformer
 from runtime.args import checking_input, make_parser
 from runtime.log import peak_above
-from runtime.pictures import save_picture
+from runtime.pictures import new_figure, save_picture
 from runtime.precision import pick_dtype, seed_everything
 
 AXES = {        # name: (what grows, default values)
@@ -105,10 +105,8 @@ COLUMNS = {"seconds": "{seconds:.3g}", "tokens/s": "{tokens_per_s:,.0f}",
 
 def draw(rows, path: Path):
     """A panel per axis, both scales logarithmic: linear growth follows the dashed line."""
-    from matplotlib.figure import Figure
-
     groups = list(dict.fromkeys(row["group"] for row in rows))
-    figure = Figure(figsize=(2.9 * len(groups) + 0.4, 3.6), layout="constrained")
+    figure = new_figure(2.9 * len(groups) + 0.4, 3.6)
     for axes, group in zip(figure.subplots(1, len(groups), squeeze=False, sharey=True)[0], groups):
         own = [row for row in rows if row["group"] == group]
         x = [row["value"] for row in own]

@@ -284,7 +284,8 @@ def compare(hidden, head, targets, teacher=(), matched=None,
     ce              cross-entropy with the labels
     entropy         of the teacher: the lowest cross-entropy possible on labels sampled from it;
                     student_entropy: of the student
-    ece             (BINS,) `calibration_gaps` of the student; teacher_ece: of the teacher
+    ece             (BINS,) `calibration_gaps` of the student
+    teacher_ce, teacher_ece     the same of the teacher
     kl              KL(teacher || student)
     agreement       positions where both have the same top-1 token
     overlap         share of the TOP most likely tokens that both have in common. Li et al. 2026,
@@ -326,6 +327,7 @@ def compare(hidden, head, targets, teacher=(), matched=None,
                               "agreement": same[:, 0, 0].sum(),
                               "overlap": same.sum() / same.shape[-1],
                               "acceptance": torch.minimum(p, q).sum(),
+                              "teacher_ce": -log_p.gather(1, labels).sum(),
                               "teacher_ece": calibration_gaps(top_p, labels)}
             sums = {name: sums.get(name, 0) + value for name, value in found.items()}
     return sums

@@ -94,8 +94,9 @@ def to_distribution(row: dict) -> dict:
 
 def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
     """Scores by the keys of COLUMNS; of all tokens "loss" in nats, "calibration" error in % and
-    "acceptance" in %, of drafts by the reference; "leaves" {leaf: exact match %}; "kl_by_position".
-    Kinds of rows that the tests do not have are left out.
+    "acceptance" in %, of drafts by the reference; "leaves" {leaf: exact match %}; "kl_by_position";
+    the number of "questions"; "habits", for each the true and the model's probability of each
+    answer, the most likely one first. Kinds of rows that the tests do not have are left out.
 
     reference   a model of the same vocabulary, for agreement, KL and acceptance; None leaves them
                 out
@@ -117,6 +118,7 @@ def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
         results["text_perplexity"] = math.exp(results["text_loss"])
     if scores:
         results["exact_match"] = 100 * fmean(s.exact for s in scores)
+        results["questions"] = len(scores)
         results["perplexity"] = math.exp(nats_per_token(scores))
         if reference is not None:
             results["kl_by_position"] = kl_by_position(scores)
@@ -141,6 +143,7 @@ def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
                  for row, q in zip(distributions, log_q[len(choices):])]
         results["habits_kl"] = fmean(
             sum(p_i * (math.log(p_i) - log_q_i) for p_i, log_q_i in zip(*pair)) for pair in pairs)
+        results["habits"] = [sorted(zip(p, np.exp(q).tolist()), reverse=True) for p, q in pairs]
         results["habits_mode"] = 100 * fmean(np.argmax(p) == np.argmax(q) for p, q in pairs)
     return results
 

@@ -70,6 +70,8 @@ def gradient_norms(student, modules, weights, batch, world, teachers, alpha, tem
                     out.final, student.head, batch.targets, teacher.predictions, only, temperature,
                     divergence, teacher.matched)
                 terms[name] = weight * loss / n_targets
+    if len(terms) == 1:                     # its norm is grad_norm
+        return {}
     norms = {}
     for name, term in terms.items():
         grads = torch.autograd.grad(term, weights, retain_graph=True, materialize_grads=True)

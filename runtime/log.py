@@ -222,38 +222,36 @@ class Log:
             draw_curves(read_rows(self.path, "step"), self.path.with_suffix(".png"))
 
 
+# Panels of a run's picture: title -> its quantities, as far as the run has them.
+PANELS = {"KL to the teacher": ("kd", "val_kl"),
+          "agreement with the teacher": ("val_agreement",),
+          "cross-entropy of the labels": ("ce", "val_ce", "val_teacher_ce"),
+          "loss": ("loss", "val_loss"),
+          "accuracy": ("reward", "val_accuracy")}
+
+
 def draw_curves(rows: list[dict], path: Path):
-    """One panel per quantity over the steps, with its validation values (val_*) in the same panel.
-    Constants and what the machine decides are left out; without a panel, no file.
-    """
-    from matplotlib.figure import Figure        # needed once, at the end of a run
+    """PANELS over the steps, that of the loss only where nothing tells its terms; without any, no
+    file. scripts/plot.py draws all other quantities."""
+    from runtime.pictures import new_figure, save_picture       # needed once, at the end of a run
 
-    from runtime.pictures import save_picture
-
-    panels = {}                     # {"loss": {"loss": {step: value}, "val_loss": {step: value}}}
-    for row in rows:
-        for name, value in row.items():
-            if name not in ("step", "tokens_per_s", "total_cpu_seconds", "sample"):
-                lines = panels.setdefault(name.removeprefix("val_"), {})
-                lines.setdefault(name, {})[row["step"]] = value
-    panels = {title: lines for title, lines in panels.items()
-              if any(len(line) == 1 or len(set(line.values())) > 1 for line in lines.values())}
+    curves = {name: {row["step"]: row[name] for row in rows if name in row}
+              for names in PANELS.values() for name in names}
+    panels = {title: [name for name in names if curves[name]] for title, names in PANELS.items()
+              if title != "loss" or not curves["ce"]}
+    panels = {title: names for title, names in panels.items() if names}
     if not panels:
         return
-
-    n_columns, axis = min(4, len(panels)), None
-    n_rows = -(-len(panels) // n_columns)
-    figure = Figure(figsize=(3.2 * n_columns, 2.4 * n_rows + 0.6), layout="constrained")
+    figure = new_figure(3.6 * len(panels), 3.4)
     figure.suptitle(path.stem)
     figure.supxlabel("step")
-    for place, (title, lines) in enumerate(panels.items(), start=1):
-        axis = figure.add_subplot(n_rows, n_columns, place, title=title, sharex=axis)
-        axis.spines[["top", "right"]].set_visible(False)
-        for name, line in lines.items():
-            label, color = ("validation", "C1") if name.startswith("val_") else ("training", "C0")
-            axis.plot(list(line), list(line.values()), ".-", color=color, label=label)
-        if any(name.startswith("val_") for name in lines):
-            axis.legend(frameon=False)
+    for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
+                                    panels.items()):
+        for name in names:
+            style = "k--" if "teacher" in name else "C1.-" if name.startswith("val_") else "C0-"
+            axis.plot(list(curves[name]), list(curves[name].values()), style, label=name)
+        axis.set_title(title)
+        axis.legend()
     save_picture(figure, path)
 
 

@@ -1,7 +1,7 @@
 """
 图片：写成 PNG；中文标签用已安装的中文字体，没有时用编号，并打印对照。
-Pictures as PNG files. Labels in Chinese need a font that has its characters; without one they are
-numbered, and the key is printed.
+Pictures as PNG files, in one set of colours. Labels in Chinese need a font that has its characters;
+without one they are numbered, and the key is printed.
 """
 
 from pathlib import Path
@@ -12,6 +12,21 @@ from runtime.log import Logger
 # Of Linux, macOS and Windows. Of a collection of fonts matplotlib knows the first, so Noto is JP.
 FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
          "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei")
+
+
+# Okabe & Ito 2008, https://jfly.uni-koeln.de/color/: colours that colour-blind readers tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def new_figure(width: float, height: float):
+    """An empty matplotlib figure, in inches; "C0", "C1", ... are COLOURS."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update({
+        "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "legend.frameon": False,
+        "axes.spines.top": False, "axes.spines.right": False})
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def chinese_fonts() -> list[str]:

@@ -40,7 +40,7 @@ from evaluation.tables import markdown, mean_and_spread
 from runtime.args import check_ranges, checking_input, did_you_mean, make_parser, resume_command
 from runtime.files import file_sha256, read_rows, write_jsonl, write_text
 from runtime.log import Logger
-from runtime.pictures import save_picture
+from runtime.pictures import new_figure, save_picture
 
 OUT = "<out>"               # in a command: the folder of its own that a run writes into
 FIRST_SEED = 1337           # of the reported runs; candidates are tuned with the seed before it
@@ -384,14 +384,12 @@ def table(results: dict, plan, how: str) -> str:
 def draw(results: dict, plan, path: Path):
     """A panel for each {title: column} of `picture`, also of the YAML files in `beside`: each row's
     mean, spread and seeds, at equal seconds if they were measured, and dotted references."""
-    from matplotlib.figure import Figure
-
     beside = [(other, json.loads(done.read_bytes())) for other in map(read, plan.beside)
               if (done := ROOT / other.out / "table.json").exists()]
     panels = [(*both, *panel) for both in ((plan, results), *beside)
               for panel in both[0].picture.items()]
     height = 1.2 + 0.27 * max(len(panel[0].rows) for panel in panels)
-    figure = Figure((5.4 * len(panels), height), layout="constrained")
+    figure = new_figure(5.4 * len(panels), height)
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         draw_panel(axis, *panel)
     save_picture(figure, path)

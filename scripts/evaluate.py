@@ -26,7 +26,7 @@ from interop.checkpoint import load_model
 from model.generate import column_major
 from runtime.args import checking_input, make_parser, parse_args
 from runtime.files import write_text
-from runtime.pictures import save_picture
+from runtime.pictures import new_figure, save_picture
 from runtime.precision import pick_device
 
 
@@ -48,60 +48,92 @@ def average(seeds: list[dict]) -> dict:
     """The results of one seed, each number the mean over the seeds that have it."""
     found = {key: [seed[key] for seed in seeds if key in seed] for seed in seeds for key in seed}
     return {key: average(values) if isinstance(values[0], dict) else fmean(values)
-            for key, values in found.items()}
+            for key, values in found.items() if not isinstance(values[0], list)}
 
 
 def draw(results: dict[str, list[dict]], reference: str, path: Path) -> bool:
-    """Bars of exact match per leaf and of the habits' KL; lines of the KL by position in the
-    answer, without the reference's, which is 0. Lines of generated answers that are correct by
-    number of steps, with intervals, and dashed p^n. False if nothing of this was measured."""
-    from matplotlib.figure import Figure
-
+    """A panel for each that was measured: the models' scores; the KL by position in the answer;
+    generated answers by number of steps; below, the habits. False if nothing of this was."""
     means = {label: average(seeds) for label, seeds in results.items()}
-    leaves = {label: mean["leaves"] for label, mean in means.items() if "leaves" in mean}
-    exact = {label: {"all": means[label]["exact_match"],
-                     **({name.rsplit("/", 1)[-1]: values[name] for name in sorted(values)}
-                        if len(values) > 1 else {})} for label, values in leaves.items()}
-    habits = {label: {"": mean["habits_kl"]} for label, mean in means.items()
-              if "habits_kl" in mean}
-    curves = {label: mean["kl_by_position"] for label, mean in means.items()
-              if "kl_by_position" in mean and label != reference}
-    lengths = {label: mean["by_length"] for label, mean in means.items() if "steps_right" in mean}
-    panels = [panel for panel in (
-        ("Held-out questions", "exact match, %", exact, 4.0),
-        ("Habits (less is better)", "KL(truth || model), nats", habits, 1.0),
-        (f"KL to {Path(reference).name}", "nats per token, by position", curves, 1.4),
-        ("Generated answers by number of steps n; dashed: p^n, p = single steps right",
-         "final answer correct, %", lengths, 3.0)) if panel[2]]
-    if not panels:
+    others = [mean for label, mean in means.items() if label != reference]
+    panels = [of for key, of, whose in (("exact_match", draw_scores, means.values()),
+                                        ("steps_right", draw_steps, means.values()),
+                                        ("kl_by_position", draw_positions, others))
+              if any(key in mean for mean in whose)]
+    habits = {name: seeds[0]["habits"] for name, seeds in results.items() if "habits" in seeds[0]}
+    if not panels and not habits:
         return False
-    ratios = [panel[-1] for panel in panels]
-    figure = Figure(figsize=(2.5 * sum(ratios), 4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=ratios)[0]
-    width, labels = 0.8 / len(results), list(results)
-    for axis, (title, ylabel, values, _) in zip(axes, panels):
-        axis.set(title=title, ylabel=ylabel)
-        axis.spines[["top", "right"]].set_visible(False)
-        for label, of_label in values.items():
-            i, names = labels.index(label), list(of_label)
-            if values is curves or values is lengths:
-                axis.plot(names, list(of_label.values()), "o-", color=f"C{i}", label=label)
-            if values is lengths:
-                p, counts = means[label]["steps_right"] / 100, means[label]["questions_by_length"]
-                axis.plot(names, [100 * p**int(n) for n in names], "--", color=f"C{i}", alpha=0.6)
-                for n in names:
-                    of_seeds = [seed["by_length"][n] for seed in results[label]]
-                    axis.vlines(n, *interval(of_seeds, counts[n]), color=f"C{i}")
-            elif values is not curves:
-                axis.bar([x + i * width for x in range(len(names))], list(of_label.values()), width,
-                         color=f"C{i}", label=label)
-                axis.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names,
-                                rotation=45, ha="right")
-        axis.set_ylim(0, 100 if values is exact else 102 if values is lengths else None)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left",
-                  ncols=len(results), frameon=False)
+    heights = [1.6 + 0.32 * max(5, len(results))] * bool(panels) + [2.8] * bool(habits)
+    figure = new_figure(max(4.5 * len(panels), 2.2 * len(habits)), sum(heights))
+    rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    if panels:
+        for of, axis in zip(panels, rows[0].subplots(1, len(panels), squeeze=False)[0]):
+            of(axis, results, means, reference)
+    if habits:
+        axes = rows[-1].subplots(1, len(habits), squeeze=False, sharey=True)[0]
+        axes[0].set(ylim=(0, 1), ylabel="probability of an answer")
+        rows[-1].supxlabel("answers about habits, from the most likely one on; bars: the truth",
+                           fontsize="medium")
+        for axis, (label, questions) in zip(axes, habits.items()):
+            draw_habits(axis, label, questions)
     save_picture(figure, path)
     return True
+
+
+def draw_scores(axis, results, means, reference):
+    """A dot per model with its interval, the best on top, and a line for the reference. Arrows lead
+    from SFT to what was distilled with the same data."""
+    scores = {label: mean["exact_match"] for label, mean in means.items() if "exact_match" in mean}
+    n = results[next(iter(scores))][0]["questions"]
+    if reference in scores and len(scores) > 1:
+        axis.axvline(scores.pop(reference), color="black", label=reference)
+        axis.legend(loc="lower left")
+    order = sorted(scores, key=scores.get, reverse=True)
+    for y, label in enumerate(order):
+        sft = label.replace("distilled", "SFT")
+        if sft != label and sft in scores:
+            axis.annotate("", (scores[label], y), (scores[sft], order.index(sft)),
+                          arrowprops={"arrowstyle": "->", "color": "0.6"})
+        axis.hlines(y, *interval([seed["exact_match"] for seed in results[label]], n))
+        axis.plot(scores[label], y, "o", color="C0")
+    axis.set(title=f"{n} held-out questions", xlabel="exact match, %", xlim=(0, 102),
+             ylim=(len(order) - 0.5, -0.5))
+    axis.set_yticks(range(len(order)), order)
+
+
+def draw_positions(axis, results, means, reference):
+    for i, (label, mean) in enumerate(means.items()):
+        curve = mean.get("kl_by_position", {})
+        if curve and label != reference:
+            axis.plot(list(curve), list(curve.values()), ".-", color=f"C{i}", label=label)
+    axis.set(title=f"KL to {Path(reference).name}", ylabel="nats per token",
+             xlabel="position in the answer")
+    axis.legend()
+
+
+def draw_steps(axis, results, means, reference):
+    """Correct answers by number of steps n, and dashed p^n, p = single steps right."""
+    for i, (label, mean) in enumerate(means.items()):
+        lengths, p, color = mean["by_length"], mean["steps_right"] / 100, f"C{i}"
+        axis.plot(list(lengths), list(lengths.values()), "o-", color=color, label=label)
+        axis.plot(list(lengths), [100 * p**int(n) for n in lengths], "--", color=color, alpha=0.6)
+        for n, count in mean["questions_by_length"].items():
+            bounds = interval([seed["by_length"][n] for seed in results[label]], count)
+            axis.vlines(n, *bounds, color=color)
+    axis.set(title="Generated answers; dashed: p^n", xlabel="steps n", ylim=(0, 102),
+             ylabel="final answer correct, %")
+    axis.legend()
+
+
+def draw_habits(axis, label, questions: list[list[tuple[float, float]]]):
+    """A dot for the model's probability of each answer to each question, a bar for the true one."""
+    for place in range(max(map(len, questions))):
+        truth, given = zip(*(answers[place] for answers in questions if place < len(answers)))
+        x = [place + 0.6 * i / len(given) - 0.3 for i in range(len(given))]
+        axis.plot(x, given, ".", color="C0", alpha=0.4, markeredgewidth=0)
+        axis.hlines(fmean(truth), place - 0.35, place + 0.35, color="black", linewidth=2)
+    axis.set(title=label, xticks=range(place + 1))
+    axis.set_xticklabels([f"{i + 1}." for i in range(place + 1)])
 
 
 def main():

@@ -31,7 +31,7 @@ from model.config import LMConfig
 from model.lora import add_lora
 from model.sizes import SIZES, operations
 from runtime.args import add_training_args, checking_input, command_line, make_parser, parse_args
-from runtime.pictures import save_picture
+from runtime.pictures import new_figure, save_picture
 
 USABLE, BUFFERS = 0.9, 10       # of a GPU's memory; (rows, V) in fp32, of a divergence by autograd
 PER_MACHINE, N_GPUS = 8, (1, 2, 4, 8, 16, 32, 64)
@@ -196,9 +196,7 @@ def scaling(student, teacher, run: dict, rates: dict) -> list[tuple[int, float, 
 
 def draw(path: str, run: dict, rates: dict):
     """Share of communication; the teacher has the student's size."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = new_figure(8, 4)
     for axes, n in zip(figure.subplots(1, 2, sharey=True), (1, 8)):
         for size, line in (("0.6B", ":"), ("8B", "-")):
             for shard, style in (("none", "ko"), ("zero2", "C0s"), ("zero3", "C1^")):

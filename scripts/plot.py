@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scrip
 
 from runtime.args import checking_input, make_parser, parse_args
 from runtime.files import read_rows
-from runtime.pictures import save_picture
+from runtime.pictures import new_figure, save_picture
 
 
 def read_curves(path: Path) -> dict[str, dict[int, float]]:
@@ -31,10 +31,8 @@ def read_curves(path: Path) -> dict[str, dict[int, float]]:
 
 def draw(runs: dict[str, dict], names: list[str], against: list[str], path: Path):
     """A panel per quantity and axis that it is drawn against, a line per run."""
-    from matplotlib.figure import Figure
-
     panels = list(product(names, against))
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    figure = new_figure(4 * len(panels), 3.2)
     for axis, (name, x) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for label, curves in runs.items():
             curve = curves.get(name, {})
@@ -43,7 +41,7 @@ def draw(runs: dict[str, dict], names: list[str], against: list[str], path: Path
             axis.plot([places[step] for step in steps], [curve[step] for step in steps], ".-",
                       label=label)
         axis.set(title=name, xlabel=x)
-    axis.legend(frameon=False)
+    axis.legend()
     save_picture(figure, path)
 
 

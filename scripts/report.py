@@ -28,7 +28,7 @@ from model.transformer import KVCache
 from runtime.args import checking_input, make_parser, parse_args, parse_named
 from runtime.files import read_rows, write_text
 from runtime.log import Logger
-from runtime.pictures import save_picture
+from runtime.pictures import new_figure, save_picture
 from runtime.precision import pick_device
 
 REPEATS, ROWS = 5, 16       # the fastest counts, as others use the machine too; answers at once
@@ -132,8 +132,6 @@ def summary(results: dict[str, dict], teacher: str) -> str:
 def draw(results: dict[str, dict], teacher: str, path: Path):
     """Bars of the students: costs in % of the teacher's, and scores in % beside the teacher's tick.
     """
-    from matplotlib.figure import Figure
-
     theirs, students = results[teacher], [label for label in results if label != teacher]
     costs = {title.removesuffix(", MB").replace("ms to", "time to"): {
         label: 100 * of[key] / theirs[key] for label, of in results.items()}
@@ -144,8 +142,7 @@ def draw(results: dict[str, dict], teacher: str, path: Path):
     scores = {title.removesuffix(" %"): {
         label: of[key] for label, of in results.items() if key in of}
         for title, (key, _) in QUALITY.items() if key in SCORES and theirs.get(key)}
-    figure = Figure(figsize=(11, 1.6 + 0.5 * max(len(costs), len(scores)) * len(students) ** 0.5),
-                    layout="constrained")
+    figure = new_figure(11, 1.6 + 0.5 * max(len(costs), len(scores)) * len(students) ** 0.5)
     height = 0.75 / len(students)
     panels = (("What it costs, % of the teacher (less is better)", costs),
               ("What it can, % (the line is the teacher)", scores))
@@ -159,9 +156,8 @@ def draw(results: dict[str, dict], teacher: str, path: Path):
             axis.vlines(of[teacher], row - 0.42, row + 0.42, color="black", linewidth=2)
         axis.set_yticks(range(len(values)), list(values))
         axis.set(title=title, xlim=(0, 112), ylim=(len(values) - 0.5, -0.5))
-        axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=len(students), frameon=False)
+                  ncols=len(students))
     save_picture(figure, path)
 
 

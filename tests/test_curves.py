@@ -33,28 +33,27 @@ def lines_of(axis) -> dict[str, tuple[list, list]]:
 
 
 def test_training_and_validation_share_a_panel_each_at_its_own_steps(drawn, tmp_path):
-    rows = [{"step": 10, "kl": 0.9, "lr": 3.0}, {"step": 20, "kl": 0.5, "lr": 2.0}, {"step": 20, "val_kl": 0.6},
-            {"step": 30, "kl": 0.4, "lr": 1.0}, {"step": 30, "val_kl": 0.5, "val_agreement": 0.8}]
+    rows = [{"step": 10, "kd": 0.9, "lr": 3.0}, {"step": 20, "kd": 0.5, "lr": 2.0}, {"step": 20, "val_kl": 0.6},
+            {"step": 30, "kd": 0.4, "lr": 1.0}, {"step": 30, "val_kl": 0.5, "val_agreement": 0.8}]
     draw_curves(rows, tmp_path / "full_dist_64.png")
     panels = {axis.get_title(): lines_of(axis) for axis in drawn[0].axes}
     assert panels == {
-        "kl": {"training": ([10, 20, 30], [0.9, 0.5, 0.4]), "validation": ([20, 30], [0.6, 0.5])},
-        "lr": {"training": ([10, 20, 30], [3.0, 2.0, 1.0])},
-        "agreement": {"validation": ([30], [0.8])},
+        "KL to the teacher": {"kd": ([10, 20, 30], [0.9, 0.5, 0.4]), "val_kl": ([20, 30], [0.6, 0.5])},
+        "agreement with the teacher": {"val_agreement": ([30], [0.8])},
     }
     assert drawn[0].get_suptitle() == "full_dist_64"
 
 
-def test_what_never_changes_and_the_speed_of_the_machine_have_no_panel(drawn, tmp_path):
+def test_the_loss_has_a_panel_where_nothing_tells_its_terms(drawn, tmp_path):
     rows = [{"step": step, "loss": 1 / step, "temperature": 2.0, "tokens_per_s": 100.0 * step} for step in (1, 2, 3)]
     draw_curves(rows, tmp_path / "run.png")
-    assert [axis.get_title() for axis in drawn[0].axes] == ["loss"]
+    draw_curves([row | {"ce": 2.0, "val_teacher_ce": 0.3} for row in rows], tmp_path / "run.png")
+    assert [[axis.get_title() for axis in figure.axes] for figure in drawn] == [["loss"], ["cross-entropy of the labels"]]
 
 
 @pytest.mark.parametrize("rows", [
     [{"step": 1, "loss": 2.0}],
     [{"step": 1, "loss": 2.0, "grad_norm": float("inf")}, {"step": 2, "loss": float("nan"), "grad_norm": 1.0}],
-    [{"step": 1, **{f"part_{i}": float(i) for i in range(9)}}],
 ])
 def test_one_row_is_enough_and_broken_numbers_do_no_harm(rows, tmp_path):
     draw_curves(rows, tmp_path / "run.png")
@@ -99,11 +98,11 @@ def test_kl_at_a_span_is_the_mean_over_its_tokens():
 
 
 RESULTS = {
-    "teacher": [{"parameters": 9, "exact_match": 100.0, "leaves": {"add": 100.0}, "kl": 0.0,
+    "teacher": [{"parameters": 9, "exact_match": 100.0, "questions": 4, "leaves": {"add": 100.0}, "kl": 0.0,
                  "kl_by_position": {"1": 0.0, "2": 0.0}}],
-    "students": [{"parameters": 3, "exact_match": 50.0, "leaves": {"add": 50.0}, "kl": kl,
+    "students": [{"parameters": 3, "exact_match": 50.0, "questions": 4, "leaves": {"add": 50.0}, "kl": kl,
                   "kl_by_position": {"1": kl, "2": kl / 2}} for kl in (0.25, 0.75)],
-    "other words": [{"parameters": 3, "exact_match": 0.0, "leaves": {"add": 0.0}}],
+    "other words": [{"parameters": 3, "exact_match": 0.0, "questions": 4, "leaves": {"add": 0.0}}],
 }
 
 
@@ -116,10 +115,21 @@ def test_the_table_of_positions_has_a_row_per_span_and_a_column_per_model():
 
 def test_the_picture_has_a_line_for_each_model_but_the_reference(drawn, tmp_path):
     draw(RESULTS, "teacher", tmp_path / "report.png")
-    (line,) = drawn[0].axes[-1].lines
+    scores, (line,) = drawn[0].axes[0], drawn[0].axes[-1].lines
+    assert [label.get_text() for label in scores.get_yticklabels()] == ["students", "other words"]     # the best on top
+    assert lines_of(scores)["teacher"][0] == [100.0, 100.0]
     assert (list(line.get_xdata()), list(line.get_ydata())) == (["1", "2"], [0.5, 0.25])
     draw({"teacher": RESULTS["teacher"]}, "teacher", tmp_path / "report.png")
-    assert [axis.get_title() for axis in drawn[1].axes] == ["Held-out questions"]
+    assert [axis.get_title() for axis in drawn[1].axes] == ["4 held-out questions"]
+
+
+def test_habits_are_clouds_around_the_truth(drawn, tmp_path):
+    """Two questions of two answers, and one model."""
+    habits = [[(0.75, 0.5), (0.25, 0.4)], [(0.75, 0.9), (0.25, 0.1)]]
+    draw({"student": [{"parameters": 3, "habits": habits}]}, "student", tmp_path / "report.png")
+    (axis,) = drawn[0].axes
+    assert [list(line.get_ydata()) for line in axis.lines] == [[0.5, 0.9], [0.4, 0.1]]
+    assert [bar.get_segments()[0][0][1] for bar in axis.collections] == [0.75, 0.25]
 
 
 # ------------------------------------------------------------------------------------------------ several runs in one picture

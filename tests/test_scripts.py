@@ -302,7 +302,7 @@ def test_evaluation_names_what_is_missing_or_ambiguous(models, data, refused, tm
 
 def steps(printed) -> tuple[list[str], list[str]]:
     """The outputs of the steps that quickstart.py made, and of those that it found up to date."""
-    outputs = re.findall(r"^== (\S+)( is up to date)?$", printed, flags=re.MULTILINE)
+    outputs = re.findall(r"^== \d+ of 12, after \S+ min: (out\S+)( is up to date)?$", printed, flags=re.MULTILINE)
     return [name for name, done in outputs if not done], [name for name, done in outputs if done]
 
 

@@ -84,16 +84,18 @@ def test_two_processes_validate_like_one(flags, data, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_gradient_norm_of_the_only_term_is_the_gradient_norm(processes, flags, tmp_path):
-    """Training and validation on the same eight rows, at a learning rate of 0."""
+def test_the_gradient_norm_of_each_term_is_logged_where_there_are_several(processes, flags, tmp_path):
+    """Training and validation on the same eight rows, at a learning rate of 0; beside kd a term that hardly counts."""
     eight = tmp_path / "eight.jsonl"
     eight.write_text("".join(flags["data_path"].read_text().splitlines(keepends=True)[:8]))
     succeed(SCRIPT, **flags | {"data_path": eight, "val_path": eight, "learning_rate": 0.0, "batch_size": 8 // processes},
-            processes=processes)
+            processes=processes, contrastive_weight=1e-9)
     row, validation = rows(tmp_path / f"out/{FILE}.jsonl")
     assert validation["grad_kd"] == pytest.approx(row["grad_norm"], rel=1e-5)
     assert validation["val_kl"] == pytest.approx(row["kd"], rel=1e-5)   # at T = 1 the divergence is the true KL
     assert "grad_ce" not in validation                                  # a term of weight 0 has none
+    succeed(SCRIPT, **flags | {"data_path": eight, "val_path": eight, "out_dir": tmp_path / "alone"}, processes=processes)
+    assert "grad_kd" not in rows(tmp_path / f"alone/{FILE}.jsonl")[-1]  # it would be grad_norm once more
 
 
 # -- several teachers ------------------------------------------------------------------------------------------
