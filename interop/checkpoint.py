@@ -36,13 +36,16 @@ SCRIPTS = {"pretrain": "train_pretrain.py", "full_sft": "train_sft.py",
 
 # -- a model and its tokenizer ---------------------------------------------------------------------
 
-def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, Tokenizer]:
+def load_model(path, device="cpu", dtype=torch.float32,
+               is_teacher=False) -> tuple[Transformer, Tokenizer]:
     """The model at PATH in eval mode, with weights of this dtype, and its tokenizer. Raises
-    FileNotFoundError, and ValueError for what is cut short or cannot be reproduced exactly."""
+    FileNotFoundError, and ValueError for what is cut short or cannot be reproduced exactly. Weights
+    of ours that do not compute what they did when they were saved: an error for a teacher, else a
+    warning."""
     reader = detect_format(path)
     if reader is native and (lora := native.read_about(path)[2]):
         with named_errors(path):
-            return load_adapted(Path(path), lora, device, dtype)
+            return load_adapted(Path(path), lora, device, dtype, is_teacher)
     config = reader.read_config(path)
     model = empty_model(config, device, dtype)
     fill(model, reader.read_pieces(path, config), path)
@@ -54,17 +57,23 @@ def load_model(path, device="cpu", dtype=torch.float32) -> tuple[Transformer, To
     if model.n_tokens < config.vocab_size:
         Logger(f"{path}: {tokenizer.vocab_size:,} tokens and {config.vocab_size:,} rows; the rows "
                "after the last token are padding and get no logits")
-    return model.eval(), tokenizer
+    model.eval()
+    if reader is native and (problem := native.changed_logits(model, path)):
+        if is_teacher:
+            raise ValueError(problem)
+        Logger(f"*** {problem} ***")
+    return model, tokenizer
 
 
-def load_adapted(path: Path, lora: dict, device, dtype) -> tuple[Transformer, Tokenizer]:
+def load_adapted(path: Path, lora: dict, device, dtype,
+                 is_teacher) -> tuple[Transformer, Tokenizer]:
     """The base model of an adapter file, with the adapters merged into it."""
     base = path.parent / lora["base"]
     if not base.exists():
         raise FileNotFoundError(f"{path} holds adapters to the missing weights {base}")
     if detect_format(base) is native and native.read_about(base)[2]:
         raise ValueError(f"{path} holds adapters to {base}, which holds adapters itself")
-    model, tokenizer = load_model(base, device, dtype)
+    model, tokenizer = load_model(base, device, dtype, is_teacher)
     if sha256_of_model(base) != lora["base_sha256"]:
         raise ValueError(f"{path} holds adapters to other weights than those now at {base}")
     add_lora(model, lora["rank"], lora["alpha"], targets=lora["targets"])
@@ -129,7 +138,8 @@ def load_teacher(path, world: World, shard: str = "none",
                  compiled: bool = False) -> tuple[Transformer, Tokenizer]:
     """A frozen model (see `freeze`) and its tokenizer. Under zero3 it is sharded over processes,
     and need not fit on one device; otherwise it is whole on each."""
-    model, tokenizer = load_model(path, "cpu" if shard == "zero3" else world.device)
+    device = "cpu" if shard == "zero3" else world.device
+    model, tokenizer = load_model(path, device, is_teacher=True)
     Logger(f"teacher {model.config}: {model.n_parameters() / 1e6:.2f} M parameters, from {path}")
     freeze(model, world)
     if shard == "zero3":

@@ -63,7 +63,7 @@ def check_room(writer: CacheWriter, missing: list[int]):
 def local_teacher(args, world):
     """(tokenizer, context length, its fields of about.json, head, read): `read` gives the rows of a
     batch."""
-    teacher, own = load_model(args.teacher)
+    teacher, own = load_model(args.teacher, is_teacher=True)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else own
     if reason := tokenizer.unreadable(own.ids):
         raise ValueError(f"the teacher cannot read the tokens of {args.tokenizer}, {reason}: "

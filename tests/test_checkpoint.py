@@ -5,13 +5,22 @@ Laws of interop/checkpoint.py: what is saved comes back equal, and a broken or m
 
 import dataclasses
 import json
+import re
+import time
+import zipfile
 
 import pytest
 import torch
 
-from interop.checkpoint import build, load_config, load_model, new_model, save_model
+from interop import native
+from interop.checkpoint import build, load_config, load_model, load_teacher, new_model, save_model
 from model.config import LMConfig
+from model.moe import FeedForward
+from model.qat import fake_quantize
+from model.quantize import quantize
+from runtime.processes import World
 
+WORLD = World(0, 1, torch.device("cpu"), torch.float32)
 TOKENS = torch.tensor([1, 17, 113, 5, 2, 99])
 
 
@@ -137,3 +146,67 @@ def test_a_json_that_describes_no_model_is_named(saved):
     saved[2].with_suffix(".json").write_text('{"config": ')
     with pytest.raises(ValueError, match=r"full_sft_16\.json: Expecting value"):
         load_config(saved[2])
+
+
+# -- the logits that are saved with the weights ----------------------------------------------------
+
+
+def edited(self, x):
+    """The FFN of model/moe.py as a student in class may leave it: ReLU instead of SiLU."""
+    return self.w2(torch.relu(self.w1(x)) * self.w3(x))
+
+
+CHANGED = r"full_sft_16.pth: these weights gave other logits when they were saved: was model/ edited\?"
+
+
+def test_a_teacher_whose_model_was_edited_after_it_was_saved_is_refused_and_a_student_warned(saved, monkeypatch, capsys):
+    *_, path = saved
+    load_teacher(path, WORLD)
+    monkeypatch.setattr(FeedForward, "forward", edited)
+    with pytest.raises(ValueError, match=CHANGED):
+        load_teacher(path, WORLD)
+    capsys.readouterr()
+    load_model(path)
+    assert re.search(CHANGED, capsys.readouterr().out)
+
+
+def test_an_edited_model_that_is_meant_is_saved_anew(saved, monkeypatch, capsys):
+    *_, path = saved
+    monkeypatch.setattr(FeedForward, "forward", edited)
+    save_model(*load_model(path), path.with_name("new.pth"))
+    load_teacher(path.with_name("new.pth"), WORLD)
+    assert capsys.readouterr().out.count("gave other logits") == 1
+
+
+@pytest.mark.parametrize("sizes", [{}, {"use_moe": True}, {"architecture": "gpt2", "n_kv_heads": None}, {"max_seq_len": 4},
+                                   {"dropout": 0.5}], ids=["plain", "experts", "gpt2", "short", "dropout"])
+def test_rounding_to_bf16_and_to_int8_changes_no_logits_that_matter(sizes, tiny, byte_tokenizer, tmp_path, capsys):
+    model = tiny(vocab_size=272, **sizes) if "architecture" not in sizes else build(LMConfig(
+        dim=16, n_layers=2, n_heads=2, vocab_size=272, max_seq_len=24, architecture="gpt2"))
+    save_model(model.train(), byte_tokenizer(), tmp_path / "model.pth")
+    assert model.training and native.changed_logits(model, tmp_path / "model.pth") is None
+    load_model(tmp_path / "model.pth", dtype=torch.bfloat16)
+    save_model(quantize(load_model(tmp_path / "model.pth")[0], "int8"), byte_tokenizer(), tmp_path / "int8.pth")
+    load_teacher(tmp_path / "int8.pth", WORLD)
+    assert "gave other logits" not in capsys.readouterr().out
+
+
+def test_weights_without_logits_are_loaded_silently(saved, monkeypatch, capsys):
+    """Of an earlier version; and what is saved of adapters, of quantisation-aware training and of sharded models, which
+    compute with other weights than those in the file."""
+    model, tokenizer, path = saved
+    save_model(fake_quantize(model, "int8"), tokenizer, path)
+    assert native.LOGITS not in zipfile.ZipFile(path).namelist()
+    monkeypatch.setattr(FeedForward, "forward", edited)
+    load_teacher(path, WORLD)
+    assert "gave other logits" not in capsys.readouterr().out
+
+
+def test_the_logits_cost_less_than_50_cpu_ms_in_a_small_model(saved):
+    model, *_ = saved
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        native.logits_of(model, [1, 2, 3, 4, 5, 6, 7, 8])
+        times.append(time.process_time() - start)
+    assert min(times) < 0.05
