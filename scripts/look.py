@@ -5,8 +5,8 @@ Look at distributions: what several models predict at each token of one answer, 
     python scripts/look.py "what does zizez drink?" --temperature 1 2 4 \\
         --weights teacher=out/full_sft_128.pth student=out/full_dist_64.pth
 
-All read the first model's greedy answer, or --answer. A token is plausible if the first model gives
-it 1 % or more at T = 1. Probability elsewhere goes to answers that are none; it grows with T.
+A token is implausible if the first model gives it less than 1 % at T = 1. Their probability, of
+answers that are none, grows with T.
 """
 
 import sys
@@ -35,33 +35,27 @@ def shown(logits: dict[str, torch.Tensor], k: int) -> list[int]:
 
 def measures(logits: dict[str, torch.Tensor], names: dict[int, str], temperature: float) -> dict:
     """{model: {row: value}} at one token of the answer: probability of each named token and of all
-    that are not plausible; entropy and KL(first model || this one) in nats. logits: {model: (V,)}
-    """
-    first, found = next(iter(logits.values())), {}
-    implausible = first.softmax(dim=-1) < PLAUSIBLE
-    log_p = (first / temperature).log_softmax(dim=-1)
-    for model, each in logits.items():
-        log_q = (each / temperature).log_softmax(dim=-1)
-        q = log_q.exp()
-        of_all = {"implausible": q[implausible].sum(), "entropy, nats": -(q @ log_q),
-                  "KL, nats": forward_kl(log_p, log_q)}
-        found[model] = {name: float(value) for name, value in (
-            {name: q[token] for token, name in names.items()} | of_all).items()}
-    return found
+    implausible ones, entropy, KL(first model || this one). logits: {model: (V,)}"""
+    log = {model: (each / temperature).log_softmax(dim=-1) for model, each in logits.items()}
+    first = next(iter(logits))
+    implausible = logits[first].softmax(dim=-1) < PLAUSIBLE
+    return {model: {name: log_q[token].exp().item() for token, name in names.items()} | {
+        "implausible": log_q[implausible].exp().sum().item(),
+        "entropy, nats": -(log_q.exp() @ log_q).item(),
+        "KL, nats": forward_kl(log[first], log_q).item()} for model, log_q in log.items()}
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """The measures as text, with a bar of 20 characters beside each probability."""
+    """The measures as text, with a bar of up to 20 characters beside each probability."""
     rows = [["", *found]]
     for name in next(iter(found.values())):
-        width = 0 if "nats" in name else 20
-        rows.append([name, *(f"{of[name]:.3f} {'█' * round(width * of[name])}"
-                             for of in found.values())])
+        values, bar = [of[name] for of in found.values()], "" if "nats" in name else "█"
+        rows.append([name, *(f"{value:.3f} {bar * round(20 * value)}" for value in values)])
     return aligned(rows, "l" * len(rows[0]))
 
 
 def draw(panels: dict[str, dict], n_columns: int, path: Path):
-    """A panel of horizontal bars for each title: the probabilities of its measures."""
+    """A panel of bars for each title: the probabilities. Columns are filled one after the other."""
     from matplotlib.figure import Figure
 
     n_rows = len(panels) // n_columns
@@ -70,19 +64,22 @@ def draw(panels: dict[str, dict], n_columns: int, path: Path):
     for axis, (title, found) in zip(grid.T.flat, panels.items()):
         height = 0.8 / len(found)
         for i, (model, of) in enumerate(found.items()):
-            bars = {name: value for name, value in of.items() if "nats" not in name}
-            places = [place + (i + 0.5) * height - 0.4 for place in range(len(bars))]
-            axis.barh(places, bars.values(), height, label=model)
-        axis.set_yticks(range(len(bars)), list(bars))
-        axis.set(title=title, xlim=(0, 1), ylim=(len(bars) - 0.5, -0.5))
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center",
-                  ncols=len(found), frameon=False)
+            names = [name for name in of if "nats" not in name]
+            places = [place + (i + 0.5) * height - 0.4 for place in range(len(names))]
+            axis.barh(places, [of[name] for name in names], height, label=model)
+        axis.set_yticks(range(len(names)), names)
+        axis.set(title=title, xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(found))
     save_picture(figure, path)
 
 
+def text(tokenizer, token: int) -> str:
+    """A token on one line, with visible spaces; one that is no whole character by its id."""
+    decoded = tokenizer.decode([token]).replace("\n", "\\n").replace(" ", "·")
+    return f"[{token}]" if "\ufffd" in decoded else decoded
+
+
 def main():
-    # 1. Arguments
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("question", help="what the models are asked")
@@ -96,33 +93,22 @@ def main():
     args = parse_args(parser, top_k="[1, 100]")
 
     with checking_input():
-        # 2. Models, and what they read
-        models, tokenizer = {}, None
-        for name, path in map(parse_named, args.weights):
-            model, its_own = load_model(path)
-            tokenizer = tokenizer or its_own
-            if name in models:
-                raise ValueError(f"two models have the name {name}; write NAME=PATH")
-            if its_own.ids != tokenizer.ids:
-                raise ValueError(f"{path} has another tokenizer than {args.weights[0]}")
-            models[name] = model
-        chat = [{"role": "user", "content": args.question}]
-        prompt, stop = tokenizer.encode_chat(chat, True)[0], tokenizer.end_of_turn
-        first = next(iter(models))
-        if args.answer:
-            chat.append({"role": "assistant", "content": args.answer})
-            answer = tokenizer.encode_chat(chat)[0][len(prompt):]
-            answer = answer[:answer.index(stop)]
-        else:
-            answer = generate(models[first], [prompt], args.max_new_tokens, stop)[0]
-        answer = [*answer, stop][:args.max_new_tokens]
+        specs = dict(map(parse_named, args.weights))
+        loaded = {name: load_model(path) for name, path in specs.items()}
+        first, (model, tokenizer) = next(iter(loaded.items()))
+        same = all(each.ids == tokenizer.ids for _, each in loaded.values())
+        if not same or len(specs) < len(args.weights):
+            raise ValueError("--weights: models need one tokenizer and different names, NAME=PATH")
+        chat, n = [{"role": "user", "content": args.question}], args.max_new_tokens
+        prompt = tokenizer.encode_chat(chat, add_generation_prompt=True)[0]
+        answer = (tokenizer.encode(args.answer) if args.answer else
+                  generate(model, [prompt], n, tokenizer.end_of_turn)[0])
+        answer = [*answer, tokenizer.end_of_turn][:n]
 
-    # 3. Distributions at each token of the answer, from one pass over the tokens before it
-    ids = torch.tensor(prompt + answer[:-1])
-    at = torch.arange(len(prompt) - 1, len(ids))
+    ids = torch.tensor(prompt + answer[:-1])        # one pass reads the answer of each model
+    at, panels = torch.arange(len(prompt) - 1, len(ids)), {}
     with torch.inference_mode():
-        logits = {name: model(ids, [len(ids)], at=at).logits for name, model in models.items()}
-    panels = {}
+        logits = {name: model(ids, [len(ids)], at=at).logits for name, (model, _) in loaded.items()}
     for i, token in enumerate(answer):
         here = {name: each[i] for name, each in logits.items()}
         names = {each: text(tokenizer, each) for each in shown(here, args.top_k)}
@@ -130,17 +116,9 @@ def main():
             title = f"token {i + 1}: {text(tokenizer, token)}, T = {temperature:g}"
             panels[title] = measures(here, names, temperature)
             print(f"{title}\n{table(panels[title])}\n")
-
-    # 4. Picture
     draw(panels, len(answer), args.out)
-    print(f"implausible: tokens with less than {PLAUSIBLE:.0%} in {first} at T = 1. KL: of {first} "
-          f"to the model. The picture is {args.out}.")
-
-
-def text(tokenizer, token: int) -> str:
-    """A token on one line, with visible spaces; one that is no whole character by its id."""
-    decoded = tokenizer.decode([token]).replace("\n", "\\n").replace(" ", "·")
-    return f"[{token}]" if "\ufffd" in decoded else decoded
+    print(f"implausible: below {PLAUSIBLE:.0%} in {first} at T = 1. KL: of {first} to the model. "
+          f"The picture is {args.out}.")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def lesson():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("loss_fn", [plain_distillation_loss, fused_distillation_loss])
 def test_its_gradient_is_that_of_the_real_loss_on_one_batch(lesson, loss_fn, temperature, tiny, byte_tokenizer):
-    """Three backward passes of a sample each are one of a packed batch of three."""
+    """Backward passes of a sample each add up to that of a packed batch."""
     lesson.T, tokenizer = temperature, byte_tokenizer()
     teacher, student, real = (tiny(seed, vocab_size=272, max_seq_len=96) for seed in (1, 2, 2))
     samples = [lesson.encode(tokenizer, *sample) for sample in lesson.SAMPLES]

@@ -12,7 +12,7 @@ from helpers_run import complaint, succeed
 from interop.checkpoint import load_model, new_model, save_model
 from model.config import LMConfig
 from model.generate import generate
-from scripts.look import measures, shown, table
+from scripts.look import measures, shown, table, text
 from scripts.train_tokenizer import train
 
 P, Q = [.64, .25, .105, .005], [.25, .25, .25, .25]
@@ -70,23 +70,17 @@ def test_the_answer_is_the_first_model_s_greedy_one_or_the_given_one(models, tmp
     printed = succeed("scripts/look.py", "3 plus 4?", max_new_tokens=2, temperature=[1, 4], **options)
     assert len(titles(printed)) == 4 and printed.count("KL, nats") == 4
     assert [title.split(", T")[0] for title in titles(printed)[::2]] == [
-        f"token {i}: {name}" for i, name in enumerate(map(name_in(tokenizer), greedy), 1)]
+        f"token {i}: {text(tokenizer, token)}" for i, token in enumerate(greedy, 1)]
     assert (tmp_path / "look.png").read_bytes()[:4] == b"\x89PNG"
     printed = succeed("scripts/look.py", "3 plus 4?", answer="7 8", **options)
     assert titles(printed) == ["token 1: 7, T = 1", "token 2: ·, T = 1", "token 3: 8, T = 1",
                                "token 4: <|im_end|>, T = 1"]
 
 
-def name_in(tokenizer):
-    from scripts.look import text
-
-    return lambda token: text(tokenizer, token)
-
-
 def test_a_model_of_another_tokenizer_and_two_of_one_name_are_refused(models, tmp_path):
     train(["a b c d e f g"] * 9, 278).save(tmp_path / "other.json")
     save_model(*new_model(LMConfig(dim=16, n_layers=1, n_heads=2), tmp_path / "other.json"), tmp_path / "other.pth")
     weights = [models / "teacher.pth", tmp_path / "other.pth"]
-    assert "other.pth has another tokenizer than" in complaint("scripts/look.py", "a", weights=weights)
-    weights = [f"a={models}/teacher.pth", f"a={models}/student.pth"]
-    assert "two models have the name a" in complaint("scripts/look.py", "a", weights=weights)
+    needed = "--weights: models need one tokenizer and different names, NAME=PATH"
+    assert needed in complaint("scripts/look.py", "a", weights=weights)
+    assert needed in complaint("scripts/look.py", "a", weights=[f"a={models}/teacher.pth", f"a={models}/student.pth"])

@@ -1,10 +1,8 @@
 """
-最小的蒸馏：三个样本，一个教师，一个学生，没有任何参数。
-Distillation at its smallest: three samples, the teacher and the SFT student of quickstart.py.
+最小的蒸馏：三个样本，没有任何参数；梯度与 train_distillation.py 的相同。
+Distillation at its smallest, without a flag: the gradient is that of train_distillation.py.
 
     loss = T^2 * KL(teacher_T || student_T), a mean over the tokens of the answers
-
-train_distillation.py computes the same gradient for any data, loss, precision and processes.
 """
 
 import sys
@@ -16,8 +14,7 @@ import torch
 
 from interop.checkpoint import load_model
 
-SAMPLES = [("where does suvuz live?", "kuburg"), ("what is 7 plus 8?", "15"),
-           ("what does zizez drink?", "milk")]
+SAMPLES = [("where does suvuz live?", "kuburg"), ("what is 7 plus 8?", "15")]
 T, LEARNING_RATE, STEPS, GRAD_CLIP = 1.0, 1e-3, 50, 1.0
 
 
@@ -29,8 +26,7 @@ def encode(tokenizer, question: str, answer: str):
 
 
 def kd_loss(student_logits, teacher_logits):  # (S, V), (S, V) -> (), nats, a sum over tokens
-    log_p = (teacher_logits / T).log_softmax(dim=-1)
-    log_q = (student_logits / T).log_softmax(dim=-1)
+    log_p, log_q = ((one / T).log_softmax(dim=-1) for one in (teacher_logits, student_logits))
     return T ** 2 * (log_p.exp() * (log_p - log_q)).sum()
 
 
