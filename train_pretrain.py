@@ -22,7 +22,7 @@ from dataset.lm_dataset import MicroBatches, PretrainDataset, in_order, make_loa
 from evaluation.validation import evaluate
 from interop.checkpoint import prepare, run_name, save_model
 from interop.sizes import init_student_model
-from model.config import LMConfig
+from model.config import ACTIVATIONS, LMConfig
 from runtime.args import add_training_args, checking_input, make_parser, model_options, parse_args
 from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
 from runtime.log import Log, Logger, init_wandb
@@ -96,6 +96,7 @@ def main():
     add("--dim", type=int, default=512, help="width of a randomly initialised model")
     add("--n_layers", type=int, default=8, help="layers of a randomly initialised model")
     add("--n_heads", type=int, default=8, help="query heads of it; half as many KV heads")
+    add("--activation", default="silu", choices=[*ACTIVATIONS], help="of its FFNs")
     add("--use_moe", action="store_true", help="mixtures of experts as its FFNs")
     add("--dropout", type=float, default=0.0, help="dropout probability, in [0, 1)")
     add("--epochs", type=int, default=1, help="passes over the data")
@@ -112,8 +113,8 @@ def main():
     with checking_input():
         # 3. Model
         config = LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads,
-                          use_moe=args.use_moe, dropout=args.dropout,
-                          max_seq_len=args.max_seq_len or 512)
+                          activation=args.activation, use_moe=args.use_moe,
+                          dropout=args.dropout, max_seq_len=args.max_seq_len or 512)
         weights = args.weights
         student, tokenizer = init_student_model(config, weights=weights, vocabulary=args.tokenizer)
         prepare(student, weights, world, **model_options(args))

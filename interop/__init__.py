@@ -102,13 +102,17 @@ def check_supported(settings: dict, supported: dict[str, tuple]):
                              f"{' or '.join(map(repr, values))}")
 
 
-def family_of(config: LMConfig, families: dict[tuple, str], library: str) -> str:
+def family_of(config: LMConfig, families: dict[tuple, str], library: str,
+              activations=("silu",)) -> str:
     """The library's name for models that compute what this one does. Raises ValueError without one.
 
     families    (use_moe, with shared experts, qk_norm, attention_bias) -> name
     """
     if config.quantization:
         raise ValueError(f"the model is {config.quantization}; convert the one it was made from")
+    if config.activation not in activations:
+        raise ValueError(f"{library} has no such architecture with the activation "
+                         f"{config.activation}, only with {' or '.join(activations)}")
     if config.architecture == "gpt2":
         return "gpt2"
     n_shared = config.n_shared_experts if config.use_moe else 0

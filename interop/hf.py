@@ -46,9 +46,9 @@ MOE_SIZES = {"n_routed_experts": "num_experts", "num_experts_per_tok": "num_expe
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 # Settings that change what a model computes, with the values that this code has.
-SUPPORTED = {"hidden_act": ("silu",), "mlp_bias": (False,), "decoder_sparse_step": (1,),
-             "use_sliding_window": (False,), "mlp_only_layers": ([], None),
-             "partial_rotary_factor": (1.0,)}
+SUPPORTED = {"hidden_act": ("silu", "gelu", "relu2"), "mlp_bias": (False,),
+             "decoder_sparse_step": (1,), "use_sliding_window": (False,),
+             "mlp_only_layers": ([], None), "partial_rotary_factor": (1.0,)}
 GPT2_SUPPORTED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                   "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
                   "add_cross_attention": (False,)}
@@ -108,6 +108,7 @@ def config_of(theirs: dict) -> LMConfig:
     return LMConfig(
         n_kv_heads=theirs.get("num_key_value_heads") or sizes["n_heads"],
         head_dim=theirs.get("head_dim"), attention_bias=has_bias,
+        activation=theirs.get("hidden_act", "silu"),
         tie_embeddings=theirs.get("tie_word_embeddings", family == "minimind"),
         qk_norm=family in ("qwen3", "qwen3_moe", "minimind"), **sizes)
 
@@ -150,7 +151,7 @@ def read_rope(theirs: dict) -> dict:
 
 def write_config(config: LMConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict:
     """The config.json of the family that computes the same. Raises ValueError if there is none."""
-    family = family_of(config, FAMILIES, "Hugging Face")
+    family = family_of(config, FAMILIES, "Hugging Face", SUPPORTED["hidden_act"])
     theirs = {"model_type": family, "bos_token_id": tokenizer.bos,
               "eos_token_id": tokenizer.end_of_turn, "torch_dtype": str(dtype)[6:],
               "tie_word_embeddings": config.tie_embeddings}
@@ -162,7 +163,8 @@ def write_config(config: LMConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> 
             "rope_type": "llama3" if config.rope_scaling else "default"}
     theirs |= write_sizes(config, SIZES) | {        # transformers 5 reads rope_parameters
         "architectures": [family.title().replace("_", "") + "ForCausalLM"],
-        "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim, "hidden_act": "silu",
+        "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
+        "hidden_act": config.activation,
         "rope_parameters": rope, "rope_theta": config.rope_theta,
         "rope_scaling": rope if config.rope_scaling else None}
     if config.use_moe:

@@ -6,6 +6,11 @@ All sizes of a model in one place. A checkpoint has them as JSON beside the weig
 import dataclasses
 from dataclasses import dataclass
 
+import torch.nn.functional as F
+
+# Of the FFN; add your own. relu2: So et al. 2021 (Primer), https://arxiv.org/abs/2109.08668, Sec. 3
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}
+
 
 @dataclass
 class LMConfig:
@@ -25,6 +30,7 @@ class LMConfig:
     n_kv_heads: int | None = None       # None: n_heads / 2; below n_heads: grouped-query attention
     head_dim: int | None = None         # None: dim / n_heads; Qwen3 chooses it independently of dim
     hidden_dim: int | None = None       # None: 8/3 dim; 3 matrices then equal GPT-2's 2 of 4 dim
+    activation: str = "silu"            # of the FFN, one of ACTIVATIONS; GPT-2 has its own
     vocab_size: int = 6400
     max_seq_len: int = 512              # tokens; longer samples are cut, longer prompts refused
     rope_theta: float = 10000.0         # Llama 1 and 2: 1e4, Qwen: 1e6; larger for longer contexts
@@ -57,10 +63,13 @@ class LMConfig:
                 raise ValueError(f"{name}={value} must be a number of 0 or more")
         if self.architecture not in ("llama", "gpt2"):
             raise ValueError(f"architecture={self.architecture!r} is not llama or gpt2")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         if self.architecture == "gpt2":
-            if self.use_moe or self.qk_norm or self.n_kv_heads not in (None, self.n_heads):
-                raise ValueError("GPT-2 has no mixture of experts, no q/k norm and as many "
-                                 "key/value as query heads")
+            if (self.use_moe or self.qk_norm or self.n_kv_heads not in (None, self.n_heads)
+                    or self.activation != "silu"):
+                raise ValueError("GPT-2 has no mixture of experts, no q/k norm, as many key/value "
+                                 "as query heads, and an activation of its own")
             self.n_kv_heads, self.hidden_dim = self.n_heads, self.hidden_dim or 4 * self.dim
             self.attention_bias = True
         if self.head_dim is None:
@@ -95,8 +104,9 @@ class LMConfig:
 
     def __str__(self):
         experts = f", {self.n_routed_experts} experts" if self.use_moe else ""
+        activation = f", {self.activation}" if self.activation != "silu" else ""
         quantization = f", {self.quantization}" if self.quantization else ""
-        return f"{self.dim} x {self.n_layers}{experts}{quantization}"
+        return f"{self.dim} x {self.n_layers}{experts}{activation}{quantization}"
 
     @classmethod
     def from_dict(cls, values: dict) -> "LMConfig":

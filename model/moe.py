@@ -13,27 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.config import LMConfig
+from model.config import ACTIVATIONS, LMConfig
 
 
-def swiglu(x, w1, w2, w3):  # (n, D), (F, D), (D, F), (F, D) -> (n, D)
-    """w2(silu(w1 x) * w3 x): Shazeer 2020, https://arxiv.org/abs/2002.05202, Eq. 6."""
-    return F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
+def swiglu(x, w1, w2, w3, act=F.silu):  # (n, D), (F, D), (D, F), (F, D) -> (n, D)
+    """w2(act(w1 x) * w3 x): Shazeer 2020, https://arxiv.org/abs/2002.05202, Eq. 6."""
+    return F.linear(act(F.linear(x, w1)) * F.linear(x, w3), w2)
 
 
-def experts(x, ends, w1, w2, w3):  # (n, D), (E,), (E, F, D), (E, D, F), (E, F, D) -> (n, D)
+def experts(x, ends, w1, w2, w3, act=F.silu):  # (n, D), (E,), (E, F, D), ... -> (n, D)
     """The rows of x are sorted by expert; those of expert e end at ends[e]. One SwiGLU per expert,
-    or one for all on a GPU in bf16."""
+    or one for all on a GPU in bf16. w1, w2, w3: (E, F, D), (E, D, F), (E, F, D)"""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if has_grouped_products(x.device, dtype, w1):
-        return grouped_experts(x.to(dtype), ends, w1.to(dtype), w2.to(dtype), w3.to(dtype))
+        return grouped_experts(x.to(dtype), ends, *(w.to(dtype) for w in (w1, w2, w3)), act)
     parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
     # unbind, not w[e], whose backward pass would write a whole stack of zeros per expert.
-    return torch.cat([swiglu(*each) for each in zip(parts, w1.unbind(), w2.unbind(), w3.unbind())])
+    each = zip(parts, w1.unbind(), w2.unbind(), w3.unbind())
+    return torch.cat([swiglu(*one, act) for one in each])
 
 
-def grouped_experts(x, ends, w1, w2, w3):  # as `experts`
+def grouped_experts(x, ends, w1, w2, w3, act=F.silu):  # as `experts`
     """One grouped product for all experts. The numbers of tokens stay on the GPU: if Python read
     them, it would wait for all queued work."""
     n, E = len(x), len(ends)
@@ -45,7 +46,7 @@ def grouped_experts(x, ends, w1, w2, w3):  # as `experts`
     x = x.new_zeros(n + E, x.shape[1]).index_copy(0, place, x)              # (n + E, D)
     ends = ends + torch.arange(1, E + 1, device=x.device, dtype=ends.dtype)
     w1, w2, w3 = (w.transpose(1, 2) for w in (w1, w2, w3))
-    inner = F.silu(F.grouped_mm(x, w1, offs=ends)) * F.grouped_mm(x, w3, offs=ends)     # (n + E, F)
+    inner = act(F.grouped_mm(x, w1, offs=ends)) * F.grouped_mm(x, w3, offs=ends)    # (n + E, F)
     return F.grouped_mm(inner, w2, offs=ends)[place]
 
 
@@ -58,14 +59,15 @@ def has_grouped_products(device, dtype, w1) -> bool:
 class FeedForward(nn.Module):
     """One SwiGLU network: the FFN of a dense layer, and the shared expert."""
 
-    def __init__(self, dim: int, hidden_dim: int):
+    def __init__(self, dim: int, hidden_dim: int, activation: str = "silu"):
         super().__init__()
+        self.act = ACTIVATIONS[activation]
         self.w1 = nn.Linear(dim, hidden_dim, bias=False)
         self.w2 = nn.Linear(hidden_dim, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden_dim, bias=False)
 
     def forward(self, x):  # (N, D) -> (N, D)
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))     # swiglu, but these may be quantised
+        return self.w2(self.act(self.w1(x)) * self.w3(x))   # swiglu, but these may be quantised
 
 
 class MoEFeedForward(nn.Module):
@@ -79,8 +81,9 @@ class MoEFeedForward(nn.Module):
         self.w1 = nn.Parameter(torch.empty(E, H, D))
         self.w2 = nn.Parameter(torch.empty(E, D, H))
         self.w3 = nn.Parameter(torch.empty(E, H, D))
-        has_shared = config.n_shared_experts > 0
-        self.shared = FeedForward(D, H * config.n_shared_experts) if has_shared else None
+        self.shared = None
+        if config.n_shared_experts > 0:
+            self.shared = FeedForward(D, H * config.n_shared_experts, config.activation)
 
     def stacks(self):  # -> (E, H, D), (E, D, H), (E, H, D); model/qat.py rounds them
         return self.w1, self.w2, self.w3
@@ -98,7 +101,7 @@ class MoEFeedForward(nn.Module):
         expert, order = chosen.flatten().sort(stable=True)                  # (N * A,) twice
         experts_here = torch.arange(E, device=x.device)
         ends = torch.searchsorted(expert, experts_here, right=True, out_int32=True)         # (E,)
-        y = experts(x[order // A], ends, *self.stacks())
+        y = experts(x[order // A], ends, *self.stacks(), ACTIVATIONS[self.config.activation])
         y = y[order.argsort()].view(N, A, D)                            # in the tokens' order again
         y = (y * gate.to(y.dtype).unsqueeze(-1)).sum(dim=1)                 # (N, D)
         if self.shared is not None:

@@ -199,7 +199,7 @@ class Block(nn.Module):
         if config.use_moe:
             self.ffn = MoEFeedForward(config)
         else:
-            self.ffn = FeedForward(config.dim, config.hidden_dim)
+            self.ffn = FeedForward(config.dim, config.hidden_dim, config.activation)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, layout: Layout, at=None):

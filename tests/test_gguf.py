@@ -244,6 +244,7 @@ def test_a_file_that_is_cut_short_is_named_wherever_it_ends(written):
     (dict(MOE, n_shared_experts=0, norm_topk_prob=False), "llama needs norm_topk_prob=True"),
     (dict(attention_bias=True, head_dim=16), r"qwen2 needs n_heads \* head_dim = dim"),
     (dict(qk_norm=True, rope_scaling=LLAMA3), "qwen3 has no rope_scaling"),
+    (dict(activation="relu2"), "llama.cpp has no such architecture with the activation relu2, only with silu"),
 ])
 def test_what_no_architecture_holds_is_refused_before_a_file_is_made(sizes, named, file, byte_tokenizer):
     with pytest.raises(ValueError, match=named):

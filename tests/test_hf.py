@@ -97,7 +97,8 @@ def test_written_out_and_read_by_transformers_it_is_the_same_model(family, folde
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tie_embeddings": False}, {"attention_bias": True}, {"qk_norm": True},
-                                   {"use_moe": True, "n_shared_experts": 2}, {"use_moe": True, "qk_norm": True, "n_shared_experts": 0}])
+                                   {"use_moe": True, "n_shared_experts": 2}, {"use_moe": True, "qk_norm": True, "n_shared_experts": 0},
+                                   {"activation": "gelu"}, {"activation": "relu2", "use_moe": True, "n_shared_experts": 1}])
 def test_a_model_of_ours_is_read_by_transformers_and_by_us(sizes, tiny, byte_tokenizer, tmp_path):
     ours, tokenizer = tiny(vocab_size=288, max_seq_len=96, **sizes), byte_tokenizer()
     hf.write(ours, tokenizer, tmp_path)
@@ -203,7 +204,7 @@ def test_a_missing_an_extra_and_a_misshapen_tensor_are_named(edit, message, llam
 
 @pytest.mark.parametrize("settings, message", [
     ({"model_type": "mamba"}, "model_type 'mamba' is none of"),
-    ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu'"),
+    ({"hidden_act": "relu"}, "hidden_act = 'relu' is not supported, only 'silu' or 'gelu' or 'relu2'"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
     ({"attention_bias": True}, "attention_bias = True is not supported"),
     ({"quantization_config": {"quant_method": "gptq"}}, r"the weights are quantised \(gptq\); name the folder of the model that"),

@@ -299,6 +299,8 @@ REFUSED = (
     (dict(n_heads=8, n_kv_heads=0), "n_kv_heads=0"),
     (dict(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\)"),
     (dict(use_moe=True, num_experts_per_tok=5), "num_experts_per_tok=5 must lie between 1 and n_routed_experts=4"),
+    (dict(activation="swish"), "activation='swish' is none of silu, gelu, relu2"),
+    (dict(activation="relu2", architecture="gpt2"), "GPT-2 has .* an activation of its own"),
 )
 
 
@@ -313,3 +315,9 @@ def test_a_config_comes_back_from_its_json_and_refuses_a_name_it_does_not_know()
     assert LMConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
     with pytest.raises(ValueError, match="unknown model sizes.*n_layer"):
         LMConfig.from_dict({"dim": 64, "n_layer": 3})
+
+
+def test_a_config_that_was_saved_before_there_was_a_choice_of_activation_has_silu():
+    values = dataclasses.asdict(LMConfig(dim=64, activation="gelu"))
+    del values["activation"]
+    assert LMConfig.from_dict(values).activation == "silu"

@@ -52,6 +52,23 @@ def test_sorting_by_expert_equals_a_plain_loop_over_tokens(x, E, A, n_shared, no
     assert torch.allclose(ffn(x, *one_sample(10))[0], torch.stack(y), atol=1e-5)
 
 
+@pytest.mark.parametrize("name, act", [("gelu", F.gelu), ("relu2", lambda x: x.clamp(min=0) ** 2)])
+def test_the_activation_is_that_of_the_config_in_every_ffn(x, name, act):
+    """A dense FFN; one expert beside a shared one, to which every token goes with weight 1."""
+    def by_itself(w1, w2, w3):
+        return (act(x @ w1.T) * (x @ w3.T)) @ w2.T
+
+    sizes = dict(dim=8, n_heads=2, hidden_dim=16, activation=name)
+    dense = Transformer(LMConfig(n_layers=1, **sizes)).layers[0].ffn
+    assert torch.allclose(dense(x), by_itself(dense.w1.weight, dense.w2.weight, dense.w3.weight), atol=1e-6)
+    ffn = experts(E=1, A=1, n_shared_experts=1, hidden_dim=16)
+    shared = MoEFeedForward(LMConfig(use_moe=True, n_routed_experts=1, num_experts_per_tok=1, **sizes))
+    shared.load_state_dict(ffn.state_dict())
+    routed = by_itself(ffn.w1[0], ffn.w2[0], ffn.w3[0])
+    beside = by_itself(ffn.shared.w1.weight, ffn.shared.w2.weight, ffn.shared.w3.weight)
+    assert torch.allclose(shared(x, *one_sample(10))[0], routed + beside, atol=1e-5)
+
+
 def test_all_experts_in_one_product_of_a_gpu_are_as_one_after_the_other(x, monkeypatch):
     """A GPU's way, which torch also goes on a CPU. Of five experts the last gets no token."""
     ffn = experts(E=5, A=2, n_shared_experts=1)
