@@ -34,7 +34,9 @@ class LMConfig:
     vocab_size: int = 6400
     max_seq_len: int = 512              # tokens; longer samples are cut, longer prompts refused
     rope_theta: float = 10000.0         # Llama 1 and 2: 1e4, Qwen: 1e6; larger for longer contexts
-    rope_scaling: dict | None = None    # Llama 3: arguments of scale_frequencies (transformer.py)
+    rope_scaling: dict | None = None    # long contexts: arguments of scale_frequencies, which names
+    rotary_dim: int | None = None       # None: head_dim; Phi-4-mini rotates 3/4 of each head
+    nope_layers: list[int] = ()         # layers without RoPE: every fourth of SmolLM3
     norm_eps: float = 1e-5
     tie_embeddings: bool = True         # embedding and head share a matrix; large models untie it
     qk_norm: bool = False               # Qwen3
@@ -52,7 +54,8 @@ class LMConfig:
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
-                     "vocab_size", "max_seq_len", "n_routed_experts", "num_experts_per_tok"):
+                     "vocab_size", "max_seq_len", "rotary_dim", "n_routed_experts",
+                     "num_experts_per_tok"):
             value, largest = getattr(self, name), 1 << (12 if name == "n_layers" else 24)
             is_size = type(value) is int and 1 <= value <= largest
             if value != getattr(LMConfig, name) and not is_size:        # the default may be None
@@ -79,8 +82,11 @@ class LMConfig:
                 raise ValueError(f"dim={self.dim} does not split into n_heads={self.n_heads} equal "
                                  f"heads; try n_heads={nearest}, or set head_dim")
             self.head_dim = self.dim // self.n_heads
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd, but RoPE rotates pairs")
+        self.rotary_dim = self.rotary_dim or self.head_dim
+        for name in ("head_dim", "rotary_dim"):
+            if (size := getattr(self, name)) % 2:
+                raise ValueError(f"{name}={size} is odd, but RoPE rotates pairs")
+        self.nope_layers = [*self.nope_layers]
         if self.n_kv_heads is None:
             self.n_kv_heads = max(1, self.n_heads // 2)
         if self.n_heads % self.n_kv_heads:
@@ -96,6 +102,11 @@ class LMConfig:
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 "
                              f"and n_routed_experts={self.n_routed_experts}")
+
+    def with_layers(self, layers: list[int]) -> "LMConfig":
+        """The sizes of a model that has these layers only, in this order."""
+        without = [new for new, old in enumerate(layers) if old in self.nope_layers]
+        return dataclasses.replace(self, n_layers=len(layers), nope_layers=without)
 
     @property
     def moe_path(self) -> str:

@@ -11,7 +11,6 @@ needs forward passes only. Then the unpruned model teaches the pruned one.
 """
 
 import copy
-import dataclasses
 import re
 from collections import defaultdict
 from typing import NamedTuple
@@ -42,7 +41,7 @@ def keep_layers(model: Transformer, layers: list[int]) -> Transformer:
     if not all(0 <= i <= last for i in layers):
         raise ValueError(f"--layers {','.join(map(str, layers))}: the model has layers 0 to {last}")
 
-    model.config = dataclasses.replace(model.config, n_layers=len(layers))
+    model.config = model.config.with_layers(layers)
     model.layers = torch.nn.ModuleList(copy.deepcopy(model.layers[old]) for old in layers)
     for new, layer in enumerate(model.layers):
         layer.attention.layer = new
@@ -165,6 +164,7 @@ def prune(model: Transformer, importance: Importance, **sizes) -> Transformer:
     old, new = model.config, resized(model.config, sizes)
     per_group = old.n_heads // old.n_kv_heads
     layers = best(importance.layers, new.n_layers).tolist()
+    new.nope_layers = old.with_layers(layers).nope_layers
     dim, place = best(importance.dim, new.dim), {layer: i for i, layer in enumerate(layers)}
 
     state = {}

@@ -95,22 +95,40 @@ def rope_rotation(config: LMConfig, positions):  # (N,) -> (N, 1, K/2) complex, 
     .to(bfloat16), in which positions 300 and 301 are equal."""
     if config.architecture == "gpt2":
         return None                     # learned positions (model/gpt2.py)
-    K, device = config.head_dim, positions.device
-    frequency = config.rope_theta ** -(torch.arange(0, K, 2, device=device) / K)        # (K/2,)
+    R, device = config.rotary_dim, positions.device
+    frequency = config.rope_theta ** -(torch.arange(0, R, 2, device=device) / R)        # (R/2,)
     if config.rope_scaling:
         frequency = scale_frequencies(frequency, **config.rope_scaling)
+    frequency = F.pad(frequency, (0, (config.head_dim - R) // 2))       # (K/2,), 0: not rotated
     angle = torch.outer(positions, frequency)                                       # (N, K/2)
     return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
 
 
-def scale_frequencies(frequency, factor, low_freq_factor, high_freq_factor,
-                      original_max_position_embeddings):  # (K/2,) -> (K/2,), radians per token
-    """Llama 3.1's RoPE for longer contexts: pairs that make many turns within the original one
-    stay, those that make few are slowed down by `factor`, in between interpolated.
-    Grattafiori et al. 2024, https://arxiv.org/abs/2407.21783, Sec. 3.4.2, and its published code.
+def scale_frequencies(frequency, factor, original_max_position_embeddings=0, low_freq_factor=None,
+                      high_freq_factor=None, beta_slow=None, beta_fast=None):
+    # (K/2,) -> (K/2,), radians per token
+    """RoPE for longer contexts: pairs that make many turns within the original one stay, those that
+    make few are slowed down by `factor`, in between interpolated.
+
+        factor              linear: all are slowed down. Chen et al. 2023 (position interpolation),
+                            https://arxiv.org/abs/2306.15595
+        beta_slow, _fast    YaRN: few and many turns, interpolated over the number of the pair.
+                            Peng et al. 2023, https://arxiv.org/abs/2309.00071, Sec. 3.2; its
+                            temperature is in the weights (interop.fold)
+        low, high_freq_     Llama 3.1: few and many turns, interpolated over them. Grattafiori et
+        factor              al. 2024, https://arxiv.org/abs/2407.21783, Sec. 3.4.2
     """
+    kept = torch.zeros_like(frequency)
     turns = original_max_position_embeddings * frequency / (2 * torch.pi)
-    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    if high_freq_factor:
+        kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    elif beta_fast:
+        step = (turns[0] / turns[1]).log()          # the same from each pair to the next
+        first = ((turns[0] / beta_fast).log() / step).floor().clamp(min=0)
+        last = ((turns[0] / beta_slow).log() / step).ceil().clamp(max=2 * len(turns) - 1)
+        pair = torch.arange(len(turns), device=turns.device)
+        kept = 1 - (pair - first) / (last - first).clamp(min=0.001)
+    kept = kept.clamp(0, 1)
     return frequency * (kept + (1 - kept) / factor)
 
 
@@ -133,6 +151,7 @@ class Attention(nn.Module):
         super().__init__()
         D, H, G, K = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
         self.H, self.G, self.K, self.layer = H, G, K, layer
+        self.has_rope = layer not in config.nope_layers
         self.wq = nn.Linear(D, H * K, bias=config.attention_bias)
         self.wk = nn.Linear(D, G * K, bias=config.attention_bias)
         self.wv = nn.Linear(D, G * K, bias=config.attention_bias)
@@ -145,8 +164,8 @@ class Attention(nn.Module):
         N = x.shape[0]
         qkv = self.wq(x), self.wk(x), self.wv(x)
         q, k, v = (each.view(N, -1, self.K) for each in qkv)            # (N, H, K), (N, G, K) x 2
-        q = rotate(self.q_norm(q), layout.rotation)
-        k = rotate(self.k_norm(k), layout.rotation)
+        rotation = layout.rotation if self.has_rope else None
+        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         if layout.cache is not None:
             layout.cache.write(self.layer, k, v, layout.sample, layout.positions)
         if layout.n_cached:
@@ -218,8 +237,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The language model of every lesson. Llama, SmolLM2, Qwen2.5, Qwen3 and MiniMind are this
-    network with other sizes.
+    """The language model of every lesson. Llama, SmolLM, Qwen2.5, Qwen3, Mistral, Phi, Granite and
+    MiniMind are this network with other sizes.
 
         logits = model(tokens, lengths).logits          # (N, V): scores of each next token
         logits = model(tokens, lengths, at=at).logits   # (S, V): at selected positions only
