@@ -6,7 +6,7 @@ hf.py and gguf.py also have write(model, tokenizer, path). checkpoint.py detects
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from model.config import LMConfig
 from runtime.checkpoint import is_finite
 from runtime.files import named_errors
 
-QKV = ("wq", "wk", "wv")
+QKV, GATED = ("wq", "wk", "wv"), ("w1", "w3")     # concatenated by some formats: wqkv, w13
 
 
 class Piece(NamedTuple):
@@ -77,21 +77,72 @@ def is_rotated(name: str) -> bool:
     return re.search(r"attention\.(wq|wk|q_norm|k_norm)\.", name) is not None
 
 
-def to_interleaved(weight, head_dim: int):  # (H * K, ...) -> (H * K, ...)
+def to_interleaved(weight, head_dim: int, rotary_dim: int | None = None, pairs=(2, -1)):
+    # (H * K, ...) -> (H * K, ...)
     """Rows of wq or wk, or gains of a q/k norm: from Hugging Face's order to ours and the paper's.
 
     RoPE rotates pairs of components: there x_i with x_{i + K/2}, here x_{2i} with x_{2i + 1}.
 
         x0 x1 x2 | x3 x4 x5    ->    x0 x3 | x1 x4 | x2 x5
+
+    rotary_dim: of a head so many components are rotated, the first ones; None: all
     """
     if len(weight) % head_dim:
         return weight                   # a wrong shape, which `fill` reports
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(weight.shape)
+    rotated, rest = weight.unflatten(0, (-1, head_dim)).tensor_split([rotary_dim or head_dim], 1)
+    rotated = rotated.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)
+    return torch.cat([rotated, rest], dim=1).flatten(0, 1)
 
 
-def to_half_split(weight, head_dim: int):  # (H * K, ...) -> (H * K, ...)
+def to_half_split(weight, head_dim: int, rotary_dim: int | None = None):
     """The inverse of to_interleaved."""
-    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(weight.shape)
+    return to_interleaved(weight, head_dim, rotary_dim, pairs=(-1, 2))
+
+
+def fused(names: Iterable[str], groups) -> Iterator[tuple[str, list[str]]]:
+    """(name in a format that concatenates the weights of each group, our names of its parts):
+
+        "layers.0.attention.wqkv.weight", ["layers.0.attention.wq.weight", ...]
+    """
+    for name in names:
+        part = name.split(".")[-2]
+        group = next((group for group in groups if part in group), (part,))
+        if part == group[0]:
+            whole = "w" + "".join(each[1:] for each in group) if len(group) > 1 else part
+            yield name.replace(part, whole), [name.replace(part, each) for each in group]
+
+
+def split_fused(name: str, n_rows: int, config: LMConfig) -> list[tuple[str, int]]:
+    """The inverse of `fused` for a tensor with so many rows: (our name, rows) of each part. The
+    last part takes the rest, so that `fill` reports a tensor of another size."""
+    query, kv = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
+    for whole, group, sizes in (("wqkv", QKV, (query, kv)), ("w13", GATED, (config.hidden_dim,))):
+        if f".{whole}." in name:
+            sizes = *sizes, max(0, n_rows - sum(sizes))
+            return [(name.replace(whole, part), n) for part, n in zip(group, sizes, strict=True)]
+    return [(name, n_rows)]
+
+
+def fold(pieces: Iterable[Piece], config: LMConfig, embedding=1.0, attention=1.0, residual=1.0,
+         logits=1.0) -> Iterator[Piece]:
+    """The pieces of a model whose layers use factors, as weights that need none; in fp32.
+
+        embedding   factor of the embeddings, not of the head that may share them
+        attention   factor of the part of q . k that RoPE rotates, beside our 1 / sqrt(head_dim)
+        residual    factor of what attention and FFN add to the residual stream
+        logits      factor of the logits
+    """
+    factors = {"tok_embeddings": embedding, "output": embedding, "norm": logits / embedding,
+               "wo": residual, "w2": residual, "q_norm" if config.qk_norm else "wq": attention}
+    for piece in pieces:
+        part = piece.name.rpartition(".")[0].rpartition(".")[2]
+        if (factor := factors.get(part, 1.0)) != 1.0:
+            tensor = piece.tensor.float()
+            if part in ("wq", "q_norm"):
+                rotated = torch.arange(len(tensor)) % config.head_dim < config.rotary_dim
+                factor = torch.where(rotated, factor, 1.0).view(-1, *[1] * (tensor.dim() - 1))
+            piece = piece._replace(tensor=tensor * factor)
+        yield piece
 
 
 def check_supported(settings: dict, supported: dict[str, tuple]):
@@ -106,7 +157,7 @@ def family_of(config: LMConfig, families: dict[tuple, str], library: str,
               activations=("silu",)) -> str:
     """The library's name for models that compute what this one does. Raises ValueError without one.
 
-    families    (use_moe, with shared experts, qk_norm, attention_bias) -> name
+    families    fields of LMConfig in which the model is no plain Llama, with "+" between -> name
     """
     if config.quantization:
         raise ValueError(f"the model is {config.quantization}; convert the one it was made from")
@@ -115,10 +166,11 @@ def family_of(config: LMConfig, families: dict[tuple, str], library: str,
                          f"{config.activation}, only with {' or '.join(activations)}")
     if config.architecture == "gpt2":
         return "gpt2"
-    n_shared = config.n_shared_experts if config.use_moe else 0
-    kind = config.use_moe, n_shared > 0, config.qk_norm, config.attention_bias
+    parts = {"use_moe": config.use_moe, "shared": config.use_moe and config.n_shared_experts,
+             "qk_norm": config.qk_norm, "attention_bias": config.attention_bias,
+             "nope_layers": config.nope_layers,
+             "rotary_dim": config.rotary_dim < config.head_dim}
+    kind = "+".join(name for name, has in parts.items() if has)
     if kind not in families:
-        raise ValueError(f"{library} has no architecture with use_moe={config.use_moe}, "
-                         f"n_shared_experts={n_shared}, qk_norm={config.qk_norm} and "
-                         f"attention_bias={config.attention_bias}")
+        raise ValueError(f"{library} has no architecture with {kind}")
     return families[kind]

@@ -8,7 +8,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import struct
 from collections.abc import Iterator
 from contextlib import closing
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +17,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, dequantize, quantize
 from gguf.quants import quant_shape_to_byte_shape
 
-from interop import (QKV, Piece, check_supported, family_of, is_rotated, named_errors, rename,
-                     to_half_split, to_interleaved)
+from interop import (GATED, QKV, Piece, check_supported, family_of, fold, fused, is_rotated,
+                     named_errors, rename, split_fused, to_half_split, to_interleaved)
 from interop.vocabulary import from_gguf, to_gguf
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
@@ -28,20 +28,15 @@ from runtime.files import UNSIGNED, check_signature, replace_atomic, sign
 BLOCK = 1 << 22         # weights that are unpacked at once, 16 MB in fp32
 
 # Not qwen2moe, which never normalises the weights of the chosen experts and gates the shared one.
-FAMILIES = {        # use_moe, with shared experts, qk_norm, attention_bias
-    (False, False, False, False): "llama",
-    (False, False, False, True): "qwen2",
-    (False, False, True, False): "qwen3",
-    (True, False, False, False): "llama",
-    (True, False, True, False): "qwen3moe",
-    (True, True, False, False): "bailingmoe",
-    (True, True, True, False): "bailingmoe2",
-}
-ARCHITECTURES = (*dict.fromkeys(FAMILIES.values()), "gpt2")
+FAMILIES = {                # what is written, by what it has beyond Llama
+    "": "llama", "attention_bias": "qwen2", "qk_norm": "qwen3", "nope_layers": "smollm3",
+    "rotary_dim": "phi3", "use_moe": "llama", "use_moe+qk_norm": "qwen3moe",
+    "use_moe+shared": "bailingmoe", "use_moe+shared+qk_norm": "bailingmoe2"}
+ARCHITECTURES = (*dict.fromkeys(FAMILIES.values()), "granite", "gpt2")
 # llama.cpp's converter reorders Llama's q and k to our order; these keep Hugging Face's.
-HALF_SPLIT = ("qwen2", "qwen3", "qwen3moe", "bailingmoe2")
-FUSED = ("gpt2", "bailingmoe2")             # q, k and v are one tensor
-SQUARE = ("qwen2", "gpt2", "bailingmoe2")   # n_heads * head_dim = dim
+HALF_SPLIT = ("qwen2", "qwen3", "phi3", "qwen3moe", "bailingmoe2")
+FUSED = {"gpt2": (QKV,), "phi3": (QKV, GATED), "bailingmoe2": (QKV,)}       # concatenated weights
+SQUARE = ("qwen2", "gpt2", "phi3", "bailingmoe2")   # n_heads * head_dim = dim
 BAILING = ("bailingmoe", "bailingmoe2")     # have a field for norm_topk_prob; never tie the head
 
 # Our names -> theirs.
@@ -56,16 +51,18 @@ NAMES |= {f"layers.*.{ours}": f"blk.*.{theirs}" for ours, theirs in {
     "ffn.shared.w3": "ffn_up_shexp"}.items()}
 STACKS = {f"layers.*.ffn.{w}": f"blk.*.ffn_{theirs}_exps.weight"        # (experts, ..., ...)
           for w, theirs in (("w1", "gate"), ("w2", "down"), ("w3", "up"))}
-GPT2_NAMES = {ours: theirs for ours, theirs in NAMES.items() if "ffn.w3" not in ours} | {
-    "layers.*.ffn.w1": "blk.*.ffn_up"}
+NO_UP = {ours: theirs for ours, theirs in NAMES.items() if not ours.endswith("ffn.w3")}
+GPT2_NAMES = NO_UP | {"layers.*.ffn.w1": "blk.*.ffn_up"}
+PHI3_NAMES = NO_UP | {"layers.*.ffn.w13": "blk.*.ffn_up"}
 
 # Settings that change what a model computes, with the values that this code has.
 SUPPORTED = {
-    "rope.scaling.type": ("none",), "rope.scaling.factor": (1.0,), "rope.scale_linear": (1.0,),
+    "rope.scaling.type": ("none", "linear", "longrope"),
     "expert_gating_func": (1,),             # softmax
     "expert_weights_scale": (0.0, 1.0), "leading_dense_block_count": (0,),
-    "expert_group_count": (0, 1), "attention.scale": (0.0,), "logit_scale": (0.0, 1.0),
-}
+    "expert_group_count": (0, 1)}
+FACTORS = {"attention.scale": (0.0,), "logit_scale": (0.0, 1.0)}      # those of Granite are folded
+DIVISORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 # -- header ----------------------------------------------------------------------------------------
 
@@ -154,25 +151,34 @@ def read_config(path) -> LMConfig:
 
 
 def config_of(header: Header, rope_scaling: dict | None) -> LMConfig:
-    get, tensors, is_gpt2 = header.get, header.tensors, header.architecture == "gpt2"
+    get, tensors, architecture = header.get, header.tensors, header.architecture
+    is_gpt2, n_layers = architecture == "gpt2", get("block_count")
     dim, n_heads = get("embedding_length"), get("attention.head_count")
     hidden_dim, head_dim = get("feed_forward_length"), get("attention.key_length", dim // n_heads)
-    same = dict.fromkeys(("attention.value_length", "rope.dimension_count"), (head_dim,))
-    check_supported(header.fields, {f"{header.architecture}.{name}": values
-                                    for name, values in (SUPPORTED | same).items()})
+    rotary_dim = get("rope.dimension_count", head_dim)
+    supported = SUPPORTED | {"attention.value_length": (head_dim,)}
+    supported |= FACTORS if architecture != "granite" else {}
+    if architecture != "phi3":
+        supported["rope.dimension_count"] = (head_dim,)
+    check_supported(header.fields, {f"{architecture}.{name}": values
+                                    for name, values in supported.items()})
+    limits = [get("context_length"), get("attention.sliding_window", 0)]
+    if "rope_factors_short.weight" in tensors:          # beyond it RoPE has other frequencies
+        limits.append(get("rope.scaling.original_context_length"))
     experts = {}
     if n_experts := get("expert_count", 0):
         hidden_dim = get("expert_feed_forward_length", hidden_dim)
-        is_normed = get("expert_weights_norm", header.architecture not in BAILING)
+        is_normed = get("expert_weights_norm", architecture not in BAILING)
         experts = {"use_moe": True, "n_routed_experts": n_experts, "norm_topk_prob": is_normed,
                    "num_experts_per_tok": get("expert_used_count"),
                    "n_shared_experts": get("expert_shared_count", 0)}
     return LMConfig(
-        architecture="gpt2" if is_gpt2 else "llama", dim=dim, n_layers=get("block_count"),
+        architecture="gpt2" if is_gpt2 else "llama", dim=dim, n_layers=n_layers,
         n_heads=n_heads, n_kv_heads=get("attention.head_count_kv", n_heads), head_dim=head_dim,
         hidden_dim=hidden_dim, vocab_size=tensors["token_embd.weight"].shape[0],
-        max_seq_len=get("context_length"), rope_theta=get("rope.freq_base", 10000.0),
-        rope_scaling=rope_scaling,
+        max_seq_len=min(filter(None, limits)),
+        rope_theta=get("rope.freq_base", 10000.0), rope_scaling=rope_scaling, rotary_dim=rotary_dim,
+        nope_layers=range(3, n_layers, 4) if architecture == "smollm3" else (),
         norm_eps=get(f"attention.layer_norm{'' if is_gpt2 else '_rms'}_epsilon"),
         tie_embeddings="output.weight" not in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
@@ -180,12 +186,21 @@ def config_of(header: Header, rope_scaling: dict | None) -> LMConfig:
 
 
 def read_rope_scaling(path, header: Header) -> dict | None:
-    """Of Llama 3's four parameters the file has only the result: a divisor per frequency."""
-    if "rope_freqs.weight" not in header.tensors:
+    """Of Llama 3's four parameters the file has only the result: a divisor per frequency. Phi's
+    must be 1; it has others for longer contexts."""
+    factor = header.get("rope.scaling.factor", header.get("rope.scale_linear", 1.0)) or 1.0
+    if header.get("rope.scaling.type", "linear") == "linear" and factor != 1:
+        return {"factor": factor}
+    name = next((name for name in DIVISORS if name in header.tensors), None)
+    if name is None:
         return None
-    stored = header.tensors["rope_freqs.weight"]
+    stored = header.tensors[name]
     with open(path, "rb") as file:
         divisors = torch.from_numpy(read_rows(file, stored, 0, stored.rows))
+    if name != "rope_freqs.weight":
+        if torch.any(divisors != 1):
+            raise ValueError(f"{name} is not 1 everywhere: not supported")
+        return None
     scaling = {"factor": divisors.max().item(), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}
     expected = rope_divisors(header.get("rope.freq_base", 10000.0), 2 * len(divisors), scaling)
@@ -206,8 +221,12 @@ def architecture_of(config: LMConfig) -> str:
         raise ValueError(f"llama.cpp's {architecture} needs norm_topk_prob=True")
     if config.n_heads * config.head_dim != config.dim and architecture in SQUARE:
         raise ValueError(f"llama.cpp's {architecture} needs n_heads * head_dim = dim")
-    if config.rope_scaling and architecture != "llama":
-        raise ValueError(f"llama.cpp's {architecture} has no rope_scaling like Llama 3's")
+    scaling = config.rope_scaling or {}
+    if "beta_fast" in scaling or "high_freq_factor" in scaling and architecture != "llama":
+        raise ValueError(f"llama.cpp's {architecture} has no rope_scaling like this model's")
+    if architecture == "smollm3" and config.nope_layers != [*range(3, config.n_layers, 4)]:
+        raise ValueError(f"llama.cpp's smollm3 has no RoPE in every fourth layer, not in layers "
+                         f"{config.nope_layers}")
     return architecture
 
 
@@ -220,9 +239,12 @@ def fields_of(config: LMConfig, architecture: str) -> dict:
         "attention.head_count_kv": config.n_kv_heads,
         f"attention.layer_norm{'' if is_gpt2 else '_rms'}_epsilon": config.norm_eps}
     if not is_gpt2:
-        fields |= dict.fromkeys(("attention.key_length", "attention.value_length",
-                                 "rope.dimension_count"), config.head_dim)
-        fields["rope.freq_base"] = float(config.rope_theta)
+        fields |= dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim)
+        fields |= {"rope.dimension_count": config.rotary_dim,
+                   "rope.freq_base": float(config.rope_theta)}
+    if {*(config.rope_scaling or {})} == {"factor"}:
+        fields |= {"rope.scaling.type": "linear",
+                   "rope.scaling.factor": float(config.rope_scaling["factor"])}
     if config.use_moe:
         fields |= {"expert_count": config.n_routed_experts, "expert_gating_func": 1,
                    "expert_used_count": config.num_experts_per_tok,
@@ -235,29 +257,38 @@ def fields_of(config: LMConfig, architecture: str) -> dict:
 
 # -- tensors ---------------------------------------------------------------------------------------
 
-def names_of(config: LMConfig) -> dict[str, str]:
-    stacks = STACKS if config.use_moe else {}
-    return GPT2_NAMES if config.architecture == "gpt2" else NAMES | stacks
+def names_of(config: LMConfig, architecture: str) -> dict[str, str]:
+    tables = {"gpt2": GPT2_NAMES, "phi3": PHI3_NAMES}
+    return tables.get(architecture, NAMES) | (STACKS if config.use_moe else {})
 
 
 def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
     check_signature(path)
     header = Header(path)
+    get = header.get
+    attention = get("attention.scale", 0) * sqrt(config.head_dim) or 1.0
+    return fold(stored_pieces(path, header, config), config,
+                embedding=get("embedding_scale", 1.0), residual=get("residual_scale", 1.0),
+                logits=1 / (get("logit_scale", 0) or 1.0),
+                attention=attention * get("rope.scaling.attn_factor", 1.0) ** 2)
+
+
+def stored_pieces(path, header: Header, config: LMConfig) -> Iterator[Piece]:
     is_half_split = header.architecture in HALF_SPLIT
     with open(path, "rb") as file:          # not mapped: mapped pages would count as memory
         for source, stored in header.tensors.items():
-            if source == "rope_freqs.weight":
+            if source in DIVISORS:
                 continue
             # Whole heads, because to_interleaved reorders the rows of a head.
             n_heads = BLOCK * stored.rows // prod(stored.shape) // config.head_dim
             step = max(1, n_heads) * config.head_dim
             first = 0
-            for name, expert, n_rows in parts_of(source, stored, config):
+            for name, expert, n_rows in parts_of(source, stored, config, header.architecture):
                 for start in range(0, n_rows, step):
                     stop = min(start + step, n_rows)
                     tensor = torch.from_numpy(read_rows(file, stored, first + start, first + stop))
                     if is_half_split and is_rotated(name):
-                        tensor = to_interleaved(tensor, config.head_dim)
+                        tensor = to_interleaved(tensor, config.head_dim, config.rotary_dim)
                     # An open end, so that a tensor with too few rows has a wrong shape.
                     rows = slice(start, None if stop == n_rows else stop)
                     yield Piece(name, tensor, (*expert, rows), source)
@@ -271,15 +302,13 @@ def read_rows(file, stored: Stored, start: int, stop: int):  # -> (stop - start,
     return values if len(stored.shape) > 1 else values.reshape(-1)
 
 
-def parts_of(source: str, stored: Stored, config: LMConfig) -> list[tuple[str, tuple, int]]:
+def parts_of(source: str, stored: Stored, config: LMConfig,
+             architecture: str) -> list[tuple[str, tuple, int]]:
     """(our name, index of the expert or (), rows) of each weight that one of their tensors has."""
-    name = rename(source, {theirs: ours for ours, theirs in names_of(config).items()})
-    kv = config.n_kv_heads * config.head_dim
-    parts = [(name, (), stored.rows)]
-    if "attention.wqkv" in name:
-        rows = config.n_heads * config.head_dim, kv, kv
-        parts = [(name.replace("wqkv", part), (), n) for part, n in zip(QKV, rows)]
-    elif source.endswith("_exps.weight"):
+    ours = {theirs: ours for ours, theirs in names_of(config, architecture).items()}
+    name = rename(source, ours)
+    parts = [(part, (), n_rows) for part, n_rows in split_fused(name, stored.rows, config)]
+    if source.endswith("_exps.weight"):
         n_rows = config.dim if name.endswith("w2") else config.hidden_dim
         parts = [(name, (e,), n_rows) for e in range(config.n_routed_experts)]
     if sum(n_rows for _, _, n_rows in parts) != stored.rows:
@@ -336,21 +365,17 @@ def write(model: Transformer, tokenizer: Tokenizer, path, dtype: str = "float16"
 
 def their_tensors(model: Transformer, architecture: str) -> Iterator[tuple[str, list]]:
     """Their names, and the weights of ours that each tensor concatenates."""
-    config, names = model.config, names_of(model.config)
+    config, names = model.config, names_of(model.config, architecture)
 
     def weight_of(name):
         weight = model.get_parameter(name)
         is_split = architecture in HALF_SPLIT and is_rotated(name)
-        return to_half_split(weight, config.head_dim) if is_split else weight
+        return to_half_split(weight, config.head_dim, config.rotary_dim) if is_split else weight
 
-    for name, _ in model.named_parameters():
-        if architecture not in FUSED or not any(f"attention.{part}." in name for part in QKV):
-            yield rename(name, names), [weight_of(name)]
-        elif "attention.wq." in name:
-            yield rename(name.replace("wq", "wqkv"), names), [
-                weight_of(name.replace("wq", part)) for part in QKV]
+    for name, parts in fused(dict(model.named_parameters()), FUSED.get(architecture, ())):
+        yield rename(name, names), [*map(weight_of, parts)]
     if config.tie_embeddings and architecture in BAILING:
         yield "output.weight", [model.tok_embeddings.weight]
-    if config.rope_scaling:
+    if "high_freq_factor" in (config.rope_scaling or {}):
         yield "rope_freqs.weight", [
             rope_divisors(config.rope_theta, config.head_dim, config.rope_scaling)]

@@ -5,33 +5,35 @@ MiniMind's export is Qwen3 under another name; minimind.py reads its .pth files.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from interop import (QKV, Piece, check_supported, family_of, is_rotated, named_errors, rename,
-                     to_half_split, to_interleaved)
+from interop import (GATED, QKV, Piece, check_supported, family_of, fold, fused, is_rotated,
+                     named_errors, rename, split_fused, to_half_split, to_interleaved)
 from interop.native import read_state
-from interop.vocabulary import read_tokenizer_json, write_tokenizer
+from interop.vocabulary import QWEN2, read_tokenizer_json, write_tokenizer
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from runtime.files import UNSIGNED, check_signature, replace_atomic, sign, write_json
+from runtime.log import Logger
 
 SHARD_BYTES = 4 << 30       # of a file, plus at most one tensor
 
-FAMILIES = {        # use_moe, with shared experts, qk_norm, attention_bias
-    (False, False, False, False): "llama",
-    (False, False, False, True): "qwen2",
-    (False, False, True, False): "qwen3",
-    (True, False, True, False): "qwen3_moe",
-    (True, True, False, False): "qwen2_moe",
-    (True, True, False, True): "qwen2_moe",
-}
+FAMILIES = {                # what is written, by what it has beyond Llama
+    "": "llama", "attention_bias": "qwen2", "qk_norm": "qwen3", "nope_layers": "smollm3",
+    "rotary_dim": "phi3", "use_moe+qk_norm": "qwen3_moe", "use_moe+shared": "qwen2_moe",
+    "use_moe+shared+attention_bias": "qwen2_moe"}
+READ_ONLY = ("mistral", "granite", "minimind", "gpt2")  # the first two are written as llama
+CLASSES = {"smollm3": "SmolLM3"}                        # of transformers, less "ForCausalLM"
+FUSED = {"gpt2": (QKV,), "phi3": (QKV, GATED)}          # concatenated weights
 
 # Fields of LMConfig -> keys of config.json.
 SIZES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
@@ -43,12 +45,14 @@ GPT2_SIZES = {"dim": "n_embd", "n_layers": "n_layer", "n_heads": "n_head", "hidd
 MOE_SIZES = {"n_routed_experts": "num_experts", "num_experts_per_tok": "num_experts_per_tok",
              "hidden_dim": "moe_intermediate_size", "norm_topk_prob": "norm_topk_prob",
              "aux_loss_alpha": "router_aux_loss_coef"}
-ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_SCALING = {        # rope_type -> arguments of scale_frequencies
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_slow", "beta_fast", "original_max_position_embeddings")}
 
 # Settings that change what a model computes, with the values that this code has.
 SUPPORTED = {"hidden_act": ("silu", "gelu", "relu2"), "mlp_bias": (False,),
-             "decoder_sparse_step": (1,), "use_sliding_window": (False,),
-             "mlp_only_layers": ([], None), "partial_rotary_factor": (1.0,)}
+             "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 GPT2_SUPPORTED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                   "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
                   "add_cross_attention": (False,)}
@@ -60,6 +64,7 @@ NAMES |= {f"layers.*.{ours}": f"model.layers.*.{theirs}" for ours, theirs in {
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
     "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
+    "attention.wqkv": "self_attn.qkv_proj", "ffn.w13": "mlp.gate_up_proj",
     "ffn.w1": "mlp.gate_proj", "ffn.w2": "mlp.down_proj", "ffn.w3": "mlp.up_proj",
     "ffn.router": "mlp.gate", "ffn.shared.w1": "mlp.shared_expert.gate_proj",
     "ffn.shared.w2": "mlp.shared_expert.down_proj", "ffn.shared.w3": "mlp.shared_expert.up_proj",
@@ -88,26 +93,30 @@ def read_config(folder) -> LMConfig:
 
 def config_of(theirs: dict) -> LMConfig:
     family = theirs["model_type"]
-    if family not in (known := [*dict.fromkeys(FAMILIES.values()), "minimind", "gpt2"]):
+    if family not in (known := [*dict.fromkeys(FAMILIES.values()), *READ_ONLY]):
         raise ValueError(f"model_type {family!r} is none of {', '.join(known)}")
     if theirs.get("quantization_config"):
         method = theirs["quantization_config"].get("quant_method", "of some kind")
         raise ValueError(f"the weights are quantised ({method}); name the folder of the model that "
                          "they were made from, and quantise that: scripts/convert.py --quantize")
-    # Qwen2-MoE may declare the biases of Qwen2; in the others attention_bias adds one to wo, too.
-    supported = (GPT2_SUPPORTED if family == "gpt2" else SUPPORTED if family == "qwen2_moe" else
-                 SUPPORTED | {"attention_bias": (False,)})
-    check_supported(theirs, supported)
+    check_supported(theirs, GPT2_SUPPORTED if family == "gpt2" else SUPPORTED)
     if family == "gpt2":
         return LMConfig(architecture="gpt2", tie_embeddings=theirs.get("tie_word_embeddings", True),
                         **read_sizes({"n_inner": None} | theirs, GPT2_SIZES))
-    sizes = read_sizes(theirs, SIZES) | read_rope(theirs)
+    sizes = read_sizes(theirs, SIZES) | read_rope(theirs)[0]
+    if window := theirs.get("use_sliding_window", True) and theirs.get("sliding_window"):
+        sizes["max_seq_len"] = min(sizes["max_seq_len"], window)    # up to it attention is causal
+    if family == "smollm3":
+        sizes["nope_layers"] = [i for i, has_rope in enumerate(theirs["no_rope_layers"])
+                                if not has_rope]
     if family.endswith("_moe") or theirs.get("use_moe"):
         sizes |= read_experts(theirs, sizes["hidden_dim"])
-    has_bias = family == "qwen2" or family == "qwen2_moe" and theirs.get("qkv_bias", True)
+    # Qwen2-MoE may declare the biases of Qwen2; in the others attention_bias adds one to wo, too.
+    has_bias = (theirs.get("qkv_bias", True) if family == "qwen2_moe" else
+                family == "qwen2" or theirs.get("attention_bias", False))
     return LMConfig(
         n_kv_heads=theirs.get("num_key_value_heads") or sizes["n_heads"],
-        head_dim=theirs.get("head_dim"), attention_bias=has_bias,
+        head_dim=head_dim_of(theirs), attention_bias=has_bias,
         activation=theirs.get("hidden_act", "silu"),
         tie_embeddings=theirs.get("tie_word_embeddings", family == "minimind"),
         qk_norm=family in ("qwen3", "qwen3_moe", "minimind"), **sizes)
@@ -137,36 +146,83 @@ def read_experts(theirs: dict, hidden_dim: int) -> dict:
             **read_sizes(defaults | theirs | given, MOE_SIZES)}
 
 
-def read_rope(theirs: dict) -> dict:
-    """transformers 4 has rope_theta and rope_scaling, version 5 both in rope_parameters."""
-    parameters = theirs.get("rope_parameters") or {}
-    scaling = theirs.get("rope_scaling") or parameters
+def head_dim_of(theirs: dict) -> int:
+    return theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"]
+
+
+def read_rope(theirs: dict) -> tuple[dict, float]:
+    """Fields of LMConfig, and a factor of q . k. transformers 4 has rope_theta and rope_scaling,
+    version 5 both in rope_parameters."""
+    length = theirs["max_position_embeddings"]
+    rope = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, "beta_slow": 1.0,
+            "beta_fast": 32.0, "original_max_position_embeddings": length}
+    parameters, scaling = theirs.get("rope_parameters") or {}, theirs.get("rope_scaling") or {}
+    for given in (theirs, parameters, scaling):
+        rope |= {name: value for name, value in given.items() if value is not None}
+    scaling = scaling or parameters
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"rope scaling {kind!r} is not supported, only 'llama3'")
-    llama3 = {name: scaling[name] for name in ROPE_SCALING} if kind == "llama3" else None
-    return {"rope_theta": float(parameters.get("rope_theta") or theirs.get("rope_theta", 10000.0)),
-            "rope_scaling": llama3}
+    fields, factor = {"rope_theta": float(rope["rope_theta"])}, 1.0
+    fields["rotary_dim"] = int(head_dim_of(theirs) * rope["partial_rotary_factor"])
+    if kind in ROPE_SCALING:
+        fields["rope_scaling"] = {name: rope[name] for name in ROPE_SCALING[kind]}
+    elif kind == "longrope" and {*rope["short_factor"]} == {1}:
+        # Phi-4-mini scales no frequency up to its original length: the context ends there.
+        fields["max_seq_len"] = rope["original_max_position_embeddings"]
+        factor = math.sqrt(math.log(length) / math.log(fields["max_seq_len"]))
+    elif kind != "default":
+        raise ValueError(f"rope scaling {kind!r} is not supported, only {', '.join(ROPE_SCALING)}, "
+                         "and longrope with a short_factor of ones")
+    if kind == "yarn":
+        check_supported(rope, {"truncate": (True,), "mscale": (None,)})
+        factor = 1 + 0.1 * math.log(rope["factor"])
+    if kind in ("longrope", "yarn"):
+        factor = rope.get("attention_factor", factor) ** 2          # it scales both q and k
+    return fields, factor
+
+
+def read_factors(theirs: dict) -> dict[str, float]:
+    """The arguments of `fold`: Granite's factors, and the temperature of YaRN and longrope."""
+    attention = theirs.get("attention_multiplier", 0) * math.sqrt(head_dim_of(theirs)) or 1.0
+    return {"embedding": theirs.get("embedding_multiplier", 1.0),
+            "residual": theirs.get("residual_multiplier", 1.0),
+            "logits": 1 / theirs.get("logits_scaling", 1.0),
+            "attention": attention * read_rope(theirs)[1]}
 
 
 def write_config(config: LMConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict:
     """The config.json of the family that computes the same. Raises ValueError if there is none."""
     family = family_of(config, FAMILIES, "Hugging Face", SUPPORTED["hidden_act"])
+    # AutoTokenizer gives every Qwen2 the pattern of Qwen2. Llama has these biases, and one of wo.
+    if family == "qwen2" and (tokenizer.pattern, tokenizer.normalization) != (QWEN2, "NFC"):
+        family = "llama"
+    if family == "phi3" and config.rope_scaling:
+        raise ValueError("transformers' phi3 has no rope_scaling like this model's")
     theirs = {"model_type": family, "bos_token_id": tokenizer.bos,
-              "eos_token_id": tokenizer.end_of_turn, "torch_dtype": str(dtype)[6:],
-              "tie_word_embeddings": config.tie_embeddings}
+              "eos_token_id": tokenizer.end_of_turn, "pad_token_id": None,
+              "torch_dtype": str(dtype)[6:], "tie_word_embeddings": config.tie_embeddings}
     if family == "gpt2":
         dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
         return theirs | write_sizes(config, GPT2_SIZES) | dropout | {
             "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
-    rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {}),
-            "rope_type": "llama3" if config.rope_scaling else "default"}
+    scaling = config.rope_scaling or {}
+    kinds = {frozenset(names): kind for kind, names in ROPE_SCALING.items()}
+    rope = {"rope_theta": config.rope_theta, **scaling,
+            "rope_type": kinds[frozenset(scaling)] if scaling else "default"}
+    if rope["rope_type"] == "yarn":
+        rope["attention_factor"] = 1.0              # the temperature is in the weights
+    if family == "phi3":
+        rope["partial_rotary_factor"] = config.rotary_dim / config.head_dim
     theirs |= write_sizes(config, SIZES) | {        # transformers 5 reads rope_parameters
-        "architectures": [family.title().replace("_", "") + "ForCausalLM"],
+        "architectures": [CLASSES.get(family, family.title().replace("_", "")) + "ForCausalLM"],
         "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
         "hidden_act": config.activation,
         "rope_parameters": rope, "rope_theta": config.rope_theta,
-        "rope_scaling": rope if config.rope_scaling else None}
+        "rope_scaling": rope if scaling else None}
+    if family == "llama":
+        theirs["attention_bias"] = config.attention_bias
+    if family == "smollm3":
+        theirs["no_rope_layers"] = [int(i not in config.nope_layers)
+                                    for i in range(config.n_layers)]
     if config.use_moe:
         theirs |= write_sizes(config, MOE_SIZES) | {"decoder_sparse_step": 1, "mlp_only_layers": []}
     if family == "qwen2_moe":
@@ -181,7 +237,14 @@ read_tokenizer = read_tokenizer_json
 
 
 def read_pieces(folder, config: LMConfig) -> Iterator[Piece]:
-    return to_pieces(read_tensors(Path(folder)), config)
+    theirs = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    pieces = to_pieces(read_tensors(Path(folder)), config)
+    if config.architecture == "gpt2":
+        return pieces
+    if config.max_seq_len < (length := theirs["max_position_embeddings"]):
+        Logger(f"{folder}: the context is {config.max_seq_len:,} of {length:,} tokens: beyond it "
+               "attention has a sliding window, or RoPE other frequencies")
+    return fold(pieces, config, **read_factors(theirs))
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -221,28 +284,27 @@ def to_pieces(tensors, config: LMConfig) -> Iterator[Piece]:
         name = rename(name, OURS)
         if source.endswith((".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
             continue                    # old files hold RoPE's frequencies and the causal mask
-        if source.endswith("shared_expert_gate.weight"):
+        if source.endswith(("shared_expert_gate.weight", "self_attn.o_proj.bias")):
             if tensor.count_nonzero():
-                raise ValueError(f"{source} is not zero: a learned gate is not supported")
+                raise ValueError(f"{source} is not zero: not supported")
             continue
         if config.architecture == "gpt2" and name.startswith("layers") and tensor.dim() == 2:
             tensor = tensor.T                       # GPT-2's layers compute x W, ours x W^T
         if "shared_expert." in source and name.endswith("shared.w2.weight"):
             tensor = tensor / 2                     # the gate of Qwen2-MoE: sigmoid(0)
 
-        if "attention.wqkv" in name:
-            for part, third in zip(QKV, tensor.chunk(3)):
-                yield Piece(name.replace("wqkv", part), third, source=source)
-        elif number and "shared" in name:           # MiniMind's shared experts, here one wide FFN
+        if number and "shared" in name:           # MiniMind's shared experts, here one wide FFN
             start = int(number[1]) * config.hidden_dim
             part = slice(start, start + config.hidden_dim)
             yield Piece(name, tensor, (slice(None), part) if "w2" in name else part, source)
         elif number:
             yield Piece(name, tensor, int(number[1]), source)
         else:
-            if config.architecture != "gpt2" and is_rotated(name):
-                tensor = to_interleaved(tensor, config.head_dim)
-            yield Piece(name, tensor, source=source)
+            names, sizes = zip(*split_fused(name, len(tensor), config))
+            for name, part in zip(names, tensor.tensor_split([*accumulate(sizes)][:-1])):
+                if config.architecture != "gpt2" and is_rotated(name):
+                    part = to_interleaved(part, config.head_dim, config.rotary_dim)
+                yield Piece(name, part, source=source)
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -252,7 +314,7 @@ def write(model: Transformer, tokenizer: Tokenizer, folder, dtype: torch.dtype =
     without it the folder is no model. Raises ValueError for a model that no family can hold."""
     folder, config = Path(folder), write_config(model.config, tokenizer, dtype)
     shards, weight_map, size = {}, {}, 0
-    for name, tensor in their_tensors(model):
+    for name, tensor in their_tensors(model, config["model_type"]):
         shards.setdefault(size // SHARD_BYTES, {})[name] = tensor
         size += tensor.numel() * dtype.itemsize
     for i, shard in enumerate(shards.values(), 1):
@@ -274,23 +336,24 @@ def write(model: Transformer, tokenizer: Tokenizer, folder, dtype: torch.dtype =
     write_json(folder / "config.json", config)
 
 
-def their_tensors(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
+def their_tensors(model: Transformer, family: str) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights under their names and in their order, made one at a time."""
-    config = model.config
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    is_gpt2 = config.architecture == "gpt2"
+    config, is_gpt2 = model.config, family == "gpt2"
     table = GPT2_NAMES if is_gpt2 else NAMES | STACKS if config.use_moe else NAMES
-    for name, weight in weights.items():
-        if is_gpt2 and ("attention.wk" in name or "attention.wv" in name):
-            continue                                # written with wq
-        if is_gpt2 and "attention.wq" in name:
-            weight = torch.cat([weights[name.replace("wq", part)] for part in QKV])
-            name = name.replace("wq", "wqkv")
+
+    def weight_of(name):
+        weight = model.get_parameter(name).detach()
+        if is_gpt2 or not is_rotated(name):
+            return weight
+        return to_half_split(weight, config.head_dim, config.rotary_dim)
+
+    for name, parts in fused(dict(model.named_parameters()), FUSED.get(family, ())):
+        weight = torch.cat([*map(weight_of, parts)]) if len(parts) > 1 else weight_of(name)
         theirs = rename(name, table)
         if is_gpt2 and name.startswith("layers") and weight.dim() == 2:
             weight = weight.T
-        elif not is_gpt2 and is_rotated(name):
-            weight = to_half_split(weight, config.head_dim)
+        elif family == "llama" and name.endswith("wq.bias"):
+            yield theirs.replace("q_proj", "o_proj"), weight.new_zeros(config.dim)
         elif name.endswith("shared.w2.weight"):
             # Qwen2-MoE multiplies its shared expert by sigmoid(gate . x), 1/2 for a gate of 0.
             weight = weight * 2

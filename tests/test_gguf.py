@@ -18,12 +18,16 @@ from model.transformer import Transformer
 from interop import fill, gguf, to_half_split
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN = {"factor": 4.0, "beta_slow": 1.0, "beta_fast": 32.0, "original_max_position_embeddings": 8192}
 MOE = dict(use_moe=True, n_routed_experts=3, num_experts_per_tok=2)
 KINDS = {
     "llama": dict(),
     "llama, wide heads": dict(head_dim=16),
     "llama, untied": dict(tie_embeddings=False),
     "llama, stretched": dict(rope_theta=5e5, rope_scaling=LLAMA3, head_dim=64),
+    "llama, linear": dict(rope_scaling={"factor": 4.0}),
+    "smollm3": dict(n_layers=5, nope_layers=[3]),
+    "phi3": dict(rotary_dim=6),
     "llama, experts": dict(MOE, n_shared_experts=0),
     "qwen2": dict(attention_bias=True),
     "qwen3": dict(qk_norm=True, head_dim=16),
@@ -71,13 +75,15 @@ def written(file, byte_tokenizer, monkeypatch):
     a tensor of None is left out."""
     fields_of, their_tensors = gguf.fields_of, gguf.their_tensors
 
-    def write(fields=None, tensors=None, **sizes):
+    def write(fields=None, tensors=None, architecture_of=None, **sizes):
         def changed(model, architecture):
             of = {name: parts for name, parts in their_tensors(model, architecture)} | (tensors or {})
             return ((name, parts) for name, parts in of.items() if parts is not None)
 
         with monkeypatch.context() as patch:
             patch.setattr(gguf, "fields_of", lambda *given: fields_of(*given) | (fields or {}))
+            if architecture_of:
+                patch.setattr(gguf, "architecture_of", lambda config: architecture_of)
             patch.setattr(gguf, "their_tensors", changed)
             gguf.write(make(**sizes), byte_tokenizer(), file, "float32")
         return file
@@ -168,6 +174,31 @@ def test_llama_keeps_our_order_of_q_and_qwen_has_hugging_faces(written):
         assert np.array_equal(data, expected.numpy())
 
 
+def test_the_factors_of_granite_become_a_part_of_the_weights(written):
+    model = make()
+    scales = {"embedding_scale": 12.0, "residual_scale": 0.25, "logit_scale": 8.0, "attention.scale": 0.125}
+    file = written(fields={f"granite.{name}": value for name, value in scales.items()}, architecture_of="granite")
+    factors = {"tok_embeddings": 12, "norm": 1 / (8 * 12), "wo": 0.25, "w2": 0.25, "wq": 0.125 * 8 ** 0.5}
+    for (name, ours), theirs in zip(model.state_dict().items(), read(file).state_dict().values(), strict=True):
+        torch.testing.assert_close(theirs, ours * factors.get("tok_embeddings" if name == "output.weight" else name.split(".")[-2], 1))
+
+
+def test_a_phi_with_two_sets_of_frequencies_ends_where_the_second_begins(written):
+    """Its temperature is a factor of the part of q and of k that RoPE rotates, here the first 6 of 8."""
+    fields = {"phi3.rope.scaling.original_context_length": 12, "phi3.rope.scaling.attn_factor": 2.0}
+    factors = {"rope_factors_short.weight": [torch.ones(3)], "rope_factors_long.weight": [torch.full((3,), 3.0)]}
+    file = written(fields=fields, tensors=factors, rotary_dim=6)
+    assert gguf.read_config(file).max_seq_len == 12
+    ours, theirs = (model.layers[1].attention.wq.weight.view(4, 8, 32) for model in (make(rotary_dim=6), read(file)))
+    assert torch.equal(theirs[:, :6], 4 * ours[:, :6]) and torch.equal(theirs[:, 6:], ours[:, 6:])
+    with pytest.raises(ValueError, match="rope_factors_short.weight is not 1 everywhere"):
+        gguf.read_config(written(fields=fields, rotary_dim=6, tensors=factors | {"rope_factors_short.weight": [torch.full((3,), 3.0)]}))
+
+
+def test_a_sliding_window_cuts_the_context(written):
+    assert gguf.read_config(written(fields={"llama.attention.sliding_window": 20})).max_seq_len == 20
+
+
 # -- Llama 3's frequencies -------------------------------------------------------------------------
 
 
@@ -192,7 +223,7 @@ def test_divisors_that_llama_3_does_not_make_are_refused(written):
 @pytest.mark.parametrize("fields, named", [
     ({"general.architecture": "mamba"}, "architecture 'mamba' is none of .*'llama', 'qwen2'"),
     ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn'"),
-    ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear = 4.0"),
+    ({"llama.attention.scale": 0.5}, "llama.attention.scale = 0.5"),
     ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count = 4 is not supported, only 8"),
     ({"llama.attention.head_count_kv": 3}, "n_heads=4 is no multiple of n_kv_heads=3"),
     ({"split.count": 3}, "one of 3 parts"),
@@ -239,12 +270,14 @@ def test_a_file_that_is_cut_short_is_named_wherever_it_ends(written):
 
 
 @pytest.mark.parametrize("sizes, named", [
-    (dict(qk_norm=True, attention_bias=True), "no architecture with use_moe=False, n_shared_experts=0, qk_norm=True and attention_bias=True"),
-    (dict(MOE, attention_bias=True), "no architecture with use_moe=True, n_shared_experts=1"),
+    (dict(qk_norm=True, attention_bias=True), "llama.cpp has no architecture with qk_norm.attention_bias"),
+    (dict(MOE, attention_bias=True), "no architecture with use_moe.shared.attention_bias"),
     (dict(MOE, n_shared_experts=0, norm_topk_prob=False), "llama needs norm_topk_prob=True"),
     (dict(attention_bias=True, head_dim=16), r"qwen2 needs n_heads \* head_dim = dim"),
     (dict(qk_norm=True, rope_scaling=LLAMA3), "qwen3 has no rope_scaling"),
     (dict(activation="relu2"), "llama.cpp has no such architecture with the activation relu2, only with silu"),
+    (dict(rope_scaling=YARN), "llama has no rope_scaling"),
+    (dict(nope_layers=[0]), r"smollm3 has no RoPE in every fourth layer, not in layers \[0\]"),
 ])
 def test_what_no_architecture_holds_is_refused_before_a_file_is_made(sizes, named, file, byte_tokenizer):
     with pytest.raises(ValueError, match=named):
