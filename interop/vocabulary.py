@@ -36,6 +36,30 @@ LLAMA_3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2 = LLAMA_3.replace("{1,3}", "")
 
+TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+          r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT_4O = TEKKEN.replace("|[^", ENDING + "|[^").replace(r"|\p{N}|", ENDING + r"|\p{N}{1,3}|")
+
+# Some files split the pieces of one pattern by the next. As one: numbers are split off first, so
+# that a space before a number ends a piece, as in SMOLLM.
+MINICPM5 = LLAMA_3.replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
+DEEPSEEK_V3 = "|".join((
+    r"\p{N}{1,3}",
+    r"[\p{L}\p{M}&&[CJK]]+",
+    r"[\p{P}\p{S}&&[CJK]]+",
+    r"[!-/:-@\[-`{-~][A-Za-z]+",
+    r"[^\r\n\p{L}\p{P}\p{S}\p{N}]?[\p{L}\p{M}&&[^CJK]]+",
+    r" ?[\p{P}\p{S}&&[^CJK]]+[\r\n]*|\s*[\r\n]+|\s+(?=[\p{N}CJK])|\s+(?!\S)|\s+",
+    r"[^\s\p{L}\p{M}\p{N}\p{P}\p{S}]+(?![\p{L}\p{M}&&[^CJK]])",         # control characters
+)).replace("CJK", CJK := "\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff")
+CHAINS = {
+    (r"\p{N}{1,3}", LLAMA_3.replace("{1,3}", "+")): MINICPM5,
+    (r"\p{N}{1,3}", f"[{CJK}]+", r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"):
+        DEEPSEEK_V3}
+
 # For the comparison with the tokenizers library: code, digits, blank lines, accents in two forms,
 # scripts, emoji, and every character up to U+024F.
 PROBE = ("def f(x):\n\treturn  x + 12345 # it's, IT'LL\r\n\r\n    \n"
@@ -314,8 +338,13 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5          # token 
 # vocabulary of 6,400, 1,056 of 1,100 texts have equal ids; with "qwen2" 860, with "gpt-2" 460.
 SUBSTITUTE = "superbpe"
 OUR_PRE = "minidistill.tokenizer.pre"       # our own field, which others ignore
-PRE_TOKENIZERS = {"gpt-2": GPT2, "smollm": SMOLLM, "llama-bpe": LLAMA_3, "llama3": LLAMA_3,
-                  "qwen2": QWEN2, "minidistill": PATTERN}   # of equal ones, the first is written
+LIKE_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
+PRE_TOKENIZERS = {                          # of equal ones, the first is written
+    **dict.fromkeys(LIKE_LLAMA_3, LLAMA_3), "dbrx": LLAMA_3, "gpt-2": GPT2, "smollm": SMOLLM,
+    "refact": SMOLLM, "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "megrez": QWEN2, "tekken": TEKKEN,
+    "gpt-4o": GPT_4O, "minicpm5": MINICPM5, "deepseek-v3": DEEPSEEK_V3, "minidistill": PATTERN}
+# A piece that is a token needs no merges; by default a text begins with bos.
+WHOLE_PIECES = (*LIKE_LLAMA_3, "tekken", "minicpm5")
 
 
 def from_gguf(fields: dict, path: Path | None = None) -> Tokenizer:
@@ -327,10 +356,9 @@ def from_gguf(fields: dict, path: Path | None = None) -> Tokenizer:
     pre, tokens = of.get(OUR_PRE, of.get("pre", "default")), of["tokens"]
     if pre not in PRE_TOKENIZERS:
         raise ValueError(f"tokenizer.ggml.pre is {pre!r}; known are {', '.join(PRE_TOKENIZERS)}")
-    is_llama3 = PRE_TOKENIZERS[pre] == LLAMA_3
     named = list(zip(tokens, range(len(tokens)), of["token_type"], strict=True))
     eos, bos = of.get("eos_token_id"), of.get("bos_token_id")
-    adds_bos = bos is not None and of.get("add_bos_token", is_llama3)       # llama.cpp's default
+    adds_bos = bos is not None and of.get("add_bos_token", pre in WHOLE_PIECES)
     return byte_level(
         {token: i for token, i, kind in named if kind == NORMAL},
         [merge.split(" ") for merge in of.get("merges", [])],
@@ -339,8 +367,8 @@ def from_gguf(fields: dict, path: Path | None = None) -> Tokenizer:
         matched=[token for token, _, kind in named if kind == USER_DEFINED],
         tokens={f"{key}_token": tokens[i] for key, i in (("bos", bos), ("eos", eos))
                 if i is not None}, bos=tokens[bos] if adds_bos else None,
-        chat_template=of.get("tokenizer.chat_template"), ignore_merges=is_llama3, path=path,
-        normalization="NFC" if pre == "qwen2" else None)
+        chat_template=of.get("tokenizer.chat_template"), ignore_merges=pre in WHOLE_PIECES,
+        path=path, normalization="NFC" if PRE_TOKENIZERS[pre] == QWEN2 else None)
 
 
 def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict:
@@ -457,6 +485,11 @@ def read_pre_tokenizer(part: dict | None) -> str:
             return SMOLLM
         case [{"type": "Split", "pattern": {"Regex": pattern}}, {"type": "ByteLevel"}]:
             return pattern
+        case [*splits, {"type": "ByteLevel"}]:
+            patterns = (str(split.get("pattern", {}).get("Regex")) for split in splits)
+            chain = tuple(each.replace("\r", r"\r").replace("\n", r"\n") for each in patterns)
+            if chain in CHAINS:
+                return CHAINS[chain]
     raise ValueError(f"pre_tokenizer {json.dumps(part)[:500]} is not supported")
 
 

@@ -15,7 +15,8 @@ from interop.checkpoint import build, load_config
 from model.config import LMConfig
 from model.generate import generate
 from interop import fill, hf, minimind, to_half_split, to_interleaved
-from interop.vocabulary import write_tokenizer
+from interop.vocabulary import QWEN2, write_tokenizer
+from model.tokenizer import PATTERN, Tokenizer
 
 SIZES = {"vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 96, "bos_token_id": None, "eos_token_id": None}
@@ -127,6 +128,21 @@ def test_a_model_of_ours_is_read_by_transformers_and_by_us(sizes, tiny, byte_tok
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert their_tokenizer("Hello, 你好!")["input_ids"] == tokenizer.encode("Hello, 你好!")
     assert theirs.generation_config.eos_token_id == tokenizer.end_of_turn
+
+
+@pytest.mark.parametrize("pattern, normalization, family", [(PATTERN, None, "llama"), (QWEN2, "NFC", "qwen2")])
+def test_a_model_with_biases_keeps_the_ids_of_its_vocabulary(pattern, normalization, family, tiny, tmp_path):
+    """AutoTokenizer splits the texts of every qwen2 by Qwen2's pattern, whatever the folder says."""
+    shipped = Tokenizer.load()
+    tokenizer = Tokenizer(pattern, shipped.special_tokens, shipped.ranks, chat=shipped.chat, normalization=normalization)
+    ours = tiny(vocab_size=shipped.vocab_size, attention_bias=True)
+    hf.write(ours, tokenizer, tmp_path)
+    theirs, text = transformers.AutoTokenizer.from_pretrained(tmp_path), "what is 12 + 345?\n\n  小猫don't \u212b Don’t"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert model.config.model_type == family
+    torch.testing.assert_close(logits(model), logits(ours), rtol=0, atol=1e-4)
+    assert load_config(tmp_path) == ours.config
 
 
 def test_fp16_halves_the_files(tiny, byte_tokenizer, tmp_path):

@@ -18,14 +18,14 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 from model.tokenizer import CHATML, LLAMA3, PATTERN, PLAIN, Chat, Tokenizer
 import helpers_templates
 from runtime.args import make_parser, parse_args
-from interop.vocabulary import (DATE, GPT2, LLAMA_3, PRE_TOKENIZERS, QWEN2, SMOLLM, from_gguf, merges_of,
-                                      read_tokenizer_json, to_gguf, write_template, write_tokenizer)
+from interop.vocabulary import (CHAINS, DATE, DEEPSEEK_V3, GPT2, GPT_4O, LLAMA_3, MINICPM5, PRE_TOKENIZERS, QWEN2, SMOLLM,
+                                TEKKEN, from_gguf, merges_of, read_tokenizer_json, to_gguf, write_template, write_tokenizer)
 
 CHATML_NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA_NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 SOUP = ["the", " the", "don't", "IT'S", " 'll", "'ſ", "小猫", "，", "नमस्ते", "مرحبا", "한국어", "ﬁ", "½", "１２", "12345", " 7",
         "  ", "   \t", "\n", "\r\n", "\n\n", "\u2028", "\u3000", "\x85", "\ufeff", "\x04", "e\u0301", "\u212b", "\u0338",
-        "😀", "👩‍👩‍👧", "\U000f1234", "x = f(a)", "{", "->", "!!", "<think>", "</think>", "<th"]
+        "😀", "👩‍👩‍👧", "\U000f1234", "カ・ナ゛", "〇が", "か\u3099", "McDonald's", "/n", "x = f(a)", "{", "->", "!!", "<think>", "</think>", "<th"]
 
 
 def soups(seed, n):
@@ -46,8 +46,9 @@ def byte_level(**options):
     return pre_tokenizers.ByteLevel(add_prefix_space=False, **options)
 
 
-def split(pattern):
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level(use_regex=False)])
+def split(*patterns, behavior="isolated", **options):
+    return pre_tokenizers.Sequence([*(pre_tokenizers.Split(Regex(pattern), behavior, **options) for pattern in patterns),
+                                    byte_level(use_regex=False)])
 
 
 def train(pre_tokenizer, names=CHATML_NAMES, normalizer=None, lacks=(), post_processor=None):
@@ -84,7 +85,23 @@ def llama_3():
     return train(split(LLAMA_3), names=LLAMA_NAMES, post_processor=processors.Sequence([processors.ByteLevel(), start]))
 
 
-FAMILIES = {"gpt2": gpt2, "smollm": smollm, "qwen2": qwen2, "llama_3": llama_3}
+def gpt_4o():
+    """Of the pieces between matches, of which there are none, nothing stays."""
+    return train(split(GPT_4O, behavior="removed", invert=True))
+
+
+def deepseek_v3():
+    """Three patterns, the last with line ends as such."""
+    *first, last = next(chain for chain, pattern in CHAINS.items() if pattern == DEEPSEEK_V3)
+    return train(split(*first, last.replace(r"\r", "\r").replace(r"\n", "\n")))
+
+
+def minicpm5():
+    return train(split(*next(chain for chain, pattern in CHAINS.items() if pattern == MINICPM5)))
+
+
+FAMILIES = {"gpt2": gpt2, "smollm": smollm, "qwen2": qwen2, "llama_3": llama_3, "tekken": lambda: train(split(TEKKEN)),
+            "gpt_4o": gpt_4o, "deepseek_v3": deepseek_v3, "minicpm5": minicpm5}
 
 
 @pytest.fixture(scope="module")
@@ -381,8 +398,10 @@ def test_a_pattern_that_the_library_runs_otherwise_is_refused(tmp_path):
 
 
 def test_a_name_that_gguf_does_not_have_is_refused(libraries, tmp_path):
-    with pytest.raises(ValueError, match="tokenizer.ggml.pre is 'chatglm-bpe'; known are gpt-2, smollm, llama-bpe"):
+    with pytest.raises(ValueError, match="tokenizer.ggml.pre is 'chatglm-bpe'; known are llama-bpe, llama3, llama-v3"):
         from_gguf(gguf_fields([], [], [], "chatglm-bpe"))
+    assert all(PRE_TOKENIZERS[name] == LLAMA_3 for name in ("llama-v3", "falcon3", "pixtral", "dbrx"))
+    assert all(PRE_TOKENIZERS[name] == QWEN2 for name in ("deepseek-r1-qwen", "megrez"))
     tokenizer = read_tokenizer_json(saved(libraries["gpt2"], tmp_path))
     assert tokenizer.pattern == PRE_TOKENIZERS["gpt-2"] == GPT2 and PRE_TOKENIZERS["smollm"] == SMOLLM
     lowercase = Tokenizer(r"[a-z]+|.", tokenizer.special_tokens, tokenizer.ranks, chat=tokenizer.chat)
