@@ -139,7 +139,9 @@ def fold(pieces: Iterable[Piece], config: LMConfig, embedding=1.0, attention=1.0
         if (factor := factors.get(part, 1.0)) != 1.0:
             tensor = piece.tensor.float()
             if part in ("wq", "q_norm"):
-                rotated = torch.arange(len(tensor)) % config.head_dim < config.rotary_dim
+                has_rope = int(piece.name.split(".")[1]) not in config.nope_layers
+                component = torch.arange(len(tensor)) % config.head_dim
+                rotated = component < config.rotary_dim * has_rope
                 factor = torch.where(rotated, factor, 1.0).view(-1, *[1] * (tensor.dim() - 1))
             piece = piece._replace(tensor=tensor * factor)
         yield piece
@@ -153,7 +155,7 @@ def check_supported(settings: dict, supported: dict[str, tuple]):
                              f"{' or '.join(map(repr, values))}")
 
 
-def family_of(config: LMConfig, families: dict[tuple, str], library: str,
+def family_of(config: LMConfig, families: dict[str, str], library: str,
               activations=("silu",)) -> str:
     """The library's name for models that compute what this one does. Raises ValueError without one.
 

@@ -31,7 +31,7 @@ FAMILIES = {                # what is written, by what it has beyond Llama
     "": "llama", "attention_bias": "qwen2", "qk_norm": "qwen3", "nope_layers": "smollm3",
     "rotary_dim": "phi3", "use_moe+qk_norm": "qwen3_moe", "use_moe+shared": "qwen2_moe",
     "use_moe+shared+attention_bias": "qwen2_moe"}
-READ_ONLY = ("mistral", "granite", "minimind", "gpt2")  # the first two are written as llama
+OTHERS = ("mistral", "granite", "minimind", "gpt2")     # the first two are written as llama
 CLASSES = {"smollm3": "SmolLM3"}                        # of transformers, less "ForCausalLM"
 FUSED = {"gpt2": (QKV,), "phi3": (QKV, GATED)}          # concatenated weights
 
@@ -93,7 +93,7 @@ def read_config(folder) -> LMConfig:
 
 def config_of(theirs: dict) -> LMConfig:
     family = theirs["model_type"]
-    if family not in (known := [*dict.fromkeys(FAMILIES.values()), *READ_ONLY]):
+    if family not in (known := [*dict.fromkeys(FAMILIES.values()), *OTHERS]):
         raise ValueError(f"model_type {family!r} is none of {', '.join(known)}")
     if theirs.get("quantization_config"):
         method = theirs["quantization_config"].get("quant_method", "of some kind")
@@ -160,7 +160,8 @@ def read_rope(theirs: dict) -> tuple[dict, float]:
     for given in (theirs, parameters, scaling):
         rope |= {name: value for name, value in given.items() if value is not None}
     scaling = scaling or parameters
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = ("longrope" if "short_factor" in scaling else        # also called su and yarn
+            scaling.get("rope_type", scaling.get("type", "default")))
     fields, factor = {"rope_theta": float(rope["rope_theta"])}, 1.0
     fields["rotary_dim"] = int(head_dim_of(theirs) * rope["partial_rotary_factor"])
     if kind in ROPE_SCALING:

@@ -41,7 +41,7 @@ FAMILIES = {
     "Phi-3": transformers.Phi3Config(**SIZES, sliding_window=2047, pad_token_id=None),
     "Phi-4-mini": transformers.Phi3Config(**SIZES | {"max_position_embeddings": 384}, original_max_position_embeddings=96,
                                           pad_token_id=None, rope_parameters=LONGROPE),
-    "SmolLM3": transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1], pad_token_id=None),
+    "SmolLM3": transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1], pad_token_id=None, rope_parameters=YARN),
     "linear": transformers.LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
     "YaRN": transformers.Qwen3Config(**SIZES, head_dim=12, rope_parameters=YARN),
     "YaRN, biases": transformers.Qwen2Config(**SIZES, rope_parameters=YARN | {"attention_factor": 0.8, "beta_fast": 4.0}),
