@@ -14,6 +14,7 @@ import torch
 from model.config import LMConfig
 from runtime.checkpoint import is_finite
 from runtime.files import named_errors
+from runtime.log import Logger
 
 QKV, GATED = ("wq", "wk", "wv"), ("w1", "w3")     # concatenated by some formats: wqkv, w13
 
@@ -145,6 +146,13 @@ def fold(pieces: Iterable[Piece], config: LMConfig, embedding=1.0, attention=1.0
                 factor = torch.where(rotated, factor, 1.0).view(-1, *[1] * (tensor.dim() - 1))
             piece = piece._replace(tensor=tensor * factor)
         yield piece
+
+
+def report_cut(path, config: LMConfig, length: int):
+    """Log that a model reads fewer tokens than its file says."""
+    if config.max_seq_len < length:
+        Logger(f"{path}: the context is {config.max_seq_len:,} of {length:,} tokens; beyond it "
+               "attention has a sliding window, or RoPE other frequencies")
 
 
 def check_supported(settings: dict, supported: dict[str, tuple]):

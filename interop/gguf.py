@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, dequantize, qu
 from gguf.quants import quant_shape_to_byte_shape
 
 from interop import (GATED, QKV, Piece, check_supported, family_of, fold, fused, is_rotated,
-                     named_errors, rename, split_fused, to_half_split, to_interleaved)
+                     named_errors, rename, report_cut, split_fused, to_half_split, to_interleaved)
 from interop.vocabulary import from_gguf, to_gguf
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
@@ -266,6 +266,7 @@ def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
     check_signature(path)
     header = Header(path)
     get = header.get
+    report_cut(path, config, get("context_length"))
     attention = get("attention.scale", 0) * sqrt(config.head_dim) or 1.0
     return fold(stored_pieces(path, header, config), config,
                 embedding=get("embedding_scale", 1.0), residual=get("residual_scale", 1.0),

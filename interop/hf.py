@@ -16,14 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from interop import (GATED, QKV, Piece, check_supported, family_of, fold, fused, is_rotated,
-                     named_errors, rename, split_fused, to_half_split, to_interleaved)
+                     named_errors, rename, report_cut, split_fused, to_half_split, to_interleaved)
 from interop.native import read_state
 from interop.vocabulary import QWEN2, read_tokenizer_json, write_tokenizer
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from runtime.files import UNSIGNED, check_signature, replace_atomic, sign, write_json
-from runtime.log import Logger
 
 SHARD_BYTES = 4 << 30       # of a file, plus at most one tensor
 
@@ -242,9 +241,7 @@ def read_pieces(folder, config: LMConfig) -> Iterator[Piece]:
     pieces = to_pieces(read_tensors(Path(folder)), config)
     if config.architecture == "gpt2":
         return pieces
-    if config.max_seq_len < (length := theirs["max_position_embeddings"]):
-        Logger(f"{folder}: the context is {config.max_seq_len:,} of {length:,} tokens: beyond it "
-               "attention has a sliding window, or RoPE other frequencies")
+    report_cut(folder, config, theirs["max_position_embeddings"])
     return fold(pieces, config, **read_factors(theirs))
 
 
