@@ -34,7 +34,7 @@ class LMConfig:
     vocab_size: int = 6400
     max_seq_len: int = 512              # tokens; longer samples are cut, longer prompts refused
     rope_theta: float = 10000.0         # Llama 1 and 2: 1e4, Qwen: 1e6; larger for longer contexts
-    rope_scaling: dict | None = None    # long contexts: arguments of scale_frequencies, which names
+    rope_scaling: dict | None = None    # longer contexts: see scale_frequencies (transformer.py)
     rotary_dim: int | None = None       # None: head_dim; Phi-4-mini rotates 3/4 of each head
     nope_layers: list[int] = ()         # layers without RoPE: every fourth of SmolLM3
     norm_eps: float = 1e-5

@@ -7,7 +7,7 @@ layers but attention work on each token by itself. Attention keeps the samples a
 
 Shapes:  N tokens of the batch · S selected positions · B samples · T tokens of a sample · D dim
          H query heads · G key/value heads · K head_dim · F hidden_dim · V vocab_size
-         E experts · A active experts
+         R rotary_dim, the components of a head that RoPE rotates · E experts · A active experts
 """
 
 from copy import copy
@@ -106,17 +106,16 @@ def rope_rotation(config: LMConfig, positions):  # (N,) -> (N, 1, K/2) complex, 
 
 def scale_frequencies(frequency, factor, original_max_position_embeddings=0, low_freq_factor=None,
                       high_freq_factor=None, beta_slow=None, beta_fast=None):
-    # (K/2,) -> (K/2,), radians per token
+    # (R/2,) -> (R/2,), radians per token
     """RoPE for longer contexts: pairs that make many turns within the original one stay, those that
-    make few are slowed down by `factor`, in between interpolated.
+    make few are slowed down by `factor`, in between interpolated. Few and many are
 
-        factor              linear: all are slowed down. Chen et al. 2023 (position interpolation),
-                            https://arxiv.org/abs/2306.15595
-        beta_slow, _fast    YaRN: few and many turns, interpolated over the number of the pair.
-                            Peng et al. 2023, https://arxiv.org/abs/2309.00071, Sec. 3.2; its
-                            temperature is in the weights (interop.fold)
-        low, high_freq_     Llama 3.1: few and many turns, interpolated over them. Grattafiori et
-        factor              al. 2024, https://arxiv.org/abs/2407.21783, Sec. 3.4.2
+        low_ and high_freq_factor, interpolated over the turns: Llama 3.1, Grattafiori et al. 2024,
+            https://arxiv.org/abs/2407.21783, Sec. 3.4.2, and its published code
+        beta_slow and beta_fast, over the number of the pair: YaRN, Peng et al. 2023,
+            https://arxiv.org/abs/2309.00071, Sec. 3.2; its temperature is in the weights
+        not given: all pairs are slowed down (linear scaling, or position interpolation), Chen et
+            al. 2023, https://arxiv.org/abs/2306.15595
     """
     kept = torch.zeros_like(frequency)
     turns = original_max_position_embeddings * frequency / (2 * torch.pi)
