@@ -130,12 +130,15 @@ def test_a_model_of_ours_is_read_by_transformers_and_by_us(sizes, tiny, byte_tok
     assert theirs.generation_config.eos_token_id == tokenizer.end_of_turn
 
 
-@pytest.mark.parametrize("pattern, normalization, family", [(PATTERN, None, "llama"), (QWEN2, "NFC", "qwen2")], ids=["ours", "qwen's"])
-def test_a_model_with_biases_keeps_the_ids_of_its_vocabulary(pattern, normalization, family, tiny, tmp_path):
+@pytest.mark.parametrize("sizes, pattern, normalization, family", [
+    ({"attention_bias": True}, PATTERN, None, "llama"), ({"attention_bias": True}, QWEN2, "NFC", "qwen2"),
+    ({"qk_norm": True}, PATTERN, None, "qwen3"), ({"nope_layers": [0]}, PATTERN, None, "smollm3"), ({"rotary_dim": 2}, PATTERN, None, "phi3"),
+], ids=["llama", "qwen2", "qwen3", "smollm3", "phi3"])
+def test_a_model_keeps_the_ids_of_its_vocabulary(sizes, pattern, normalization, family, tiny, tmp_path):
     """AutoTokenizer splits the texts of every qwen2 by Qwen2's pattern, whatever the folder says."""
     shipped = Tokenizer.load()
     tokenizer = Tokenizer(pattern, shipped.special_tokens, shipped.ranks, chat=shipped.chat, normalization=normalization)
-    ours = tiny(vocab_size=shipped.vocab_size, max_seq_len=96, attention_bias=True)
+    ours = tiny(vocab_size=shipped.vocab_size, max_seq_len=96, **sizes)
     hf.write(ours, tokenizer, tmp_path)
     theirs, text = transformers.AutoTokenizer.from_pretrained(tmp_path), "what is 12 + 345?\n\n  小猫don't \u212b Don’t"
     assert theirs(text)["input_ids"] == tokenizer.encode(text)
