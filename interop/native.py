@@ -1,7 +1,8 @@
 """
-我们自己的格式：.pth 是纯 fp32 状态字典，旁边的 .json 记着模型尺寸与分词器。
-Our own format: the .pth is a plain fp32 state dict; the .json beside it has the model's sizes, the
-name of its vocabulary file, and for adapters their settings and the base that they adapt.
+我们自己的格式：.pth 是纯状态字典，通常是 fp32，旁边的 .json 记着模型尺寸与分词器。
+Our own format: the .pth is a plain state dict, fp32 unless it was converted; the .json beside it
+has the model's sizes, the name of its vocabulary file, and for adapters their settings and the base
+that they adapt.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ DESCRIPTION = "archive/about.json"      # record of the .pth: what the .json bes
 LOGITS = "archive/logits.json"          # another: [up to 8 tokens, their logits_of]
 
 
-def write(model: Transformer, tokenizer: Tokenizer, path):
+def write(model: Transformer, tokenizer: Tokenizer, path, dtype=torch.float32):
     """Write the three files, the weights last. All processes call this and the main one writes; a
     sharded model is gathered one tensor at a time. Raises ValueError, before anything is replaced,
     for a weight with NaN or infinity."""
@@ -38,7 +39,7 @@ def write(model: Transformer, tokenizer: Tokenizer, path):
         if not is_finite(weight):
             raise FileError(f"{name} holds NaN or infinity; {path} stays as it was saved before")
         if is_main_process():       # int8 and int4 stay
-            state[name] = (weight.float() if weight.is_floating_point() else weight).cpu()
+            state[name] = (weight.to(dtype) if weight.is_floating_point() else weight).cpu()
     if not is_main_process():
         return
     if "output.weight" in state and model.config.tie_embeddings:

@@ -25,7 +25,7 @@ from runtime.args import checking_input, make_parser, parse_args
 from runtime.log import Logger
 
 # --dtype of each kind of --out; "" is a Hugging Face folder.
-DTYPES = {".pth": ("float32",), ".gguf": ("float16", "float32", "q8_0"),
+DTYPES = {".pth": ("float32", "bfloat16"), ".gguf": ("float16", "float32", "q8_0"),
           "": ("float32", "float16", "bfloat16")}
 
 
@@ -85,7 +85,7 @@ def main():
             model = quantize(model, args.quantize)
         dtype = args.dtype or DTYPES[kind][0]
         if kind == ".pth":
-            save_model(model, tokenizer, args.out)
+            save_model(model, tokenizer, args.out, getattr(torch, dtype))
         elif kind == ".gguf":
             from interop import gguf
 

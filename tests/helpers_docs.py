@@ -60,7 +60,8 @@ PROMPTS = ("docs/experience.md", "docs/memory.md")
 STAGES = ("docs/curriculum.md", "docs/ability_tree.md")
 MODELS = ("docs/data.md", "docs/models.md", "docs/real_teachers.md")
 SERVED = ("docs/served_teachers.md",)
-PAGES = QUICKSTART + PROMPTS + STAGES + MODELS + SERVED
+CLASS = ("docs/teaching.md",)
+PAGES = QUICKSTART + PROMPTS + STAGES + MODELS + SERVED + CLASS
 
 
 # ------------------------------------------------------------------------- the commands, made small

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# 上课用：一秒钟把训练好的小模型放进 out/，人人从同一处开始；几个小组可以共用一台机器。
+# For a class: trained models in out/ in a second, so that all start at the same point; several
+# groups can share a machine.
+#
+#     bash class.sh reset           out/ as after quickstart.py; what was there moves to out.1, out.2, ...
+#     bash class.sh group blue      a copy of the repo in groups/blue, with an out/ of its own
+#     bash class.sh pack            the teacher's computer: the models in out/ become those of model/tiny
+set -euo pipefail
+cd "$(dirname "$0")"
+models=(full_sft_128 full_sft_64 full_dist_64 sft_alone/full_sft_64)     # teacher, start, distilled, SFT
+
+reset() {
+    for path in out/*; do
+        [ "$path" = out/README.md ] && continue
+        n=1
+        while [ -e "out.$n" ]; do n=$((n + 1)); done
+        mkdir "out.$n"
+        find out -mindepth 1 -maxdepth 1 ! -name README.md -exec mv -t "out.$n" {} +
+        echo "what was in out/ is now in out.$n"
+        break
+    done
+    cp -r model/tiny/. out/
+    [ -e dataset/test.jsonl ] || .venv/bin/python dataset/miniworld.py > /dev/null
+    echo "out/ has the teacher, the student's start, the distilled and the fine-tuned student"
+}
+
+case "${1:-}" in
+reset) reset ;;
+group)
+    [[ "${2:-}" =~ ^[A-Za-z0-9_-]+$ ]] || { echo "bash class.sh group NAME" >&2; exit 1; }
+    [ ! -e "groups/$2" ] || { echo "groups/$2 exists already" >&2; exit 1; }
+    mkdir -p "groups/$2/dataset"
+    git ls-files -z | xargs -0 cp --parents -t "groups/$2"
+    ln -s "$PWD/.venv" "groups/$2/.venv"
+    cp dataset/*.jsonl "groups/$2/dataset/" 2> /dev/null || true
+    bash "groups/$2/class.sh" reset
+    echo "cd groups/$2; run long commands with nice, and serve with --port 0, which finds a free port"
+    ;;
+pack)
+    for name in "${models[@]}"; do
+        .venv/bin/python scripts/convert.py --weights "out/$name.pth" --dtype bfloat16 --out "model/tiny/$name.pth"
+    done
+    ;;
+*)
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    exit 1
+    ;;
+esac
