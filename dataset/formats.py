@@ -7,6 +7,7 @@ then converts a row.
 
 import csv
 import json
+import os
 import re
 import reprlib
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
+
+from runtime.args import COLUMNS
 
 CONVERSATION_KEYS = ("conversations", "messages")
 PROMPT_KEYS = ("question", "instruction", "prompt", "ask")
@@ -34,7 +37,10 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 MAX_CSV_CELL = 4_000_000            # characters; Python's 131,072 are too few for some answers
 END_OF_TEXT = "<|endoftext|>"       # a line of a .txt file
 FINAL_ANSWER = "####"               # GSM8K: separates the calculation from the final number
-EXTENSIONS = (".jsonl", ".json", ".csv", ".txt")
+EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+SEPARATORS = ",;\t"                 # of a table's columns
+# Two bytes of one of the 6,763 characters that simplified Chinese has in GB 2312 and GB18030.
+HANZI = re.compile(rb"[\xb0-\xf7][\xa1-\xfe]")
 LIST = re.compile(r'\s*(\{\s*"([^"]*)"\s*:\s*(?=\[\s*\{))?\[\s*')     # [... or {"data": [{...
 COMMA = re.compile(r"\s*,\s*")
 READABLE = f"{', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]}"
@@ -50,10 +56,31 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict | str]]:
     """Yields (number, row), counted from 1: the line, or the item of a .json list (dataset.md). A
     row is a dict, or a str with the reason why the line cannot be read.
 
-    UTF-8, with or without a byte order mark. Raises FileNotFoundError; BadLine for a .json list
-    that does not parse or a CSV header with a duplicate name; ValueError for another kind of file.
+    UTF-8, with or without a byte order mark. With --columns, keys have our names: see `_renamed`.
+    Raises FileNotFoundError; BadLine for a file in GB18030, a .json list that does not parse or a
+    CSV header with a duplicate name; ValueError for another kind of file.
     """
-    return ROW_READERS[_kind(path)](path)
+    kind = _kind(path)
+    _refuse_gb18030(path)
+    rows = ROW_READERS[kind](path)
+    if not (given := os.environ.get(COLUMNS)):
+        return rows
+    columns = dict(pair.split("=", 1) for pair in given.splitlines())
+    return ((number, _renamed(row, columns)) for number, row in rows)
+
+
+def _renamed(row, columns: dict[str, str]):
+    """columns: {our name: theirs}, in any case. The row has these columns alone, under our names,
+    or is unchanged if it has none of them: its file is in a format that is known."""
+    if isinstance(row, str):
+        return row
+    keys = {key.lower(): key for key in row}
+    missing = [theirs for theirs in columns.values() if theirs.lower() not in keys]
+    if len(missing) == len(columns):
+        return row
+    if missing:
+        return f"--columns names {missing[0]!r}, and the columns are {', '.join(row)}"
+    return {ours: row[keys[theirs.lower()]] for ours, theirs in columns.items()}
 
 
 def _kind(path) -> str:
@@ -61,8 +88,8 @@ def _kind(path) -> str:
     path = Path(path)
     check_exists(path)
     extension = path.suffix.lower()
-    if extension in (".jsonl", ".csv", ".txt"):
-        return extension
+    if extension in (".jsonl", ".csv", ".tsv", ".txt"):
+        return extension.replace("tsv", "csv")
     with _open(path) as file:
         start = file.read(4096)
     found = LIST.match(start)
@@ -80,6 +107,25 @@ def check_exists(path: Path):
         name = "reasoning" if path.parent.name == "reasoning" else "miniworld"
         way_out = f"Make it: python dataset/{name}.py" if generated else "Check the path."
         raise FileNotFoundError(f"no file at {path}. {way_out}")
+
+
+def _refuse_gb18030(path):
+    """Raises BadLine if most lines that are not ASCII are no UTF-8 and have Chinese in GB18030, as
+    Chinese spreadsheets save a CSV file. Their bytes would make each such row a bad line."""
+    def is_in(encoding, line):
+        try:
+            line.decode(encoding)
+        except UnicodeDecodeError:
+            return False
+        return True
+
+    with open(path, "rb") as file:
+        lines = [line for line in file.read(1 << 20).splitlines() if not line.isascii()]
+    chinese = [line for line in lines if not is_in("utf-8", line) and is_in("gb18030", line)
+               and HANZI.search(line)]
+    if len(chinese) > len(lines) / 2:
+        raise BadLine(f"{path} is GB18030, not UTF-8. Convert it: "
+                      f"iconv -f GB18030 -t UTF-8 {path} > utf8{Path(path).suffix}")
 
 
 def _open(path, newline=None):
@@ -141,7 +187,10 @@ def _object_or_reason(row):
 def _rows_of_csv(path):
     csv.field_size_limit(MAX_CSV_CELL)
     with _open(path, newline="") as file:   # the csv module finds line ends inside quotes itself
-        records = csv.reader(file, strict=True)
+        first = next((line for line in file if line.strip()), "")[:MAX_CSV_CELL]
+        mark = max(SEPARATORS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), "")))
+        file.seek(0)
+        records = csv.reader(file, strict=True, delimiter=mark)
         header = None
         while True:
             number = records.line_num + 1   # the record's first line; a quoted cell may span more
@@ -241,8 +290,8 @@ class Question(NamedTuple):
 
 
 def to_question(row: dict) -> Question:
-    """One row of any format of to_messages, without its last answer, which may also be missing.
-    Raises ValueError with the reason."""
+    """One row of any format of to_messages, without its last answer, which may also be missing, or
+    an empty cell. Raises ValueError with the reason."""
     messages = _alternating(_turns(row, needs_answer=False))
     if not messages or messages[-1]["role"] == "system":
         raise ValueError("no turn of the user, so there is nothing to answer")
@@ -401,7 +450,7 @@ def _turns_of_columns(row, needs_answer):
         yield prompt, "user", _question(row, row[prompt]), True
     if response and isinstance(row[response], list):
         yield from _turns_of_list(row[response], response)
-    elif response:
+    elif response and (needs_answer or row[response] != ""):
         yield response, "assistant", row[response], True
 
 

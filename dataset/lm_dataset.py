@@ -23,6 +23,7 @@ import torch
 
 from dataset.formats import (check_exists, holds_texts, read_one_by_one, read_routes, to_messages,
                              to_prompts, to_text)
+from runtime.args import COLUMNS
 from runtime.files import file_crc32, file_sha256, write_atomic
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
@@ -121,7 +122,8 @@ class TokenDataset:
 
     def cache_files(self) -> tuple[Path, Path]:
         key = hashlib.sha256(f"{type(self).__name__} {self.tokenizer.sha256} {self.max_seq_len} "
-                             f"{self.skip_bad_lines} {self.by_turns} {CACHE_VERSION}".encode())
+                             f"{self.skip_bad_lines} {self.by_turns} {CACHE_VERSION}"
+                             f"{os.environ.get(COLUMNS, '')}".encode())
         for path in self.paths:
             check_exists(path)
             key.update(bytes.fromhex(file_sha256(path)))

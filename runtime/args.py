@@ -19,6 +19,7 @@ from runtime.errors import ROOT, in_one_line, report_errors
 
 WORKFLOW = "MINIDISTILL_WORKFLOW"   # environment variable: the command this process is a step of
 CHAT = "MINIDISTILL_CHAT"           # environment variable: --chat
+COLUMNS = "MINIDISTILL_COLUMNS"     # environment variable: --columns, a line each
 
 # Where the values of a flag lie, if not in [0, inf). A flag is found by its name, or else by the
 # last word of it: write_temperature. Infinity only says that there is no bound.
@@ -246,6 +247,9 @@ def parse_args(parser: argparse.ArgumentParser, argv=None, **ranges: str) -> arg
     parser.add_argument("--chat", default=None, choices=["chatml", "llama3", "plain"],
         help="format of conversations for a model whose chat template is missing or cannot be "
              "followed exactly (plain: Alpaca's); other models keep their own")
+    parser.add_argument("--columns", nargs="+", default=None, metavar="NAME=COLUMN",
+        help="columns of the data files, and the names of dataset/dataset.md that they have here: "
+             "question=customer_message answer=agent_reply; other columns are not read")
     only_config = Parser(prog=parser.prog, add_help=False)
     only_config.add_argument("--config", nargs="+", default=[])
     files, _ = only_config.parse_known_args(argv)
@@ -270,6 +274,10 @@ def parse_args(parser: argparse.ArgumentParser, argv=None, **ranges: str) -> arg
     vars(args).update({key: value for key, value in several.items() if getattr(args, key) is None})
     if args.chat:
         os.environ[CHAT] = args.chat        # where tokenizers are read, here and in child processes
+    if args.columns:
+        if bad := [pair for pair in args.columns if not re.fullmatch("[^=]+=.+", pair)]:
+            parser.error(f"--columns {bad[0]}: write NAME=COLUMN")
+        os.environ[COLUMNS] = "\n".join(args.columns)      # where rows are read, as above
     check_values(parser, args, RANGES | ranges)
     if "lora_alpha" in args:
         if args.shard == shard != "none" and not args.ddp:

@@ -26,10 +26,10 @@ from runtime.processes import (World, any_process, is_main_process, local_rows, 
 
 # Flags that a resumed run may change; what they change in the mathematics is checked by itself.
 FREE_TO_CHANGE = {
-    "out_dir", "data_path", "config", "resume", "max_steps", "epochs", "batch_size", "device",
-    "ddp", "accumulation_steps", "shard", "grad_checkpoint", "compile", "local_rank", "num_workers",
-    "log_interval", "save_interval", "eval_interval", "val_path", "use_wandb", "wandb_project",
-    "tokenizer", "start_stage", "end_stage", "set", "max_bad_steps",
+    "out_dir", "data_path", "columns", "config", "resume", "max_steps", "epochs", "batch_size",
+    "device", "ddp", "accumulation_steps", "shard", "grad_checkpoint", "compile", "local_rank",
+    "num_workers", "log_interval", "save_interval", "eval_interval", "val_path", "use_wandb",
+    "wandb_project", "tokenizer", "start_stage", "end_stage", "set", "max_bad_steps",
     "teacher_states_gb", "teacher_url", "teacher_key_env", "teacher_budget"}
 
 

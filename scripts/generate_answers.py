@@ -48,8 +48,9 @@ BATCHES_PER_PART = 8    # at most: the last answers of a part leave rows of the 
 N_PARTS = 16            # at least, down to one batch a part: processes share few questions, too
 
 # Flags that change the answers: a resumed run must have them as before.
-SAME = ("teacher_url", "teacher_model", "limit", "only_right", "keep_unfinished", "skip_bad_lines",
-        "max_new_tokens", "temperature", "top_p", "top_k", "num_samples", "seed", "batch_size")
+SAME = ("teacher_url", "teacher_model", "columns", "limit", "only_right", "keep_unfinished",
+        "skip_bad_lines", "max_new_tokens", "temperature", "top_p", "top_k", "num_samples", "seed",
+        "batch_size")
 
 # Why an answer is left out, and how the report says it.
 LEFT_OUT = {"too long": "the question fills the teacher's max_seq_len", "no reply": "no reply",

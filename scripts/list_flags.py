@@ -25,7 +25,8 @@ HEAD = """# Flags
 Written by `python scripts/list_flags.py --out docs/flags.md`. `--help` shows the same on a
 terminal. Scripts that train or prepare models also take `--config FILE.yaml ...` with values for
 any flag: a later file overrides earlier ones, and the command line overrides all. `--chat NAME` is
-the format of conversations for a model whose chat template is missing or cannot be followed."""
+the format of conversations for a model whose chat template is missing or cannot be followed.
+`--columns NAME=COLUMN ...` names the columns of the data files (dataset/dataset.md)."""
 
 
 def parser_of(script: str) -> ArgumentParser:

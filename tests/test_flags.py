@@ -6,13 +6,14 @@ accepted silently; the keys of other frameworks are read as they are meant.
 
 import copy
 import functools
+import os
 import random
 from pathlib import Path
 
 import pytest
 
 from helpers_run import ROOT, complaint
-from runtime.args import ALIASES, RANGES, parse_args
+from runtime.args import ALIASES, COLUMNS, RANGES, parse_args
 from scripts.list_flags import parser_of, scripts
 
 LESSONS = [script for script in scripts() if script.startswith("train_")]
@@ -48,6 +49,14 @@ def out_of_range(name: str) -> list[str]:
     low, high = map(float, interval[1:-1].split(","))
     step = (interval[0] == "[") * 1
     return [f"{low - step:g}", *([f"{high + 1:g}"] if high < 1e9 else [])]
+
+
+def test_columns_are_pairs_and_a_later_script_of_a_workflow_reads_them_too(capsys, monkeypatch):
+    monkeypatch.setenv(COLUMNS, "")
+    for bad in (["question"], ["=a"], ["question="], ["question=a", "b"]):
+        assert "write NAME=COLUMN" in refusal(capsys, "train_sft.py", "--columns", *bad)
+    parse("train_sft.py", "--columns", "question=客户 消息", "answer=a=b")
+    assert os.environ[COLUMNS] == "question=客户 消息\nanswer=a=b"
 
 
 def test_no_bad_value_of_a_flag_is_accepted_or_ends_in_a_traceback(capsys):

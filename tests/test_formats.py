@@ -15,9 +15,11 @@ import pytest
 from dataset.formats import (BadLine, files_of, final_answer, read_categories, read_conversations,
                              read_each, read_questions, read_rows, to_messages, to_question,
                              to_text)
+from dataset.lm_dataset import SFTDataset
 from evaluation.exam import read_exam
 from evaluation.metrics import read_tests
 from model.tokenizer import Tokenizer
+from runtime.args import COLUMNS
 
 SUM = [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]
 PAGE = (Path(__file__).resolve().parents[1] / "dataset/dataset.md").read_text(encoding="utf-8")
@@ -177,7 +179,7 @@ def test_a_question_ends_where_its_last_answer_begins_or_is_missing(row, asked, 
     ({"conversations": [{"role": "system", "content": "s"}]}, "no turn of the user"),
     ({"conversations": [{"role": "assistant", "content": "a"}]},
      "has role assistant, expected user"),
-    ({"question": "a", "answer": ""}, "empty assistant turn"),
+    ({"question": "a", "answer": " "}, "empty assistant turn"),
     ({"question": "a", "options": {"A": "b"}, "answer_idx": None}, "answer_idx is None"),
     ({"options": {"A": "b"}}, "question is None"),
     ({"answer": "5"}, "no known format"),
@@ -354,10 +356,67 @@ def test_a_text_row_holds_text(row):
     ("object.json", f'{{"data": [\n{GOOD_LINE}]}}'),
     ("rows_named.json", f'{{"messages": {json.dumps(SUM)}}}'),
     ("typed.csv", "\ufeffQuestion, Answer \r\n2 + 3 =,5\r\n,\r\n"),
+    ("semicolons.csv", "question;answer\n2 + 3 =;5\n"),
+    ("tabs.tsv", "id\tQuestion\tAnswer\n7\t2 + 3 =\t5\n"),
     ("without_extension", GOOD_LINE),
 ])
 def test_every_kind_of_file_gives_the_same_conversation(tmp_path, name, content):
     assert read_conversations(written(tmp_path, name, content)) == [SUM]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.csv", "Ticket;Customer message;Agent reply;system\n7;2 + 3 =;5;Windows\n"),
+    ("a.tsv", "prompt\tCustomer message\tAgent reply\n-\t2 + 3 =\t5\n"),
+    ("a.jsonl", '{"answer": "?", "customer message": "2 + 3 =", "agent reply": "5"}'),
+    ("known.jsonl", GOOD_LINE),                         # none of these columns: a validation file
+])
+def test_named_columns_are_read_and_no_others(tmp_path, monkeypatch, name, content):
+    monkeypatch.setenv(COLUMNS, "question=customer message\nanswer=Agent reply")
+    assert read_conversations(written(tmp_path, name, content)) == [SUM]
+
+
+def test_a_named_column_that_is_missing_is_a_bad_line_with_the_columns_there_are(tmp_path, monkeypatch):
+    monkeypatch.setenv(COLUMNS, "question=message\nanswer=replay")
+    path = written(tmp_path, "a.csv", "message,reply\n2 + 3 =,5\n")
+    with pytest.raises(BadLine, match="line 2: --columns names 'replay', and the columns are message, reply"):
+        read_conversations(path)
+
+
+def test_tokens_of_the_same_file_under_other_columns_are_others(tmp_path, monkeypatch):
+    path = written(tmp_path, "a.csv", "ask,formal,short\n2 + 3 =,It is five,5\n")
+    found = []
+    for answer in ("formal", "short"):
+        monkeypatch.setenv(COLUMNS, f"question=ask\nanswer={answer}")
+        found.append(SFTDataset([path], Tokenizer.load(), log=str).stream.tolist())
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.txt"])
+def test_a_file_in_gb18030_is_named_as_such_even_when_skipping(tmp_path, name):
+    text = {"a.csv": "question,answer\n2 + 3 =,5\n二加三等于几？,五\n", "a.txt": "二加三等于五。"}.get(
+        name, json.dumps([{"question": "二加三？", "answer": "五"}], ensure_ascii=False))
+    text = text.strip("[]") if name == "a.jsonl" else text
+    path = written(tmp_path, name, text.encode("gb18030"))
+    with pytest.raises(BadLine, match=f"{name} is GB18030, not UTF-8. Convert it: iconv -f GB18030 -t UTF-8 "):
+        read_conversations(path, skip_bad_lines=True)
+    path.write_bytes(path.read_bytes().decode("gb18030").encode())
+    read_each(path, lambda row: row)
+
+
+@pytest.mark.parametrize("content", [
+    "question,answer\n二加三？,五\n".encode() + "三加三？,六\n".encode("gb18030"),     # one line of two
+    "question,answer\n2 + 3 =,f\u00fcnf\n".encode("latin-1"),
+], ids=["a damaged line", "German"])
+def test_other_bytes_that_are_not_utf8_are_bad_lines(tmp_path, content):
+    with pytest.raises(BadLine, match="a byte that is not UTF-8"):
+        read_conversations(written(tmp_path, "a.csv", content))
+
+
+def test_an_empty_cell_is_a_question_for_the_teacher_but_no_training_row(tmp_path):
+    path = written(tmp_path, "a.csv", "question,answer\n2 + 3 =,5\n2 + 3 =,\n")
+    assert [question.answer for question in read_questions(path)] == ["5", None]
+    with pytest.raises(BadLine, match="line 3: answer is an empty assistant turn"):
+        read_conversations(path)
 
 
 def test_a_blank_line_ends_a_paragraph_and_a_paragraph_is_numbered_by_its_first_line(tmp_path):
@@ -408,9 +467,8 @@ def test_a_list_is_read_item_by_item_as_json_reads_it(tmp_path):
     ("number.jsonl", "5", "line 1: 5 is not a JSON object"),
     pytest.param("deep.jsonl", "[" * 100_000, "line 1: JSON that is not read", id="deep"),
     pytest.param("long.jsonl", "9" * 5_000, "line 1: ", id="long"),
-    ("gbk.jsonl", '{"question": "和", "answer": "5"}'.encode("gbk"),
-     r"line 1: question holds '\\udcba'"),
-    ("gbk.csv", "question,answer\n和,5".encode("gbk"), r"line 2: .* \(a byte that is not UTF-8"),
+    ("byte.jsonl", b'{"question": "\xba", "answer": "5"}', r"line 1: question holds '\\udcba'"),
+    ("byte.csv", b"question,answer\n\xba,5", r"line 2: .* \(a byte that is not UTF-8"),
     ("story.txt", "Once", r"line 1: no known format .* only text is for train_pretrain\.py"),
     ("item.json", f"[{GOOD_LINE}, 5]", "item 2: .* Fix the item"),
     ("cut.json", "[" + GOOD_LINE, "cut.json, item 2: Expecting .*: line 1 column"),
@@ -469,7 +527,7 @@ def test_a_folder_is_its_readable_files_by_name_and_a_file_is_itself(tmp_path):
 def test_a_folder_with_nothing_to_read_is_an_error_that_names_what_is_read(tmp_path):
     (tmp_path / "val").mkdir()
     with pytest.raises(ValueError,
-                       match=r"no file in .* is \.jsonl, \.json, \.csv or \.txt\. Subfolders are"):
+                       match=r"no file in .* is \.jsonl, \.json, \.csv, \.tsv or \.txt\. Subfolders are"):
         files_of(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere. Check the path"):
         files_of(tmp_path / "nowhere")
