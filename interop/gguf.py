@@ -326,13 +326,15 @@ def read_tokenizer(path) -> Tokenizer:
 # -- writing ---------------------------------------------------------------------------------------
 
 FILE_TYPES = {"float32": LlamaFileType.ALL_F32, "float16": LlamaFileType.MOSTLY_F16,
-              "q8_0": LlamaFileType.MOSTLY_Q8_0}
+              "q8_0": LlamaFileType.MOSTLY_Q8_0, "q4_0": LlamaFileType.MOSTLY_Q4_0}
+EIGHT_BITS = ("token_embd.weight", "output.weight")             # in q4_0, too
 EXACT = ("ffn_gate_inp.weight", "position_embd.weight")         # matrices that stay fp32
 
 
 def write(model: Transformer, tokenizer: Tokenizer, path, dtype: str = "float16"):
-    """Write the file, completely or not at all. dtype of the matrices: float32, float16, or q8_0
-    (8.5 bits per weight); vectors, routers and positions stay fp32.
+    """Write the file, completely or not at all. dtype of the matrices: float32, float16, q8_0 (8.5
+    bits per weight) or q4_0 (4.5; embedding and head 8.5); vectors, routers and positions stay
+    fp32.
 
     Raises ValueError for a model or a vocabulary that llama.cpp cannot run."""
     config, architecture = model.config, architecture_of(model.config)
@@ -349,9 +351,11 @@ def write(model: Transformer, tokenizer: Tokenizer, path, dtype: str = "float16"
             for name, parts in their_tensors(model, architecture):
                 values = torch.cat(parts).detach().float().cpu().numpy()
                 is_exact = values.ndim == 1 or name.endswith(EXACT)
-                packs = dtype == "q8_0" and values.shape[-1] % 32 == 0
+                packed = "q8_0" if name in EIGHT_BITS else dtype
+                packs = dtype in ("q8_0", "q4_0") and values.shape[-1] % 32 == 0
                 kind = (GGMLQuantizationType.F32 if dtype == "float32" or is_exact else
-                        GGMLQuantizationType.Q8_0 if packs else GGMLQuantizationType.F16)
+                        GGMLQuantizationType[packed.upper()] if packs else
+                        GGMLQuantizationType.F16)
                 largest = max(values.max(), -values.min())
                 if kind == GGMLQuantizationType.F16 and largest > 65504:
                     raise ValueError(f"{name} reaches {largest:.3g}; fp16 ends at 65504")

@@ -1,10 +1,11 @@
 """
 转换：任何能读的模型，写成 Hugging Face 文件夹、GGUF 或我们的 .pth；也可量化，或取平均。
 Conversion: any model that can be read becomes a Hugging Face folder, a GGUF file or a .pth of ours,
-which may be quantised; or several become the mean of their weights.
+which may be quantised; or several become the mean of their weights. A Modelfile for Ollama stands
+beside a GGUF file, and a model card, README.md, in a folder.
 
     python scripts/convert.py --weights out/full_dist_64.pth --out out/student_hf
-    python scripts/convert.py --weights out/full_dist_64.pth --out out/student.gguf
+    python scripts/convert.py --weights out/full_dist_64.pth --out out/student.gguf --quantize q8_0
     python scripts/convert.py --weights SmolLM2-135M-Instruct.Q4_1.gguf --out out/smollm2.pth
     python scripts/convert.py --weights out/full_dist_64.pth --out out/small.pth --quantize int4
     python scripts/convert.py --average out/a/full_sft_64.pth out/b/full_sft_64.pth --out out/ab.pth
@@ -19,14 +20,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scrip
 
 import torch
 
+from evaluation.tables import markdown
 from interop.checkpoint import load_model, save_model, weight_files
+from model.config import LMConfig
 from model.quantize import KINDS, quantize
+from model.tokenizer import ROLES, Tokenizer
 from runtime.args import checking_input, make_parser, parse_args
+from runtime.files import read_rows, write_text
 from runtime.log import Logger
 
-# --dtype of each kind of --out; "" is a Hugging Face folder.
-DTYPES = {".pth": ("float32", "bfloat16"), ".gguf": ("float16", "float32", "q8_0"),
+# --dtype and --quantize of each kind of --out; "" is a Hugging Face folder.
+DTYPES = {".pth": ("float32", "bfloat16"), ".gguf": ("float16", "float32"),
           "": ("float32", "float16", "bfloat16")}
+QUANTISED = {".pth": (*KINDS,), ".gguf": ("q8_0", "q4_0"), "": ()}
+
+# What the model card tells of a run, by the names of its resume file.
+RECIPE = ("data", "weights", "student", "teacher", "teacher_cache", "alpha", "divergence",
+          "temperature", "lora_rank", "qat", "optimizer", "learning_rate", "samples per step",
+          "total steps", "seed")
 
 
 def average(paths: list[str]):
@@ -44,16 +55,54 @@ def average(paths: list[str]):
     return models[0], tokenizers[0]
 
 
+def modelfile(file: str, tokenizer: Tokenizer) -> str:
+    """Ollama's recipe for a GGUF file: its chat as a template of Go's text/template, the end of a
+    turn, and the default system message. https://docs.ollama.com/modelfile"""
+    chat = tokenizer.chat
+    turns = "{{ else if ".join(f'eq .Role "{role}" }}}}{getattr(chat, role)}' for role in ROLES)
+    turns = turns.replace("{content}", "{{ .Content }}")
+    prompt = chat.assistant.split("{content}")[0] + chat.before_answer
+    prompt = prompt if chat.prompt is None else chat.prompt
+    system = f'SYSTEM """{chat.default_system}"""\n' if chat.default_system else ""
+    return (f'FROM ./{file}\nTEMPLATE """{{{{ range .Messages }}}}{{{{ if {turns}{{{{ end }}}}'
+            f'{{{{ end }}}}{prompt}"""\n{system}'
+            f'PARAMETER stop "{tokenizer.names[tokenizer.end_of_turn]}"\n')
+
+
+def model_card(config: LMConfig, n_parameters: int, sources: list[str]) -> str:
+    """What the files beside the weights say of their training: the settings of the resume file, and
+    the last validation of the log."""
+    parts = [f"---\nlibrary_name: transformers\n---\n# {config}, {n_parameters:,} parameters",
+             f"Written by MiniDistill from {', '.join(Path(path).name for path in sources)}."]
+    for path in map(Path, sources):
+        run = str(path.with_suffix("")).removesuffix("_best")
+        if not Path(f"{run}.resume").is_file():
+            continue
+        state = torch.load(f"{run}.resume", mmap=True, map_location="cpu", weights_only=True)
+        told = state["progress"]["settings"]
+        rows = [[key, str(told[key]).strip("[']")] for key in RECIPE
+                if told.get(key) not in (None, [])]
+        parts += [f"## Training of {Path(run).name}", markdown([["setting", "value"], *rows], "ll")]
+        scores = [row for row in read_rows(Path(f"{run}.jsonl"), "step") if "val_" in str([*row])]
+        for row in scores[-1:]:
+            rows = [[key, f"{value:.4g}"] for key, value in row.items() if "val_" in key]
+            parts += [f"## Held-out data, step {row['step']:,}",
+                      markdown([["score", "value"], *rows])]
+    parts += ["## Licence", "Those of the data, of the teacher and of the initial weights apply. "
+              "These files do not record them."]
+    return "\n\n".join(parts) + "\n"
+
+
 def check(args) -> str:
     """The kind of --out. Raises ValueError for flags that conflict, before anything is read."""
     out, sources = args.out, args.average or [args.weights]
     kind = out.suffix if out.suffix in DTYPES else ""       # Qwen2.5-0.5B is a folder, too
     if out.suffix in (".bin", ".json", ".pt", ".safetensors"):
         raise ValueError(f"--out {out}: write FILE.pth, FILE.gguf, or a folder, for Hugging Face")
-    if args.quantize and kind != ".pth":
-        raise ValueError("--quantize is for our own --out FILE.pth; a GGUF file has --dtype q8_0")
-    if args.dtype not in (None, *DTYPES[kind]):
-        raise ValueError(f"--dtype {args.dtype}: {out} can have {', '.join(DTYPES[kind])}")
+    for flag, known in (("dtype", DTYPES[kind]), ("quantize", QUANTISED[kind])):
+        if vars(args)[flag] not in (None, *known):
+            raise ValueError(f"--{flag} {vars(args)[flag]}: {out} can have "
+                             f"{', '.join(known) or 'none'}")
     if out.exists() and out.is_dir() != (kind == ""):
         raise ValueError(f"--out {out} exists and is {'a' if out.is_dir() else 'no'} folder")
     if out.exists() and any(map(out.samefile, sources)):
@@ -72,28 +121,33 @@ def main():
                         help="models of the same sizes: the result is the mean of their weights")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="FILE.pth, FILE.gguf, or a folder (Hugging Face)")
-    add("--quantize", default=None, choices=[*KINDS],
-        help="quantisation of a .pth, for inference: 8, 4, 3 or 2 bits per weight")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--quantize", default=None, choices=[each for of in QUANTISED.values() for each in of],
+        help="quantisation, for inference: of a .pth 8, 4, 3 or 2 bits per weight; of a GGUF file "
+             "8.5 (q8_0) or 4.5 (q4_0)")
     add("--dtype", default=None, choices=sorted(set().union(*DTYPES.values())),
-        help="dtype of the weights; default: float32, float16 in a GGUF file; q8_0 is GGUF's int8")
+        help="dtype of the weights; default: float32, float16 in a GGUF file")
     args = parse_args(parser)
 
     with checking_input():
         kind = check(args)
         model, tokenizer = average(args.average) if args.average else load_model(args.weights)
-        if args.quantize:
+        if args.quantize in KINDS:
             model = quantize(model, args.quantize)
-        dtype = args.dtype or DTYPES[kind][0]
+        dtype = args.dtype or args.quantize or DTYPES[kind][0]
         if kind == ".pth":
             save_model(model, tokenizer, args.out, getattr(torch, dtype))
         elif kind == ".gguf":
             from interop import gguf
 
             gguf.write(model, tokenizer, args.out, dtype)
+            write_text(args.out.with_suffix(".Modelfile"), modelfile(args.out.name, tokenizer))
         else:
             from interop import hf
 
             hf.write(model, tokenizer, args.out, getattr(torch, dtype))
+            write_text(args.out / "README.md", model_card(
+                model.config, model.n_parameters(), args.average or [args.weights]))
     size = sum(file.stat().st_size for file in weight_files(args.out))
     Logger(f"{args.out}: {model.config}, {model.n_parameters():,} parameters, {size / 1e6:,.1f} MB")
 

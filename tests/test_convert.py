@@ -24,10 +24,11 @@ from interop import hf
 from interop.checkpoint import build, load_model, load_tokenizer, new_model, prepare, save_model
 from model.config import LMConfig
 from model.generate import generate
-from model.tokenizer import SPECIAL_TOKENS, Tokenizer
+from model.tokenizer import SPECIAL_TOKENS, Chat, Tokenizer
 from model.quantize import Quantised, quantize
 from model.transformer import Transformer
 from runtime.processes import World
+from scripts.convert import modelfile
 
 SIZES = dict(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=272, max_seq_len=128)
 TOKENS, LENGTHS = torch.arange(40) * 7 % 272, [24, 16]
@@ -120,15 +121,54 @@ def test_a_model_has_the_same_scores_in_every_file(files, data, tmp_path):
     assert found["gguf"]["agreement"] == 100 and found["gguf"]["kl"] < 1e-6
 
 
-@pytest.mark.parametrize("out, dtype, bits, most", [("f", "bfloat16", 16, 0.03), ("f", "float16", 16, 0.004),
-                                                    ("m.gguf", None, 16, 0.004), ("m.gguf", "q8_0", 8.5, 0.03)])
-def test_fewer_bits_make_smaller_files_and_nearly_the_same_model(out, dtype, bits, most, files, tmp_path):
-    convert(weights=files / "model.pth", out=tmp_path / out, **{"dtype": dtype} if dtype else {})
+@pytest.mark.parametrize("out, flags, bits, most", [("f", {"dtype": "bfloat16"}, 16, 0.03), ("f", {"dtype": "float16"}, 16, 0.004),
+                                                    ("m.gguf", {}, 16, 0.004), ("m.gguf", {"quantize": "q8_0"}, 8.5, 0.03),
+                                                    ("m.gguf", {"quantize": "q4_0"}, 5.1, 0.2)])
+def test_fewer_bits_make_smaller_files_and_nearly_the_same_model(out, flags, bits, most, files, tmp_path):
+    convert(weights=files / "model.pth", out=tmp_path / out, **flags)
     (model, _), (back, _) = load_model(files / "model.pth"), load_model(tmp_path / out)
     file = tmp_path / "f/model.safetensors" if out == "f" else tmp_path / out
     assert file.stat().st_size - bits / 8 * model.n_parameters() < 20_000       # a header with the vocabulary
     for ours, theirs in zip(model.parameters(), back.parameters(), strict=True):
         assert (ours - theirs).abs().max() <= most * ours.abs().max()
+
+
+def test_a_modelfile_beside_a_gguf_file_has_its_chat_for_ollama(files, tmp_path):
+    convert(weights=files / "student.pth", out=tmp_path / "small.gguf")
+    assert (tmp_path / "small.Modelfile").read_text() == (
+        'FROM ./small.gguf\nTEMPLATE """{{ range .Messages }}'
+        '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
+        '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n'
+        '{{ else if eq .Role "assistant" }}<|im_start|>assistant\n{{ .Content }}<|im_end|>\n'
+        '{{ end }}{{ end }}<|im_start|>assistant\n"""\nPARAMETER stop "<|im_end|>"\n')
+
+
+def test_a_modelfile_has_the_default_system_message_and_what_precedes_an_answer():
+    tokenizer = Tokenizer.load()
+    tokenizer.chat = Chat("S{content}.", "U{content}.", "A{content}.", default_system="Be brief.", before_answer="<t>")
+    text = modelfile("m.gguf", tokenizer)
+    assert 'SYSTEM """Be brief."""\n' in text and '{{ end }}{{ end }}A<t>"""\n' in text
+
+
+def test_the_card_of_a_folder_says_what_the_files_beside_the_weights_know_and_no_more(files, tmp_path):
+    (tmp_path / "a").mkdir()
+    shutil.copy(files / "student.pth", tmp_path / "a/run.pth")
+    shutil.copy(files / "student.json", tmp_path / "a/run.json")
+    for path in files.glob("tokenizer-*.json"):
+        shutil.copy(path, tmp_path / "a")
+    convert(weights=tmp_path / "a/run.pth", out=tmp_path / "bare")
+    bare = (tmp_path / "bare/README.md").read_text()
+    assert "# 64 x 1, " in bare and "from run.pth" in bare and "##" not in bare.replace("## Licence", "")
+
+    settings = {"data": "tickets.csv-12ab", "teacher": ["big.pth"], "alpha": 0.0, "student": None, "chain": []}
+    torch.save({"progress": {"settings": settings}}, tmp_path / "a/run.resume")
+    rows = [{"step": 5, "loss": 2.0}, {"step": 5, "val_ce": 1.25}, {"step": 9, "val_ce": 0.75}, {"step": 9, "loss": 1.0}]
+    (tmp_path / "a/run.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    convert(weights=tmp_path / "a/run.pth", out=tmp_path / "told")
+    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in
+             (tmp_path / "told/README.md").read_text().splitlines() if line.startswith("|") and "---" not in line]
+    assert cells == [["setting", "value"], ["data", "tickets.csv-12ab"], ["teacher", "big.pth"], ["alpha", "0.0"],
+                     ["score", "value"], ["val_ce", "0.75"]]
 
 
 def test_converting_says_what_came_out(files, tmp_path, capfd):
@@ -151,11 +191,11 @@ def test_a_folder_may_have_a_point_in_its_name(files, tmp_path):
 
 CONFLICTS = (
     ({"out": "m.bin"}, "--out m.bin: write FILE.pth, FILE.gguf, or a folder"),
-    ({"out": "m.gguf", "quantize": "int8"}, "--quantize is for our own --out FILE.pth; a GGUF file has"),
-    ({"out": "folder", "quantize": "int4"}, "--quantize is for our own --out FILE.pth"),
+    ({"out": "m.gguf", "quantize": "int8"}, "--quantize int8: m.gguf can have q8_0, q4_0"),
+    ({"out": "m.pth", "quantize": "q4_0"}, "--quantize q4_0: m.pth can have int8, int4, int3, int2"),
+    ({"out": "folder", "quantize": "int4"}, "--quantize int4: folder can have none"),
     ({"out": "m.pth", "dtype": "float16"}, "--dtype float16: m.pth can have float32"),
-    ({"out": "m.gguf", "dtype": "bfloat16"}, "--dtype bfloat16: m.gguf can have float16, float32, q8_0"),
-    ({"out": "folder", "dtype": "q8_0"}, "--dtype q8_0: folder can have float32, float16, bfloat16"),
+    ({"out": "m.gguf", "dtype": "bfloat16"}, "--dtype bfloat16: m.gguf can have float16, float32"),
     ({"out": "README"}, "--out README exists and is no folder"),
     ({"out": "folder.pth"}, "--out folder.pth exists and is a folder"),
     ({"out": "m.gguf", "weights": "full_sft_64.pth"}, "Train them: python train_sft.py --help"),

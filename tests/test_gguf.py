@@ -130,6 +130,18 @@ def test_q8_0_is_wrong_by_half_a_step_of_its_block_of_32(kind, file, byte_tokeni
         assert torch.all(off <= 0.57 * step), name
 
 
+def test_q4_0_is_wrong_by_a_step_at_most_and_keeps_embedding_and_head_in_8_bits(file, byte_tokenizer):
+    # -8 .. 7 steps, so the largest number is 8 steps; of the other sign 7 are left, which is a step off.
+    model = make(**KINDS["llama"])
+    gguf.write(model, byte_tokenizer(), file, "q4_0")
+    kinds = {name: stored.kind.name for name, stored in gguf.Header(file).tensors.items()}
+    assert kinds["token_embd.weight"] == "Q8_0" and kinds["blk.0.attn_q.weight"] == "Q4_0"
+    for (name, ours), theirs in zip(model.state_dict().items(), read(file).state_dict().values()):
+        step = 0 if ours.dim() == 1 else ours.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True) / 8
+        off = (ours - theirs).abs() if ours.dim() == 1 else (ours - theirs).abs().unflatten(-1, (-1, 32))
+        assert torch.all(off <= 1.01 * step), name
+
+
 def test_a_row_that_blocks_of_32_do_not_fill_is_written_in_fp16(file, byte_tokenizer):
     gguf.write(make(hidden_dim=40), byte_tokenizer(), file, "q8_0")
     kinds = {name: stored.kind.name for name, stored in gguf.Header(file).tensors.items()}
