@@ -8,9 +8,10 @@ Metrics: all scores of a model on test files, and the tables that compare severa
 
 What a row of a test file holds decides how it is scored; a file may mix them:
 
-    conversation        exact match (greedy decoding gives the file's answer, token by token),
-                        perplexity, agreement with a reference model, and KL(reference || model) in
-                        nats per token, also by position in the answer
+    conversation        exact match (greedy decoding gives the file's answer, token by token), or
+                        token F1 and chrF of the greedy answer, where the file's has more than 10
+                        words; perplexity, agreement with a reference model, and KL(reference ||
+                        model) in nats per token, also by position in the answer
     with options        accuracy: the most likely option, by the probability of its text, is correct
     with distribution   KL(truth || model) over the answers in nats; whether both have the same mode
     text                nats per token and perplexity of all tokens, agreement and KL
@@ -19,7 +20,7 @@ What a row of a test file holds decides how it is scored; a file may mix them:
 import math
 import time
 from collections import defaultdict
-from itertools import islice
+from itertools import chain, compress, islice
 from statistics import fmean
 
 import numpy as np
@@ -27,6 +28,7 @@ import numpy as np
 from dataset.formats import BadLine, bare_question, read_rows, to_messages, to_question, to_text
 from dataset.lm_dataset import text_samples
 from distill.fused import BINS
+from evaluation.exam import SHORT, chrf, token_f1, words, write_answers
 from evaluation.scores import Score, score, score_answers, score_samples
 from evaluation.tables import markdown, mean_and_spread
 from model.generate import generate
@@ -37,6 +39,8 @@ TEXT_TOKENS = 512       # texts are cut into pieces, so that unlike context leng
 COLUMNS = {
     "parameters": ("parameters", "{:,.0f}"),
     "exact match %": ("exact_match", "{:.1f}"),
+    "token F1 %": ("token_f1", "{:.1f}"),
+    "chrF %": ("chrf", "{:.1f}"),
     "multiple choice %": ("multiple_choice", "{:.1f}"),
     "perplexity": ("perplexity", "{:.2f}"),
     "text nats/token": ("text_loss", "{:.3f}"),
@@ -117,15 +121,19 @@ def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
         results["text_loss"] = nats_per_token(of_texts)
         results["text_perplexity"] = math.exp(results["text_loss"])
     if scores:
-        results["exact_match"] = 100 * fmean(s.exact for s in scores)
-        results["questions"] = len(scores)
         results["perplexity"] = math.exp(nats_per_token(scores))
         if reference is not None:
             results["kl_by_position"] = kl_by_position(scores)
         leaves = defaultdict(list)
-        for test, s in zip(conversations, scores):
-            leaves[test["leaf"]].append(s.exact)
-        results["leaves"] = {leaf: 100 * fmean(exact) for leaf, exact in sorted(leaves.items())}
+        long = [len(words(test["messages"][-1]["content"])) > SHORT for test in conversations]
+        for test, s, is_long in zip(conversations, scores, long):
+            if not is_long:
+                leaves[test["leaf"]].append(s.exact)
+        if leaves:
+            results["exact_match"] = 100 * fmean(chain(*leaves.values()))
+            results["questions"] = len(long) - sum(long)
+            results["leaves"] = {leaf: 100 * fmean(exact) for leaf, exact in sorted(leaves.items())}
+        results |= grade_texts(model, tokenizer, [*compress(conversations, long)])
         results["tokens_per_s"] = generation_speed(model, tokenizer, conversations[:16])
 
     log_q = score_answers(model, tokenizer, [
@@ -146,6 +154,16 @@ def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
         results["habits"] = [sorted(zip(p, np.exp(q).tolist()), reverse=True) for p, q in pairs]
         results["habits_mode"] = 100 * fmean(np.argmax(p) == np.argmax(q) for p, q in pairs)
     return results
+
+
+def grade_texts(model, tokenizer, tests: list[dict]) -> dict:
+    """Mean token F1 and chrF in % of greedy answers, which have at most twice the tokens of the
+    file's. Empty without tests."""
+    golds = [test["messages"][-1]["content"] for test in tests]
+    answers = write_answers(model, tokenizer, [test["messages"][:-1] for test in tests],
+                            [2 * len(tokenizer.encode(gold)) for gold in golds])
+    return {name: 100 * fmean(map(of, answers, golds))
+            for name, of in (("token_f1", token_f1), ("chrf", chrf)) if tests}
 
 
 def nats_per_token(scores: list[Score]) -> float:

@@ -288,7 +288,8 @@ class Comparison:
         if plan.validate:
             tried = self.train("tune", row, runs, plan.tune_steps)
             scores = self.scores(f"validate, {row.name}", {"val": plan.validate}, tried)
-            ranks = [(each["val"]["exact_match"], -each["val"]["perplexity"]) for each in scores]
+            ranks = [(val.get("exact_match"), -val["perplexity"])
+                     for val in (each["val"] for each in scores)]
             row.tuned = tries[ranks.index(max(ranks))]
 
     def measure(self, phase: str, row, steps: int) -> list[dict]:
