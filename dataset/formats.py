@@ -113,11 +113,7 @@ def _refuse_gb18030(path):
     """Raises BadLine if most lines that are not ASCII are no UTF-8 and have Chinese in GB18030, as
     Chinese spreadsheets save a CSV file. Their bytes would make each such row a bad line."""
     def is_in(encoding, line):
-        try:
-            line.decode(encoding)
-        except UnicodeDecodeError:
-            return False
-        return True
+        return line.decode(encoding, "ignore").encode(encoding) == line
 
     with open(path, "rb") as file:
         lines = [line for line in file.read(1 << 20).splitlines() if not line.isascii()]

@@ -47,6 +47,8 @@ SPEEDS = {
 }
 QUALITY = {
     "exact match %": ("exact_match", "{:.1f}"),
+    "token F1 %": ("token_f1", "{:.1f}"),
+    "chrF %": ("chrf", "{:.1f}"),
     "multiple choice %": ("multiple_choice", "{:.1f}"),
     "held-out loss, nats per token": ("loss", "{:.3f}"),
     "calibration error %": ("calibration", "{:.1f}"),
@@ -55,7 +57,8 @@ QUALITY = {
     "agreement with the teacher %": ("agreement", "{:.1f}"),
     "accepted as drafts of the teacher %": ("acceptance", "{:.1f}"),
 }
-SCORES = "exact_match", "multiple_choice", "agreement", "acceptance"        # 100 % is the best
+# Of these 100 % is the best.
+SCORES = "exact_match", "token_f1", "chrf", "multiple_choice", "agreement", "acceptance"
 TRAINING = {"optimizer steps": ("step", "{:,.0f}"),
             "CPU seconds of its training": ("total_cpu_seconds", "{:,.0f}")}
 

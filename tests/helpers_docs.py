@@ -4,10 +4,12 @@ The commands of the docs: taken from the pages, made small, and run on the model
 `quickstart.py --smoke`.
 """
 
+import csv
 import json
 import re
 import shlex
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +60,7 @@ QUICKSTART = ("README.md", "docs/results.md", "docs/losses.md", "docs/offline.md
               "docs/speed.md")
 PROMPTS = ("docs/experience.md", "docs/memory.md")
 STAGES = ("docs/curriculum.md", "docs/ability_tree.md")
-MODELS = ("docs/data.md", "docs/models.md", "docs/real_teachers.md")
+MODELS = ("docs/data.md", "docs/models.md", "docs/real_teachers.md", "docs/your_model.md")
 SERVED = ("docs/served_teachers.md",)
 CLASS = ("docs/teaching.md",)
 PAGES = QUICKSTART + PROMPTS + STAGES + MODELS + SERVED + CLASS
@@ -117,7 +119,8 @@ def small(command: str) -> list[str]:
     if "scripts/generate_answers.py" in words:
         # The model has not learned to end an answer, nor to give the right one, nor to write a text.
         words = [word for word in words if word != "--only_right"] + ["--keep_unfinished"]
-        return words + ["--temperature", "1"] * ("--teacher_url" in words)
+        untrained = "--teacher_url" in words or "questions.csv" in words
+        return words + ["--temperature", "1"] * untrained
     if set(words) & set(LAUNCHERS):
         return ["env", "NPROC=2", *words, *SMALL]
     if "out/experience" in words and "none" in words:   # enough to write letters
@@ -134,7 +137,7 @@ def small(command: str) -> list[str]:
     if set(words) & set(TRAINING):
         more = ["--n_heads", "2", "--n_layers", "2"] if "--dim" in words else []
         return words + SMALL + more
-    if "scripts/evaluate.py" in words:
+    if {"scripts/evaluate.py", "scripts/report.py"} & {*words}:
         return [*words, "--limit", "8", "--max_new_tokens", "8"]
     if "scripts/speculate.py" in words:
         return [*words, "--limit", "2", "--max_new_tokens", "8"]
@@ -177,6 +180,13 @@ def stand_ins(folder: Path):
                        ("sharegpt.jsonl", "sft_data.jsonl"), ("alpaca.json", "alpaca_data.json"),
                        ("alpaca_3k.json", "alpaca_data.json")):
         shutil.copy(data / like, folder / name)
+    for name in ("tickets.csv", "tickets_test.csv", "questions.csv"):
+        with open(folder / name, "w", newline="") as table:
+            out = csv.writer(table)
+            out.writerow(["ticket", "customer_message", "agent_reply"])
+            for i, line in enumerate(islice(open(data / "sft_data.jsonl"), 40)):
+                question, answer = (turn["content"] for turn in json.loads(line)["conversations"][-2:])
+                out.writerow([i, question, "" if name == "questions.csv" else answer])
     with open(folder / "lesson.jsonl", "w") as lesson:      # writing questions, and answering them
         for line in open(data / "writer_data.jsonl"):
             question, answer = json.loads(line)["conversations"][1]["content"].split(" => ")
