@@ -134,13 +134,13 @@ def main():
         model, tokenizer = average(args.average) if args.average else load_model(args.weights)
         if args.quantize in KINDS:
             model = quantize(model, args.quantize)
-        dtype = args.dtype or args.quantize or DTYPES[kind][0]
+        dtype = args.dtype or DTYPES[kind][0]
         if kind == ".pth":
             save_model(model, tokenizer, args.out, getattr(torch, dtype))
         elif kind == ".gguf":
             from interop import gguf
 
-            gguf.write(model, tokenizer, args.out, dtype)
+            gguf.write(model, tokenizer, args.out, args.quantize or dtype)
             write_text(args.out.with_suffix(".Modelfile"), modelfile(args.out.name, tokenizer))
         else:
             from interop import hf
