@@ -147,8 +147,7 @@ def draw(results: dict[str, dict], teacher: str, path: Path):
         for title, (key, _) in QUALITY.items() if key in SCORES and theirs.get(key)}
     figure = new_figure(11, 1.6 + 0.5 * max(len(costs), len(scores)) * len(students) ** 0.5)
     height = 0.75 / len(students)
-    panels = (("What it costs, % of the teacher (less is better)", costs),
-              ("What it can, % (the line is the teacher)", scores))
+    panels = ("Costs, % of the teacher's", costs), ("Scores, %; line: the teacher", scores)
     for axis, (title, values) in zip(figure.subplots(1, 2), panels):
         for i, label in enumerate(students):
             places = [row + (i - (len(students) - 1) / 2) * height for row in range(len(values))]
@@ -158,7 +157,8 @@ def draw(results: dict[str, dict], teacher: str, path: Path):
         for row, of in enumerate(values.values()):
             axis.vlines(of[teacher], row - 0.42, row + 0.42, color="black", linewidth=2)
         axis.set_yticks(range(len(values)), list(values))
-        axis.set(title=title, xlim=(0, 112), ylim=(len(values) - 0.5, -0.5))
+        longest = max([100, *(width for of in values.values() for width in of.values())])
+        axis.set(title=title, xlim=(0, 1.12 * longest), ylim=(len(values) - 0.5, -0.5))
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center",
                   ncols=len(students))
     save_picture(figure, path)
