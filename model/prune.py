@@ -246,18 +246,19 @@ def n_parameters(model: Transformer, **sizes) -> int:
 
 
 def sizes_for(model: Transformer, target: float) -> dict:
-    """n_layers and hidden_dim, cut by about the same factor, at which at most a share `target` of
-    the parameters is left. Raises ValueError if that is too little for one layer."""
-    config, full = model.config, n_parameters(model)
-    fitting = [{"n_layers": n_layers, "hidden_dim": hidden_dim}
-               for n_layers in range(1, config.n_layers + 1)
-               for hidden_dim in (*range(32, config.hidden_dim, 32), config.hidden_dim)
-               if n_parameters(model, n_layers=n_layers, hidden_dim=hidden_dim) <= target * full]
+    """n_layers and hidden_dim at which at most a share `target` of the parameters is left, and
+    nearly as many. Of these sizes the ones that cut both by the most similar factors. Raises
+    ValueError if the target is too little for one layer."""
+    config, full, fitting = model.config, n_parameters(model), []
+    for n_layers in range(1, config.n_layers + 1):
+        for hidden_dim in (*range(32, config.hidden_dim, 32), config.hidden_dim):
+            sizes = {"n_layers": n_layers, "hidden_dim": hidden_dim}
+            n = n_parameters(model, **sizes)
+            if n <= target * full:
+                balance = abs(n_layers / config.n_layers - hidden_dim / config.hidden_dim)
+                fitting.append((n, balance, sizes))
     if not fitting:
         raise ValueError(f"--target {target:g} is less than one layer: embedding and head have "
                          f"{model.tok_embeddings.weight.numel() / full:.0%}; give --dim")
-
-    def loss(sizes):                    # a good choice is large, and cuts both alike
-        depth, width = (size / getattr(config, name) for name, size in sizes.items())
-        return abs(depth - width) - n_parameters(model, **sizes) / full
-    return min(fitting, key=loss)
+    most = max(n for n, _, _ in fitting)
+    return min((balance, -n, sizes) for n, balance, sizes in fitting if n > 0.95 * most)[2]

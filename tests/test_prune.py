@@ -164,6 +164,13 @@ def test_a_target_is_a_share_of_the_parameters(family):
         sizes_for(model, 0.01)
 
 
+def test_a_target_is_nearly_reached_and_cuts_layers_and_units_alike():
+    teacher = Transformer(LMConfig(dim=128, n_layers=4, n_heads=8, vocab_size=1024))     # quickstart.py's
+    assert sizes_for(teacher, 0.58) == {"n_layers": 3, "hidden_dim": 192}
+    for target in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        assert n_parameters(teacher, **sizes_for(teacher, target)) > 0.92 * target * n_parameters(teacher)
+
+
 @pytest.mark.parametrize("sizes, said", [({"n_heads": 3}, "multiple of 2"), ({"dim": 64}, "exceeds"), ({"n_layers": 0}, "n_layers")])
 def test_sizes_that_do_not_fit_are_refused(sizes, said, batch):
     model = made("llama")
