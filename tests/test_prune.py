@@ -15,6 +15,7 @@ from interop.checkpoint import build, load_model, save_model
 from model.config import LMConfig
 from model.generate import generate
 from model.prune import axes_of, best, dense, keep_layers, measure, n_parameters, prune, sizes_for
+from model.transformer import Transformer
 
 SIZES = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=272, max_seq_len=64, norm_eps=1e-12)
 FAMILIES = {"llama": {}, "qwen2": {"attention_bias": True, "tie_embeddings": False}, "qwen3": {"qk_norm": True, "head_dim": 16},
