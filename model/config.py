@@ -86,6 +86,8 @@ class LMConfig:
         for name in ("head_dim", "rotary_dim"):
             if (size := getattr(self, name)) % 2:
                 raise ValueError(f"{name}={size} is odd, but RoPE rotates pairs")
+        if self.rotary_dim > self.head_dim:
+            raise ValueError(f"rotary_dim={self.rotary_dim} exceeds head_dim={self.head_dim}")
         self.nope_layers = [*self.nope_layers]
         if self.n_kv_heads is None:
             self.n_kv_heads = max(1, self.n_heads // 2)

@@ -64,7 +64,7 @@ def test_every_form_has_the_loss_and_all_gradients_of_the_plain_one(case, truth,
 
 def test_models_with_the_parts_of_qwen3_have_the_same_loss(case):
     student, teacher = (dataclasses.replace(each, dim=dim, n_layers=2, n_heads=4, n_kv_heads=2,
-                                            head_dim=10, hidden_dim=48)
+                                            head_dim=10, rotary_dim=10, hidden_dim=48)
                         for each, dim in zip(SHAPES["qwen3"], (32, 48)))
     assert student.qk_norm and student.rope_theta == 1e6 and student.tie_embeddings and not teacher.tie_embeddings
     case = case._replace(shape=SHAPES["test"]._replace(student=student, teacher=teacher))
