@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# 上课用：一秒钟把训练好的小模型放进 out/，人人从同一处开始；几个小组可以共用一台机器。
-# For a class: trained models in out/ in a second, so that all start at the same point; several
+# 上课用：几秒钟就把训练好的小模型放进 out/，人人从同一处开始；几个小组可以共用一台机器。
+# For a class: trained models in out/ in seconds, so that all start at the same point; several
 # groups can share a machine.
 #
 #     bash class.sh reset           out/ as after quickstart.py; what was there moves to out.1, out.2, ...
