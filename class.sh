@@ -10,16 +10,20 @@ set -euo pipefail
 cd "$(dirname "$0")"
 models=(full_sft_128 full_sft_64 full_dist_64 sft_alone/full_sft_64)     # teacher, start, distilled, SFT
 
+shopt -s dotglob nullglob
+
 reset() {
+    old=()
     for path in out/*; do
-        [ "$path" = out/README.md ] && continue
+        [ "$path" = out/README.md ] || old+=("$path")
+    done
+    if [ ${#old[@]} -gt 0 ]; then
         n=1
         while [ -e "out.$n" ]; do n=$((n + 1)); done
         mkdir "out.$n"
-        find out -mindepth 1 -maxdepth 1 ! -name README.md -exec mv -t "out.$n" {} +
+        mv "${old[@]}" "out.$n"
         echo "what was in out/ is now in out.$n"
-        break
-    done
+    fi
     cp -r model/tiny/. out/
     [ -e dataset/test.jsonl ] || .venv/bin/python dataset/miniworld.py > /dev/null
     echo "out/ has the teacher, the student's start, the distilled and the fine-tuned student"
@@ -31,9 +35,9 @@ group)
     [[ "${2:-}" =~ ^[A-Za-z0-9_-]+$ ]] || { echo "bash class.sh group NAME" >&2; exit 1; }
     [ ! -e "groups/$2" ] || { echo "groups/$2 exists already" >&2; exit 1; }
     mkdir -p "groups/$2/dataset"
-    git ls-files -z | xargs -0 cp --parents -t "groups/$2"
+    git ls-files -z | tar --null -T - -c | tar -x -C "groups/$2"
     ln -s "$PWD/.venv" "groups/$2/.venv"
-    cp dataset/*.jsonl "groups/$2/dataset/" 2> /dev/null || true
+    for file in dataset/*.jsonl; do cp "$file" "groups/$2/dataset/"; done
     bash "groups/$2/class.sh" reset
     echo "cd groups/$2; run long commands with nice, and serve with --port 0, which finds a free port"
     ;;

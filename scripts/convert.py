@@ -26,6 +26,7 @@ from model.config import LMConfig
 from model.quantize import KINDS, quantize
 from model.tokenizer import ROLES, Tokenizer
 from runtime.args import checking_input, make_parser, parse_args
+from runtime.checkpoint import load_verified
 from runtime.files import read_rows, write_text
 from runtime.log import Logger
 
@@ -78,8 +79,7 @@ def model_card(config: LMConfig, n_parameters: int, sources: list[str]) -> str:
         run = str(path.with_suffix("")).removesuffix("_best")
         if not Path(f"{run}.resume").is_file():
             continue
-        state = torch.load(f"{run}.resume", mmap=True, map_location="cpu", weights_only=True)
-        told = state["progress"]["settings"]
+        told = load_verified(f"{run}.resume")["progress"]["settings"]
         rows = [[key, str(told[key]).strip("[']")] for key in RECIPE
                 if told.get(key) not in (None, [])]
         parts += [f"## Training of {Path(run).name}", markdown([["setting", "value"], *rows], "ll")]

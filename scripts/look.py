@@ -21,7 +21,7 @@ from evaluation.tables import aligned
 from interop.checkpoint import load_model
 from model.generate import generate
 from runtime.args import checking_input, make_parser, parse_args, parse_named
-from runtime.pictures import save_picture
+from runtime.pictures import new_figure, save_picture
 
 PLAUSIBLE = 0.01
 
@@ -56,10 +56,8 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 def draw(panels: dict[str, dict], n_columns: int, path: Path):
     """A panel of bars for each title: the probabilities. Columns are filled one after the other."""
-    from matplotlib.figure import Figure
-
     n_rows = len(panels) // n_columns
-    figure = Figure(figsize=(1 + 3 * n_columns, 0.6 + 2.4 * n_rows), layout="constrained")
+    figure = new_figure(1 + 3 * n_columns, 0.6 + 2.4 * n_rows)
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True)
     for axis, (title, found) in zip(grid.T.flat, panels.items()):
         height = 0.8 / len(found)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scrip
 
 import torch
 
-from evaluation.metrics import measure, read_tests
+from evaluation.metrics import COLUMNS, measure, read_tests
 from evaluation.samples import openings, sample_answers, side_by_side, spread
 from evaluation.tables import markdown
 from interop.checkpoint import load_model, weight_files
@@ -45,11 +45,8 @@ SPEEDS = {
     "tokens/s, one answer": ("single", "{:,.0f}"),
     "tokens/s, 16 answers at once": ("batch", "{:,.0f}"),
 }
-QUALITY = {
-    "exact match %": ("exact_match", "{:.1f}"),
-    "token F1 %": ("token_f1", "{:.1f}"),
-    "chrF %": ("chrf", "{:.1f}"),
-    "multiple choice %": ("multiple_choice", "{:.1f}"),
+EXAMS = "exact match %", "token F1 %", "chrF %", "multiple choice %"
+QUALITY = {title: COLUMNS[title] for title in EXAMS} | {
     "held-out loss, nats per token": ("loss", "{:.3f}"),
     "calibration error %": ("calibration", "{:.1f}"),
     "habits KL, nats": ("habits_kl", "{:.3f}"),
