@@ -16,7 +16,7 @@ from runtime.checkpoint import is_finite
 from runtime.files import named_errors
 from runtime.log import Logger
 
-QKV, GATED = ("wq", "wk", "wv"), ("w1", "w3")     # concatenated by some formats: wqkv, w13
+FUSED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}     # some formats concatenate these
 
 
 class Piece(NamedTuple):
@@ -100,28 +100,34 @@ def to_half_split(weight, head_dim: int, rotary_dim: int | None = None):
     return to_interleaved(weight, head_dim, rotary_dim, pairs=(-1, 2))
 
 
-def fused(names: Iterable[str], groups) -> Iterator[tuple[str, list[str]]]:
-    """(name in a format that concatenates the weights of each group, our names of its parts):
+def fused_weights(model, wholes, half_split: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's weights, concatenated to the `wholes` of FUSED, half_split as Hugging Face's."""
+    config, names = model.config, [name for name, _ in model.named_parameters()]
 
-        "layers.0.attention.wqkv.weight", ["layers.0.attention.wq.weight", ...]
-    """
+    def weight_of(name):
+        weight = model.get_parameter(name).detach()
+        is_reordered = half_split and is_rotated(name)
+        return to_half_split(weight, config.head_dim, config.rotary_dim) if is_reordered else weight
+
+    whole_of = {part: whole for whole in wholes for part in FUSED[whole]}
     for name in names:
         part = name.split(".")[-2]
-        group = next((group for group in groups if part in group), (part,))
-        if part == group[0]:
-            whole = "w" + "".join(each[1:] for each in group) if len(group) > 1 else part
-            yield name.replace(part, whole), [name.replace(part, each) for each in group]
+        if part not in whole_of:
+            yield name, weight_of(name)
+        elif part == FUSED[whole_of[part]][0]:
+            parts = [weight_of(name.replace(part, each)) for each in FUSED[whole_of[part]]]
+            yield name.replace(part, whole_of[part]), torch.cat(parts)
 
 
-def split_fused(name: str, n_rows: int, config: LMConfig) -> list[tuple[str, int]]:
-    """The inverse of `fused` for a tensor with so many rows: (our name, rows) of each part. The
-    last part takes the rest, so that `fill` reports a tensor of another size."""
+def split_fused(name: str, tensor, config: LMConfig) -> list[tuple[str, torch.Tensor]]:
+    """(our name, tensor) of each part. The last takes the rest, so that `fill` reports a tensor of
+    another size."""
     query, kv = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
-    for whole, group, sizes in (("wqkv", QKV, (query, kv)), ("w13", GATED, (config.hidden_dim,))):
+    for whole, ends in (("wqkv", [query, query + kv]), ("w13", [config.hidden_dim])):
         if f".{whole}." in name:
-            sizes = *sizes, max(0, n_rows - sum(sizes))
-            return [(name.replace(whole, part), n) for part, n in zip(group, sizes, strict=True)]
-    return [(name, n_rows)]
+            return [(name.replace(whole, part), rows)
+                    for part, rows in zip(FUSED[whole], tensor.tensor_split(ends), strict=True)]
+    return [(name, tensor)]
 
 
 def fold(pieces: Iterable[Piece], config: LMConfig, embedding=1.0, attention=1.0, residual=1.0,

@@ -14,46 +14,38 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, dequantize, quantize
-from gguf.quants import quant_shape_to_byte_shape
+from gguf import (GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter,
+                  LlamaFileType, dequantize, get_tensor_name_map, quantize)
 
-from interop import (GATED, QKV, Piece, check_supported, family_of, fold, fused, is_rotated,
-                     named_errors, rename, report_cut, split_fused, to_half_split, to_interleaved)
+from interop import (FUSED, Piece, check_supported, family_of, fold, fused_weights, is_rotated,
+                     named_errors, rename, report_cut, split_fused, to_interleaved)
+from interop.hf import names_of as hf_names
 from interop.vocabulary import from_gguf, to_gguf
 from model.config import LMConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer, scale_frequencies
 from runtime.files import UNSIGNED, check_signature, replace_atomic, sign
 
-BLOCK = 1 << 22         # weights that are unpacked at once, 16 MB in fp32
-
 # Not qwen2moe, which never normalises the weights of the chosen experts and gates the shared one.
 FAMILIES = {                # what is written, by what it has beyond Llama
     "": "llama", "attention_bias": "qwen2", "qk_norm": "qwen3", "nope_layers": "smollm3",
     "rotary_dim": "phi3", "use_moe": "llama", "use_moe+qk_norm": "qwen3moe",
-    "use_moe+shared": "bailingmoe", "use_moe+shared+qk_norm": "bailingmoe2"}
+    "use_moe+shared": "bailingmoe"}
 ARCHITECTURES = (*dict.fromkeys(FAMILIES.values()), "granite", "gpt2")
+ARCHITECTURE_IDS = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
 # llama.cpp's converter reorders Llama's q and k to our order; these keep Hugging Face's.
-HALF_SPLIT = ("qwen2", "qwen3", "phi3", "qwen3moe", "bailingmoe2")
-FUSED = {"gpt2": (QKV,), "phi3": (QKV, GATED), "bailingmoe2": (QKV,)}       # concatenated weights
-SQUARE = ("qwen2", "gpt2", "phi3", "bailingmoe2")   # n_heads * head_dim = dim
-BAILING = ("bailingmoe", "bailingmoe2")     # have a field for norm_topk_prob; never tie the head
+HALF_SPLIT = ("qwen2", "qwen3", "phi3", "qwen3moe")
+CONCATENATED = {"gpt2": ("wqkv",), "phi3": ("wqkv", "w13")}
+SQUARE = ("qwen2", "gpt2", "phi3")      # n_heads * head_dim = dim
 
-# Our names -> theirs.
-NAMES = {"tok_embeddings": "token_embd", "pos_embeddings": "position_embd", "norm": "output_norm",
-         "output": "output"}
-NAMES |= {f"layers.*.{ours}": f"blk.*.{theirs}" for ours, theirs in {
-    "attention_norm": "attn_norm", "attention.wq": "attn_q", "attention.wk": "attn_k",
-    "attention.wv": "attn_v", "attention.wo": "attn_output", "attention.wqkv": "attn_qkv",
-    "attention.q_norm": "attn_q_norm", "attention.k_norm": "attn_k_norm", "ffn_norm": "ffn_norm",
-    "ffn.w1": "ffn_gate", "ffn.w2": "ffn_down", "ffn.w3": "ffn_up", "ffn.router": "ffn_gate_inp",
-    "ffn.shared.w1": "ffn_gate_shexp", "ffn.shared.w2": "ffn_down_shexp",
-    "ffn.shared.w3": "ffn_up_shexp"}.items()}
-STACKS = {f"layers.*.ffn.{w}": f"blk.*.ffn_{theirs}_exps.weight"        # (experts, ..., ...)
-          for w, theirs in (("w1", "gate"), ("w2", "down"), ("w3", "up"))}
-NO_UP = {ours: theirs for ours, theirs in NAMES.items() if not ours.endswith("ffn.w3")}
-GPT2_NAMES = NO_UP | {"layers.*.ffn.w1": "blk.*.ffn_up"}
-PHI3_NAMES = NO_UP | {"layers.*.ffn.w13": "blk.*.ffn_up"}
+# Fields of LMConfig -> theirs.
+SIZES = {"dim": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count",
+         "n_kv_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
+         "hidden_dim": "feed_forward_length", "max_seq_len": "context_length",
+         "rotary_dim": "rope.dimension_count", "rope_theta": "rope.freq_base"}
+EXPERT_SIZES = {"n_routed_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
+                "hidden_dim": "expert_feed_forward_length",
+                "n_shared_experts": "expert_shared_count", "norm_topk_prob": "expert_weights_norm"}
 
 # Settings that change what a model computes, with the values that this code has.
 SUPPORTED = {
@@ -72,13 +64,12 @@ FLOAT32, STRING, ARRAY = 6, 8, 9
 
 
 class Stored(NamedTuple):
-    """A tensor in the file; a vector has one column."""
+    """Where a tensor lies in the file."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]              # in torch's order
-    rows: int
-    row_bytes: int
     begin: int                          # its first byte
+    n_bytes: int
 
 
 class Header:
@@ -89,10 +80,9 @@ class Header:
         try:
             with open(path, "rb") as self.file:
                 self.parse()
-                ends = [each.begin + each.rows * each.row_bytes for each in self.tensors.values()]
-                size = self.file.seek(0, 2)
-            if max(ends, default=0) > size:
-                raise ValueError(f"a tensor ends at byte {max(ends)} of {size}")
+                end = max(each.begin + each.n_bytes for each in self.tensors.values())
+                if end > (size := self.file.seek(0, 2)):
+                    raise ValueError(f"a tensor ends at byte {end} of {size}")
         except (struct.error, ValueError, LookupError, MemoryError, OverflowError) as error:
             raise ValueError(f"{path} is cut short, or no readable GGUF file: {error}") from error
         if (n_parts := self.fields.get("split.count", 1)) > 1:
@@ -115,12 +105,10 @@ class Header:
             described.append((name, *self.numbers(f"{n_dims}QIQ")))
         alignment = self.fields.get("general.alignment", 32)
         begin = -(-self.file.tell() // alignment) * alignment
-        for name, columns, *shape, kind, offset in described:
-            shape, kind = (*reversed(shape), columns), GGMLQuantizationType(kind)
-            columns = columns if len(shape) > 1 else 1
-            row_bytes = quant_shape_to_byte_shape((columns,), kind)[0]
-            self.tensors[name] = Stored(kind, shape, prod(shape) // columns, row_bytes,
-                                        begin + offset)
+        for name, *shape, kind, offset in described:
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            self.tensors[name] = Stored(GGMLQuantizationType(kind), (*reversed(shape),),
+                                        begin + offset, prod(shape) // block * block_bytes)
 
     def numbers(self, kinds: str) -> tuple:
         return struct.unpack(f"<{kinds}", self.file.read(struct.calcsize(f"<{kinds}")))
@@ -141,6 +129,12 @@ class Header:
         return self.fields.get(name, *default) if default else self.fields[name]
 
 
+def read_tensor(path, stored: Stored) -> torch.Tensor:
+    packed = np.fromfile(path, np.uint8, stored.n_bytes, offset=stored.begin)   # a map is memory
+    values = dequantize(packed.reshape(*stored.shape[:-1], -1), stored.kind)
+    return torch.from_numpy(values).view(stored.shape)
+
+
 # -- config ----------------------------------------------------------------------------------------
 
 def read_config(path) -> LMConfig:
@@ -152,37 +146,34 @@ def read_config(path) -> LMConfig:
 
 def config_of(header: Header, rope_scaling: dict | None) -> LMConfig:
     get, tensors, architecture = header.get, header.tensors, header.architecture
-    is_gpt2, n_layers = architecture == "gpt2", get("block_count")
-    dim, n_heads = get("embedding_length"), get("attention.head_count")
-    hidden_dim, head_dim = get("feed_forward_length"), get("attention.key_length", dim // n_heads)
-    rotary_dim = get("rope.dimension_count", head_dim)
-    supported = SUPPORTED | {"attention.value_length": (head_dim,)}
-    supported |= FACTORS if architecture != "granite" else {}
-    if architecture != "phi3":
-        supported["rope.dimension_count"] = (head_dim,)
+    supported = SUPPORTED | (FACTORS if architecture != "granite" else {})
     check_supported(header.fields, {f"{architecture}.{name}": values
                                     for name, values in supported.items()})
-    limits = [get("context_length"), get("attention.sliding_window", 0)]
+    use_moe = get("expert_count", 0) > 0
+    sizes = {"n_kv_heads": get("attention.head_count")}
+    if use_moe:
+        sizes |= {"n_shared_experts": 0, "norm_topk_prob": architecture != "bailingmoe"}
+    sizes |= {ours: value for ours, theirs in names_of_sizes(use_moe)
+              if (value := get(theirs, None)) is not None}
+    limits = [sizes.pop("max_seq_len"), get("attention.sliding_window", 0)]
     if "rope_factors_short.weight" in tensors:          # beyond it RoPE has other frequencies
         limits.append(get("rope.scaling.original_context_length"))
-    experts = {}
-    if n_experts := get("expert_count", 0):
-        hidden_dim = get("expert_feed_forward_length", hidden_dim)
-        is_normed = get("expert_weights_norm", architecture not in BAILING)
-        experts = {"use_moe": True, "n_routed_experts": n_experts, "norm_topk_prob": is_normed,
-                   "num_experts_per_tok": get("expert_used_count"),
-                   "n_shared_experts": get("expert_shared_count", 0)}
+    every_fourth = range(3, sizes["n_layers"], 4)
     return LMConfig(
-        architecture="gpt2" if is_gpt2 else "llama", dim=dim, n_layers=n_layers,
-        n_heads=n_heads, n_kv_heads=get("attention.head_count_kv", n_heads), head_dim=head_dim,
-        hidden_dim=hidden_dim, vocab_size=tensors["token_embd.weight"].shape[0],
-        max_seq_len=min(filter(None, limits)),
-        rope_theta=get("rope.freq_base", 10000.0), rope_scaling=rope_scaling, rotary_dim=rotary_dim,
-        nope_layers=range(3, n_layers, 4) if architecture == "smollm3" else (),
-        norm_eps=get(f"attention.layer_norm{'' if is_gpt2 else '_rms'}_epsilon"),
-        tie_embeddings="output.weight" not in tensors,
+        architecture="gpt2" if architecture == "gpt2" else "llama", use_moe=use_moe,
+        vocab_size=tensors["token_embd.weight"].shape[0], max_seq_len=min(filter(None, limits)),
+        rope_scaling=rope_scaling, nope_layers=every_fourth if architecture == "smollm3" else (),
+        norm_eps=get(name_of_epsilon(architecture)), tie_embeddings="output.weight" not in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
-        attention_bias="blk.0.attn_q.bias" in tensors, **experts)
+        attention_bias="blk.0.attn_q.bias" in tensors, **sizes)
+
+
+def names_of_sizes(use_moe: bool) -> list[tuple[str, str]]:
+    return [*SIZES.items(), *(EXPERT_SIZES.items() if use_moe else ())]
+
+
+def name_of_epsilon(architecture: str) -> str:
+    return f"attention.layer_norm{'' if architecture == 'gpt2' else '_rms'}_epsilon"
 
 
 def read_rope_scaling(path, header: Header) -> dict | None:
@@ -194,9 +185,7 @@ def read_rope_scaling(path, header: Header) -> dict | None:
     name = next((name for name in DIVISORS if name in header.tensors), None)
     if name is None:
         return None
-    stored = header.tensors[name]
-    with open(path, "rb") as file:
-        divisors = torch.from_numpy(read_rows(file, stored, 0, stored.rows))
+    divisors = read_tensor(path, header.tensors[name])
     if name != "rope_freqs.weight":
         if torch.any(divisors != 1):
             raise ValueError(f"{name} is not 1 everywhere: not supported")
@@ -217,7 +206,7 @@ def rope_divisors(rope_theta: float, head_dim: int, scaling: dict):  # -> (K/2,)
 def architecture_of(config: LMConfig) -> str:
     """The architecture of llama.cpp that computes the same. Raises ValueError if there is none."""
     architecture = family_of(config, FAMILIES, "llama.cpp")
-    if config.use_moe and not config.norm_topk_prob and architecture not in BAILING:
+    if config.use_moe and not config.norm_topk_prob and architecture != "bailingmoe":
         raise ValueError(f"llama.cpp's {architecture} needs norm_topk_prob=True")
     if config.n_heads * config.head_dim != config.dim and architecture in SQUARE:
         raise ValueError(f"llama.cpp's {architecture} needs n_heads * head_dim = dim")
@@ -231,35 +220,28 @@ def architecture_of(config: LMConfig) -> str:
 
 
 def fields_of(config: LMConfig, architecture: str) -> dict:
-    is_gpt2 = architecture == "gpt2"
-    fields = {
-        "vocab_size": config.vocab_size, "context_length": config.max_seq_len,
-        "embedding_length": config.dim, "block_count": config.n_layers,
-        "feed_forward_length": config.hidden_dim, "attention.head_count": config.n_heads,
-        "attention.head_count_kv": config.n_kv_heads,
-        f"attention.layer_norm{'' if is_gpt2 else '_rms'}_epsilon": config.norm_eps}
-    if not is_gpt2:
-        fields |= dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim)
-        fields |= {"rope.dimension_count": config.rotary_dim,
-                   "rope.freq_base": float(config.rope_theta)}
+    fields = {theirs: getattr(config, ours) for ours, theirs in names_of_sizes(config.use_moe)}
+    fields |= {"vocab_size": config.vocab_size, "attention.value_length": config.head_dim,
+               "rope.freq_base": float(config.rope_theta),
+               name_of_epsilon(architecture): config.norm_eps}
     if {*(config.rope_scaling or {})} == {"factor"}:
         fields |= {"rope.scaling.type": "linear",
                    "rope.scaling.factor": float(config.rope_scaling["factor"])}
     if config.use_moe:
-        fields |= {"expert_count": config.n_routed_experts, "expert_gating_func": 1,
-                   "expert_used_count": config.num_experts_per_tok,
-                   "expert_feed_forward_length": config.hidden_dim}
-    if architecture in BAILING:
-        fields |= {"expert_shared_count": config.n_shared_experts,
-                   "expert_weights_norm": config.norm_topk_prob}
+        fields["expert_gating_func"] = 1        # softmax
     return {f"{architecture}.{name}": value for name, value in fields.items()}
 
 
 # -- tensors ---------------------------------------------------------------------------------------
 
 def names_of(config: LMConfig, architecture: str) -> dict[str, str]:
-    tables = {"gpt2": GPT2_NAMES, "phi3": PHI3_NAMES}
-    return tables.get(architecture, NAMES) | (STACKS if config.use_moe else {})
+    """Our names -> theirs: the package knows those of Hugging Face."""
+    known = get_tensor_name_map(ARCHITECTURE_IDS[architecture], n_blocks=1)
+    absent = [part for whole, parts in FUSED.items()
+              for part in (parts if whole in CONCATENATED.get(architecture, ()) else [whole])]
+    return {ours: name.replace(".0.", ".*.") for ours, theirs in hf_names(config).items()
+            if ours.rpartition(".")[2] not in absent
+            and (name := known.get_name(theirs.replace("*", "0"), [".weight"]))}
 
 
 def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
@@ -275,46 +257,14 @@ def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
 
 
 def stored_pieces(path, header: Header, config: LMConfig) -> Iterator[Piece]:
-    is_half_split = header.architecture in HALF_SPLIT
-    with open(path, "rb") as file:          # not mapped: mapped pages would count as memory
-        for source, stored in header.tensors.items():
-            if source in DIVISORS:
-                continue
-            # Whole heads, because to_interleaved reorders the rows of a head.
-            n_heads = BLOCK * stored.rows // prod(stored.shape) // config.head_dim
-            step = max(1, n_heads) * config.head_dim
-            first = 0
-            for name, expert, n_rows in parts_of(source, stored, config, header.architecture):
-                for start in range(0, n_rows, step):
-                    stop = min(start + step, n_rows)
-                    tensor = torch.from_numpy(read_rows(file, stored, first + start, first + stop))
-                    if is_half_split and is_rotated(name):
-                        tensor = to_interleaved(tensor, config.head_dim, config.rotary_dim)
-                    # An open end, so that a tensor with too few rows has a wrong shape.
-                    rows = slice(start, None if stop == n_rows else stop)
-                    yield Piece(name, tensor, (*expert, rows), source)
-                first += n_rows
-
-
-def read_rows(file, stored: Stored, start: int, stop: int):  # -> (stop - start, columns) or (rows,)
-    file.seek(stored.begin + start * stored.row_bytes)
-    packed = np.fromfile(file, np.uint8, (stop - start) * stored.row_bytes)
-    values = dequantize(packed.reshape(stop - start, stored.row_bytes), stored.kind)
-    return values if len(stored.shape) > 1 else values.reshape(-1)
-
-
-def parts_of(source: str, stored: Stored, config: LMConfig,
-             architecture: str) -> list[tuple[str, tuple, int]]:
-    """(our name, index of the expert or (), rows) of each weight that one of their tensors has."""
-    ours = {theirs: ours for ours, theirs in names_of(config, architecture).items()}
-    name = rename(source, ours)
-    parts = [(part, (), n_rows) for part, n_rows in split_fused(name, stored.rows, config)]
-    if source.endswith("_exps.weight"):
-        n_rows = config.dim if name.endswith("w2") else config.hidden_dim
-        parts = [(name, (e,), n_rows) for e in range(config.n_routed_experts)]
-    if sum(n_rows for _, _, n_rows in parts) != stored.rows:
-        raise ValueError(f"tensor {source} has the shape {stored.shape}, not that of {config}")
-    return parts
+    ours = {theirs: ours for ours, theirs in names_of(config, header.architecture).items()}
+    for source, stored in header.tensors.items():
+        if source in DIVISORS:
+            continue
+        for name, tensor in split_fused(rename(source, ours), read_tensor(path, stored), config):
+            if header.architecture in HALF_SPLIT and is_rotated(name):
+                tensor = to_interleaved(tensor, config.head_dim, config.rotary_dim)
+            yield Piece(name, tensor, source=source)
 
 
 def read_tokenizer(path) -> Tokenizer:
@@ -348,8 +298,8 @@ def write(model: Transformer, tokenizer: Tokenizer, path, dtype: str = "float16"
             writer.add_string("minidistill.checksum", UNSIGNED.decode())
             for name, value in fields.items():
                 add[type(value)](name, value)
-            for name, parts in their_tensors(model, architecture):
-                values = torch.cat(parts).detach().float().cpu().numpy()
+            for name, tensor in their_tensors(model, architecture):
+                values = tensor.float().cpu().numpy()
                 is_exact = values.ndim == 1 or name.endswith(EXACT)
                 packed = "q8_0" if name in EIGHT_BITS else dtype
                 packs = dtype in ("q8_0", "q4_0") and values.shape[-1] % 32 == 0
@@ -368,19 +318,13 @@ def write(model: Transformer, tokenizer: Tokenizer, path, dtype: str = "float16"
     replace_atomic(Path(path), to_file)
 
 
-def their_tensors(model: Transformer, architecture: str) -> Iterator[tuple[str, list]]:
-    """Their names, and the weights of ours that each tensor concatenates."""
+def their_tensors(model: Transformer, architecture: str) -> Iterator[tuple[str, torch.Tensor]]:
     config, names = model.config, names_of(model.config, architecture)
-
-    def weight_of(name):
-        weight = model.get_parameter(name)
-        is_split = architecture in HALF_SPLIT and is_rotated(name)
-        return to_half_split(weight, config.head_dim, config.rotary_dim) if is_split else weight
-
-    for name, parts in fused(dict(model.named_parameters()), FUSED.get(architecture, ())):
-        yield rename(name, names), [*map(weight_of, parts)]
-    if config.tie_embeddings and architecture in BAILING:
-        yield "output.weight", [model.tok_embeddings.weight]
+    wholes = CONCATENATED.get(architecture, ())
+    for name, weight in fused_weights(model, wholes, architecture in HALF_SPLIT):
+        yield rename(name, names), weight
+    if config.tie_embeddings and architecture == "bailingmoe":      # which never ties them
+        yield "output.weight", model.tok_embeddings.weight.detach()
     if "high_freq_factor" in (config.rope_scaling or {}):
-        yield "rope_freqs.weight", [
-            rope_divisors(config.rope_theta, config.head_dim, config.rope_scaling)]
+        divisors = rope_divisors(config.rope_theta, config.head_dim, config.rope_scaling)
+        yield "rope_freqs.weight", divisors

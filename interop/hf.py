@@ -8,15 +8,14 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
-from interop import (GATED, QKV, Piece, check_supported, family_of, fold, fused, is_rotated,
-                     named_errors, rename, report_cut, split_fused, to_half_split, to_interleaved)
+from interop import (Piece, check_supported, family_of, fold, fused_weights, is_rotated,
+                     named_errors, rename, report_cut, split_fused, to_interleaved)
 from interop.native import read_state
 from interop.vocabulary import QWEN2, read_tokenizer_json, write_tokenizer
 from model.config import LMConfig
@@ -24,15 +23,13 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from runtime.files import UNSIGNED, check_signature, replace_atomic, sign, write_json
 
-SHARD_BYTES = 4 << 30       # of a file, plus at most one tensor
-
 FAMILIES = {                # what is written, by what it has beyond Llama
     "": "llama", "attention_bias": "qwen2", "qk_norm": "qwen3", "nope_layers": "smollm3",
     "rotary_dim": "phi3", "use_moe+qk_norm": "qwen3_moe", "use_moe+shared": "qwen2_moe",
     "use_moe+shared+attention_bias": "qwen2_moe"}
 OTHERS = ("mistral", "granite", "minimind", "gpt2")     # the first two are written as llama
 CLASSES = {"smollm3": "SmolLM3"}                        # of transformers, less "ForCausalLM"
-FUSED = {"gpt2": (QKV,), "phi3": (QKV, GATED)}          # concatenated weights
+CONCATENATED = {"gpt2": ("wqkv",), "phi3": ("wqkv", "w13")}
 
 # Fields of LMConfig -> keys of config.json.
 SIZES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
@@ -298,8 +295,7 @@ def to_pieces(tensors, config: LMConfig) -> Iterator[Piece]:
         elif number:
             yield Piece(name, tensor, int(number[1]), source)
         else:
-            names, sizes = zip(*split_fused(name, len(tensor), config))
-            for name, part in zip(names, tensor.tensor_split([*accumulate(sizes)][:-1])):
+            for name, part in split_fused(name, tensor, config):
                 if config.architecture != "gpt2" and is_rotated(name):
                     part = to_interleaved(part, config.head_dim, config.rotary_dim)
                 yield Piece(name, part, source=source)
@@ -311,42 +307,32 @@ def write(model: Transformer, tokenizer: Tokenizer, folder, dtype: torch.dtype =
     """Write the folder that AutoModelForCausalLM and AutoTokenizer read. config.json comes last:
     without it the folder is no model. Raises ValueError for a model that no family can hold."""
     folder, config = Path(folder), write_config(model.config, tokenizer, dtype)
-    shards, weight_map, size = {}, {}, 0
-    for name, tensor in their_tensors(model, config["model_type"]):
-        shards.setdefault(size // SHARD_BYTES, {})[name] = tensor
-        size += tensor.numel() * dtype.itemsize
-    for i, shard in enumerate(shards.values(), 1):
-        part = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        shard = {name: tensor.to(dtype).contiguous() for name, tensor in shard.items()}
+    tensors = {name: tensor.to(dtype).contiguous()
+               for name, tensor in their_tensors(model, config["model_type"])}
 
-        def to_file(temporary):
-            temporary.write_bytes(save(shard, {"format": "pt", "checksum": UNSIGNED.decode()}))
-            sign(temporary)
+    def to_file(temporary):
+        save_file(tensors, temporary, {"format": "pt", "checksum": UNSIGNED.decode()})
+        temporary.chmod(0o644)          # save_file leaves it to its owner
+        sign(temporary)
 
-        replace_atomic(folder / f"model{part}.safetensors", to_file)
-        weight_map |= dict.fromkeys(shard, f"model{part}.safetensors")
-    if len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json",
-                   {"metadata": {}, "weight_map": weight_map})
+    replace_atomic(folder / "model.safetensors", to_file)
     write_tokenizer(tokenizer, folder)
     write_json(folder / "generation_config.json",
                {key: config[key] for key in ("bos_token_id", "eos_token_id")})
     write_json(folder / "config.json", config)
 
 
+def names_of(config: LMConfig) -> dict[str, str]:
+    """Our names -> theirs."""
+    if config.architecture == "gpt2":
+        return GPT2_NAMES
+    return NAMES | STACKS if config.use_moe else NAMES
+
+
 def their_tensors(model: Transformer, family: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights under their names and in their order, made one at a time."""
-    config, is_gpt2 = model.config, family == "gpt2"
-    table = GPT2_NAMES if is_gpt2 else NAMES | STACKS if config.use_moe else NAMES
-
-    def weight_of(name):
-        weight = model.get_parameter(name).detach()
-        if is_gpt2 or not is_rotated(name):
-            return weight
-        return to_half_split(weight, config.head_dim, config.rotary_dim)
-
-    for name, parts in fused(dict(model.named_parameters()), FUSED.get(family, ())):
-        weight = torch.cat([*map(weight_of, parts)]) if len(parts) > 1 else weight_of(name)
+    """The weights under their names and in their order."""
+    config, is_gpt2, table = model.config, family == "gpt2", names_of(model.config)
+    for name, weight in fused_weights(model, CONCATENATED.get(family, ()), not is_gpt2):
         theirs = rename(name, table)
         if is_gpt2 and name.startswith("layers") and weight.dim() == 2:
             weight = weight.T

@@ -6,7 +6,6 @@ RoPE rotates the pairs (x0, x1) there as in model/transformer.py, so nothing is 
 
 import struct
 from collections.abc import Iterator
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from interop import Piece, named_errors
+from interop.vocabulary import merges_of
 from model.config import LMConfig
 from model.tokenizer import PLAIN, Tokenizer
 
@@ -97,12 +97,11 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         scores = read_scores(file)
         if len(scores) != vocab_size:
             raise ValueError(f"{len(scores)} tokens, but {path} has {vocab_size}")
-        learned = learned_tokens(scores)
+        ids = learned_tokens(scores)
 
     byte_ids = {bytes([value]): FIRST_BYTE + value for value in range(256)}
-    ids = {text.encode(): i for text, i in learned.items()}
     spare = {f"<0x{ord(byte):02X}>": i for byte, i in byte_ids.items() if byte in ids}
-    pattern = LINES if any(" " in text.lstrip(" ") for text in learned) else WORDS
+    pattern = LINES if any(b" " in token.lstrip(b" ") for token in ids) else WORDS
     return Tokenizer(pattern, {"<unk>": 0, "<s>": 1, "</s>": 2} | spare, byte_ids | ids, path=file,
                      chat=PLAIN("<s>"), bos="<s>", end_of_text="<s>", prefix_space=True)
 
@@ -119,33 +118,16 @@ def read_scores(path: Path) -> list[tuple[bytes, float]]:
     return tokens
 
 
-def learned_tokens(scores: list[tuple[bytes, float]]) -> dict[str, int]:
-    """Text -> id of all but the first 259. Raises ValueError for what cannot be exact."""
+def learned_tokens(scores: list[tuple[bytes, float]]) -> dict[bytes, int]:
+    """Token -> id of all but the first 259. Raises ValueError for what cannot be exact."""
     if scores[FIRST_BYTE][0] != b"<0x00>" or scores[FIRST_TOKEN - 1][0] != b"<0xFF>":
         raise ValueError("tokens 3 .. 258 are not the bytes of SentencePiece's byte_fallback")
-    learned = {token.decode(): i for i, (token, _) in enumerate(scores) if i >= FIRST_TOKEN}
-    last = float("inf")
-    for text, i in learned.items():
-        if len(text) == 1:
-            continue
-        score, reason = scores[i][1], None
-        if score >= last:
-            reason = f"has the score {score}, no lower than the one before it, {last}"
-        elif not text.isascii():
-            reason = "joins non-ASCII characters; read these weights from a Hugging Face folder"
-        elif (parts := join(text, learned)) != [text]:
-            reason = f"cannot be reached: its characters are joined to {parts}"
-        if reason:
-            raise ValueError(f"token {i}, {text!r}, {reason}")
-        last = score
-    return learned
-
-
-def join(text: str, ids: dict[str, int]) -> list[str]:
-    """Byte-pair encoding by the textbook: the neighbours whose union has the lowest id first."""
-    parts = list(text)
-    while unions := [(ids[a + b], i) for i, (a, b) in enumerate(pairwise(parts))
-                     if {a, b, a + b} <= ids.keys()]:
-        _, i = min(unions)
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+    ids = {token: i for i, (token, _) in enumerate(scores) if i >= FIRST_TOKEN}
+    unions = {token: i for token, i in ids.items() if len(token.decode()) > 1}
+    merges, last = merges_of(ids), float("inf")
+    for token, i in unions.items():
+        if scores[i][1] >= last or not token.isascii() or not {*merges.get(token, [b""])} <= {*ids}:
+            raise ValueError(f"token {i}, {token.decode()!r}, cannot be exact in tiktoken: read "
+                             "these weights from a Hugging Face folder")
+        last = scores[i][1]
+    return ids

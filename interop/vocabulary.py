@@ -21,8 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from interop import named_errors
-from model.tokenizer import (CHATML, LLAMA3, PATTERN, PLAIN, ROLES, Chat, Tokenizer, any_of,
-                             as_text_or_bytes)
+from model.tokenizer import CHATML, LLAMA3, PATTERN, PLAIN, ROLES, Chat, Tokenizer, any_of
 from runtime.args import CHAT
 from runtime.files import write_atomic
 from runtime.log import Logger
@@ -41,24 +40,6 @@ TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo
           r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 GPT_4O = TEKKEN.replace("|[^", ENDING + "|[^").replace(r"|\p{N}|", ENDING + r"|\p{N}{1,3}|")
-
-# Some files split the pieces of one pattern by the next. As one: numbers are split off first, so
-# that a space before a number ends a piece, as in SMOLLM.
-MINICPM5 = LLAMA_3.replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
-DEEPSEEK_V3 = "|".join((
-    r"\p{N}{1,3}",
-    r"[\p{L}\p{M}&&[CJK]]+",
-    r"[\p{P}\p{S}&&[CJK]]+",
-    r"[!-/:-@\[-`{-~][A-Za-z]+",
-    r"[^\r\n\p{L}\p{P}\p{S}\p{N}]?[\p{L}\p{M}&&[^CJK]]+",
-    r" ?[\p{P}\p{S}&&[^CJK]]+[\r\n]*|\s*[\r\n]+|\s+(?=[\p{N}CJK])|\s+(?!\S)|\s+",
-    r"[^\s\p{L}\p{M}\p{N}\p{P}\p{S}]+(?![\p{L}\p{M}&&[^CJK]])",         # control characters
-)).replace("CJK", CJK := "\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff")
-CHAINS = {
-    (r"\p{N}{1,3}", LLAMA_3.replace("{1,3}", "+")): MINICPM5,
-    (r"\p{N}{1,3}", f"[{CJK}]+", r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
-     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"):
-        DEEPSEEK_V3}
 
 # For the comparison with the tokenizers library: code, digits, blank lines, accents in two forms,
 # scripts, emoji, and every character up to U+024F.
@@ -106,10 +87,6 @@ def merges_of(ranks: dict[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
     return merges
 
 
-def unmade_tokens(ranks: dict[bytes, int], merges: dict[bytes, tuple]) -> list[bytes]:
-    return [token for token in ranks if len(token) > 1 and token not in merges]
-
-
 def check_merges(ranks: dict[bytes, int], merges: list[tuple], ignore_merges: bool):
     """Raise ValueError where tiktoken would join other tokens than the merges do. tiktoken needs no
     merges: it joins any two tokens whose union is a token, the lowest id first. The ids are equal
@@ -117,16 +94,20 @@ def check_merges(ranks: dict[bytes, int], merges: list[tuple], ignore_merges: bo
 
     ignore_merges: a piece of the text that is a token needs no merges, as in tiktoken
     """
-    name, expected = as_text_or_bytes, merges_of(ranks)
+    expected = merges_of(ranks)
     for before, after in pairwise(left + right for left, right in merges):
         if ranks[before] > ranks[after]:
-            raise ValueError(f"the merge that makes {name(before)!r} precedes that of "
-                             f"{name(after)!r}, whose id is lower: tiktoken would join it first")
+            raise ValueError(f"the merge that makes {before!r} precedes that of {after!r}, whose "
+                             "id is lower: tiktoken would join it first")
     for left, right in set(expected.values()) - set(merges):
-        raise ValueError(f"there is no merge of {name(left)!r} and {name(right)!r}, which tiktoken "
-                         f"would join to {name(left + right)!r}")
-    for token in [] if ignore_merges else unmade_tokens(ranks, expected):
-        raise ValueError(f"no merge makes token {name(token)!r}, which tiktoken would find")
+        raise ValueError(f"there is no merge of {left!r} and {right!r}, which tiktoken would join")
+    if not ignore_merges and (unmade := needs_no_merge(ranks, expected)):
+        raise ValueError(f"no merge makes token {unmade[0]!r}, which tiktoken would find")
+
+
+def needs_no_merge(ranks: dict[bytes, int], merges: dict[bytes, tuple]) -> list[bytes]:
+    """The tokens that tiktoken finds only where they are a whole piece of the text."""
+    return [token for token in ranks if len(token) > 1 and token not in merges]
 
 
 # -- chat templates --------------------------------------------------------------------------------
@@ -273,9 +254,8 @@ def read_template(template: str | None, special_tokens: dict[str, int], tokens: 
             Logger(f"WARNING: --chat {chosen} replaces a chat template that cannot be followed: "
                    f"the model was made for other prompts ({error})")
     elif chosen is None:
-        marks = {"llama3": {"<|start_header_id|>", "<|eot_id|>"},
-                 "chatml": {"<|im_start|>", "<|im_end|>"}, "plain": set()}
-        chosen = next(name for name in marks if marks[name] <= special_tokens.keys())
+        marks = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml"}
+        chosen = next((marks[mark] for mark in marks if mark in special_tokens), "plain")
         Logger(f"no chat template: conversations are formatted as --chat {chosen}")
     return make(chat=known[chosen], end_of_text=end)
 
@@ -341,10 +321,10 @@ OUR_PRE = "minidistill.tokenizer.pre"       # our own field, which others ignore
 LIKE_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
 PRE_TOKENIZERS = {                          # of equal ones, the first is written
     **dict.fromkeys(LIKE_LLAMA_3, LLAMA_3), "dbrx": LLAMA_3, "gpt-2": GPT2, "smollm": SMOLLM,
-    "refact": SMOLLM, "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "megrez": QWEN2, "tekken": TEKKEN,
-    "gpt-4o": GPT_4O, "minicpm5": MINICPM5, "deepseek-v3": DEEPSEEK_V3, "minidistill": PATTERN}
+    "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "tekken": TEKKEN, "gpt-4o": GPT_4O,
+    "minidistill": PATTERN}
 # A piece that is a token needs no merges; by default a text begins with bos.
-WHOLE_PIECES = (*LIKE_LLAMA_3, "tekken", "minicpm5")
+WHOLE_PIECES = (*LIKE_LLAMA_3, "tekken")
 
 
 def from_gguf(fields: dict, path: Path | None = None) -> Tokenizer:
@@ -405,7 +385,7 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict:
 
 def read_tokenizer_json(path: str | Path) -> Tokenizer:
     """The vocabulary of a folder, or of a tokenizer.json and the files beside it:
-    tokenizer_config.json, chat_template.jinja, and added_tokens.json in older folders.
+    tokenizer_config.json and chat_template.jinja.
 
     Raises FileNotFoundError, or ValueError with the file, the part and why it cannot be exact."""
     path = Path(path)
@@ -422,9 +402,8 @@ def read_tokenizer_json(path: str | Path) -> Tokenizer:
             raise ValueError(f"the tokenizers library cannot read it: {error}") from error
         library.no_truncation()
         library.no_padding()
-        config, older = (json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-                         for beside in (file.with_name("tokenizer_config.json"),
-                                        file.with_name("added_tokens.json")))
+        beside = file.with_name("tokenizer_config.json")
+        config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
         template, jinja = config.get("chat_template"), file.with_name("chat_template.jinja")
         if jinja.is_file():
             template = jinja.read_text(encoding="utf-8")
@@ -432,22 +411,14 @@ def read_tokenizer_json(path: str | Path) -> Tokenizer:
             template = {each["name"]: each["template"] for each in template}.get("default")
         tokens = {key: token["content"] if isinstance(token, dict) else token
                   for key in ("bos_token", "eos_token") if (token := config.get(key)) is not None}
-        add_declared(library, config.get("added_tokens_decoder", {}), older)
+        declared = {each["content"] for each in config.get("added_tokens_decoder", {}).values()}
+        known = {each.content for each in library.get_added_tokens_decoder().values()}
+        if declared - known:
+            raise ValueError("it lacks tokens that tokenizer_config.json declares: "
+                             f"{sorted(declared - known)}")
         tokenizer = from_library(library, tokens=tokens, chat_template=template, path=file)
         check_against_library(tokenizer, library)
         return tokenizer
-
-
-def add_declared(library: tokenizers.Tokenizer, declared: dict, older: dict):
-    """Add the tokens that only the files beside tokenizer.json declare."""
-    tokens = {each["content"]: (int(i), each["special"]) for i, each in declared.items()}
-    tokens = {name: (i, False) for name, i in older.items()} | tokens
-    known = {each.content for each in library.get_added_tokens_decoder().values()}
-    for name, (i, special) in sorted(tokens.items(), key=lambda item: item[1]):
-        if name not in known:
-            library.add_tokens([AddedToken(name, normalized=False, special=special)])
-        if (theirs := library.token_to_id(name)) != i:
-            raise ValueError(f"added token {name!r} is declared with the id {i}, but has {theirs}")
 
 
 def from_library(library: tokenizers.Tokenizer, **options) -> Tokenizer:
@@ -485,11 +456,6 @@ def read_pre_tokenizer(part: dict | None) -> str:
             return SMOLLM
         case [{"type": "Split", "pattern": {"Regex": pattern}}, {"type": "ByteLevel"}]:
             return pattern
-        case [*splits, {"type": "ByteLevel"}]:
-            patterns = (str(split.get("pattern", {}).get("Regex")) for split in splits)
-            chain = tuple(each.replace("\r", r"\r").replace("\n", r"\n") for each in patterns)
-            if chain in CHAINS:
-                return CHAINS[chain]
     raise ValueError(f"pre_tokenizer {json.dumps(part)[:500]} is not supported")
 
 
@@ -545,7 +511,7 @@ def to_library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     library = tokenizers.Tokenizer(models.BPE(
         tokenizer.special_tokens | tokens,
         [tuple(map(to_letters, pair)) for pair in merges.values()],
-        ignore_merges=bool(unmade_tokens(tokenizer.ranks, merges))))
+        ignore_merges=bool(needs_no_merge(tokenizer.ranks, merges))))
     library.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(tokenizers.Regex(tokenizer.pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -2,7 +2,7 @@
 转换：任何能读的模型，写成 Hugging Face 文件夹、GGUF 或我们的 .pth；也可量化，或取平均。
 Conversion: any model that can be read becomes a Hugging Face folder, a GGUF file or a .pth of ours,
 which may be quantised; or several become the mean of their weights. A Modelfile for Ollama stands
-beside a GGUF file, and a model card, README.md, in a folder.
+beside a GGUF file.
 
     python scripts/convert.py --weights out/full_dist_64.pth --out out/student_hf
     python scripts/convert.py --weights out/full_dist_64.pth --out out/student.gguf --quantize q8_0
@@ -20,25 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scrip
 
 import torch
 
-from evaluation.tables import markdown
 from interop.checkpoint import load_model, save_model, weight_files
-from model.config import LMConfig
 from model.quantize import KINDS, quantize
 from model.tokenizer import ROLES, Tokenizer
 from runtime.args import checking_input, make_parser, parse_args
-from runtime.checkpoint import load_verified
-from runtime.files import read_rows, write_text
+from runtime.files import write_text
 from runtime.log import Logger
 
 # --dtype and --quantize of each kind of --out; "" is a Hugging Face folder.
 DTYPES = {".pth": ("float32", "bfloat16"), ".gguf": ("float16", "float32"),
           "": ("float32", "float16", "bfloat16")}
 QUANTISED = {".pth": (*KINDS,), ".gguf": ("q8_0", "q4_0"), "": ()}
-
-# What the model card tells of a run, by the names of its resume file.
-RECIPE = ("data", "weights", "student", "teacher", "teacher_cache", "alpha", "divergence",
-          "temperature", "lora_rank", "qat", "optimizer", "learning_rate", "samples per step",
-          "total steps", "seed")
 
 
 def average(paths: list[str]):
@@ -68,29 +60,6 @@ def modelfile(file: str, tokenizer: Tokenizer) -> str:
     return (f'FROM ./{file}\nTEMPLATE """{{{{ range .Messages }}}}{{{{ if {turns}{{{{ end }}}}'
             f'{{{{ end }}}}{prompt}"""\n{system}'
             f'PARAMETER stop "{tokenizer.names[tokenizer.end_of_turn]}"\n')
-
-
-def model_card(config: LMConfig, n_parameters: int, sources: list[str]) -> str:
-    """What the files beside the weights say of their training: the settings of the resume file, and
-    the last validation of the log."""
-    parts = [f"---\nlibrary_name: transformers\n---\n# {config}, {n_parameters:,} parameters",
-             f"Written by MiniDistill from {', '.join(Path(path).name for path in sources)}."]
-    for path in map(Path, sources):
-        run = str(path.with_suffix("")).removesuffix("_best")
-        if not Path(f"{run}.resume").is_file():
-            continue
-        told = load_verified(f"{run}.resume")["progress"]["settings"]
-        rows = [[key, str(told[key]).strip("[']")] for key in RECIPE
-                if told.get(key) not in (None, [])]
-        parts += [f"## Training of {Path(run).name}", markdown([["setting", "value"], *rows], "ll")]
-        scores = [row for row in read_rows(Path(f"{run}.jsonl"), "step") if "val_" in str([*row])]
-        for row in scores[-1:]:
-            rows = [[key, f"{value:.4g}"] for key, value in row.items() if "val_" in key]
-            parts += [f"## Held-out data, step {row['step']:,}",
-                      markdown([["score", "value"], *rows])]
-    parts += ["## Licence", "Those of the data, of the teacher and of the initial weights apply. "
-              "These files do not record them."]
-    return "\n\n".join(parts) + "\n"
 
 
 def check(args) -> str:
@@ -146,8 +115,6 @@ def main():
             from interop import hf
 
             hf.write(model, tokenizer, args.out, getattr(torch, dtype))
-            write_text(args.out / "README.md", model_card(
-                model.config, model.n_parameters(), args.average or [args.weights]))
     size = sum(file.stat().st_size for file in weight_files(args.out))
     Logger(f"{args.out}: {model.config}, {model.n_parameters():,} parameters, {size / 1e6:,.1f} MB")
 

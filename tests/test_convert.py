@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import scripts.convert as convert_script
 import scripts.evaluate as evaluate_script
@@ -96,8 +97,8 @@ def test_averaged_weights_are_the_mean_of_models_of_one_kind(files, tiny, byte_t
     convert(weights=pair[0], out=tmp_path / "int8.pth", quantize="int8")
     for wrong, reason in (([pair[0], files / "student.pth"], "student.pth is quantised, or"), ([pair[0], tmp_path / "words.pth"], "words.pth is"),
                           ([tmp_path / "int8.pth"] * 2, "int8.pth is quantised"), (pair, "is the model that is to be converted")):
-        said = complaint("scripts/convert.py", average=wrong, out=tmp_path / ("other.pth" if wrong is pair else "no.pth"))
-        assert reason in said
+        with pytest.raises(SystemExit, match=reason):
+            convert(average=wrong, out=tmp_path / ("other.pth" if wrong is pair else "no.pth"))
 
 
 # -- one model in many files -----------------------------------------------------------------------
@@ -148,27 +149,6 @@ def test_a_modelfile_has_the_default_system_message_and_what_precedes_an_answer(
     tokenizer.chat = Chat("S{content}.", "U{content}.", "A{content}.", default_system="Be brief.", before_answer="<t>")
     text = modelfile("m.gguf", tokenizer)
     assert 'SYSTEM """Be brief."""\n' in text and '{{ end }}{{ end }}A<t>"""\n' in text
-
-
-def test_the_card_of_a_folder_says_what_the_files_beside_the_weights_know_and_no_more(files, tmp_path):
-    (tmp_path / "a").mkdir()
-    shutil.copy(files / "student.pth", tmp_path / "a/run.pth")
-    shutil.copy(files / "student.json", tmp_path / "a/run.json")
-    for path in files.glob("tokenizer-*.json"):
-        shutil.copy(path, tmp_path / "a")
-    convert(weights=tmp_path / "a/run.pth", out=tmp_path / "bare")
-    bare = (tmp_path / "bare/README.md").read_text()
-    assert "# 64 x 1, " in bare and "from run.pth" in bare and "##" not in bare.replace("## Licence", "")
-
-    settings = {"data": "tickets.csv-12ab", "teacher": ["big.pth"], "alpha": 0.0, "student": None, "chain": []}
-    torch.save({"progress": {"settings": settings}}, tmp_path / "a/run.resume")
-    rows = [{"step": 5, "loss": 2.0}, {"step": 5, "val_ce": 1.25}, {"step": 9, "val_ce": 0.75}, {"step": 9, "loss": 1.0}]
-    (tmp_path / "a/run.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    convert(weights=tmp_path / "a/run.pth", out=tmp_path / "told")
-    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in
-             (tmp_path / "told/README.md").read_text().splitlines() if line.startswith("|") and "---" not in line]
-    assert cells == [["setting", "value"], ["data", "tickets.csv-12ab"], ["teacher", "big.pth"], ["alpha", "0.0"],
-                     ["score", "value"], ["val_ce", "0.75"]]
 
 
 def test_converting_says_what_came_out(files, tmp_path, capfd):
@@ -501,13 +481,20 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_a_folder_takes_little_more_memory_than_the_model(files, byte_tokenizer, tmp_path, monkeypatch):
+def test_loading_a_folder_takes_little_more_memory_than_the_model(files, byte_tokenizer, tmp_path):
     """9 million parameters, 36 MB in fp32, from bf16 in one file and in several. A small model is loaded first, with
     the modules that it imports."""
     model = build(LMConfig(dim=256, n_layers=9, n_heads=4, vocab_size=4096))
     hf.write(model, byte_tokenizer(), tmp_path / "one", torch.bfloat16)
-    monkeypatch.setattr(hf, "SHARD_BYTES", 5 << 20)
-    hf.write(model, byte_tokenizer(), tmp_path / "several", torch.bfloat16)
+    shutil.copytree(tmp_path / "one", tmp_path / "several")
+    tensors, shards = load_file(tmp_path / "one/model.safetensors"), {}
+    (tmp_path / "several/model.safetensors").unlink()
+    for i, name in enumerate(tensors):
+        shards.setdefault(f"model-{i // 12}.safetensors", []).append(name)
+    for shard, names in shards.items():
+        save_file({name: tensors[name] for name in names}, tmp_path / "several" / shard)
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    (tmp_path / "several/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     command = [sys.executable, "-c", PEAK, files / "folder", tmp_path / "one", tmp_path / "several"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     _, *times = [float(line) for line in ended.stdout.splitlines() if ":" not in line]     # else a line of the log

@@ -34,7 +34,6 @@ KINDS = {
     "qwen3moe": dict(MOE, n_shared_experts=0, qk_norm=True),
     "bailingmoe": dict(MOE, n_shared_experts=2),
     "bailingmoe, not normed": dict(MOE, n_shared_experts=1, norm_topk_prob=False),
-    "bailingmoe2": dict(MOE, n_shared_experts=1, qk_norm=True),
     "gpt2": dict(architecture="gpt2", n_kv_heads=4),
 }
 TOKENS, LENGTHS = torch.arange(20) * 13 % 272, [12, 8]
@@ -77,8 +76,8 @@ def written(file, byte_tokenizer, monkeypatch):
 
     def write(fields=None, tensors=None, architecture_of=None, **sizes):
         def changed(model, architecture):
-            of = {name: parts for name, parts in their_tensors(model, architecture)} | (tensors or {})
-            return ((name, parts) for name, parts in of.items() if parts is not None)
+            of = dict(their_tensors(model, architecture)) | (tensors or {})
+            return ((name, tensor) for name, tensor in of.items() if tensor is not None)
 
         with monkeypatch.context() as patch:
             patch.setattr(gguf, "fields_of", lambda *given: fields_of(*given) | (fields or {}))
@@ -108,7 +107,7 @@ def test_every_family_comes_back_bit_for_bit_in_fp32(kind, file, byte_tokenizer)
     assert torch.equal(logits(model), logits(back))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "bailingmoe2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "bailingmoe", "gpt2"])
 def test_fp16_keeps_eleven_bits_of_a_matrix_and_all_of_a_vector(kind, file, byte_tokenizer):
     model = make(**KINDS[kind])
     gguf.write(model, byte_tokenizer(), file, "float16")
@@ -117,7 +116,7 @@ def test_fp16_keeps_eleven_bits_of_a_matrix_and_all_of_a_vector(kind, file, byte
         assert torch.all((ours - theirs).abs() <= (0 if exact else ours.abs() * 2**-11 + 2**-25)), name
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "bailingmoe2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "bailingmoe", "gpt2"])
 def test_q8_0_is_wrong_by_half_a_step_of_its_block_of_32(kind, file, byte_tokenizer):
     # A block's largest number is 127 steps. Half a step is lost in rounding to whole ones, and at
     # the 127th another 127 times the error of the step itself, which is kept in fp16: 127 / 2^11 = 0.06 steps.
@@ -157,16 +156,6 @@ def test_a_weight_past_the_end_of_fp16_is_refused_rather_than_made_infinite(file
         gguf.write(model, byte_tokenizer(), file, "float16")
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3moe", "bailingmoe2", "gpt2"])
-def test_a_tensor_may_be_read_in_blocks_of_rows(kind, file, byte_tokenizer, monkeypatch):
-    model = make(**KINDS[kind])
-    gguf.write(model, byte_tokenizer(), file, "float32")
-    monkeypatch.setattr(gguf, "BLOCK", 300)     # 9 rows of 32 numbers, of which one whole head of 8 is taken
-    sizes = [piece.tensor.numel() for piece in gguf.read_pieces(file, gguf.read_config(file))]
-    assert max(sizes) <= 8 * 64
-    assert torch.equal(logits(model), logits(read(file)))
-
-
 def test_the_package_reads_the_same_from_our_file(written):
     file = written(qk_norm=True)
     reader, header = package.GGUFReader(file), gguf.Header(file)
@@ -198,13 +187,13 @@ def test_the_factors_of_granite_become_a_part_of_the_weights(written):
 def test_a_phi_with_two_sets_of_frequencies_ends_where_the_second_begins(written):
     """Its temperature is a factor of the part of q and of k that RoPE rotates, here the first 6 of 8."""
     fields = {"phi3.rope.scaling.original_context_length": 12, "phi3.rope.scaling.attn_factor": 2.0}
-    factors = {"rope_factors_short.weight": [torch.ones(3)], "rope_factors_long.weight": [torch.full((3,), 3.0)]}
+    factors = {"rope_factors_short.weight": torch.ones(3), "rope_factors_long.weight": torch.full((3,), 3.0)}
     file = written(fields=fields, tensors=factors, rotary_dim=6)
     assert gguf.read_config(file).max_seq_len == 12
     ours, theirs = (model.layers[1].attention.wq.weight.view(4, 8, 32) for model in (make(rotary_dim=6), read(file)))
     assert torch.equal(theirs[:, :6], 4 * ours[:, :6]) and torch.equal(theirs[:, 6:], ours[:, 6:])
     with pytest.raises(ValueError, match="rope_factors_short.weight is not 1 everywhere"):
-        gguf.read_config(written(fields=fields, rotary_dim=6, tensors=factors | {"rope_factors_short.weight": [torch.full((3,), 3.0)]}))
+        gguf.read_config(written(fields=fields, rotary_dim=6, tensors=factors | {"rope_factors_short.weight": torch.full((3,), 3.0)}))
 
 
 def test_a_sliding_window_cuts_the_context(written):
@@ -224,7 +213,7 @@ def test_fast_frequencies_stay_and_slow_ones_are_divided_by_the_factor():
 def test_divisors_that_llama_3_does_not_make_are_refused(written):
     divisors = gguf.rope_divisors(5e5, 64, LLAMA3)
     divisors[10] = 1.5
-    file = written(tensors={"rope_freqs.weight": [divisors]}, **KINDS["llama, stretched"])
+    file = written(tensors={"rope_freqs.weight": divisors}, **KINDS["llama, stretched"])
     with pytest.raises(ValueError, match=r"model\.gguf: rope_freqs\.weight is not the result"):
         gguf.read_config(file)
 
@@ -236,7 +225,6 @@ def test_divisors_that_llama_3_does_not_make_are_refused(written):
     ({"general.architecture": "mamba"}, "architecture 'mamba' is none of .*'llama', 'qwen2'"),
     ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn'"),
     ({"llama.attention.scale": 0.5}, "llama.attention.scale = 0.5"),
-    ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count = 4 is not supported, only 8"),
     ({"llama.attention.head_count_kv": 3}, "n_heads=4 is no multiple of n_kv_heads=3"),
     ({"split.count": 3}, "one of 3 parts"),
 ])
@@ -248,11 +236,11 @@ def test_a_feature_that_is_not_known_is_named(written, fields, named):
 
 @pytest.mark.parametrize("tensors, named", [
     ({"blk.1.ffn_up.weight": None}, r"missing or repeated: layers\.1\.ffn\.w3\.weight"),
-    ({"blk.1.ffn_up.bias": [torch.zeros(64)]}, r"tensor blk\.1\.ffn_up\.bias has no place"),
-    ({"blk.0.attn_sinks": [torch.zeros(4)]}, r"tensor blk\.0\.attn_sinks has no place"),
-    ({"blk.0.ffn_up.weight": [torch.zeros(63, 32)]}, r"tensor blk\.0\.ffn_up\.weight has the shape \(63, 32\)"),
-    ({"blk.0.attn_q.weight": [torch.zeros(30, 32)]}, r"tensor blk\.0\.attn_q\.weight has the shape \(30, 32\)"),
-    ({"blk.0.attn_v.weight": [torch.zeros(16, 33)]}, r"tensor blk\.0\.attn_v\.weight has the shape \(16, 33\)"),
+    ({"blk.1.ffn_up.bias": torch.zeros(64)}, r"tensor blk\.1\.ffn_up\.bias has no place"),
+    ({"blk.0.attn_sinks": torch.zeros(4)}, r"tensor blk\.0\.attn_sinks has no place"),
+    ({"blk.0.ffn_up.weight": torch.zeros(63, 32)}, r"tensor blk\.0\.ffn_up\.weight has the shape \(63, 32\)"),
+    ({"blk.0.attn_q.weight": torch.zeros(30, 32)}, r"tensor blk\.0\.attn_q\.weight has the shape \(30, 32\)"),
+    ({"blk.0.attn_v.weight": torch.zeros(16, 33)}, r"tensor blk\.0\.attn_v\.weight has the shape \(16, 33\)"),
 ])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_a_tensor_too_many_too_few_or_of_another_shape_is_named(written, tensors, named, kind):
@@ -263,8 +251,8 @@ def test_a_tensor_too_many_too_few_or_of_another_shape_is_named(written, tensors
 
 
 @pytest.mark.parametrize("kind, tensors", [
-    ("qwen3moe", {"blk.0.ffn_up_exps.weight": [torch.zeros(2, 64, 32)]}),
-    ("gpt2", {"blk.0.attn_qkv.weight": [torch.zeros(80, 32)]}),
+    ("qwen3moe", {"blk.0.ffn_up_exps.weight": torch.zeros(2, 64, 32)}),
+    ("gpt2", {"blk.0.attn_qkv.weight": torch.zeros(80, 32)}),
 ])
 def test_a_stack_of_another_size_is_named(written, kind, tensors):
     with pytest.raises(ValueError, match=f"tensor {next(iter(tensors))} has the shape"):
@@ -284,6 +272,7 @@ def test_a_file_that_is_cut_short_is_named_wherever_it_ends(written):
 @pytest.mark.parametrize("sizes, named", [
     (dict(qk_norm=True, attention_bias=True), "llama.cpp has no architecture with qk_norm.attention_bias"),
     (dict(MOE, attention_bias=True), "no architecture with use_moe.shared.attention_bias"),
+    (dict(MOE, qk_norm=True), "no architecture with use_moe.shared.qk_norm"),
     (dict(MOE, n_shared_experts=0, norm_topk_prob=False), "llama needs norm_topk_prob=True"),
     (dict(attention_bias=True, head_dim=16), r"qwen2 needs n_heads \* head_dim = dim"),
     (dict(qk_norm=True, rope_scaling=LLAMA3), "qwen3 has no rope_scaling"),

@@ -193,10 +193,10 @@ def test_a_vocabulary_that_breaks_off_is_named_with_the_place(weights):
 
 @pytest.mark.parametrize("i, token, message", [
     (3, "A", "tokens 3 .. 258 are not the bytes"),
-    (268, "na", r"token 269, 'aaa', cannot be reached: its characters are joined to \['a', 'a', 'a'\]"),
-    (262, " t", "token 260, 'he', has the score"),                 # " t" twice: its later score counts
-    (262, "éé", "token 262, 'éé', joins non-ASCII characters"),
-    (262, "xy", r"token 262, 'xy', cannot be reached: its characters are joined to \['x', 'y'\]"),
+    (268, "na", "token 269, 'aaa', cannot be exact"),            # its characters are not joined: "aa" is missing
+    (262, " t", "token 260, 'he', cannot be exact"),             # " t" twice: its later score counts
+    (262, "éé", "token 262, 'éé', cannot be exact"),             # tiktoken would join the bytes
+    (262, "xy", "token 262, 'xy', cannot be exact"),             # x and y are no tokens
 ])
 def test_what_bytes_cannot_do_exactly_is_refused_with_the_token(weights, i, token, message):
     write_vocabulary(weights.with_name("tokenizer.bin"), [*TOKENS[:i], token, *TOKENS[i + 1:]])
@@ -208,6 +208,5 @@ def test_scores_that_do_not_fall_with_the_ids_are_refused(weights):
     scores = [0.0] * 259 + [-float(i) for i in range(len(TOKENS) - 259)]
     scores[261] = -1.0
     write_vocabulary(weights.with_name("tokenizer.bin"), TOKENS, scores)
-    message = "token 261, ' the', has the score -1.0, no lower than the one before it, -1.0"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="token 261, ' the', cannot be exact"):
         read_tokenizer(weights)
