@@ -1,19 +1,17 @@
 """
-显存与时间规划：每一项都写出算式，告诉你多大的模型在几块 GPU 上放得下，一步要多久。
-What fits where, and how long a step takes: each term with its formula.
+显存规划：每一项都写出算式，告诉你多大的模型在几块 GPU 上放得下。
+What fits where: the memory of a training run, each term with its formula.
 
     python scripts/plan_memory.py                        a table: model sizes by numbers of GPUs
     python scripts/plan_memory.py --student 8B --processes 8 --shard zero3 --grad_checkpoint
-    python scripts/plan_memory.py --picture share.png    where communication begins to dominate
 
 Each trainable weight takes 16 bytes: itself and its gradient in fp32, and AdamW's two moments
 (Rajbhandari et al. 2020, ZeRO, https://arxiv.org/abs/1910.02054, Sec. 3.1), where Muon has one;
 zero2 and zero3 divide them by the number of processes. GB are 10^9 bytes; a tenth of a GPU's memory
 is left to CUDA, NCCL and fragmentation. While it loads, a process takes 4 bytes a weight of the
-host's memory. Seconds add up as if no communication overlapped with computation, without latency.
+host's memory.
 """
 
-import math
 import re
 import sys
 from collections import namedtuple
@@ -29,19 +27,15 @@ from evaluation.tables import markdown
 from interop.checkpoint import empty_model, load_config
 from model.config import LMConfig
 from model.lora import add_lora
-from model.sizes import SIZES, operations
-from runtime.args import add_training_args, checking_input, command_line, make_parser, parse_args
-from runtime.pictures import new_figure, save_picture
+from model.sizes import SIZES
+from runtime.args import add_training_args, checking_input, make_parser, parse_args
 
 USABLE, BUFFERS = 0.9, 10       # of a GPU's memory; (rows, V) in fp32, of a divergence by autograd
-PER_MACHINE, N_GPUS = 8, (1, 2, 4, 8, 16, 32, 64)
-# Flags of a run, the simplest first; and those that make it smaller, the least costly first.
-SIMPLEST = [{"shard": shard, "lora_rank": rank} for shard, rank in (
-    ("none", 0), ("zero2", 0), ("zero3", 0), ("none", 16), ("zero3", 16))]
+# Flags that make a run smaller, the least costly first.
 REMEDIES = [lora | shard | checkpoint for lora in ({}, {"lora_rank": 16})
-            for shard in ({}, {"shard": "zero3"}) for checkpoint in ({}, {"grad_checkpoint": True})]
-# Weights; rest: not in layers; muon: operations of `orthogonalise` for the matrices of a layer.
-Count = namedtuple("Count", "all layer matrices rest trained muon")
+            for shard in ({}, {"shard": "zero2"}, {"shard": "zero3"})
+            for checkpoint in ({}, {"grad_checkpoint": True})]
+Count = namedtuple("Count", "all layer matrices rest trained")      # weights; rest: not in layers
 
 
 def n_bytes(formula: str) -> int:
@@ -56,14 +50,12 @@ def total(terms: dict[str, str]) -> int:
 def count(config: LMConfig, lora_rank: int = 0) -> Count:
     """Counted on a model of one layer on the meta device; all layers are alike."""
     model = empty_model(replace(config, n_layers=1), "meta", torch.float32)
-    weights = list(model.layers[0].parameters())
-    layer = sum(weight.numel() for weight in weights)
+    sizes = [(weight.numel(), weight.dim()) for weight in model.layers[0].parameters()]
+    layer = sum(n for n, _ in sizes)
     rest = model.n_parameters() - layer
     n = rest + config.n_layers * layer
-    shapes = [sorted(weight.shape) for weight in weights if weight.dim() >= 2]
-    muon = sum(5 * (4 * r * r * c + 2 * r ** 3) * math.prod(experts) for *experts, r, c in shapes)
-    return Count(n, layer, sum(map(math.prod, shapes)), rest,
-                 config.n_layers * add_lora(model, lora_rank).n_trained if lora_rank else n, muon)
+    return Count(n, layer, sum(n for n, n_dims in sizes if n_dims >= 2), rest,
+                 config.n_layers * add_lora(model, lora_rank).n_trained if lora_rank else n)
 
 
 def kept_of_a_layer(config: LMConfig, width: int) -> int:
@@ -93,8 +85,7 @@ def loss(V: int, D: int, tokens: int, width: int, lora: bool, distilled: bool) -
 
 def plan(student: LMConfig, teacher: LMConfig | None, *, batch_size=2, max_seq_len=2048,
          processes=1, shard="none", lora_rank=0, grad_checkpoint=False, dtype="bfloat16",
-         optimizer="adamw", accumulation_steps=1, max_new_tokens=0, rows=16,
-         distilled=True) -> dict[str, str]:
+         optimizer="adamw", max_new_tokens=0, rows=16, distilled=True) -> dict[str, str]:
     """{term: its formula}, what one process holds at its peak. teacher: None if none is in memory.
     distilled: with the fused loss, else train_sft.py. The rest are the training scripts' flags."""
     if student.architecture != "llama":
@@ -145,77 +136,10 @@ def plan(student: LMConfig, teacher: LMConfig | None, *, batch_size=2, max_seq_l
     return terms | max(phases, key=total)
 
 
-def step(student: LMConfig, teacher: LMConfig | None, *, batch_size=2, max_seq_len=2048,
-         accumulation_steps=1, processes=1, shard="none", lora_rank=0, grad_checkpoint=False,
-         dtype="bfloat16", optimizer="adamw", max_new_tokens=0, rows=16, distilled=True) -> dict:
-    """{term: its formula}, what one process does in an optimizer step; all tokens are targets. The
-    last word is what is counted: operations of matrix products, bytes read, or bytes that a ring
-    sends, within a machine or out of it."""
-    n, L, A = count(student, lora_rank), student.n_layers, accumulation_steps
-    width, sharded, zero3 = 4 if dtype == "float32" else 2, shard != "none", shard == "zero3"
-    lengths, tokens = [max_seq_len] * batch_size * A, max_seq_len * batch_size * A
-    muon, source = optimizer == "muon" and not lora_rank, teacher or student
-    forward = operations(student, lengths, tokens)
-    head = 2 * tokens * student.vocab_size * student.dim
-    cache = 2 * L * student.n_kv_heads * student.head_dim * rows * max_seq_len
-    norms, of_source = 2 * student.dim, count(source).layer - 2 * source.dim    # gathered with rest
-    layers = f"{width} B x {L} layers x {n.layer - norms:,}"
-    weights = f"{A if zero3 else 1} x ({1 + zero3} x {layers} + 4 B x {n.rest + L * norms:,})"
-    ring = f"x {processes - 1} / {processes} {'within' if processes <= PER_MACHINE else 'out'}"
-    # Backward is twice forward, for inputs and weights, but frozen ones. DDP sends gradients once,
-    # to be summed and back, ZeRO with each micro-batch.
-    terms = {
-        "student": f"{2 if lora_rank else 3} x {forward:,} operations",
-        "adapters": lora_rank and f"6 x {tokens:,} tokens x {n.trained:,} operations",
-        "recomputed": grad_checkpoint and f"{forward - head:,} operations",
-        "teacher": distilled and f"{operations(source, lengths, tokens):,} operations",
-        "Muon": muon and f"{L} layers x {n.muon:,} operations",
-        "sample": max_new_tokens and f"{rows * max_seq_len * forward // tokens:,} operations",
-        "sample, read": max_new_tokens and f"{max_new_tokens} x {width} B x ({n.all:,} + cache "
-                                           f"{cache:,}) read",
-        "send gradients": f"{A if sharded else 2} x 4 B x {n.trained:,} {ring}",
-        "send weights": sharded and f"{weights} {ring}",
-        "send Muon's gradients": sharded and muon and f"4 B x {L} layers x {n.matrices:,} {ring}",
-        "send teacher": zero3 and distilled and f"{A} x {width} B x {source.n_layers} layers x "
-                                           f"{of_source:,} {ring}",
-        "send sampler": zero3 and max_new_tokens and f"{max_new_tokens} x {layers} {ring}"}
-    return {name: formula for name, formula in terms.items() if formula}
-
-
-def seconds(terms: dict, rates: dict) -> tuple[dict[str, float], float]:
-    """({term: seconds}, share of communication). rates: per second, by a formula's last word."""
-    found = {name: n_bytes(formula) / rates[formula.split()[-1]] for name, formula in terms.items()}
-    return found, sum(found[name] for name in found if "send" in name) / sum(found.values())
-
-
-def scaling(student, teacher, run: dict, rates: dict) -> list[tuple[int, float, float]]:
-    """[(GPUs, seconds of a step, share of communication)], with the same batch on each GPU."""
-    found = [seconds(step(student, teacher, **run | {"processes": n}), rates) for n in N_GPUS]
-    return [(n, sum(terms.values()), share) for n, (terms, share) in zip(N_GPUS, found)]
-
-
-def draw(path: str, run: dict, rates: dict):
-    """Share of communication; the teacher has the student's size."""
-    figure = new_figure(8, 4)
-    for axes, n in zip(figure.subplots(1, 2, sharey=True), (1, 8)):
-        for size, line in (("0.6B", ":"), ("8B", "-")):
-            for shard, style in (("none", "ko"), ("zero2", "C0s"), ("zero3", "C1^")):
-                more = {"shard": shard, "accumulation_steps": n}
-                found = scaling(SIZES[size], SIZES[size], run | more, rates)
-                axes.semilogx(N_GPUS, [100 * share for _, _, share in found], style + line, base=2,
-                              label=f"{size}, {shard}")
-        axes.axhline(50, color="gray", linewidth=0.8)
-        axes.set_xticks(N_GPUS, N_GPUS)
-        axes.set(title=f"--accumulation_steps {n}", xlabel="GPUs")
-    figure.supylabel("communication, % of a step")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    save_picture(figure, path)
-
-
-def first_that_fits(student, teacher, run: dict, changes, room: float) -> tuple[dict, int] | None:
-    """The first of the changes of a run's flags with which it fits into `room` bytes, and those it
-    takes; None if none does. One process shards nothing."""
-    for change in changes:
+def first_that_fits(student, teacher, run: dict, room: float) -> tuple[dict, int] | None:
+    """The first of REMEDIES with which a run fits into `room` bytes, and those it takes; None if
+    none does. One process shards nothing."""
+    for change in REMEDIES:
         changed = run | change
         if changed["shard"] == "none" or changed["processes"] > 1:
             needed = total(plan(student, teacher, **changed))
@@ -224,19 +148,18 @@ def first_that_fits(student, teacher, run: dict, changes, room: float) -> tuple[
     return None
 
 
-def label(lora_rank=0, shard="none", grad_checkpoint=False, **_) -> str:
-    return (f"{f'LoRA {lora_rank}' if lora_rank else 'full'}, {shard}"
-            f"{', grad_checkpoint' if grad_checkpoint else ''}")
+def label(lora_rank=0, shard="none", **_) -> str:
+    return f"LoRA {lora_rank}, {shard}" if lora_rank else f"full, {shard}"
 
 
 def table(run: dict, room: float, n_gpus=(1, 2, 4, 8)) -> str:
-    """The simplest flags that fit, for each size, with a teacher of that size."""
+    """What fits for each size, with a teacher of that size."""
     rows = [["model", "weights", *(f"{n} GPU{'s' * (n > 1)}" for n in n_gpus)]]
     for name, config in SIZES.items():
-        found = [first_that_fits(config, config, run | {"processes": n}, SIMPLEST, room)
-                 for n in n_gpus]
+        found = [first_that_fits(config, config, run | {"processes": n}, room) for n in n_gpus]
         rows.append([name, f"{count(config).all / 1e9:.2f} G", *(
-            f"{label(**each[0])}: {each[1] / 1e9:.0f} GB" if each else "-" for each in found)])
+            f"{label(**run | each[0])}: {each[1] / 1e9:.0f} GB" if each else "-"
+            for each in found)])
     return markdown(rows, "lr" + "l" * len(n_gpus))
 
 
@@ -254,44 +177,27 @@ def main():
              "with --grad_checkpoint and the simplest --shard and --lora_rank that fit")
     add("--teacher", default="copy",
         help="a size or a path; copy: of the student's size; self: the student without its "
-             "adapters, which takes no memory; served: behind a server or in a cache, which takes "
-             "none here; none: train_sft.py")
+             "adapters; served: behind a server or in a cache; neither takes memory here; none: "
+             "train_sft.py")
     recipe = parser.add_argument_group("recipe: flags of the training scripts")
     add = recipe.add_argument
     add("--batch_size", type=int, default=2, help="samples per micro-batch and process")
     add("--max_seq_len", type=int, default=2048, help="length of a sample, in tokens")
     add("--processes", type=int, default=1, help="number of processes on all machines, one per GPU")
     add_training_args(training := make_parser(""))
-    for name in "accumulation_steps optimizer shard lora_rank grad_checkpoint dtype".split():
+    for name in "optimizer shard lora_rank grad_checkpoint dtype".split():
         recipe._add_action(training._option_string_actions[f"--{name}"])
     add("--max_new_tokens", type=int, default=0,
         help="maximum length of the student's answers in train_onpolicy.py, in tokens; 0: none")
     add("--rows", type=int, default=16,
         help="sequences generated at once: all micro-batches of a step")
-    add = parser.add_argument_group("machine").add_argument
-    add("--gpu_gb", type=float, default=80.0, help="memory of a GPU, in 10^9 bytes")
-    add("--tflops", type=float, default=400.0,
-        help="rate of a GPU in the matrix products of a step, in 10^12 operations per second; "
-             "default: 40%% of an H100's 989 in bf16, an assumption")
-    add("--gb_per_s", type=float, nargs=3, default=[2700.0, 360.0, 40.0],
-        metavar=("MEMORY", "WITHIN", "OUT"),
-        help="bandwidth of a GPU's memory, of a ring within a machine of 8 GPUs, and of one that "
-             "leaves it, in 10^9 bytes per second; default: 80%% of an H100's 3,350, of NVLink's "
-             "450 and of a network card's 50, an assumption")
-    add("--picture", help="PNG file: share of communication for 0.6B and 8B, by --shard")
-    args = parse_args(parser, max_new_tokens="[0, inf)", tflops="(0, inf)", gb_per_s="(0, inf)")
-    if args.teacher == "self" and not args.lora_rank:
-        parser.error("--teacher self is the student without its adapters: give a --lora_rank, or "
-                     "--teacher copy")
+    parser.add_argument("--gpu_gb", type=float, default=80.0,
+        help="memory of a GPU, in 10^9 bytes")
+    args = parse_args(parser, max_new_tokens="[0, inf)")
     if args.shard != "none" and args.processes == 1:
-        parser.error(f"--shard {args.shard} shards the model over processes, and there is one. "
-                     f"Type:\n    python {command_line()} --processes 2")
+        parser.error(f"--shard {args.shard} shards over processes, and there is one: --processes 2")
     run = {flag.dest: vars(args)[flag.dest] for flag in recipe._group_actions}
     room = USABLE * args.gpu_gb * 1e9
-    rates = {"operations": 1e12 * args.tflops,
-             **{unit: 1e9 * rate for unit, rate in zip(("read", "within", "out"), args.gb_per_s)}}
-    if args.picture:
-        return draw(args.picture, run, rates)
     if args.student is None:
         return print(table(run | {"grad_checkpoint": True}, room))
 
@@ -308,22 +214,11 @@ def main():
     print(f"{'in all, on each process':<32}{needed / 1e9:>8.2f} GB   {fits}: {args.gpu_gb:g} GB "
           f"leave {room / 1e9:g}")
     if needed > room:
-        found = first_that_fits(student, teacher, run, REMEDIES, room)
+        found = first_that_fits(student, teacher, run, room)
         flags = found and " ".join(f"--{name}" if value is True else f"--{name} {value}"
                                    for name, value in found[0].items())
         print(f"it fits with {flags}: {found[1] / 1e9:.2f} GB" if found else
               "none of these flags makes it fit: more processes, or a smaller model")
-
-    run["distilled"] &= args.teacher != "served"        # its seconds are the server's
-    terms = step(student, teacher, **run)
-    found, share = seconds(terms, rates)
-    print(*(f"{name:<32}{found[name]:>8.3f} s    {terms[name]}" for name in terms), sep="\n")
-    print(f"{'a step':<32}{sum(found.values()):>8.3f} s    {share:.0%} of it communication\n")
-    rows, tokens = [], args.batch_size * args.accumulation_steps * args.max_seq_len
-    for n, whole, share in scaling(student, teacher, run, rates):
-        rows.append([f"{n}", f"{whole:.3f}", f"{n * tokens / whole:,.0f}",
-                     f"{share:.0%}{', dominates' * (share > 0.5)}"])
-    print(markdown([["GPUs", "seconds of a step", "tokens/s", "communication"], *rows], "rrrl"))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ import torch
 from helpers_run import ROOT
 from model.config import LMConfig
 from model.lora import add_lora, store_frozen
-from model.sizes import SIZES, operations
+from model.sizes import SIZES
 from model.transformer import Transformer
 from planned_and_measured import measured
 from scripts.list_flags import parser_of
-from scripts.plan_memory import (REMEDIES, SIMPLEST, count, first_that_fits, kept_of_a_layer, label,
-                                 main, n_bytes, plan, scaling, seconds, step, table, total)
+from scripts.plan_memory import (count, first_that_fits, kept_of_a_layer, label, main, n_bytes, plan,
+                                 table, total)
 
 SMALL = LMConfig(dim=32, n_layers=3, n_heads=8, n_kv_heads=2, head_dim=8, hidden_dim=80,
                  vocab_size=50, max_seq_len=64)
@@ -70,7 +70,7 @@ def test_the_weights_of_8b_by_hand():
     found = by_name(B8)
     assert found["weights"] + found["gradients"] + found["moments"] == 16 * 8_190_735_360
     checkpointed = WHOLE | {"grad_checkpoint": True}
-    assert first_that_fits(B8, B8, checkpointed, SIMPLEST, 72e9)[0]["lora_rank"] > 0
+    assert first_that_fits(B8, B8, checkpointed, 72e9)[0]["lora_rank"] > 0
 
 
 # ---- activations ---------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_whole_logits_cost_more_than_the_fused_loss():
 
 def test_flags_of_the_training_scripts_have_their_defaults():
     ours, training = (parser_of(script) for script in ("scripts/plan_memory.py", "train_sft.py"))
-    for name in ("optimizer", "dtype", "shard", "accumulation_steps"):
+    for name in ("optimizer", "dtype", "shard"):
         assert ours.get_default(name) == training.get_default(name)
 
 
@@ -187,78 +187,6 @@ def test_muon_has_one_moment_for_the_matrices_of_the_layers_and_adapters_are_ada
     found = by_name(B8, optimizer="muon")
     assert found["moments"] == 4 * matrices + 8 * (8_190_735_360 - matrices)
     assert by_name(B8, optimizer="muon", lora_rank=16) == by_name(B8, lora_rank=16)
-
-
-# ---- time ----------------------------------------------------------------------------------------
-
-RATES = {"operations": 4e14, "read": 2e12, "within": 4e11, "out": 4e10}
-
-
-def counted(student, teacher=None, **run) -> dict[str, int]:
-    return {name: n_bytes(formula) for name, formula in step(student, teacher, **run).items()}
-
-
-@pytest.mark.parametrize("more", [
-    {"shard": "none"}, {"shard": "zero2", "optimizer": "muon"}, {"shard": "zero3"},
-    {"shard": "zero3", "grad_checkpoint": True}])
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo meets at a file")
-def test_the_bytes_that_are_sent_are_those_of_a_real_step(more):
-    """Two processes, two micro-batches."""
-    config = LMConfig(dim=32, n_layers=3, n_heads=4, hidden_dim=64, vocab_size=64)
-    run = {"batch_size": 1, "max_seq_len": 8, "accumulation_steps": 2, "processes": 2,
-           "dtype": "float32", **more}
-    planned = counted(config, config, **run)
-    assert measured(config, run)[1] == sum(planned[name] for name in planned if "send" in name)
-
-
-def test_one_process_sends_nothing_and_many_twice_the_gradients():
-    for shard in ("none", "zero2", "zero3"):
-        found = counted(B8, B8, shard=shard, max_new_tokens=5, optimizer="muon")
-        assert not any(found[name] for name in found if "send" in name)
-    sent = [counted(B8, processes=n)["send gradients"] for n in (2, 4, 1000)]
-    assert sent[0] * 3 == sent[1] * 2 and sent[2] == 2 * 4 * 8_190_735_360 * 999 // 1000
-
-
-def test_only_zero_sends_with_each_micro_batch():
-    """ZeRO-2 keeps its gathered weights for the whole step."""
-    run = {"processes": 8}
-    for shard, times in (("none", {1}), ("zero2", {1, 4}), ("zero3", {4})):
-        once, four = (counted(B8, B8, shard=shard, accumulation_steps=n, **run) for n in (1, 4))
-        assert {four[name] // once[name] for name in once if "send" in name} == times
-
-
-def test_operations_by_hand():
-    """Student: forward and twice that backward; with checkpoints all but the head once more. Frozen
-    weights get no gradient. Muon: five times 4 r^2 c + 2 r^3 of each matrix."""
-    lengths = [64, 64]
-    whole, layers = operations(SMALL, lengths, 128), 3 * (2 * 32 * 64 + 2 * 32 * 16 + 3 * 32 * 80)
-    assert whole == 2 * 128 * (layers + 50 * 32) + 4 * 3 * 64 * 2 * (64 * 65 // 2)
-    run = {"batch_size": 2, "max_seq_len": 64}
-    found = counted(SMALL, SMALL, grad_checkpoint=True, optimizer="muon", **run)
-    assert found["student"] == 3 * whole == 3 * found["teacher"]
-    assert found["recomputed"] == whole - 2 * 128 * 50 * 32
-    assert found["Muon"] == 3 * 5 * sum(n * (4 * r * r * c + 2 * r ** 3) for n, r, c in (
-        (2, 32, 64), (2, 16, 32), (3, 32, 80)))
-    adapted = counted(SMALL, None, lora_rank=4, **run)      # its own teacher
-    assert adapted["student"] == 2 * whole and adapted["teacher"] == whole
-    assert "teacher" not in counted(SMALL, None, distilled=False, **run)
-    moe = replace(SMALL, use_moe=True)      # two experts and a shared one, where a dense layer has one FFN
-    assert operations(moe, lengths, 128) == whole + 2 * 128 * 3 * 2 * (3 * 32 * 80)
-
-
-def test_sampling_reads_weights_and_cache_for_each_token():
-    found = counted(B8, max_new_tokens=256, rows=64)
-    assert found["sample, read"] == 256 * (2 * 8_190_735_360 + 147_456 * 64 * 2048)
-
-
-def test_a_step_takes_longer_where_a_ring_leaves_the_machine():
-    run = {"batch_size": 2, "accumulation_steps": 1, "max_seq_len": 2048, "shard": "none"}
-    rows = {n: (whole, share) for n, whole, share in scaling(B8, B8, run, RATES)}
-    assert rows[1][1] == 0.0 < rows[2][1] < rows[8][1] < 0.5 < rows[16][1] < rows[64][1] < 1.0
-    sent = 2 * 4 * 8_190_735_360
-    assert rows[16][0] - rows[1][0] == pytest.approx(sent * 15 / 16 / 4e10, rel=1e-6)
-    found, share = seconds(step(B8, B8, processes=8), RATES)
-    assert sum(found.values()) == pytest.approx(rows[8][0]) and share == rows[8][1]
 
 
 # ---- table and command ---------------------------------------------------------------------------
@@ -274,19 +202,19 @@ def test_the_table_takes_the_simplest_flags_that_fit_and_leaves_out_what_fits_no
         "-"]
     assert cells[5] == ["8B", "8.19 G", *2 * ["LoRA 16, none: 43 GB"], "full, zero3: 57 GB",
                         "full, zero2: 63 GB"]
-    assert label(16, "zero3", True) == "LoRA 16, zero3, grad_checkpoint"
+    assert label(16, "zero3") == "LoRA 16, zero3"
 
 
 def test_a_remedy_is_the_cheapest_that_fits_and_adapters_come_last():
     """8B in 72 GB. One GPU: its 16 bytes a weight alone are 131 GB. Eight: 2 a weight, and 41 GB of
     activations."""
     def cheapest(name, **more):
-        found = first_that_fits(SIZES[name], SIZES[name], WHOLE | more, REMEDIES, 72e9)
+        found = first_that_fits(SIZES[name], SIZES[name], WHOLE | more, 72e9)
         return found and found[0]
 
     checkpoint = {"grad_checkpoint": True}
     assert cheapest("8B") == {"lora_rank": 16} | checkpoint
-    assert cheapest("8B", processes=8) == {"shard": "zero3"} | checkpoint
+    assert cheapest("8B", processes=8) == {"shard": "zero2"} | checkpoint
     assert cheapest("8B", processes=8, shard="zero3") == checkpoint
     assert cheapest("70B") is None and cheapest("70B", processes=8) is None
 
@@ -295,7 +223,7 @@ def test_shards_are_no_remedy_for_a_single_process():
     """Even where the copies for autocast, which shards do without, would make the difference."""
     sharded = total(plan(B8, B8, shard="zero3", grad_checkpoint=True))
     assert sharded < total(plan(B8, B8, grad_checkpoint=True))
-    assert first_that_fits(B8, B8, WHOLE, REMEDIES, sharded)[0] == {"lora_rank": 16}
+    assert first_that_fits(B8, B8, WHOLE, sharded)[0] == {"lora_rank": 16}
 
 
 @pytest.fixture
@@ -326,16 +254,7 @@ def test_the_terms_that_are_printed_add_up(run):
     assert "4 B x 8,190,735,360 / 8 processes" in printed and "fits: 80 GB leave 72" in printed
 
 
-def test_seconds_are_printed_and_the_picture_is_drawn(run, tmp_path):
-    printed = run("--student 8B --processes 8 --shard zero3 --tflops 200")
-    *parts, whole = [float(number) for number in re.findall(r"([\d.]+) s  ", printed)]
-    assert sum(parts) == pytest.approx(whole, abs=0.001 * len(parts))
-    assert re.search(r"^\| +64 \|", printed, re.MULTILINE)
-    run(f"--picture {tmp_path}/a.png")
-    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_served_teacher_takes_no_memory_and_no_time_here(run):
+def test_a_served_teacher_takes_no_memory_here(run):
     """And the manual has the plan's figures, with 2 bytes and 4.5 bits of each weight on the server."""
     server = count(SIZES["70B"]).all
     for name, flags in (("1.7B, full", "--student 1.7B"), ("8B, LoRA 16", "--student 8B --lora_rank 16")):
@@ -354,11 +273,9 @@ def test_a_model_at_a_path_is_read(models, run):
 
 @pytest.mark.parametrize("flags, reason", [
     ("--student 9B", "9B is no path, and none of the sizes 0.6B"),
-    ("--student 8B --teacher self",
-     "--teacher self is the student without its adapters: give a --lora_rank"),
     ("--student 8B --processes 0", "--processes 0 must lie in [1, 1000]"),
     ("--student 8B --shard zero3",
-     "--shard zero3 shards the model over processes, and there is one. Type:\n"),
+     "--shard zero3 shards over processes, and there is one: --processes 2"),
 ])
 def test_a_plan_that_cannot_be_says_why(flags, reason, run):
     assert reason in run(flags)
@@ -369,7 +286,5 @@ def test_a_plan_that_cannot_be_says_why(flags, reason, run):
 def test_a_real_step_takes_what_was_planned(optimizer):
     """Two steps of a pair of 2 M parameters, in a process of its own."""
     config = LMConfig(dim=256, n_layers=2, vocab_size=2000, qk_norm=True)
-    run = {"batch_size": 2, "max_seq_len": 512, "accumulation_steps": 2, "dtype": "float32",
-           "optimizer": optimizer}
-    peak = measured(config, run, returned="65536")[0]
-    assert total(plan(config, config, **run)) == pytest.approx(peak, rel=0.2)
+    run = {"batch_size": 1, "max_seq_len": 512, "dtype": "float32", "optimizer": optimizer}
+    assert total(plan(config, config, **run)) == pytest.approx(measured(config, run), rel=0.2)
