@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import (add_result_args, compare, parse, setting, table, timed,
-                                with_ratios, write_json)
+from benchmarks.measure import (TOLERANCE, add_result_args, compare, parse, save, setting, table,
+                                timed)
 from distill.fused import CHUNK_BYTES, Dense, fused_distillation_loss
 from distill.losses import DIVERGENCES, distillation_loss_fn, forward_kl, pick_divergence
 from runtime.args import checking_input, make_parser
-from runtime.log import PAGE, peak_above
+from runtime.log import peak_above
 
 ALPHA, TEMPERATURE = 0.5, 2.0
 Case = namedtuple("Case", "divergence vocab_size tokens dim device threads")
@@ -68,8 +68,8 @@ def inputs(case: Case):
 
 
 def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
-    """Seconds of one call, and bytes at the peak above the inputs, with the gradients (`peak`) and
-    without (`beside`). The loss and its gradients are `saved`."""
+    """Seconds of one call, and bytes at the peak above the inputs, with the gradients. The loss and
+    its gradients are `saved`."""
     device, (divergence, _) = torch.device(case.device), pick_divergence(case.divergence)
 
     def call(hidden, head, targets, teacher):
@@ -84,16 +84,15 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
     with peak_above(device) as above:
         call(*given)                                        # the allocator keeps what it got
         loss, seconds = timed(lambda: call(*given), device)
-    peak, gradients = above(), given[0].nbytes + given[1].nbytes    # which every form returns
+    peak = above()
     if saved:
         torch.save({"loss": loss, "hidden": given[0].grad, "head": given[1].grad}, saved)
-    return {"seconds": seconds, "peak": peak, "beside": max(PAGE, peak - gradients)}
+    return {"seconds": seconds, "peak": peak}
 
 
 COLUMNS = {"vocabulary": "{vocab_size:,}", "form": "{form}", "seconds": "{seconds:.2f}",
-           "time / plain": "{time_ratio:.2f}", "speed": "{speed:.2f} x",
-           "peak MB": "{peak_mb:,.0f}", "peak / plain": "1/{peak_ratio:.1f}",
-           "without gradients": "1/{beside_ratio:.1f}", "deviation": "{deviation:.1g}"}
+           "speed": "{speed:.2f} x", "peak MB": "{peak_mb:,.0f}",
+           "peak / plain": "1/{peak_ratio:.1f}", "deviation": "{deviation:.1g}"}
 
 
 def main(argv=None):
@@ -113,14 +112,13 @@ def main(argv=None):
         for vocab_size in args.vocab:
             case = Case(name, vocab_size, args.tokens, args.dim, args.device, args.threads)
             with checking_input():
-                figures = compare(measure, case, FORMS, args.repeats)
-            own += [row | {"beside_ratio": figures["plain"]["beside"] / row["beside"]} for row
-                    in with_ratios(figures, divergence=name, vocab_size=vocab_size)]
+                own += [row | {"divergence": name, "vocab_size": vocab_size} for row in
+                        compare(measure, case, dict.fromkeys(FORMS, TOLERANCE), args.repeats)]
         print(f"{ALPHA:g} CE + {1 - ALPHA:g} * {TEMPERATURE:g}^2 * {pick_divergence(name)[1]}, "
               f"fp32; {args.tokens} tokens, dim {args.dim}\n\n{table(own, COLUMNS)}\n")
         rows += own
-    print(f"{setting(args)}; peak: above the inputs, with the gradients, then without them")
-    write_json(args, rows)
+    print(f"{setting(args)}; peak: above the inputs, with the gradients")
+    save(args, rows)
 
 
 if __name__ == "__main__":

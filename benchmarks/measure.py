@@ -4,11 +4,10 @@ How things are measured: each time in a new process, the forms in turn. A form w
 than the first one's stops the benchmark.
 
 `measure(case, form, saved)` is a function at the top of a module, as a new process imports it. It
-returns {figure: number}, and writes the tensors in which the forms must agree to the file `saved`,
-unless that is None. A case is a NamedTuple with `device` and `threads` among its fields.
+returns {figure: number}, among them "seconds" and "peak", and writes the tensors in which the forms
+must agree to the file `saved`, unless that is None. A case is a tuple with a field `threads`.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -21,7 +20,7 @@ import torch
 
 from evaluation.tables import markdown
 from runtime.args import RANGES, check_values
-from runtime.files import write_text
+from runtime.files import write_json
 
 TOLERANCE = 1e-4            # relative, per tensor; fp32 sums in another order differ by 1e-6
 
@@ -40,35 +39,44 @@ def timed(call, device):  # -> (its result, seconds)
     return result, time.process_time() - start
 
 
-def compare(measure, case, forms, repeats: int, tolerance=TOLERANCE) -> dict[str, dict[str, float]]:
-    """{form: {figure: median over `repeats` processes, "deviation": from the first form}}
-
-    tolerance: of the deviation, for all forms or as {form: tolerance}. Raises ValueError where a
-    form deviates more, or where a process was killed.
-    """
-    forms, measured, deviations = list(forms), {form: [] for form in forms}, {}
-    limits = tolerance if isinstance(tolerance, dict) else dict.fromkeys(forms, tolerance)
+def compare(measure, case, forms: dict[str, float], repeats: int) -> list[dict]:
+    """A row for each form: the median of each figure over `repeats` processes, the "deviation" from
+    the first form, and the ratios to it. forms: {form: tolerance of its deviation}. Raises
+    ValueError where a form deviates more, or where a process was killed."""
+    measured, deviations = {form: [] for form in forms}, {}
     with tempfile.TemporaryDirectory() as folder:
+        truth = Path(folder, "0.pt")
         for repeat in range(repeats):
-            for number, form in enumerate(forms):
-                saved, truth = Path(folder) / f"{number}.pt", Path(folder) / "0.pt"
-                measured[form].append(
-                    in_a_new_process(measure, case, form, None if repeat else saved))
-                if repeat == 0:
-                    deviations[form] = deviation(form, saved, forms[0], truth, limits[form])
-    return {form: {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
-            | {"deviation": deviations[form]} for form, runs in measured.items()}
+            for number, (form, tolerance) in enumerate(forms.items()):
+                saved = Path(folder, f"{number}.pt") if repeat == 0 else None
+                measured[form] += in_new_processes([(measure, case, form, saved)])
+                if saved:
+                    deviations[form] = deviation(form, saved, next(iter(forms)), truth, tolerance)
+    rows = []
+    for form, runs in measured.items():
+        row = {"form": form, "deviation": deviations[form], **medians(runs)}
+        first = rows[0] if rows else row
+        rows.append(row | {"speed": first["seconds"] / row["seconds"],
+                           "peak_mb": row["peak"] / 2 ** 20,
+                           "peak_ratio": first["peak"] / row["peak"]})
+    return rows
 
 
-def in_a_new_process(measure, case, form, saved=None) -> dict[str, float]:
-    """`measure`, where nothing of an earlier measurement is left."""
+def medians(runs: list[dict]) -> dict[str, float]:
+    return {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
+
+
+def in_new_processes(calls: list[tuple]) -> list[dict]:
+    """The results of calls (measure, case, ...), each in a process where nothing of an earlier
+    measurement is left, all at the same time."""
+    case = calls[0][1]
     try:
-        with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads,
+        with ProcessPoolExecutor(len(calls), get_context("spawn"), torch.set_num_threads,
                                  [case.threads]) as new:
-            return new.submit(measure, case, form, saved).result()
+            return [result.result() for result in [new.submit(*call) for call in calls]]
     except BrokenProcessPool:
-        raise ValueError(f"the process of the form {form!r} was killed, most likely for lack of "
-                         f"memory: {case}. Take a smaller case") from None
+        raise ValueError(f"a process was killed, most likely for lack of memory: {calls[0][1:]}. "
+                         "Take a smaller case") from None
 
 
 def deviation(form, saved: Path, truth_form, truth: Path, tolerance: float = TOLERANCE) -> float:
@@ -82,18 +90,6 @@ def deviation(form, saved: Path, truth_form, truth: Path, tolerance: float = TOL
             raise ValueError(f"{form}, {name}: {value:.1e} away from {truth_form}, more than "
                              f"{tolerance:g}; the speed of a wrong result does not matter")
     return max(relative.values())
-
-
-def with_ratios(figures: dict[str, dict], **more) -> list[dict]:
-    """A row for each form: `more`, its figures, and their ratios to those of the first form."""
-    first, rows = next(iter(figures.values())), []
-    for form, each in figures.items():
-        row = {"form": form, **more, **each, "time_ratio": each["seconds"] / first["seconds"],
-               "speed": first["seconds"] / each["seconds"]}
-        if "peak" in each:
-            row |= {"peak_mb": each["peak"] / 2 ** 20, "peak_ratio": first["peak"] / each["peak"]}
-        rows.append(row)
-    return rows
 
 
 def add_result_args(parser, repeats: int = 3):
@@ -123,7 +119,6 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
                                       for row in rows)])
 
 
-def write_json(args, rows: list[dict]):
+def save(args, rows: list[dict]):
     if args.json:
-        content = {"setting": vars(args), "torch": torch.__version__, "rows": rows}
-        write_text(args.json, json.dumps(content, indent=2))
+        write_json(args.json, {"setting": vars(args), "torch": torch.__version__, "rows": rows})

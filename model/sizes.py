@@ -1,6 +1,6 @@
 """
-已发表模型的尺寸，以及一次前向传播的运算量。
-Sizes of published models, and the operations of a forward pass.
+已发表模型的尺寸。
+Sizes of published models.
 """
 
 from model.config import LMConfig
@@ -24,19 +24,3 @@ SIZES = {
     "70B": LMConfig(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672,
                     vocab_size=128256, max_seq_len=131072, rope_theta=5e5, tie_embeddings=False),
 }
-
-
-def operations(config: LMConfig, lengths: list[int], n_targets: int) -> int:
-    """Multiplications and additions in the matrix products of a forward pass: no padding, and of
-    the last layer's output projection, its FFN and the head only the target positions.
-
-        2 per weight and token that meet
-        4 K H per layer and pair of a token and one that it sees: K in q . k, K in the sum of v
-    """
-    D, L, V = config.dim, config.n_layers, config.vocab_size
-    n_ffn = config.num_experts_per_tok + config.n_shared_experts if config.use_moe else 1
-    F = config.hidden_dim * n_ffn
-    H, G, K, N = config.n_heads, config.n_kv_heads, config.head_dim, sum(lengths)
-    before, after = D * (H + 2 * G) * K, H * K * D + 3 * D * F  # wq, wk, wv; wo, w1, w2, w3
-    meetings = N * (L * before + (L - 1) * after) + n_targets * (after + D * V)
-    return 2 * meetings + 4 * K * H * L * sum(T * (T + 1) // 2 for T in lengths)

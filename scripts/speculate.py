@@ -136,14 +136,15 @@ def main():
                 print("\n".join(shown))
 
     # 4. Table
-    table = [["", "acceptance %", "sum min(p, q) %", "tokens per pass", "tokens/CPU s"]]
+    table = [["", "accepted %", "α %", "tokens per pass", "tokens/s"]]
     for name in drafts:
         tokens, *counts = zip(*rounds[name])
         n_accepted, n_judged, expected = map(sum, counts)
         shares = [f"{100 * n / n_judged:.1f}" if n_judged else "" for n in (n_accepted, expected)]
         n = sum(map(len, tokens))
         table.append([name, *shares, f"{n / len(tokens):.2f}", f"{n / seconds[name]:,.0f}"])
-    print(f"\n{markdown(table)}\n\n[ ]: accepted drafts; acceptance: of the drafts judged")
+    print(f"\n{markdown(table)}\n\n[ ]: accepted drafts; accepted: of the drafts up to the first "
+          "rejection; α: the mean of sum min(p, q) there; tokens/s: of CPU time")
 
 
 if __name__ == "__main__":

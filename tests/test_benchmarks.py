@@ -13,18 +13,18 @@ import time
 import pytest
 import torch
 
-from benchmarks import ddp, generate, loss, measure, scaling, step
+from benchmarks import generate, loss, measure, scaling, step
 from benchmarks.measure import TOLERANCE, deviation, timed
 from runtime.log import peak_above
 
 CPU = torch.device("cpu")
 
 
-def number_of_process(case, form, saved) -> int:
+def number_of_process(case) -> int:
     return os.getpid()
 
 
-def killed(case, form, saved):
+def killed(case):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -32,14 +32,13 @@ def test_a_measurement_has_a_process_of_its_own_and_a_killed_one_is_reported(mon
     # A new process that imports torch takes seconds; a plain fork serves here.
     monkeypatch.setattr(measure, "get_context", lambda _: multiprocessing.get_context("fork"))
     case = loss.Case("forward_kl", 7, 5, 3, "cpu", 1)
-    assert measure.in_a_new_process(number_of_process, case, "plain") != os.getpid()
-    with pytest.raises(ValueError, match="the form 'plain' was killed.*vocab_size=7"):
-        measure.in_a_new_process(killed, case, "plain")
+    assert measure.in_new_processes([(number_of_process, case)]) != [os.getpid()]
+    with pytest.raises(ValueError, match="a process was killed.*vocab_size=7"):
+        measure.in_new_processes([(killed, case)])
 
 
 def test_every_form_of_the_loss_is_in_the_table_and_the_json(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(measure, "in_a_new_process", lambda measure, case, form,
-                        saved: measure(case, form, saved))
+    monkeypatch.setattr(measure, "in_new_processes", lambda calls: [call[0](*call[1:]) for call in calls])
     loss.main(["--tokens", "16", "--dim", "8", "--vocab", "50", "--repeats", "1", "--json",
                str(tmp_path / "a.json")])
 
@@ -47,12 +46,12 @@ def test_every_form_of_the_loss_is_in_the_table_and_the_json(tmp_path, capsys, m
     assert [row["form"] for row in rows] == list(loss.FORMS)
     assert all(row["vocab_size"] == 50 and row["seconds"] > 0 and row["peak_mb"] > 0 for row
                in rows)
-    assert rows[0]["time_ratio"] == rows[0]["speed"] == rows[0]["peak_ratio"] == 1.0 and rows[0]["deviation"] == 0.0
+    assert rows[0]["speed"] == rows[0]["peak_ratio"] == 1.0 and rows[0]["deviation"] == 0.0
     # computed differently, and the same
     assert all(0.0 < row["deviation"] < TOLERANCE for row in rows[1:])
     printed = " ".join(capsys.readouterr().out.split())
     for row in rows:
-        assert f"| 50 | {row['form']} | {row['seconds']:.2f} | {row['time_ratio']:.2f} |" in printed
+        assert f"| 50 | {row['form']} | {row['seconds']:.2f} | {row['speed']:.2f} x |" in printed
 
 
 def test_the_deviation_is_the_largest_and_a_wrong_result_stops_the_benchmark(tmp_path):
@@ -106,15 +105,10 @@ def test_a_wrong_flag_is_refused_before_anything_is_measured(capsys):
             (loss.main, "--vocab 50 0", "1 or more"),
             (step.main, "--pad 339", "would cut samples"),
             (generate.main, "--dim 48", "multiple of 32"),
-            (ddp.main, "--processes 1", "2 or more"),
-            (ddp.main, "--device cuda:1", "cpu or cuda"),
-            (ddp.main, "--tokens 300", "--tokens 300 is not a multiple of --length 256"),
-            (ddp.main, "--model 512", "invalid width_and_layers value"),
+            (scaling.main, "--model 512", "invalid width_and_layers value"),
             (scaling.main, "--axes depth", "'depth' is none of tokens, model, vocab, length"),
             (scaling.main, "--axes length=64,100", "--tokens 2048 is not a multiple of"),
-            (scaling.main, "--axes tokens=0,256", "1 or more"),
-            (scaling.main, "--axes experts=1,2", "n_routed_experts=1"),
-            (scaling.main, "--model 30x2", "dim=30 does not split")):
+            (scaling.main, "--tokens 300", "--tokens 300 is not a multiple of --length 256")):
         with pytest.raises(SystemExit) as ended:
             main(wrong.split())
         assert reason in f"{ended.value.code} {capsys.readouterr().err}", wrong
