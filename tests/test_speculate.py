@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 
-from helpers_run import complaint, succeed
+from helpers_run import ROOT, complaint, succeed
 from interop.checkpoint import new_model, save_model
 from model.config import LMConfig
 from model.generate import generate
@@ -148,6 +148,8 @@ def test_the_script_compares_drafts_and_marks_what_is_accepted(models, data):
     assert printed.startswith("> ") and printed.count("\n> ") == 0 and "    self: [" in printed
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
     assert [row[0] for row in table[2:]] == ["no draft", "small", "self"]
+    header = f"| {' | '.join(table[0])} | greedy".replace("|  |", "| |")
+    assert header in (ROOT / "docs/lessons/18_draft_models.md").read_text(encoding="utf-8")
     assert table[2][1:4] == ["", "", "1.00"] and table[4][1:4] == ["100.0", "100.0", "3.00"]
 
 
