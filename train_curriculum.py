@@ -28,7 +28,7 @@ two processes  torchrun --nproc_per_node 2 train_curriculum.py --ddp
 
 import math
 import sys
-from argparse import SUPPRESS, Namespace
+from argparse import Namespace
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -266,7 +266,7 @@ def main():
     add("--n_samples", type=int, default=3, help="questions of each side shown in samples.md")
     add("--use_lora", action="store_true",
         help="adapters of rank 16, alpha 32, dropout 0.05; --lora_rank sets others")
-    add("--fp16", action="store_const", const="float16", dest="dtype", default=SUPPRESS,
+    add("--fp16", action="store_const", const="float16", dest="dtype", default="auto",
         help="the same as --dtype float16")
     add_intermediate_args(parser, weights=False)
     add_training_args(parser)

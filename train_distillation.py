@@ -139,11 +139,11 @@ def main():
     add = parser.add_argument_group("lesson").add_argument
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
         help="files of conversations, or of plain texts, in the formats of dataset/dataset.md")
-    add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]|NAME=PATH",
+    add("--teacher", nargs="+", metavar="PATH[=WEIGHT]|NAME=PATH",
         help="weights; several are mixed, or each teaches the rows of its NAME; default: --size's")
     add("--teacher_data_path", nargs="+", default=None,
         help="context distillation: the same rows with privileged context, for the teacher")
-    add("--teacher_cache", nargs="+", action="extend", metavar="DIR[=WEIGHT]",
+    add("--teacher_cache", nargs="+", metavar="DIR[=WEIGHT]",
         help="offline distillation: teacher outputs cached by scripts/cache_teacher.py")
     add_served_args(add)
     add("--teacher_states_gb", type=float, default=4.0,

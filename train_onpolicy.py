@@ -245,7 +245,7 @@ def main():
     add = parser.add_argument_group("lesson").add_argument
     add("--data_path", nargs="+", default=["./dataset/sft_data.jsonl"],
         help="files of conversations: prompts for the student; validation reads their answers")
-    add("--teacher", nargs="+", action="extend", metavar="PATH[=WEIGHT]|NAME=PATH",
+    add("--teacher", nargs="+", metavar="PATH[=WEIGHT]|NAME=PATH",
         help="weights; several are mixed, or each teaches the rows of its NAME; with --lora_rank "
              "--student too, without its adapters; default: out/full_sft_768.pth")
     add_served_args(add)

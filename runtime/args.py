@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from runtime.errors import ROOT, in_one_line, report_errors
+from runtime.errors import in_one_line, report_errors
 
 WORKFLOW = "MINIDISTILL_WORKFLOW"   # environment variable: the command this process is a step of
 CHAT = "MINIDISTILL_CHAT"           # environment variable: --chat
@@ -37,16 +37,15 @@ RANGES = {name: interval for interval, names in {
     "(0, 1)": "skew teacher_share test_share",
     "(0, 1]": "top_p"}.items() for name in names.split()}
 
-# Keys of other frameworks' YAML files -> (our keys, of which a script has one; how values are read)
+# Keys of other frameworks' YAML files -> our flags, and the words of some of them -> our values
 ALIASES = {
-    "student_path": ("student weights", {}), "teacher_path": ("teacher", {}),
-    "torch_dtype": ("dtype", {}), "per_device_train_batch_size": ("batch_size", {}),
-    "gradient_accumulation_steps": ("accumulation_steps", {}), "num_train_epochs": ("epochs", {}),
-    "kl_direction": ("divergence", {"forward": "forward_kl", "reverse": "reverse_kl"}),
-    "skd.alpha": ("kd_weight", {}),                 # there, alpha is the weight of KL
-    "peft.r": ("lora_rank", {}),
-    "peft.enabled": ("lora_rank", {"true": "16", "false": "0"}),
-    "enable_thinking": ("", {"false": ""})}         # the chat template always turns it off
+    "student_path": "weights", "teacher_path": "teacher", "torch_dtype": "dtype",
+    "per_device_train_batch_size": "batch_size", "num_train_epochs": "epochs",
+    "gradient_accumulation_steps": "accumulation_steps", "kl_direction": "divergence",
+    "skd.alpha": "kd_weight",                   # there, alpha is the weight of KL
+    "peft.enabled": "lora_rank"}
+WORDS = {"kl_direction": {"forward": "forward_kl", "reverse": "reverse_kl"},
+         "peft.enabled": {"true": "16", "false": "0"}}
 
 
 def command_line() -> str:
@@ -223,9 +222,9 @@ def check_training_args(parser, args):
             parser.error(f"--{flag} has no effect without --lora_rank: set a rank, or leave it out")
     if args.qat and args.lora_rank:
         parser.error("--qat trains the weights, --lora_rank freezes them: leave one of them out")
-    if args.shard != "none" and not args.ddp:
-        parser.error(f"--shard {args.shard} shards the model over the processes of --ddp. Type:\n"
-                     f"    torchrun --nproc_per_node 2 {command_line()} --ddp")
+    if args.shard != "none" and not args.ddp:       # a config for several GPUs, on one
+        print(f"one process: without --shard {args.shard}")
+        args.shard = "none"
     if args.shard != "none" and args.dtype == "float16":
         parser.error(f"--shard {args.shard} works in bfloat16 or float32, not in float16, whose "
                      "gradients need scaling: --dtype bfloat16")
@@ -236,14 +235,11 @@ def check_training_args(parser, args):
 
 def parse_args(parser: argparse.ArgumentParser, argv=None, **ranges: str) -> argparse.Namespace:
     """Defaults, then the YAML files of --config, each over those before it, then the command line.
-    Sections of a YAML file only group its keys. ranges: a script's own, over RANGES.
+    ranges: a script's own, over RANGES.
 
-    Adds the flag --config. Exits with a message on a file that is not YAML, a value that its flag
-    does not take, and unknown keys, naming the file, the line and the nearest known key.
+    Adds the flags --config, --chat and --columns. Exits with a message on a file that is not YAML,
+    a value that its flag does not take, and an unknown key, naming the file and the nearest key.
     """
-    parser.add_argument("--config", nargs="+", default=[], metavar="YAML",
-        help="YAML files with values for any flag; a later file overrides earlier ones, the "
-             "command line overrides all")
     parser.add_argument("--chat", default=None, choices=["chatml", "llama3", "plain"],
         help="format of conversations for a model whose chat template is missing or cannot be "
              "followed exactly (plain: Alpaca's); other models keep their own")
@@ -252,26 +248,15 @@ def parse_args(parser: argparse.ArgumentParser, argv=None, **ranges: str) -> arg
              "question=customer_message answer=agent_reply; other columns are not read")
     only_config = Parser(prog=parser.prog, add_help=False)
     only_config.add_argument("--config", nargs="+", default=[])
-    files, _ = only_config.parse_known_args(argv)
-    flags = {name.lstrip("-"): flag for flag in parser._actions
-             for name in (flag.dest, *flag.option_strings) if flag.dest not in ("help", "config")}
-    values = {}
-    for path in files.config:
-        values |= read_config(parser, flags, in_repo(path))
-    shard = values.get("shard")
-    for group in parser._mutually_exclusive_groups:
-        group.required &= not any(flag.dest in values for flag in group._group_actions)
-    several = {}
-    for flag in parser._actions:
-        flag.required &= flag.dest not in values
-        value = in_repo(values.get(flag.dest, flag.default))
-        # A repeatable flag would extend its default; the command line must override the files.
-        if flag.nargs == "+" and flag.default is None:
-            several[flag.dest] = value
-        elif value != flag.default:
-            parser.set_defaults(**{flag.dest: value})
+    for path in only_config.parse_known_args(argv)[0].config:
+        values = read_config(parser, path)
+        parser.set_defaults(**values)
+        for flag in parser._actions:
+            flag.required &= flag.dest not in values
+    parser.add_argument("--config", nargs="+", default=[], metavar="YAML",
+        help="YAML files with values for any flag; a later file overrides earlier ones, the "
+             "command line overrides all")
     args = parser.parse_args(argv)
-    vars(args).update({key: value for key, value in several.items() if getattr(args, key) is None})
     if args.chat:
         os.environ[CHAT] = args.chat        # where tokenizers are read, here and in child processes
     if args.columns:
@@ -280,19 +265,14 @@ def parse_args(parser: argparse.ArgumentParser, argv=None, **ranges: str) -> arg
         os.environ[COLUMNS] = "\n".join(args.columns)      # where rows are read, as above
     check_values(parser, args, RANGES | ranges)
     if "lora_alpha" in args:
-        if args.shard == shard != "none" and not args.ddp:
-            print(f"one process: without the config's --shard {shard}")
-            args.shard = "none"
         check_training_args(parser, args)
     return args
 
 
 def check_values(parser, args, ranges: dict[str, str]):
-    """Every number is finite and in its range, and no text is empty. Exits with a message."""
+    """Every number is in its range. Exits with a message."""
     for name, given in vars(args).items():
         for value in given if isinstance(given, list) else [given]:
-            if value == "" != parser.get_default(name):
-                parser.error(f"--{name} is empty")
             if needed := out_of_range(name, value, ranges):
                 parser.error(f"--{name} {value} must {needed}")
 
@@ -301,90 +281,56 @@ def out_of_range(name: str, value, ranges: dict[str, str] = RANGES) -> str | Non
     """What a number must do, such as "lie in [0, 1]"; None for one that does, and for no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    if not abs(value) < (2 ** 53 if isinstance(value, int) else math.inf):
-        return "be finite, an integer below 2^53"
     interval = ranges.get(name) or ranges.get(name.rpartition("_")[2], "[0, inf)")
     low, high = map(float, interval[1:-1].split(","))
-    if (low < value < high or value == low and interval[0] == "["
-            or value == high and interval[-1] == "]"):
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if above and below:
         return None
     return (f"lie in {interval}" if high < math.inf else
             f"be {low:g} or more" if interval[0] == "[" else f"be above {low:g}")
 
 
-def in_repo(value):
-    """A relative path of a default or a config, or a list of them: the repo's, if its first folder
-    is in the repo and not in the current folder."""
-    if isinstance(value, list):
-        return [in_repo(each) for each in value]
-    if isinstance(value, (str, Path)) and (first := Path(value).parts[:1]):
-        if os.path.exists(ROOT / first[0]) and not os.path.exists(first[0]):
-            return type(value)(ROOT / value)
-    return value
-
-
-def read_config(parser, flags: dict, path: str) -> dict:
-    """{flag: value} of one YAML file. flags: {name: its argparse action}."""
+def read_config(parser, path: str) -> dict:
+    """{dest of a flag: value} of one YAML file, whose sections only group its keys."""
     if not os.path.isfile(path):
         parser.error(f"no config file at {path}")
-    try:
-        document = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+    try:        # each value as the text that it is, which its flag converts as on the command line
+        document = yaml.load(Path(path).read_text(encoding="utf-8-sig"), yaml.BaseLoader) or {}
+    except (yaml.YAMLError, UnicodeError, TypeError) as error:
         parser.error(f"{path} is not YAML in UTF-8: {' '.join(str(error).split())}")
-    if not isinstance(document, (yaml.MappingNode, type(None))):
+    if not isinstance(document, dict):
         parser.error(f"{path} must hold lines like `learning_rate: 5e-6`")
-    values, lines, unknown = {}, {}, []
-    for section, key, node in entries(document):
-        name, line = str(key.value), f"line {key.start_mark.line + 1}"
-        names, words = ALIASES.get(f"{section}.{name}") or ALIASES.get(name) or (name, {})
-        flag = next((flags[each] for each in names.split(" ") if each in flags), None)
-        if names and flag is None:
-            unknown.append(f"{line}: unknown key {name!r}; did you mean "
-                           f"{did_you_mean(name, flags)}?")
-            continue
-        where = f"{path}, {line}: {name!r}"
-        value = read_value(parser, flag, node, words, where)
-        if flag is None or value == argparse.SUPPRESS:
-            continue
-        if name == "enabled":               # of peft, read last: the file may also give a rank
-            value = value and values.get(flag.dest, value)
-        elif flag.dest in values:
-            parser.error(f"{where} is given twice; see {lines[flag.dest]}")
-        values[flag.dest], lines[flag.dest] = value, line
-    if unknown:
-        parser.error(f"{path}, {' '.join(unknown)}")
+    flags, values = parser._option_string_actions, {}
+    for section, content in document.items():
+        for key, text in content.items() if isinstance(content, dict) else [(section, content)]:
+            name = f"{section}.{key}" if f"{section}.{key}" in ALIASES else key
+            if (name, text) == ("enable_thinking", "false"):    # so the chat template has it
+                continue
+            flag = flags.get(f"--{ALIASES.get(name, name)}")
+            if flag is None:
+                near = did_you_mean(key, [known.lstrip("-") for known in flags])
+                parser.error(f"{path}: unknown key {key!r}; did you mean {near}?")
+            if flag.dest in values:
+                parser.error(f"{path}: {key!r} is given twice")
+            values[flag.dest] = read_value(parser, flag, text, WORDS.get(name), f"{path}: {key!r}")
     return values
 
 
-def entries(document) -> list:
-    """[(section or "", key, value)], as YAML nodes."""
-    found = []
-    for key, node in document.value if document else []:
-        inner = node.value if isinstance(node, yaml.MappingNode) else [(key, node)]
-        found += [(str(key.value) if inner is node.value else "", *pair) for pair in inner]
-    return sorted(found, key=lambda entry: entry[1].value == "enabled")
-
-
-def read_value(parser, flag, node, words: dict, where: str):
-    """A YAML value, converted and checked as on the command line (YAML reads 5e-6 as text)."""
-    several, switch = flag and flag.nargs in ("+", "*"), flag and flag.nargs == 0
-    words = {"true": flag.const, "false": flag.default} if switch else words
-    values = []
-    for each in node.value if several and isinstance(node, yaml.SequenceNode) else [node]:
-        if not isinstance(each, yaml.ScalarNode):
-            parser.error(f"{where} takes {'plain values' if several else 'one value'}")
-        if not each.value.strip() or each.tag.endswith(":null"):
-            parser.error(f"{where} has no value; remove it for the default")
-        if words and each.value.lower() not in words:
-            parser.error(f"{where} takes {' or '.join(words)}, not {each.value!r}")
-        if each.tag.endswith(":bool") and not words:
-            parser.error(f"{where} takes no switch; if {each.value} is a text, quote it")
-        values.append(words.get(each.value.lower(), each.value))
-    if switch or flag is None:
-        return values[0]
-    if flag.nargs == "+" and not values:
-        parser.error(f"{where} is an empty list")
+def read_value(parser, flag, text, words: dict | None, where: str):
+    """A value of a YAML file, converted and checked as on the command line."""
+    several = flag.nargs in ("+", "*")
+    texts = text if several and isinstance(text, list) else [text]
+    if not all(isinstance(each, str) and each for each in texts):
+        parser.error(f"{where} takes {'plain values' if several else 'one value'}")
+    if flag.nargs == 0:
+        words = {"true": flag.const, "false": flag.default}
+    if words and text.lower() not in words:
+        parser.error(f"{where} takes {' or '.join(words)}, not {text!r}")
+    texts = [words[text.lower()]] if words else texts
+    if flag.nargs == 0:
+        return texts[0]
     try:
-        return parser._get_values(flag, values)
+        return parser._get_values(flag, texts)
     except argparse.ArgumentError as error:
         parser.error(f"{where}: {error}")
