@@ -152,7 +152,8 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
         if epoch_ends or progress.is_due(args.log_interval) or progress.is_due(args.save_interval):
             counts = data.counts(step + 1 - log.steps, step + 1)
             domain_share = 1 - counts.get(GENERAL, 0) / sum(counts.values())
-            log.row(step + 1, wandb, lr=lr, grad_norm=grad_norm, **norms, domain_share=domain_share)
+            log.row(step + 1, wandb, **log.means(), lr=lr, grad_norm=grad_norm, **norms,
+                    domain_share=domain_share)
         if held_out and (epoch_ends or progress.is_due(args.eval_interval)):
             loss = validate(wandb, args, world, student, teachers, tokenizer, data, held_out,
                             progress, log)

@@ -115,7 +115,8 @@ def train_epoch(epoch, wandb, alpha=0.0, temperature=1.0, *, teachers,
         # 4. Log, validate, save. A save ends a row: a resumed run writes the same rows.
         log.step()
         if progress.is_due(args.log_interval) or progress.is_due(args.save_interval):
-            log.row(step + 1, wandb, lr=lr, grad_norm=full_tensor(grad_norm), temperature=T)
+            log.row(step + 1, wandb, **log.means(), lr=lr, grad_norm=full_tensor(grad_norm),
+                    temperature=T)
         if val_data is not None and progress.is_due(args.eval_interval):
             val_loader = in_order(val_data, world.rank, world.size)
             scores = evaluate(student, val_loader, world.device, dtype=world.dtype,

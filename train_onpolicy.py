@@ -163,8 +163,8 @@ def train_epoch(epoch, wandb, *, teachers, reward,
             if progress.is_due(args.log_interval) or saving:
                 means = mean_stats(stats, world.device)
                 sample = as_line(rollouts[step][0], tokenizer) if step in rollouts else None
-                log.row(step + 1, wandb, sample, **means, **spent, **clock.shares(), lr=lr,
-                        grad_norm=full_tensor(grad_norm))
+                log.row(step + 1, wandb, sample, **log.means(), **means, **spent, **clock.shares(),
+                        lr=lr, grad_norm=full_tensor(grad_norm))
                 warn_of_collapse(means, progress.memory)
                 stats.clear()
             if val_data is not None and progress.is_due(args.eval_interval):

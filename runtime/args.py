@@ -248,11 +248,12 @@ def parse_args(parser: argparse.ArgumentParser, argv=None, **ranges: str) -> arg
              "question=customer_message answer=agent_reply; other columns are not read")
     only_config = Parser(prog=parser.prog, add_help=False)
     only_config.add_argument("--config", nargs="+", default=[])
+    values = {}
     for path in only_config.parse_known_args(argv)[0].config:
-        values = read_config(parser, path)
-        parser.set_defaults(**values)
-        for flag in parser._actions:
-            flag.required &= flag.dest not in values
+        values |= read_config(parser, path)
+    parser.set_defaults(**values)
+    for flag in parser._actions:
+        flag.required &= flag.dest not in values
     parser.add_argument("--config", nargs="+", default=[], metavar="YAML",
         help="YAML files with values for any flag; a later file overrides earlier ones, the "
              "command line overrides all")
@@ -325,12 +326,11 @@ def read_value(parser, flag, text, words: dict | None, where: str):
         parser.error(f"{where} takes {'plain values' if several else 'one value'}")
     if flag.nargs == 0:
         words = {"true": flag.const, "false": flag.default}
-    if words and text.lower() not in words:
-        parser.error(f"{where} takes {' or '.join(words)}, not {text!r}")
-    texts = [words[text.lower()]] if words else texts
-    if flag.nargs == 0:
-        return texts[0]
+    if words:
+        if text.lower() not in words:
+            parser.error(f"{where} takes {' or '.join(words)}, not {text!r}")
+        texts = [words[text.lower()]]
     try:
-        return parser._get_values(flag, texts)
+        return texts[0] if flag.nargs == 0 else parser._get_values(flag, texts)
     except argparse.ArgumentError as error:
         parser.error(f"{where}: {error}")

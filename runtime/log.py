@@ -112,8 +112,8 @@ def peak_above(device):
 class Log:
     """Rows of numbers: plain lines, a JSONL file, and wandb if requested.
 
-    Values are added per step as sums over this process's tokens and reported as means over the
-    steps since the last row, without those that were skipped; see `is_finite`.
+    Values are added per step as sums over this process's tokens. `means` are those over the steps
+    since its last call, without the steps that were skipped; see `is_finite`.
     """
 
     def __init__(self, name, progress, world: World):
@@ -175,36 +175,36 @@ class Log:
             tokens = self.tokens_before + self.world.size * self.tokens
             self.show(self.progress.steps_done, means, tokens)
 
-    def row(self, step: int, wandb=None, sample: str | None = None, **more):
-        """Report the means since the last row together with `more`, and a sample of the student's
-        text. What is not finite is shown, but not written."""
-        if self.steps:
-            dtype = sum_dtype(self.world.device)
-            used, self.cpu = time.process_time() - self.cpu, time.process_time()
-            sums = torch.stack([torch.as_tensor(value, dtype=dtype)
-                                for value in (*self.sums.values(), self.tokens, used)])
-            *sums, tokens, used = sum_over_processes(sums.to(self.world.device)).tolist()
-            self.cpu_before += used
-            n_finite = self.steps - self.skipped
-            more = {name: value / n_finite for name, value in zip(self.sums, sums)} | more
-            if self.skipped:
-                more["skipped_steps"] = self.skipped
-            self.tokens_before += tokens
-            self.sums, self.steps, self.skipped, self.tokens = {}, 0, 0, 0
-        more = {name: float(value) for name, value in more.items()}
+    def means(self) -> dict[str, float]:
+        """The means since the last call, over all processes, which all call this."""
+        used, self.cpu = time.process_time() - self.cpu, time.process_time()
+        sums = torch.stack([torch.as_tensor(value, dtype=sum_dtype(self.world.device))
+                            for value in (*self.sums.values(), self.tokens, used)])
+        *sums, tokens, used = sum_over_processes(sums.to(self.world.device)).tolist()
+        means = {name: value / (self.steps - self.skipped) for name, value in zip(self.sums, sums)}
+        if self.skipped:
+            means["skipped_steps"] = self.skipped
+        self.cpu_before, self.tokens_before = self.cpu_before + used, self.tokens_before + tokens
+        self.sums, self.steps, self.skipped, self.tokens = {}, 0, 0, 0
+        return means
+
+    def row(self, step: int, wandb=None, sample: str | None = None, **values):
+        """Report values, and a sample of the student's text. What is not finite is shown, but not
+        written."""
+        values = {name: float(value) for name, value in values.items()}
         if self.world.rank != 0:
             return
-        finite = {name: value for name, value in more.items() if math.isfinite(value)}
-        pace = self.show(step, more, self.tokens_before)
-        speed, text = {"tokens_per_s": pace} if pace else {}, {}
-        speed["total_cpu_seconds"] = self.cpu_before
+        pace = self.show(step, values, self.tokens_before)
+        row = {name: value for name, value in values.items() if math.isfinite(value)}
+        row |= {"tokens_per_s": pace} if pace else {}
+        row["total_cpu_seconds"] = self.cpu_before
+        if wandb is not None:
+            wandb.log(row, step=step)
         if sample is not None:
             Logger(f"    {sample}")
-            text = {"sample": sample}
+            row["sample"] = sample
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite, **speed, **text}) + "\n")
-        if wandb is not None:
-            wandb.log({**finite, **speed}, step=step)
+            file.write(json.dumps({"step": step, **row}) + "\n")
 
     def show(self, step: int, values: dict, tokens: float) -> float:
         """Print a line; return the tokens per second since the start."""
@@ -235,10 +235,9 @@ def draw_curves(rows: list[dict], path: Path):
     file. scripts/plot.py draws all other quantities."""
     from runtime.pictures import new_figure, save_picture       # needed once, at the end of a run
 
-    curves = {name: {row["step"]: row[name] for row in rows if name in row}
-              for names in PANELS.values() for name in names}
-    panels = {title: [name for name in names if curves[name]] for title, names in PANELS.items()
-              if title != "loss" or not curves["ce"]}
+    logged = {name for row in rows for name in row}
+    logged -= {"loss", "val_loss"} if "ce" in logged else set()
+    panels = {title: [name for name in names if name in logged] for title, names in PANELS.items()}
     panels = {title: names for title, names in panels.items() if names}
     if not panels:
         return
@@ -249,7 +248,8 @@ def draw_curves(rows: list[dict], path: Path):
                                     panels.items()):
         for name in names:
             style = "k--" if "teacher" in name else "C1.-" if name.startswith("val_") else "C0-"
-            axis.plot(list(curves[name]), list(curves[name].values()), style, label=name)
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points), style, label=name)
         axis.set_title(title)
         axis.legend()
     save_picture(figure, path)

@@ -365,6 +365,17 @@ def test_the_logged_loss_is_the_sum_of_its_parts(data, models, tmp_path):
         assert row["loss"] == pytest.approx(parts, rel=1e-5)
 
 
+def test_a_row_has_the_means_of_all_steps_since_the_row_before_whenever_the_run_validates(data, models, tmp_path):
+    script, flags, file = lesson("distillation", data, models)
+    flags |= {"alpha": 0.5, "max_steps": 4, "val_path": data / "val.jsonl"}
+    for name, more in (("each", {"log_interval": 1}), ("all", {"log_interval": 4, "eval_interval": 3})):
+        succeed(script, **flags | more, out_dir=tmp_path / name)
+    each, means = ([row for row in rows(tmp_path / name / f"{file}.jsonl") if "kd" in row] for name in ("each", "all"))
+    assert [row["step"] for row in means] == [4]
+    for term in ("loss", "ce", "kd"):
+        assert means[0][term] == pytest.approx(sum(row[term] for row in each) / 4, rel=1e-5)
+
+
 def test_the_feature_projections_are_trained_saved_and_resumed(data, models, tmp_path):
     script, flags, file = lesson("distillation", data, models)
     flags |= {"feature_weight": 0.1, "max_steps": 6, "save_interval": 3, "log_interval": 1, "out_dir": tmp_path}
