@@ -30,7 +30,7 @@ from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
 from distill.served import add_served_args, make_served, read_ahead
 from distill.teachers import (Teacher, check_caches, make_teachers, progressive_distillation,
                               read_once, share_vocabulary, teacher_outputs, teacher_side)
-from evaluation.validation import evaluate, gradient_norms
+from evaluation.validation import evaluate
 from interop.checkpoint import freeze, load_teacher, prepare, run_name, save_model
 from interop.sizes import fill_in, init_student_model, init_teacher_model   # noqa: F401
 from model.config import LMConfig
@@ -105,7 +105,7 @@ def train_epoch(epoch, wandb, alpha=0.0, temperature=1.0, *, teachers,
         # 3. Update
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
-        if log.is_finite(grad_norm, scaler, args.max_bad_steps):
+        if log.is_finite(grad_norm, scaler):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -121,9 +121,7 @@ def train_epoch(epoch, wandb, alpha=0.0, temperature=1.0, *, teachers,
             val_loader = in_order(val_data, world.rank, world.size)
             scores = evaluate(student, val_loader, world.device, dtype=world.dtype,
                               teachers=teachers, temperature=temperature)
-            norms = gradient_norms(student, modules, weights, next(in_order(val_data)), world,
-                                   teachers, alpha, T, divergence)
-            log.row(step + 1, wandb, **scores, **norms)
+            log.row(step + 1, wandb, **scores)
             if progress.is_best(scores["val_kl"]):
                 save_model(student, tokenizer, f"{name}_best.pth")
         stopping = stop.agreed(step + 1, world)

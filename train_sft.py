@@ -62,7 +62,7 @@ def train_epoch(epoch, wandb, *,
         # 3. Update
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
-        if log.is_finite(grad_norm, scaler, args.max_bad_steps):
+        if log.is_finite(grad_norm, scaler):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -25,7 +25,7 @@ COLUMNS = "MINIDISTILL_COLUMNS"     # environment variable: --columns, a line ea
 # last word of it: write_temperature. Infinity only says that there is no bound.
 RANGES = {name: interval for interval, names in {
     "[-1, inf)": "local_rank",
-    "[1, inf)": "accumulation_steps batch_size depth dim epochs max_bad_steps max_new_tokens "
+    "[1, inf)": "accumulation_steps batch_size depth dim epochs max_new_tokens "
                 "max_seq_len max_tries n_heads n_layers n_samples n_seeds num_samples "
                 "relation_heads repeats rounds rows sample_every teacher_top_k threads "
                 "tokens_per_batch vocab_size",
@@ -113,8 +113,6 @@ def add_training_args(parser: argparse.ArgumentParser):
     add("--weight_decay", type=float, default=0.1, help="weight decay, on matrices only")
     add("--grad_clip", type=float, default=1.0,
         help="maximum L2 norm of the gradient; 0 disables clipping")
-    add("--max_bad_steps", type=int, default=3,
-        help="steps in a row without a finite gradient, which are skipped, until the run ends")
     add("--warmup_iters", "--warmup_ratio", type=float, default=0,
         help="linear warm-up before the cosine, in steps; below 1: a fraction of all steps")
     add("--seed", type=int, default=1337,

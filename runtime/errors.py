@@ -12,8 +12,6 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Folders that read files of other programs, where a wrong type or a missing key is the file's.
-READERS = {"ability_tree", "dataset", "interop"}
 
 WAY_OUT = {errno.ENOSPC: "free some space; --resume continues from the last save",
            errno.ENAMETOOLONG: "shorten the name", **dict.fromkeys(
@@ -54,8 +52,7 @@ def in_one_line(error: BaseException) -> str | None:
     """What went wrong, where, and the way out; None for an error of the program."""
     if isinstance(error, KeyboardInterrupt):        # before a run can save itself
         return "interrupted; the files stay as they were last saved"
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    paths = [frame.f_locals.get("path") for frame in frames]
+    paths = [frame.f_locals.get("path") for frame, _ in traceback.walk_tb(error.__traceback__)]
     path = next((path for path in reversed(paths) if isinstance(path, (str, Path))), None)
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
         error = error.__context__           # torch.save, when the disk is full
@@ -73,9 +70,4 @@ def in_one_line(error: BaseException) -> str | None:
     for pattern, advice in KNOWN.items():
         if re.search(pattern, f"{names} {machine}"):
             return f"{text or type(error).__name__}: {advice}"
-    ours = [Path(frame.f_code.co_filename) for frame in frames]
-    ours = [file for file in ours if file.is_relative_to(ROOT) and ".venv" not in file.parts]
-    if (ours and ours[-1].parent.name in READERS and path and Path(path).exists()
-            and isinstance(error, (LookupError, TypeError, AttributeError, RecursionError))):
-        return f"{path} has not the expected form: {type(error).__name__} {text} in {ours[-1].name}"
     return None

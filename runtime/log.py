@@ -21,6 +21,7 @@ from runtime.processes import World, full_tensor, is_main_process, sum_over_proc
 LOG_FILES = []          # into which Logger writes too
 SECONDS = 10            # between two lines of Pace
 SECONDS_WITHOUT_ROW = 30        # until Log shows a line
+MAX_BAD_STEPS = 3       # in a row, without a finite gradient
 PAGE = 4096             # bytes; no measurement of memory is finer
 
 
@@ -137,9 +138,9 @@ class Log:
         for name, value in values.items():
             self.values[name] = self.values.get(name, 0.0) + value.detach()
 
-    def is_finite(self, grad_norm, scaler, max_bad_steps: int) -> bool:
+    def is_finite(self, grad_norm, scaler) -> bool:
         """Whether the gradient of this step is finite, on all processes. If not, its update must be
-        skipped; after max_bad_steps in a row the script ends, and its files stay as they are.
+        skipped; after three in a row the script ends, and its files stay as they are.
 
         In float16 a gradient may overflow because of the loss scale, which the scaler then lowers:
         such a step does not count.
@@ -153,15 +154,14 @@ class Log:
         self.values, self.skipped = {}, self.skipped + 1
         self.skipped_in_a_row += scaler.get_scale() <= 1.0      # 1.0: nothing is scaled
         what = f"the {', '.join(terms)} of" if terms else "the gradient, but not the loss, of"
-        what = f"{what} step {self.progress.steps_done + 1} is not finite"
-        if self.skipped_in_a_row < max_bad_steps:
-            Logger(f"{what}: its update is skipped")
+        Logger(f"{what} step {self.progress.steps_done + 1} is not finite: its update is skipped")
+        if self.skipped_in_a_row < MAX_BAD_STEPS:
             return False
         cause = "the teacher's outputs" if "kd" in terms and "ce" not in terms else (
             "a learning rate that is too high: lower --learning_rate, or raise --warmup_iters")
         self.close()
-        sys.exit(f"{what}, nor are those before it, {max_bad_steps} in a row (--max_bad_steps). "
-                 f"Likely cause: {cause}. The files stay as they were last saved.")
+        sys.exit(f"{MAX_BAD_STEPS} steps in a row are not finite. Likely cause: {cause}. The files "
+                 "stay as they were last saved.")
 
     def step(self):
         """One optimizer step is done. Without a row for 30 s, and after the first step, a line on

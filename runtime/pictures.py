@@ -1,9 +1,9 @@
 """
-图片：写成 PNG；中文标签用已安装的中文字体，没有时用编号，并打印对照。
-Pictures as PNG files, in one set of colours. Labels in Chinese need a font that has its characters;
-without one they are numbered, and the key is printed.
+图片：写成 PNG，配色统一；中文标签用已安装的中文字体。
+Pictures as PNG files, in one set of colours. Labels in Chinese need an installed Chinese font.
 """
 
+import warnings
 from pathlib import Path
 
 from runtime.files import write_atomic
@@ -43,30 +43,17 @@ def chinese_fonts() -> list[str]:
 
 def save_picture(figure, path: Path, **more):
     """Write a matplotlib figure. Its texts are shown as they are, $ included."""
-    from matplotlib import font_manager, rc_context
+    from matplotlib import rc_context
     from matplotlib.text import Text
 
-    fonts, numbers = ["DejaVu Sans", *chinese_fonts()], {}
-    known = {code for name in fonts for code in
-             font_manager.get_font(font_manager.findfont(name)).get_charmap()}
-
-    def shown(text: str) -> str:
-        if {ord(char) for char in text} - known <= {ord("\n")}:
-            return text
-        number = numbers.setdefault(text.strip(), len(numbers) + 1)
-        return text.replace(text.strip(), f"[{number}]")
-
-    with rc_context({"font.family": fonts, "text.parse_math": False}):
-        for axes in figure.axes:
-            for axis in (axes.xaxis, axes.yaxis):       # before each drawing, an axis sets these
-                names = [label.get_text() for label in axis.get_ticklabels()]
-                if any(shown(name) != name for name in names):
-                    axis.set_ticks(axis.get_ticklocs(), list(map(shown, names)))
-        for text in figure.findobj(Text):
-            text.set(text=shown(text.get_text()), fontfamily=fonts, parse_math=False)
+    fonts = ["DejaVu Sans", *chinese_fonts()]
+    for text in figure.findobj(Text):
+        text.set(fontfamily=fonts, parse_math=False)
+    with (rc_context({"font.family": fonts, "text.parse_math": False}),
+          warnings.catch_warnings(record=True) as said):
+        warnings.simplefilter("always")
         write_atomic(Path(path),
                      lambda file: figure.savefig(file, format="png", dpi=120, **more))
-    if numbers:
-        key = ", ".join(f"[{number}] {text}" for text, number in numbers.items())
-        Logger(f"{path}: no installed font has the characters of {key}; to see them, install a "
-               "font: apt-get install fonts-noto-cjk")
+    if any("missing from" in str(each.message) for each in said):
+        Logger(f"{path}: the boxes are characters that no installed font has; install one: "
+               "apt-get install fonts-noto-cjk")

@@ -17,7 +17,7 @@ import torch
 from dataset import lm_dataset
 from dataset.lm_dataset import SFTDataset
 from helpers_run import ROOT, TINY, complaint, run
-from interop import hf, vocabulary
+from interop import vocabulary
 from interop.checkpoint import load_model
 from model.tokenizer import Tokenizer
 from runtime.args import make_parser
@@ -90,13 +90,6 @@ def test_an_error_of_the_program_keeps_its_traceback(act, tmp_path, capsys):
     assert in_one_line(error) is None
     shorten(type(error), error, error.__traceback__)
     assert "Traceback" in capsys.readouterr().err
-
-
-def test_a_key_that_a_foreign_file_lacks_is_the_fault_of_the_file(tmp_path, monkeypatch):
-    """Where no check names it: the reader's own line raises."""
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    monkeypatch.setattr(hf, "read_config", lambda path: exec(compile("{}['rope']", hf.__file__, "exec"), {"path": path}))
-    assert "has not the expected form: KeyError 'rope' in hf.py" in in_one_line(caught(load_model, tmp_path))
 
 
 def test_a_panic_of_the_tokenizers_library_names_the_file(tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def test_a_step_trains_the_student_and_never_the_teacher(case, form, monkeypatch
 
 def test_ours_is_bit_by_bit_the_step_of_train_distillation(case):
     form = our_form(case)
-    args = Namespace(learning_rate=0.0, max_bad_steps=3, warmup_iters=0, grad_clip=0.0, accumulation_steps=1, seed=0,
+    args = Namespace(learning_rate=0.0, warmup_iters=0, grad_clip=0.0, accumulation_steps=1, seed=0,
                      final_temperature=None,
                      divergence="forward_kl", beta=0.5, skew=0.1, jsd_normalised=False, plain_loss=False,
                      feature_weight=0.0, log_interval=0, save_interval=0, eval_interval=0)

@@ -61,13 +61,13 @@ def test_the_plain_and_the_fused_loss_teach_the_same(more, flags, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_validation_shows_the_gradient_norm_of_each_term(processes, flags, data, tmp_path):
+def test_a_row_shows_each_term_of_the_loss_and_a_validation_the_true_kl(processes, flags, data, tmp_path):
     terms = {"alpha": 0.5, "temperature": 2.0, "feature_weight": 1.0, "attention_weight": 1.0, "relation_heads": 2,
              "contrastive_weight": 1.0, "processes": processes}
     succeed(SCRIPT, **flags | terms | {"val_path": data / "val.jsonl"})
     row, validation = rows(tmp_path / f"out/{FILE}.jsonl")
     for term in ("ce", "kd", "feature", "attention", "contrastive"):
-        assert row[term] > 0 and validation[f"grad_{term}"] > 0
+        assert row[term] > 0
     assert validation["val_kl"] > 0 and 0 < validation["val_entropy"] < np.log(1024) and 0 <= validation["val_agreement"] <= 1
     whole = 0.5 * row["ce"] + 0.5 * row["kd"] + row["feature"] + row["attention"] + row["contrastive"]
     assert row["loss"] == pytest.approx(whole, rel=1e-5)
@@ -81,21 +81,6 @@ def test_two_processes_validate_like_one(flags, data, tmp_path):
         found.append({name: value for name, value in rows(tmp_path / f"{processes}/{FILE}.jsonl")[-1].items() if "val_" in name})
     assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0].keys() >= {
         "val_overlap", "val_acceptance", "val_ece", "val_teacher_ece", "val_entropy", "val_student_entropy"}
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_gradient_norm_of_each_term_is_logged_where_there_are_several(processes, flags, tmp_path):
-    """Training and validation on the same eight rows, at a learning rate of 0; beside kd a term that hardly counts."""
-    eight = tmp_path / "eight.jsonl"
-    eight.write_text("".join(flags["data_path"].read_text().splitlines(keepends=True)[:8]))
-    succeed(SCRIPT, **flags | {"data_path": eight, "val_path": eight, "learning_rate": 0.0, "batch_size": 8 // processes},
-            processes=processes, contrastive_weight=1e-9)
-    row, validation = rows(tmp_path / f"out/{FILE}.jsonl")
-    assert validation["grad_kd"] == pytest.approx(row["grad_norm"], rel=1e-5)
-    assert validation["val_kl"] == pytest.approx(row["kd"], rel=1e-5)   # at T = 1 the divergence is the true KL
-    assert "grad_ce" not in validation                                  # a term of weight 0 has none
-    succeed(SCRIPT, **flags | {"data_path": eight, "val_path": eight, "out_dir": tmp_path / "alone"}, processes=processes)
-    assert "grad_kd" not in rows(tmp_path / f"alone/{FILE}.jsonl")[-1]  # it would be grad_norm once more
 
 
 # -- several teachers ------------------------------------------------------------------------------------------
