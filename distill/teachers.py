@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from dataset.lm_dataset import in_order, sample_key
 from distill.cache import TeacherCache
@@ -15,7 +16,7 @@ from distill.fused import Dense, TopK
 from distill.served import ServedTeacher
 from runtime.args import parse_teacher
 from runtime.files import file_sha256
-from runtime.log import Logger, Pace
+from runtime.log import Logger
 from runtime.precision import autocast
 from runtime.processes import sum_over_processes
 
@@ -60,7 +61,8 @@ class StatesInMemory:
             unread.append(data.view(np.array(new, dtype=int)))
         self.states = torch.zeros(n, self.config.dim, dtype=world.dtype)
 
-        pace = Pace(-(-len(self.places) // world.size), "samples", world)
+        progress = tqdm(total=-(-len(self.places) // world.size), unit=" samples", mininterval=10,
+                        disable=world.rank != 0)
         for data in unread:
             for batch in in_order(data, world.rank, world.size):
                 batch = batch.to(world.device)
@@ -71,7 +73,8 @@ class StatesInMemory:
                 sizes = [end - begin for begin, end in places]
                 for (begin, end), states in zip(places, out.final.split(sizes)):
                     self.states[begin:end] = states
-                pace.add(len(places), len(batch.tokens))
+                progress.update(len(places))
+        progress.close()
         for rows in self.states.split(ROWS_AT_ONCE) if world.size > 1 else ():
             rows.copy_(sum_over_processes(rows.to(world.device, torch.float32)))
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from dataset.domains import DOMAIN, GENERAL
 from dataset.lm_dataset import in_order
 from evaluation.exam import ExamQuestion, answer, grade
+from evaluation.samples import side_by_side
 from evaluation.validation import evaluate
 from runtime.log import Logger
 from runtime.precision import autocast
@@ -93,16 +94,12 @@ def show_samples(name: str, teacher, student, tokenizer, held_out: dict, n_sampl
     exam = [question for _, exam in held_out.values() for question in exam[:n_samples]]
     if not exam:
         return
-    answers = {"data": [question.gold for question in exam]}
-    for who, model in (("teacher", teacher), ("student", student)):
-        answers[who] = exam_answers(model, tokenizer, exam, max_new_tokens, world)
+    answers = {who: exam_answers(model, tokenizer, exam, max_new_tokens, world)
+               for who, model in (("teacher", teacher), ("student", student))}
+    rows = [{"messages": [*question.messages, {"role": "assistant", "content": question.gold}]}
+            for question in exam]
     name = Path(name)
-    blocks = [f"## {name.name}, step {progress.steps_done}"]
-    for i, question in enumerate(exam):
-        blocks.append(f"> {question.messages[-1]['content'][-500:]}".replace("\n", "\n> "))
-        blocks.append("\n".join(f"- **{who}**: {' '.join(texts[i].split())[:300]}"
-                                for who, texts in answers.items()))
-    text = "\n\n".join(blocks)
+    text = f"## {name.name}, step {progress.steps_done}\n\n{side_by_side(rows, answers)}"
     if world.rank == 0:
         with open(name.with_name("samples.md"), "a", encoding="utf-8") as file:
             file.write(f"{text}\n\n")

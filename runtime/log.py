@@ -19,7 +19,6 @@ from runtime.precision import sum_dtype
 from runtime.processes import World, full_tensor, is_main_process, sum_over_processes
 
 LOG_FILES = []          # into which Logger writes too
-SECONDS = 10            # between two lines of Pace
 SECONDS_WITHOUT_ROW = 30        # until Log shows a line
 MAX_BAD_STEPS = 3       # in a row, without a finite gradient
 PAGE = 4096             # bytes; no measurement of memory is finer
@@ -32,33 +31,6 @@ def Logger(content):
         for path in LOG_FILES:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(f"{content}\n")
-
-
-class Pace:
-    """This process's share of some work: a line every ten seconds. Only the main process prints; it
-    assumes that the others are as fast."""
-
-    def __init__(self, total: int, unit: str, world: World):
-        self.total, self.unit, self.world, self.done, self.tokens = total, unit, world, 0, 0
-        self.start = self.printed = time.perf_counter()
-
-    def add(self, done: int, tokens: int = 0):
-        """So many more units are done. tokens: of a unit that is not tokens, for the pace."""
-        self.done += done
-        self.tokens += tokens
-        now, seconds = time.perf_counter(), self.seconds()
-        if self.done and (now - self.printed > SECONDS or self.done == self.total):
-            self.printed = now
-            share = " of this process" if self.world.size > 1 else ""
-            speed = self.world.size / seconds
-            texts = [f"{self.done:,}/{self.total:,} {self.unit}{share}",
-                     f"{speed * self.done:,.1f} {self.unit}/s",
-                     f"{speed * self.tokens:,.0f} tokens/s" if self.tokens else "",
-                     f"{(self.total - self.done) * seconds / self.done / 60:.1f} min left"]
-            Logger("  ".join(filter(None, texts)))
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
 
 
 class Clock:

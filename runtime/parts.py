@@ -7,14 +7,16 @@ bytes.
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from runtime.args import checking_input, resume_command
 from runtime.files import named_errors, write_atomic, write_json
-from runtime.log import Logger, Pace
+from runtime.log import Logger
 from runtime.processes import StopSignal, World, patient_group
 
 
@@ -39,7 +41,7 @@ class Parts:
         self.removed = Path(f"{out}.parts.removed")
         self.about, self.n_parts = about, n_parts
         self.world, self.group = world, patient_group(world)
-        self.stop = self.progress = None        # of `mine`
+        self.stop = self.start = None           # of `mine`
 
     def prepare(self) -> list[int]:
         """The missing parts. Raises ValueError if the file or parts of another file exist."""
@@ -70,26 +72,17 @@ class Parts:
     def missing(self) -> list[int]:
         return [part for part in range(self.n_parts) if not self.path(part).exists()]
 
-    def mine(self, missing: list[int], sizes: list[int] | None = None,
-             unit: str = "parts") -> Iterator[int]:
+    def mine(self, missing: list[int]) -> Iterator[int]:
         """This process's share of the missing parts, until Ctrl-C. The caller writes each part
-        before it takes the next one.
-
-        sizes   units of work in each part of the file, which the caller reports to `progress`; it
-                looks at `stop.requested` if a part takes long. None: one unit a part
-        """
+        before it takes the next one, and looks at `stop.requested` if a part takes long."""
         if self.group:
             dist.barrier(self.group)        # all processes must see the same parts missing
+        self.stop, self.start = StopSignal(), time.perf_counter()
         mine = missing[self.world.rank::self.world.size]
-        self.stop = StopSignal()
-        total = sum(sizes[part] for part in mine) if sizes else len(mine)
-        self.progress = Pace(total, unit, self.world)
-        for part in mine:
+        for part in tqdm(mine, unit=" parts", mininterval=10, disable=self.world.rank != 0):
             if self.stop.requested:
                 break
             yield part
-            if not sizes:
-                self.progress.add(1)
 
     def write(self, part: int, result):
         write_atomic(self.path(part), lambda file: file.write(json.dumps(result).encode()))

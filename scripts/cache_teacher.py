@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import shutil
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
@@ -183,20 +184,19 @@ def main():
     parts.missing = writer.missing          # the folder and its parts are the writer's
     samples = [layout.samples[layout.part(part)] for part in range(parts.n_parts)]
     n_tokens = [int((data.lengths[chosen] - 1).sum()) for chosen in samples]
-    for part in parts.mine(missing, n_tokens, "tokens"):
+    for part in parts.mine(missing):
         rows, rng = [], np.random.default_rng(part)     # the same, whoever writes it
         for places in by_length(data.lengths[samples[part]], args.tokens_per_batch):
             if parts.stop.requested:
                 break
             batch = data.batch(samples[part][places]).to(world.device)
             rows.append(read(about, batch, rng))
-            parts.progress.add(len(batch.tokens))
         else:
             writer.write(part, np.concatenate(rows))
 
     # 6. Finish
     parts.wait()
-    seconds, done = parts.progress.seconds(), sum(n_tokens[part] for part in missing)
+    seconds, done = time.perf_counter() - parts.start, sum(n_tokens[part] for part in missing)
     Logger(f"wrote {len(missing)} parts, {megabytes(writer.part_bytes[missing].sum())}, in "
            f"{seconds:.1f} s ({done / seconds:,.0f} tokens/s). Use them: "
            f"python train_distillation.py --teacher_cache {args.cache_dir}")

@@ -24,6 +24,7 @@ same command resumes it, on any number of processes, to the same bytes.
 
 import shlex
 import sys
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -114,8 +115,6 @@ def generated(teacher, tokenizer, tasks, num_samples, parts, **sampling) -> list
             return []
         for i, token in zip(step.indices, step.tokens):
             answers[places[i]].append(token)
-        parts.progress.add(sum(step.done), len(step.tokens))
-    parts.progress.add(len(prompts) - len(places))
     return [to_answer(answers[i], tokenizer) if i in answers else ("", 0, "too long")
             for i in range(len(prompts))]
 
@@ -124,7 +123,6 @@ def requested(endpoint, tasks, num_samples, parts, *, max_new_tokens, temperatur
     """The same by an endpoint, which counts the question's tokens, too."""
     rows = endpoint.ask([task.messages for task in tasks for _ in range(num_samples)],
                         max_new_tokens, temperature, generator.initial_seed(), parts.stop)
-    parts.progress.add(len(rows), sum(row["tokens"] for row in rows if row))
     return [(row["reply"], row["tokens"], "unfinished" * (row.get("finish_reason") == "length"))
             if row else ("", 0, "no reply") for row in rows]
 
@@ -237,9 +235,9 @@ def main():
            f"{len(missing)} of {len(slices)} parts are missing")
 
     # 5. Generate
-    sizes, why = [args.num_samples * len(tasks[each]) for each in slices], None
+    why = None
     try:
-        for part in parts.mine(missing, sizes, "answers"):
+        for part in parts.mine(missing):
             generator = torch.Generator(world.device).manual_seed(seed_of(args.seed, part))
             answers = answer(tasks[slices[part]], args.num_samples, parts,
                              max_new_tokens=args.max_new_tokens, rows=args.batch_size,
@@ -263,8 +261,9 @@ def main():
     if not counts["written"]:
         sys.exit(f"nothing to write: {report(counts, args.only_right)}")
     new_tokens = sum(results[part][0].get("tokens", 0) for part in missing)
-    Logger(f"wrote {report(counts, args.only_right)}; {parts.progress.seconds():.1f} s, "
-           f"{new_tokens / parts.progress.seconds():,.0f} tokens/s")
+    seconds = time.perf_counter() - parts.start
+    Logger(f"wrote {report(counts, args.only_right)}; {seconds:.1f} s, "
+           f"{new_tokens / seconds:,.0f} tokens/s")
     # The student's folder is its own: train_sft.py could otherwise overwrite the teacher.
     Logger("Learn from them: " + shlex.join([
         "python", "train_sft.py", "--weights", args.teacher or "STUDENT", "--data_path", args.out,

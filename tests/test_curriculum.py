@@ -113,7 +113,7 @@ def test_three_stages_leave_weights_a_log_and_answers(unbroken):
         assert f"stage {stage[-1]}: share {row.share}" in printed
     assert (folder / "distillation.log").read_text() == printed
     samples = (folder / "samples.md").read_text()
-    assert len({samples.count(f"**{who}**") for who in ("data", "teacher", "student")}) == 1
+    assert len({samples.count(f"**{who}**") for who in ("the file", "teacher", "student")}) == 1
     assert all(f"## {stage}, step" in samples for stage in NAMES)
     assert not [name for name in names if name.endswith(".tmp")]
     rates = [row["lr"] for row in training(folder)]         # warm-up: half of the 6 steps

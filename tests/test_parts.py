@@ -9,7 +9,6 @@ import signal
 import pytest
 
 from helpers_run import complaint, start, succeed, wait_until
-from runtime.log import Pace
 from runtime.parts import Parts
 from runtime.precision import pick_device
 from runtime.processes import World
@@ -67,7 +66,7 @@ def test_any_number_of_processes_makes_the_same_file_and_leaves_nothing_else(pro
     out.parent.mkdir()
     printed = succeed(script, out=out, processes=processes)
     assert out.read_text() == "[0, 1, 4, 9, 16, 25]" and list(out.parent.iterdir()) == [out]
-    assert ("3/3 parts of this process" if processes == 2 else "6/6 parts  ") in printed
+    assert ("3/3" if processes == 2 else "6/6") in printed
 
 
 @pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
@@ -128,16 +127,3 @@ def test_a_result_comes_back_as_it_was_even_with_half_a_character(tmp_path):
     for part in parts.mine(parts.prepare()):
         parts.write(part, results[part])
     assert parts.join() == results and parts.missing() == []
-
-
-# ------------------------------------------------------------------------------------------------------------- progress
-
-
-def test_progress_tells_what_is_done_and_what_is_left(capsys, monkeypatch):
-    """Half of 8 answers and 100 tokens in 20 seconds, by each of 2 processes: 0.4 answers/s, and 20 seconds to go."""
-    clock = iter([0.0, 5.0, 5.0, 20.0, 20.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    progress = Pace(8, "answers", World(0, 2, ALONE.device))
-    progress.add(1, tokens=30)                      # after five seconds: no line yet
-    progress.add(3, tokens=70)
-    assert capsys.readouterr().out == "4/8 answers of this process  0.4 answers/s  10 tokens/s  0.3 min left\n"
