@@ -33,11 +33,11 @@ def fill(model, pieces: Iterable[Piece], path):
     the tensor for an unknown name, another shape, NaN or infinity, a second or missing tensor, and
     a head that differs from the embeddings with which the model shares it."""
     weights = dict(model.named_parameters()) | dict(model.named_buffers())  # a tied weight once
-    left, heads = {name: weight.numel() for name, weight in weights.items()}, []
+    left, head = {name: weight.numel() for name, weight in weights.items()}, None
     with named_errors(path), torch.no_grad():
         for name, tensor, where, source in pieces:
             if name == "output.weight" and model.config.tie_embeddings:     # stored twice
-                heads.append((source, tensor))
+                head = tensor
                 continue
             if name not in weights:
                 raise ValueError(f"tensor {source} has no place in a model of {model.config}")
@@ -51,11 +51,9 @@ def fill(model, pieces: Iterable[Piece], path):
             left[name] -= place.numel()
         if wrong := [name for name, count in left.items() if count]:
             raise ValueError(f"missing or repeated: {', '.join(wrong[:5])} ({len(wrong)} in all)")
-        for source, head in heads:
-            shared = model.tok_embeddings.weight
-            if not torch.equal(shared, head.to(shared)):
-                raise ValueError(f"tensor {source} differs from the embeddings, but the model's "
-                                 "config says that they are tied")
+        shared = model.tok_embeddings.weight
+        if head is not None and not torch.equal(shared, head.to(shared)):
+            raise ValueError("the head differs from the embeddings, to which it is tied")
 
 
 def rename(name: str, table: dict[str, str]) -> str:
@@ -162,7 +160,7 @@ def report_cut(path, config: LMConfig, length: int):
 
 
 def check_supported(settings: dict, supported: dict[str, tuple]):
-    """Raise ValueError for a setting with another value than those that this code computes."""
+    """Raise ValueError for a setting with another value than those supported."""
     for name, values in supported.items():
         if settings.get(name, values[0]) not in values:
             raise ValueError(f"{name} = {settings[name]!r} is not supported, only "

@@ -38,10 +38,9 @@ SCRIPTS = {"pretrain": "train_pretrain.py", "full_sft": "train_sft.py",
 
 def load_model(path, device="cpu", dtype=torch.float32,
                is_teacher=False) -> tuple[Transformer, Tokenizer]:
-    """The model at PATH in eval mode, with weights of this dtype, and its tokenizer. Raises
-    FileNotFoundError, and ValueError for what is cut short or cannot be reproduced exactly. Weights
-    of ours that do not compute what they did when they were saved: an error for a teacher, else a
-    warning."""
+    """The model at PATH in eval mode, and its tokenizer. Raises FileNotFoundError, and ValueError
+    for what is cut short or cannot be reproduced exactly. Weights of ours that do not compute what
+    they did when they were saved: an error for a teacher, else a warning."""
     reader = detect_format(path)
     if reader is native and (lora := native.read_about(path)[2]):
         with named_errors(path):
@@ -231,12 +230,11 @@ def detect_format(path):
     """The module of interop/ that reads PATH. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     if not path.exists():
-        if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
-            raise FileNotFoundError(f"no weights at {path}. If it is a model of Hugging Face:\n"
-                                    f"    hf download {path} --local-dir {path.name}\n"
-                                    f"Then name the folder, {path.name}")
         script = next((SCRIPTS[prefix] for prefix in SCRIPTS if path.name.startswith(prefix)), None)
         advice = f"Train them: python {script} --help" if script else "Is the path right?"
+        if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
+            advice = (f"A model of Hugging Face? Run: hf download {path} --local-dir {path.name}\n"
+                      f"Then name the folder, {path.name}")
         raise FileNotFoundError(f"no weights at {path}. {advice}")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} alone has no sizes and tokenizer; name its folder, {path.parent}")

@@ -300,12 +300,7 @@ def write(model: Transformer, tokenizer: Tokenizer, path, dtype: str = "float16"
                 add[type(value)](name, value)
             for name, tensor in their_tensors(model, architecture):
                 values = tensor.float().cpu().numpy()
-                is_exact = values.ndim == 1 or name.endswith(EXACT)
-                packed = "q8_0" if name in EIGHT_BITS else dtype
-                packs = dtype in ("q8_0", "q4_0") and values.shape[-1] % 32 == 0
-                kind = (GGMLQuantizationType.F32 if dtype == "float32" or is_exact else
-                        GGMLQuantizationType[packed.upper()] if packs else
-                        GGMLQuantizationType.F16)
+                kind = kind_of(name, values.shape, dtype)
                 largest = max(values.max(), -values.min())
                 if kind == GGMLQuantizationType.F16 and largest > 65504:
                     raise ValueError(f"{name} reaches {largest:.3g}; fp16 ends at 65504")
@@ -316,6 +311,14 @@ def write(model: Transformer, tokenizer: Tokenizer, path, dtype: str = "float16"
         sign(temporary)
 
     replace_atomic(Path(path), to_file)
+
+
+def kind_of(name: str, shape: tuple, dtype: str) -> GGMLQuantizationType:
+    if dtype == "float32" or len(shape) == 1 or name.endswith(EXACT):
+        return GGMLQuantizationType.F32
+    if dtype == "float16" or shape[-1] % 32:            # a block has 32 weights of one row
+        return GGMLQuantizationType.F16
+    return GGMLQuantizationType["Q8_0" if name in EIGHT_BITS else dtype.upper()]
 
 
 def their_tensors(model: Transformer, architecture: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -33,11 +33,12 @@ CONCATENATED = {"gpt2": ("wqkv",), "phi3": ("wqkv", "w13")}
 
 # Fields of LMConfig -> keys of config.json.
 SIZES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-         "hidden_dim": "intermediate_size", "vocab_size": "vocab_size",
-         "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
+         "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "activation": "hidden_act",
+         "hidden_dim": "intermediate_size", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps",
+         "max_seq_len": "max_position_embeddings", "tie_embeddings": "tie_word_embeddings"}
 GPT2_SIZES = {"dim": "n_embd", "n_layers": "n_layer", "n_heads": "n_head", "hidden_dim": "n_inner",
               "vocab_size": "vocab_size", "max_seq_len": "n_positions",
-              "norm_eps": "layer_norm_epsilon"}
+              "norm_eps": "layer_norm_epsilon", "tie_embeddings": "tie_word_embeddings"}
 MOE_SIZES = {"n_routed_experts": "num_experts", "num_experts_per_tok": "num_experts_per_tok",
              "hidden_dim": "moe_intermediate_size", "norm_topk_prob": "norm_topk_prob",
              "aux_loss_alpha": "router_aux_loss_coef"}
@@ -92,14 +93,15 @@ def config_of(theirs: dict) -> LMConfig:
     if family not in (known := [*dict.fromkeys(FAMILIES.values()), *OTHERS]):
         raise ValueError(f"model_type {family!r} is none of {', '.join(known)}")
     if theirs.get("quantization_config"):
-        method = theirs["quantization_config"].get("quant_method", "of some kind")
-        raise ValueError(f"the weights are quantised ({method}); name the folder of the model that "
-                         "they were made from, and quantise that: scripts/convert.py --quantize")
+        raise ValueError("the weights are quantised; name the model that they were made from")
     check_supported(theirs, GPT2_SUPPORTED if family == "gpt2" else SUPPORTED)
     if family == "gpt2":
-        return LMConfig(architecture="gpt2", tie_embeddings=theirs.get("tie_word_embeddings", True),
-                        **read_sizes({"n_inner": None} | theirs, GPT2_SIZES))
-    sizes = read_sizes(theirs, SIZES) | read_rope(theirs)[0]
+        defaults = {"n_inner": None, "tie_word_embeddings": True}
+        return LMConfig(architecture="gpt2", **read_sizes(defaults | theirs, GPT2_SIZES))
+    defaults = {"head_dim": head_dim_of(theirs), "hidden_act": "silu",
+                "num_key_value_heads": theirs["num_attention_heads"],
+                "tie_word_embeddings": family == "minimind"}
+    sizes = read_sizes(defaults | without_none(theirs), SIZES) | read_rope(theirs)[0]
     if window := theirs.get("use_sliding_window", True) and theirs.get("sliding_window"):
         sizes["max_seq_len"] = min(sizes["max_seq_len"], window)    # up to it attention is causal
     if family == "smollm3":
@@ -110,12 +112,12 @@ def config_of(theirs: dict) -> LMConfig:
     # Qwen2-MoE may declare the biases of Qwen2; in the others attention_bias adds one to wo, too.
     has_bias = (theirs.get("qkv_bias", True) if family == "qwen2_moe" else
                 family == "qwen2" or theirs.get("attention_bias", False))
-    return LMConfig(
-        n_kv_heads=theirs.get("num_key_value_heads") or sizes["n_heads"],
-        head_dim=head_dim_of(theirs), attention_bias=has_bias,
-        activation=theirs.get("hidden_act", "silu"),
-        tie_embeddings=theirs.get("tie_word_embeddings", family == "minimind"),
-        qk_norm=family in ("qwen3", "qwen3_moe", "minimind"), **sizes)
+    return LMConfig(attention_bias=has_bias, qk_norm=family in ("qwen3", "qwen3_moe", "minimind"),
+                    **sizes)
+
+
+def without_none(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def read_sizes(theirs: dict, names: dict[str, str]) -> dict:
@@ -131,8 +133,6 @@ def read_experts(theirs: dict, hidden_dim: int) -> dict:
     # Qwen2-MoE has one shared expert, as wide as several; MiniMind had several before version 3.
     n_shared = (theirs.get("shared_expert_intermediate_size", 0) / hidden_dim
                 or theirs.get("n_shared_experts", 0))
-    if n_shared % 1:
-        raise ValueError("shared_expert_intermediate_size is no multiple of moe_intermediate_size")
     # The number of experts has another name in transformers 5, and another in MiniMind.
     n_experts = next((theirs[name] for name in ("num_experts", "num_local_experts",
                                                "n_routed_experts") if name in theirs), 0)
@@ -154,7 +154,7 @@ def read_rope(theirs: dict) -> tuple[dict, float]:
             "beta_fast": 32.0, "original_max_position_embeddings": length}
     parameters, scaling = theirs.get("rope_parameters") or {}, theirs.get("rope_scaling") or {}
     for given in (theirs, parameters, scaling):
-        rope |= {name: value for name, value in given.items() if value is not None}
+        rope |= without_none(given)
     scaling = scaling or parameters
     kind = ("longrope" if "short_factor" in scaling else        # also called su and yarn
             scaling.get("rope_type", scaling.get("type", "default")))
@@ -196,7 +196,7 @@ def write_config(config: LMConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> 
         raise ValueError("transformers' phi3 has no rope_scaling like this model's")
     theirs = {"model_type": family, "bos_token_id": tokenizer.bos,
               "eos_token_id": tokenizer.end_of_turn, "pad_token_id": None,
-              "torch_dtype": str(dtype)[6:], "tie_word_embeddings": config.tie_embeddings}
+              "torch_dtype": str(dtype)[6:]}
     if family == "gpt2":
         dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
         return theirs | write_sizes(config, GPT2_SIZES) | dropout | {
@@ -211,8 +211,6 @@ def write_config(config: LMConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> 
         rope["partial_rotary_factor"] = config.rotary_dim / config.head_dim
     theirs |= write_sizes(config, SIZES) | {        # transformers 5 reads rope_parameters
         "architectures": [CLASSES.get(family, family.title().replace("_", "")) + "ForCausalLM"],
-        "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
-        "hidden_act": config.activation,
         "rope_parameters": rope, "rope_theta": config.rope_theta,
         "rope_scaling": rope if scaling else None}
     if family == "llama":
@@ -243,13 +241,11 @@ def read_pieces(folder, config: LMConfig) -> Iterator[Piece]:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    index = folder / "model.safetensors.index.json"
     shards = [folder / "model.safetensors"]         # before the index, as in transformers
-    if index.exists() and not shards[0].exists():
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        shards = [folder / name for name in names]
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{index} names {outside[0]!r}, which is not a file in its folder")
+    index = folder / "model.safetensors.index.json"
+    if not shards[0].exists() and index.exists():
+        names = {*json.loads(index.read_bytes())["weight_map"].values()}
+        shards = [folder / Path(name).name for name in sorted(names)]
     elif not shards[0].exists():        # MiniMind's own export
         shards = sorted(folder.glob("pytorch_model*.bin")) or shards
     for shard in shards:

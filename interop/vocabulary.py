@@ -303,7 +303,7 @@ def byte_level(vocab: dict[str, int], merges: Iterable[list[str]], pattern: str,
     drops_bytes = any(bytes([value]) not in ranks for value in range(256))
 
     def make(thoughts=(), **about):
-        both = [*matched, *(name for name in thoughts if name in {*special_tokens} - {*matched})]
+        both = dict.fromkeys([*matched, *(name for name in thoughts if name in special_tokens)])
         return Tokenizer(pattern, special_tokens, ranks, drops_bytes=drops_bytes, bos=bos,
                          matched=both, **about, **options)
 

@@ -72,13 +72,10 @@ def check(args) -> str:
         if vars(args)[flag] not in (None, *known):
             raise ValueError(f"--{flag} {vars(args)[flag]}: {out} can have "
                              f"{', '.join(known) or 'none'}")
-    if out.exists() and out.is_dir() != (kind == ""):
-        raise ValueError(f"--out {out} exists and is {'a' if out.is_dir() else 'no'} folder")
-    if out.exists() and any(map(out.samefile, sources)):
-        raise ValueError(f"--out {out} is the model that is to be converted; name another file")
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"--out {out} is not empty: files of another model might be read instead "
-                         "of this one; name a new folder")
+    if kind == "" and out.exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is a file, or not empty: name a new folder")
+    if kind and out.exists() and (out.is_dir() or any(map(out.samefile, sources))):
+        raise ValueError(f"--out {out} is a folder, or is to be converted itself: name a new file")
     return kind
 
 

@@ -10,7 +10,6 @@ needs the teacher's vocabulary, not a new one.
     python scripts/train_tokenizer.py --data dataset/*.jsonl --out out/tokenizer.json
 """
 
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -30,7 +29,6 @@ SMALLEST = len(SPECIAL_TOKENS) + 256
 
 MAX_TOKEN_BYTES = 16                # five Chinese characters; repeated phrases are no tokens
 LABELS = {"id", "role", "from"}     # keys whose strings are not text
-NOT_UTF8 = re.compile("[\udc80-\udcff]")     # how read_rows shows such bytes
 
 
 # -- 1. text of any file ---------------------------------------------------------------------------
@@ -46,27 +44,19 @@ def strings(value) -> Iterator[str]:
             yield from strings(item)
 
 
-def all_texts(path: Path) -> Iterator[str]:
-    """The texts in a file that dataset/formats.py reads. Raises ValueError with file and line."""
+def read_texts(path: Path, max_bytes: float) -> list[str]:
+    """The texts in a file that dataset/formats.py reads, until max_bytes are reached. Half of a
+    surrogate pair becomes "?". Raises ValueError with file and line."""
+    texts, n_bytes = [], 0
     for number, row in read_rows(path):
         if isinstance(row, str):
             raise ValueError(f"{path}, line {number}: {row}")
         for text in strings(row):
-            if NOT_UTF8.search(text):
-                raise ValueError(f"{path}, line {number} is not UTF-8; convert the file: "
-                                 "iconv -f gb18030 -t utf-8")
-            yield text
-
-
-def read_texts(path: Path, max_bytes: float) -> list[str]:
-    """The texts of a file until max_bytes are reached. Half of a surrogate pair becomes "?"."""
-    texts, n_bytes = [], 0
-    for text in all_texts(path):
-        data = text.encode("utf-8", "replace")
-        texts.append(data.decode())
-        n_bytes += len(data)
-        if n_bytes >= max_bytes:
-            break
+            data = text.encode("utf-8", "replace")
+            texts.append(data.decode())
+            n_bytes += len(data)
+            if n_bytes >= max_bytes:
+                return texts
     return texts
 
 

@@ -19,7 +19,7 @@ from interop import gguf, hf
 from interop.checkpoint import new_model, save_model
 from model.config import LMConfig
 from runtime.files import write_jsonl
-from scripts.train_tokenizer import all_texts, train
+from scripts.train_tokenizer import read_texts, train
 
 
 def blocks(page, language: str) -> list[str]:
@@ -211,7 +211,7 @@ def reasoning_world(folder: Path):
     for name, rows in build(0, (2, 5, 9), (16, 64, 256), 500).items():
         write_jsonl(data / f"{name}.jsonl", rows)
     texts = (text for name in ("base", "roads_teacher", "numbers_teacher")
-             for text in all_texts(data / f"{name}.jsonl"))
+             for text in read_texts(data / f"{name}.jsonl", max_bytes=1e8))
     out.mkdir(parents=True, exist_ok=True)
     train(texts, 420).save(out / "tokenizer.json")
     for name, dim in REASONING_MODELS.items():

@@ -96,7 +96,7 @@ def test_averaged_weights_are_the_mean_of_models_of_one_kind(files, tiny, byte_t
     save_model(tiny(**SIZES), letters, tmp_path / "words.pth")
     convert(weights=pair[0], out=tmp_path / "int8.pth", quantize="int8")
     for wrong, reason in (([pair[0], files / "student.pth"], "student.pth is quantised, or"), ([pair[0], tmp_path / "words.pth"], "words.pth is"),
-                          ([tmp_path / "int8.pth"] * 2, "int8.pth is quantised"), (pair, "is the model that is to be converted")):
+                          ([tmp_path / "int8.pth"] * 2, "int8.pth is quantised"), (pair, "is to be converted itself")):
         with pytest.raises(SystemExit, match=reason):
             convert(average=wrong, out=tmp_path / ("other.pth" if wrong is pair else "no.pth"))
 
@@ -160,7 +160,7 @@ def test_converting_says_what_came_out(files, tmp_path, capfd):
 def test_a_folder_that_holds_something_is_not_written_into(files, tmp_path):
     """A shard that another model left there would be read instead of the new weights."""
     convert(weights=files / "student.pth", out=tmp_path / "folder")
-    with pytest.raises(SystemExit, match=f"--out {tmp_path}/folder is not empty"):
+    with pytest.raises(SystemExit, match=f"--out {tmp_path}/folder is a file, or not empty"):
         convert(weights=files / "model.pth", out=tmp_path / "folder")
 
 
@@ -176,8 +176,8 @@ CONFLICTS = (
     ({"out": "folder", "quantize": "int4"}, "--quantize int4: folder can have none"),
     ({"out": "m.pth", "dtype": "float16"}, "--dtype float16: m.pth can have float32"),
     ({"out": "m.gguf", "dtype": "bfloat16"}, "--dtype bfloat16: m.gguf can have float16, float32"),
-    ({"out": "README"}, "--out README exists and is no folder"),
-    ({"out": "folder.pth"}, "--out folder.pth exists and is a folder"),
+    ({"out": "README"}, "--out README is a file, or not empty: name a new folder"),
+    ({"out": "folder.pth"}, "--out folder.pth is a folder"),
     ({"out": "m.gguf", "weights": "full_sft_64.pth"}, "Train them: python train_sft.py --help"),
 )
 

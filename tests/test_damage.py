@@ -219,7 +219,7 @@ def test_a_tied_head_that_differs_is_refused(saved):
         save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"] + change}, file)
         if not change:
             load_model(saved / "hf")
-    with pytest.raises(ValueError, match="tensor lm_head.weight differs from the embeddings"):
+    with pytest.raises(ValueError, match="the head differs from the embeddings"):
         load_model(saved / "hf")
 
 
@@ -243,7 +243,7 @@ def test_an_index_names_files_in_its_folder_only(name, saved):
     (saved / "hf/model.safetensors").rename(saved / "hf/sub/model.safetensors")
     weights = dict.fromkeys(load_file(saved / "run.safetensors"), name)
     (saved / "hf/model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
-    with pytest.raises(ValueError, match=f"names '{name}', which is not a file in its folder"):
+    with pytest.raises(FileNotFoundError, match="hf/(run.safetensors|passwd|model.safetensors) is missing"):
         load_model(saved / "hf")
 
 

@@ -243,7 +243,7 @@ def test_a_missing_an_extra_and_a_misshapen_tensor_are_named(edit, message, llam
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic' is not supported"),
     ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 1.1]}}, "rope scaling 'longrope' is not supported"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}}, "mscale = 0.7 is not supported"),
-    ({"quantization_config": {"quant_method": "gptq"}}, r"the weights are quantised \(gptq\); name the folder of the model that"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantised; name the model that they were made from"),
     ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported"),
 ])
 def test_a_setting_that_would_change_the_result_is_refused(settings, message, llama):
