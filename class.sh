@@ -8,6 +8,7 @@
 #     bash class.sh pack            the teacher's computer: the models in out/ become those of model/tiny
 set -euo pipefail
 cd "$(dirname "$0")"
+python=python3; [ -x .venv/bin/python ] && python=.venv/bin/python
 models=(full_sft_128 full_sft_64 full_dist_64 sft_alone/full_sft_64)     # teacher, start, distilled, SFT
 
 shopt -s dotglob nullglob
@@ -25,7 +26,7 @@ reset() {
         echo "what was in out/ is now in out.$n"
     fi
     cp -r model/tiny/. out/
-    [ -e dataset/test.jsonl ] || .venv/bin/python dataset/miniworld.py > /dev/null
+    [ -e dataset/test.jsonl ] || "$python" dataset/miniworld.py > /dev/null
     echo "out/ has the teacher, the student's start, the distilled and the fine-tuned student"
 }
 
@@ -43,7 +44,7 @@ group)
     ;;
 pack)
     for name in "${models[@]}"; do
-        .venv/bin/python scripts/convert.py --weights "out/$name.pth" --dtype bfloat16 --out "model/tiny/$name.pth"
+        "$python" scripts/convert.py --weights "out/$name.pth" --dtype bfloat16 --out "model/tiny/$name.pth"
     done
     ;;
 *)
