@@ -70,7 +70,7 @@ def execute(book, folder: Path = ROOT, timeout: int = 600):
     from nbclient import NotebookClient
 
     return NotebookClient(book, timeout=timeout, kernel_name="python3", record_timing=False,
-                          resources={"metadata": {"path": str(folder)}}).execute()
+                          coalesce_streams=True, resources={"metadata": {"path": str(folder)}}).execute()
 
 
 def main():

@@ -8,12 +8,14 @@ import re
 import shlex
 import shutil
 
+import nbformat
 import pytest
 from helpers_docs import SMALL, blocks, commands, figures, reasoning_world, small
 from helpers_run import ROOT, Shell
 
 from interop.checkpoint import new_model, save_model
 from model.config import LMConfig
+from scripts.make_notebooks import cells, execute, notebook
 
 CHINESE = sorted(path.relative_to(ROOT) for path in ROOT.glob("docs/lessons/*_zh.md"))
 PAIRS = [(page.with_name(page.name.replace("_zh.md", ".md")), page) for page in CHINESE]
@@ -155,3 +157,31 @@ def test_the_commands_of_a_lesson_run_in_their_order(page, classroom, shell):
     for command in commands(page):
         ended = shell.run(tiny(command), classroom, stdin="3 plus 4?\n")
         assert ended.code == 0, f"{command}\n{ended.output}"
+
+
+# ------------------------------------------------------------------------------------- notebooks
+
+NOTEBOOKS = sorted(ROOT.glob("docs/lessons/*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_has_the_cells_of_its_page_and_their_outputs(path):
+    book = nbformat.read(path, as_version=4)
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert [(cell.cell_type, cell.source) for cell in book.cells] == cells(page)
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.parametrize("page", [path.with_suffix(".md") for path in NOTEBOOKS
+                                  if not path.stem.endswith("_zh")], ids=lambda page: page.stem)
+def test_a_notebook_runs(page, classroom):
+    book = notebook(page)
+    for cell in book.cells:
+        if cell.source.startswith("%%bash\npython"):
+            cell.source = "%%bash\n" + shlex.join(tiny(cell.source.removeprefix("%%bash\n")))
+        elif cell.source.startswith("%%bash"):
+            cell.source = ""            # class.sh is tested elsewhere; the classroom has its models
+    execute(book, classroom)
+    assert "display_data" in str(book.cells)    # a picture of a run
