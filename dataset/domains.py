@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 
-from dataset.formats import files_of, read_categories, read_conversations
+from dataset.formats import category, files_of, read_each, to_messages
 from dataset.lm_dataset import TokenDataset, dataset_of
 from dataset.mixture import Joined, Mixture, growth
 
@@ -75,10 +75,10 @@ def split_file(file, data: TokenDataset, fraction: float, skip_bad_lines: bool):
     if data.validated_on is None:           # texts: pieces of a text, without questions
         data, rest = data.split(fraction, seed=0)
         return data, rest, np.full(len(data), file.stem)
-    conversations = read_conversations(file, skip_bad_lines, str)
-    names = np.array(read_categories(file, skip_bad_lines))[data.origins]
-    out = np.array([is_held_out(messages[:-1], fraction) for messages in conversations])
-    out = out[data.origins]
+    rows = read_each(file, lambda row: (to_messages(row), category(row, file.stem)),
+                     skip_bad_lines, log=str)
+    names = np.array([name for _, name in rows])[data.origins]
+    out = np.array([is_held_out(messages[:-1], fraction) for messages, _ in rows])[data.origins]
     return data.view(np.flatnonzero(~out)), data.view(np.flatnonzero(out)), names[~out]
 
 
@@ -100,7 +100,7 @@ def mix_sides(data: Joined, sides: dict, stage, accumulation_steps: int, rank: i
     epoch_samples = n_samples[DOMAIN] / mean if mean else n_samples[GENERAL]
     steps_per_epoch = max(1, round(epoch_samples / step_samples))
     n_steps = stage.steps or stage.epochs * steps_per_epoch
-    domain_share = growth(stage.growth, *stage.share, n_steps)                  # (n_steps,)
+    domain_share = growth(*stage.share, n_steps)                  # (n_steps,)
     parts, shares = {}, []
     if domain_share.min() < 1:
         parts[GENERAL] = np.concatenate(list(sides[GENERAL].values()))

@@ -8,11 +8,8 @@ then converts a row.
 import csv
 import json
 import os
-import re
-import reprlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from itertools import chain, islice
+from itertools import dropwhile, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +21,7 @@ RESPONSE_KEYS = ("output", "response", "answer", "completion")
 SYSTEM_KEYS = ("system", "system_prompt")
 COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, *SYSTEM_KEYS, "input", "history", "options",
                "answer_idx")
-# Keys of a turn with a meaning beside its role and content, or of a row:
-TARGET_KEYS = ("weight", "train", "loss")           # 0 or false: context, not to be learned
-TOOL_KEYS = ("tool_calls", "function_call", "tools", "functions")       # refused
-BESIDE_TURNS = {*SYSTEM_KEYS, *TOOL_KEYS}
+TARGET_KEYS = ("weight", "train", "loss")   # of a turn; 0 or false: context, not to be learned
 EXAM_COLUMNS = ("question", "a", "b", "c", "d")     # multiple-choice CSV; "answer" holds a letter
 CATEGORY_KEYS = ("leaf", "category", "subject", "department", "meta_info")
 
@@ -37,13 +31,6 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 MAX_CSV_CELL = 4_000_000            # characters; Python's 131,072 are too few for some answers
 END_OF_TEXT = "<|endoftext|>"       # a line of a .txt file
 FINAL_ANSWER = "####"               # GSM8K: separates the calculation from the final number
-EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
-SEPARATORS = ",;\t"                 # of a table's columns
-# Two bytes of one of the 6,763 characters that simplified Chinese has in GB 2312 and GB18030.
-HANZI = re.compile(rb"[\xb0-\xf7][\xa1-\xfe]")
-LIST = re.compile(r'\s*(\{\s*"([^"]*)"\s*:\s*(?=\[\s*\{))?\[\s*')     # [... or {"data": [{...
-COMMA = re.compile(r"\s*,\s*")
-READABLE = f"{', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]}"
 
 
 class BadLine(ValueError):
@@ -57,12 +44,15 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict | str]]:
     row is a dict, or a str with the reason why the line cannot be read.
 
     UTF-8, with or without a byte order mark. With --columns, keys have our names: see `_renamed`.
-    Raises FileNotFoundError; BadLine for a file in GB18030, a .json list that does not parse or a
-    CSV header with a duplicate name; ValueError for another kind of file.
+    Raises FileNotFoundError; BadLine for a .json list or a table that cannot be parsed; ValueError
+    for another kind of file.
     """
-    kind = _kind(path)
-    _refuse_gb18030(path)
-    rows = ROW_READERS[kind](path)
+    path = Path(path)
+    check_exists(path)
+    if path.suffix.lower() not in READERS:
+        raise ValueError(f"{path} is not a kind of file that is read here. Convert it to "
+                         f"{', '.join(READERS)}")
+    rows = READERS[path.suffix.lower()](path)
     if not (given := os.environ.get(COLUMNS)):
         return rows
     columns = dict(pair.split("=", 1) for pair in given.splitlines())
@@ -83,23 +73,6 @@ def _renamed(row, columns: dict[str, str]):
     return {ours: row[keys[theirs.lower()]] for ours, theirs in columns.items()}
 
 
-def _kind(path) -> str:
-    """One of ROW_READERS, by the extension or else by the first character."""
-    path = Path(path)
-    check_exists(path)
-    extension = path.suffix.lower()
-    if extension in (".jsonl", ".csv", ".tsv", ".txt"):
-        return extension.replace("tsv", "csv")
-    with _open(path) as file:
-        start = file.read(4096)
-    found = LIST.match(start)
-    if found and found[2] not in (*CONVERSATION_KEYS, *COLUMN_KEYS):
-        return "list"
-    if start.lstrip()[:1] == "{" or extension == ".json":
-        return ".jsonl"
-    raise ValueError(f"{path} is not a kind of file that is read here. Convert it to {READABLE}.")
-
-
 def check_exists(path: Path):
     """Raises FileNotFoundError, with the command that generates a file of dataset/."""
     if not path.exists():
@@ -107,21 +80,6 @@ def check_exists(path: Path):
         name = "reasoning" if path.parent.name == "reasoning" else "miniworld"
         way_out = f"Make it: python dataset/{name}.py" if generated else "Check the path."
         raise FileNotFoundError(f"no file at {path}. {way_out}")
-
-
-def _refuse_gb18030(path):
-    """Raises BadLine if most lines that are not ASCII are no UTF-8 and have Chinese in GB18030, as
-    Chinese spreadsheets save a CSV file. Their bytes would make each such row a bad line."""
-    def is_in(encoding, line):
-        return line.decode(encoding, "ignore").encode(encoding) == line
-
-    with open(path, "rb") as file:
-        lines = [line for line in file.read(1 << 20).splitlines() if not line.isascii()]
-    chinese = [line for line in lines if not is_in("utf-8", line) and is_in("gb18030", line)
-               and HANZI.search(line)]
-    if len(chinese) > len(lines) / 2:
-        raise BadLine(f"{path} is GB18030, not UTF-8. Convert it: "
-                      f"iconv -f GB18030 -t UTF-8 {path} > utf8{Path(path).suffix}")
 
 
 def _open(path, newline=None):
@@ -136,86 +94,57 @@ def _rows_of_lines(path):
             if line.isspace():
                 continue
             try:
-                row = _object_or_reason(json.loads(line.rstrip(), object_pairs_hook=_object))
+                row = _object_or_reason(json.loads(line.rstrip()))
             except json.JSONDecodeError as error:
                 around = _short(line.rstrip()[max(error.pos - 20, 0):error.pos + 20])
                 row = f"not a whole JSON object: {error.msg} in column {error.colno}, at {around}"
-            except (ValueError, RecursionError) as error:   # a key twice, 100,000 nested brackets
+            except (ValueError, RecursionError) as error:   # 5,000 digits, 100,000 nested brackets
                 row = f"JSON that is not read: {error}"
             yield number, row
 
 
-def _rows_of_list(path):
-    """Item by item: as Python's objects, all items take several times the memory of the text."""
+def _rows_of_json(path):
+    """One list of objects, or JSON lines under this name."""
     with _open(path) as file:
         text = file.read()
-    decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
-    begin, number = LIST.match(text), 0
-    at, more = begin.end(), text[begin.end():][:1] != "]"
+    if not text.lstrip().startswith("["):
+        yield from _rows_of_lines(path)
+        return
     try:
-        while more:
-            item, at = decode(text, at)
-            number += 1
-            yield number, _object_or_reason(item)
-            if more := COMMA.match(text, at):
-                at = more.end()
-        if "".join(text[at:].split()) != ("]}" if begin[1] else "]"):
-            raise json.JSONDecodeError("Expecting ',' or the end of the only list", text, at)
+        items = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadLine(f"{path}, item {number + 1}: {error}. Fix it there: a .json list is read "
-                      "completely or not at all.") from None
-
-
-def _object(pairs):
-    """A JSON object as a dict. A key that stands twice would lose its first value."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {_short(twice)} stands twice in {_short(row)}")
-    return row
+        raise BadLine(f"{path}: {error}. Fix it there: a .json list is read completely or not at "
+                      "all.") from None
+    yield from enumerate(map(_object_or_reason, items), start=1)
 
 
 def _object_or_reason(row):
     return row if isinstance(row, dict) else f"{_short(row)} is not a JSON object {{...}}"
 
 
-def _rows_of_csv(path):
+def _rows_of_table(path):
+    """CSV. The separator is the one that the first line has most of: comma, semicolon or tab."""
     csv.field_size_limit(MAX_CSV_CELL)
     with _open(path, newline="") as file:   # the csv module finds line ends inside quotes itself
-        first = next((line for line in file if line.strip()), "")[:MAX_CSV_CELL]
-        mark = max(SEPARATORS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), "")))
+        first = next((line for line in file if not line.isspace()), "")
         file.seek(0)
-        records = csv.reader(file, strict=True, delimiter=mark)
-        header = None
-        while True:
-            number = records.line_num + 1   # the record's first line; a quoted cell may span more
-            try:
-                cells = next(records)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield number, f"not a CSV record: {error}"
-                continue
-            if not any(cells):              # a blank line, or a spreadsheet's row of commas
-                continue
-            if header is None:
-                names = [cell.strip().lower() for cell in cells]
-                twice = [name for name in names if name and names.count(name) > 1]
-                # MMLU has no header: its first record is a question.
-                if len(names) == 6 and names[-1] in tuple("abcd") and not {*names} & {*COLUMN_KEYS}:
-                    header = [*EXAM_COLUMNS, "answer"]
-                elif twice:
-                    raise BadLine(f"{path}, line {number}: two columns are called "
-                                  f"{_short(twice[0])}. Rename one.")
-                else:
-                    header = names
+        records = csv.reader(file, strict=True, delimiter=max(",;\t", key=first.count))
+        header, end = None, 0
+        try:
+            for cells in records:
+                number, end = end + 1, records.line_num     # a quoted cell may span several lines
+                if not any(cells):          # a blank line, or a spreadsheet's row of commas
                     continue
-            if len(cells) != len(header):
-                yield number, (f"{len(cells)} cells {_short(cells)}, where the first record has "
-                               f"{len(header)}")
-            else:
-                yield number, _with_options(dict(zip(header, cells)))
+                if header is None:
+                    header = [cell.strip().lower() for cell in cells]
+                elif len(cells) != len(header):
+                    yield number, (f"{len(cells)} cells {_short(cells)}, where the header has "
+                                   f"{len(header)}")
+                else:
+                    yield number, _with_options(dict(zip(header, cells)))
+        except csv.Error as error:          # what follows a wrong quote cannot be trusted
+            raise BadLine(f"{path}, line {end + 1}: not a CSV record: {error}. Fix it "
+                          "there.") from None
 
 
 def _with_options(row):
@@ -229,24 +158,20 @@ def _with_options(row):
 
 
 def _rows_of_txt(path):
+    """Paragraphs; with lines <|endoftext|>, as in TinyStories, texts of several paragraphs."""
     with _open(path) as file:
-        # TinyStories: stories of several paragraphs, each ended by a line <|endoftext|>.
         marked = any(line.strip() == END_OF_TEXT for line in islice(file, 10_000))
         file.seek(0)
-        text, first = [], 0
-        last_end = END_OF_TEXT if marked else "\n"
-        for number, line in enumerate(chain(file, [last_end]), start=1):
-            if line.strip() == END_OF_TEXT if marked else line.isspace():
-                if text:
-                    yield first, {"text": "".join(text).rstrip("\n")}
-                text = []
-            elif text or not line.isspace():
-                first = first if text else number
-                text.append(line)
+        blocks = groupby(enumerate(file, start=1), key=lambda pair: (
+            pair[1].strip() == END_OF_TEXT if marked else pair[1].isspace()))
+        for is_end, block in blocks:
+            lines = list(dropwhile(lambda pair: pair[1].isspace(), block))
+            if lines and not is_end:
+                yield lines[0][0], {"text": "".join(line for _, line in lines).rstrip("\n")}
 
 
-ROW_READERS = {".jsonl": _rows_of_lines, "list": _rows_of_list, ".csv": _rows_of_csv,
-               ".txt": _rows_of_txt}
+READERS = {".jsonl": _rows_of_lines, ".json": _rows_of_json, ".csv": _rows_of_table,
+           ".tsv": _rows_of_table, ".txt": _rows_of_txt}
 
 
 # ---- 2. A row becomes messages, or text --------------------------------------------------------
@@ -346,8 +271,6 @@ def _alternating(turns) -> list[dict]:
     for where, role, content, is_learned in turns:
         _check_text(content, where)
         empty = not content or content.isspace()
-        if messages == [{"role": role, "content": content}]:
-            continue                        # a column "system" with the text of the system turn
         if role == "system" and messages:
             raise ValueError(f"{where} is a system turn, which may only come first")
         if role not in (expected, "system"):
@@ -364,14 +287,18 @@ def _alternating(turns) -> list[dict]:
 
 def _turns(row, needs_answer):
     """The turns of a row of any format; without `needs_answer` the answer may be missing."""
-    if not BESIDE_TURNS.isdisjoint(row):
-        _refuse_tools(row, "the row")
-        if system := _only_one({key: row[key] for key in row if row[key]}, SYSTEM_KEYS):
-            yield system, "system", row[system], True
+    for key in SYSTEM_KEYS:
+        if row.get(key):
+            yield key, "system", row[key], True
     if key := _only_one(row, CONVERSATION_KEYS):
-        yield from _turns_of_list(row[key], key)
+        if not isinstance(row[key], list):
+            raise ValueError(f"{key} is {_short(row[key])}, not a list of turns")
+        for i, turn in enumerate(row[key]):
+            yield _turn(turn, f"{key}[{i}]")
+    elif "options" in row:
+        yield from _turns_of_choice(row, needs_answer)
     else:
-        yield from (_turns_of_choice if "options" in row else _turns_of_columns)(row, needs_answer)
+        yield from _turns_of_columns(row, needs_answer)
 
 
 def _only_one(row, keys) -> str | None:
@@ -381,24 +308,7 @@ def _only_one(row, keys) -> str | None:
     return found[0] if found else None
 
 
-def _refuse_tools(holder, where):
-    for key in TOOL_KEYS:
-        if key in holder and holder[key] not in (None, "", "[]", [], {}):
-            raise ValueError(f"{where} has {key}, and calls of tools are not read; write them into "
-                             "the contents, or leave the row out")
-
-
-def _turns_of_list(turns, key, is_learned=True):
-    if isinstance(turns, str):                                          # a column of a table
-        with suppress(ValueError, RecursionError):
-            turns = json.loads(turns, object_pairs_hook=_object)
-    if not isinstance(turns, list):
-        raise ValueError(f"{key} is {_short(turns)}, not a list of turns")
-    for i, turn in enumerate(turns):
-        yield _turn(turn, f"{key}[{i}]", is_learned)
-
-
-def _turn(turn, where, is_learned):
+def _turn(turn, where):
     try:
         names = ("role", "content") if "role" in turn else ("from", "value")
         role, content = turn[names[0]], turn[names[1]]
@@ -407,30 +317,15 @@ def _turn(turn, where, is_learned):
                          "or from and value)") from None
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{where} has role {_short(role)} (known: {', '.join(ROLES)})")
-    role = ROLES[role]
-    if len(turn) == 2 and isinstance(content, str):         # nearly all, and fast
-        return where, role, content, is_learned
-    _refuse_tools(turn, where)
-    for part in content if isinstance(content, list) else []:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise ValueError(f"{where} has the part {_short(part)}, which is no text")
-        _check_text(part.get("text"), f"{where}: a part")
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
     if thought := turn.get("reasoning_content"):
+        _check_text(content, where)
         _check_text(thought, f"{where}: reasoning_content")
-        if role != "assistant" or not isinstance(content, str) or "</think>" in content:
-            raise ValueError(f"{where} has reasoning_content, which belongs to an answer that "
-                             "is a text without a thought of its own")
         content = "<think>\n" + thought.strip("\n") + f"\n</think>\n\n{content}"
-    for key in TARGET_KEYS:
-        if (value := turn.get(key)) is None:
-            continue
-        if value not in (0, 1) or value and (role != "assistant" or not is_learned):
-            raise ValueError(f"{where} has {key} {_short(value)}; a turn is context (0, false) or, "
-                             "of the assistant alone, learned (1, true)")
-        is_learned = bool(value)
-    return where, role, content, is_learned
+    marks = [turn[key] for key in TARGET_KEYS if turn.get(key) is not None]
+    if any(mark not in (0, 1) for mark in marks):
+        raise ValueError(f"{where} has {_short(marks)} as {'/'.join(TARGET_KEYS)}; a turn is "
+                         "context (0, false) or learned (1, true)")
+    return where, ROLES[role], content, all(marks)
 
 
 def _turns_of_columns(row, needs_answer):
@@ -440,47 +335,41 @@ def _turns_of_columns(row, needs_answer):
                          f"or messages; {'/'.join(PROMPT_KEYS)} with {'/'.join(RESPONSE_KEYS)}; "
                          "question, options, answer_idx; a row with only text is for "
                          "train_pretrain.py; examples: dataset/dataset.md)")
-    if prompt == "prompt" and isinstance(row[prompt], list):
-        yield from _turns_of_list(row[prompt], prompt, is_learned=False)
-    else:
-        yield prompt, "user", _question(row, row[prompt]), True
-    if response and isinstance(row[response], list):
-        yield from _turns_of_list(row[response], response)
-    elif response and (needs_answer or row[response] != ""):
+    yield prompt, "user", _question(row, prompt), True
+    if response and (needs_answer or row[response] != ""):
         yield response, "assistant", row[response], True
 
 
-def _question(row, question) -> str:
-    """A question and the input below it."""
-    if row.get("history"):
-        raise ValueError("history is not read; write the earlier turns as conversations")
-    if not row.get("input"):
-        return question
-    _check_text(row["input"], "input")
-    return f"{question}\n{row['input']}" if question else row["input"]
-
-
 def _turns_of_choice(row, needs_answer):
-    key = _only_one(row, PROMPT_KEYS) or "question"
-    question, options, has_answer = row.get(key), row["options"], "answer_idx" in row
+    key, options = _only_one(row, PROMPT_KEYS) or "question", row["options"]
+    has_answer = "answer_idx" in row
     if needs_answer and not has_answer:
         raise ValueError("options without 'answer_idx' (in CSV: with an empty answer, or without "
                          "that column), so there is nothing to learn")
     if not isinstance(options, dict):
         raise ValueError(f'options is {_short(options)}, not an object {{"A": ..., "B": ...}}')
-    _check_text(question, key)
     for letter, text in options.items():
         _check_text(text, f"options[{_short(letter)}]")
     if has_answer and row["answer_idx"] not in list(options):
         raise ValueError(f"answer_idx is {_short(row['answer_idx'])}, "
                          f"which is none of the options {_short(list(options))}")
-    if not question.strip():
+    _check_text(row.get(key), key)
+    if not row[key].strip():
         raise ValueError(f"{key} is empty")
-    lines = [_question(row, question),
-             *(f"{letter}. {text}" for letter, text in options.items())]
-    yield key, "user", "\n".join(lines), True
+    lines = [f"{letter}. {text}" for letter, text in options.items()]
+    yield key, "user", "\n".join([_question(row, key), *lines]), True
     if has_answer:
         yield f"options[{row['answer_idx']!r}]", "assistant", options[row["answer_idx"]], True
+
+
+def _question(row, key) -> str:
+    """A question and the input below it."""
+    if row.get("history"):
+        raise ValueError("history is not read; write the earlier turns as conversations")
+    if not row.get("input"):
+        return row[key]
+    _check_text(row["input"], "input")
+    return f"{row[key]}\n{row['input']}" if row[key] else row["input"]
 
 
 def _check_text(value, where):
@@ -489,34 +378,20 @@ def _check_text(value, where):
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds {value[error.start]!r} at character {error.start} "
-                         "(a byte that is not UTF-8, or half a surrogate pair)") from None
+        raise ValueError(f"{where} holds {value[error.start]!r} at character {error.start}, which "
+                         "is not UTF-8 (a whole file in GB18030: iconv -f gb18030 -t utf-8)"
+                         ) from None
 
 
 def _short(value) -> str:
-    """repr(value) in at most 60 characters, cheap for huge or deeply nested values."""
-    shortener = reprlib.Repr()
-    shortener.maxstring = shortener.maxother = 60
-    text = shortener.repr(value)
+    """repr(value) in at most 60 characters."""
+    text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # ---- 3. A whole file ---------------------------------------------------------------------------
 # These raise FileNotFoundError with the command that makes the file; BadLine at the first bad line
 # (skip_bad_lines counts them instead, and logs one line); ValueError if no line is good.
-
-def read_conversations(path, skip_bad_lines=False, log=print) -> list[list[dict]]:
-    """Every conversation of a file, each as to_messages gives it."""
-    return read_each(path, to_messages, skip_bad_lines, log)
-
-
-def read_categories(path, skip_bad_lines=False) -> list[str]:
-    """The `category` of each conversation of read_conversations; default: the file's name without
-    extension. Logs nothing, as read_conversations does."""
-    stem = Path(path).stem
-    return read_each(path, lambda row: to_messages(row) and category(row, stem), skip_bad_lines,
-                     log=str)
-
 
 def read_routes(path, names, convert: Callable, skip_bad_lines=False) -> list[int]:
     """For each row that `convert` reads, the place among `names` of its teacher: its key `teacher`,
@@ -551,7 +426,7 @@ def read_each(path, convert: Callable, skip_bad_lines=False, log=print) -> list:
 
 def read_one_by_one(path, convert: Callable, skip_bad_lines=False, log=print) -> Iterator:
     """The same while the file is read, and None for each skipped bad line."""
-    unit = "item" if _kind(path) == "list" else "line"
+    unit = "item" if Path(path).suffix.lower() == ".json" else "line"
     n_found, bad = 0, []
     for n_found, (number, row) in enumerate(read_rows(path), start=1):
         try:
@@ -580,9 +455,9 @@ def files_of(path: str | Path) -> list[Path]:
     check_exists(path)
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS
                    and file.is_file() and not file.name.startswith("."))
     if not files:
-        raise ValueError(f"no file in {path} is {READABLE}. Subfolders are not searched: name the "
-                         "one that holds the files")
+        raise ValueError(f"no file in {path} is one of {', '.join(READERS)}. Subfolders are not "
+                         "searched: name the one that holds the files")
     return files

@@ -72,7 +72,7 @@ def test_a_question_is_what_a_student_learns_from_up_to_the_answer(tmp_path):
 
 
 def test_an_exam_is_all_files_of_a_folder_less_what_has_no_answer(tmp_path):
-    (tmp_path / "b.csv").write_text("2 + 3 =,4,5,6,23,B\n1 + 1 =,1,2,3,4,\n")
+    (tmp_path / "b.csv").write_text("question,A,B,C,D,answer\n2 + 3 =,4,5,6,23,B\n1 + 1 =,1,2,3,4,\n")
     exam_file(tmp_path, {"question": "u", "answer": "a"}, {"question": "v"}, name="a.jsonl")
     questions = read_exam([tmp_path])
     assert [(one.gold, one.category) for one in questions] == [("a", "a"), ("5", "b")]

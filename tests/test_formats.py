@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dataset.formats import (BadLine, files_of, final_answer, read_categories, read_conversations,
-                             read_each, read_questions, read_rows, to_messages, to_question,
-                             to_text)
+from dataset.formats import (BadLine, category, files_of, final_answer, read_each, read_questions,
+                             read_rows, to_messages, to_question, to_text)
 from dataset.lm_dataset import SFTDataset
 from evaluation.exam import read_exam
 from evaluation.metrics import read_tests
@@ -32,6 +31,10 @@ def turns(roles, key="conversations"):
     """"sua" as a row: system, user, assistant, each turn with its own position as content."""
     names = {"s": "system", "u": "user", "a": "assistant"}
     return {key: [{"role": names[r], "content": f"{r}{i}"} for i, r in enumerate(roles)]}
+
+
+def read_conversations(path, skip_bad_lines=False, log=print):
+    return read_each(path, to_messages, skip_bad_lines, log)
 
 
 def contents(row):
@@ -56,10 +59,7 @@ def written(tmp_path, name, content):
     {"prompt": "2 + 3 =", "response": "5"},
     {"ask": "2 + 3 =", "output": "5"},
     {"prompt": "2 + 3 =", "completion": "5"},
-    {"prompt": SUM[:1], "completion": SUM[1:]},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": "2 + "}, {"type": "text", "text": "3 ="}]},
-                  {"role": "assistant", "content": [{"type": "text", "text": "5"}], "weight": 1, "tool_calls": None}]},
-    {"messages": json.dumps(SUM), "tools": "[]", "system_prompt": ""},
+    {"messages": SUM, "tools": "[]", "system_prompt": ""},
 ])
 def test_every_format_gives_the_same_conversation(row):
     assert to_messages(row) == SUM
@@ -67,13 +67,12 @@ def test_every_format_gives_the_same_conversation(row):
 
 def test_the_examples_of_the_page_are_what_the_code_reads():
     examples = re.findall(r"\| `(\{.+\})` \|$", PAGE, flags=re.MULTILINE)
-    assert [to_messages(json.loads(example)) for example in examples] == [SUM] * 5
+    assert [to_messages(json.loads(example)) for example in examples] == [SUM] * 4
 
 
-def test_the_exams_of_the_page_are_what_the_code_reads(tmp_path):
-    exams = re.findall(r"```csv\n(.+?)```", PAGE, flags=re.DOTALL)
-    assert [read_conversations(written(tmp_path, "a.csv", exam))
-            for exam in exams] == [[CHOICE]] * 2
+def test_the_exam_of_the_page_are_what_the_code_reads(tmp_path):
+    exam, = re.findall(r"```csv\n(.+?)```", PAGE, flags=re.DOTALL)
+    assert read_conversations(written(tmp_path, "a.csv", exam)) == [CHOICE]
 
 
 def test_an_alpaca_input_goes_below_its_instruction_and_the_system_goes_first():
@@ -87,26 +86,12 @@ def test_a_choice_is_answered_by_the_text_of_the_right_option():
 
 
 @pytest.mark.parametrize("content", [
-    "2 + 3 =,4,5,6,23,B\n",
-    "\n2 + 3 =,4,5,6,23, B \r\n",
     "id,question,A,B,C,D,answer,explanation\n0,2 + 3 =,4,5,6,23,B,count on\n",
     ",Question,A,B,C,D,Answer\n0,2 + 3 =,4,5,6,23,B\n",
     "answer,d,c,b,a,question\nb,23,6,5,4,2 + 3 =\n",
-], ids=["MMLU", "MMLU with spaces", "C-Eval", "CMMLU", "in any order"])
-def test_an_exam_in_csv_is_a_choice_with_or_without_a_header(tmp_path, content):
+], ids=["C-Eval", "CMMLU", "in any order"])
+def test_an_exam_in_csv_is_a_choice(tmp_path, content):
     assert read_conversations(written(tmp_path, "exam.csv", content)) == [CHOICE]
-
-
-def test_a_first_record_that_names_columns_is_a_header_even_if_it_ends_in_a_letter(tmp_path):
-    path = written(tmp_path, "a.csv", "id,question,A,B,C,D\n7,2 + 3 =,4,5,6,23\n")
-    assert read_questions(path) == [(CHOICE[:1], None, {"id": "7"})]
-
-
-def test_six_columns_are_an_exam_only_under_an_exams_names_or_over_a_letter(tmp_path):
-    path = written(tmp_path, "a.csv", "prompt,response,1,2,3,4\n2 + 3 =,5,A,B,C,D\n")
-    assert read_conversations(path) == [SUM]
-    with pytest.raises(BadLine, match=r"line 2: no known format \(keys found: \['2 \+ 3 =', "):
-        read_conversations(written(tmp_path, "b.csv", "2 + 3 =,4,5,6,23,E\n2 + 3 =,4,5,6,23,B\n"))
 
 
 def test_an_exam_row_without_its_answer_is_a_question_but_no_training_row(tmp_path):
@@ -119,12 +104,12 @@ def test_an_exam_row_without_its_answer_is_a_question_but_no_training_row(tmp_pa
 
 @pytest.mark.parametrize("record, reason", [
     ("2 + 3 =,4,5,6,23,E", "answer_idx is 'E', which is none of the options"),
-    ("2 + 3 =,4,5,6,B", "5 cells .*, where the first record has 6"),
+    ("2 + 3 =,4,5,6,B", "5 cells .*, where the header has 6"),
     (",4,5,6,23,B", "question is empty"),
 ])
 def test_a_bad_record_of_an_exam_is_named(tmp_path, record, reason):
     with pytest.raises(BadLine, match=f"line 2: {reason}"):
-        read_conversations(written(tmp_path, "exam.csv", f"2 + 3 =,4,5,6,23,B\n{record}\n"))
+        read_conversations(written(tmp_path, "exam.csv", f"question,A,B,C,D,answer\n{record}\n"))
 
 
 @pytest.mark.parametrize("text, final", [
@@ -228,7 +213,6 @@ def test_turns_that_do_not_alternate_are_refused_with_their_place(roles, reason)
 @pytest.mark.parametrize("row", [
     {"system": "s", "conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
     {"system_prompt": "s", "messages": turns("ua")["conversations"]},
-    {"system": "s0", "messages": turns("sua")["conversations"]},        # the same text, in both places
     {"messages": [{"role": "developer", "content": "s"}, *turns("ua")["conversations"]]},
     {"system_prompt": "s", "question": "u", "answer": "a"},
     {"system": "s", "question": "u", "options": {"A": "a"}, "answer_idx": "A"},
@@ -255,14 +239,6 @@ def test_a_turn_of_weight_0_is_context_and_none_of_its_tokens_a_target(marks, le
     assert found == "".join(f"{answer}<|im_end|>" for answer in learned.split())
 
 
-def test_the_answers_of_a_conversational_prompt_are_context():
-    row = {"prompt": turns("sua")["conversations"] + [{"role": "user", "content": "u3"}],
-           "completion": [{"role": "assistant", "content": "a4"}]}
-    assert [message["content"] for message in to_messages(row)
-            if message["role"] == "assistant" and message.get("train", True)] == ["a4"]
-    assert to_question({"prompt": row["prompt"]}).answer is None
-
-
 def test_reasoning_content_is_the_thought_of_its_answer():
     row = {"messages": [SUM[0], {**SUM[1], "reasoning_content": "two and three"}]}
     assert contents(row)[1] == "<think>\ntwo and three\n</think>\n\n5"
@@ -275,18 +251,12 @@ def test_an_input_beside_options_is_part_of_the_question():
 
 @pytest.mark.parametrize("row, reason", [
     ({"messages": SUM, "conversations": SUM}, "both 'conversations' and 'messages' are there"),
-    ({"messages": SUM, "system": "a", "system_prompt": "b"}, "both 'system' and 'system_prompt'"),
     ({"messages": [{"role": "system", "content": "b"}, *SUM], "system": "a"}, r"messages\[0\] is a system turn"),
-    ({"messages": SUM, "tools": [{"name": "w"}]}, "the row has tools, and calls of tools are not read"),
-    ({"messages": [SUM[0], {**SUM[1], "tool_calls": [{"id": "1"}]}]}, r"messages\[1\] has tool_calls, and calls"),
     ({"messages": [SUM[0], {"role": "tool", "content": "5"}]}, "has role 'tool'"),
-    ({"messages": [SUM[0], {**SUM[1], "weight": 0.5}]}, r"messages\[1\] has weight 0.5; a turn is context"),
-    ({"messages": [{**SUM[0], "train": True}, SUM[1]]}, r"messages\[0\] has train True; .* of the assistant alone"),
+    ({"messages": [SUM[0], {**SUM[1], "weight": 0.5}]}, r"messages\[1\] has \[0.5\] as weight/train/loss; a turn is context"),
     ({"messages": [SUM[0], {**SUM[1], "loss": False}]}, "no turn of the assistant is to be learned"),
-    ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "image_url"}]}]}, r"messages\[1\] has the part {'type': 'image_url'"),
-    ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "text", "text": 5}]}]}, r"messages\[1\]: a part is 5, not a string"),
-    ({"messages": [{**SUM[0], "reasoning_content": "x"}, SUM[1]]}, r"messages\[0\] has reasoning_content, which belongs"),
-    ({"messages": [SUM[0], {"role": "assistant", "content": "<think>a</think>5", "reasoning_content": "x"}]}, "of its own"),
+    ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "image_url"}]}]}, r"messages\[1\] is \[{'type': 'image_url'}\], not a string"),
+    ({"messages": [SUM[0], {**SUM[1], "reasoning_content": 5}]}, r"messages\[1\]: reasoning_content is 5, not a string"),
     ({"messages": "[{]"}, r"messages is '\[\{\]', not a list of turns"),
     ({"question": "a", "prompt": "b", "options": {"A": "a"}, "answer_idx": "A"}, "both 'question' and 'prompt'"),
     ({"question": "a", "options": {"A": "a"}, "answer_idx": "A", "history": [["a", "b"]]}, "history is not read"),
@@ -353,12 +323,10 @@ def test_a_text_row_holds_text(row):
     ("lines_named.json", GOOD_LINE + "\n"),
     ("list.json", f" [\n{GOOD_LINE}\n]"),
     ("mark.json", f"\ufeff[{GOOD_LINE}]"),
-    ("object.json", f'{{"data": [\n{GOOD_LINE}]}}'),
     ("rows_named.json", f'{{"messages": {json.dumps(SUM)}}}'),
     ("typed.csv", "\ufeffQuestion, Answer \r\n2 + 3 =,5\r\n,\r\n"),
     ("semicolons.csv", "question;answer\n2 + 3 =;5\n"),
     ("tabs.tsv", "id\tQuestion\tAnswer\n7\t2 + 3 =\t5\n"),
-    ("without_extension", GOOD_LINE),
 ])
 def test_every_kind_of_file_gives_the_same_conversation(tmp_path, name, content):
     assert read_conversations(written(tmp_path, name, content)) == [SUM]
@@ -391,24 +359,12 @@ def test_tokens_of_the_same_file_under_other_columns_are_others(tmp_path, monkey
     assert found[0] != found[1]
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.txt"])
-def test_a_file_in_gb18030_is_named_as_such_even_when_skipping(tmp_path, name):
-    text = {"a.csv": "question,answer\n2 + 3 =,5\n二加三等于几？,五\n", "a.txt": "二加三等于五。"}.get(
-        name, json.dumps([{"question": "二加三？", "answer": "五"}], ensure_ascii=False))
-    text = text.strip("[]") if name == "a.jsonl" else text
-    path = written(tmp_path, name, text.encode("gb18030"))
-    with pytest.raises(BadLine, match=f"{name} is GB18030, not UTF-8. Convert it: iconv -f GB18030 -t UTF-8 "):
-        read_conversations(path, skip_bad_lines=True)
-    path.write_bytes(path.read_bytes().decode("gb18030").encode())
-    read_each(path, lambda row: row)
-
-
 @pytest.mark.parametrize("content", [
-    "question,answer\n二加三？,五\n".encode() + "三加三？,六\n".encode("gb18030"),     # one line of two
+    "question,answer\n二加三？,五\n".encode("gb18030"),
     "question,answer\n2 + 3 =,f\u00fcnf\n".encode("latin-1"),
-], ids=["a damaged line", "German"])
-def test_other_bytes_that_are_not_utf8_are_bad_lines(tmp_path, content):
-    with pytest.raises(BadLine, match="a byte that is not UTF-8"):
+], ids=["Chinese", "German"])
+def test_bytes_that_are_not_utf8_are_bad_lines_with_the_command_that_converts_a_file(tmp_path, content):
+    with pytest.raises(BadLine, match="not UTF-8 .*iconv -f gb18030 -t utf-8"):
         read_conversations(written(tmp_path, "a.csv", content))
 
 
@@ -446,21 +402,6 @@ def test_a_bad_line_names_file_line_value_and_the_way_out(tmp_path):
         "assistant, gpt, developer). Fix the line, or pass --skip_bad_lines to leave it out.")
 
 
-def test_a_list_is_read_item_by_item_as_json_reads_it(tmp_path):
-    text = '[ {"a": "x,]\\"y"} ,\n{"b": [1, {"c": 12345}]}, "小猫😀"\n] \n'
-    for cut in range(1, len(text) + 1):                 # also each text with a character left out
-        content = text[:cut] + text[cut + 1:]
-        path = written(tmp_path, "a.json", content)
-        try:
-            expected = list(enumerate(json.loads(content), start=1))
-        except ValueError:
-            with pytest.raises(BadLine, match="read completely or not at all"):
-                list(read_rows(path))
-        else:
-            assert [(n, row) for n, row in read_rows(path) if isinstance(row, dict)] == [
-                (n, item) for n, item in expected if isinstance(item, dict)]
-
-
 @pytest.mark.parametrize("name, content, reason", [
     ("cut.jsonl", GOOD_LINE[:-3], "line 1: not a whole JSON object"),
     ("two.jsonl", GOOD_LINE + GOOD_LINE, "line 1: not a whole JSON object: Extra data"),
@@ -468,16 +409,12 @@ def test_a_list_is_read_item_by_item_as_json_reads_it(tmp_path):
     pytest.param("deep.jsonl", "[" * 100_000, "line 1: JSON that is not read", id="deep"),
     pytest.param("long.jsonl", "9" * 5_000, "line 1: ", id="long"),
     ("byte.jsonl", b'{"question": "\xba", "answer": "5"}', r"line 1: question holds '\\udcba'"),
-    ("byte.csv", b"question,answer\n\xba,5", r"line 2: .* \(a byte that is not UTF-8"),
+    ("byte.csv", b"question,answer\n\xba,5", r"line 2: .* is not UTF-8"),
     ("story.txt", "Once", r"line 1: no known format .* only text is for train_pretrain\.py"),
     ("item.json", f"[{GOOD_LINE}, 5]", "item 2: .* Fix the item"),
-    ("cut.json", "[" + GOOD_LINE, "cut.json, item 2: Expecting .*: line 1 column"),
-    ("keys.jsonl", '{"question": "a", "answer": "b", "answer": "c"}', "line 1: .* the key 'answer' stands twice in {'answer': 'c'"),
-    ("keys.json", '[{"question": "a", "answer": "b", "answer": "c"}]', "keys.json, item 1: the key 'answer' stands twice"),
-    ("lists.json", f'{{"data": [{GOOD_LINE}], "more": [{GOOD_LINE}]}}', "item 2: Expecting .* the end of the only list"),
-    ("cells.csv", "question,answer\n1,2,3\n", "line 2: 3 cells .*, where the first record has 2"),
+    ("cut.json", "[" + GOOD_LINE, "cut.json: Expecting .*: line 1 column .* read completely or not at all"),
+    ("cells.csv", "question,answer\n1,2,3\n", "line 2: 3 cells .*, where the header has 2"),
     ("quote.csv", 'question,answer\n1,2\n"3,4\n5,6\n', "line 3: not a CSV record"),
-    ("twice.csv", "ask,output,Ask\n1,2,3\n", "line 1: two columns are called 'ask'"),
 ])
 def test_a_damaged_file_is_refused_where_the_damage_is(tmp_path, name, content, reason):
     with pytest.raises(BadLine, match=reason):
@@ -527,7 +464,7 @@ def test_a_folder_is_its_readable_files_by_name_and_a_file_is_itself(tmp_path):
 def test_a_folder_with_nothing_to_read_is_an_error_that_names_what_is_read(tmp_path):
     (tmp_path / "val").mkdir()
     with pytest.raises(ValueError,
-                       match=r"no file in .* is \.jsonl, \.json, \.csv, \.tsv or \.txt\. Subfolders are"):
+                       match=r"no file in .* is one of \.jsonl, \.json, \.csv, \.tsv, \.txt\. Subfolders are"):
         files_of(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere. Check the path"):
         files_of(tmp_path / "nowhere")
@@ -541,22 +478,8 @@ def test_a_folder_with_nothing_to_read_is_an_error_that_names_what_is_read(tmp_p
     ({"meta_info": {"source": "m"}}, "exam"),
     ({}, "exam"),
 ])
-def test_a_row_is_about_its_leaf_category_subject_or_meta_info_or_else_its_file(tmp_path, more,
-                                                                                name):
-    path = written(tmp_path, "exam.jsonl", json.dumps({"conversations": SUM} | more))
-    assert read_categories(path) == [name]
-
-
-def test_categories_stand_row_by_row_beside_the_conversations(tmp_path, capsys):
-    rows = [{"question": "a", "answer": "b", "leaf": "1"}, {"question": "a", "leaf": "2"},
-            {"leaf": "3"},
-            {"question": "c", "answer": "d", "leaf": "4"}]
-    path = written(tmp_path, "a.json", json.dumps(rows))
-    assert read_categories(path, skip_bad_lines=True) == ["1", "4"] and not capsys.readouterr().out
-    assert [messages[0]["content"]
-            for messages in read_conversations(path, skip_bad_lines=True)] == ["a", "c"]
-    with pytest.raises(BadLine, match="item 2: no known format"):
-        read_categories(path)
+def test_a_row_is_about_its_leaf_category_subject_or_meta_info_or_else_its_file(more, name):
+    assert category({"conversations": SUM} | more, default="exam") == name
 
 
 def test_a_missing_file_of_ours_ends_with_the_command_that_makes_it():
@@ -568,7 +491,7 @@ def test_a_missing_file_of_ours_ends_with_the_command_that_makes_it():
 
 
 def test_reading_costs_little_more_than_parsing_the_json(tmp_path):
-    path = written(tmp_path, "a.jsonl", (GOOD_LINE + "\n") * 10_000)
+    path = written(tmp_path, "a.jsonl", (GOOD_LINE + "\n") * 4_000)
 
     def seconds(work):
         start = time.process_time()
@@ -584,11 +507,9 @@ def test_reading_costs_little_more_than_parsing_the_json(tmp_path):
 
 KINDS = [
     {"conversations": SUM, "system": "s", "tools": None, "id": 7},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b",
-                   "reasoning_content": "c", "weight": 1, "tool_calls": []}]},
-    {"messages": json.dumps(SUM), "meta_info": {"a": [1]}},
+    {"messages": [SUM[0], {**SUM[1], "reasoning_content": "c", "weight": 1}], "meta_info": {"a": [1]}},
     {"instruction": "a", "input": "b", "output": "c", "system": "s", "history": []},
-    {"prompt": SUM[:1], "completion": SUM[1:]},
+    {"prompt": "a", "completion": "b"},
     {"question": "a", "options": {"A": "b", "B": "c"}, "answer_idx": "B", "leaf": "x/y", "input": "d"},
     {"text": "One two three."},
     {"question": "a", "distribution": {"b": 0.5, "c": 0.5}, "conversations": SUM[:1]},
@@ -625,19 +546,18 @@ def mutated(row, generator):
     return row
 
 
-def test_of_2000_mutated_rows_each_is_read_or_named_with_its_place(tmp_path):
+def test_of_600_mutated_rows_each_is_read_or_named_with_its_place(tmp_path):
     """Also bytes of the line are changed: flipped, doubled, cut."""
     generator, counts = random.Random(0), Counter()
-    for n in range(2000):
+    for n in range(600):
         row = generator.choice(KINDS)
         line = CSV if n % 8 == 0 else json.dumps(mutated(row, generator) if n % 4 else row).encode()
         if n % 4 == 0:
             at = generator.randrange(len(line))
             middle = generator.choice([bytes([generator.randrange(256)]), b"", line[at:at + 9] * 2, b'"', b"\xff", b"["])
             line = line[:at] + middle + line[at + generator.randrange(2):]
-        name = "rows.csv" if n % 8 == 0 else generator.choice(["rows.jsonl", "rows.json", "list.json", "object.json"])
-        wrapped = {"list.json": b"[%s]", "object.json": b'{"data": [%s]}'}.get(name, b"%s") % line
-        path = written(tmp_path, name, wrapped)
+        name = "rows.csv" if n % 8 == 0 else generator.choice(["rows.jsonl", "rows.json", "list.json"])
+        path = written(tmp_path, name, b"[%s]" % line if name == "list.json" else line)
         for read in (read_conversations, read_questions, read_exam_of, lambda path: read_tests([path]),
                      lambda path: read_each(path, to_text)):
             try:
@@ -646,8 +566,8 @@ def test_of_2000_mutated_rows_each_is_read_or_named_with_its_place(tmp_path):
             except ValueError as error:
                 counts["named"] += 1
                 assert str(path) in str(error), error
-    print(f"2,000 mutated rows, {counts['read']:,} times read, {counts['named']:,} times named, 0 tracebacks")
-    assert counts.total() == 5 * 2000 and counts["read"] > 1000
+    print(f"600 mutated rows, {counts['read']:,} times read, {counts['named']:,} times named, 0 tracebacks")
+    assert counts.total() == 5 * 600 and counts["read"] > 300
 
 
 def read_exam_of(path):
