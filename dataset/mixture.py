@@ -10,22 +10,16 @@ differs from its shares by less than one sample, and over many steps nothing is 
               ^       ^       ^       ^       ^           general 4, domain 1
 """
 
-import functools
 import hashlib
+from functools import lru_cache, partial
 
 import numpy as np
 
 from dataset.lm_dataset import Batch, MicroBatches, TokenDataset, packed_batch, permutation
 
-# Fraction of the way from start to end after the fraction t of the steps.
-GROWTHS = {"linear": lambda t: t,
-           "cosine": lambda t: (1 - np.cos(np.pi * t)) / 2,         # slow, fast, slow
-           "steps": lambda t: np.minimum(np.floor(4 * t), 3) / 3}   # four plateaus
-
-
-def growth(kind: str, start: float, end: float, n_steps: int) -> np.ndarray:  # -> (n_steps,)
+def growth(start: float, end: float, n_steps: int) -> np.ndarray:  # -> (n_steps,)
     """A share from `start` at the first step to `end` at the last; a single step has their mean."""
-    passed = GROWTHS[kind](np.linspace(0.0, 1.0, n_steps)) if n_steps != 1 else np.array([0.5])
+    passed = np.linspace(0.0, 1.0, n_steps) if n_steps != 1 else np.array([0.5])
     return (1 - passed) * start + passed * end
 
 
@@ -97,7 +91,9 @@ class Mixture(MicroBatches):
         # fp32: n minus a 24-bit offset is exact in fp64, so the last tooth stays within the shares.
         random = np.random.default_rng([seed, 1])
         self.offsets = random.random(len(self.planned), dtype=np.float32)       # (n_steps,)
-        self.shuffles = [(-1, None)] * len(self.parts)      # the latest of each part, see `shuffle`
+        # The latest two shuffles of each part: at every step anew, they would cost all samples.
+        self.shuffles = [lru_cache(2)(partial(permutation, len(part), seed_of(name, seed)))
+                         for name, part in zip(self.names, self.parts)]
         self.restore([])
 
     # -- how many samples of each part -----------------------------------------------------------
@@ -176,21 +172,11 @@ class Mixture(MicroBatches):
             return np.empty(0, np.int64)
         size = len(self.parts[part])
         begin = first // size
-        order = np.concatenate([self.shuffle(part, number)
+        order = np.concatenate([self.shuffles[part](number)
                                 for number in range(begin, (last - 1) // size + 1)])
         return self.parts[part][order[first - begin * size:last - begin * size]]
 
-    def shuffle(self, part: int, number: int) -> np.ndarray:
-        # Cached per part: with dozens of parts, shuffling at every step would cost all samples.
-        cached, order = self.shuffles[part]         # read once: other threads shuffle too
-        if cached != number:
-            seed = seed_of(self.names[part], self.seed)
-            order = permutation(len(self.parts[part]), seed, number)
-            self.shuffles[part] = number, order
-        return order
 
-
-@functools.cache
 def seed_of(name: str, seed: int) -> int:
     """64 bits of a part's name and the run's seed; hash() differs between processes."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()

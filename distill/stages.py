@@ -5,7 +5,6 @@ The stages of a curriculum: a row of hyperparameters each, how --set changes it,
 
 import dataclasses
 
-from dataset.mixture import GROWTHS
 from distill.balance import BALANCES
 from runtime.args import did_you_mean, out_of_range
 
@@ -23,7 +22,6 @@ class Stage:
     learning_rate: float            # cosine decay from 1.1x to 0.1x of it
     batch_size: int                 # samples per micro-batch and process
     epochs: int
-    growth: str = "linear"          # how the share changes: dataset/mixture.py
     balance: str = "none"           # of the domains' gradients: distill/balance.py
     sampling: str = "uniform"       # within the domain; evaluation: a category in proportion to
                                     # max(0.1, 1 - its score)
@@ -74,7 +72,6 @@ def check_stage(number: int, stage: Stage):
             ("share", len(stage.share) == 2 and 0 <= low <= high <= 1, "be two numbers in [0, 1]"),
             *((name, out_of_range(name, value) is None, out_of_range(name, value))
               for name, value in vars(stage).items()),
-            ("growth", stage.growth in GROWTHS, f"be one of {', '.join(GROWTHS)}"),
             ("balance", stage.balance in BALANCES, f"be one of {', '.join(BALANCES)}"),
             ("balance", stage.balance == "none" or 0 < low <= high < 1,
              "be none in a stage with only one side's samples"),

@@ -20,7 +20,7 @@ import torch
 import train_curriculum
 from dataset import lm_dataset
 from dataset.domains import is_held_out, mix_sides, open_sides
-from dataset.formats import read_conversations
+from dataset.formats import read_each, to_messages
 from dataset.lm_dataset import prompts_and_answers
 from distill.balance import GradNorm
 from distill.stages import Stage, describe_stage, edit_stages
@@ -42,7 +42,7 @@ def choices(data, tmp_path_factory):
     """A domain of 90 multiple-choice questions on three subjects. Every option of subject a is
     right, so its accuracy is 1. The third subject has the name of the other side."""
     file = tmp_path_factory.mktemp("domain") / "choices.jsonl"
-    lines = (data / "mcq_train.jsonl").read_text().splitlines()[:90]
+    lines = (data / "mcq_test.jsonl").read_text().splitlines()[:90]
     for i, row in enumerate(map(json.loads, lines)):
         row["subject"] = ("a", "b", GENERAL)[i % 3]
         if row["subject"] == "a":
@@ -467,16 +467,16 @@ def test_a_curriculum_can_validate_on_one_side_alone(missing, side, second, tmp_
 
 
 def test_a_domain_may_be_a_folder_of_several_kinds_of_files(data, words, cache, second, tmp_path):
-    """A spreadsheet of questions and answers, an exam without a header, and texts. The category of
+    """A spreadsheet of questions and answers, an exam, and texts. The category of
     a row without one is its file's name."""
     folder = tmp_path / "clinic"
     folder.mkdir()
     for name, head, line in (("sheet.csv", "Instruction,Output,Category\n", "take {},{} mg,dose\n"),
-                             ("exam.csv", "", "{} + 3 =,{},{},5,7,B\n"),
+                             ("exam.csv", "question,A,B,C,D,answer\n", "{} + 3 =,{},{},5,7,B\n"),
                              ("book.txt", "", "Take {} a day and rest.\n\n")):
         (folder / name).write_text(head + "".join(line.format(n, n, n + 3) for n in range(10)))
     (folder / "notes.md").write_text("not read")
-    assert read_conversations(folder / "exam.csv")[1][1]["content"] == "4"
+    assert read_each(folder / "exam.csv", to_messages)[1][1]["content"] == "4"
     joined, sides, held_out = opened(data, folder, words, val_fraction=0.2)
     assert set(sides[DOMAIN]) == {"dose", "exam", "book"} and len(sides[DOMAIN]["book"]) == 8
     n_samples = {side: len(all_samples(sides, side)) for side in sides}
@@ -581,7 +581,6 @@ def test_set_changes_values_of_the_table():
     ("alpha=1", "write STAGE.NAME=VALUE"), ("1.alpha", "write STAGE.NAME=VALUE"),
     ("1.alfa=1", "did you mean 'alpha'"), ("1.alpha=much", "'much' is not a value of alpha"),
     ("3.share=a:b", "'a:b' is not a value of share"), ("2.epochs=2.5", "'2.5' is not a value of e"),
-    ("2.growth=cubic", "growth cubic of stage 2 must be one of linear, cosine, steps"),
     ("2.balance=fair", "balance fair of stage 2 must be one of none, norm, gradnorm, pcgrad"),
     ("1.balance=norm", "balance norm of stage 1 must be none in a stage with only one side"),
     ("3.sampling=mad", "sampling mad of stage 3 must be one of uniform, evaluation"),
