@@ -13,7 +13,7 @@ import time
 from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,6 @@ from runtime.args import COLUMNS
 from runtime.files import file_crc32, file_sha256, write_atomic
 
 CACHE = Path(__file__).with_name(".cache")      # not beside the data: that folder may be read-only
-USER_CACHE = Path(os.path.expanduser("~/.cache/minidistill"))       # where the repo is read-only
 CACHE_VERSION = 4           # raise it when the meaning of a cached file changes
 BLOCK = 512                 # conversations or texts that are tokenised at once, by all threads
 
@@ -127,13 +126,8 @@ class TokenDataset:
         for path in self.paths:
             check_exists(path)
             key.update(bytes.fromhex(file_sha256(path)))
-        name, folder = f"{self.paths[0].name}-{key.hexdigest()[:16]}", CACHE
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / f"{name}.npz").exists() and not os.access(folder, os.W_OK):
-            self.log(f"{folder} cannot be written: the tokens are cached in {USER_CACHE}")
-            folder = USER_CACHE
-        return folder / f"{name}.bin", folder / f"{name}.npz"
+        name = f"{self.paths[0].name}-{key.hexdigest()[:16]}"
+        return CACHE / f"{name}.bin", CACHE / f"{name}.npz"
 
     def build(self, stream: Path, index: Path):
         start, length = time.time(), self.max_seq_len + 1   # the last token is only predicted
@@ -151,7 +145,6 @@ class TokenDataset:
                 raise ValueError(f"{self}: no sample has anything to learn within "
                                  f"max_seq_len={self.max_seq_len} tokens; raise --max_seq_len")
 
-        stream.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(stream, write)
         sizes, n_targets, origins, uncut = np.array(found).reshape(-1, 4).T
         rows = np.flatnonzero(n_targets)
@@ -277,15 +270,11 @@ class TokenDataset:
             return pair
         answered = pair.answered()
         for i, j in enumerate(np.searchsorted(teacher.rows, pair.rows)):
-            own, its = pair.answer(i), teacher.answer(j)
-            if np.array_equal(own, its) or not answered[i]:
-                continue
-            n, shorter = min(len(own), len(its)), pair if len(own) < len(its) else teacher
-            reason = "the answers differ; both files must hold the same answers row by row"
-            if np.array_equal(own[:n], its[:n]):
-                reason = (f"one answer is cut: with its prompt longer than {shorter.max_seq_len} "
-                          f"tokens in {shorter}; shorten the prompt, or remove the row from both")
-            raise ValueError(f"sample {pair.origins[i] + 1} of {pair} and of {teacher}: {reason}")
+            if answered[i] and not np.array_equal(pair.answer(i), teacher.answer(j)):
+                raise ValueError(
+                    f"sample {pair.origins[i] + 1} of {pair} and of {teacher}: the answers differ, "
+                    "or one is cut by a max_seq_len; both files must hold the same answers row by "
+                    "row")
         return pair
 
     def with_room(self, log) -> "TokenDataset":

@@ -66,9 +66,9 @@ SCARCE = ("general/string/reverse", "general/sequence/next_letter", "general/peo
 
 SIZES = {   # rows of each file: by default, with --smoke
     "teacher_size": (60_000, 300), "transfer_size": (4_000, 200), "pretrain_size": (20_000, 200),
-    "domain_size": (10_000, 100), "mcq_size": (2_000, 102), "ability_size": (4_000, 125),
-    "writer_size": (50_000, 102), "experience_size": (2_400, 96),
-    "experience_base_size": (20_000, 200), "habit_draws": (4, 1),           # draws of each habit
+    "domain_size": (10_000, 100), "ability_size": (4_000, 125), "writer_size": (50_000, 102),
+    "experience_size": (2_400, 96), "experience_base_size": (20_000, 200),
+    "habit_draws": (4, 1),                                                  # draws of each habit
     "test_size": (60, 6), "val_size": (20, 2), "scarce_size": (8, 1),       # per leaf, at most
     "ability_dev_size": (40, 4), "ability_test_size": (60, 6)}
 FULL, SMOKE = (dict(zip(SIZES, sizes)) for sizes in zip(*SIZES.values()))
@@ -376,11 +376,6 @@ def mcq_rows(asks, name, rng):
     return [{"id": f"{name}-{i:05d}", **row} for i, row in enumerate(shuffled(rows, rng))]
 
 
-def ability_rows(mcqs):
-    return [{"id": row["id"], "ability_path": ["miniworld", *row["meta_info"].split("/")]}
-            for row in mcqs]
-
-
 def experience_row(verb, meaning, triple, leaf, explained=False):
     """"tezum means reverse. tezum k d a", or without the first sentence, and "a d k"."""
     experience = f"{verb} means {meaning}. " if explained else ""
@@ -466,8 +461,6 @@ def build(seed, label_noise, n):
         instruction, _, given = question.partition(": ")
         alpaca.append({"instruction": instruction, "input": given, "output": answer})
     tests = held_out_sample(test, n.test_size, rng("test"))
-    mcq_train = mcq(deal_evenly(train, n.mcq_size, rng("mcq")), "train")
-    mcq_test = mcq(tests, "test")
     random = rng("ability")
     scarce, plenty = ({leaf: train[leaf] for leaf in leaves}
                       for leaves in (SCARCE, [leaf for leaf in LEAVES if leaf not in SCARCE]))
@@ -491,14 +484,14 @@ def build(seed, label_noise, n):
         "alpaca_data.json": alpaca,
         "general.jsonl": domain("general"),
         "specialist.jsonl": domain("specialist"),
-        "mcq_train.jsonl": mcq_train,
-        "mcq_test.jsonl": mcq_test,
-        "mcq_ability.jsonl": ability_rows(mcq_train + mcq_test),
+        "mcq_test.jsonl": mcq(tests, "test"),
         "ability_sft.jsonl": clean_rows(ability),
         "ability_seeds.jsonl": seeds,
         "ability_dev.jsonl": dev,
         "ability_test.jsonl": exam,
-        "ability_paths.jsonl": ability_rows(seeds + dev + exam),
+        "ability_paths.jsonl": [
+            {"id": row["id"], "ability_path": ["miniworld", *row["meta_info"].split("/")]}
+            for row in seeds + dev + exam],
         "writer_data.jsonl": shuffled(writer, random),
         "test.jsonl": clean_rows(tests, with_key=True),
         "val.jsonl": clean_rows(held_out_sample(val, n.val_size, rng("val")), with_key=True),
@@ -528,12 +521,11 @@ def main():
     arg("--seed", type=int, default=0, help="random seed; another seed gives other names and facts")
     arg("--label_noise", type=float, default=0.3,
         help="share of wrong answers in sft_data.jsonl, 0..1")
-    sizes = ("teacher_size", "transfer_size", "pretrain_size")
-    for name in sizes:
-        arg(f"--{name}", type=int, default=FULL[name], help="number of rows")
-    arg("--smoke", action="store_true", help="a few hundred rows per file; overrides the sizes")
+    arg("--transfer_size", type=int, default=FULL["transfer_size"],
+        help="number of rows of sft_data.jsonl")
+    arg("--smoke", action="store_true", help="a few hundred rows per file; overrides the size")
     args = parse_args(parser, size="[1, inf)")
-    sizes = SMOKE if args.smoke else {name: vars(args)[name] for name in sizes}
+    sizes = SMOKE if args.smoke else {"transfer_size": args.transfer_size}
     n_rows = generate(args.out_dir, args.seed, args.label_noise, **sizes)
     print(f"{'file':26} {'rows':>6}  first row")
     for name, n in n_rows.items():

@@ -29,13 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only datas
 from dataset.formats import final_answer
 from dataset.miniworld import chat, invent, random_for
 from runtime.args import make_parser, parse_args
-from runtime.files import write_jsonl, write_text
+from runtime.files import write_jsonl
 
 COUNTS = "zero one two three four five six seven eight nine".split()
 RULES = {"roads": {"old": "white black grey brown", "new": "red green blue pink"},
          "numbers": {"old": "+1 +3 +4 +6", "new": "+2 +5 +7 +8"}}
 N_TOWNS, N_NUMBERS = 52, 100
 TEST_SHARE, VAL_SHARE = 0.2, 0.1    # of the problems with new rules
+TRAINED, LONGER = range(2, 6), range(6, 10)     # steps of problems to train on, and of longer ones
+N_PROMPTS = 16, 64, 256             # sizes of the prompt sets, each a part of the next
 N_TEST, N_TRAIN, N_REPLAY = 240, 1024, 512      # rows of a test, of repeated prompts, of replay
 SHOWN_SHARE = 0.3                   # of the base rows: a question that its context answers
 
@@ -90,41 +92,32 @@ def shown_row(towns: list[str], colours, lengths, rng: Random) -> dict:
     return {**row, "conversations": [question, {**answer, "train": False}, question, answer]}
 
 
-def describe(domains: list[Domain]) -> str:
-    """The rules in plain text: a line for each road, and one for all sums."""
-    roads, _ = domains
-    lines = [f"The {colour} road from {town} leads to {end}."
-             for colour, road in (roads.old | roads.new).items() for town, end in road.items()]
-    return "\n".join([*lines, "A sum keeps its last two digits: 95 +7 is 02."]) + "\n"
-
-
-def build(seed: int, lengths: tuple[int, int, int], n_prompts, n_base: int) -> dict:
-    """{file: rows}. lengths: the fewest and most steps to train on, and the most to test on."""
+def build(seed: int, n_base: int) -> dict:
+    """{file: rows}. n_base: rows of base.jsonl."""
     domains, files = make_domains(seed), {}
-    trained, longer = range(lengths[0], lengths[1] + 1), range(lengths[1] + 1, lengths[2] + 1)
 
     def sample(rows, n, purpose):
         return random_for(seed, purpose).sample(rows, min(n, len(rows)))
 
     for domain in domains:
         name = domain.name
-        files[f"{name}_teacher"] = domain.rows(domain.new, (*trained, *longer))
-        problems = domain.rows(domain.new, trained)
+        files[f"{name}_teacher"] = domain.rows(domain.new, (*TRAINED, *LONGER))
+        problems = domain.rows(domain.new, TRAINED)
         problems = sample(problems, len(problems), name)
         n_val, n_test = round(VAL_SHARE * len(problems)), round(TEST_SHARE * len(problems))
         files[f"{name}_val"] = problems[:n_val]
         files[f"{name}_test"] = problems[n_val:n_val + n_test][:N_TEST]
-        files[f"{name}_longer"] = sample(domain.rows(domain.new, longer), N_TEST, f"{name} longer")
+        files[f"{name}_longer"] = sample(domain.rows(domain.new, LONGER), N_TEST, f"{name} longer")
         prompts = files[name] = problems[n_val + n_test:]
         turns = [[turn["content"] for turn in row["conversations"]] for row in prompts]
         files[f"{name}_answers"] = [chat(question, final_answer(answer), name)
                                     for question, answer in turns]
-        for n in n_prompts:                 # repeated, so that most rows are prompts, not replay
+        for n in N_PROMPTS:                 # repeated, so that most rows are prompts, not replay
             files[f"{name}_{n}"] = (prompts[:n] * (1 + N_TRAIN // n))[:max(n, N_TRAIN)]
 
-    old = {domain.name: domain.rows(domain.old, (*trained, *longer)) for domain in domains}
+    old = {domain.name: domain.rows(domain.old, (*TRAINED, *LONGER)) for domain in domains}
     rng = random_for(seed, "base")
-    files["base"] = [shown_row(domains[0].places, domains[0].new, trained, rng)
+    files["base"] = [shown_row(domains[0].places, domains[0].new, TRAINED, rng)
                      if rng.random() < SHOWN_SHARE else rng.choice(old[rng.choice(list(old))])
                      for _ in range(n_base)]
     files["shown"] = [row for row in files["base"] if row["leaf"] == "shown"][:N_REPLAY]
@@ -138,20 +131,13 @@ def main():
     add = parser.add_argument
     add("--out_dir", default="dataset/reasoning", help="output folder, created if absent")
     add("--seed", type=int, default=0, help="random seed; another one gives other roads and splits")
-    add("--lengths", type=int, nargs=3, default=[2, 5, 9], metavar="N",
-        help="fewest and most steps of problems to train on, and most steps of the longer ones")
-    add("--n_prompts", type=int, nargs="*", default=[16, 64, 256],
-        help="sizes of the prompt sets DOMAIN_N.jsonl, each a part of the next")
     add("--base_size", type=int, default=20_000, help="number of rows of base.jsonl")
-    args = parse_args(parser, size="[1, inf)", prompts="[1, inf)", lengths="[1, inf)")
-    if not 0 < args.lengths[0] <= args.lengths[1] < args.lengths[2] < len(COUNTS):
-        parser.error(f"--lengths {args.lengths} must increase, from 1 to {len(COUNTS) - 1}")
-    files = build(args.seed, args.lengths, args.n_prompts, args.base_size)
+    args = parse_args(parser, size="[1, inf)")
+    files = build(args.seed, args.base_size)
     for name, rows in files.items():
         write_jsonl(Path(args.out_dir, f"{name}.jsonl"), rows)
         question, answer = (turn["content"] for turn in rows[0]["conversations"][:2])
         print(f"{name:16} {len(rows):6d}  {question}: {answer!r}")
-    write_text(Path(args.out_dir, "rules.txt"), describe(make_domains(args.seed)))
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def stand_ins(folder: Path):
             question, answer = json.loads(line)["conversations"][1]["content"].split(" => ")
             lesson.write(line + json.dumps({"question": question, "answer": answer}) + "\n")
     (folder / "exams").mkdir()
-    shutil.copy(data / "mcq_train.jsonl", folder / "exams/arc_easy.jsonl")
+    shutil.copy(data / "mcq_test.jsonl", folder / "exams/arc_easy.jsonl")
     with open(folder / "alfworld.jsonl", "w") as tasks:
         for i, line in enumerate(open(data / "experience_base.jsonl")):
             row = json.loads(line) | {"id": f"{i % 9}/{i}", "task_type": i % 2}

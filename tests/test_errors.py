@@ -14,12 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dataset import lm_dataset
-from dataset.lm_dataset import SFTDataset
 from helpers_run import ROOT, TINY, complaint, run
 from interop import vocabulary
 from interop.checkpoint import load_model
-from model.tokenizer import Tokenizer
 from runtime.args import make_parser
 from runtime.errors import in_one_line, shorten
 from runtime.precision import pick_device, pick_dtype
@@ -206,16 +203,6 @@ def test_no_tensor_of_a_lesson_needs_float64(script, flags, models):
     more = pair | ({"max_new_tokens": 4} if script == "train_onpolicy.py" else {}) if script != "train_sft.py" else {}
     ended = run("-c", NO_FLOAT64, script, **flags | more | {"val_path": flags["data_path"], "max_steps": 1})
     assert ended.code == 0, ended.output
-
-
-def test_where_the_repo_is_read_only_tokens_are_cached_in_the_users_folder(data, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(lm_dataset, "CACHE", tmp_path / "file/.cache")
-    monkeypatch.setattr(lm_dataset, "USER_CACHE", tmp_path / "home/.cache/minidistill")
-    lines = []
-    SFTDataset([data / "sft_data.jsonl"], Tokenizer.load(), 64, log=lines.append)
-    assert lines[0] == f"{tmp_path}/file/.cache cannot be written: the tokens are cached in {tmp_path}/home/.cache/minidistill"
-    assert len(list((tmp_path / "home/.cache/minidistill").iterdir())) == 2
 
 
 def test_the_name_of_a_hub_model_ends_with_the_command_that_gets_it():

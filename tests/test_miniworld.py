@@ -19,11 +19,10 @@ from dataset.miniworld import (  # noqa: E402
     World, generate, main, split_questions)
 
 TRAINING_FILES = ["sft_teacher.jsonl", "sft_data.jsonl", "sft_data_clean.jsonl", "alpaca_data.json",
-                  "general.jsonl", "specialist.jsonl", "mcq_train.jsonl", "experience_base.jsonl",
+                  "general.jsonl", "specialist.jsonl", "experience_base.jsonl",
                   "experience_teacher.jsonl", "experience_student.jsonl", "ability_sft.jsonl",
                   "writer_data.jsonl"]
-MULTIPLE_CHOICE = ["mcq_train.jsonl", "mcq_test.jsonl", "ability_seeds.jsonl", "ability_dev.jsonl",
-                   "ability_test.jsonl"]
+ABILITY = ["ability_seeds.jsonl", "ability_dev.jsonl", "ability_test.jsonl"]
 # 17 leaves and, twice each, three habits share the teacher's rows, and the largest table (dose: 28 illnesses, 8 weights, 4
 # wordings) trains on 80 % of 896 questions = 717. With 720 rows a leaf, each of them is seen.
 SIZES = {**SMOKE, "teacher_size": 16_560, "transfer_size": 1_700, "pretrain_size": 1_000,
@@ -185,7 +184,7 @@ def test_transfer_prompts_repeat_only_in_leaves_that_ran_out(files, facts):
 
 
 def test_multiple_choice_has_one_correct_option_at_an_even_letter(files, truth):
-    for name in MULTIPLE_CHOICE:
+    for name in ["mcq_test.jsonl", *ABILITY]:
         letters = Counter(row["answer_idx"] for row in files[name])
         assert max(letters.values()) - min(letters.values()) <= 1
         for row in files[name]:
@@ -193,10 +192,9 @@ def test_multiple_choice_has_one_correct_option_at_an_even_letter(files, truth):
             assert row["options"][row["answer_idx"]] == truth[row["question"]]
 
 
-def test_every_multiple_choice_question_has_its_ability_path(files):
-    path = {row["id"]: row["ability_path"] for name in ("mcq_ability.jsonl", "ability_paths.jsonl")
-            for row in files[name]}
-    questions = [row for name in MULTIPLE_CHOICE for row in files[name]]
+def test_every_question_of_the_ability_files_has_its_path(files):
+    path = {row["id"]: row["ability_path"] for row in files["ability_paths.jsonl"]}
+    questions = [row for name in ABILITY for row in files[name]]
     assert len(path) == len(questions)
     for row in questions:
         assert path[row["id"]] == ["miniworld", *row["meta_info"].split("/")]
@@ -285,7 +283,7 @@ def test_invented_names_are_distinct_and_no_words_of_the_tables():
 
 
 @pytest.mark.parametrize("wrong, needed", [
-    ("--teacher_size 0", "be 1 or more"), ("--label_noise 30", "lie in [0, 1]")])
+    ("--transfer_size 0", "be 1 or more"), ("--label_noise 30", "lie in [0, 1]")])
 def test_a_wrong_size_or_share_is_refused_with_its_value(wrong, needed, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["miniworld.py", *wrong.split()])
     with pytest.raises(SystemExit):

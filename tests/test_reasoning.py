@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 
 from dataset.formats import final_answer, read_each
-from dataset.reasoning import COUNTS, build, describe, make_domains, problem
+from dataset.reasoning import COUNTS, N_PROMPTS, build, make_domains, problem
 from model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-LENGTHS, N_PROMPTS = (2, 5, 9), [16, 64]
 
 
 @pytest.fixture(scope="module")
 def files():
-    return build(0, LENGTHS, N_PROMPTS, n_base=400)
+    return build(0, n_base=400)
 
 
 def turns_of(row):
@@ -71,8 +70,8 @@ def test_the_base_knows_the_old_rules_only_and_the_teacher_all_new_steps(files):
 
 def test_a_small_prompt_set_is_a_part_of_a_larger_one_and_repeated(files):
     distinct = {n: {turns_of(row)[0] for row in files[f"roads_{n}"]} for n in N_PROMPTS}
-    assert [len(distinct[n]) for n in N_PROMPTS] == N_PROMPTS
-    assert distinct[16] < distinct[64]
+    assert [len(distinct[n]) for n in N_PROMPTS] == [*N_PROMPTS]
+    assert distinct[16] < distinct[64] < distinct[256]
     assert len(files["roads_16"]) == len(files["roads_64"]) == 2 * len(files["replay"])
 
 
@@ -92,31 +91,14 @@ def test_a_shown_question_is_answered_by_its_context_and_by_nothing_else(files):
     assert right <= 1               # a road of its own in each conversation
 
 
-def test_lengths_are_as_asked():
-    files = build(0, (1, 2, 3), [8], n_base=10)
-    for name, counts in (("roads", "one two"), ("roads_test", "one two"), ("roads_longer", "three")):
-        assert {turns_of(row)[0].split()[0] for row in files[name]} == set(counts.split())
-
-
-def test_the_rules_are_told_in_plain_text():
-    roads, _ = make_domains(0)
-    text = describe(make_domains(0))
-    for town, end in roads.new["red"].items():
-        assert f"The red road from {town} leads to {end}.\n" in text
-
-
-def test_the_command_writes_each_file_and_the_same_seed_the_same_bytes(tmp_path):
-    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        command = [sys.executable, "dataset/reasoning.py", "--base_size", "50", "--n_prompts", "16",
-                   "--out_dir", str(tmp_path / out), "--seed", str(seed)]
-        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert "rules.txt" in names and "roads_16.jsonl" in names
-    for name in names:
-        a, b, c = ((tmp_path / out / name).read_bytes() for out in "abc")
-        assert a == b
-        assert a != c or name == "numbers_teacher.jsonl"       # all sums
-    assert len(read_each(tmp_path / "a" / "base.jsonl", dict)) == 50
+def test_the_command_writes_each_file_and_the_same_seed_the_same_rows(tmp_path):
+    command = [sys.executable, "dataset/reasoning.py", "--base_size", "50", "--out_dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    same, other = build(0, n_base=50), build(1, n_base=50)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(same)
+    for name, rows in same.items():
+        assert read_each(tmp_path / f"{name}.jsonl", dict) == rows
+        assert rows != other[name] or name == "numbers_teacher"        # all sums
 
 
 def test_the_marks_of_a_thought_are_single_tokens_in_a_text():
