@@ -621,7 +621,7 @@ def refusal(monkeypatch, capsys, choices, tmp_path):
     ({"start_stage": 2, "checkpoint_path": "out/nothing.pth"}, "no weights at out/nothing.pth"),
     ({"teacher": "out/nothing.pth"}, "no weights at out/nothing.pth"),
     ({"domain_dataset": "/nowhere/clinic"}, "/nowhere/clinic"),
-    ({"domain_dataset": ROOT / "configs"}, "no file in .*configs is .jsonl, .json, .csv, .tsv or .txt"),
+    ({"domain_dataset": ROOT / "configs"}, "no file in .*configs is one of .jsonl, .json, .csv, .tsv, .txt"),
     ({"val_path": "/nowhere/val.jsonl"}, "/nowhere/val.jsonl"),
     ({"val_path": "none"}, "needs held-out questions of the domain.* --set 3.sampling=uniform"),
     ({"set": [*SMALL, "2.sampling=evaluation"], "val_fraction": 0}, "--set 2.sampling=uniform"),
