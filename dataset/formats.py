@@ -106,15 +106,15 @@ def _rows_of_lines(path):
 def _rows_of_json(path):
     """One list of objects, or JSON lines under this name."""
     with _open(path) as file:
-        text = file.read()
-    if not text.lstrip().startswith("["):
-        yield from _rows_of_lines(path)
-        return
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadLine(f"{path}: {error}. Fix it there: a .json list is read completely or not at "
-                      "all.") from None
+        if not file.read(4096).lstrip().startswith("["):
+            yield from _rows_of_lines(path)
+            return
+        file.seek(0)
+        try:
+            items = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise BadLine(f"{path}: {error}. Fix it there: a .json list is read completely or not "
+                          "at all.") from None
     yield from enumerate(map(_object_or_reason, items), start=1)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from runtime.files import write_atomic
+from runtime.files import named_errors, write_atomic
 
 DEFAULT = Path(__file__).with_name("tokenizer.json")
 
@@ -377,17 +377,12 @@ class Tokenizer:
         if not path.is_file():
             raise FileNotFoundError(f"no vocabulary at {path}. Train one: "
                                     f"python scripts/train_tokenizer.py --data FILE --out {path}")
-        try:
+        with named_errors(path):
             about = json.loads(path.read_text(encoding="utf-8"))
             about["ranks"] = {token.encode() if isinstance(token, str) else bytes(token): i
                               for i, token in about.pop("tokens")}
-            if "chat" in about:
-                about["chat"] = Chat(**about["chat"])
+            about["chat"] = Chat(**about.get("chat", asdict(CHATML)))
             return cls(**about, path=path)
-        except ValueError as error:                     # JSON's and UTF-8's errors are ValueErrors
-            raise ValueError(f"{path}: {error}") from error
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a vocabulary file: {error}") from error
 
     def save(self, path: str | Path) -> None:
         write_atomic(Path(path), lambda file: file.write(self._to_json().encode()))
@@ -427,11 +422,11 @@ def any_of(names: Iterable[str]) -> re.Pattern | None:
 
 def check_chat(chat: Chat, special_tokens: dict[str, int], names: Iterable[str]) -> None:
     """Raise ValueError for a template that is not as Chat requires, or a missing special token."""
-    templates = {role: vars(chat)[role] for role in ROLES}
-    for role, template in templates.items():
-        if template.count("{content}") != 1:
-            raise ValueError(f"the {role}'s template {template!r} has to have {{content}} once")
-    end = templates["assistant"].split("{content}")[1]
+    for role in ROLES:
+        if vars(chat)[role].count("{content}") != 1:
+            raise ValueError(f"the {role}'s template {vars(chat)[role]!r} has to have {{content}} "
+                             "once")
+    end = chat.assistant.split("{content}")[1]
     for name in [*names, *re.findall(r"<\|.*?\|>", end)[:1]]:
         if name not in special_tokens:
             raise ValueError(f"special token {name!r} is missing")

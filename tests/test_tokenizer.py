@@ -308,8 +308,8 @@ SPOILED = (
     (lambda content: content["special_tokens"].pop("<|im_end|>"), "special token '<|im_end|>' is missing"),
     (lambda content: content.update(pattern="("), ""),
     (lambda content: content.update(pattern=""), "the pattern is empty"),
-    (lambda content: content.update(eos="a"), "not a vocabulary file: "),
-    (lambda content: content.pop("tokens"), "not a vocabulary file: 'tokens'"),
+    (lambda content: content.update(eos="a"), "does not have the expected form: "),
+    (lambda content: content.pop("tokens"), "lacks 'tokens'"),
     (lambda content: content.update(bos="<s>"), "special token '<s>' is missing"),
     (lambda content: content.update(chat=vars(CHATML) | {"user": "a"}),
      "the user's template 'a' has to have {content} once"),
@@ -327,7 +327,7 @@ def test_a_bad_vocabulary_is_named_with_what_is_wrong(tokenizer, tmp_path):
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError) as error:
             Tokenizer.load(path)
-        assert str(error.value).startswith(f"{path}: {message}"), error.value
+        assert str(error.value).startswith(f"{path}") and message in str(error.value)
 
 
 def test_a_file_that_is_no_json_and_a_file_that_is_not_there_are_named(tmp_path):
