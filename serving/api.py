@@ -16,28 +16,22 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import (AliasChoices, BaseModel, Field, ValidationError, field_validator,
-                      model_validator)
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from model.tokenizer import ROLES
 from runtime.log import Logger
-from serving.engine import Answer, Engine, Full, Token
+from serving.engine import Answer, Engine, Token
 
 MAX_BODY = 4 << 20          # bytes of a request
 MAX_TOP = 100               # most likely tokens that are reported at each position
-MAX_ANSWERS = 16            # n, or prompts of one request
-MAX_STOPS = 16
-MAY_BE = {"prompt": f"a text, a list of ids, or a list of up to {MAX_ANSWERS} of these",
-          "stop": f"a text, or a list of up to {MAX_STOPS} texts",
-          "content": "a text, or text parts"}
-Text = Annotated[str, Field(min_length=1)]
+MAX_PROMPTS = 16            # of one request
 Ids = Annotated[list[int], Field(min_length=1)]
 
 
 class Body(BaseModel, strict=True):
-    """What any request may say; null stands for the default."""
+    """What any request may say. Fields that are not here are ignored; these have one value alone,
+    so that a client that needs another is refused: n, stop."""
 
     model: str
     temperature: float = Field(1.0, ge=0, le=10)
@@ -45,33 +39,16 @@ class Body(BaseModel, strict=True):
     top_k: int = Field(0, ge=0)
     max_tokens: int | None = Field(None, ge=0, validation_alias=AliasChoices(
         "max_tokens", "max_completion_tokens"))
-    n: int = Field(1, ge=1, le=MAX_ANSWERS)
-    seed: int | None = Field(None, ge=-1 << 62, le=1 << 62)
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] = []
+    seed: int | None = Field(None, ge=0, le=1 << 62)
     stream: bool = False
-    stream_options: dict = {}
     return_tokens_as_token_ids: bool = False        # "token_id:17" instead of a token's text
-
-    @model_validator(mode="before")
-    @classmethod
-    def without_nulls(cls, given):
-        if not isinstance(given, dict):
-            return given
-        return {name: value for name, value in given.items() if value is not None}
-
-
-class Part(BaseModel):
-    text: str               # parts that are no text are refused
+    n: Literal[1] = 1
+    stop: None = None
 
 
 class Message(BaseModel):
     role: Literal[ROLES]
-    content: str | list[Part]
-
-    @field_validator("content")
-    @classmethod
-    def joined(cls, content) -> str:
-        return content if isinstance(content, str) else "".join(part.text for part in content)
+    content: str
 
 
 class Chat(Body):
@@ -90,19 +67,18 @@ class Chat(Body):
 
 
 class Completion(Body):
-    """echo: the prompt too, with its log-probabilities, what a teacher is asked for; with
-    max_tokens 0 that alone."""
+    """echo: nothing is written; the prompt returns with its log-probabilities, for a student."""
 
-    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=MAX_ANSWERS)]
+    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
     n_top: int | None = Field(None, ge=0, le=MAX_TOP, validation_alias="logprobs")
     echo: bool = False
 
     def prompts(self, engine: Engine) -> list[list[int]]:
         tokenizer, n = engine.tokenizer, engine.model.n_tokens
-        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        start = [] if tokenizer.bos is None else [tokenizer.bos]
-        prompts = [start + tokenizer.encode(each) if isinstance(each, str) else each
-                   for each in ([self.prompt] if one else self.prompt)]
+        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        begin = [] if tokenizer.bos is None else [tokenizer.bos]
+        prompts = [begin + tokenizer.encode(each) if isinstance(each, str) else each
+                   for each in ([self.prompt] if is_one else self.prompt)]
         if not all(0 <= i < n for ids in prompts for i in ids):
             raise HTTPException(400, f"prompt: ids are integers from 0 to {n - 1}")
         return prompts
@@ -122,19 +98,9 @@ def make_app(engines: dict[str, Engine], key: str | None = None) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def refuse(request, error):
-        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        return JSONResponse({"error": {"message": error.detail, "type": kind,
+        return JSONResponse({"error": {"message": error.detail, "type": "invalid_request_error",
                                        "code": error.status_code}},
                             error.status_code, error.headers)
-
-    @app.exception_handler(Full)
-    async def wait(request, error):
-        return await refuse(request, HTTPException(429, "too many requests are waiting",
-                                                   {"Retry-After": "1"}))
-
-    @app.exception_handler(Exception)
-    async def fail(request, error):
-        return await refuse(request, HTTPException(500, "internal error: see the server's log"))
 
     @app.get("/health")
     async def health():
@@ -148,11 +114,6 @@ def make_app(engines: dict[str, Engine], key: str | None = None) -> FastAPI:
             {"id": name, "object": "model", "created": 0, "owned_by": "minidistill",
              "max_model_len": engine.model.config.max_seq_len} for name, engine in engines.items()]}
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str):
-        pick(engines, name)
-        return next(each for each in (await models())["data"] if each["id"] == name)
-
     @app.post("/v1/chat/completions")
     async def chat(request: Request):
         return await respond(request, await read_body(request, Chat), engines)
@@ -165,21 +126,14 @@ def make_app(engines: dict[str, Engine], key: str | None = None) -> FastAPI:
 
 
 async def read_body(request: Request, kind: type[BaseModel]):
-    raw = bytearray()
+    if int(request.headers.get("content-length", MAX_BODY + 1)) > MAX_BODY:
+        raise HTTPException(413, f"give a Content-Length, of at most {MAX_BODY:,} bytes")
     try:
-        async for part in request.stream():
-            raw += part
-            if len(raw) > MAX_BODY:
-                raise HTTPException(413, f"the body has more than {MAX_BODY:,} bytes")
-    except ClientDisconnect:
-        raise HTTPException(499, "the client has left") from None
-    try:
-        return kind.model_validate_json(raw)
+        return kind.model_validate_json(await request.body())
     except ValidationError as error:
-        place, said = error.errors()[0]["loc"], error.errors()[0]["msg"]
-        for field in MAY_BE.keys() & {*place}:          # of its types, pydantic names the first
-            place, said = place[:place.index(field) + 1], MAY_BE[field]
-        raise HTTPException(400, f"{'.'.join(map(str, place)) or 'the body'}: {said}") from None
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the body"
+        raise HTTPException(400, f"{place}: {first['msg']}") from None
 
 
 def pick(engines: dict[str, Engine], name: str) -> Engine:
@@ -189,21 +143,17 @@ def pick(engines: dict[str, Engine], name: str) -> Engine:
 
 
 async def respond(request: Request, body: Chat | Completion, engines: dict[str, Engine]):
-    """n answers to each prompt, whole or as a stream."""
+    """An answer to each prompt, whole or as a stream."""
     engine = pick(engines, body.model)
+    if body.echo and body.stream or not body.echo and body.max_tokens == 0:
+        raise HTTPException(400, "echo: leave out stream; without echo max_tokens is at least 1")
     max_seq_len = engine.model.config.max_seq_len
     prompts = await asyncio.to_thread(body.prompts, engine)     # 4 MB take a second
-    if body.echo and body.stream:
-        raise HTTPException(400, "echo: is for whole answers; leave out stream")
     for prompt in prompts:
-        if not prompt:
-            raise HTTPException(400, "prompt: is empty")
-        if len(prompt) + (body.max_tokens != 0) > max_seq_len:
-            raise HTTPException(400, f"a prompt of {len(prompt):,} tokens; the model reads "
+        if not 0 < len(prompt) <= max_seq_len - (not body.echo):
+            raise HTTPException(400, f"prompt: has {len(prompt):,} tokens; the model reads "
                                      f"{max_seq_len:,} with the answer")
     reply = Reply(body, engine, prompts)
-    if body.max_tokens != 0:                            # 0: the prompts are only read
-        engine.submit(*(choice.answer for choice in reply.choices))
     if body.stream:
         return StreamingResponse(reply.events(), media_type="text/event-stream")
     whole = asyncio.create_task(reply.whole())
@@ -220,30 +170,25 @@ class Choice:
     """One answer, as its engine writes it."""
 
     def __init__(self, index: int, prompt: list[int], body: Body, engine: Engine, queue):
-        self.index, self.engine, self.prompt = index, engine, prompt
-        self.reason = "length" if body.max_tokens == 0 else None    # why it ended, or "stop"
-        self.text, self.tokens, self.n_tokens = "", [], 0           # not taken yet; in all
-        self.half, self.n_echoed = [], 0                # ids that end within a character
-        self.stops = [body.stop] if isinstance(body.stop, str) else body.stop
-        self.held = max(map(len, self.stops), default=1) - 1        # characters a stop may begin in
+        self.index, self.prompt, self.engine = index, prompt, engine
+        self.reason, self.n_tokens = None, 0            # why it ended; all tokens
+        self.text, self.tokens, self.half = "", [], []  # not sent yet; ids that end in a character
         loop, room = asyncio.get_running_loop(), engine.model.config.max_seq_len - len(prompt)
         temperature = body.temperature if body.temperature > 1e-3 else 0.0  # logits / 1e-40: inf
         generator = None if body.seed is None else torch.Generator(
-            engine.rows.device).manual_seed(body.seed + index % body.n)
+            engine.rows.device).manual_seed(body.seed)
         self.answer = Answer(
             prompt, min(body.max_tokens or room, room),
             lambda got: loop.call_soon_threadsafe(queue.put_nowait, (self, got)),
             (temperature, body.top_k, body.top_p, generator), body.n_top or 0)
 
     def echo(self, tokens: list[Token]):
-        """The answer begins with the prompt."""
-        self.text = self.engine.tokenizer.decode(self.prompt)
-        self.tokens, self.n_echoed = [Token(self.prompt[0], None, []), *tokens], len(self.text)
+        """The prompt instead of an answer."""
+        self.text, self.reason = self.engine.tokenizer.decode(self.prompt), "length"
+        self.tokens = [Token(self.prompt[0], None, []), *tokens]
 
     def add(self, got: Token | str):
         """One more Token, or at the end the reason."""
-        if self.reason:                                 # what follows a stop
-            return
         if isinstance(got, str):
             self.reason = got
         else:
@@ -251,20 +196,8 @@ class Choice:
             self.n_tokens += 1
             self.half += [] if got.id in self.engine.ends else [got.id]
         text = self.engine.tokenizer.decode(self.half)
-        if text.endswith("\ufffd") and not self.reason:
-            return
-        self.text, self.half = self.text + text, []
-        found = [at for stop in self.stops if (at := self.text.find(stop, self.n_echoed)) >= 0]
-        if found:
-            self.text, self.reason = self.text[:min(found)], "stop"
-            self.answer.cancelled = True                # gives back its row
-
-    def take(self) -> tuple[str, list[Token]]:
-        """What came since the last call, but for an end of the text that a stop may begin with."""
-        end = len(self.text) if self.reason else max(0, len(self.text) - self.held)
-        text, self.text = self.text[:end], self.text[end:]
-        tokens, self.tokens = self.tokens, []
-        return text, tokens
+        if self.reason or not text.endswith("\ufffd"):
+            self.text, self.half = self.text + text, []
 
 
 class Reply:
@@ -275,8 +208,10 @@ class Reply:
         self.as_chat, self.queue = isinstance(body, Chat), asyncio.Queue()
         self.head = {"id": f"{'chatcmpl' if self.as_chat else 'cmpl'}-{uuid.uuid4().hex}",
                      "created": int(time.time()), "model": engine.name}
-        self.choices = [Choice(i, prompts[i // body.n], body, engine, self.queue)
-                        for i in range(len(prompts) * body.n)]
+        self.choices = [Choice(i, prompt, body, engine, self.queue)
+                        for i, prompt in enumerate(prompts)]
+        if not body.echo:
+            engine.submit(*(choice.answer for choice in self.choices))
 
     def __del__(self):
         """The client has its answers, or has left: rows are given back."""
@@ -287,8 +222,8 @@ class Reply:
         """Whichever choice the engine has said more of, until all are done."""
         if self.body.echo:
             read = await self.engine.read(self.engine.log_probs, self.prompts, self.body.n_top or 0)
-            for choice in self.choices:
-                choice.echo(read[choice.index // self.body.n])
+            for choice, tokens in zip(self.choices, read):
+                choice.echo(tokens)
         while not all(choice.reason for choice in self.choices):
             choice, got = await self.queue.get()
             if isinstance(got, Exception):
@@ -302,18 +237,19 @@ class Reply:
         return await asyncio.to_thread(self.written)    # log-probabilities may be megabytes
 
     def written(self) -> bytes:
+        n_prompt = sum(map(len, self.prompts))
+        n_new = sum(each.n_tokens for each in self.choices)
         choices = [self.choice(each, "message") for each in self.choices]
-        whole = self.form("chat.completion", choices) | {"usage": self.usage()}
+        whole = self.form("chat.completion", choices)
+        whole["usage"] = {"prompt_tokens": n_prompt, "completion_tokens": n_new,
+                          "total_tokens": n_prompt + n_new}
         return json.dumps(whole, ensure_ascii=False).encode()
 
     async def events(self):
         """Server-sent events: a chunk per piece of text of any of the answers."""
         try:
             async for each in self.changed():
-                choices = [self.choice(each, "delta")]
-                yield event(self.form("chat.completion.chunk", choices))
-            if self.body.stream_options.get("include_usage"):
-                yield event(self.form("chat.completion.chunk", []) | {"usage": self.usage()})
+                yield event(self.form("chat.completion.chunk", [self.choice(each, "delta")]))
             yield "data: [DONE]\n\n"
         except Exception as error:                      # of the engine: whatever a model may raise
             Logger(f"{self.body.model}: {type(error).__name__}: {error}")
@@ -324,16 +260,11 @@ class Reply:
                             "choices": choices}
 
     def choice(self, each: Choice, name: str) -> dict:
-        text, tokens = each.take()
+        """What came since the last call."""
+        text, tokens, each.text, each.tokens = each.text, each.tokens, "", []
         said = {name: {"role": "assistant", "content": text}} if self.as_chat else {"text": text}
         return {"index": each.index, **said, "finish_reason": each.reason,
                 "logprobs": None if self.body.n_top is None else self.log_probs(tokens)}
-
-    def usage(self) -> dict:
-        n_prompt = sum(map(len, self.prompts))
-        n_new = sum(each.n_tokens for each in self.choices)
-        return {"prompt_tokens": n_prompt, "completion_tokens": n_new,
-                "total_tokens": n_prompt + n_new}
 
     def log_probs(self, tokens: list[Token]) -> dict:
         if self.as_chat:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from starlette.exceptions import HTTPException
 
 from model.generate import ActiveRows, choose
 from runtime.log import Logger
@@ -20,8 +21,11 @@ from runtime.log import Logger
 READ_TOKENS = 4096          # in one forward pass, or one longer sequence
 
 
-class Full(Exception):
+class Full(HTTPException):
     """As many requests are waiting as may."""
+
+    def __init__(self):
+        super().__init__(429, "too many requests are waiting", {"Retry-After": "1"})
 
 
 class Token(NamedTuple):

