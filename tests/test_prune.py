@@ -14,12 +14,13 @@ from helpers_run import ROOT, complaint, same, succeed
 from interop.checkpoint import build, load_model, save_model
 from model.config import LMConfig
 from model.generate import generate
-from model.prune import axes_of, best, dense, keep_layers, measure, n_parameters, prune, sizes_for
+from model.prune import axes_of, keep_layers, measure, prune, sizes_for
 from model.transformer import Transformer
 
 SIZES = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=272, max_seq_len=64, norm_eps=1e-12)
 FAMILIES = {"llama": {}, "qwen2": {"attention_bias": True, "tie_embeddings": False}, "qwen3": {"qk_norm": True, "head_dim": 16},
             "smollm3": {"nope_layers": [2]}, "phi": {"rotary_dim": 4}, "moe": {"use_moe": True}, "gpt2": {"architecture": "gpt2", "n_kv_heads": 4}}
+DENSE = [family for family in FAMILIES if family != "moe"]
 SMALLER = dict(n_layers=2, n_heads=2, hidden_dim=32, dim=16)
 
 
@@ -74,15 +75,14 @@ def test_a_layer_that_does_not_exist_is_named_with_those_that_do():
             keep_layers(made("llama"), layers)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_pruning_nothing_changes_nothing(family, batch):
     model = made(family)
     same = prune(model, measure(model, [batch]))
     assert torch.equal(logits(same, batch), logits(model, batch))
-    assert n_parameters(model) == model.n_parameters()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_pruning_what_is_zero_changes_nothing(family, batch):
     """GPT-2's norms subtract a mean of all dimensions, so zeros matter there."""
     model = made(family)
@@ -95,7 +95,7 @@ def test_pruning_what_is_zero_changes_nothing(family, batch):
                     n = weight.shape[axis]
                     weight.index_fill_(axis, torch.arange(n // 2, n) if letter in "QG" else torch.arange(1, n, 2), 0)
     smaller = prune(model, measure(model, [batch]), **sizes)
-    assert smaller.n_parameters() == n_parameters(model, **sizes) < 0.8 * model.n_parameters()
+    assert smaller.n_parameters() < 0.8 * model.n_parameters()
     assert torch.allclose(logits(smaller, batch), logits(model, batch), atol=1e-4, rtol=1e-4)
 
 
@@ -123,44 +123,20 @@ def test_a_layer_that_does_nothing_leaves_first(family, batch):
     assert torch.equal(logits(smaller, batch), logits(model, batch))
 
 
-def test_the_most_used_experts_stay(batch):
-    model = made("moe")
-    importance = measure(model, [batch])
-    for used in importance.experts:
-        assert used.sum() == pytest.approx(1)       # norm_topk_prob
-    smaller = prune(model, importance, n_routed_experts=2)
-    for layer, old, used in zip(smaller.layers, model.layers, importance.experts):
-        assert torch.equal(layer.ffn.router.weight, old.ffn.router.weight[best(used, 2)])
-        assert torch.equal(layer.ffn.w1, old.ffn.w1[best(used, 2)])
-
-
-def test_equal_experts_become_the_same_dense_network(batch):
-    model = made("moe")
-    with torch.no_grad():
-        for layer in model.layers:
-            for weight in (layer.ffn.w1, layer.ffn.w2, layer.ffn.w3):
-                weight.copy_(weight[:1].expand_as(weight))
-    single = dense(model, measure(model, [batch]))
-    assert not single.config.use_moe and single.config.hidden_dim == 5 * 64
-    assert torch.allclose(logits(single, batch), logits(model, batch), atol=1e-4)
-    smaller = prune(single, measure(single, [batch]), hidden_dim=96)
-    assert logits(smaller, batch).isfinite().all()
-
-
 @pytest.mark.parametrize("by", ["activation", "magnitude", "random"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_every_family_becomes_smaller(family, by, batch):
     model = made(family)
     smaller = prune(model, measure(model, [batch], by), **SMALLER)
     assert {size: getattr(smaller.config, size) for size in SMALLER} == SMALLER
-    assert smaller.n_parameters() == n_parameters(model, **SMALLER) and logits(smaller, batch).isfinite().all()
+    assert logits(smaller, batch).isfinite().all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_target_is_a_share_of_the_parameters(family):
+@pytest.mark.parametrize("family", DENSE)
+def test_a_target_is_a_share_of_the_parameters(family, batch):
     model = made(family)
-    sizes = sizes_for(model, 0.6)
-    assert 0.3 < n_parameters(model, **sizes) / n_parameters(model) <= 0.6
+    smaller = prune(model, measure(model, [batch]), **sizes_for(model, 0.6))
+    assert 0.3 < smaller.n_parameters() / model.n_parameters() <= 0.6
     with pytest.raises(ValueError, match="less than one layer"):
         sizes_for(model, 0.01)
 
@@ -169,7 +145,8 @@ def test_a_target_is_nearly_reached_and_cuts_layers_and_units_alike():
     teacher = Transformer(LMConfig(dim=128, n_layers=4, n_heads=8, vocab_size=1024))     # quickstart.py's
     assert sizes_for(teacher, 0.58) == {"n_layers": 3, "hidden_dim": 192}
     for target in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
-        assert n_parameters(teacher, **sizes_for(teacher, target)) > 0.92 * target * n_parameters(teacher)
+        smaller = Transformer(dataclasses.replace(teacher.config, **sizes_for(teacher, target)))
+        assert 0.92 * target < smaller.n_parameters() / teacher.n_parameters() <= target
 
 
 @pytest.mark.parametrize("sizes, said", [({"n_heads": 3}, "multiple of 2"), ({"dim": 64}, "exceeds"), ({"n_layers": 0}, "n_layers")])
@@ -179,7 +156,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes, said, batch):
         prune(model, measure(model, [batch]), **sizes)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "smollm3"])
+@pytest.mark.parametrize("family", [family for family in DENSE if family != "smollm3"])
 @pytest.mark.parametrize("out", ["folder", "model.gguf"])
 def test_a_pruned_model_is_the_same_in_other_files(family, out, batch, byte_tokenizer, tmp_path):
     model = made(family)
@@ -202,4 +179,5 @@ def test_prune_then_distil(models, data, tmp_path):
         assert "either --target or sizes" in complaint("scripts/prune.py", **of, **flags)
     assert "argument --layers: invalid numbers value: '0,two'" in complaint("scripts/prune.py", **of, layers="0,two")
     assert "exceeds" in complaint("scripts/prune.py", **of, hidden_dim=4096)
+    assert "only whole layers" in complaint("scripts/prune.py", **of | {"weights": models / "teacher_moe.pth"}, target=0.5)
     assert "another FILE.pth" in complaint("scripts/prune.py", **of | {"out": models / "teacher.pth"}, hidden_dim=32)
