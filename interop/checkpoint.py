@@ -17,7 +17,7 @@ from interop import fill, native
 from model.compile import compile_layers
 from model.config import LMConfig
 from model.gpt2 import GPT2
-from model.lora import TARGETS, Adapted, add_lora, load_lora, merge_lora, store_frozen
+from model.lora import TARGETS, add_lora, load_lora, merge_lora, store_frozen
 from model.qat import fake_quantize
 from model.quantize import quantize
 from model.tokenizer import DEFAULT, Tokenizer
@@ -174,7 +174,7 @@ def prepare(model: Transformer, base, world: World, lora: dict | None = None,
 
 
 def adapt(model: Transformer, base, rank: int, alpha: float | None, dropout: float,
-          targets=None) -> Adapted:
+          targets=None) -> str:
     """add_lora to a model that was loaded from `base`. If that holds adapters of the same rank,
     alpha and targets, these are trained on."""
     if str(base) == "none":

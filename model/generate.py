@@ -2,11 +2,6 @@
 生成：带键值缓存的逐词元采样；写完的行离开，新的提示进来（连续批处理）。
 Generation: sampling token by token with a KV cache, for any number of prompts of different lengths.
 Continuous batching: a finished sequence is replaced by the next prompt.
-
-    column_major     prepares a model for generation on a CPU
-    generate         prompts -> answers
-    sample           one answer at a time, with the log-probabilities of its tokens
-    generate_steps   the loop behind both, one token per sequence and step
 """
 
 import math
@@ -96,22 +91,18 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
                     has. A process without work runs the pass on a dummy token
     sampling        temperature, top_k, top_p, generator: see `choose`
 
-    Raises ValueError for an empty prompt, one that leaves no room for an answer, and an answer of 0
-    tokens.
+    Raises ValueError for a prompt without tokens or without room for an answer.
     """
     models = [model] if guide is None else [model, guide.model]
     sides = [prompts] if guide is None else [prompts, guide.prompts]
     single = isinstance(max_new_tokens, int)
     limits = [max_new_tokens] * len(prompts) if single else list(max_new_tokens)
     for each, texts in zip(models, sides):
-        sizes, max_seq_len = [len(text) for text in texts], each.config.max_seq_len
-        if texts and not 0 < min(sizes) <= max(sizes) < max_seq_len:
-            raise ValueError(f"prompts of {min(sizes)} to {max(sizes)} tokens: each needs at least "
-                             f"one token, and room for an answer within max_seq_len={max_seq_len}")
-        limits = [min(limit, max_seq_len - size) for limit, size in zip(limits, sizes)]
-    if min([rows, *limits]) < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} and rows={rows} must be 1 or more")
-
+        room = [each.config.max_seq_len - len(text) for text in texts]
+        if not all(texts) or min(room, default=1) < 1:
+            raise ValueError("each prompt needs at least one token, and room for an answer within "
+                             f"max_seq_len={each.config.max_seq_len}")
+        limits = [*map(min, limits, room)]
     capacities = [max((len(text) + limit for text, limit in zip(texts, limits)), default=0)
                   for texts in sides]
     # Sorted, because prompts of the same length share an attention call.
@@ -148,7 +139,7 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
         indices = active.owners[first:]
         for i in indices:
             left[i] -= 1
-        done = [token == stop or left[i] == 0 for i, token in zip(indices, tokens)]
+        done = [token == stop or left[i] < 1 for i, token in zip(indices, tokens)]
         yield Step(indices, tokens, done, logits)
         active.remove([first + n for n, is_done in enumerate(done) if is_done])
 

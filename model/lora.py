@@ -12,9 +12,7 @@ Hu et al. 2021, https://arxiv.org/abs/2106.09685, Sec. 4.1, adapt wq and wv; all
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, Sec. 4.
 """
 
-from collections import Counter
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,21 +56,10 @@ class LoRALinear(nn.Linear):
         return linear.train(self.training)
 
 
-class Adapted(NamedTuple):
-    """What add_lora did, for the log."""
-
-    linears: dict[str, int]     # number of linears by name: {"wq": 2, "wk": 2, ...}
-    n_trained: int              # trained weights: those of the adapters
-    n_weights: int              # all weights, those of the adapters included
-
-    def __str__(self):
-        names = ", ".join(f"{n} {name}" for name, n in self.linears.items())
-        return f"adapters beside {names}: {self.n_trained:,} of {self.n_weights:,} weights train"
-
-
 def add_lora(model, rank: int, alpha: float | None = None, dropout: float = 0.0,
-             targets=TARGETS) -> Adapted:
+             targets=TARGETS) -> str:
     """Add adapters to the linears of these names in every layer, in place, and freeze the rest.
+    Returns a line for the log.
 
     alpha       the change is scaled by alpha / rank; None: alpha = rank
     dropout     on the adapters' inputs in training
@@ -83,29 +70,24 @@ def add_lora(model, rank: int, alpha: float | None = None, dropout: float = 0.0,
     """
     if model.config.quantization:
         raise ValueError(f"the model is {model.config.quantization}: adapt its original")
-    linears = {f"layers.{path}": module for path, module in model.layers.named_modules()
-               if isinstance(module, nn.Linear)}
+    linears = {path: module for path, module in model.layers.named_modules()
+               if isinstance(module, nn.Linear) and last(path) in TARGETS}
     if any(isinstance(linear, LoRALinear) for linear in linears.values()):
         raise ValueError("the model has adapters already; merge_lora merges them first")
-    known = [name for name in TARGETS if name in map(last, linears)]
-    wanted = known if set(targets) == set(TARGETS) else list(targets)
-    unknown = [str(name) for name in wanted if name not in known]
-    if unknown or not wanted:
-        raise ValueError(f"no layer has a linear {' or '.join(unknown) or 'to adapt'}; this model "
-                         f"has {', '.join(known)}")
-    if not (0.0 <= dropout < 1.0 and (alpha is None or alpha > 0)):
-        raise ValueError(f"dropout {dropout} must lie in [0, 1), and alpha {alpha} above 0")
-    linears = {path: linear for path, linear in linears.items() if last(path) in wanted}
-    limit, smallest = min((min(linear.weight.shape), path) for path, linear in linears.items())
-    if not 1 <= rank <= limit:
-        raise ValueError(f"rank {rank} must lie between 1 and {limit}, the side of {smallest}")
+    known = {last(path) for path in linears}
+    wanted = known if set(targets) == set(TARGETS) else set(targets)
+    if not wanted or wanted - known:
+        raise ValueError(f"--lora_targets {' '.join(targets)}: this model has "
+                         f"{' '.join(sorted(known))}")
 
     model.requires_grad_(False)
+    linears = {path: linear for path, linear in linears.items() if last(path) in wanted}
     for path, linear in linears.items():
         adapter = LoRALinear(linear, rank, rank if alpha is None else alpha, dropout)
-        model.set_submodule(path, adapter)
-    n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return Adapted(dict(Counter(map(last, linears))), n_trained, model.n_parameters())
+        model.layers.set_submodule(path, adapter)
+    n_trained = sum(weight.numel() for weight in lora_state(model).values())
+    return (f"adapters beside {len(linears)} matrices, {' '.join(sorted(wanted))}: "
+            f"{n_trained:,} of {model.n_parameters():,} weights train")
 
 
 def last(path: str) -> str:
@@ -133,13 +115,11 @@ def load_lora(model, state: dict[str, torch.Tensor]):
     """Copy adapters into a model to which add_lora added those of the same rank, alpha and targets.
     Raises ValueError, before anything is changed, for missing, unknown and misshapen tensors."""
     places = lora_state(model)
-    shapes, given = ({name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes, given = ({(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
                      for tensors in (places, state))
-    wrong = [f"{name}: {given.get(name)} instead of {shapes.get(name)}"
-             for name in shapes | given if shapes.get(name) != given.get(name)]
-    if wrong:
-        raise ValueError(f"these adapters are not of this model: {'; '.join(wrong[:5])} "
-                         f"({len(wrong)} in all). Rank and targets must be those of the training")
+    if wrong := sorted(shapes ^ given):
+        raise ValueError(f"these adapters are not of this model: {wrong[0]} ({len(wrong)} in all). "
+                         "Rank and targets must be those of the training")
     for name, place in places.items():
         place.copy_(state[name])
 
@@ -163,7 +143,7 @@ def store_frozen(model, dtype):
 @contextmanager
 def without_lora(model):
     """Inside, the model computes what it did before add_lora, bit by bit."""
-    switched = [adapter for adapter in adapters(model).values() if adapter.active]  # none if nested
+    switched = adapters(model).values()
     for adapter in switched:
         adapter.active = False
     try:

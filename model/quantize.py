@@ -191,25 +191,22 @@ def quantize(model, kind: str):
 
 
 def places(model, kind: str) -> list:
-    """The `matrices` of the layers. Raises ValueError for a model that has no such grid."""
+    """(path, module, name, weight, bias) of every matrix and stack of experts of the layers. Raises
+    ValueError for a model that has no such grid."""
     if model.adapted:
         raise ValueError("the model has adapters; merge_lora merges them, then it can be quantised")
     if isinstance(model.output, Quantised):
         raise ValueError(f"the model is {model.config.quantization} already")
-    found = list(matrices(model.layers))
+    found = []
+    for path, module in model.layers.named_modules():
+        if isinstance(module, MoEFeedForward):
+            found += [(f"{path}.{name}", module, name, module.get_parameter(name), None)
+                      for name in ("w1", "w2", "w3")]
+        found += [(f"{path}.{name}", module, name, child.weight, child.bias)
+                  for name, child in module.named_children()
+                  if isinstance(child, nn.Linear) and name != "router"]
     for path, *_, weight, _ in found:
         if kind != "int8" and weight.shape[-1] % GROUP:
             raise ValueError(f"{kind} needs columns in groups of {GROUP}, but layers.{path} has "
                              f"{weight.shape[-1]}; use int8")
     return found
-
-
-def matrices(layers):
-    """(path, module, name, weight, bias) of every matrix and stack of experts."""
-    for path, module in layers.named_modules():
-        if isinstance(module, MoEFeedForward):
-            for name in ("w1", "w2", "w3"):
-                yield f"{path}.{name}", module, name, module.get_parameter(name), None
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and name != "router":
-                yield f"{path}.{name}", module, name, child.weight, child.bias

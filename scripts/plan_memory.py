@@ -26,7 +26,7 @@ from distill.fused import CHUNK_BYTES, MAX_ROWS
 from evaluation.tables import markdown
 from interop.checkpoint import empty_model, load_config
 from model.config import LMConfig
-from model.lora import add_lora
+from model.lora import add_lora, lora_state
 from model.sizes import SIZES
 from runtime.args import add_training_args, checking_input, make_parser, parse_args
 
@@ -54,8 +54,11 @@ def count(config: LMConfig, lora_rank: int = 0) -> Count:
     layer = sum(n for n, _ in sizes)
     rest = model.n_parameters() - layer
     n = rest + config.n_layers * layer
-    return Count(n, layer, sum(n for n, n_dims in sizes if n_dims >= 2), rest,
-                 config.n_layers * add_lora(model, lora_rank).n_trained if lora_rank else n)
+    trained = n
+    if lora_rank:
+        add_lora(model, lora_rank)
+        trained = config.n_layers * sum(weight.numel() for weight in lora_state(model).values())
+    return Count(n, layer, sum(n for n, n_dims in sizes if n_dims >= 2), rest, trained)
 
 
 def kept_of_a_layer(config: LMConfig, width: int) -> int:
