@@ -16,7 +16,8 @@ from runtime.checkpoint import is_finite
 from runtime.files import named_errors
 from runtime.log import Logger
 
-FUSED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}     # some formats concatenate these
+FUSED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}       # what some families concatenate
+CONCATENATED = {"gpt2": ("wqkv",), "phi3": ("wqkv", "w13")}
 
 
 class Piece(NamedTuple):

@@ -17,8 +17,8 @@ import torch
 from gguf import (GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter,
                   LlamaFileType, dequantize, get_tensor_name_map, quantize)
 
-from interop import (FUSED, Piece, check_supported, family_of, fold, fused_weights, is_rotated,
-                     named_errors, rename, report_cut, split_fused, to_interleaved)
+from interop import (CONCATENATED, FUSED, Piece, check_supported, family_of, fold, fused_weights,
+                     is_rotated, named_errors, rename, report_cut, split_fused, to_interleaved)
 from interop.hf import names_of as hf_names
 from interop.vocabulary import from_gguf, to_gguf
 from model.config import LMConfig
@@ -35,17 +35,19 @@ ARCHITECTURES = (*dict.fromkeys(FAMILIES.values()), "granite", "gpt2")
 ARCHITECTURE_IDS = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
 # llama.cpp's converter reorders Llama's q and k to our order; these keep Hugging Face's.
 HALF_SPLIT = ("qwen2", "qwen3", "phi3", "qwen3moe")
-CONCATENATED = {"gpt2": ("wqkv",), "phi3": ("wqkv", "w13")}
 SQUARE = ("qwen2", "gpt2", "phi3")      # n_heads * head_dim = dim
 
-# Fields of LMConfig -> theirs.
-SIZES = {"dim": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count",
-         "n_kv_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
-         "hidden_dim": "feed_forward_length", "max_seq_len": "context_length",
-         "rotary_dim": "rope.dimension_count", "rope_theta": "rope.freq_base"}
-EXPERT_SIZES = {"n_routed_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
-                "hidden_dim": "expert_feed_forward_length",
-                "n_shared_experts": "expert_shared_count", "norm_topk_prob": "expert_weights_norm"}
+# The architecture's fields -> those of LMConfig.
+SIZES = {"embedding_length": "dim", "block_count": "n_layers", "attention.head_count": "n_heads",
+         "attention.head_count_kv": "n_kv_heads", "attention.key_length": "head_dim",
+         "attention.value_length": "head_dim", "feed_forward_length": "hidden_dim",
+         "context_length": "max_seq_len", "rope.dimension_count": "rotary_dim",
+         "rope.freq_base": "rope_theta", "attention.layer_norm_epsilon": "norm_eps",
+         "attention.layer_norm_rms_epsilon": "norm_eps"}
+MOE_SIZES = SIZES | {
+    "expert_count": "n_routed_experts", "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "hidden_dim", "expert_shared_count": "n_shared_experts",
+    "expert_weights_norm": "norm_topk_prob"}
 
 # Settings that change what a model computes, with the values that this code has.
 SUPPORTED = {
@@ -153,8 +155,8 @@ def config_of(header: Header, rope_scaling: dict | None) -> LMConfig:
     sizes = {"n_kv_heads": get("attention.head_count")}
     if use_moe:
         sizes |= {"n_shared_experts": 0, "norm_topk_prob": architecture != "bailingmoe"}
-    sizes |= {ours: value for ours, theirs in names_of_sizes(use_moe)
-              if (value := get(theirs, None)) is not None}
+    sizes |= {ours: get(theirs) for theirs, ours in (MOE_SIZES if use_moe else SIZES).items()
+              if f"{architecture}.{theirs}" in header.fields}
     limits = [sizes.pop("max_seq_len"), get("attention.sliding_window", 0)]
     if "rope_factors_short.weight" in tensors:          # beyond it RoPE has other frequencies
         limits.append(get("rope.scaling.original_context_length"))
@@ -163,17 +165,8 @@ def config_of(header: Header, rope_scaling: dict | None) -> LMConfig:
         architecture="gpt2" if architecture == "gpt2" else "llama", use_moe=use_moe,
         vocab_size=tensors["token_embd.weight"].shape[0], max_seq_len=min(filter(None, limits)),
         rope_scaling=rope_scaling, nope_layers=every_fourth if architecture == "smollm3" else (),
-        norm_eps=get(name_of_epsilon(architecture)), tie_embeddings="output.weight" not in tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in tensors,
-        attention_bias="blk.0.attn_q.bias" in tensors, **sizes)
-
-
-def names_of_sizes(use_moe: bool) -> list[tuple[str, str]]:
-    return [*SIZES.items(), *(EXPERT_SIZES.items() if use_moe else ())]
-
-
-def name_of_epsilon(architecture: str) -> str:
-    return f"attention.layer_norm{'' if architecture == 'gpt2' else '_rms'}_epsilon"
+        tie_embeddings="output.weight" not in tensors, attention_bias="blk.0.attn_q.bias" in tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in tensors, **sizes)
 
 
 def read_rope_scaling(path, header: Header) -> dict | None:
@@ -220,10 +213,9 @@ def architecture_of(config: LMConfig) -> str:
 
 
 def fields_of(config: LMConfig, architecture: str) -> dict:
-    fields = {theirs: getattr(config, ours) for ours, theirs in names_of_sizes(config.use_moe)}
-    fields |= {"vocab_size": config.vocab_size, "attention.value_length": config.head_dim,
-               "rope.freq_base": float(config.rope_theta),
-               name_of_epsilon(architecture): config.norm_eps}
+    sizes = MOE_SIZES if config.use_moe else SIZES
+    fields = {theirs: getattr(config, ours) for theirs, ours in sizes.items()}
+    fields |= {"vocab_size": config.vocab_size, "rope.freq_base": float(config.rope_theta)}
     if {*(config.rope_scaling or {})} == {"factor"}:
         fields |= {"rope.scaling.type": "linear",
                    "rope.scaling.factor": float(config.rope_scaling["factor"])}

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from interop import (Piece, check_supported, family_of, fold, fused_weights, is_rotated,
-                     named_errors, rename, report_cut, split_fused, to_interleaved)
+from interop import (CONCATENATED, Piece, check_supported, family_of, fold, fused_weights,
+                     is_rotated, named_errors, rename, report_cut, split_fused, to_interleaved)
 from interop.native import read_state
 from interop.vocabulary import QWEN2, read_tokenizer_json, write_tokenizer
 from model.config import LMConfig
@@ -29,7 +29,6 @@ FAMILIES = {                # what is written, by what it has beyond Llama
     "use_moe+shared+attention_bias": "qwen2_moe"}
 OTHERS = ("mistral", "granite", "minimind", "gpt2")     # the first two are written as llama
 CLASSES = {"smollm3": "SmolLM3"}                        # of transformers, less "ForCausalLM"
-CONCATENATED = {"gpt2": ("wqkv",), "phi3": ("wqkv", "w13")}
 
 # Fields of LMConfig -> keys of config.json.
 SIZES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",

@@ -404,9 +404,9 @@ def read_tokenizer_json(path: str | Path) -> Tokenizer:
         library.no_padding()
         beside = file.with_name("tokenizer_config.json")
         config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-        template, jinja = config.get("chat_template"), file.with_name("chat_template.jinja")
-        if jinja.is_file():
-            template = jinja.read_text(encoding="utf-8")
+        jinja = file.with_name("chat_template.jinja")
+        template = (jinja.read_text(encoding="utf-8") if jinja.is_file() else
+                    config.get("chat_template"))
         if isinstance(template, list):                          # several, with names
             template = {each["name"]: each["template"] for each in template}.get("default")
         tokens = {key: token["content"] if isinstance(token, dict) else token
@@ -512,9 +512,7 @@ def to_library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         tokenizer.special_tokens | tokens,
         [tuple(map(to_letters, pair)) for pair in merges.values()],
         ignore_merges=bool(needs_no_merge(tokenizer.ranks, merges))))
-    library.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(tokenizer.pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    library.pre_tokenizer = split_by(tokenizer.pattern)
     library.decoder = decoders.ByteLevel()
     if tokenizer.normalization:
         library.normalizer = normalizers.NFC()
@@ -526,3 +524,9 @@ def to_library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     library.add_tokens([AddedToken(name, normalized=False, special=name not in tokenizer.matched)
                         for _, name in sorted(tokenizer.names.items())])
     return library
+
+
+def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -21,7 +21,7 @@ from tokenizers import models, pre_tokenizers, trainers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
 from dataset.formats import read_rows
-from interop.vocabulary import to_bytes
+from interop.vocabulary import split_by, to_bytes
 from model.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
 from runtime.args import checking_input, make_parser, parse_args
 
@@ -65,9 +65,7 @@ def read_texts(path: Path, max_bytes: float) -> list[str]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """A byte-level BPE of 256 bytes and up to vocab_size - 272 merges; 16 ids are special."""
     trained = tokenizers.Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trained.pre_tokenizer = split_by(PATTERN)
     trained.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS), min_frequency=2, show_progress=False,
         max_token_length=MAX_TOKEN_BYTES, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
