@@ -101,32 +101,35 @@ def to_half_split(weight, head_dim: int, rotary_dim: int | None = None):
 
 def fused_weights(model, wholes, half_split: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's weights, concatenated to the `wholes` of FUSED, half_split as Hugging Face's."""
-    config, names = model.config, [name for name, _ in model.named_parameters()]
+    config = model.config
 
     def weight_of(name):
         weight = model.get_parameter(name).detach()
         is_reordered = half_split and is_rotated(name)
         return to_half_split(weight, config.head_dim, config.rotary_dim) if is_reordered else weight
 
-    whole_of = {part: whole for whole in wholes for part in FUSED[whole]}
-    for name in names:
+    for name, _ in model.named_parameters():
         part = name.split(".")[-2]
-        if part not in whole_of:
+        whole = next((whole for whole in wholes if part in FUSED[whole]), None)
+        if whole is None:
             yield name, weight_of(name)
-        elif part == FUSED[whole_of[part]][0]:
-            parts = [weight_of(name.replace(part, each)) for each in FUSED[whole_of[part]]]
-            yield name.replace(part, whole_of[part]), torch.cat(parts)
+        elif part == FUSED[whole][0]:
+            parts = [weight_of(name.replace(part, each)) for each in FUSED[whole]]
+            yield name.replace(part, whole), torch.cat(parts)
 
 
-def split_fused(name: str, tensor, config: LMConfig) -> list[tuple[str, torch.Tensor]]:
-    """(our name, tensor) of each part. The last takes the rest, so that `fill` reports a tensor of
+def split_weights(name: str, tensor, source: str, config: LMConfig,
+                  half_split: bool) -> Iterator[Piece]:
+    """The inverse, for one tensor. The last part takes the rest, so that `fill` reports a tensor of
     another size."""
     query, kv = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
-    for whole, ends in (("wqkv", [query, query + kv]), ("w13", [config.hidden_dim])):
-        if f".{whole}." in name:
-            return [(name.replace(whole, part), rows)
-                    for part, rows in zip(FUSED[whole], tensor.tensor_split(ends), strict=True)]
-    return [(name, tensor)]
+    ends = {"wqkv": [query, query + kv], "w13": [config.hidden_dim]}
+    whole = next((whole for whole in ends if f".{whole}." in name), None)
+    names = [name.replace(whole, part) for part in FUSED[whole]] if whole else [name]
+    for name, rows in zip(names, tensor.tensor_split(ends.get(whole, [])), strict=True):
+        if half_split and is_rotated(name):
+            rows = to_interleaved(rows, config.head_dim, config.rotary_dim)
+        yield Piece(name, rows, source=source)
 
 
 def fold(pieces: Iterable[Piece], config: LMConfig, embedding=1.0, attention=1.0, residual=1.0,

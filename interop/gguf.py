@@ -18,7 +18,7 @@ from gguf import (GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUF
                   LlamaFileType, dequantize, get_tensor_name_map, quantize)
 
 from interop import (CONCATENATED, FUSED, Piece, check_supported, family_of, fold, fused_weights,
-                     is_rotated, named_errors, rename, report_cut, split_fused, to_interleaved)
+                     named_errors, rename, report_cut, split_weights)
 from interop.hf import names_of as hf_names
 from interop.vocabulary import from_gguf, to_gguf
 from model.config import LMConfig
@@ -165,7 +165,8 @@ def config_of(header: Header, rope_scaling: dict | None) -> LMConfig:
         architecture="gpt2" if architecture == "gpt2" else "llama", use_moe=use_moe,
         vocab_size=tensors["token_embd.weight"].shape[0], max_seq_len=min(filter(None, limits)),
         rope_scaling=rope_scaling, nope_layers=every_fourth if architecture == "smollm3" else (),
-        tie_embeddings="output.weight" not in tensors, attention_bias="blk.0.attn_q.bias" in tensors,
+        tie_embeddings="output.weight" not in tensors,
+        attention_bias="blk.0.attn_q.bias" in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors, **sizes)
 
 
@@ -250,13 +251,11 @@ def read_pieces(path, config: LMConfig) -> Iterator[Piece]:
 
 def stored_pieces(path, header: Header, config: LMConfig) -> Iterator[Piece]:
     ours = {theirs: ours for ours, theirs in names_of(config, header.architecture).items()}
+    half_split = header.architecture in HALF_SPLIT
     for source, stored in header.tensors.items():
-        if source in DIVISORS:
-            continue
-        for name, tensor in split_fused(rename(source, ours), read_tensor(path, stored), config):
-            if header.architecture in HALF_SPLIT and is_rotated(name):
-                tensor = to_interleaved(tensor, config.head_dim, config.rotary_dim)
-            yield Piece(name, tensor, source=source)
+        if source not in DIVISORS:
+            name, tensor = rename(source, ours), read_tensor(path, stored)
+            yield from split_weights(name, tensor, source, config, half_split)
 
 
 def read_tokenizer(path) -> Tokenizer:

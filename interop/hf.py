@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from interop import (CONCATENATED, Piece, check_supported, family_of, fold, fused_weights,
-                     is_rotated, named_errors, rename, report_cut, split_fused, to_interleaved)
+                     named_errors, rename, report_cut, split_weights)
 from interop.native import read_state
 from interop.vocabulary import QWEN2, read_tokenizer_json, write_tokenizer
 from model.config import LMConfig
@@ -290,10 +290,7 @@ def to_pieces(tensors, config: LMConfig) -> Iterator[Piece]:
         elif number:
             yield Piece(name, tensor, int(number[1]), source)
         else:
-            for name, part in split_fused(name, tensor, config):
-                if config.architecture != "gpt2" and is_rotated(name):
-                    part = to_interleaved(part, config.head_dim, config.rotary_dim)
-                yield Piece(name, part, source=source)
+            yield from split_weights(name, tensor, source, config, config.architecture != "gpt2")
 
 
 # -- writing ---------------------------------------------------------------------------------------
