@@ -208,7 +208,7 @@ def reasoning_world(folder: Path):
     """What the first commands of lesson 13 make: dataset/reasoning with few base rows, and the
     models, untrained. The comparisons in configs/ make their models in two steps."""
     data, out = folder / "dataset/reasoning", folder / "out/reasoning"
-    for name, rows in build(0, (2, 5, 9), (16, 64, 256), 500).items():
+    for name, rows in build(0, 500).items():
         write_jsonl(data / f"{name}.jsonl", rows)
     texts = (text for name in ("base", "roads_teacher", "numbers_teacher")
              for text in read_texts(data / f"{name}.jsonl", max_bytes=1e8))
