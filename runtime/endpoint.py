@@ -1,6 +1,6 @@
 """
-接口的客户端与代理：OpenAI 的协议，总时间与回复大小都有上限，答复都留下记录。
-Clients and agents of OpenAI's protocol: requests are bounded in time and size, replies are kept.
+接口的客户端与代理：OpenAI 的协议；答复都留下记录，重新运行时不再发送。
+Clients and agents of OpenAI's protocol. All replies are kept, so that a rerun sends no request twice.
 """
 
 import hashlib
@@ -10,18 +10,16 @@ import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from glob import escape
 from pathlib import Path
-from time import monotonic
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 from tqdm import tqdm
 
+from runtime.files import read_rows
 from runtime.log import Logger
 
-MAX_BODY = 1 << 26          # bytes of a reply: the log-probabilities of 100,000 tokens
 MAX_FAILURES = 10           # failed requests in a row: the endpoint is down, not the request
 FATAL = (401, 403, 404)     # wrong key, no permission, wrong model name: every request would fail
 
@@ -30,12 +28,8 @@ class OutOfBudget(ValueError):
     """An agent has used its tokens. Its replies so far are in its file."""
 
 
-def make_client(url: str, key_env: str | None, retries: int, timeout: float, before=None):
-    """(an openai.OpenAI, its key). Raises ValueError for a wrong URL, a missing package or key.
-
-    timeout     seconds of a whole attempt
-    before      called before each attempt
-    """
+def make_client(url: str, key_env: str | None, retries: int, timeout: float):
+    """(an openai.OpenAI, its key). Raises ValueError for a wrong URL, a missing package or key."""
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"*_url {url} must begin with http:// or https:// and end before "
                          "/chat/completions")
@@ -44,72 +38,36 @@ def make_client(url: str, key_env: str | None, retries: int, timeout: float, bef
     except ImportError:
         raise ValueError("an endpoint needs the openai package: pip install openai") from None
     # Without a key, the package would send the user's OPENAI_API_KEY.
-    key = os.environ.get(key_env, "").strip() if key_env else "none"
+    key = os.environ.get(key_env, "").strip() if key_env else "no-key"
     if not key:             # key_env is not repeated: it may be the key itself, by mistake
         raise ValueError("*_key_env names an environment variable with the API key; there is "
                          "none of this name, or it is empty. Type: export NAME=KEY")
-    hooks = {"request": [*([before] if before else []), partial(bound_time, timeout)],
-             "response": [bound_size]}
-    return openai.OpenAI(
-        base_url=url.rstrip("/"), api_key=key, timeout=timeout, max_retries=retries,
-        default_headers={"Accept-Encoding": "identity"},
-        http_client=openai.DefaultHttpxClient(event_hooks=hooks)), key
-
-
-def bound_time(seconds: float, request):
-    """A request hook: the whole attempt may take so many seconds, not only each read. No attempt
-    shares its connection, whose reads end at its deadline."""
-    deadline = monotonic() + seconds
-    request.headers["Connection"] = "close"
-
-    def watch(event, info):
-        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            stream = info["return_value"]
-            read = stream.read
-            stream.read = lambda size, timeout: read(size, max(1e-3, deadline - monotonic()))
-
-    request.extensions["trace"] = watch
-
-
-def bound_size(response):
-    """A response hook: a reply has at most MAX_BODY bytes, and is not compressed."""
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise ValueError("a compressed reply, which was not requested")
-    body = bytearray()
-    for part in response.iter_raw():
-        body += part
-        if len(body) > MAX_BODY:
-            raise ValueError(f"a reply of more than {MAX_BODY:,} bytes")
-    response._content = bytes(body)
+    return openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries), key
 
 
 class EndpointAgent:
     """A model behind an endpoint of OpenAI's chat protocol (vLLM, llama.cpp, Ollama, ...). The
-    openai package retries a failed request; this class adds a pace, a budget, and a record of all
-    replies, so that a rerun sends no request twice.
+    openai package retries a failed request; this class adds a budget and a record of all replies.
 
     replies   JSONL file, a line per reply: {"request", "model", "reply", "tokens",
               "finish_reason"}. A failed request has "reply": null and "error", and the next run
               sends it again. Process r > 0 writes REPLIES.part{r}; all of these files are read
     budget    tokens, earlier runs included; running requests are completed when it is used
 
-    n_processes divide budget, rpm and parallel among them; this one is `rank`. The other options
-    are the flags of add_agent_args.
+    n_processes divide budget and parallel among them; this one is `rank`.
     """
 
     def __init__(self, url: str, model: str, replies, key_env: str | None = None, budget: int = 0,
-                 rpm: float = 0, parallel: int = 8, retries: int = 5, timeout: float = 600.0,
-                 rank: int = 0, n_processes: int = 1):
-        self.client, self.key = make_client(url, key_env, retries, timeout, self.wait_for_turn)
+                 parallel: int = 8, retries: int = 5, timeout: float = 600.0, rank: int = 0,
+                 n_processes: int = 1):
         self.url, self.model = url.rstrip("/"), model
+        self.client, self.key = make_client(self.url, key_env, retries, timeout)
         self.name = f"{model} at {urlsplit(url).hostname}"
         self.parallel = max(1, parallel // n_processes)
         self.path, self.replies, spent = open_replies(Path(replies), rank)
         self.budget, self.left = budget, (budget - spent) // n_processes        # tokens
-        self.gap = 60.0 * n_processes / rpm if rpm else 0.0         # seconds between two requests
-        self.next_start, self.n_failed = 0.0, 0
-        self.stop = threading.Event()
-        self.gate, self.lock = threading.Lock(), threading.Lock()
+        self.n_failed, self.error = 0, None
+        self.lock = threading.Lock()
 
     def generate(self, conversations, max_new_tokens, temperature=0.0, seed=0):
         rows = self.ask(conversations, max_new_tokens, temperature, seed)
@@ -130,7 +88,6 @@ class EndpointAgent:
             key = json.dumps({"url": self.url, **request}, sort_keys=True)
             requests.append((hashlib.sha256(key.encode()).hexdigest(), request))
         missing = {key: request for key, request in requests if key not in self.replies}
-        self.stop.clear()
         pool = ThreadPoolExecutor(self.parallel)
         try:
             running = [pool.submit(self.fetch, key, request) for key, request in missing.items()]
@@ -140,74 +97,61 @@ class EndpointAgent:
                 if stop and stop.requested:
                     break
         finally:                    # after an error or Ctrl-C, running requests are completed
-            self.stop.set()
             pool.shutdown(cancel_futures=True)
         return [self.replies.get(key) for key, _ in requests]
 
-    def wait_for_turn(self, _request):
-        """Called by the client before each attempt."""
-        with self.gate:
-            self.stop.wait(max(0.0, self.next_start - monotonic()))
-            self.next_start = monotonic() + self.gap
-
     def fetch(self, key: str, request: dict):
-        """One reply, into the file. Raises OutOfBudget and the ValueErrors of generate."""
-        if self.stop.is_set():
-            return
+        """One reply, into the file. Raises OutOfBudget and the ValueErrors of `ask`."""
         if self.budget and self.left <= 0:
             raise OutOfBudget(f"{self.name}: the budget of {self.budget:,} tokens is used. The "
                               f"replies are in {self.path}; a larger budget resumes")
-        import openai
-        row = {"request": key, "model": self.model, "reply": None, "tokens": 0}
-        status = problem = None
-        try:
-            raw = self.client.chat.completions.with_raw_response.create(**request)
-            row |= read_completion(raw.text, request["messages"])
-            row["reply"] = self.without_key(row["reply"])
-        except openai.APIStatusError as error:
-            status, problem = error.status_code, f"{error.status_code} {error.response.text}"
-        except openai.APIError as error:                    # no connection, or no reply in time
-            problem = f"{error} ({error.__cause__!r})"
-        except ValueError as error:                         # no completion
-            problem = str(error)
-        if problem:
-            row["error"] = problem = f"{' '.join(self.without_key(problem).split()):.200}"
+        if self.error:              # of another thread
+            raise self.error
+        row, status = self.send(key, request)
         with self.lock, open(self.path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self.left -= row["tokens"]
-            self.n_failed = self.n_failed + 1 if problem else 0
-        if problem is None:
+            self.n_failed = self.n_failed + 1 if "error" in row else 0
+        if "error" not in row:
             self.replies[key] = row
             return
-        Logger(f"{self.name}: no reply to request {key[:8]}: {problem}")
+        Logger(f"{self.name}: no reply to request {key[:8]}: {row['error']}")
         if status in FATAL or self.n_failed >= MAX_FAILURES:
-            self.stop.set()
-            raise ValueError(f"{self.name}: {self.n_failed} failed requests in a row, the last: "
-                             f"{problem}. Check that it is up, *_url, *_model, and the key in the "
-                             f"variable of *_key_env. Replies are kept in {self.path}")
+            self.error = ValueError(
+                f"{self.name}: {self.n_failed} failed requests in a row, the last: {row['error']}. "
+                "Check that it is up, *_url, *_model, and the key in the variable of *_key_env. "
+                f"Replies are kept in {self.path}")
+            raise self.error
 
-    def without_key(self, text: str) -> str:
-        # A short, made-up key may be a part of any reply.
-        return text.replace(self.key, "***") if len(self.key) >= 8 else text
+    def send(self, key: str, request: dict) -> tuple[dict, int | None]:
+        """(its line of the file, the HTTP status of an error)."""
+        import openai
+
+        row, status = {"request": key, "model": self.model, "reply": None, "tokens": 0}, None
+        try:
+            raw = self.client.chat.completions.with_raw_response.create(**request)
+            completion = raw.parse()
+            choice = completion.choices[0]
+            text = (choice.message.content or "").strip()           # a refusal has none
+            text = text.encode(errors="replace").decode()           # half an emoji, of a cut reply
+            tokens = completion.usage.total_tokens if completion.usage else n_tokens(request, text)
+            row |= {"reply": text, "tokens": tokens, "finish_reason": choice.finish_reason}
+        except openai.APIStatusError as error:
+            status, problem = error.status_code, f"{error.status_code} {error.response.text}"
+        except openai.APIError as error:                            # no connection, no reply in time
+            problem = f"{error} ({error.__cause__!r})"
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            problem = f"no chat completion: {raw.text}"
+        else:
+            return row, None
+        problem = " ".join(problem.replace(self.key, "***").split())
+        return row | {"error": problem[:200]}, status
 
 
-def read_completion(body: str, messages: list[dict]) -> dict:
-    """The reply, the tokens of prompt and reply, and why it ended. Raises ValueError for what is no
-    chat completion."""
-    prompt = "".join(message["content"] for message in messages)
-    try:
-        completion = json.loads(body)
-        choice = completion["choices"][0]
-        text = choice["message"]["content"] or ""                       # a refusal has none
-        # JSON may hold half an emoji, of a reply that was cut; UTF-8 cannot.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
-        n_bytes = len((prompt + text).encode(errors="replace"))             # about 3 a token
-        tokens = (completion.get("usage") or {"total_tokens": -(-n_bytes // 3)})["total_tokens"]
-        if type(tokens) is not int or tokens < 0:
-            raise ValueError
-        return {"reply": text, "tokens": tokens, "finish_reason": choice.get("finish_reason")}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"no chat completion: {body}") from None
+def n_tokens(request: dict, reply: str) -> int:
+    """An estimate for an endpoint that does not count: a token has about three bytes."""
+    text = "".join(message["content"] for message in request["messages"]) + reply
+    return -(-len(text.encode(errors="replace")) // 3)
 
 
 def open_replies(path: Path, rank: int) -> tuple[Path, dict[str, dict], int]:
@@ -215,21 +159,12 @@ def open_replies(path: Path, rank: int) -> tuple[Path, dict[str, dict], int]:
     a kill cut short is dropped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = path.with_name(f"{path.name}.part{rank}") if rank else path
-    replies, spent = {}, 0
-    for file in [path, *sorted(path.parent.glob(f"{escape(path.name)}.part*"))]:
-        *lines, rest = file.read_bytes().split(b"\n") if file.exists() else [b""]
-        if rest and file == mine:
-            os.truncate(file, file.stat().st_size - len(rest))
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                spent += row["tokens"]
-                if row["reply"] is not None:
-                    replies[row["request"]] = row
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{file}, line {number} is no reply of an endpoint: {line!r:.80}. "
-                                 "Remove the line, or give another file by *_replies") from None
-    return mine, replies, spent
+    if mine.exists():
+        os.truncate(mine, mine.read_bytes().rfind(b"\n") + 1)
+    rows = [row for file in [path, *sorted(path.parent.glob(f"{escape(path.name)}.part*"))]
+            for row in read_rows(file, "request", "reply", "tokens")]
+    replies = {row["request"]: row for row in rows if row["reply"] is not None}
+    return mine, replies, sum(row["tokens"] for row in rows)
 
 
 def add_agent_args(parser, role: str):
@@ -243,25 +178,21 @@ def add_agent_args(parser, role: str):
                                   f"default: out/replies/{role}.jsonl")
     add(f"--{role}_budget", type=int, default=0,
         help="maximum number of tokens, prompts and replies in that file together; 0: no limit")
-    add(f"--{role}_rpm", type=float, default=0, help="requests per minute; 0: no limit")
     add(f"--{role}_parallel", type=int,
         help="concurrent conversations; default: 64 per process for weights, 8 at an endpoint")
 
 
 def make_endpoint(flags: dict, role: str) -> EndpointAgent | None:
     """The endpoint of add_agent_args' flags; None for weights. Raises ValueError."""
-    weights, url = flags[role], flags[f"{role}_url"]
-    options = {name: flags[f"{role}_{name}"]
-               for name in ("model", "key_env", "replies", "budget", "rpm")}
-    if (weights is None) == (url is None):
+    url, model = flags[f"{role}_url"], flags[f"{role}_model"]
+    if bool(flags[role]) == bool(url):
         raise ValueError(f"give either --{role} WEIGHTS or --{role}_url URL, and not both")
-    if url is None:
-        if idle := [f"--{role}_{name}" for name, value in options.items() if value]:
-            raise ValueError(f"{', '.join(idle)}: no effect without --{role}_url")
+    if not url:
         return None
-    if not options["model"]:
+    if not model:
         raise ValueError(f"--{role}_url needs the model's name there: --{role}_model NAME")
-    options["replies"] = options["replies"] or f"out/replies/{role}.jsonl"
-    if dist.is_initialized():
-        options |= {"rank": dist.get_rank(), "n_processes": dist.get_world_size()}
-    return EndpointAgent(url, parallel=flags[f"{role}_parallel"] or 8, **options)
+    processes = ({"rank": dist.get_rank(), "n_processes": dist.get_world_size()}
+                 if dist.is_initialized() else {})
+    return EndpointAgent(url, model, flags[f"{role}_replies"] or f"out/replies/{role}.jsonl",
+                         flags[f"{role}_key_env"], flags[f"{role}_budget"],
+                         flags[f"{role}_parallel"] or 8, **processes)

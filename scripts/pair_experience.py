@@ -24,9 +24,7 @@ expression matches in the turns that are read, and writes OUT_DIR/student.jsonl,
 import random
 import re
 import sys
-from bisect import bisect_left, bisect_right
-from collections import Counter, defaultdict
-from operator import attrgetter
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +36,10 @@ from runtime.files import write_jsonl
 
 PROMPT = "Here is how such a task is done:\n\n{demonstration}\n\nNow it is your turn.\n\n{question}"
 PARTS = ("train", "test")
-by_group = attrgetter("group")
 
 
 class Row(NamedTuple):
-    name: str | int         # its id; without one its number
+    name: str | None        # its id
     same: str | float       # rows of one value can demonstrate each other ...
     group: str              # ... unless they are of one group
     messages: list[dict]
@@ -58,12 +55,11 @@ def to_row(row: dict, same: str, apart: re.Pattern | None) -> Row:
         turns = [*turns, {"role": "assistant", "content": answer}]
     text = "\n".join("> " * (turn["role"] == "assistant") + turn["content"]
                      for turn in turns if turn["role"] != "system")
-    for key, flag in ((same, "the key of --same"), ("id", "for --apart")):
-        if key not in row and (apart or key == same):
-            raise ValueError(f"no {key!r}, {flag} (keys found: {', '.join(row)})")
-    found = apart and apart.search(str(row["id"]))
+    if same not in row:
+        raise ValueError(f"no {same!r}, the key of --same (keys found: {', '.join(row)})")
+    found = apart and apart.search(str(row.get("id")))
     if apart and (not found or found[1] is None):
-        raise ValueError(f"--apart {apart.pattern!r} finds no group in the id {row['id']!r:.60}")
+        raise ValueError(f"--apart {apart.pattern!r} finds no group in the id {row.get('id')!r:.60}")
     return Row(row.get("id"), row[same], found[1] if apart else text, messages, text, others)
 
 
@@ -83,7 +79,7 @@ def without(row: dict, experience: re.Pattern) -> dict:
 
 def hold_out(rows: list[Row], share: float, rng: random.Random) -> dict[str, list[Row]]:
     """{"train": rows, "test": rows} of whole groups. Raises ValueError for a single group."""
-    groups = list(dict.fromkeys(map(by_group, rows)))
+    groups = list(dict.fromkeys(row.group for row in rows))
     if len(groups) < 2:
         raise ValueError(f"all {len(rows):,} rows are of one group, {groups[0]!r:.60}: none can be "
                          "held out. Check --apart")
@@ -94,25 +90,17 @@ def hold_out(rows: list[Row], share: float, rng: random.Random) -> dict[str, lis
             for part in PARTS}
 
 
-def pick(row: Row, shown: list[Row], rng: random.Random) -> Row | None:
-    """One of the rows of other groups, each with the same probability; None if there is none.
-    shown: sorted by group."""
-    start = bisect_left(shown, row.group, key=by_group)
-    n_own = bisect_right(shown, row.group, key=by_group) - start
-    if n_own == len(shown):
-        return None
-    place = rng.randrange(len(shown) - n_own)
-    return shown[place + n_own if place >= start else place]
-
-
-def pairs_of(rows, demonstrations, n_pairs: int, max_chars: int, rng) -> tuple[list, str]:
-    """([(row, its demonstration)] shuffled, a sentence on how many). 0: no limit."""
+def pairs_of(rows: list[Row], shown: list[Row], n_pairs: int, max_chars: int,
+             rng: random.Random) -> tuple[list[tuple[Row, Row]], str]:
+    """(a row and a random demonstration from `shown`, shuffled; a sentence on how many). n_pairs
+    and max_chars 0: no limit."""
     pairs, left_out = [], Counter()
     for row in rows:
+        others = [each for each in shown if each.same == row.same and each.group != row.group]
         if max_chars and len(row.text) > max_chars:
             left_out["longer than --max_chars"] += 1
-        elif demonstration := pick(row, demonstrations[row.same], rng):
-            pairs.append((row, demonstration))
+        elif others:
+            pairs.append((row, rng.choice(others)))
         else:
             left_out["without a demonstration"] += 1
     rng.shuffle(pairs)
@@ -123,15 +111,49 @@ def pairs_of(rows, demonstrations, n_pairs: int, max_chars: int, rng) -> tuple[l
     return kept, f"{len(kept):,} pairs of {len(rows):,} rows{reasons}"
 
 
-def line_of(row: Row, demonstration: Row, side: str) -> dict:
-    """The teacher's line has the demonstration before the first question."""
-    if side == "student":
-        return {**row.others, "conversations": row.messages}
+def teachers_line(row: Row, demonstration: Row) -> dict:
+    """The student's line, with the demonstration before the first question."""
     messages = list(row.messages)
     first = [turn["role"] for turn in messages].index("user")
     prompt = PROMPT.format(demonstration=demonstration.text, question=messages[first]["content"])
     messages[first] = {"role": "user", "content": prompt}
     return {**row.others, "demonstration": demonstration.name, "conversations": messages}
+
+
+def strip(args):
+    """Write the rows of Q that belong to the rows of Q+E."""
+    rows = read_each(args.data_path, lambda row: without(row, args.strip), args.skip_bad_lines)
+    path = f"{args.out_dir}/student.jsonl"
+    write_jsonl(path, rows)
+    print(f"{len(rows):,} rows without the experience: {path}. The first:\n"
+          f"{rows[0]['conversations'][0]['content'][:500]}")
+
+
+def pair(args):
+    """Write the files of Q and of Q+E, for training and test."""
+    rng = random.Random(args.seed)
+    rows = read_each(args.data_path, lambda row: to_row(row, args.same, args.apart),
+                     args.skip_bad_lines)
+    parts = hold_out(rows, args.test_share, rng)
+    shown_chars = args.max_demonstration_chars
+    shown_chars = args.max_chars if shown_chars is None else shown_chars
+    shown = [row for row in sorted(parts["train"], key=lambda row: row.group)
+             if not shown_chars or len(row.text) <= shown_chars]
+    pairs = {}
+    for part in PARTS:
+        pairs[part], summary = pairs_of(parts[part], shown, vars(args)[part], args.max_chars, rng)
+        if not pairs[part]:
+            raise ValueError(f"nothing to write. {part}: {summary}")
+        print(f"{part}: {summary}")
+
+    for part in PARTS:
+        path = f"{args.out_dir}/{part}"
+        write_jsonl(f"{path}_student.jsonl", [{**row.others, "conversations": row.messages}
+                                              for row, _ in pairs[part]])
+        write_jsonl(f"{path}_teacher.jsonl", [teachers_line(*each) for each in pairs[part]])
+    path = f"{args.out_dir}/train"
+    print(f"Learn from them: python train_distillation.py --data_path {path}_student.jsonl "
+          f"--teacher_data_path {path}_teacher.jsonl ...")
 
 
 def main():
@@ -158,49 +180,16 @@ def main():
         help="maximum length of a demonstration, in characters; 0: any; default: --max_chars")
     add("--seed", type=int, default=1337, help="random seed of split, demonstrations and order")
     args = parse_args(parser)
-    shown_chars = args.max_demonstration_chars
-    shown_chars = args.max_chars if shown_chars is None else shown_chars
     if args.apart and not args.apart.groups:
         parser.error(f"--apart {args.apart.pattern!r} has no group: put what tells rows apart in "
                      "parentheses, as in '(\\d+)/'")
-    rng = random.Random(args.seed)
-    paths = {(part, side): Path(args.out_dir) / f"{part}_{side}.jsonl"
-             for part in PARTS for side in ("student", "teacher")}
-    if args.strip:
-        paths = {"student": Path(args.out_dir) / "student.jsonl"}
-
+    names = ["student"] if args.strip else [f"{part}_{side}" for part in PARTS
+                                            for side in ("student", "teacher")]
     with checking_input():
-        if exist := [str(path) for path in paths.values() if path.exists()]:
-            raise ValueError(f"{', '.join(exist)} exists already. Give another --out_dir, or "
-                             "remove it")
-        if args.strip:
-            rows = read_each(args.data_path, lambda row: without(row, args.strip),
-                             args.skip_bad_lines)
-            write_jsonl(paths["student"], rows)
-            print(f"{len(rows):,} rows without the experience: {paths['student']}. The first:\n"
-                  f"{rows[0]['conversations'][0]['content'][:500]}")
-            return
-        rows = read_each(args.data_path, lambda row: to_row(row, args.same, args.apart),
-                         args.skip_bad_lines)
-        rows = [row._replace(name=number) if row.name is None else row
-                for number, row in enumerate(rows, start=1)]
-        parts = hold_out(rows, args.test_share, rng)
-
-        demonstrations, pairs = defaultdict(list), {}
-        for row in sorted(parts["train"], key=by_group):
-            if not shown_chars or len(row.text) <= shown_chars:
-                demonstrations[row.same].append(row)
-        for part in PARTS:
-            pairs[part], summary = pairs_of(parts[part], demonstrations, vars(args)[part],
-                                            args.max_chars, rng)
-            if not pairs[part]:
-                raise ValueError(f"nothing to write. {part}: {summary}")
-            print(f"{part}: {summary}")
-
-    for (part, side), path in paths.items():
-        write_jsonl(path, [line_of(*pair, side) for pair in pairs[part]])
-    print(f"Learn from them: python train_distillation.py --data_path {paths['train', 'student']} "
-          f"--teacher_data_path {paths['train', 'teacher']} ...")
+        for path in (Path(args.out_dir, f"{name}.jsonl") for name in names):
+            if path.exists():
+                raise ValueError(f"{path} exists already. Give another --out_dir, or remove it")
+        strip(args) if args.strip else pair(args)
 
 
 if __name__ == "__main__":

@@ -397,7 +397,6 @@ def test_a_bad_line_on_one_side_takes_its_partner_with_it(tmp_path):
     ({"data_path": ["a", "b"]}, "--teacher_data_path names 1 files, --data_path 2; they are pairs"),
     ({"data_path": "none.jsonl"}, "no file at none.jsonl"),
     ({"teacher_url": "http://h/v1"}, "give either --teacher WEIGHTS or --teacher_url URL, and not both"),
-    ({"teacher_rpm": 5}, "--teacher_rpm: no effect without --teacher_url"),
     ({"teacher_url": "http://h/v1", "temperature": 1, "top_p": 0.8}, "an endpoint has its own settings"),
     ({"max_new_tokens": 1, "limit": 1}, "nothing to write: 0 of 1 answers; left out: 1 no end"),
 ])
