@@ -14,9 +14,9 @@ exceeds the context length with its longest option has null answer_idx and log_p
 """
 
 from ability_tree.steps import batches_of, read_choices, settings, sha256_of, work_in_parts
-from ability_tree.tree import wilson
 from dataset.formats import bare_question, to_question
 from evaluation.scores import score_answers
+from evaluation.tables import wilson
 from interop.checkpoint import load_model, sha256_of_model
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.files import write_jsonl

@@ -8,31 +8,15 @@ The ability tree: what a student can do, what it cannot do, and how certain that
 
 import json
 import math
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluation.tables import aligned, markdown, width_of
+from evaluation.tables import aligned, markdown, wilson
 from runtime.args import checking_input, did_you_mean, make_parser, parse_args
 from runtime.files import write_text
-from runtime.pictures import save_picture
+from runtime.pictures import new_figure, save_picture
 
-Z = 1.959964        # 95 % of a normal distribution lie within this many standard deviations
 BAR = 20            # characters of a bar: 5 % each
-
-# From weak to strong, distinct for colour-blind readers too.
-COLOURS, UNTESTED, INK = ("#c8553d", "#f0dfb4", "#2b7a94"), "#e3e3e3", "#2f2f2f"
-
-
-def wilson(correct: int, asked: int) -> tuple[float, float]:
-    """The 95 % interval of a rate, in 0..1: all rates that `correct` of `asked` do not contradict;
-    (0, 1) for 0 questions. Wilson 1927, JASA 22, 209-212."""
-    if not asked:
-        return 0.0, 1.0
-    rate, z2_n = correct / asked, Z * Z / asked
-    centre = (rate + z2_n / 2) / (1 + z2_n)
-    half = math.sqrt(rate * (1 - rate) * z2_n + z2_n * z2_n / 4) / (1 + z2_n)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def change(before: "AbilityTree", after: "AbilityTree") -> tuple[float, float, float]:
@@ -49,20 +33,14 @@ def change(before: "AbilityTree", after: "AbilityTree") -> tuple[float, float, f
 
 def key_of(path) -> tuple[str, ...]:
     """The same for all spellings: "Next number", "next  Number" and "nextnumber"."""
-    return tuple("".join(char for char in name if char.isprintable() and char != " ").casefold()
-                 for name in path)
-
-
-def same(name: str, other: str) -> bool:
-    return key_of([name]) == key_of([other])
+    return tuple("".join(name.split()).casefold() for name in path)
 
 
 def clean(name: str) -> str:
-    """Single spaces, nothing unprintable. Raises ValueError if nothing is left."""
-    text = "".join(char for char in name if char.isprintable() or char.isspace())
-    if not text.split():
+    """Single spaces. Raises ValueError if nothing is left."""
+    if not name.split():
         raise ValueError(f"an ability needs a name; this is {name!r}")
-    return " ".join(text.split())
+    return " ".join(name.split())
 
 
 def spell(path) -> str:
@@ -125,18 +103,19 @@ class AbilityTree:
 
     def find(self, path, grow: bool = False) -> "AbilityTree":
         """The node at this path. ValueError if it is missing, or with `grow` added."""
-        if not same(path[0], self.name):
+        if key_of(path[:1]) != key_of([self.name]):
             raise ValueError(f"the path {spell(path)} belongs to the domain {path[0]!r}, "
                              f"the tree to {self.name!r}")
         node = self
         for depth, name in enumerate(path[1:], start=1):
-            child = next((each for each in node.children if same(each.name, name)), None)
+            known = {key_of([child.name]): child for child in node.children}
+            child = known.get(key_of([name]))
+            if child is None and not grow:
+                names = [each.name for each in node.children]
+                hint = f"did you mean {did_you_mean(name, names)}?" if names else "it is a leaf"
+                raise ValueError(f"the ability tree has no {spell(path)}: there is no {name!r} "
+                                 f"below {spell(path[:depth])} ({hint})")
             if child is None:
-                if not grow:
-                    names = [each.name for each in node.children]
-                    hint = f"did you mean {did_you_mean(name, names)}?" if names else "it is a leaf"
-                    raise ValueError(f"the ability tree has no {spell(path)}: there is no {name!r} "
-                                     f"below {spell(path[:depth])} ({hint})")
                 child = AbilityTree(clean(name))
                 node.children.append(child)
             node = child
@@ -148,10 +127,9 @@ class AbilityTree:
         Other leaves keep their counts; the same round again replaces its counts. Raises ValueError,
         before any change, for a path that is no leaf and for a round before the last.
         """
-        asked, correct, leaves = Counter(), Counter(), {}
+        answers = {}                        # {key of a leaf: (leaf, [whether correct, ...])}
         for path, is_correct in results:
-            key = key_of(path)              # a path may have several spellings
-            leaf = leaves.setdefault(key, self.find(path))
+            leaf = self.find(path)
             if leaf.children:
                 raise ValueError(f"{spell(path)} is no leaf: it divides into "
                                  f"{', '.join(child.name for child in leaf.children)}; give each "
@@ -159,11 +137,10 @@ class AbilityTree:
             if leaf.history and leaf.history[-1]["round"] > round:
                 raise ValueError(f"{spell(path)} has counts of round {leaf.history[-1]['round']}, "
                                  f"after round {round}: give a tree from before, or a higher round")
-            asked[key] += 1
-            correct[key] += bool(is_correct)
-        for key, leaf in leaves.items():
-            leaf.history = [row for row in leaf.history if row["round"] < round]
-            leaf.history.append({"round": round, "asked": asked[key], "correct": correct[key]})
+            answers.setdefault(key_of(path), (leaf, []))[1].append(bool(is_correct))
+        for leaf, right in answers.values():
+            row = {"round": round, "asked": len(right), "correct": sum(right)}
+            leaf.history = [*(old for old in leaf.history if old["round"] < round), row]
 
     def weakest(self, n: int) -> list[tuple[str, ...]]:
         """The paths of the n leaves of the lowest posterior mean, the lowest first."""
@@ -181,8 +158,7 @@ class AbilityTree:
         notice that they are forgotten. power 0: equal shares; above 1: mostly the weakest leaves.
         """
         weakness = {path: 1 - leaf.posterior(smoothing) for path, leaf in self.leaves().items()}
-        most = max(weakness.values())       # divided by it, one stays 1 where high powers underflow
-        weakness = {path: (weak / most) ** power for path, weak in weakness.items()}
+        weakness = {path: weak ** power for path, weak in weakness.items()}
         total = sum(weakness.values())
         return {path: floor / len(weakness) + (1 - floor) * weak / total
                 for path, weak in weakness.items()}
@@ -233,33 +209,24 @@ class AbilityTree:
         return aligned(rows, "lrrl")
 
     def draw(self, png, before: "AbilityTree | None" = None):
-        """A row per node: name and counts, the 95 % interval in the colour of the posterior mean,
-        the accuracy as a dot, and as a ring the accuracy `before`."""
-        from matplotlib.colors import LinearSegmentedColormap
-        from matplotlib.figure import Figure
-
+        """A row per node: its 95 % interval, its accuracy as a dot, and as a ring that of `before`."""
         nodes = list(self.walk())
-        names = ["    " * (len(path) - 1) + node.name for path, node in nodes]
-        left = 6.5 * max(map(width_of, names)) + 8      # points left of the axis, for the names
         old = {key_of(path): node for path, node in before.walk()} if before else {}
-        colour = LinearSegmentedColormap.from_list("ability", COLOURS)
-        figure = Figure(figsize=(5, 0.26 * len(nodes) + 0.6))
+        figure = new_figure(7, 0.26 * len(nodes) + 0.6)
         axis = figure.add_subplot()
         for y, (path, node) in enumerate(nodes):
             then = old.get(key_of(path))
-            axis.plot([100 * bound for bound in node.interval()], [y, y], linewidth=5,
-                      color=colour(node.posterior()) if node.asked else UNTESTED)
+            axis.hlines(y, *(100 * bound for bound in node.interval()), linewidth=5,
+                        color="C5" if node.asked else "0.9")
             if then and then.asked:
-                axis.plot(100 * then.accuracy, y, "o", color=INK, markerfacecolor="white")
+                axis.plot(100 * then.accuracy, y, "o", color="C0", markerfacecolor="white")
             if node.asked:
-                axis.plot(100 * node.accuracy, y, "o", color=INK, markersize=5)
-            axis.annotate(names[y], (-3, y), (-left, 0), textcoords="offset points", va="center")
+                axis.plot(100 * node.accuracy, y, "o", color="C0")
             axis.text(104, y, f"{node.correct}/{node.asked}", va="center")
-        axis.set(xlim=(-3, 103), ylim=(len(nodes) - 0.5, -0.5), yticks=[], xticks=range(0, 101, 25),
+        axis.set(xlim=(-3, 122), ylim=(len(nodes) - 0.5, -0.5), xticks=range(0, 101, 25),
                  xlabel="● accuracy, %   " + "○ before   " * bool(before) + "▬ 95 % interval")
-        axis.spines[:].set_visible(False)
-        Path(png).parent.mkdir(parents=True, exist_ok=True)
-        save_picture(figure, png, bbox_inches="tight")
+        axis.set_yticks(range(len(nodes)), [spell(path[1:]) or self.name for path, _ in nodes])
+        save_picture(figure, png)
 
 
 def percent(accuracy: float | None) -> str:
@@ -271,9 +238,9 @@ def compare(before: AbilityTree, after: AbilityTree) -> str:
     95 % interval and is bold where that excludes 0."""
     old, new = ({key_of(path): (path, node) for path, node in tree.walk() if node is not tree}
                 for tree in (before, after))
-    pairs = []
+    pairs, untested = [], ((), AbilityTree(""))
     for key, (path, _) in (new | {key: old[key] for key in old if key not in new}).items():
-        then, now = (leaves[key][1] if key in leaves else AbilityTree("") for leaves in (old, new))
+        then, now = (nodes.get(key, untested)[1] for nodes in (old, new))
         pairs.append((spell(path[1:]).replace("|", "\\|"), then, now))
     rows = [["ability", "asked", "accuracy", "change, points (95 %)"]]
     for name, then, now in [*pairs, ("all", before, after)]:

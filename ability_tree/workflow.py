@@ -24,7 +24,7 @@ from runtime.log import Logger
 
 MANIFEST = "manifest.json"
 # A step that resumes may have other values of these flags: its result does not depend on them.
-FREE = ("_budget", "_rpm", "_replies", "_key_env")
+FREE = ("_budget", "_replies", "_key_env")
 # Flags whose values are files or folders that a step reads.
 INPUTS = ("ability_files", "weights", "questions", "replies", "abilities", "tree", "exclude",
           "agent", "agent_a", "agent_b", "teacher", "student", "logits", "data")

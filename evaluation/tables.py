@@ -3,8 +3,11 @@
 Tables: Markdown, aligned text for a terminal, and a mean with its spread over seeds.
 """
 
+import math
 import statistics
 import unicodedata
+
+Z = 1.959964        # 95 % of a normal distribution lie within this many standard deviations
 
 
 def markdown(rows: list[list[str]], align: str = "") -> str:
@@ -54,11 +57,20 @@ def mean_and_spread(values: list[float], form: str, spread: bool = True, n: int 
 
 
 def interval(values: list[float], n: int) -> tuple[float, float]:
-    """Mean -+ standard deviation of several seeds; of a single % of n cases the 95 % score interval
-    of Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953."""
+    """Mean -+ standard deviation of several seeds; of a single % of n cases its interval."""
     mean = statistics.fmean(values)
     if len(values) > 1:
         return mean - statistics.stdev(values), mean + statistics.stdev(values)
-    share, a = mean / 100, 1.96 ** 2 / n
-    middle, half = share + a / 2, (a * (share * (1 - share) + a / 4)) ** 0.5
-    return 100 * (middle - half) / (1 + a), 100 * (middle + half) / (1 + a)
+    low, high = wilson(mean / 100 * n, n)
+    return 100 * low, 100 * high
+
+
+def wilson(correct: float, asked: int) -> tuple[float, float]:
+    """The 95 % interval of a rate, in 0..1: all rates that `correct` of `asked` do not contradict;
+    (0, 1) for 0 questions. Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953."""
+    if not asked:
+        return 0.0, 1.0
+    rate, z2_n = correct / asked, Z * Z / asked
+    centre = (rate + z2_n / 2) / (1 + z2_n)
+    half = math.sqrt(rate * (1 - rate) * z2_n + z2_n * z2_n / 4) / (1 + z2_n)
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -14,9 +14,10 @@ import pytest
 from ability_tree import analyze, generate_logits, inference, train
 from ability_tree.generate_logits import flags_of
 from ability_tree.steps import read_choices
-from ability_tree.tree import AbilityTree, wilson
+from ability_tree.tree import AbilityTree
 from dataset.formats import bare_question
 from evaluation.scores import score_answers
+from evaluation.tables import wilson
 from helpers_run import ROOT, complaint, run, start, succeed
 from interop.checkpoint import load_model
 from runtime.files import write_jsonl
