@@ -79,8 +79,6 @@ def read_args():
     add_share_args(add)
     add("--write_temperature", type=float, default=1.0,
         help="sampling temperature of the teacher when it writes questions, above 0")
-    add("--write", action="store_true",
-        help="miniworld: agents generate their answer instead of choosing an option")
     add_request_args(parser)
 
     add = parser.add_argument_group("training").add_argument
@@ -89,6 +87,7 @@ def read_args():
         help="maximum length of a sample, in tokens; default: the models' context length")
 
     add = parser.add_argument_group("run").add_argument
+    add("--seed", type=int, default=1337, help="random seed of sampling and training")
     add("--gpus", type=int, nargs="+", default=[0],
         help="GPU numbers, a process for each; on a CPU their count matters")
     add("--workflow_dir", default="output/workflow", help="folder of trees, questions and logs")
@@ -100,15 +99,9 @@ def read_args():
     check_ranges(
         parser, args,
         ("gpus", all(0 <= gpu < n_gpus for gpu in args.gpus), f"be numbers below {n_gpus}"),
-        ("write", not args.write or args.prompts == "miniworld", "go with --prompts miniworld"),
         ("dataset_files", len(args.dataset_files) in n_files, "be one file, or one per round"),
         ("ability_files", len(args.ability_files) in n_files or not args.ability_files
          and args.initial_tree, "be one file, or one per round; none with --initial_tree alone"))
-    for role in ROLES[1:]:
-        idle = [f"--{key}" for key, value in vars(args).items()
-                if key.startswith(f"{role}_") and value]
-        if idle and not vars(args)[role] and not vars(args)[f"{role}_url"]:
-            parser.error(f"{', '.join(idle)}: no effect without --{role}_url")
     return args
 
 
@@ -139,7 +132,7 @@ def check_inputs(args):
     leaves = dict.fromkeys(tree.leaves(), 1.0)
     seeds = seeds_of_leaves(read_choices(args.seed_questions), read_abilities(args.seed_abilities),
                             leaves)
-    plan(leaves, seeds, 1, 4, PROMPTS[args.prompts].writes_wrong_options)
+    plan(leaves, seeds, 1, PROMPTS[args.prompts].writes_wrong_options)
     rows_of(args.exclude, question_text)
     rows_of(args.old_data, bare)
     for role in ROLES:
@@ -224,7 +217,7 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
         # B. Its answers are counted in the tree. An agent finds the leaves of questions without one
         before, tree, agent = tree, here / "B_student_tree/tree.json", {}
         if {str(row["id"]) for row in read_choices(questions)} - set(read_abilities(abilities)):
-            agent = {**agent_flags(args, "agent"), **requests, **hide, "seed": args.seed}
+            agent = {**agent_flags(args, "agent"), **requests}
         workflow.step(f"{title}: analyze", "analyze", tree.parent, replies=[replies],
                       questions=questions, abilities=abilities, tree=before, round=number, **agent,
                       out=tree, png=tree.with_suffix(".png"))
@@ -244,7 +237,7 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
         kept = here / "D_validated_data/valid.jsonl"
         workflow.step(f"{title}: validate", "validate", kept.parent, questions=[written],
                       abilities=[written.with_name("distill_ability.jsonl")], **agent_a, **agent_b,
-                      **requests, write=args.write, seed=args.seed, out=kept)
+                      **requests, out=kept)
 
         # E. The teacher's distributions: of the new rows, and of old ones against forgetting
         data = [kept, *replay([*args.old_data, *valid], kept, args.replay_share, seed,

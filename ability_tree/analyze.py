@@ -14,44 +14,34 @@ agent classifies the questions that have no path.
 
 from pathlib import Path
 
-from ability_tree.agents import identity_of, make_agent
-from ability_tree.inference import prompt
+from ability_tree.agents import make_agent
 from ability_tree.prompts import PROMPTS
-from ability_tree.steps import (add_request_args, batches_of, beside, read_abilities, read_choices,
-                                rows_of, settings, sha256_of, work_in_parts)
+from ability_tree.steps import (add_request_args, batches_of, beside, made_from, read_abilities,
+                                read_choices, rows_of, work_in_parts)
 from ability_tree.tree import AbilityTree, compare, spell
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.endpoint import add_agent_args
 from runtime.files import write_jsonl
 from runtime.log import Logger
-from runtime.precision import seed_of
 from runtime.processes import init_distributed_mode
 
 PART = 64           # questions in one call of the agent
 
 
-def read_replies(paths) -> dict[str, bool]:
-    """{id as text: whether the answer is correct}; a ValueError names file and line."""
-    replies = {}
-
-    def checked(row):
-        if "id" not in row or "correct" not in row:
-            raise ValueError(f"not a reply {{id, correct}} (keys found: {', '.join(row)}); "
-                             "python -m ability_tree.inference writes them")
-        if str(row["id"]) in replies:
-            raise ValueError(f"{str(row['id'])!r} has two replies; give those of one round")
-        replies[str(row["id"])] = row["correct"]
-
-    rows_of(paths, checked)
-    return replies
+def read_reply(row: dict) -> tuple[str, bool]:
+    """(id as text, whether the answer is correct)."""
+    if "id" not in row or "correct" not in row:
+        raise ValueError(f"not a reply {{id, correct}} (keys found: {', '.join(row)}); "
+                         "python -m ability_tree.inference writes them")
+    return str(row["id"]), row["correct"]
 
 
-def classify(agent, prompts, rows: list[dict], leaves: list[tuple[str, ...]], hide_options: bool,
-             max_new_tokens: int, seed: int) -> list[dict]:
+def classify(agent, prompts, rows: list[dict], leaves: list[tuple[str, ...]],
+             max_new_tokens: int) -> list[dict]:
     """{"id", "ability_path"} of each row; {"id", "reply", "reason"} if the reply names no leaf."""
-    requests = [prompts.classify(prompt(row, hide_options)[-1]["content"], leaves) for row in rows]
+    requests = [prompts.classify(row, leaves) for row in rows]
     found = []
-    for row, reply in zip(rows, agent.generate(requests, max_new_tokens, seed=seed)):
+    for row, reply in zip(rows, agent.generate(requests, max_new_tokens)):
         try:
             result = {"ability_path": list(prompts.read_leaf(reply, leaves))}
         except ValueError as error:
@@ -69,12 +59,10 @@ def main():
     add("--abilities", nargs="*", default=[],
         help="files of paths {id, ability_path}; the agent classifies questions without one")
     add("--tree", required=True, help="the ability tree before this round")
-    add("--grow", action="store_true", help="add paths that the tree lacks; without it, an error")
-    add("--round", type=int, required=True, help="its number, not below the tree's last round")
+    add("--round", type=int, required=True, help="its number; later counts are replaced")
     add("--out", required=True, help=".json file of the tree after this round; must not exist yet")
     add("--png", metavar="FILE.png", help="file of a picture of the tree before and after")
-    add = add_request_args(parser)
-    add("--hide_options", action="store_true", help="show the agent the bare question")
+    add_request_args(parser)
     add_agent_args(parser, "agent")
     add_process_args(parser, dtype=False)
     args = parse_args(parser)
@@ -86,15 +74,13 @@ def main():
             raise ValueError(f"{args.out} exists already. Give another --out, or remove it")
         before, tree = AbilityTree.load(args.tree), AbilityTree.load(args.tree)
         questions = {str(row["id"]): row for row in read_choices(args.questions)}
-        replies, paths = read_replies(args.replies), read_abilities(args.abilities)
+        replies = dict(rows_of(args.replies, read_reply))
+        paths = read_abilities(args.abilities)
         if alone := sorted(replies.keys() ^ questions.keys()):
             raise ValueError(f"{len(alone):,} ids are in --replies or in --questions alone, the "
                              f"first is {alone[0]!r}; both must be of one exam")
         for path in dict.fromkeys(paths[name] for name in questions if name in paths):
-            try:
-                tree.find(path, args.grow)
-            except ValueError as error:
-                raise ValueError(f"{error}. Correct the path, or pass --grow to add it") from None
+            tree.find(path)
         unknown = [row for name, row in questions.items() if name not in paths]
         if unknown and not (args.agent or args.agent_url):
             raise ValueError(f"{len(unknown):,} of {len(questions):,} questions have no path, the "
@@ -107,13 +93,11 @@ def main():
         leaves = list(tree.leaves())
         with checking_input():
             agent = make_agent(vars(args), "agent", world.device)
-            about = {"agent": identity_of(vars(args), "agent"), "leaves": list(map(list, leaves)),
-                     "questions": sha256_of(args.questions), "ids": [row["id"] for row in unknown],
-                     **settings(args, ("prompts", "hide_options", "max_new_tokens", "seed"))}
+            about = made_from(args, ("tree", "questions", "abilities"), ("agent",),
+                              ("prompts", "max_new_tokens"))
         parts, results = work_in_parts(
-            args.out, about, batches_of(unknown, PART), lambda part, batch: classify(
-                agent, PROMPTS[args.prompts], batch, leaves, args.hide_options,
-                args.max_new_tokens, seed_of(args.seed, part)), world)
+            args.out, about, batches_of(unknown, PART), lambda _, batch: classify(
+                agent, PROMPTS[args.prompts], batch, leaves, args.max_new_tokens), world)
     if world.rank != 0:
         return
     results = sum(results, [])

@@ -21,7 +21,7 @@ from ability_tree.prompts import PROMPTS
 from ability_tree.steps import add_request_args, batches_of, beside, read_abilities
 from ability_tree.tree import AbilityTree, key_of, spell
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
-from runtime.endpoint import OutOfBudget, add_agent_args
+from runtime.endpoint import add_agent_args
 from runtime.files import write_jsonl
 from runtime.log import Logger
 from runtime.precision import seed_of
@@ -61,26 +61,17 @@ def grow(tree: AbilityTree, generate: Callable, prompts, depth: int, breadth: in
 
 
 def divided(agent, max_new_tokens: int, temperature: float, world) -> Callable:
-    """generate(conversations, seed) -> the replies, on every process; each requests a share of
-    them. Raises OutOfBudget on all processes if the budget of one is used."""
+    """generate(conversations, seed) -> the replies, on every process; each requests a share."""
     group = patient_group(world)
 
     def generate(conversations: list, seed: int) -> list[str]:
-        batches, replies, problem = batches_of(conversations, PART), {}, None
-        try:
-            for n in range(world.rank, len(batches), world.size):
-                replies[n] = agent.generate(batches[n], max_new_tokens, temperature,
-                                            seed_of(seed, n))
-        except OutOfBudget as error:
-            problem = str(error)
-        results = [(replies, problem)] * world.size
+        batches = batches_of(conversations, PART)
+        mine = {n: agent.generate(batches[n], max_new_tokens, temperature, seed_of(seed, n))
+                for n in range(world.rank, len(batches), world.size)}
+        shares = [mine] * world.size
         if group:
-            dist.all_gather_object(results, (replies, problem), group=group)
-        for others, problem in results:
-            if problem:
-                raise OutOfBudget(problem)
-            replies |= others
-        return [text for n in range(len(batches)) for text in replies[n]]
+            dist.all_gather_object(shares, mine, group=group)
+        return [text for n in range(len(batches)) for text in shares[n % world.size][n]]
 
     return generate
 
@@ -89,8 +80,9 @@ def main():
     # 1. Arguments
     parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
-    add("--ability_files", nargs="+", help="make the tree of these files' paths")
-    add("--domain", help="or the name of a root, level 0, which an agent divides")
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source("--ability_files", nargs="+", help="make the tree of these files' paths")
+    source("--domain", help="or the name of a root, level 0, which an agent divides")
     add("--out", required=True, help=".json file of the tree; must not exist yet")
     add = add_request_args(parser, temperature=0.7)
     add("--depth", type=int, default=2, help="levels below the root, 1 or more")
@@ -98,18 +90,15 @@ def main():
     add("--max_tries", type=int, default=3, help="maximum number of requests per ability")
     add_agent_args(parser, "agent")
     add_process_args(parser, dtype=False)
-    args = parse_args(parser, breadth="[2, inf)", temperature="[0, inf)")
-    if bool(args.domain) == bool(args.ability_files):
-        parser.error("give a --domain that an agent divides, or --ability_files; one of the two")
+    args = parse_args(parser, breadth="[2, inf)")
     if Path(args.out).exists():             # checked before any process can have written it
         parser.error(f"{args.out} exists already. Give another --out, or remove it")
     world = init_distributed_mode(args.ddp, args.device, args.local_rank)
 
     # 2. Tree
-    rejected = []
     with checking_input():
         if args.ability_files:
-            tree = AbilityTree.from_paths(read_abilities(args.ability_files).values())
+            tree, rejected = AbilityTree.from_paths(read_abilities(args.ability_files).values()), []
         else:
             tree = AbilityTree.from_paths([[args.domain]])
             agent = make_agent(vars(args), "agent", world.device)

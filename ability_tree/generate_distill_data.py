@@ -13,16 +13,17 @@ teacher writes them after the example of real ones.
     OUT_rejected.jsonl    {"leaf", "reply", "reason"}: repetitions and replies that cannot be read
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from ability_tree.agents import identity_of, make_agent
-from ability_tree.prompts import LETTERS, PROMPTS, folded, name_of, nonempty
-from ability_tree.steps import (add_request_args, finish_questions, read_abilities, read_choices,
-                                rows_of, settings, sha256_of, table, work_in_parts)
+from ability_tree.agents import make_agent
+from ability_tree.prompts import LETTERS, N_OPTIONS, PROMPTS, folded, name_of, nonempty
+from ability_tree.steps import (add_request_args, finish_questions, made_from, read_abilities,
+                                read_choices, rows_of, table, work_in_parts)
 from ability_tree.tree import AbilityTree, key_of, spell
 from dataset.formats import bare_question
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
@@ -32,15 +33,16 @@ from runtime.precision import seed_of
 from runtime.processes import init_distributed_mode
 
 PART = 64           # questions of a part, at least; it has whole leaves
-SAME = ("n_samples", "n_options", "n_seeds", "smoothing", "floor", "power", "prompts", "max_tries",
-        "max_new_tokens", "temperature", "seed")
+N_SEEDS = 3         # real questions in a request
+SAME = ("n_samples", "floor", "power", "prompts", "max_tries", "max_new_tokens", "temperature",
+        "seed")
 
 
 class Wanted(NamedTuple):
     leaf: tuple[str, ...]
     n: int                      # number of questions
     seeds: list[dict]           # real questions of this leaf
-    answers: list[str]          # from which missing options are sampled
+    answers: list[str]          # of the leaf: a teacher that writes no wrong options gets these
 
 
 def largest_remainder(shares: dict, n: int) -> dict:
@@ -79,32 +81,31 @@ def question_text(row: dict) -> str:
     return bare_question(row)[-1]["content"]
 
 
-def plan(shares: dict[tuple, float], seeds: dict[tuple, list[dict]], n_samples: int, n_options: int,
+def plan(shares: dict[tuple, float], seeds: dict[tuple, list[dict]], n_samples: int,
          writes_wrong_options: bool) -> list[Wanted]:
     """The questions wanted of each leaf, by its share. If the teacher writes the correct option
-    only, the wrong ones come from the leaf's seed questions, and a leaf without enough of them gets
-    no share. Raises ValueError if that leaves none."""
+    only, the wrong ones are answers to the leaf's seed questions, and a leaf with too few of them
+    gets no share. Raises ValueError if that leaves none."""
     answers = {}
     for leaf, rows in seeds.items():
-        correct = [row["options"][row["answer_idx"]] for row in rows]
-        answers[leaf] = distinct(correct)
-        if len(answers[leaf]) < n_options:
-            others = [text for row in rows for text in row["options"].values()]
-            answers[leaf] = distinct(correct + others)
-    poor = [leaf for leaf in shares if len(answers[leaf]) < n_options]
-    if poor and not writes_wrong_options:
+        answers[leaf] = distinct(row["options"][row["answer_idx"]] for row in rows)
+        if len(answers[leaf]) < N_OPTIONS:
+            answers[leaf] = distinct([*answers[leaf], *(
+                text for row in rows for text in row["options"].values())])
+    if not writes_wrong_options:
+        poor = [leaf for leaf in shares if len(answers[leaf]) < N_OPTIONS]
         if len(poor) == len(shares):
-            raise ValueError(f"no leaf has seed questions with {n_options} different answers to "
-                             "complete options from: give more --questions, or fewer --n_options")
-        Logger(f"{len(poor):,} of {len(shares):,} leaves get no share: their seed questions have "
-               f"fewer than {n_options} different answers: {', '.join(map(name_of, poor))}")
+            raise ValueError(f"no leaf has seed questions with {N_OPTIONS} different answers, the "
+                             "options of new ones: give more --questions")
+        if poor:
+            Logger(f"{len(poor):,} of {len(shares):,} leaves get no share: their seed questions "
+                   f"have fewer than {N_OPTIONS} answers: {', '.join(map(name_of, poor))}")
         shares = {leaf: share for leaf, share in shares.items() if leaf not in poor}
     return [Wanted(leaf, n, seeds[leaf], answers[leaf])
             for leaf, n in largest_remainder(shares, n_samples).items() if n]
 
 
-def distinct(texts: list[str]) -> list[str]:
-    """Each text once, in its last spelling."""
+def distinct(texts: Iterable[str]) -> list[str]:
     return list({folded(text): text for text in texts}.values())
 
 
@@ -120,52 +121,47 @@ def in_parts(wanted: list[Wanted]) -> list[list[Wanted]]:
 
 
 def write_part(generate: Callable, prompts, wanted: list[Wanted], known: set[str], part: int,
-               n_options: int, n_seeds: int, max_tries: int, seed: int) -> dict:
-    """{"asked": requests per leaf, "rows": [[of each leaf]], "rejected": [...]}. Each try requests
-    all missing questions of all leaves at once."""
+               max_tries: int, seed: int) -> dict:
+    """{"rows": {leaf: its questions}, "rejected": [...]}. Each try requests all missing questions
+    of all leaves at once."""
     known = set(known)              # and those of this part; other parts are compared at the end
-    asked, rows, rejected = [0] * len(wanted), [[] for _ in wanted], []
+    rows, rejected = {spell(each.leaf): [] for each in wanted}, []
     for attempt in range(max_tries):
-        todo = [i for i, each in enumerate(wanted) for _ in range(each.n - len(rows[i]))]
+        todo = [each for each in wanted for _ in range(each.n - len(rows[spell(each.leaf)]))]
         if not todo:
             break
-        randoms = [Random(f"{seed}/{spell(wanted[i].leaf)}/{attempt}/{n}")
-                   for n, i in enumerate(todo)]
-        requests = []
-        for i, random in zip(todo, randoms):
-            seeds = wanted[i].seeds
-            examples = random.sample(seeds, min(n_seeds, len(seeds)))
-            requests.append(prompts.write(wanted[i].leaf, examples, n_options))
+        randoms = [Random(f"{seed}/{spell(each.leaf)}/{attempt}/{n}")
+                   for n, each in enumerate(todo)]
+        examples = [random.sample(each.seeds, min(N_SEEDS, len(each.seeds)))
+                    for each, random in zip(todo, randoms)]
+        requests = [prompts.write(each.leaf, shown) for each, shown in zip(todo, examples)]
         replies = generate(requests, seed=seed_of(seed, part, attempt))
-        for i, reply, random in zip(todo, replies, randoms):
-            asked[i] += 1
+        for each, reply, random in zip(todo, replies, randoms):
+            leaf = spell(each.leaf)
             try:
-                row = new_question(reply, wanted[i], known, prompts, n_options, random)
+                row = new_question(reply, each, known, prompts, random)
             except ValueError as error:
-                rejected.append({"leaf": spell(wanted[i].leaf), "reply": reply,
-                                 "reason": str(error)})
+                rejected.append({"leaf": leaf, "reply": reply, "reason": str(error)})
             else:
                 known.add(folded(row["question"]))
-                rows[i].append(row)
-    return {"asked": asked, "rows": rows, "rejected": rejected}
+                rows[leaf].append(row)
+    return {"rows": rows, "rejected": rejected}
 
 
-def new_question(reply: str, wanted: Wanted, known: set[str], prompts, n_options: int,
-                 random: Random) -> dict:
-    """The row of a reply, its options in random order, missing ones from wanted.answers. Raises
-    ValueError with the reason if it has none."""
+def new_question(reply: str, wanted: Wanted, known: set[str], prompts, random: Random) -> dict:
+    """The row of a reply, its options in random order. Raises ValueError with the reason if it has
+    none."""
     row = prompts.read_question(nonempty(reply))
     if folded(row["question"]) in known:
         raise ValueError(f"a repetition: {row['question']}")
     correct = row["options"].pop(row["answer_idx"])
-    wrong = list(row["options"].values())[:n_options - 1]
-    used = {folded(text) for text in [correct, *wrong]}
-    others = [text for text in wanted.answers if folded(text) not in used]
-    missing = n_options - 1 - len(wrong)
-    if missing > len(others):
-        raise ValueError(f"too few options: {1 + len(wrong)} of {n_options}, and the leaf's seed "
-                         f"questions have only {len(others)} others")
-    texts = [correct, *wrong, *random.sample(others, missing)]
+    wrong = list(row["options"].values())[:N_OPTIONS - 1]
+    if not prompts.writes_wrong_options:
+        others = [text for text in wanted.answers if folded(text) != folded(correct)]
+        wrong = random.sample(others, N_OPTIONS - 1)
+    if len(wrong) < N_OPTIONS - 1:
+        raise ValueError(f"too few options: {1 + len(wrong)} of {N_OPTIONS}")
+    texts = [correct, *wrong]
     random.shuffle(texts)
     return {"question": row["question"], "options": dict(zip(LETTERS, texts)),
             "answer_idx": LETTERS[texts.index(correct)], "meta_info": name_of(wanted.leaf)}
@@ -174,19 +170,19 @@ def new_question(reply: str, wanted: Wanted, known: set[str], prompts, n_options
 def collect(parts: list[list[Wanted]], results: list[dict], prefix: str, random: Random):
     """(rows, their paths, rejected, lines of the table) of all parts. Of a question that two parts
     wrote, the first is kept. The order is random: any beginning of the file has all leaves."""
-    kept, rejected, lines, known = [], [], [], set()
+    kept, rejected, known = [], [], set()
     for wanted, result in zip(parts, results):
         rejected += result["rejected"]
-        for each, asked, rows in zip(wanted, result["asked"], result["rows"]):
-            n_before, leaf = len(kept), spell(each.leaf)
-            for row in rows:
+        for each in wanted:
+            for row in result["rows"][spell(each.leaf)]:
                 if folded(row["question"]) in known:
-                    rejected.append({"leaf": leaf, "reply": row["question"],
+                    rejected.append({"leaf": spell(each.leaf), "reply": row["question"],
                                      "reason": "a repetition: of another leaf"})
                 else:
                     known.add(folded(row["question"]))
                     kept.append((each.leaf, row))
-            lines.append((leaf, each.n, asked, len(kept) - n_before))
+    n_kept = Counter(leaf for leaf, _ in kept)
+    lines = [(spell(each.leaf), each.n, n_kept[each.leaf]) for wanted in parts for each in wanted]
     random.shuffle(kept)
     rows = [{"id": f"{prefix}-{i:05d}", **row} for i, (_, row) in enumerate(kept)]
     return rows, [leaf for leaf, _ in kept], rejected, lines
@@ -213,17 +209,13 @@ def main():
     add("--skip_bad_lines", action="store_true", help="skip and count lines that cannot be used")
     add = parser.add_argument_group("share of a leaf").add_argument
     add("--n_samples", type=int, default=1000, help="number of questions, over all leaves")
-    add("--smoothing", type=float, default=1.0,
-        help="added to the correct and the wrong answers of a leaf, above 0")
     add_share_args(add)
     add = add_request_args(parser, temperature=1.0)
-    add("--n_options", type=int, default=4, help="options per question, 2 to 26")
-    add("--n_seeds", type=int, default=3, help="real questions shown per request (json)")
     add("--max_tries", type=int, default=4, help="maximum number of requests per question")
     add_agent_args(parser, "teacher")
     add_process_args(parser, dtype=False)
     # A temperature of 0 is out of range: a retry would give the same.
-    args = parse_args(parser, n_options=f"[2, {len(LETTERS)}]")
+    args = parse_args(parser)
     world = init_distributed_mode(args.ddp, args.device, args.local_rank)
 
     # 2. Leaves, their seed questions, and the teacher
@@ -233,12 +225,10 @@ def main():
         excluded = rows_of(args.exclude, question_text, args.skip_bad_lines)
         known = {folded(text) for text in [*map(question_text, questions), *excluded]}
         seeds = seeds_of_leaves(questions, read_abilities(args.abilities), tree.leaves())
-        wanted = in_parts(plan(tree.weights(args.smoothing, args.floor, args.power), seeds,
-                               args.n_samples, args.n_options, prompts.writes_wrong_options))
+        wanted = in_parts(plan(tree.weights(floor=args.floor, power=args.power), seeds,
+                               args.n_samples, prompts.writes_wrong_options))
         teacher = make_agent(vars(args), "teacher", world.device)
-        about = {"--tree": sha256_of([args.tree]), "--teacher": identity_of(vars(args), "teacher"),
-                 **{f"--{name}": sha256_of(vars(args)[name])
-                    for name in ("questions", "abilities", "exclude")}, **settings(args, SAME)}
+        about = made_from(args, ("tree", "questions", "abilities", "exclude"), ("teacher",), SAME)
 
     # 3. Questions, files and counts
     Logger(f"{teacher.name} writes {args.n_samples:,} questions for {sum(map(len, wanted)):,} "
@@ -247,12 +237,11 @@ def main():
                        temperature=args.temperature)
     parts, results = work_in_parts(
         args.out, about, wanted, lambda part, leaves: write_part(
-            generate, prompts, leaves, known, part, args.n_options, args.n_seeds, args.max_tries,
-            args.seed), world)
+            generate, prompts, leaves, known, part, args.max_tries, args.seed), world)
     if results is not None:
         prefix = args.id_prefix or Path(args.out).stem
         rows, paths, rejected, lines = collect(wanted, results, prefix, Random(args.seed))
-        Logger(table(["wanted", "asked", "kept"], lines, rejected))
+        Logger(table(["wanted", "kept"], lines, rejected))
         finish_questions(parts, rows, paths, rejected)
 
 

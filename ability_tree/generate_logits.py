@@ -88,22 +88,19 @@ def main():
     add_data_args(add)
     add("--out", required=True, help="folder of the outputs; bare conversations go to OUT.jsonl")
     add("--tokenizer", help="the student's tokenizer: see scripts/cache_teacher.py")
-    add("--top_k", type=int, default=0,
-        help="keep only the k highest log-probabilities; 0: hidden states, which give all of them")
-    add("--temperature", type=float, default=2.0,
-        help="temperature of the top-k, that of the training to come; hidden states serve any")
-    add("--overwrite", action="store_true", help="replace other outputs in --out")
-    add("--tokens_per_batch", type=int, default=8192, help="tokens per forward pass of the teacher")
+    add("--more", default="", help="further flags of scripts/cache_teacher.py, as one text: "
+                                   '--more="--top_k 64 --temperature 2"')
     add_process_args(parser)
     args = parse_args(parser)
 
     with checking_input():
         data_path = conversations(args.data, args.hide_options, args.skip_bad_lines,
                                   f"{args.out.rstrip('/')}.jsonl")
-    args.temperature = args.temperature if args.top_k else None
+        more = shlex.split(args.more)
     given = {name: value for name, value in vars(args).items()
-             if name not in ("config", "data", "hide_options", "out")}
-    become("scripts/cache_teacher.py", flags_of(**given, data_path=data_path, cache_dir=args.out))
+             if name not in ("config", "data", "hide_options", "out", "more")}
+    flags = flags_of(**given, data_path=data_path, cache_dir=args.out)
+    become("scripts/cache_teacher.py", flags + more)
 
 
 if __name__ == "__main__":

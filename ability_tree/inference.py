@@ -13,7 +13,7 @@ log_p is the log-probability, in nats, of the option's text and its end of turn.
 exceeds the context length with its longest option has null answer_idx and log_p, and is wrong.
 """
 
-from ability_tree.steps import batches_of, read_choices, settings, sha256_of, work_in_parts
+from ability_tree.steps import batches_of, made_from, read_choices, work_in_parts
 from dataset.formats import bare_question, to_question
 from evaluation.scores import score_answers
 from evaluation.tables import wilson
@@ -29,20 +29,15 @@ PART = 128          # questions in one part
 
 def reply(model, tokenizer, rows: list[dict], hide_options: bool) -> list[dict]:
     """The reply to each row, as in the file; the first of equal options. For eval mode."""
-    scores = score_answers(model, tokenizer, [(prompt(row, hide_options), row["options"].values())
-                                              for row in rows])
+    asked = [(bare_question(row) if hide_options else to_question(row).messages,
+              row["options"].values()) for row in rows]
     replies = []
-    for row, values in zip(rows, scores):
+    for row, values in zip(rows, score_answers(model, tokenizer, asked)):
         log_p = values and {letter: round(nats, 4) for letter, nats in zip(row["options"], values)}
         answer = log_p and max(log_p, key=log_p.get)
         replies.append({"id": row["id"], "answer_idx": answer,
                         "correct": answer == row["answer_idx"], "log_p": log_p})
     return replies
-
-
-def prompt(row: dict, hide_options: bool) -> list[dict]:
-    """The question and its options on lettered lines, or the bare question."""
-    return bare_question(row) if hide_options else to_question(row).messages
 
 
 def summary(replies: list[dict]) -> str:
@@ -72,8 +67,8 @@ def main():
     with checking_input():
         model, tokenizer = load_model(args.weights, world.device, dtype)
         rows = read_choices(args.questions, args.skip_bad_lines)
-        about = {"weights": sha256_of_model(args.weights), "questions": sha256_of(args.questions),
-                 "dtype": str(dtype), **settings(args, ("hide_options", "skip_bad_lines"))}
+        about = {"weights": sha256_of_model(args.weights), "dtype": str(dtype),
+                 **made_from(args, ("questions",), flags=("hide_options", "skip_bad_lines"))}
     parts, results = work_in_parts(
         args.out, about, batches_of(rows, PART),
         lambda _, batch: reply(model, tokenizer, batch, args.hide_options), world)

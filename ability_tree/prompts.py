@@ -9,22 +9,21 @@ import json
 import re
 import string
 from collections.abc import Iterator
+from contextlib import suppress
 
-from ability_tree.tree import clean, key_of, same
+from ability_tree.tree import clean, key_of
 from dataset.formats import to_question
 
 LETTERS = string.ascii_uppercase        # names of the options
-MAX_OPENINGS = 32                       # brackets of a reply at which JSON may begin
+N_OPTIONS = 4                           # of a new question
 NO_PARTS = "none"                       # miniworld: the parts of a leaf
 ARROW = " => "                          # miniworld: between a question and its answer
 
 THOUGHT = "</think>"                                                        # the reply follows it
-BARE_BACKSLASH = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/bfnrt])|\\')          # \alpha is not JSON
-EXTRA_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOTALL)   # or a string, unchanged
-UNUSABLE = re.compile("[\x00-\x08\x0b-\x1f\ufffd]")                         # or invalid UTF-8
+OPENING = re.compile(r"[{\[]")                                              # of a JSON value
 OWN_LETTER = re.compile(r"\(?([A-Z])[.):：、]\s*(?=\S)")                     # "B. heart", "(B) ..."
 NAMED_LETTER = re.compile(                                                  # "The answer is B"
-    r"(?:(?i:answer(?:_idx)?)|答案)(?:\W|(?i:is\b|option\b)|应|选|是|为)*([A-Z])(?![A-Za-z])")
+    r"(?:(?i:answer)|答案)(?:\W|(?i:is\b|option\b)|应|选|是|为)*([A-Z])(?![A-Za-z])")
 
 
 def folded(text: str) -> str:
@@ -38,8 +37,7 @@ def name_of(path: tuple[str, ...]) -> str:
 
 
 def short(value) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return repr(text if len(text) <= 80 else f"{text[:80]}...")
+    return f"{value!r:.80}"
 
 
 def nonempty(reply: str) -> str:
@@ -49,69 +47,50 @@ def nonempty(reply: str) -> str:
 
 
 def values_in(reply: str) -> Iterator[dict | list]:
-    """The outermost JSON objects and lists of a reply, in order. Commas before closing brackets and
-    the single backslashes of formulas are repaired."""
-    text = reply.rpartition(THOUGHT)[2]
-    for _ in range(MAX_OPENINGS):
-        opening = re.search(r"[{\[]", text)
-        if opening is None:
-            return
-        text = text[opening.start():]
-        mended = BARE_BACKSLASH.sub(lambda found: found[0] if found[1] else "\\\\", text)
-        mended = EXTRA_COMMA.sub(lambda found: found[1] or "", mended)
-        for candidate in (text, mended):
-            try:                                            # strict=False allows line breaks
-                value, end = json.JSONDecoder(strict=False).raw_decode(candidate)
-            except (ValueError, RecursionError):
-                continue
+    """The outermost JSON objects and lists of a reply, in order."""
+    text, start = reply.rpartition(THOUGHT)[2], 0
+    decoder = json.JSONDecoder(strict=False)                # texts may have line breaks
+    while opening := OPENING.search(text, start):
+        try:
+            value, start = decoder.raw_decode(text, opening.start())
             yield value
-            text = candidate[end:]
-            break
-        else:
-            text = text[1:]
+        except (ValueError, RecursionError):
+            start = opening.end()
 
 
 def checked_names(names) -> list[str]:
     """Names of abilities, each once."""
-    if isinstance(names, list):
-        names = [name.get("name") if isinstance(name, dict) else name for name in names]
-        if all(isinstance(name, str) and name.strip() for name in names):
-            return [clean(name) for i, name in enumerate(names)
-                    if not any(same(name, other) for other in names[:i])]
-    raise ValueError(f"no list of names: {short(names)}")
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip()
+                                              for name in names):
+        raise ValueError(f"no list of names: {short(names)}")
+    unique = {}
+    for name in names:
+        unique.setdefault(key_of([name]), clean(name))
+    return list(unique.values())
 
 
 def checked_question(question, options, answer) -> dict:
-    """The row {"question", "options", "answer_idx"}. The options are a list or have letters or
-    numbers, or letters in their texts; the answer is a key, or as letter_of reads it."""
+    """The row {"question", "options", "answer_idx"}. The options may be a list; the answer is read
+    by letter_of."""
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"no question: {short(question)}")
     if isinstance(options, list):
         options = dict(zip(LETTERS, options))
-    if not isinstance(options, dict) or not 2 <= len(options) <= len(LETTERS):
+    if not isinstance(options, dict) or len(options) < 2 or (
+            "".join(options).upper() != LETTERS[:len(options)]):
         raise ValueError(f"no options: {short(options)}")
-    texts = [str(text) if isinstance(text, (int, float)) else text for text in options.values()]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
+    texts = [str(text).strip() for text in options.values() if isinstance(text, (str, int, float))]
+    if len(texts) < len(options) or "" in texts:
         raise ValueError(f"an option is no text: {short(options)}")
-    texts = [text.strip() for text in texts]
-    own = [OWN_LETTER.match(text) for text in texts]
-    if all(found and found[1] == letter for found, letter in zip(own, LETTERS)):
-        texts = [text[found.end():] for found, text in zip(own, texts)]
     if len(set(map(folded, texts))) < len(texts):
         raise ValueError(f"an option occurs twice: {short(options)}")
-    letters = {str(key).strip().upper(): letter for key, letter in zip(options, LETTERS)}
     options = dict(zip(LETTERS, texts))
-    answer = str(answer).strip() if isinstance(answer, (str, int, float)) else ""
-    return checked_row({"question": question.strip(), "options": options,
-                        "answer_idx": letters.get(answer) or letter_of(answer, options)})
+    return checked_row(question, options, letter_of(str(answer), options))
 
 
-def checked_row(row: dict) -> dict:
-    """The row, if training can use it."""
-    to_question(row)
-    for text in (row["question"], *row["options"].values()):
-        if UNUSABLE.search(text):
-            raise ValueError(f"a control or half a character: {short(text)}")
+def checked_row(question: str, options: dict[str, str], answer: str) -> dict:
+    row = {"question": question.strip(), "options": options, "answer_idx": answer}
+    to_question(row)            # raises ValueError for what training cannot read
     return row
 
 
@@ -129,16 +108,13 @@ def letter_of(answer: str, options: dict[str, str]) -> str:
                      f"{', '.join(options)} or their texts")
 
 
-def leaf_called(name: str, leaves: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """The leaf of this name, with its root or without."""
-    for leaf in leaves:
-        if key_of([name.replace(">", "/")]) in (key_of([name_of(leaf)]), key_of(["/".join(leaf)])):
-            return leaf
-    raise ValueError(f"no leaf of the tree: {short(name)}")
-
-
 def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
+
+
+def with_options(row: dict) -> str:
+    """The question and its options on lettered lines."""
+    return to_question(row).messages[-1]["content"]
 
 
 class Json:
@@ -157,40 +133,32 @@ class Json:
 
     def read_names(self, reply: str) -> list[str]:
         for value in values_in(reply):
-            if isinstance(value, dict):
-                lists = [each for each in value.values() if isinstance(each, list)]
-                value = lists[0] if len(lists) == 1 else None
-            try:
+            with suppress(ValueError):
                 return checked_names(value)
-            except ValueError:
-                continue
         raise ValueError(f"no list of names: {short(reply)}")
 
-    def classify(self, question: str, leaves: list[tuple[str, ...]]) -> list[dict]:
+    def classify(self, row: dict, leaves: list[tuple[str, ...]]) -> list[dict]:
         lines = "\n".join(f"{n}. {' > '.join(leaf)}" for n, leaf in enumerate(leaves, start=1))
         return user(f"Which of these abilities does the question below test most?\n\n{lines}\n\n"
-                    f"Question: {question}\n\n"
+                    f"Question: {with_options(row)}\n\n"
                     'Reply with its number as JSON and nothing else, like {"leaf": 1}')
 
     def read_leaf(self, reply: str, leaves: list[tuple[str, ...]]) -> tuple[str, ...]:
-        name = next((value["leaf"] for value in values_in(reply) if isinstance(value, dict)
-                     and "leaf" in value), reply.rpartition(THOUGHT)[2])
-        name = " > ".join(map(str, name)) if isinstance(name, list) else str(name).strip()
-        number = re.match(r"(\d{1,9})\b", name)
-        if number and 1 <= int(number[1]) <= len(leaves):
-            return leaves[int(number[1]) - 1]
-        return leaf_called(name, leaves)
+        number = re.search(r"\d{1,9}", reply.rpartition(THOUGHT)[2])
+        if not number or not 1 <= int(number[0]) <= len(leaves):
+            raise ValueError(f"no leaf of the tree: {short(reply)}")
+        return leaves[int(number[0]) - 1]
 
-    def write(self, leaf: tuple[str, ...], seeds: list[dict], n_options: int = 4) -> list[dict]:
+    def write(self, leaf: tuple[str, ...], seeds: list[dict]) -> list[dict]:
         keys = "question", "options", "answer_idx"
         examples = "".join(json.dumps({key: seed[key] for key in keys}, ensure_ascii=False) + "\n"
                            for seed in seeds)
-        form = dict(zip(keys, ("...", {letter: "..." for letter in LETTERS[:n_options]}, "A")))
+        form = dict(zip(keys, ("...", {letter: "..." for letter in LETTERS[:N_OPTIONS]}, "A")))
         return user(
             f"Write one new multiple-choice question that tests this ability: {' > '.join(leaf)}.\n"
             + (f"Real questions of this ability:\n{examples}Yours asks for something else than "
                "they do, and is as hard.\n" if examples else "")
-            + f"Of its {n_options} options exactly one is right; the others are plausible, and "
+            + f"Of its {N_OPTIONS} options exactly one is right; the others are plausible, and "
             "wrong beyond doubt. It can be understood by itself. Use the language of the ability "
             f"and its questions.\nReply with one JSON object and nothing else: {json.dumps(form)}")
 
@@ -198,19 +166,18 @@ class Json:
         for value in values_in(reply):
             if isinstance(value, dict) and "question" in value:
                 return checked_question(value["question"], value.get("options"),
-                                        value.get("answer_idx", value.get("answer")))
+                                        value.get("answer_idx"))
         raise ValueError(f"no JSON object with a question: {short(reply)}")
 
     def solve(self, row: dict) -> list[dict]:
-        options = "\n".join(f"{letter}. {text}" for letter, text in row["options"].items())
-        return user(f"{row['question']}\n{options}\n\nExactly one option is right. Reply with its "
-                    'letter as JSON, like {"answer": "A"}')
+        return user(f"{with_options(row)}\n\nExactly one option is right. Reply with its letter as "
+                    'JSON, like {"answer": "A"}')
 
     def read_letter(self, reply: str, row: dict) -> str:
         reply = reply.rpartition(THOUGHT)[2].strip()
         for value in values_in(reply):
-            if isinstance(value, dict) and ("answer" in value or "answer_idx" in value):
-                return letter_of(str(value.get("answer", value.get("answer_idx"))), row["options"])
+            if isinstance(value, dict) and "answer" in value:
+                return letter_of(str(value["answer"]), row["options"])
         named = [letter for letter in NAMED_LETTER.findall(reply) if letter in row["options"]]
         return named[-1] if named else letter_of(reply, row["options"])
 
@@ -233,15 +200,18 @@ class Miniworld:
     def read_names(self, reply: str) -> list[str]:
         if "\n" in reply.strip():
             raise ValueError(f"no list of names: {short(reply)}")
-        return checked_names([] if same(reply, NO_PARTS) else reply.split(","))
+        return checked_names([] if folded(reply) == NO_PARTS else reply.split(","))
 
-    def classify(self, question: str, leaves: list[tuple[str, ...]]) -> list[dict]:
-        return user(f"leaf of: {question}")
+    def classify(self, row: dict, leaves: list[tuple[str, ...]]) -> list[dict]:
+        return user(f"leaf of: {row['question']}")
 
     def read_leaf(self, reply: str, leaves: list[tuple[str, ...]]) -> tuple[str, ...]:
-        return leaf_called(reply, leaves)
+        for leaf in leaves:
+            if key_of([reply]) == key_of([name_of(leaf)]):
+                return leaf
+        raise ValueError(f"no leaf of the tree: {short(reply)}")
 
-    def write(self, leaf: tuple[str, ...], seeds: list[dict], n_options: int = 4) -> list[dict]:
+    def write(self, leaf: tuple[str, ...], seeds: list[dict]) -> list[dict]:
         """Without the seeds: a tiny teacher has learned the leaf's questions and samples one."""
         return user(f"new question: {name_of(leaf)}")
 
@@ -250,8 +220,7 @@ class Miniworld:
         question, *answer = reply.split(ARROW.rstrip())
         if len(answer) != 1 or not question.strip() or not answer[0].strip():
             raise ValueError(f"no question => answer: {short(reply)}")
-        return checked_row({"question": question.strip(), "options": {"A": answer[0].strip()},
-                            "answer_idx": "A"})
+        return checked_row(question, {"A": answer[0].strip()}, "A")
 
     def solve(self, row: dict) -> list[dict]:
         return user(row["question"])

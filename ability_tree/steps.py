@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from ability_tree.agents import identity_of
 from ability_tree.prompts import PROMPTS
 from dataset.formats import files_of, read_each, to_messages
 from evaluation.tables import aligned
@@ -20,13 +21,14 @@ from runtime.processes import main_process_first
 
 
 def add_request_args(parser, temperature: float | None = None):
-    """The flags of requests to an agent. Returns `add`, for more of them."""
+    """The flags of requests to an agent; without a temperature, its decoding is greedy. Returns
+    `add`, for more of them."""
     add = parser.add_argument_group("requests").add_argument
     add("--prompts", default="json", choices=list(PROMPTS), help="wording: ability_tree/prompts.py")
     add("--max_new_tokens", type=int, default=512, help="maximum length of a reply, in tokens")
-    add("--seed", type=int, default=1337, help="random seed of sampling; same seed, same file")
     if temperature is not None:
-        add("--temperature", type=float, default=temperature, help="of sampling; 0: greedy")
+        add("--temperature", type=float, default=temperature, help="of sampling, above 0")
+        add("--seed", type=int, default=1337, help="random seed of sampling; same seed, same file")
     return add
 
 
@@ -80,13 +82,18 @@ def read_abilities(paths) -> dict[str, tuple[str, ...]]:
     return abilities
 
 
-def sha256_of(paths) -> list[str]:
+def sha256_of(paths: str | list[str]) -> list[str]:
+    paths = [paths] if isinstance(paths, str) else paths
     return [file_sha256(file) for path in paths for file in files_of(path)]
 
 
-def settings(args, names) -> dict:
-    """What an interrupted run must have in common with the one that resumes it."""
-    return {f"--{name}": vars(args)[name] for name in names}
+def made_from(args, files=(), agents=(), flags=()) -> dict:
+    """What an interrupted run must have in common with the one that resumes it: the contents of
+    these flags' files, the identity of these agents, and the values of the other flags."""
+    return {f"--{name}": value for name, value in [
+        *((name, sha256_of(vars(args)[name])) for name in files),
+        *((role, identity_of(vars(args), role)) for role in agents),
+        *((name, vars(args)[name]) for name in flags)]}
 
 
 def work_in_parts(out, about: dict, items: list, work: Callable, world):

@@ -124,8 +124,8 @@ class AbilityTree:
     def update(self, results, round: int):
         """Count (path of a leaf, whether the answer is correct) of each question of a round.
 
-        Other leaves keep their counts; the same round again replaces its counts. Raises ValueError,
-        before any change, for a path that is no leaf and for a round before the last.
+        Other leaves keep their counts; of these leaves, counts of this round and later ones are
+        replaced. Raises ValueError, before any change, for a path that is no leaf.
         """
         answers = {}                        # {key of a leaf: (leaf, [whether correct, ...])}
         for path, is_correct in results:
@@ -134,9 +134,6 @@ class AbilityTree:
                 raise ValueError(f"{spell(path)} is no leaf: it divides into "
                                  f"{', '.join(child.name for child in leaf.children)}; give each "
                                  "question the path of a leaf")
-            if leaf.history and leaf.history[-1]["round"] > round:
-                raise ValueError(f"{spell(path)} has counts of round {leaf.history[-1]['round']}, "
-                                 f"after round {round}: give a tree from before, or a higher round")
             answers.setdefault(key_of(path), (leaf, []))[1].append(bool(is_correct))
         for leaf, right in answers.values():
             row = {"round": round, "asked": len(right), "correct": sum(right)}
@@ -209,7 +206,7 @@ class AbilityTree:
         return aligned(rows, "lrrl")
 
     def draw(self, png, before: "AbilityTree | None" = None):
-        """A row per node: its 95 % interval, its accuracy as a dot, and as a ring that of `before`."""
+        """A row per node: the 95 % interval, the accuracy as a dot, and as a ring that `before`."""
         nodes = list(self.walk())
         old = {key_of(path): node for path, node in before.walk()} if before else {}
         figure = new_figure(7, 0.26 * len(nodes) + 0.6)

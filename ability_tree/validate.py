@@ -1,50 +1,40 @@
 """
 验题：两个代理各自作答，都与所给答案一致才留下；其余退回并记下原因。
-Cross-validation: two agents answer each question independently. It is kept if both give its answer.
+Cross-validation: two agents answer each question independently, by greedy decoding. It is kept if
+both give its answer.
 
     python -m ability_tree.validate --questions out/ability/distill.jsonl \\
-        --abilities out/ability/distill_ability.jsonl --prompts miniworld --write \\
+        --abilities out/ability/distill_ability.jsonl --prompts miniworld \\
         --agent_a out/ability/teacher/full_sft_128.pth --agent_b out/full_sft_128.pth \\
         --out out/ability/valid.jsonl
 
 With --prompts json, an agent sees the options and names a letter. With --prompts miniworld, it sees
-the bare question: weights choose the option of the highest log-probability, or with --write they
-generate an answer, which must be one of the options. An endpoint always generates.
+the bare question, and its answer must be one of the options.
 
     OUT                   the questions that are kept, unchanged
     OUT_ability.jsonl     {"id", "ability_path"} of each of them
     OUT_rejected.jsonl    the others, with "leaf", "agent_a", "agent_b" (letters, or null), "reason"
 """
 
-from ability_tree.agents import LocalAgent, identity_of, make_agent
-from ability_tree.inference import reply
+from ability_tree.agents import make_agent
 from ability_tree.prompts import PROMPTS, nonempty
-from ability_tree.steps import (add_request_args, batches_of, finish_questions, read_abilities,
-                                read_choices, settings, sha256_of, table, work_in_parts)
+from ability_tree.steps import (add_request_args, batches_of, finish_questions, made_from,
+                                read_abilities, read_choices, table, work_in_parts)
 from ability_tree.tree import spell
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.endpoint import add_agent_args
 from runtime.log import Logger
-from runtime.precision import seed_of
 from runtime.processes import init_distributed_mode
 
 PART = 128          # questions in one part
-SAME = ("prompts", "write", "max_new_tokens", "temperature", "seed")
 ROLES = ("agent_a", "agent_b")
 
 
-def choose(agent: LocalAgent, rows: list[dict]) -> list[tuple[str | None, str | None]]:
-    """As solve; the option of the highest log-probability after the bare question."""
-    replies = reply(agent.model, agent.tokenizer, rows, hide_options=True)
-    return [(each["answer_idx"], None if each["log_p"] else "no reply: the question is too long")
-            for each in replies]
-
-
-def solve(agent, prompts, rows: list[dict], max_new_tokens: int, temperature: float,
-          seed: int) -> list[tuple[str | None, str | None]]:
+def solve(agent, prompts, rows: list[dict],
+          max_new_tokens: int) -> list[tuple[str | None, str | None]]:
     """The answer to each row: (letter, None), or (None, the reason why there is none)."""
     requests, answers = [prompts.solve(row) for row in rows], []
-    for row, text in zip(rows, agent.generate(requests, max_new_tokens, temperature, seed)):
+    for row, text in zip(rows, agent.generate(requests, max_new_tokens)):
         try:
             answers.append((prompts.read_letter(nonempty(text), row), None))
         except ValueError as error:
@@ -54,7 +44,7 @@ def solve(agent, prompts, rows: list[dict], max_new_tokens: int, temperature: fl
 
 def reason_to_reject(correct: str, answers) -> str | None:
     """Why a question with this correct letter is rejected; None if it is kept. `answers` are those
-    of agent_a and agent_b, from solve or choose."""
+    of agent_a and agent_b, from `solve`."""
     for role, (letter, problem) in zip(ROLES, answers):
         if letter is None:
             return f"{role} {problem}"
@@ -74,16 +64,11 @@ def main():
     add("--abilities", nargs="+", required=True, help="files of {id, ability_path}, joined on id")
     add("--out", required=True, help=".jsonl file of the kept questions; must not exist yet")
     add("--skip_bad_lines", action="store_true", help="skip and count lines that cannot be used")
-    add = add_request_args(parser, temperature=0.0)
-    add("--write", action="store_true",
-        help="miniworld: weights generate their answer instead of choosing an option; stricter, "
-             "since one of the options always has the highest probability")
+    add_request_args(parser)
     for role in ROLES:
         add_agent_args(parser, role)
     add_process_args(parser, dtype=False)
-    args = parse_args(parser, temperature="[0, inf)")
-    if args.write and args.prompts != "miniworld":
-        parser.error("--write needs --prompts miniworld; with json the agents choose a letter")
+    args = parse_args(parser)
     world = init_distributed_mode(args.ddp, args.device, args.local_rank)
 
     # 2. Questions and agents
@@ -94,27 +79,16 @@ def main():
             if str(row["id"]) not in abilities:
                 raise ValueError(f"the question {row['id']!r} has no row in {args.abilities}; give "
                                  "their abilities, such as the _ability.jsonl beside their file")
-        about = {"--questions": sha256_of(args.questions), "--abilities": sha256_of(args.abilities),
-                 **{f"--{role}": identity_of(vars(args), role) for role in ROLES},
-                 **settings(args, SAME)}
-        agents = [make_agent(vars(args), "agent_a", world.device)]
+        about = made_from(args, ("questions", "abilities"), ROLES, ("prompts", "max_new_tokens"))
         same = about["--agent_a"] == about["--agent_b"]
-        agents += agents if same else [make_agent(vars(args), "agent_b", world.device)]
-    Logger(f"{' and '.join(agent.name for agent in agents)} answer {len(rows):,} questions")
-    once = same and args.temperature == 0
-    if once:
-        Logger("agent_a and agent_b are the same model: its greedy answer counts for both")
+        agent_a = make_agent(vars(args), "agent_a", world.device)
+        agent_b = agent_a if same else make_agent(vars(args), "agent_b", world.device)
+    Logger(f"{agent_a.name} and {agent_b.name} answer {len(rows):,} questions")
 
     # 3. Answers
-    def answers(agent, batch, seed):
-        if isinstance(agent, LocalAgent) and args.prompts == "miniworld" and not args.write:
-            return choose(agent, batch)
-        return solve(agent, PROMPTS[args.prompts], batch, args.max_new_tokens, args.temperature,
-                     seed)
-
-    def both(part, batch):
-        a = answers(agents[0], batch, seed_of(args.seed, 0, part))
-        b = a if once else answers(agents[1], batch, seed_of(args.seed, 1, part))
+    def both(_, batch):
+        a = solve(agent_a, PROMPTS[args.prompts], batch, args.max_new_tokens)
+        b = a if same else solve(agent_b, PROMPTS[args.prompts], batch, args.max_new_tokens)
         return list(zip(a, b))
 
     parts, results = work_in_parts(args.out, about, batches_of(rows, PART), both, world)
@@ -133,9 +107,9 @@ def main():
             letters = {role: letter for role, (letter, _) in zip(ROLES, pair)}
             rejected.append({**row, "leaf": leaf, **letters, "reason": reason})
     Logger(table(["asked", "kept"], [(leaf, *counts[leaf]) for leaf in sorted(counts)], rejected))
-    for i, (role, agent) in enumerate(zip(ROLES, agents)):      # the teacher itself, by default
+    for i, agent in enumerate((agent_a, agent_b)):              # the teacher itself, by default
         n = sum(pair[i][0] == row["answer_idx"] for row, pair in zip(rows, pairs))
-        Logger(f"{role}, {agent.name}: {n:,} of {len(rows):,} answered as written "
+        Logger(f"{ROLES[i]}, {agent.name}: {n:,} of {len(rows):,} answered as written "
                f"({n / len(rows):.1%})")
     Logger(f"kept {len(kept):,} of {len(rows):,} questions ({len(kept) / len(rows):.1%})")
     finish_questions(parts, kept, [abilities[str(row["id"])] for row in kept], rejected)

@@ -1,6 +1,7 @@
 """
 接口的客户端与代理：OpenAI 的协议；答复都留下记录，重新运行时不再发送。
-Clients and agents of OpenAI's protocol. All replies are kept, so that a rerun sends no request twice.
+Clients and agents of OpenAI's protocol. All replies are kept, so that a rerun
+sends no request twice.
 """
 
 import hashlib
@@ -138,7 +139,7 @@ class EndpointAgent:
             row |= {"reply": text, "tokens": tokens, "finish_reason": choice.finish_reason}
         except openai.APIStatusError as error:
             status, problem = error.status_code, f"{error.status_code} {error.response.text}"
-        except openai.APIError as error:                            # no connection, no reply in time
+        except openai.APIError as error:                    # no connection, or no reply in time
             problem = f"{error} ({error.__cause__!r})"
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             problem = f"no chat completion: {raw.text}"

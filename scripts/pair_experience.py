@@ -57,10 +57,11 @@ def to_row(row: dict, same: str, apart: re.Pattern | None) -> Row:
                      for turn in turns if turn["role"] != "system")
     if same not in row:
         raise ValueError(f"no {same!r}, the key of --same (keys found: {', '.join(row)})")
-    found = apart and apart.search(str(row.get("id")))
+    name = row.get("id")
+    found = apart and apart.search(str(name))
     if apart and (not found or found[1] is None):
-        raise ValueError(f"--apart {apart.pattern!r} finds no group in the id {row.get('id')!r:.60}")
-    return Row(row.get("id"), row[same], found[1] if apart else text, messages, text, others)
+        raise ValueError(f"--apart {apart.pattern!r} finds no group in the id {name!r:.60}")
+    return Row(name, row[same], found[1] if apart else text, messages, text, others)
 
 
 def without(row: dict, experience: re.Pattern) -> dict:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ability_tree import analyze, generate_logits, inference, train
+from ability_tree import analyze, generate_logits, inference, steps, train
 from ability_tree.generate_logits import flags_of
 from ability_tree.steps import read_choices
 from ability_tree.tree import AbilityTree
@@ -179,9 +179,9 @@ class Librarian:
 def test_an_agent_finds_the_leaf_of_a_question_without_a_path(
         round_0, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(analyze, "make_agent", lambda flags, role, device: Librarian())
-    monkeypatch.setattr(analyze, "identity_of", lambda flags, role: "librarian")
+    monkeypatch.setattr(steps, "identity_of", lambda flags, role: "librarian")
     write(round_0["abilities"], [{"id": 0, "ability_path": SUM}, {"id": 3, "ability_path": DAY}])
-    call(analyze.main, monkeypatch, **round_0, agent="x", prompts="miniworld", hide_options=True)
+    call(analyze.main, monkeypatch, **round_0, agent="x", prompts="miniworld")
     assert counts(round_0["out"]) == {SUM: (2, 0), DAY: (2, 2)}     # 0, 1; 3, 4; 2 does not count
     assert read(tmp_path / "0/tree_ability.jsonl") == [{"id": 1, "ability_path": list(SUM)},
                                                        {"id": 4, "ability_path": list(DAY)}]
@@ -196,10 +196,9 @@ def test_an_agent_finds_the_leaf_of_a_question_without_a_path(
 @pytest.mark.parametrize("name, rows, problem", [
     ("abilities", [{"id": 0, "ability_path": SUM}], "4 of 5 questions have no path, the first is"),
     ("abilities", [{"id": i, "ability_path": ["world", "art"]} for i in range(5)],
-     "no world / art.*--grow"),
+     "no world / art"),
     ("replies", [{"id": i, "correct": True} for i in range(4)], "1 ids are in .* the first is '4'"),
     ("replies", [{"id": i, "correct": True} for i in range(6)], "1 ids are in .* the first is '5'"),
-    ("replies", [{"id": 0, "correct": True}] * 2, "'0' has two replies"),
     ("replies", [{"id": 0, "answer_idx": "B"}], "r.jsonl, line 1: not a reply"),
 ])
 def test_files_that_do_not_belong_together_are_named(name, rows, problem, round_0, monkeypatch):
@@ -207,13 +206,6 @@ def test_files_that_do_not_belong_together_are_named(name, rows, problem, round_
     with pytest.raises(SystemExit, match=problem):
         call(analyze.main, monkeypatch, **round_0)
     assert not round_0["out"].parent.exists()
-
-
-def test_a_path_that_the_tree_lacks_is_added_by_grow(round_0, monkeypatch):
-    new = ("world", "math", "product")
-    write(round_0["abilities"], [{"id": i, "ability_path": new} for i in range(5)])
-    call(analyze.main, monkeypatch, **round_0, grow=True)
-    assert counts(round_0["out"]) == {SUM: (0, 0), new: (5, 3), DAY: (0, 0)}
 
 
 # ---- the teacher's distributions, training -------------------------------------------------------

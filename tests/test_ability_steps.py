@@ -6,22 +6,20 @@ writes the same bytes.
 """
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from ability_tree.agents import LocalAgent
 from ability_tree.create_initial_tree import divided, grow
 from ability_tree.generate_distill_data import (Wanted, largest_remainder, new_question, plan,
                                                 seeds_of_leaves, write_part)
 from ability_tree.prompts import PROMPTS
 from ability_tree.steps import read_abilities, table
 from ability_tree.tree import AbilityTree
-from ability_tree.validate import choose, reason_to_reject, solve
-from dataset.formats import bare_question
-from evaluation.scores import score_answers
+from ability_tree.validate import reason_to_reject, solve
 from helpers_run import complaint, run, start, succeed
 from runtime.files import write_jsonl
 from runtime.processes import World
@@ -74,24 +72,11 @@ def read(path) -> list[dict]:
     json.dumps(ROW),
     f"Sure! Here it is:\n```json\n{json.dumps(ROW, indent=2)}\n```\nI hope it helps {{you}}.",
     f"<think>{{\"question\": \"no\", \"options\": [\"x\", \"y\"]}}</think>\n{json.dumps(ROW)}",
-    json.dumps(ROW).replace("}", ",}").replace('"B"}', '"B", }'),
     json.dumps({"question": WHICH, "options": ["liver", "heart", "skin", "lung"],
-                "answer": "Heart."}),
-    json.dumps({"question": WHICH, "options": ["A. liver", "B. heart", "C) skin", "(D) lung"],
-                "answer": "b"}),
-    json.dumps({"question": WHICH, "answer": 2,
-                "options": {"1": "liver", "2": "heart", "3": "skin", "4": "lung"}}),
-], ids=["plain", "fenced", "thought", "commas", "list", "lettered", "numbered"])
+                "answer_idx": "Heart."}),
+], ids=["plain", "fenced", "thought", "list"])
 def test_one_question_is_read_from_each_form_that_models_give_it(reply):
     assert JSON.read_question(reply) == ROW
-
-
-def test_backslashes_of_formulas_are_kept():
-    reply = (r'{"question": "Is \(\sigma\) 1?\nSay.", '
-             r'"options": ["\(1\)", "\\2"], "answer_idx": "A",}')
-    assert JSON.read_question(reply) == {
-        "question": "Is \\(\\sigma\\) 1?\nSay.", "options": {"A": "\\(1\\)", "B": "\\2"},
-        "answer_idx": "A"}
 
 
 @pytest.mark.parametrize("reply, reason", [
@@ -103,8 +88,7 @@ def test_backslashes_of_formulas_are_kept():
     (json.dumps(ROW | {"options": ["heart", ["lung"]]}), "an option is no text"),
     (json.dumps(ROW | {"answer_idx": "E"}), "the answer is none of the options"),
     ('{"question": "Which?", "options": ["x", "y"]}', "the answer is none of the options"),
-    (json.dumps(ROW | {"question": "Which\u0007?"}), "a control or half a character"),
-    (json.dumps(ROW | {"question": "Which \ufffd?"}), "a control or half a character"),
+    (json.dumps(ROW | {"options": {"1": "heart", "2": "lung"}}), "no options"),
 ])
 def test_a_question_that_cannot_be_used_is_refused_with_a_reason_to_count_by(reply, reason):
     with pytest.raises(ValueError) as refused:
@@ -152,8 +136,7 @@ def test_whatever_a_reply_is_it_is_read_or_refused():
 
 
 def test_names_are_read_once_each():
-    for reply in ('["heart",  "lung ", "Heart"]', 'Parts: {"abilities": ["heart", "lung"]} [1].',
-                  '[1] says: [{"name": "heart"}, {"name": "lung"},]'):
+    for reply in ('["heart",  "lung ", "Heart"]', '[1] says: ["heart", "lung"]'):
         assert JSON.read_names(reply) == ["heart", "lung"]
 
 
@@ -165,9 +148,8 @@ def test_an_empty_list_means_that_an_ability_has_no_parts_and_an_empty_reply_mea
             prompts.read_names("")
 
 
-def test_a_leaf_is_named_by_its_number_or_its_path():
-    for reply in ('{"leaf": 2}', "2", '{"leaf": "world > math > sub"}',
-                  '{"leaf": ["world", "math", "Sub"]}'):
+def test_a_leaf_is_named_by_its_number_and_by_the_tiny_teacher_by_its_path():
+    for reply in ('{"leaf": 2}', "2"):
         assert JSON.read_leaf(reply, [ADD, SUB]) == SUB
     assert MINIWORLD.read_leaf("math/sub", [ADD, SUB]) == SUB
     for reply in ('{"leaf": 0}', "3", "math"):
@@ -230,8 +212,8 @@ def test_what_is_left_of_a_division_goes_to_the_largest_remainders():
         assert sum(largest_remainder({leaf: 1 / (leaf + 1) for leaf in range(7)}, n).values()) == n
 
 
-def counts(tree, seeds, floor=0.0, n_options=2, writes_wrong_options=False):
-    planned = plan(tree.weights(floor=floor), seeds, 10, n_options, writes_wrong_options)
+def counts(tree, seeds, floor=0.0, writes_wrong_options=False):
+    planned = plan(tree.weights(floor=floor), seeds, 10, writes_wrong_options)
     return {each.leaf: each.n for each in planned}
 
 
@@ -239,17 +221,18 @@ def test_a_leaf_gets_questions_by_its_weakness():
     """0 of 8: posterior (0 + 1) / (8 + 2) = 0.1, weakness 0.9; 8 of 8: 0.1; so nine to one."""
     tree = AbilityTree.from_paths([ADD, SUB])
     tree.update([(ADD, False)] * 8 + [(SUB, True)] * 8, round=0)
-    seeds = {leaf: [add_row(1, 1, 1), add_row(2, 2, 2)] for leaf in (ADD, SUB)}
+    seeds = {leaf: [add_row(n, n, n) for n in range(4)] for leaf in (ADD, SUB)}
     assert counts(tree, seeds) == {ADD: 9, SUB: 1}
     assert counts(tree, seeds, floor=1.0) == {ADD: 5, SUB: 5}
 
 
 def test_a_leaf_without_answers_to_complete_options_gets_no_share_unless_the_teacher_writes_them():
-    tree, seeds = AbilityTree.from_paths([ADD, SUB]), {ADD: [add_row(1, 1, 1)], SUB: []}
+    tree = AbilityTree.from_paths([ADD, SUB])
+    seeds = {ADD: [add_row(n, n, n) for n in range(4)], SUB: [add_row(4, 4, 4)]}
     assert counts(tree, seeds) == {ADD: 10}
     assert counts(tree, seeds, writes_wrong_options=True) == {ADD: 5, SUB: 5}
     with pytest.raises(ValueError, match="no leaf has seed questions with 4 different answers"):
-        counts(tree, seeds, n_options=4)
+        counts(tree, dict.fromkeys((ADD, SUB), seeds[SUB]))
 
 
 def test_seed_questions_are_joined_to_leaves_on_their_ids():
@@ -264,7 +247,7 @@ def test_seed_questions_are_joined_to_leaves_on_their_ids():
 def test_wrong_options_are_answers_of_the_same_leaf_and_the_right_one_stands_anywhere():
     wanted, places = Wanted(ADD, 1, [], ["2", "4", "6", "7", "8"]), Counter()
     for seed in range(40):
-        row = new_question("what is 3 plus 4? => 7", wanted, set(), MINIWORLD, 4, Random(seed))
+        row = new_question("what is 3 plus 4? => 7", wanted, set(), MINIWORLD, Random(seed))
         assert row["options"][row["answer_idx"]] == "7" and list(row["options"]) == list("ABCD")
         wrong = set(row["options"].values()) - {"7"}
         assert len(wrong) == 3 and wrong < {"2", "4", "6", "8"}
@@ -272,28 +255,28 @@ def test_wrong_options_are_answers_of_the_same_leaf_and_the_right_one_stands_any
     assert set(places) == set("ABCD") and row["meta_info"] == "math/add"
 
 
-def test_the_teachers_own_options_stay_and_only_missing_ones_are_added():
-    reply = '{"question": "1 + 1", "options": ["2", "3"], "answer": "A"}'
-    three = new_question(reply, Wanted(ADD, 1, [], ["9", "3", "2"]), set(), JSON, 3, Random(0))
-    assert set(three["options"].values()) == {"2", "3", "9"}
+def test_the_teachers_own_options_stay_and_too_few_are_refused():
+    new = new_question(json.dumps(ROW), Wanted(ADD, 1, [], ["9"]), set(), JSON, Random(0))
+    assert set(new["options"].values()) == set(ROW["options"].values())
+    assert new["options"][new["answer_idx"]] == "heart"
     with pytest.raises(ValueError, match="too few options: 2 of 4"):
-        new_question(reply, Wanted(ADD, 1, [], ["9", "3", "2"]), set(), JSON, 4, Random(0))
+        new_question(json.dumps(ROW | {"options": {"A": "lung", "B": "heart"}}),
+                     Wanted(ADD, 1, [], ["9"]), set(), JSON, Random(0))
 
 
 def test_a_question_that_is_known_is_not_written_again_whatever_its_case_and_spaces():
     reply = "What is  3 plus 4? => 7"
     with pytest.raises(ValueError, match="^a repetition: What"):
-        new_question(reply, Wanted(ADD, 1, [], ["7", "8"]), {"what is 3 plus 4?"}, MINIWORLD, 2,
+        new_question(reply, Wanted(ADD, 1, [], ["7", "8"]), {"what is 3 plus 4?"}, MINIWORLD,
                      Random(0))
 
 
 def test_what_is_missing_is_requested_again_but_no_more_than_max_tries_each():
     """Three wanted: "new 1", again, and nonsense; the second try gives "new 2" and nonsense."""
     agent = Scripted({"new question": ["new 1 => 2", "new 1 => 2", "?", "new 2 => 4", ""]})
-    done = write_part(agent.generate, MINIWORLD, [Wanted(ADD, 3, [], ["2", "4"])], {"old"}, 0,
-                      n_options=2, n_seeds=3, max_tries=2, seed=0)
-    assert done["asked"] == [5]
-    assert [row["question"] for row in done["rows"][0]] == ["new 1", "new 2"]
+    done = write_part(agent.generate, MINIWORLD, [Wanted(ADD, 3, [], list("2468"))], {"old"}, 0,
+                      max_tries=2, seed=0)
+    assert [row["question"] for row in done["rows"]["world / math / add"]] == ["new 1", "new 2"]
     assert [each["reason"].partition(":")[0] for each in done["rejected"]] == [
         "a repetition", "no question => answer", "no reply"]
 
@@ -302,7 +285,7 @@ def test_the_teacher_sees_real_questions_of_the_leaf_and_of_no_other():
     agent = Scripted({"Write": "no"})
     seeds, other = [add_row(n, n, n) for n in range(1, 6)], add_row(9, 50, 50)
     wanted = [Wanted(ADD, 2, seeds, []), Wanted(SUB, 1, [other], [])]
-    write_part(agent.generate, JSON, wanted, set(), 0, n_options=2, n_seeds=3, max_tries=1, seed=0)
+    write_part(agent.generate, JSON, wanted, set(), 0, max_tries=1, seed=0)
     shown = [{row["id"] for row in [*seeds, other] if row["question"] in text}
              for text in agent.requests]
     assert [len(ids) for ids in shown] == [3, 3, 1] and shown[2] == {"s9"}
@@ -324,23 +307,10 @@ def test_a_question_is_kept_when_both_agents_give_its_answer():
 def test_an_empty_reply_and_nonsense_are_no_answer():
     agent = Scripted({"1?": "", "2?": "perhaps", "3?": '{"answer": "D"}'})
     rows = [ROW | {"question": f"{n}?"} for n in (1, 2, 3)]
-    letters, problems = zip(*solve(agent, JSON, rows, max_new_tokens=8, temperature=0.0, seed=0))
+    letters, problems = zip(*solve(agent, JSON, rows, max_new_tokens=8))
     assert letters == (None, None, "D")
     assert [text.partition(":")[0] for text in problems[:2]] == [
         "no reply", "the answer is none of the options"]
-
-
-def test_weights_choose_the_likeliest_option_after_the_bare_question(models):
-    agent = LocalAgent(models / "teacher.pth", "cpu")
-    rows = [{"id": n, "question": f"what is {n} plus 1?", "answer_idx": "A",
-             "options": {letter: f"{n * i:02}" for i, letter in enumerate("ABCD", 1)}}
-            for n in range(3, 9)]
-    log_p = score_answers(agent.model, agent.tokenizer,
-                          [(bare_question(row), row["options"].values()) for row in rows])
-    expected = [("ABCD"[of_row.index(max(of_row))], None) for of_row in log_p]
-    assert choose(agent, rows) == expected and len(set(expected)) > 1
-    endless = rows[0] | {"question": "m " * 200}
-    assert choose(agent, [endless]) == [(None, "no reply: the question is too long")]
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -351,7 +321,7 @@ def test_weights_choose_the_likeliest_option_after_the_bare_question(models):
 STEP = """
 import os
 from random import Random
-from ability_tree import {name} as step
+from ability_tree import steps, {name} as step
 from runtime.endpoint import OutOfBudget
 
 class Fake:
@@ -379,7 +349,7 @@ class Fake:
         return str(answer + (self.role == "agent_b" and answer % 7 == 0))
 
 step.make_agent = lambda flags, role, device: Fake(role)
-step.identity_of = lambda flags, role: role
+steps.identity_of = lambda flags, role: role
 step.main()
 """
 
@@ -445,9 +415,10 @@ def test_the_counts_of_each_leaf_are_printed_and_add_up(written):
     rejected = rejects_of(out)
     for leaf, wanted in (("world / math / add", 125), ("world / math / sub", 75), ("all", 200)):
         line = next(line for line in output.splitlines() if line.startswith(leaf))
-        planned, asked, kept = map(int, line.removeprefix(leaf).split()[:3])
-        assert planned == kept == wanted
-        assert asked - wanted == sum(leaf in (each["leaf"], "all") for each in rejected)
+        planned, kept, *reasons = line.removeprefix(leaf).split(maxsplit=2)
+        assert int(planned) == int(kept) == wanted
+        n_rejected = sum(map(int, re.findall(r"\d+", " ".join(reasons))))
+        assert n_rejected == sum(leaf in (each["leaf"], "all") for each in rejected)
     kinds = {each["reason"].partition(":")[0] for each in rejected}
     assert kinds <= {"no question => answer", "a repetition"}
 

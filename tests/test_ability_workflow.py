@@ -233,9 +233,7 @@ def test_what_is_not_as_its_step_left_it_is_done_again(pretend, tmp_path):
     ({"temperature": 0}, "--temperature 0.0 must be above 0"),
     ({"replay_share": 1}, "--replay_share 1.0 must lie in [0, 1)"),
     ({"alpha_ce": 2}, "--alpha_ce 2.0 must lie in [0, 1]"),
-    ({"prompts": "json", "write": True}, "--write True must go with --prompts miniworld"),
     ({"ability_files": ["a", "b", "c"]}, "must be one file, or one per round"),
-    ({"agent_a_rpm": 5}, "--agent_a_rpm: no effect without --agent_a_url"),
 ])
 def test_flags_that_do_not_fit_are_named(flags, problem, pretend, capsys):
     with pytest.raises(SystemExit):
@@ -266,7 +264,7 @@ def test_flags_that_are_handed_on_stay_one_text_and_can_be_pasted(pretend):
 def test_pace_and_budget_redo_nothing_and_the_number_of_processes_the_training(pretend):
     endpoint = {"teacher_url": "http://localhost:1/v1", "teacher_model": "big"}
     pretend(**endpoint, teacher_budget=1000)
-    faster = {"teacher_budget": 9000, "teacher_rpm": 60, "teacher_replies": "there.jsonl"}
+    faster = {"teacher_budget": 9000, "teacher_replies": "there.jsonl"}
     assert list(pretend(**endpoint, **faster)) == []
     # These pretended students are the same, so that the rest is skipped.
     assert list(pretend(**endpoint, gpus=[0, 1])) == titles(["train"], ["train"])
@@ -379,7 +377,7 @@ def world(data, models, tmp_path_factory):
     # Both vocabularies are padded, as those of Qwen3-8B and Qwen3-0.6B are.
     teacher = pad(folder / "teacher/full_sft_64.pth", folder / "teacher/wide.pth", 1100)
     flags = {"teacher": teacher, "student": pad(models / "student.pth", folder / "wide.pth", 1050),
-             "prompts": "miniworld", "agent_b": models / "student.pth", "hide_options": True,
+             "prompts": "miniworld", "hide_options": True,
              "dataset_files": data / "ability_dev.jsonl",
              "ability_files": data / "ability_paths.jsonl",
              "seed_questions": data / "ability_seeds.jsonl",

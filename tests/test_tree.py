@@ -136,7 +136,6 @@ def test_two_spellings_of_a_path_are_one_leaf(tree):
 @pytest.mark.parametrize("path, round, why", [
     (ADD[:2], 2, "world / math is no leaf: it divides into add, mul"),
     (("world", "art"), 2, "there is no 'art'"),
-    (MUL, 0, "has counts of round 1, after round 0"),
 ])
 def test_results_that_do_not_fit_change_nothing(tree, path, round, why):
     before = tree.text()
