@@ -26,12 +26,12 @@ COLUMNS = "MINIDISTILL_COLUMNS"     # environment variable: --columns, a line ea
 RANGES = {name: interval for interval, names in {
     "[-1, inf)": "local_rank",
     "[1, inf)": "accumulation_steps batch_size depth dim epochs max_new_tokens "
-                "max_seq_len max_tries n_heads n_layers n_samples n_seeds num_samples "
+                "max_seq_len max_tries n_heads n_layers n_samples num_samples "
                 "relation_heads repeats rounds rows sample_every teacher_top_k threads "
                 "tokens_per_batch vocab_size",
     "[1, 1000]": "parallel processes",
     "[0, 10000]": "lora_rank measure num_workers",
-    "(0, inf)": "gpu_gb lora_alpha max_mb smoothing temperature",
+    "(0, inf)": "gpu_gb lora_alpha max_mb temperature",
     "[0, 1]": "alpha alpha_ce beta floor label_noise on_policy_fraction reward_weight",
     "[0, 1)": "clip_ratio dropout replay_share teacher_ema val_fraction warmup_ratio",
     "(0, 1)": "skew teacher_share test_share",
