@@ -289,7 +289,7 @@ def test_an_endpoint_s_answers_are_those_of_its_weights_and_no_question_is_sent_
 
 
 def test_an_interrupted_run_by_an_endpoint_resumes_to_the_file_of_two_processes(served, flags, tmp_path):
-    far = behind(served.url, flags, tmp_path, teacher_parallel=1, **SAMPLED)
+    far = behind(served.url, flags, tmp_path, teacher_parallel=1, limit=8, **SAMPLED)
     out, parts = tmp_path / "ended.jsonl", tmp_path / "ended.jsonl.parts"
     running = start(SCRIPT, out=out, **far)
     wait_until(lambda: list(parts.glob("part-*.json")))
@@ -297,12 +297,12 @@ def test_an_interrupted_run_by_an_endpoint_resumes_to_the_file_of_two_processes(
     ended = running.wait()
     assert ended.code == 130 and not out.exists() and "parts are saved. Resume with" in ended.output
     succeed(SCRIPT, out=out, **far)
-    fresh = behind(served.url, flags, tmp_path, teacher_replies=tmp_path / "others.jsonl", **SAMPLED)
+    fresh = behind(served.url, flags, tmp_path, teacher_replies=tmp_path / "others.jsonl", limit=8, **SAMPLED)
     succeed(SCRIPT, out=tmp_path / "unbroken.jsonl", processes=2, **fresh)
     assert out.read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
     sent = [sum(path.read_text().count("\n") for path in tmp_path.glob(f"{name}.jsonl*")) for name in ("replies", "others")]
-    assert sent == [3 * N, 3 * N]
-    assert len({row["conversations"][1]["content"] for row in read(out)}) > N
+    assert sent == [3 * 8, 3 * 8]
+    assert len({row["conversations"][1]["content"] for row in read(out)}) > 8
 
 
 @pytest.fixture
