@@ -8,7 +8,9 @@ then converts a row.
 import csv
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import dropwhile, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,7 @@ SYSTEM_KEYS = ("system", "system_prompt")
 COLUMN_KEYS = (*PROMPT_KEYS, *RESPONSE_KEYS, *SYSTEM_KEYS, "input", "history", "options",
                "answer_idx")
 TARGET_KEYS = ("weight", "train", "loss")   # of a turn; 0 or false: context, not to be learned
+TOOL_KEYS = {"tool_calls", "function_call", "tools", "functions"}       # refused
 EXAM_COLUMNS = ("question", "a", "b", "c", "d")     # multiple-choice CSV; "answer" holds a letter
 CATEGORY_KEYS = ("leaf", "category", "subject", "department", "meta_info")
 
@@ -31,6 +34,8 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 MAX_CSV_CELL = 4_000_000            # characters; Python's 131,072 are too few for some answers
 END_OF_TEXT = "<|endoftext|>"       # a line of a .txt file
 FINAL_ANSWER = "####"               # GSM8K: separates the calculation from the final number
+# Two bytes of one of the 6,763 characters that simplified Chinese has in GB 2312 and GB18030.
+HANZI = re.compile(rb"[\xb0-\xf7][\xa1-\xfe]")
 
 
 class BadLine(ValueError):
@@ -44,14 +49,15 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict | str]]:
     row is a dict, or a str with the reason why the line cannot be read.
 
     UTF-8, with or without a byte order mark. With --columns, keys have our names: see `_renamed`.
-    Raises FileNotFoundError; BadLine for a .json list or a table that cannot be parsed; ValueError
-    for another kind of file.
+    Raises FileNotFoundError; BadLine for a file in GB18030, a .json list or a table that cannot be
+    parsed; ValueError for another kind of file.
     """
     path = Path(path)
     check_exists(path)
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{path} is not a kind of file that is read here. Convert it to "
                          f"{', '.join(READERS)}")
+    _refuse_gb18030(path)
     rows = READERS[path.suffix.lower()](path)
     if not (given := os.environ.get(COLUMNS)):
         return rows
@@ -82,6 +88,21 @@ def check_exists(path: Path):
         raise FileNotFoundError(f"no file at {path}. {way_out}")
 
 
+def _refuse_gb18030(path: Path):
+    """Raises BadLine if most lines that are not ASCII are no UTF-8 and have Chinese in GB18030, as
+    Chinese spreadsheets save a CSV file: each would be a bad line, to be skipped."""
+    def is_in(encoding, line):
+        return line.decode(encoding, "ignore").encode(encoding) == line
+
+    with open(path, "rb") as file:
+        lines = [line for line in file.read(1 << 20).splitlines() if not line.isascii()]
+    chinese = [line for line in lines if not is_in("utf-8", line) and is_in("gb18030", line)
+               and HANZI.search(line)]
+    if len(chinese) > len(lines) / 2:
+        raise BadLine(f"{path} is GB18030, not UTF-8. Convert it: "
+                      f"iconv -f GB18030 -t UTF-8 {path} > utf8{path.suffix}")
+
+
 def _open(path, newline=None):
     # A byte that is not UTF-8 becomes a lone surrogate, as "\ud800" in JSON does. _check_text finds
     # both in their row; a strict decoder would stop without a line number.
@@ -94,28 +115,45 @@ def _rows_of_lines(path):
             if line.isspace():
                 continue
             try:
-                row = _object_or_reason(json.loads(line.rstrip()))
+                row = _object_or_reason(DECODER.decode(line.rstrip()))
             except json.JSONDecodeError as error:
                 around = _short(line.rstrip()[max(error.pos - 20, 0):error.pos + 20])
                 row = f"not a whole JSON object: {error.msg} in column {error.colno}, at {around}"
-            except (ValueError, RecursionError) as error:   # 5,000 digits, 100,000 nested brackets
+            except (ValueError, RecursionError) as error:   # a key twice, 100,000 nested brackets
                 row = f"JSON that is not read: {error}"
             yield number, row
 
 
 def _rows_of_json(path):
-    """One list of objects, or JSON lines under this name."""
+    """One list of objects, also as {"data": [...]}, or JSON lines under this name."""
     with _open(path) as file:
-        if not file.read(4096).lstrip().startswith("["):
+        text = file.read()
+    try:
+        items = DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("{"):
             yield from _rows_of_lines(path)
             return
-        file.seek(0)
-        try:
-            items = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise BadLine(f"{path}: {error}. Fix it there: a .json list is read completely or not "
-                          "at all.") from None
+        raise BadLine(f"{path}: {error}. Fix it there: a .json list is read completely or not at "
+                      "all.") from None
+    if isinstance(items, dict):
+        name = next(iter(items), None)
+        is_list = len(items) == 1 and isinstance(items[name], list)
+        items = items[name] if is_list and name not in CONVERSATION_KEYS else [items]
     yield from enumerate(map(_object_or_reason, items), start=1)
+
+
+def _object(pairs):
+    """A JSON object as a dict. A key that stands twice would lose its first value."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {_short(twice)} stands twice in {_short(row)}")
+    return row
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _object_or_reason(row):
@@ -137,6 +175,10 @@ def _rows_of_table(path):
                     continue
                 if header is None:
                     header = [cell.strip().lower() for cell in cells]
+                    twice = [name for name in header if name and header.count(name) > 1]
+                    if twice:
+                        raise BadLine(f"{path}, line {number}: two columns are called "
+                                      f"{_short(twice[0])}. Rename one.")
                 elif len(cells) != len(header):
                     yield number, (f"{len(cells)} cells {_short(cells)}, where the header has "
                                    f"{len(header)}")
@@ -287,14 +329,12 @@ def _alternating(turns) -> list[dict]:
 
 def _turns(row, needs_answer):
     """The turns of a row of any format; without `needs_answer` the answer may be missing."""
+    _refuse_tools(row, "the row")
     for key in SYSTEM_KEYS:
         if row.get(key):
             yield key, "system", row[key], True
     if key := _only_one(row, CONVERSATION_KEYS):
-        if not isinstance(row[key], list):
-            raise ValueError(f"{key} is {_short(row[key])}, not a list of turns")
-        for i, turn in enumerate(row[key]):
-            yield _turn(turn, f"{key}[{i}]")
+        yield from _turns_of_list(row[key], key)
     elif "options" in row:
         yield from _turns_of_choice(row, needs_answer)
     else:
@@ -308,6 +348,24 @@ def _only_one(row, keys) -> str | None:
     return found[0] if found else None
 
 
+def _refuse_tools(holder, where):
+    for key in holder.keys() & TOOL_KEYS:
+        if holder[key] not in (None, "", "[]", [], {}):
+            raise ValueError(f"{where} has {key}, and calls of tools are not read; write them into "
+                             "the contents, or leave the row out")
+
+
+def _turns_of_list(turns, key, is_learned=True):
+    if isinstance(turns, str):                                          # a column of a table
+        with suppress(ValueError, RecursionError):
+            turns = DECODER.decode(turns)
+    if not isinstance(turns, list):
+        raise ValueError(f"{key} is {_short(turns)}, not a list of turns")
+    for i, turn in enumerate(turns):
+        where, role, content, its_own = _turn(turn, f"{key}[{i}]")
+        yield where, role, content, is_learned and its_own
+
+
 def _turn(turn, where):
     try:
         names = ("role", "content") if "role" in turn else ("from", "value")
@@ -317,6 +375,15 @@ def _turn(turn, where):
                          "or from and value)") from None
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{where} has role {_short(role)} (known: {', '.join(ROLES)})")
+    if len(turn) == 2 and isinstance(content, str):         # nearly all, and fast
+        return where, ROLES[role], content, True
+    _refuse_tools(turn, where)
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise ValueError(f"{where} has the part {_short(part)}, which is no text")
+            _check_text(part.get("text"), f"{where}: a part")
+        content = "".join(part["text"] for part in content)
     if thought := turn.get("reasoning_content"):
         _check_text(content, where)
         _check_text(thought, f"{where}: reasoning_content")
@@ -335,8 +402,13 @@ def _turns_of_columns(row, needs_answer):
                          f"or messages; {'/'.join(PROMPT_KEYS)} with {'/'.join(RESPONSE_KEYS)}; "
                          "question, options, answer_idx; a row with only text is for "
                          "train_pretrain.py; examples: dataset/dataset.md)")
-    yield prompt, "user", _question(row, prompt), True
-    if response and (needs_answer or row[response] != ""):
+    if isinstance(row[prompt], list):       # TRL's: turns to read, turns to learn
+        yield from _turns_of_list(row[prompt], prompt, is_learned=False)
+    else:
+        yield prompt, "user", _question(row, prompt), True
+    if response and isinstance(row[response], list):
+        yield from _turns_of_list(row[response], response)
+    elif response and (needs_answer or row[response] != ""):
         yield response, "assistant", row[response], True
 
 
@@ -379,8 +451,7 @@ def _check_text(value, where):
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{where} holds {value[error.start]!r} at character {error.start}, which "
-                         "is not UTF-8 (a whole file in GB18030: iconv -f gb18030 -t utf-8)"
-                         ) from None
+                         "is not UTF-8") from None
 
 
 def _short(value) -> str:

@@ -67,7 +67,7 @@ def test_every_format_gives_the_same_conversation(row):
 
 def test_the_examples_of_the_page_are_what_the_code_reads():
     examples = re.findall(r"\| `(\{.+\})` \|$", PAGE, flags=re.MULTILINE)
-    assert [to_messages(json.loads(example)) for example in examples] == [SUM] * 4
+    assert [to_messages(json.loads(example)) for example in examples] == [SUM] * 5
 
 
 def test_the_exam_of_the_page_are_what_the_code_reads(tmp_path):
@@ -239,6 +239,14 @@ def test_a_turn_of_weight_0_is_context_and_none_of_its_tokens_a_target(marks, le
     assert found == "".join(f"{answer}<|im_end|>" for answer in learned.split())
 
 
+def test_the_answers_of_a_conversational_prompt_are_context():
+    row = {"prompt": turns("sua")["conversations"] + [{"role": "user", "content": "u3"}],
+           "completion": [{"role": "assistant", "content": "a4"}]}
+    assert [message["content"] for message in to_messages(row)
+            if message["role"] == "assistant" and message.get("train", True)] == ["a4"]
+    assert to_question({"prompt": row["prompt"]}).answer is None
+
+
 def test_reasoning_content_is_the_thought_of_its_answer():
     row = {"messages": [SUM[0], {**SUM[1], "reasoning_content": "two and three"}]}
     assert contents(row)[1] == "<think>\ntwo and three\n</think>\n\n5"
@@ -252,10 +260,13 @@ def test_an_input_beside_options_is_part_of_the_question():
 @pytest.mark.parametrize("row, reason", [
     ({"messages": SUM, "conversations": SUM}, "both 'conversations' and 'messages' are there"),
     ({"messages": [{"role": "system", "content": "b"}, *SUM], "system": "a"}, r"messages\[0\] is a system turn"),
+    ({"messages": SUM, "tools": [{"name": "w"}]}, "the row has tools, and calls of tools are not read"),
+    ({"messages": [SUM[0], {**SUM[1], "tool_calls": [{"id": "1"}]}]}, r"messages\[1\] has tool_calls, and calls"),
     ({"messages": [SUM[0], {"role": "tool", "content": "5"}]}, "has role 'tool'"),
     ({"messages": [SUM[0], {**SUM[1], "weight": 0.5}]}, r"messages\[1\] has \[0.5\] as weight/train/loss; a turn is context"),
     ({"messages": [SUM[0], {**SUM[1], "loss": False}]}, "no turn of the assistant is to be learned"),
-    ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "image_url"}]}]}, r"messages\[1\] is \[{'type': 'image_url'}\], not a string"),
+    ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "image_url"}]}]}, r"messages\[1\] has the part {'type': 'image_url'"),
+    ({"messages": [SUM[0], {**SUM[1], "content": [{"type": "text", "text": 5}]}]}, r"messages\[1\]: a part is 5, not a string"),
     ({"messages": [SUM[0], {**SUM[1], "reasoning_content": 5}]}, r"messages\[1\]: reasoning_content is 5, not a string"),
     ({"messages": "[{]"}, r"messages is '\[\{\]', not a list of turns"),
     ({"question": "a", "prompt": "b", "options": {"A": "a"}, "answer_idx": "A"}, "both 'question' and 'prompt'"),
@@ -323,6 +334,7 @@ def test_a_text_row_holds_text(row):
     ("lines_named.json", GOOD_LINE + "\n"),
     ("list.json", f" [\n{GOOD_LINE}\n]"),
     ("mark.json", f"\ufeff[{GOOD_LINE}]"),
+    ("object.json", f'{{"data": [\n{GOOD_LINE}]}}'),
     ("rows_named.json", f'{{"messages": {json.dumps(SUM)}}}'),
     ("typed.csv", "\ufeffQuestion, Answer \r\n2 + 3 =,5\r\n,\r\n"),
     ("semicolons.csv", "question;answer\n2 + 3 =;5\n"),
@@ -359,12 +371,24 @@ def test_tokens_of_the_same_file_under_other_columns_are_others(tmp_path, monkey
     assert found[0] != found[1]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.txt"])
+def test_a_file_in_gb18030_is_named_as_such_even_when_skipping(tmp_path, name):
+    text = {"a.csv": "question,answer\n2 + 3 =,5\n二加三等于几？,五\n", "a.txt": "二加三等于五。"}.get(
+        name, json.dumps([{"question": "二加三？", "answer": "五"}], ensure_ascii=False))
+    text = text.strip("[]") if name == "a.jsonl" else text
+    path = written(tmp_path, name, text.encode("gb18030"))
+    with pytest.raises(BadLine, match=f"{name} is GB18030, not UTF-8. Convert it: iconv -f GB18030 -t UTF-8 "):
+        read_conversations(path, skip_bad_lines=True)
+    path.write_bytes(path.read_bytes().decode("gb18030").encode())
+    read_each(path, lambda row: row)
+
+
 @pytest.mark.parametrize("content", [
-    "question,answer\n二加三？,五\n".encode("gb18030"),
+    "question,answer\n二加三？,五\n".encode() + "三加三？,六\n".encode("gb18030"),     # one line of two
     "question,answer\n2 + 3 =,f\u00fcnf\n".encode("latin-1"),
-], ids=["Chinese", "German"])
-def test_bytes_that_are_not_utf8_are_bad_lines_with_the_command_that_converts_a_file(tmp_path, content):
-    with pytest.raises(BadLine, match="not UTF-8 .*iconv -f gb18030 -t utf-8"):
+], ids=["a damaged line", "German"])
+def test_other_bytes_that_are_not_utf8_are_bad_lines(tmp_path, content):
+    with pytest.raises(BadLine, match="is not UTF-8"):
         read_conversations(written(tmp_path, "a.csv", content))
 
 
@@ -413,6 +437,9 @@ def test_a_bad_line_names_file_line_value_and_the_way_out(tmp_path):
     ("story.txt", "Once", r"line 1: no known format .* only text is for train_pretrain\.py"),
     ("item.json", f"[{GOOD_LINE}, 5]", "item 2: .* Fix the item"),
     ("cut.json", "[" + GOOD_LINE, "cut.json: Expecting .*: line 1 column .* read completely or not at all"),
+    ("keys.jsonl", '{"question": "a", "answer": "b", "answer": "c"}', "line 1: .* the key 'answer' stands twice in {"),
+    ("keys.json", '[{"question": "a", "answer": "b", "answer": "c"}]', "keys.json: the key 'answer' stands twice"),
+    ("twice.csv", "ask,output,Ask\n1,2,3\n", "line 1: two columns are called 'ask'"),
     ("cells.csv", "question,answer\n1,2,3\n", "line 2: 3 cells .*, where the header has 2"),
     ("quote.csv", 'question,answer\n1,2\n"3,4\n5,6\n', "line 3: not a CSV record"),
 ])
@@ -509,7 +536,9 @@ KINDS = [
     {"conversations": SUM, "system": "s", "tools": None, "id": 7},
     {"messages": [SUM[0], {**SUM[1], "reasoning_content": "c", "weight": 1}], "meta_info": {"a": [1]}},
     {"instruction": "a", "input": "b", "output": "c", "system": "s", "history": []},
-    {"prompt": "a", "completion": "b"},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b", "tool_calls": []}]},
+    {"messages": json.dumps(SUM)},
+    {"prompt": SUM[:1], "completion": SUM[1:]},
     {"question": "a", "options": {"A": "b", "B": "c"}, "answer_idx": "B", "leaf": "x/y", "input": "d"},
     {"text": "One two three."},
     {"question": "a", "distribution": {"b": 0.5, "c": 0.5}, "conversations": SUM[:1]},
