@@ -4,21 +4,20 @@ Metrics: all scores of a model on test files, and the tables that compare severa
 
     tests = read_tests(["dataset/test.jsonl", "dataset/mcq_test.jsonl"])
     results = {"student": [measure(model, tokenizer, tests)]}       # a list: one entry per seed
-    print(tables(results, reference="student"))
+    print(tables(results))
 
 What a row of a test file holds decides how it is scored; a file may mix them:
 
     conversation        exact match (greedy decoding gives the file's answer, token by token), or
                         token F1 of the greedy answer, where the file's has more than 10 words;
                         perplexity, agreement with a reference model, and KL(reference || model)
-                        in nats per token, also by position in the answer
+                        in nats per token
     with options        accuracy: the most likely option, by the probability of its text, is correct
     with distribution   KL(truth || model) over the answers in nats; whether both have the same mode
     text                nats per token and perplexity of all tokens, agreement and KL
 """
 
 import math
-import time
 from collections import defaultdict
 from itertools import chain, compress, islice
 from statistics import fmean
@@ -31,7 +30,6 @@ from distill.fused import BINS
 from evaluation.exam import SHORT, token_f1, words, write_answers
 from evaluation.scores import Score, score, score_answers, score_samples
 from evaluation.tables import markdown, mean_and_spread
-from model.generate import generate
 
 TEXT_TOKENS = 512       # texts are cut into pieces, so that unlike context lengths read the same
 
@@ -48,7 +46,6 @@ COLUMNS = {
     "KL": ("kl", "{:.3f}"),
     "habits KL": ("habits_kl", "{:.3f}"),
     "habits mode %": ("habits_mode", "{:.1f}"),
-    "tokens/s": ("tokens_per_s", "{:,.0f}"),
     "answer %": ("answer", "{:.1f}"),
     "trace %": ("trace", "{:.1f}"),
     "steps right %": ("steps_right", "{:.2f}"),
@@ -97,8 +94,8 @@ def to_distribution(row: dict) -> dict:
 
 def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
     """Scores by the keys of COLUMNS; of all tokens "loss" in nats, "calibration" error in % and
-    "acceptance" in %, of drafts by the reference; "leaves" {leaf: exact match %}; "kl_by_position";
-    the number of "questions"; "habits", for each the true and the model's probability of each
+    "acceptance" in %, of drafts by the reference; "leaves" {leaf: exact match %}; the
+    number of "questions"; "habits", for each the true and the model's probability of each
     answer, the most likely one first. Kinds of rows that the tests do not have are left out.
 
     reference   a model of the same vocabulary, for agreement, KL and acceptance; None leaves them
@@ -114,15 +111,13 @@ def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
         results |= {"loss": nats_per_token(both), "calibration": calibration_error(both)}
         if reference is not None:
             results["agreement"] = 100 * sum(s.agree for s in both) / n_tokens
-            results["kl"] = sum(sum(s.kl) for s in both) / n_tokens
+            results["kl"] = sum(s.kl for s in both) / n_tokens
             results["acceptance"] = 100 * sum(s.accepted for s in both) / n_tokens
     if of_texts:
         results["text_loss"] = nats_per_token(of_texts)
         results["text_perplexity"] = math.exp(results["text_loss"])
     if scores:
         results["perplexity"] = math.exp(nats_per_token(scores))
-        if reference is not None:
-            results["kl_by_position"] = kl_by_position(scores)
         leaves = defaultdict(list)
         long = [len(words(test["messages"][-1]["content"])) > SHORT for test in conversations]
         for test, s, is_long in zip(conversations, scores, long):
@@ -133,7 +128,6 @@ def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
             results["questions"] = len(long) - sum(long)
             results["leaves"] = {leaf: 100 * fmean(exact) for leaf, exact in sorted(leaves.items())}
         results |= grade_texts(model, tokenizer, [*compress(conversations, long)])
-        results["tokens_per_s"] = generation_speed(model, tokenizer, conversations[:16])
 
     log_q = score_answers(model, tokenizer, [
         *((bare_question(row), list(row["options"].values())) for row in choices),
@@ -176,29 +170,9 @@ def calibration_error(scores: list[Score]) -> float:
     return 100 * np.abs(np.bincount(bins, top_p - right)).sum() / len(bins)
 
 
-def kl_by_position(scores: list[Score]) -> dict[str, float]:
-    """Mean nats of the tokens in each span of positions: {"1": .., "2": .., "3-4": .., "5-8": ..}.
-    Positions count from the start of each assistant turn; its end-of-turn token is the last."""
-    spans = defaultdict(list)
-    for s in scores:
-        for position, nats in zip(s.positions, s.kl):
-            spans[(position - 1).bit_length()].append(nats)     # span k ends at position 2^k
-    return {str(2**k) if k < 2 else f"{2**(k - 1) + 1}-{2**k}": fmean(spans[k])
-            for k in sorted(spans)}
-
-
-def generation_speed(model, tokenizer, tests: list[dict], n_tokens: int = 32) -> float:
-    """Greedily generated tokens per second, all prompts in one batch."""
-    prompts = [tokenizer.encode_chat(test["messages"][:1], add_generation_prompt=True)[0]
-               for test in tests]
-    start = time.perf_counter()
-    answers = generate(model, prompts, n_tokens)
-    return sum(map(len, answers)) / (time.perf_counter() - start)
-
-
-def tables(results: dict[str, list[dict]], reference: str) -> str:
+def tables(results: dict[str, list[dict]]) -> str:
     """Markdown of {model: results of each seed}: a table of models by measure, then tables of
-    leaves, of positions in the answer and of what generated answers have, by model."""
+    leaves and of what generated answers have, by model."""
     def cells(key, form, values, **more):
         return mean_and_spread([seed[key] for seed in values if key in seed], form, **more)
 
@@ -210,7 +184,6 @@ def tables(results: dict[str, list[dict]], reference: str) -> str:
     found = [markdown([["", *shown], *rows])]
     for key, title, form in (
             ("leaves", "exact match % per leaf", "{:.0f}"),
-            ("kl_by_position", f"KL to {reference} by position in the answer", "{:.3f}"),
             ("by_leaf", "answer % per leaf", "{:.1f}"),
             ("by_length", "answer % by steps", "{:.1f}"),
             ("first_wrong_step", "first wrong step, % of answers", "{:.1f}"),

@@ -3,7 +3,6 @@
 Scoring: the probability of a given answer. Accuracy, multiple choice and perplexity derive from it.
 """
 
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +20,10 @@ class Score(NamedTuple):
     n_tokens: int
     exact: bool             # all are top-1: greedy decoding would generate exactly them
     agree: int              # at how many the reference model has the same top-1 token
-    kl: list[float]         # KL(reference || model) at each, nats
+    kl: float               # sum over all of KL(reference || model), nats
     accepted: float         # sum over all, and over v, of min(p, q): drafts the reference accepts
     top_p: list[float]      # probability of the top-1 token at each
     right: list[bool]       # whether that is the target
-    positions: list[int]    # position of each in its turn: 1, 2, ..., and from 1 in the next turn
 
 
 def score(model, tokenizer, conversations, reference=None,
@@ -71,12 +69,12 @@ def score_samples(model, samples, reference=None, tokens_per_batch: int = 4096) 
             other = reference(**inputs).final
         blocks = zip(states.split(rows), other.split(rows), batch.targets.split(rows))
         values = torch.cat([score_block(model, reference, *block) for block in blocks], dim=1).cpu()
-        positions = [positions_in_turns(samples[i][1][1:]) for i in chosen]
-        parts = values.split([len(at) for at in positions], dim=1)                  # (6, targets)
-        for i, at, (log_p, top_p, hit, same, kl, accepted) in zip(chosen, positions, parts):
-            scores[i] = Score(float(log_p.sum()), len(at), bool(hit.all()), int(same.sum()),
-                              kl.tolist(), float(accepted.sum()), top_p.tolist(),
-                              hit.bool().tolist(), at)
+        n_targets = [int(sum(samples[i][1][1:])) for i in chosen]
+        for i, part in zip(chosen, values.split(n_targets, dim=1)):                 # (6, targets)
+            log_p, top_p, hit, same, kl, accepted = part
+            scores[i] = Score(float(log_p.sum()), len(hit), bool(hit.all()), int(same.sum()),
+                              float(kl.sum()), float(accepted.sum()), top_p.tolist(),
+                              hit.bool().tolist())
     return scores
 
 
@@ -96,8 +94,3 @@ def score_block(model, reference, states, other, targets):  # (S, D), (S, D'), (
     log_p = theirs.log_softmax(dim=-1)
     return torch.stack(found + [(theirs.argmax(dim=-1) == best).float(), forward_kl(log_p, log_q),
                                 torch.minimum(log_p, log_q).exp().sum(dim=-1)])
-
-
-def positions_in_turns(targets: list[bool]) -> list[int]:
-    """The position of each target in its unbroken run: . x x . x -> 1 2 1"""
-    return [i + 1 for is_target, run in groupby(targets) if is_target for i, _ in enumerate(run)]

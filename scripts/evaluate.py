@@ -52,14 +52,11 @@ def average(seeds: list[dict]) -> dict:
 
 
 def draw(results: dict[str, list[dict]], reference: str, path: Path) -> bool:
-    """A panel for each that was measured: the models' scores; the KL by position in the answer;
-    generated answers by number of steps; below, the habits. False if nothing of this was."""
+    """A panel for each that was measured: the models' scores; generated answers by number of steps;
+    below, the habits. False if nothing of this was."""
     means = {label: average(seeds) for label, seeds in results.items()}
-    others = [mean for label, mean in means.items() if label != reference]
-    panels = [of for key, of, whose in (("exact_match", draw_scores, means.values()),
-                                        ("steps_right", draw_steps, means.values()),
-                                        ("kl_by_position", draw_positions, others))
-              if any(key in mean for mean in whose)]
+    panels = [of for key, of in (("exact_match", draw_scores), ("steps_right", draw_steps))
+              if any(key in mean for mean in means.values())]
     habits = {name: seeds[0]["habits"] for name, seeds in results.items() if "habits" in seeds[0]}
     if not panels and not habits:
         return False
@@ -99,16 +96,6 @@ def draw_scores(axis, results, means, reference):
     axis.set(title=f"{n} held-out questions", xlabel="exact match, %", xlim=(0, 102),
              ylim=(len(order) - 0.5, -0.5))
     axis.set_yticks(range(len(order)), order)
-
-
-def draw_positions(axis, results, means, reference):
-    for i, (label, mean) in enumerate(means.items()):
-        curve = mean.get("kl_by_position", {})
-        if curve and label != reference:
-            axis.plot(list(curve), list(curve.values()), ".-", color=f"C{i}", label=label)
-    axis.set(title=f"KL to {Path(reference).name}", ylabel="nats per token",
-             xlabel="position in the answer")
-    axis.legend()
 
 
 def draw_steps(axis, results, means, reference):
@@ -200,12 +187,11 @@ def main():
 
     # 4. Report
     notes = (f"agreement: with {name}; KL: KL({name} || model) in nats per token; habits: KL(truth "
-             "|| model) in nats, and how often the most likely answer is the true mode; tokens/s: "
-             "greedy answers, 16 at a time, on this machine")
+             "|| model) in nats, and how often the most likely answer is the true mode")
     if args.by_generation:
         notes = ("answer: the final one; trace: the whole text; steps right: after right steps; "
                  f"pass@k: at temperature {args.temperature:g}; [ ]: 95 % interval of one seed")
-    text = f"{tables(results, name)}\n\n{notes}"
+    text = f"{tables(results)}\n\n{notes}"
     if others:
         text += (f". {', '.join(sorted(others))}: another vocabulary than {name}'s, so neither "
                  "agreement nor KL, and figures per token do not compare")

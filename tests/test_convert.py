@@ -63,11 +63,10 @@ def convert(**flags):
 
 
 def scores(folder, **flags) -> dict[str, dict]:
-    """{label: what evaluate.py measured}, less what the clock decides."""
+    """{label: what evaluate.py measured}"""
     as_script(evaluate_script, **flags, json=folder / "scores.json", device="cpu")
     found = json.loads((folder / "scores.json").read_text())
-    return {label: {key: value for key, value in one.items() if key != "tokens_per_s"}
-            for label, (one,) in found.items()}
+    return {label: one for label, (one,) in found.items()}
 
 
 def texts(path, lines):

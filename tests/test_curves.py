@@ -1,6 +1,6 @@
 """
-曲线的规律：训练曲线画什么、不画什么；与参照模型的距离如何按回答中的位置归组。
-Laws of the curves: what a picture of a run shows and leaves out, and how the KL to a reference is grouped by position.
+曲线的规律：训练曲线与评测的图画什么、不画什么。
+Laws of the pictures of a run and of an evaluation: what they show and what they leave out.
 """
 
 import json
@@ -10,8 +10,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from helpers_run import TINY, start, wait_until
-from evaluation.scores import Score
-from evaluation.metrics import kl_by_position, tables
 from scripts.evaluate import draw
 from scripts.plot import main as plot_main
 from runtime.log import draw_curves
@@ -77,48 +75,21 @@ def test_a_run_leaves_its_curves_beside_its_rows_also_when_it_is_stopped(data, t
     assert log.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
-# ------------------------------------------------------------------------------------- KL by position in the answer
-
-
-def answer(kl, first=1) -> Score:
-    positions = list(range(first, first + len(kl)))
-    return Score(log_p=-1.0, n_tokens=len(kl), exact=True, agree=0, kl=kl, accepted=0.0, top_p=[1.0] * len(kl),
-                 right=[True] * len(kl), positions=positions)
-
-
-def test_spans_of_positions_double_and_only_those_that_occur_are_there():
-    assert list(kl_by_position([answer([0.0] * 33)])) == ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-64"]
-    assert list(kl_by_position([answer([0.0] * 2, first=8)])) == ["5-8", "9-16"]
-    assert kl_by_position([]) == {}
-
-
-def test_kl_at_a_span_is_the_mean_over_its_tokens():
-    # 3-4 holds 4, 6 and 8: the third and fourth tokens of one answer, and the third of the other.
-    assert kl_by_position([answer([3.0, 2.0, 4.0, 6.0]), answer([1.0, 0.0, 8.0])]) == {"1": 2.0, "2": 1.0, "3-4": 6.0}
+# ------------------------------------------------------------------------------------------ the picture of a report
 
 
 RESULTS = {
-    "teacher": [{"parameters": 9, "exact_match": 100.0, "questions": 4, "leaves": {"add": 100.0}, "kl": 0.0,
-                 "kl_by_position": {"1": 0.0, "2": 0.0}}],
-    "students": [{"parameters": 3, "exact_match": 50.0, "questions": 4, "leaves": {"add": 50.0}, "kl": kl,
-                  "kl_by_position": {"1": kl, "2": kl / 2}} for kl in (0.25, 0.75)],
-    "other words": [{"parameters": 3, "exact_match": 0.0, "questions": 4, "leaves": {"add": 0.0}}],
+    "teacher": [{"parameters": 9, "exact_match": 100.0, "questions": 4}],
+    "students": [{"parameters": 3, "exact_match": score, "questions": 4} for score in (25.0, 75.0)],
+    "other words": [{"parameters": 3, "exact_match": 0.0, "questions": 4}],
 }
 
 
-def test_the_table_of_positions_has_a_row_per_span_and_a_column_per_model():
-    last = tables(RESULTS, "teacher").split("\n\n")[-1].splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in last]
-    assert cells[0] == ["KL to teacher by position in the answer", "teacher", "students", "other words"]
-    assert cells[2:] == [["1", "0.000", "0.500 ± 0.354", ""], ["2", "0.000", "0.250 ± 0.177", ""]]
-
-
-def test_the_picture_has_a_line_for_each_model_but_the_reference(drawn, tmp_path):
+def test_the_picture_has_a_dot_for_each_model_and_a_line_for_the_reference(drawn, tmp_path):
     draw(RESULTS, "teacher", tmp_path / "report.png")
-    scores, (line,) = drawn[0].axes[0], drawn[0].axes[-1].lines
+    (scores,) = drawn[0].axes
     assert [label.get_text() for label in scores.get_yticklabels()] == ["students", "other words"]     # the best on top
     assert lines_of(scores)["teacher"][0] == [100.0, 100.0]
-    assert (list(line.get_xdata()), list(line.get_ydata())) == (["1", "2"], [0.5, 0.25])
     draw({"teacher": RESULTS["teacher"]}, "teacher", tmp_path / "report.png")
     assert [axis.get_title() for axis in drawn[1].axes] == ["4 held-out questions"]
 

@@ -148,7 +148,7 @@ def test_the_picture_has_a_line_a_model_with_its_intervals_and_the_powers_of_p(m
     assert lines == [[50, 40], [25, 12.5], [60, 40], [25, 12.5]]
     (_, low), (_, high) = axis.collections[0].get_segments()[0]
     assert (low, high) == pytest.approx(interval([50.0], 10))
-    table = tables(results, "one")
+    table = tables(results)
     assert "| 2 " in table and "[23.7, 76.3]" in table and "60.0 ± 14.1" in table
 
 
