@@ -23,7 +23,6 @@ def measure_generation(model, tokenizer, tests: list[dict], max_new_tokens: int 
     answer, finished    greedy decoding: the final answer is correct; it ends, or it is wrong
     trace               the whole text is that of the file
     steps_right         of the steps that follow right steps alone: p
-    first_wrong_step    answers whose thought leaves the file's at its 1st, 2nd, ... step
     by_length, by_leaf  `answer` by the number of steps in the file's thought, and by leaf
     length, questions   mean number of tokens; number of questions, also questions_by_length, ...
     pass_at             {k: pass@k} of num_samples answers at `temperature`, unless it is 0
@@ -55,8 +54,6 @@ def measure_generation(model, tokenizer, tests: list[dict], max_new_tokens: int 
         wrong = [first_wrong_step(*pair) for pair in zip(texts, golds)]
         n_tried = sum(at or n for at, n in zip(wrong, n_steps))
         results["steps_right"] = 100 * (1 - sum(map(bool, wrong)) / n_tried)
-        results["first_wrong_step"] = {str(i): 100 * wrong.count(i) / len(wrong)
-                                       for i in range(1, max(n_steps) + 1)}
     if num_samples:
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         *_, right = write(num_samples, temperature=temperature, generator=generator)

@@ -186,7 +186,6 @@ def tables(results: dict[str, list[dict]]) -> str:
             ("leaves", "exact match % per leaf", "{:.0f}"),
             ("by_leaf", "answer % per leaf", "{:.1f}"),
             ("by_length", "answer % by steps", "{:.1f}"),
-            ("first_wrong_step", "first wrong step, % of answers", "{:.1f}"),
             ("pass_at", "pass@k %, by k", "{:.1f}")):
         parts = [[seed.get(key, {}) for seed in seeds] for seeds in results.values()]
         names = list(dict.fromkeys(name for seeds in parts for seed in seeds for name in seed))

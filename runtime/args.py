@@ -103,71 +103,54 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 def add_training_args(parser: argparse.ArgumentParser):
     """The flags that all training scripts share; each script adds those of its own lesson."""
     add = parser.add_argument_group("optimization").add_argument
-    add("--max_steps", type=int, default=0,
-        help="total number of optimizer steps; 0: as many as --epochs make")
-    add("--accumulation_steps", type=int, default=1,
-        help="micro-batches per optimizer step and process")
+    add("--max_steps", type=int, default=0, help="optimizer steps; 0: as many as --epochs make")
+    add("--accumulation_steps", type=int, default=1, help="micro-batches per step and process")
     add("--optimizer", default="muon", choices=["muon", "adamw"],
-        help="muon (runtime/optim.py) for the matrices of the layers, AdamW for the rest; adamw "
-             "for all, as for adapters always; adamw is better on a published model's weights")
+        help="muon (runtime/optim.py) for the matrices of the layers, adamw for the rest; adamw: "
+             "for all, as for adapters always; better on a published model's weights")
     add("--weight_decay", type=float, default=0.1, help="weight decay, on matrices only")
-    add("--grad_clip", type=float, default=1.0,
-        help="maximum L2 norm of the gradient; 0 disables clipping")
+    add("--grad_clip", type=float, default=1.0, help="maximum L2 norm of the gradient; 0: no limit")
     add("--warmup_iters", "--warmup_ratio", type=float, default=0,
         help="linear warm-up before the cosine, in steps; below 1: a fraction of all steps")
-    add("--seed", type=int, default=1337,
-        help="random seed of initial weights, shuffling and dropout")
+    add("--seed", type=int, default=1337, help="of initial weights, shuffling and dropout")
     add("--qat", default=None, choices=["int8", "int4", "int3", "int2"],
-        help="quantisation-aware training (model/qat.py): each forward pass rounds the weights as "
-             "scripts/convert.py --quantize; the weights that train stay fp32")
+        help="quantisation-aware training (model/qat.py): each forward pass rounds the weights")
 
     add = parser.add_argument_group("LoRA (model/lora.py)").add_argument
-    add("--lora_rank", type=int, default=0,
-        help="rank of the adapters; 0 trains the weights themselves")
-    add("--lora_alpha", type=float, default=None,
-        help="adapters are scaled by this / rank; default: the rank")
-    add("--lora_dropout", type=float, default=0.0,
-        help="dropout on the adapters' inputs, in [0, 1)")
-    add("--lora_targets", nargs="+", default=None,
-        help="adapted matrices; default: all of wq wk wv wo w1 w2 w3")
+    add("--lora_rank", type=int, default=0, help="rank of the adapters; 0: the weights train")
+    add("--lora_alpha", type=float, help="adapters are scaled by this / rank; default: the rank")
+    add("--lora_dropout", type=float, default=0.0, help="on the adapters' inputs, in [0, 1)")
+    add("--lora_targets", nargs="+", help="adapted matrices; default: wq wk wv wo w1 w2 w3")
 
     add = parser.add_argument_group("data").add_argument
     add("--tokenizer", default=None,
-        help="tokenizer of a randomly initialised model: its file, or a model that has one; "
-             "default: model/tokenizer.json, in distillation the teacher's")
+        help="of a randomly initialised model: its file, or a model that has one; default: "
+             "model/tokenizer.json, in distillation the teacher's")
     add("--max_seq_len", type=int, default=None,
-        help="maximum length of a sample, in tokens; longer ones are cut; default: the model's "
-             "context length")
+        help="tokens of a sample; longer ones are cut; default: the model's context length")
     add("--val_path", default=None,
-        help="validation data, or none; default: val.jsonl beside the data if it exists, else "
-             "--val_fraction of the data")
+        help="validation data, or none; default: val.jsonl beside the data, else --val_fraction")
     add("--val_fraction", type=float, default=0.05,
-        help="fraction of the data held out when there is no validation file, in [0, 1); at most "
-             "1,000 samples")
+        help="fraction of the data held out without a validation file; at most 1,000 samples")
     add("--skip_bad_lines", action="store_true", help="skip and count lines that cannot be used")
     add("--num_workers", type=int, default=1,
         help="threads that prepare batches; 0: the training thread itself")
 
     add = add_process_args(parser)
     add("--grad_checkpoint", action="store_true",
-        help="activation checkpointing: recompute each layer in the backward pass; much less "
-             "memory, a third more work")
-    add("--compile", action="store_true",
-        help="torch.compile each layer; on a GPU in bfloat16 only")
+        help="recompute each layer in the backward pass: much less memory, a third more work")
+    add("--compile", action="store_true", help="torch.compile each layer; on a GPU in bfloat16")
     add("--shard", default="none", choices=["none", "zero2", "zero3"],
         help="what --ddp shards over the processes. zero2: gradients and optimizer state; zero3: "
              "weights too, also a frozen teacher's")
 
     add = parser.add_argument_group("output").add_argument
-    add("--out_dir", "--output_dir", default="out",
-        help="folder of the weights, metrics and resume files")
+    add("--out_dir", "--output_dir", default="out", help="folder of weights, log and resume files")
     add("--log_interval", type=int, default=100, help="steps between two rows of the log")
-    add("--save_interval", type=int, default=100,
-        help="steps between two saves of weights and resume file")
+    add("--save_interval", type=int, default=100, help="steps between two saves")
     add("--eval_interval", type=int, default=200,
         help="steps between two validations; 0: only at the end")
-    add("--resume", action="store_true",
-        help="resume from the newest resume file in --out_dir, if there is one")
+    add("--resume", action="store_true", help="resume from the resume file, if there is one")
     add("--use_wandb", action="store_true",
         help="log to Weights & Biases (WANDB_MODE=offline logs locally)")
     add("--wandb_project", default="MiniDistill", help="project in Weights & Biases")
@@ -180,9 +163,8 @@ def add_process_args(parser: argparse.ArgumentParser, dtype: bool = True):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     if dtype:
         add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-            help="dtype of the matrix products (autocast); trainable weights, optimizer state and "
-                 "losses stay in fp32. auto: bfloat16 on a GPU, float32 on a CPU, where bfloat16 "
-                 "is slower for small models. Hardware without bfloat16 takes float32")
+            help="of the matrix products (autocast); trainable weights, optimizer state and losses "
+                 "are fp32. auto: bfloat16 on a GPU, float32 elsewhere")
     add("--ddp", action="store_true", help="several processes, started by torchrun")
     add("--local_rank", type=int, default=-1, help="GPU of this process; -1: set by torchrun")
     return add

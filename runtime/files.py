@@ -47,7 +47,6 @@ def write_atomic(path: Path, write):
 
 def write_text(path, text: str):
     """A complete file; its folder is created. A text may hold half a character: surrogatepass."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(Path(path), lambda file: file.write(text.encode(errors="surrogatepass")))
 
 

@@ -59,9 +59,6 @@ class Parts:
                 raise ValueError(
                     f"{self.folder} holds parts of another file: {'; '.join(changed)}. Resume with "
                     "the same settings, give another --out, or remove that folder")
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} exists already and holds other files. Give another "
-                             "--out, or remove it")
         else:
             write_json(about, self.about)
         return self.missing()

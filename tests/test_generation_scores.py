@@ -85,7 +85,6 @@ def test_scores_of_four_answers_by_hand(scores):
     assert found["by_length"] == {"1": 0, "3": 100} and found["questions_by_length"] == {"1": 2, "3": 2}
     assert found["by_leaf"] == {"a": 0, "b": 100} and "pass_at" not in found
     assert found["steps_right"] == pytest.approx(100 * 5 / 7)
-    assert found["first_wrong_step"] == {"1": 25, "2": 25, "3": 0}
 
 
 def test_the_right_answer_without_its_end_is_wrong(scores):

@@ -95,15 +95,11 @@ def test_a_run_that_was_ended_resumes_with_the_missing_parts_and_only_with_the_s
 # ------------------------------------------------------------------------------------------------------ files that stay
 
 
-def test_a_finished_file_and_a_folder_of_something_else_stay(tmp_path):
+def test_a_finished_file_stays(tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ValueError, match="out exists already. Give another --out, or remove it"):
         Parts(tmp_path / "out", {}, 1, ALONE).prepare()
-    (tmp_path / "new.parts").mkdir()
-    (tmp_path / "new.parts/novel.txt").write_text("Once")
-    with pytest.raises(ValueError, match="new.parts exists already and holds other files"):
-        Parts(tmp_path / "new", {}, 1, ALONE).prepare()
-    assert (tmp_path / "new.parts/novel.txt").read_text() == "Once" and (tmp_path / "out").read_text() == "mine"
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_a_run_killed_while_it_cleans_up_is_complete_when_it_is_called_again(tmp_path, monkeypatch):

@@ -165,8 +165,7 @@ def test_a_chain_killed_at_its_second_student_goes_on_there(data, models, tmp_pa
         assert same(all_that_is_left(tmp_path / "unbroken", student), all_that_is_left(tmp_path / "broken", student))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGHUP, 1)])
 def test_a_run_asked_to_stop_saves_and_can_go_on(number, processes, data, models, tmp_path):
     script, flags, file = lesson("sft", data, models)
     flags |= {"processes": processes, "max_steps": 60, "log_interval": 1, "save_interval": 1000, "num_workers": 1}
@@ -239,7 +238,7 @@ def test_a_resume_file_cut_short_gives_way_to_the_one_before(data, models, tmp_p
     resume = tmp_path / f"{file}.resume"
     succeed(script, **flags, out_dir=tmp_path)
     weights = load(tmp_path / f"{file}.pth")
-    for part in (0.0, 0.0001, 0.5, 0.999):
+    for part in (0.0, 0.999):
         (tmp_path / f"{file}.pth").unlink()
         before = tmp_path.joinpath(f"{file}.resume.previous").read_bytes()
         cut(resume, part)
