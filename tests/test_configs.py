@@ -5,6 +5,7 @@ overrides an earlier one, and the command line overrides all.
 """
 
 import argparse
+import copy
 import os
 import re
 import subprocess
@@ -106,7 +107,7 @@ def write(folder, name, text) -> str:
 def test_a_later_config_overrides_an_earlier_one_and_the_command_line_both(table, tmp_path):
     first = write(tmp_path, "first.yaml", "epochs: 2\nweights: a.pth\ndata_path: [a, b]\n")
     second = write(tmp_path, "second.yaml", "training:\n  weights: b.pth\ndata_path: [c]\n")
-    given = parse_args(table, ["--config", first, second])
+    given = parse_args(copy.deepcopy(table), ["--config", first, second])
     assert (given.epochs, given.weights, given.data_path) == (2, "b.pth", ["c"])
     given = parse_args(table, ["--epochs", "4", "--config", second, first])
     assert (given.epochs, given.weights, given.data_path) == (4, "a.pth", ["a", "b"])
