@@ -94,13 +94,11 @@ def check_merges(ranks: dict[bytes, int], merges: list[tuple], ignore_merges: bo
 
     ignore_merges: a piece of the text that is a token needs no merges, as in tiktoken
     """
-    expected = merges_of(ranks)
-    for before, after in pairwise(left + right for left, right in merges):
-        if ranks[before] > ranks[after]:
-            raise ValueError(f"the merge that makes {before!r} precedes that of {after!r}, whose "
-                             "id is lower: tiktoken would join it first")
-    for left, right in set(expected.values()) - set(merges):
-        raise ValueError(f"there is no merge of {left!r} and {right!r}, which tiktoken would join")
+    expected, made = merges_of(ranks), [left + right for left, right in merges]
+    if made != sorted(made, key=ranks.__getitem__):
+        raise ValueError("its merges are not in the order of the ids, in which tiktoken joins")
+    for pair in {*expected.values()} - {*merges}:
+        raise ValueError(f"there is no merge of {pair[0]!r} and {pair[1]!r}, which tiktoken joins")
     if not ignore_merges and (unmade := needs_no_merge(ranks, expected)):
         raise ValueError(f"no merge makes token {unmade[0]!r}, which tiktoken would find")
 
