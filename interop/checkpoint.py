@@ -76,7 +76,7 @@ def load_adapted(path: Path, lora: dict, device, dtype,
     if sha256_of_model(base) != lora["base_sha256"]:
         raise ValueError(f"{path} holds adapters to other weights than those now at {base}")
     add_lora(model, lora["rank"], lora["alpha"], targets=lora["targets"])
-    state = {piece.name: piece.tensor for piece in native.read_pieces(path, model.config)}
+    state = native.read_state(path)
     if wrong := not_finite(state):
         raise ValueError(f"{path}: tensor {wrong} holds NaN or infinity")
     load_lora(model, state)
