@@ -9,17 +9,19 @@ write questions for them, let two agents check these, distil, and begin again.
                           leaves
              D validate   those that two agents answer alike stay     iteration_n/D_validated_data/
              E logits     the teacher's distributions of the answers  iteration_n/E_teacher_logits/
-             F train      the student learns, by                      iteration_n_student_model/
-                          train_distillation.py                       final_model/, checkpoint-K/
+             F train      the student learns from answers and         iteration_n_student_model/
+                          distributions                               final_model/, checkpoint-K/
     the end  A, B         the tree before and after, and a table per leaf
 
-Each step is a command (`python -m ability_tree.NAME --help`); its log is iteration_n/NAME.log. The
-same command again skips finished steps and resumes the one that was interrupted.
+Each step is a command: A to D `python -m ability_tree.NAME --help`, E scripts/cache_teacher.py, F
+train_distillation.py. Its log is in iteration_n/. The same command again skips finished steps and
+resumes the one that was interrupted.
 
 one process    python train_ability_tree.py --config configs/ability_tiny.yaml
 two processes  python train_ability_tree.py --config configs/ability_tiny.yaml --gpus 0 1
 """
 
+import shlex
 import shutil
 from pathlib import Path
 from random import Random
@@ -29,12 +31,11 @@ import torch
 from ability_tree.agents import make_agent
 from ability_tree.generate_distill_data import (add_share_args, plan, question_text,
                                                 seeds_of_leaves)
-from ability_tree.generate_logits import bare
 from ability_tree.prompts import PROMPTS
 from ability_tree.steps import add_request_args, read_abilities, read_choices, rows_of
-from ability_tree.train import LESSON, add_lesson_args
 from ability_tree.tree import AbilityTree, compare
 from ability_tree.workflow import Workflow
+from dataset.formats import bare_question, to_messages
 from evaluation.tables import markdown
 from interop.checkpoint import load_config, load_tokenizer
 from runtime.args import check_ranges, checking_input, make_parser, parse_args
@@ -82,7 +83,21 @@ def read_args():
     add_request_args(parser)
 
     add = parser.add_argument_group("training").add_argument
-    add_lesson_args(add)
+    add("--temperature", type=float, default=2.0, help="temperature of the loss, above 0")
+    add("--alpha_ce", "--alpha", type=float, default=0.5,
+        help="weight of CE, in [0, 1]; KL has the rest")
+    add("--epochs", type=int, default=3, help="passes over the data")
+    add("--max_steps", type=int, default=0,
+        help="total number of optimizer steps; 0: as many as --epochs make")
+    add("--learning_rate", type=float, default=5e-6,
+        help="learning rate; cosine decay from 1.1x to 0.1x of it")
+    add("--warmup_iters", "--warmup_ratio", type=float, default=0,
+        help="linear warm-up before the cosine, in steps; below 1: a fraction of all steps")
+    add("--batch_size", type=int, default=2, help="samples per micro-batch and process")
+    add("--accumulation_steps", type=int, default=16,
+        help="micro-batches per optimizer step and process")
+    add("--more", default="", help="further flags of train_distillation.py, as one text: "
+                                   '--more="--lora_rank 8"')
     add("--max_seq_len", type=int,
         help="maximum length of a sample, in tokens; default: the models' context length")
 
@@ -153,14 +168,17 @@ def agent_flags(args, role: str) -> dict:
     return flags
 
 
-def replay(old: list, new: Path, share: float, seed: int, path: Path) -> list[Path]:
-    """[a file with a sample of old rows, which are then `share` of all]; [] if that is none."""
-    rows = rows_of(old, dict)
-    n = min(len(rows), round(len(new.read_bytes().splitlines()) * share / (1 - share)))
-    sample = Random(seed).sample(rows, n)
-    if n and not (path.exists() and rows_of([path], dict) == sample):
-        write_jsonl(path, sample)
-    return [path] if n else []
+def bare(row: dict) -> dict:
+    """The row as a conversation; multiple choice as its question and the text of its answer."""
+    messages = to_messages(row)
+    return {"conversations": [*bare_question(row), messages[-1]] if "options" in row else messages}
+
+
+def write_data(new: Path, old: list, share: float, seed: int, convert, path: Path):
+    """The new rows and a sample of the old ones, which are then `share` of all."""
+    rows, old = rows_of([new], dict), rows_of(old, dict)
+    n = min(len(old), round(len(rows) * share / (1 - share)))
+    write_jsonl(path, [convert(row) for row in [*rows, *Random(seed).sample(old, n)]])
 
 
 def keep_checkpoint(student: Path):
@@ -192,13 +210,12 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
     """The student's trees before each round and at the end, and the last student."""
     student, trees, valid = args.student, [], []
     requests = {"prompts": args.prompts, "max_new_tokens": args.max_new_tokens}
-    hide = {"hide_options": args.hide_options}
     teacher, agent_a, agent_b = (agent_flags(args, role) for role in ROLES)
 
     made, tree = args.initial_tree, folder / "initial_ability_tree.json"
     if made is None:
         made = folder / "initial_ability_tree/tree.json"
-        workflow.step("initial tree", "create_initial_tree", made.parent,
+        workflow.step("start", "ability_tree.create_initial_tree", made.parent,
                       ability_files=args.ability_files, out=made)
     if not tree.exists() or tree.read_bytes() != Path(made).read_bytes():
         shutil.copyfile(made, tree)
@@ -211,14 +228,14 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
 
         # A. The student sits an exam
         replies = here / "A_student_reply/replies.jsonl"
-        workflow.step(f"{title}: inference", "inference", replies.parent, weights=student,
-                      questions=questions, **hide, out=replies)
+        workflow.step(title, "ability_tree.inference", replies.parent, weights=student,
+                      questions=questions, hide_options=args.hide_options, out=replies)
 
         # B. Its answers are counted in the tree. An agent finds the leaves of questions without one
         before, tree, agent = tree, here / "B_student_tree/tree.json", {}
         if {str(row["id"]) for row in read_choices(questions)} - set(read_abilities(abilities)):
             agent = {**agent_flags(args, "agent"), **requests}
-        workflow.step(f"{title}: analyze", "analyze", tree.parent, replies=[replies],
+        workflow.step(title, "ability_tree.analyze", tree.parent, replies=[replies],
                       questions=questions, abilities=abilities, tree=before, round=number, **agent,
                       out=tree, png=tree.with_suffix(".png"))
         trees.append(AbilityTree.load(tree))
@@ -227,7 +244,7 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
 
         # C. The teacher writes questions, most of them for weak leaves
         written = here / "C_distill_data/distill.jsonl"
-        workflow.step(f"{title}: generate", "generate_distill_data", written.parent, tree=tree,
+        workflow.step(title, "ability_tree.generate_distill_data", written.parent, tree=tree,
                       questions=args.seed_questions, abilities=args.seed_abilities,
                       exclude=args.exclude, **teacher, **requests, n_samples=args.n_samples,
                       power=args.power, floor=args.floor, temperature=args.write_temperature,
@@ -235,24 +252,28 @@ def rounds(args, workflow: Workflow, folder: Path) -> tuple[list[AbilityTree], s
 
         # D. A question is kept if both agents give its answer
         kept = here / "D_validated_data/valid.jsonl"
-        workflow.step(f"{title}: validate", "validate", kept.parent, questions=[written],
+        workflow.step(title, "ability_tree.validate", kept.parent, questions=[written],
                       abilities=[written.with_name("distill_ability.jsonl")], **agent_a, **agent_b,
                       **requests, out=kept)
 
         # E. The teacher's distributions: of the new rows, and of old ones against forgetting
-        data = [kept, *replay([*args.old_data, *valid], kept, args.replay_share, seed,
-                              here / "replay.jsonl")]
+        data, logits = here / "training.jsonl", here / "E_teacher_logits/logits"
+        write_data(kept, [*args.old_data, *valid], args.replay_share, seed,
+                   bare if args.hide_options else dict, data)
         valid.append(kept)
-        logits = here / "E_teacher_logits/logits"
-        learned = {"data": data, **hide, "max_seq_len": args.max_seq_len}
-        workflow.step(f"{title}: logits", "generate_logits", logits.parent, teacher=args.teacher,
-                      tokenizer=args.student, **learned, out=logits)
+        learned = {"data_path": data, "max_seq_len": args.max_seq_len}
+        workflow.step(title, "scripts.cache_teacher", logits.parent, teacher=args.teacher,
+                      tokenizer=args.student, **learned, cache_dir=logits)
 
         # F. The student is distilled; the next round examines it
         trained = Path(args.models_dir, f"iteration_{number}_student_model/final_model")
-        workflow.step(f"{title}: train", "train", trained, log=here / "train.log",
-                      resume_flag="--resume", student=student, logits=logits, **learned,
-                      out_dir=trained, seed=seed, **{name: vars(args)[name] for name in LESSON})
+        workflow.step(title, "train_distillation", trained, log=here / "train_distillation.log",
+                      resume_flag="--resume", more=shlex.split(args.more), student=student,
+                      teacher_cache=logits, **learned, out_dir=trained, alpha=args.alpha_ce,
+                      temperature=args.temperature, epochs=args.epochs, max_steps=args.max_steps,
+                      learning_rate=args.learning_rate, warmup_iters=args.warmup_iters,
+                      batch_size=args.batch_size, accumulation_steps=args.accumulation_steps,
+                      val_path="none", seed=seed)
         student = next(path for path in sorted(trained.glob("full_dist_*.pth"))
                        if not path.stem.endswith("_best"))
         keep_checkpoint(student)

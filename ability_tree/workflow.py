@@ -17,17 +17,18 @@ from pathlib import Path
 
 import torch
 
-from ability_tree.generate_logits import ROOT, flags_of, listed
 from runtime.args import WORKFLOW, resume_command
 from runtime.files import file_sha256, keep_previous, write_text
 from runtime.log import Logger
+
+ROOT = Path(__file__).resolve().parents[1]
 
 MANIFEST = "manifest.json"
 # A step that resumes may have other values of these flags: its result does not depend on them.
 FREE = ("_budget", "_replies", "_key_env")
 # Flags whose values are files or folders that a step reads.
 INPUTS = ("ability_files", "weights", "questions", "replies", "abilities", "tree", "exclude",
-          "agent", "agent_a", "agent_b", "teacher", "student", "logits", "data")
+          "agent", "agent_a", "agent_b", "teacher", "student", "teacher_cache", "data_path")
 
 
 class Workflow:
@@ -45,15 +46,17 @@ class Workflow:
             self.child.send_signal(number)
 
     def step(self, title: str, module: str, folder: Path, log: Path | None = None,
-             resume_flag: str = "", **flags):
-        """python -m ability_tree.MODULE FLAGS, which writes into `folder` and prints into `log`, by
-        default MODULE.log beside the folder. A training step resumes by resume_flag, and its result
-        depends on the number of processes."""
+             resume_flag: str = "", more=(), **flags):
+        """python -m MODULE FLAGS MORE, which writes into `folder` and prints into `log`, by default
+        MODULE.log beside the folder. A training step resumes by resume_flag, and its result depends
+        on the number of processes."""
+        name = module.rpartition(".")[2]
+        title = f"{title}: {name}"
         self.exit_if_stopped(title)
         same = {name: value for name, value in flags.items() if not name.endswith(FREE)}
         file = folder / MANIFEST
         inputs = [path for name in INPUTS for path in listed(flags.get(name))]
-        manifest = {"command": [f"ability_tree.{module}", *flags_of(**same)],
+        manifest = {"command": [module, *flags_of(**same), *more],
                     "processes": len(self.gpus) if resume_flag else "any",
                     "inputs": {str(path): sha256_of(Path(path)) for path in inputs}}
         last = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
@@ -69,9 +72,9 @@ class Workflow:
                 if path.is_file() and path.name != MANIFEST:
                     path.unlink()
         write_text(file, json.dumps(manifest, indent=2))
-        command = [f"ability_tree.{module}", *flags_of(**flags)]
+        command = [module, *flags_of(**flags), *more]
         command += [resume_flag] if again and resume_flag else []
-        self.run(title, command, log or folder.parent / f"{module}.log")
+        self.run(title, command, log or folder.parent / f"{name}.log")
         write_text(file, json.dumps(manifest | {"outputs": outputs_of(folder)}, indent=2))
         self.exit_if_stopped(title)
 
@@ -110,6 +113,22 @@ class Workflow:
         if self.signal:
             Logger(f"stopped at {title}; finished steps are kept. Resume with: {resume_command(1)}")
             sys.exit(130)
+
+
+def listed(value) -> list:
+    """The values of a flag: 3 -> [3], [3, 4] -> [3, 4], None -> []"""
+    return value if isinstance(value, list) else [] if value in (None, "") else [value]
+
+
+def flags_of(**values) -> list[str]:
+    """epochs=3, ddp=True, device=None -> --epochs 3 --ddp"""
+    flags = []
+    for name, value in values.items():
+        if value is True:
+            flags.append(f"--{name}")
+        elif value is not False and listed(value):
+            flags += [f"--{name}", *map(str, listed(value))]
+    return flags
 
 
 def sha256_of(path: Path) -> str:

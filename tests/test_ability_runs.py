@@ -1,24 +1,23 @@
 """
-考试、分析、软标签、训练的规律：最可能的选项就是回答；叶子上的数可以手算；训练只是把该给的参数交给原有脚本。
-Laws of the steps around a student: its answer is the likeliest option, the counts of a leaf can be
-redone by hand, and the distillation of a round is train_distillation.py with the given flags.
+考试与分析的规律：最可能的选项就是回答；叶子上的数可以手算。
+Laws of exam and analysis: the answer is the likeliest option, and the counts of a leaf can be
+redone by hand.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from ability_tree import analyze, generate_logits, inference, steps, train
-from ability_tree.generate_logits import flags_of
+from ability_tree import analyze, inference, steps
 from ability_tree.steps import read_choices
 from ability_tree.tree import AbilityTree
+from ability_tree.workflow import flags_of
 from dataset.formats import bare_question
 from evaluation.scores import score_answers
 from evaluation.tables import wilson
-from helpers_run import ROOT, complaint, run, start, succeed
+from helpers_run import complaint, start, succeed
 from interop.checkpoint import load_model
 from runtime.files import write_jsonl
 
@@ -206,83 +205,3 @@ def test_files_that_do_not_belong_together_are_named(name, rows, problem, round_
     with pytest.raises(SystemExit, match=problem):
         call(analyze.main, monkeypatch, **round_0)
     assert not round_0["out"].parent.exists()
-
-
-# ---- the teacher's distributions, training -------------------------------------------------------
-
-@pytest.fixture
-def commands(monkeypatch) -> list:
-    """What the process would become: [script, flag, ...]."""
-    seen = []
-    monkeypatch.setattr(os, "execv", lambda _, argv: seen.append(
-        [str(Path(argv[1]).relative_to(ROOT)), *argv[2:]]))
-    return seen
-
-
-def test_distillation_from_cached_distributions_gives_the_student_of_the_teacher_itself(
-        commands, data, models, tmp_path, monkeypatch):
-    """About: the outputs on disk have 16 bits."""
-    learned = {"data": [data / "ability_dev.jsonl", data / "ability_sft.jsonl"],
-               "hide_options": True, "dtype": "float32"}
-    teacher, student = models / "teacher.pth", models / "student.pth"
-    call(generate_logits.main, monkeypatch, teacher=teacher, out=tmp_path / "logits", **learned)
-    lesson = {"student": student, "epochs": 2, "max_steps": 3, "batch_size": 8,
-              "accumulation_steps": 2, "learning_rate": 1e-2, "more": "--num_workers 0", **learned}
-    call(train.main, monkeypatch, **lesson, logits=tmp_path / "logits", out_dir=tmp_path / "cached")
-    call(train.main, monkeypatch, **lesson, teacher=teacher, out_dir=tmp_path / "live")
-    scripts = [command[0] for command in commands]
-    assert scripts == ["scripts/cache_teacher.py"] + 2 * ["train_distillation.py"]
-    outputs = [succeed(*command) for command in commands]
-    assert all("loss = 0.50 CE + 0.50 * 2^2 * KL" in text and "3 steps of 16 samples" in text
-               for text in outputs[1:])
-    start_of, cached, live = (load_model(path)[0] for path in (
-        student, tmp_path / "cached/full_dist_32.pth", tmp_path / "live/full_dist_32.pth"))
-    assert 0 < distance(cached, live) < 0.05 * distance(start_of, live)
-
-
-def distance(model, other) -> float:
-    """Euclidean, over all weights."""
-    pairs = zip(model.parameters(), other.parameters())
-    return sum((a - b).square().sum().item() for a, b in pairs) ** 0.5
-
-
-def test_multiple_choice_becomes_the_conversations_of_the_training(
-        commands, data, tmp_path, monkeypatch):
-    chat = {"conversations": [{"role": "user", "content": "hi"},
-                              {"role": "assistant", "content": "hello"}], "leaf": "x"}
-    path = write(tmp_path / "q.jsonl", [question("q", answer="D"), chat])
-    flags = {"data": path, "student": "s.pth", "logits": "l", "out_dir": tmp_path / "out"}
-    call(train.main, monkeypatch, **flags, hide_options=True)
-    call(train.main, monkeypatch, **flags)
-    bare, shown = (command[command.index("--data_path") + 1] for command in commands)
-    turns = [[turn["content"] for turn in row["conversations"]] for row in read(bare)]
-    assert turns == [["2 + 3 =", "day 6"], ["hi", "hello"]]
-    assert shown == str(path)           # every lesson reads its rows with their options
-
-
-def test_every_flag_is_handed_on_and_the_defaults_are_the_documented_ones(
-        commands, data, monkeypatch):
-    flags = {"data": data / "ability_sft.jsonl", "student": "s.pth", "teacher": "t.pth",
-             "out_dir": "o"}
-    changed = {"alpha": 0, "temperature": 4, "warmup_iters": 5, "seed": 7}
-    switches = {"ddp": True, "resume": True, "skip_bad_lines": True}
-    call(train.main, monkeypatch, **flags)
-    call(train.main, monkeypatch, **flags, **changed, **switches, more="--lora_rank 8")
-    default, given = (" ".join(command) for command in commands)
-    for flag in ("temperature 2.0", "alpha 0.5", "epochs 3", "learning_rate 5e-06", "batch_size 2",
-                 "accumulation_steps 16", "val_path none"):
-        assert f"--{flag}" in default
-    for flag in ("alpha 0.0", "temperature 4.0", "warmup_iters 5", "seed 7", "lora_rank 8",
-                 *switches):
-        assert f"--{flag}" in given
-    assert not any(f"--{flag}" in default for flag in switches)
-
-
-def test_the_exit_status_and_the_output_are_those_of_the_script(tmp_path):
-    script, step = tmp_path / "script.py", tmp_path / "step.py"
-    script.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(7)\n")
-    step.write_text("from ability_tree.generate_logits import become\n"
-                    f"become({str(script)!r}, ['--lora_rank', '8'])\n")
-    ended = run(str(step))
-    assert ended.code == 7 and "['--lora_rank', '8']" in ended.output
-    assert f"python {script} --lora_rank 8" in ended.output

@@ -4,7 +4,6 @@ Laws of the workflow of the ability tree: what has finished is skipped, a change
 depends on it, half-written files are not finished, and an interrupted run ends as an unbroken one.
 """
 
-import importlib
 import json
 import os
 import re
@@ -18,19 +17,18 @@ from types import SimpleNamespace
 import pytest
 
 import train_ability_tree
-from ability_tree.generate_logits import flags_of
 from ability_tree.prompts import ARROW
 from ability_tree.tree import AbilityTree
-from ability_tree.workflow import Workflow, sha256_of
+from ability_tree.workflow import Workflow, flags_of, sha256_of
 from helpers_run import ROOT, TINY, complaint, load, pad, same, start, succeed, wait_until
 from interop.checkpoint import new_model, save_model
 from runtime.files import write_jsonl
 from model.config import LMConfig
-from runtime.args import resume_command
 
-STEPS = ["initial tree", "round 1: inference", "round 1: analyze", "round 1: generate",
-         "round 1: validate", "round 1: logits", "round 1: train", "round 2: inference",
-         "round 2: analyze"]
+ALL = ["inference", "analyze", "generate_distill_data", "validate", "cache_teacher",
+       "train_distillation"]
+START = "start: create_initial_tree"
+STEPS = [START, *(f"round 1: {name}" for name in ALL), *(f"round 2: {name}" for name in ALL[:2])]
 A, C, D = (f"iteration_1/{name}" for name in ("A_student_reply", "C_distill_data",
                                               "D_validated_data"))
 STUDENT = "models/iteration_1_student_model/final_model"
@@ -72,10 +70,11 @@ class Pretended(Workflow):
         self.done[title] = command
         flags = re.findall(r"--(\w+)((?: [^- ]\S*)*)", " ".join(command))
         flags = {name: values.split() for name, values in flags}
-        read = [word for name in flags if name not in ("out", "out_dir", "png")
+        read = [word for name in flags if name not in ("out", "out_dir", "cache_dir", "png")
                 for word in [name, *flags[name]]]
         made_of = [sha256_of(Path(word))[:8] if Path(word).exists() else word for word in read]
-        out = Path(*flags["out"]) if "out" in flags else Path(*flags["out_dir"], "full_dist_32.pth")
+        out = Path(*flags.get("out") or flags.get("cache_dir")
+                   or (*flags["out_dir"], "full_dist_32.pth"))
         assert not out.exists(), f"{out} exists already"
         if out.suffix == ".json":
             AbilityTree.from_paths([("world", " ".join(made_of))]).save(out)
@@ -91,7 +90,7 @@ def pretend(tmp_path, monkeypatch):
     files = {"teacher": "teacher", "student": "student", "agent_b": "agent",
              "dataset_files": ["dev_1", "dev_2"], "ability_files": ["paths"],
              "seed_questions": ["seeds"], "seed_abilities": ["seed_paths"], "exclude": ["exam"],
-             "old_data": ["old"]}
+             "old_data": ["old.jsonl"]}
     for flag, names in files.items():
         names = names if isinstance(names, list) else [names]
         files[flag] = [write(tmp_path / name, [{"is": name}]) for name in names]
@@ -114,9 +113,6 @@ def pretend(tmp_path, monkeypatch):
     return pretend
 
 
-ALL = ["inference", "analyze", "generate", "validate", "logits", "train"]
-
-
 def titles(*rounds: list[str]) -> list[str]:
     """titles(ALL, ALL[:2]) -> those of a whole round 1, and of the exam at the end."""
     return [f"round {number}: {name}" for number, names in enumerate(rounds, start=1)
@@ -124,9 +120,9 @@ def titles(*rounds: list[str]) -> list[str]:
 
 
 def test_a_changed_file_redoes_what_depends_on_it_and_nothing_else(pretend, tmp_path):
-    assert list(pretend()) == ["initial tree", *titles(ALL, ALL, ALL[:2])]
+    assert list(pretend()) == [START, *titles(ALL, ALL, ALL[:2])]
     for changed, redone in [
-            ("paths", ["initial tree", *titles(ALL[1:], ALL, ALL[:2])]),    # the replies stay
+            ("paths", [START, *titles(ALL[1:], ALL, ALL[:2])]),    # the replies stay
             ("dev_1", titles(ALL, ALL, ALL[:2])),
             ("dev_2", titles([], ALL, ALL[:2])),                    # round 1 does not read it
             ("seeds", titles(ALL[2:], ALL, ALL[:2])),
@@ -134,15 +130,15 @@ def test_a_changed_file_redoes_what_depends_on_it_and_nothing_else(pretend, tmp_
             ("exam", titles(ALL[2:], ALL, ALL[:2])),
             ("teacher", titles(ALL[2:], ALL, ALL[:2])),
             ("agent", titles(ALL[3:], ALL, ALL[:2])),
-            ("old", titles(ALL[4:], ALL, ALL[:2]))]:
+            ("old.jsonl", titles(ALL[4:], ALL, ALL[:2]))]:
         write(tmp_path / changed, [{"is": "another"}])
         assert list(pretend()) == redone, changed
     assert list(pretend()) == []
 
 
 @pytest.mark.parametrize("flag, value, first", [
-    ("n_samples", 5, "generate"), ("prompts", "miniworld", "generate"),
-    ("learning_rate", 1e-4, "train")])
+    ("n_samples", 5, ALL[2]), ("prompts", "miniworld", ALL[2]),
+    ("learning_rate", 1e-4, ALL[5])])
 def test_a_changed_flag_redoes_its_step_and_what_follows_and_keeps_the_old_as_previous(
         flag, value, first, pretend, tmp_path):
     student, previous = (tmp_path / folder / "full_dist_32.pth"
@@ -170,18 +166,18 @@ def test_the_student_of_a_round_is_examined_and_trained_in_the_next(pretend, tmp
     exams = [done[f"round {number}: inference"] for number in (1, 2, 3)]
     assert [flag(exam, "weights") for exam in exams] == list(map(str, weights))
     assert [Path(flag(exam, "questions")).name for exam in exams] == ["dev_1", "dev_2", "dev_2"]
-    students = [flag(done[f"round {number}: train"], "student") for number in (1, 2)]
+    students = [flag(done[f"round {number}: train_distillation"], "student") for number in (1, 2)]
     assert students == list(map(str, weights[:2]))
 
 
 def test_the_next_round_trains_on_old_rows_of_earlier_rounds_too(pretend, tmp_path):
     kept = tmp_path / "workflow" / D / "valid.jsonl"
     pretend(replay_share=0.9)           # all there are: the old row, then also that of round 1
-    replays = [read(tmp_path / f"workflow/iteration_{n}/replay.jsonl") for n in (1, 2)]
-    old = read(tmp_path / "old")
-    assert replays[0] == old and sorted(replays[1], key=str) == sorted(old + read(kept), key=str)
-    done = pretend(old_data=[], replay_share=0.9)
-    assert [word for word in done["round 1: train"] if word.endswith("jsonl")] == [str(kept)]
+    rows = [read(tmp_path / f"workflow/iteration_{n}/training.jsonl")[1:] for n in (1, 2)]
+    old = read(tmp_path / "old.jsonl")
+    assert rows[0] == old and sorted(rows[1], key=str) == sorted(old + read(kept), key=str)
+    pretend(old_data=[], replay_share=0.9)
+    assert read(tmp_path / "workflow/iteration_1/training.jsonl") == read(kept)
 
 
 def test_a_given_tree_is_where_the_first_round_begins(pretend, tmp_path, capsys):
@@ -189,7 +185,7 @@ def test_a_given_tree_is_where_the_first_round_begins(pretend, tmp_path, capsys)
     AbilityTree.from_paths([("world", "day")]).save(mine)
     done = pretend(initial_tree=mine)
     copy = tmp_path / "workflow/initial_ability_tree.json"
-    assert "initial tree" not in done and flag(done["round 1: analyze"], "tree") == str(copy)
+    assert START not in done and flag(done["round 1: analyze"], "tree") == str(copy)
     assert copy.read_bytes() == mine.read_bytes()
     # Without ability files, the teacher finds the leaves.
     analyze = pretend(initial_tree=mine, ability_files=[])["round 1: analyze"]
@@ -218,7 +214,7 @@ def test_what_is_not_as_its_step_left_it_is_done_again(pretend, tmp_path):
     """And what follows is not, since the bytes are the same."""
     pretend()
     for file, title in ((f"workflow/{A}/replies.jsonl", "round 1: inference"),
-                        (f"workflow/{C}/distill.jsonl", "round 1: generate")):
+                        (f"workflow/{C}/distill.jsonl", f"round 1: {ALL[2]}")):
         for damage in (altered, cut_short, Path.unlink, killed_at_its_end):
             before = (tmp_path / file).read_bytes()
             damage(tmp_path / file)
@@ -244,7 +240,7 @@ def test_flags_that_do_not_fit_are_named(flags, problem, pretend, capsys):
 def test_who_writes_also_checks_and_the_teachers_weights_are_distilled(pretend, tmp_path):
     done = pretend(teacher_url="http://localhost:1/v1", teacher_model="big", teacher_budget=1000)
     generate, validate, logits = (" ".join(done[f"round 1: {step}"])
-                                  for step in ("generate", "validate", "logits"))
+                                  for step in ALL[2:5])
     replies = f"{tmp_path}/workflow/teacher_replies.jsonl"          # one file, and so one budget
     assert f"--teacher {tmp_path}/teacher" in logits and "http" not in logits
     assert "--teacher_url http://localhost:1/v1 --teacher_model big" in generate
@@ -254,11 +250,15 @@ def test_who_writes_also_checks_and_the_teachers_weights_are_distilled(pretend, 
     assert f"--agent_b {tmp_path}/agent" in validate and "--agent_b_url" not in validate
 
 
-def test_flags_that_are_handed_on_stay_one_text_and_can_be_pasted(pretend):
-    assert "--more=--use_moe" in pretend(more="--use_moe")["round 1: train"]
-    assert resume_command(1).endswith("--more=--use_moe")
-    pretend(more="--lora_rank 8")
-    assert resume_command(1).endswith("'--more=--lora_rank 8'")
+def test_the_flags_of_the_training_are_handed_on_and_their_defaults_are_the_documented_ones(pretend):
+    default = " ".join(pretend()["round 1: train_distillation"])
+    for given in ("temperature 2.0", "alpha 0.5", "epochs 3", "learning_rate 5e-06", "batch_size 2",
+                  "accumulation_steps 16", "val_path none"):
+        assert f"--{given}" in default
+    changed = " ".join(pretend(alpha_ce=0, warmup_iters=5, more="--lora_rank 8")
+                       ["round 1: train_distillation"])
+    assert "--alpha 0.0" in changed and "--warmup_iters 5" in changed
+    assert changed.endswith("--lora_rank 8")
 
 
 def test_pace_and_budget_redo_nothing_and_the_number_of_processes_the_training(pretend):
@@ -267,13 +267,13 @@ def test_pace_and_budget_redo_nothing_and_the_number_of_processes_the_training(p
     faster = {"teacher_budget": 9000, "teacher_replies": "there.jsonl"}
     assert list(pretend(**endpoint, **faster)) == []
     # These pretended students are the same, so that the rest is skipped.
-    assert list(pretend(**endpoint, gpus=[0, 1])) == titles(["train"], ["train"])
+    assert list(pretend(**endpoint, gpus=[0, 1])) == titles(ALL[5:], ALL[5:])
 
 
 def test_a_missing_student_is_named_before_any_step_uses_it(pretend, tmp_path):
     with pytest.raises(SystemExit, match="no file at .*gone.pth"):
         pretend(student=tmp_path / "gone.pth")
-    assert list(Pretended.done) == ["initial tree"]
+    assert list(Pretended.done) == [START]
 
 
 # ---- steps as processes --------------------------------------------------------------------------
@@ -340,13 +340,6 @@ class Forked(Pretended):
         print(f"== {title}")
         script, *flags = command
         script = f"{script.replace('.', '/')}.py"
-        if script.endswith(("generate_logits.py", "train.py")):     # which become another script
-            with pytest.MonkeyPatch.context() as patch:
-                became = []
-                patch.setattr(os, "execv", lambda _, argv: became.extend(argv[1:]))
-                patch.setattr(sys, "argv", command)
-                importlib.import_module(command[0]).main()
-            script, *flags = became
         ended = start(str(ROOT / script), *flags)
         if self.stop_at:
             wait_until(lambda: self.stop_at in ended.output or not ended.processes[0].is_alive())
@@ -441,12 +434,10 @@ def test_a_round_leaves_trees_questions_a_student_and_a_log_for_each_step(round_
     assert ids | {row["id"] for row in rejected} == {row["id"] for row in wrote}
     assert [row for row in wrote if row["id"] in ids] == kept
 
-    learned = read(here / "E_teacher_logits/logits.jsonl")
-    assert learned == read(round_1.folder / STUDENT / "conversations.jsonl")
-    replay, old = read(here / "replay.jsonl"), read(round_1.flags["old_data"])
-    assert len(replay) == len(kept) and all(row in old for row in replay)       # half old, half new
-    assert [row["conversations"] for row in learned[len(kept):]] == [
-        row["conversations"] for row in replay]
+    learned, old = read(here / "training.jsonl"), read(round_1.flags["old_data"])
+    old = [row["conversations"] for row in old]
+    assert len(learned) == 2 * len(kept)                                # half new, half old
+    assert all(row["conversations"] in old for row in learned[len(kept):])
     assert learned[0]["conversations"] == [
         {"role": "user", "content": kept[0]["question"]},
         {"role": "assistant", "content": kept[0]["options"][kept[0]["answer_idx"]]}]
@@ -467,7 +458,8 @@ def test_a_second_run_does_nothing(round_1):
     assert steps_of(run_real(round_1.flags)) == dict.fromkeys(STEPS, False)
     after = files_in(round_1.folder)
     changed = {name for name in after if after[name] != before.get(name)}
-    assert changed <= {"workflow/report.md", "workflow/report.png"}
+    assert changed <= {f"workflow/{name}" for name in (
+        "report.md", "report.png", "iteration_1/training.jsonl")}
 
 
 def test_an_interrupted_training_resumes_to_the_same_weights(round_1):
