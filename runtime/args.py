@@ -181,10 +181,19 @@ def parse_teacher(spec: str) -> tuple[str, str, float]:
     return name, path, 1.0
 
 
-def parse_named(spec: str) -> tuple[str, str]:
-    """(NAME, PATH) of [NAME=]PATH; without a name the file's. A path may have a "=", too."""
-    name, equals, path = spec.partition("=")
-    return (name, path) if equals and not Path(spec).exists() else (Path(spec).stem, spec)
+def by_name(specs: list[str]) -> dict[str, str]:
+    """{NAME: PATH} of [NAME=]PATH; without a name the file's. A path may have a "=", too. Raises
+    ValueError for equal names."""
+    found = {}
+    for spec in specs:
+        name, equals, path = spec.partition("=")
+        if not equals or Path(spec).exists():
+            name, path = Path(spec).name if Path(spec).is_dir() else Path(spec).stem, spec
+        if name in found:
+            raise ValueError(f"two models have the name {name}, {found[name]} and {path}; write "
+                             "NAME=PATH")
+        found[name] = path
+    return found
 
 
 def model_options(args) -> dict:

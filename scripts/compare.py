@@ -21,7 +21,6 @@ import signal
 import string
 import subprocess
 import sys
-import threading
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -29,6 +28,7 @@ from fnmatch import filter as matching
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
+from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))       # run as a script, Python looks for modules in scripts/ only
@@ -37,8 +37,9 @@ import yaml
 
 from dataset.formats import category, read_each
 from evaluation.tables import markdown, mean_and_spread
-from runtime.args import check_ranges, checking_input, did_you_mean, make_parser, resume_command
-from runtime.files import file_sha256, read_rows, write_jsonl, write_text
+from runtime.args import (RANGES, check_values, checking_input, did_you_mean, make_parser,
+                          resume_command)
+from runtime.files import file_sha256, read_rows, write_json, write_jsonl, write_text
 from runtime.log import Logger
 from runtime.pictures import new_figure, save_picture
 
@@ -103,12 +104,12 @@ def candidates(row) -> list[dict]:
 
 def placeholders(text: str, plan) -> set[str]:
     """The names that a command needs, through the values and made files that it names too."""
+    texts = plan.values | {name: part.command for name, part in plan.made.items()}
     found, todo = set(), [text]
     while todo:
         names = {name for _, name, _, _ in string.Formatter().parse(todo.pop()) if name} - found
         found |= names
-        todo += [str(plan.values[name]) for name in names & plan.values.keys()]
-        todo += [plan.made[name].command for name in names & plan.made.keys()]
+        todo += [str(texts[name]) for name in names & texts.keys()]
     return found
 
 
@@ -124,15 +125,16 @@ def check(path: str, plan):
     at which it is compared. Raises ValueError."""
     known = plan.values | dict.fromkeys([*plan.made, *plan.files, "out", "weights"], OUT) | {
         "steps": Number(TEN), "seed": Number(0)}
-    commands = {name: (text, {}) for name, text in (plan.tests | {"val": plan.validate}).items()}
+    commands = [(name, text, {}) for name, text in (plan.tests | {"val": plan.validate}).items()]
     for row in plan.rows:
-        commands[row.name] = f"{row.command} {row.writes}", candidates(row)[0]
-        needed = placeholders(commands[row.name][0], plan)
-        commands |= {name: (plan.made[name].command, {}) for name in needed & plan.made.keys()}
+        text = f"{row.command} {row.writes}"
+        needed = placeholders(text, plan)
+        commands += [(row.name, text, candidates(row)[0]),
+                     *((name, plan.made[name].command, {}) for name in needed & plan.made.keys())]
         for word in ("steps", "seed", *plan.values.keys() & {"samples"}, *row.tune):
             if word not in needed:
                 raise ValueError(f"{path}: {row.name}: its command does not take {{{word}}}")
-    for name, (text, tuned) in commands.items():
+    for name, text, tuned in commands:
         values = known | tuned
         for word in placeholders(text, plan) - values.keys():
             raise ValueError(f"{path}: {name}: unknown {{{word}}}; "
@@ -154,11 +156,12 @@ class Jobs:
         self.folder, self.ledger = Path(folder), ROOT / folder / "trials.jsonl"
         fields = ("key", "name", "command", "made", "seconds", "peak_mb")
         self.records = {each["key"]: each for each in read_rows(self.ledger, *fields)}
-        self.free, self.lock = threading.Semaphore(processes), threading.Lock()
-        self.lock_of, self.children, self.stopping = {}, set(), False
+        self.pool, self.lock, self.results = ThreadPoolExecutor(processes), Lock(), {}
+        self.children, self.stopping = set(), False
 
     def stop(self):
         """Kills what runs, with the processes that it started; nothing new begins."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
         with self.lock:
             self.stopping = True
             for child in self.children:
@@ -169,29 +172,31 @@ class Jobs:
         """The line of trials.jsonl of a command that writes the file `makes`; any thread may call
         it. A finished command never runs again: its key is a checksum of itself and of the contents
         of the files that it names. Raises ValueError with the end of the log."""
-        key, label = key_of(command), re.sub("[^a-z0-9.]+", "_", name.lower())
-        folder = self.folder / "trials" / f"{label}-{key}"
+        key = key_of(command)
+        with self.lock:
+            if key not in self.results:
+                self.results[key] = self.pool.submit(self.record, key, name, command, makes)
+        return self.results[key].result()
+
+    def record(self, key: str, name: str, command: str, makes: str) -> dict:
+        if key in self.records and (ROOT / self.records[key]["made"]).exists():
+            return self.records[key]
+        folder = self.folder / "trials" / f"{re.sub('[^a-z0-9.]+', '_', name.lower())}-{key}"
         made, log = makes.replace(OUT, str(folder)), ROOT / folder / "log.txt"
-        with self.lock_of.setdefault(key, threading.Lock()):
-            record = self.records.get(key)
-            if record and (ROOT / record["made"]).exists():
-                return record
-            with self.free:
-                status, used = self.execute(command.replace(OUT, str(folder)), log)
-            if status or not (ROOT / made).exists():
-                raise ValueError(f"{name} ended with status {status} and did not make {made}:\n"
-                                 f"{log.read_text(encoding='utf-8')[-2000:]}")
-            for path in log.parent.rglob("*.resume*"):      # most of the disk space
-                path.unlink()
-            unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-            record = {"key": key, "name": name, "command": command, "made": made,
-                      "seconds": round(used.ru_utime + used.ru_stime, 2),
-                      "peak_mb": round(used.ru_maxrss * unit / 2 ** 20)}
-            Logger(f"{name}: {record['seconds']:.0f} s, {record['peak_mb']} MB")
-            with self.lock, self.ledger.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                self.records[key] = record
-            return record
+        status, used = self.execute(command.replace(OUT, str(folder)), log)
+        if status or not (ROOT / made).exists():
+            raise ValueError(f"{name} ended with status {status} and did not make {made}:\n"
+                             f"{log.read_text(encoding='utf-8')[-2000:]}")
+        for path in log.parent.rglob("*.resume*"):          # most of the disk space
+            path.unlink()
+        unit = 1 if sys.platform == "darwin" else 1024      # of ru_maxrss, in bytes
+        record = {"key": key, "name": name, "command": command, "made": made,
+                  "seconds": round(used.ru_utime + used.ru_stime, 2),
+                  "peak_mb": round(used.ru_maxrss * unit / 2 ** 20)}
+        Logger(f"{name}: {record['seconds']:.0f} s, {record['peak_mb']} MB")
+        with self.lock, self.ledger.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        return record
 
     def execute(self, command: str, log: Path):
         """Its exit status, and the resources of this process alone. The log begins with it."""
@@ -295,7 +300,7 @@ class Comparison:
     def measure(self, phase: str, row, steps: int) -> list[dict]:
         """Steps, seconds, memory and scores for each seed."""
         runs = [row.tuned | {"seed": Number(FIRST_SEED + number)}
-                for number in range(row.seeds or self.plan.seeds)]
+                for number in range(row.seeds)]
         trained = self.train(phase, row, runs, steps)
         scores = self.scores(f"test, {row.name}", self.plan.tests, trained)
         return [{"steps": steps, "peak_mb": record["peak_mb"], "charged": record["charged"],
@@ -317,26 +322,27 @@ class Comparison:
         """Yields the content of table.json: at equal updates, then at equal seconds too."""
         plan = self.plan
         side_by_side(self.prepare, plan.rows)
-        results = {"updates": plan.updates, "seconds": None, "rows": self.references()}
+        rows = self.references() | {row.name: {"group": row.group, "note": row.note,
+                                               "tuned": row.tuned} for row in plan.rows}
         at_updates = side_by_side(lambda row: self.measure("updates", row, plan.updates), plan.rows)
         for row, seeds in zip(plan.rows, at_updates):
-            results["rows"][row.name] = {"group": row.group, "note": row.note, "tuned": row.tuned,
-                                         "updates": seeds}
-        yield results
+            rows[row.name]["updates"] = seeds
+        yield {"updates": plan.updates, "seconds": None, "rows": rows}
         if not plan.seconds:
             return
 
         # The fastest seed of each row: other work of the machine only adds to it.
         fastest = [min(seeds, key=lambda seed: seed["seconds"]) for seeds in at_updates]
-        slowest = max(each["seconds"] for each in fastest)
-        budget = slowest if plan.seconds == "slowest" else plan.seconds
+        budget = plan.seconds
+        if budget == "slowest":
+            budget = max(each["seconds"] for each in fastest)
         steps = [steps_within(budget, each["charged"], each["seconds"], plan.updates - plan.begin)
                  for each in fastest]
         at_seconds = side_by_side(lambda pair: self.measure("seconds", *pair),
                                   list(zip(plan.rows, steps)))
         for row, seeds in zip(plan.rows, at_seconds):
-            results["rows"][row.name]["seconds"] = seeds
-        yield results | {"seconds": budget}
+            rows[row.name]["seconds"] = seeds
+        yield {"updates": plan.updates, "seconds": budget, "rows": rows}
 
 
 # -- 4. Results ------------------------------------------------------------------------------------
@@ -370,8 +376,7 @@ def table(results: dict, plan, how: str) -> str:
     lines, group = [["", *(title for title, *_ in columns), "with"]], None
     for name, row in results["rows"].items():
         if row["group"] != group:
-            group = row["group"]
-            lines.append([f"**{group}**"] + [""] * (len(columns) + 1))
+            lines.append([f"**{(group := row['group'])}**"] + [""] * (len(columns) + 1))
         cells = [mean_and_spread(figures(results, name, phase, column), f"{{:{column.form}}}",
                                  column.spread) for _, phase, column in columns]
         tuned = ", ".join(f"{key} {value}" for key, value in row["tuned"].items())
@@ -383,20 +388,21 @@ def table(results: dict, plan, how: str) -> str:
 
 
 def draw(results: dict, plan, path: Path):
-    """A panel for each {title: column} of `picture`, also of the YAML files in `beside`: each row's
-    mean, spread and seeds, at equal seconds if they were measured, and dotted references."""
-    beside = [(other, json.loads(done.read_bytes())) for other in map(read, plan.beside)
-              if (done := ROOT / other.out / "table.json").exists()]
-    panels = [(*both, *panel) for both in ((plan, results), *beside)
-              for panel in both[0].picture.items()]
-    height = 1.2 + 0.27 * max(len(panel[0].rows) for panel in panels)
-    figure = new_figure(5.4 * len(panels), height)
+    """A panel for each {title: column} of `picture`, also of the YAML files in `beside`."""
+    found = [(plan, results)]
+    for other in map(read, plan.beside):
+        if (done := ROOT / other.out / "table.json").exists():
+            found.append((other, json.loads(done.read_bytes())))
+    panels = [(*each, *panel) for each in found for panel in each[0].picture.items()]
+    figure = new_figure(5.4 * len(panels), 1.2 + 0.27 * max(len(each[0].rows) for each in found))
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         draw_panel(axis, *panel)
     save_picture(figure, path)
 
 
 def draw_panel(axis, plan, results: dict, title: str, name: str):
+    """Each row's mean, spread and seeds, at equal seconds if they were measured, and dotted
+    references."""
     rows = [row for row in plan.rows if row.name in results["rows"]]
     groups, column = list(dict.fromkeys(row.group for row in rows)), plan.columns[name]
     phase, each = "updates", f"{results['updates']:,} updates each"
@@ -450,6 +456,7 @@ def main(argv=None):
         help="values of the YAML to replace; give --out too")
     add("--out", help="folder of all files; default: that of the YAML, with --quick OUT_quick")
     args = parser.parse_args(argv)
+    check_values(parser, args, RANGES | {"seeds": "[1, inf)"})
 
     # 2. Plan
     with checking_input():
@@ -458,25 +465,19 @@ def main(argv=None):
             vars(plan).update(plan.quick, validate="", seconds=0, out=f"{plan.out}_quick")
         vars(plan).update({name: value for name, value in vars(args).items()
                            if name in ("seeds", "updates", "seconds", "out") and value is not None})
-        check_ranges(
-            parser, Namespace(**vars(plan), processes=args.processes),
-            ("processes", args.processes >= 1, "be 1 or more"),
-            ("seeds", plan.seeds >= 1, "be 1 or more"),
-            ("seconds", plan.seconds == "slowest" or plan.seconds >= 0, "be 0 or more"),
-            ("updates", plan.updates > plan.begin and plan.updates % TEN == 0,
-             f"be a multiple of {TEN} above {plan.begin}"))
+        if plan.updates <= plan.begin or plan.updates % TEN:
+            parser.error(f"--updates must be a multiple of {TEN} above {plan.begin}")
         names = [row.name for row in plan.rows]
         changes = dict(each.split("=", 1) for each in args.set)
-        for flag, given, known in (("rows", args.rows or [], names),
-                                   ("set", changes, plan.values)):
-            for name in set(given) - set(known):
+        for name, known in (*((name, names) for name in args.rows or ()),
+                            *((name, plan.values) for name in changes)):
+            if name not in known:
                 near = did_you_mean(name, known)
-                parser.error(f"--{flag}: {args.config} has no {name!r}; did you mean {near}?")
+                parser.error(f"{args.config} has no {name!r}; did you mean {near}?")
         plan.values |= changes
         plan.rows = [row for row in plan.rows if row.name in (args.rows or names)]
-        if args.seeds or args.quick:
-            for row in plan.rows:
-                row.seeds = 0                           # as many as the others
+        for row in plan.rows:
+            row.seeds = not args.seeds and not args.quick and row.seeds or plan.seeds
         plan.tune_steps = max(TEN, round(plan.updates * plan.tune_part / TEN) * TEN)
         check(args.config, plan)
         folder = ROOT / plan.out
@@ -495,7 +496,7 @@ def main(argv=None):
             for results in Comparison(plan, values, jobs).results():
                 text = table(results, plan, how)
                 write_text(folder / "table.md", text)
-                write_text(folder / "table.json", json.dumps(results, indent=2))
+                write_json(folder / "table.json", results)
                 draw(results, plan, folder / "table.png")
                 Logger(f"\n{text}\n{plan.out}/table.md, {plan.out}/table.png")
     except KeyboardInterrupt:

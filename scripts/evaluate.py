@@ -24,24 +24,10 @@ from evaluation.samples import sample_answers, side_by_side, spread
 from evaluation.tables import interval
 from interop.checkpoint import load_model
 from model.generate import column_major
-from runtime.args import checking_input, make_parser, parse_args
+from runtime.args import by_name, checking_input, make_parser, parse_args
 from runtime.files import write_text
 from runtime.pictures import new_figure, save_picture
 from runtime.precision import pick_device
-
-
-def named(specs: list[str]) -> dict[str, list[str]]:
-    """{label: paths of its seeds} of [LABEL=]PATH[,PATH...]. Raises ValueError for equal labels."""
-    models = {}
-    for spec in specs:
-        label, _, paths = spec.rpartition("=")
-        first = Path(paths.split(",")[0])
-        label = label or (first.name if first.is_dir() else first.stem)
-        if label in models:
-            raise ValueError(f"two models are called {label}; name them: --weights "
-                             f"FIRST={','.join(models[label])} SECOND={paths}")
-        models[label] = paths.split(",")
-    return models
 
 
 def average(seeds: list[dict]) -> dict:
@@ -153,7 +139,7 @@ def main():
 
     with checking_input():
         # 2. Models and tests
-        models = named(args.weights)
+        models = {label: paths.split(",") for label, paths in by_name(args.weights).items()}
         path_of_reference = args.reference or next(iter(models.values()))[0]
         # Its label, if no other seed shares it.
         name = next((label for label, paths in models.items() if paths == [path_of_reference]),

@@ -20,7 +20,7 @@ from distill.losses import forward_kl
 from evaluation.tables import aligned
 from interop.checkpoint import load_model
 from model.generate import generate
-from runtime.args import checking_input, make_parser, parse_args, parse_named
+from runtime.args import by_name, checking_input, make_parser, parse_args
 from runtime.pictures import new_figure, save_picture
 
 PLAUSIBLE = 0.01
@@ -91,12 +91,10 @@ def main():
     args = parse_args(parser, top_k="[1, 100]")
 
     with checking_input():
-        specs = dict(map(parse_named, args.weights))
-        loaded = {name: load_model(path) for name, path in specs.items()}
+        loaded = {name: load_model(path) for name, path in by_name(args.weights).items()}
         first, (model, tokenizer) = next(iter(loaded.items()))
-        same = all(each.ids == tokenizer.ids for _, each in loaded.values())
-        if not same or len(specs) < len(args.weights):
-            raise ValueError("--weights: models need one tokenizer and different names, NAME=PATH")
+        if any(each.ids != tokenizer.ids for _, each in loaded.values()):
+            raise ValueError("--weights: the models need one tokenizer")
         chat, n = [{"role": "user", "content": args.question}], args.max_new_tokens
         prompt = tokenizer.encode_chat(chat, add_generation_prompt=True)[0]
         answer = (tokenizer.encode(args.answer) if args.answer else

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
 
-from runtime.args import checking_input, make_parser, parse_args
+from runtime.args import by_name, checking_input, make_parser, parse_args
 from runtime.files import read_rows
 from runtime.pictures import new_figure, save_picture
 
@@ -60,10 +60,7 @@ def main():
         parser.error(f"--out {args.out}: a picture is written as FILE.png")
 
     with checking_input():
-        runs = {}
-        for spec in args.logs:
-            label, _, path = spec.rpartition("=")
-            runs[label or Path(path).stem] = read_curves(Path(path))
+        runs = {label: read_curves(Path(path)) for label, path in by_name(args.logs).items()}
         common = set.intersection(*(set(curves) for curves in runs.values()))
         names = args.only or sorted(name for name in common if name.startswith("val_"))
         known = sorted(set().union(*runs.values()))

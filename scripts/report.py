@@ -25,7 +25,7 @@ from evaluation.tables import markdown
 from interop.checkpoint import load_model, weight_files
 from model.generate import column_major, generate
 from model.transformer import KVCache
-from runtime.args import checking_input, make_parser, parse_args, parse_named
+from runtime.args import by_name, checking_input, make_parser, parse_args
 from runtime.files import read_rows, write_text
 from runtime.log import Logger
 from runtime.pictures import new_figure, save_picture
@@ -33,17 +33,15 @@ from runtime.precision import pick_device
 
 REPEATS, ROWS = 5, 16       # the fastest counts, as others use the machine too; answers at once
 
-# Row of the table -> (key of the results, how to print it). Costs and speeds are also shown as a
-# share of the teacher's.
+# Row of the table -> (key of the results, how to print it). Costs are also shown as a share of the
+# teacher's.
 COSTS = {
     "parameters": ("parameters", "{:,.0f}"),
     "file, MB": ("file", "{:,.2f}"),
     "memory, 16 answers at once, MB": ("memory", "{:,.1f}"),
     "ms to the first token": ("first", "{:,.1f}"),
-}
-SPEEDS = {
-    "tokens/s, one answer": ("single", "{:,.0f}"),
-    "tokens/s, 16 answers at once": ("batch", "{:,.0f}"),
+    "ms per token, one answer": ("single", "{:,.3f}"),
+    "ms per token, 16 answers at once": ("batch", "{:,.3f}"),
 }
 EXAMS = "exact match %", "token F1 %", "multiple choice %"
 QUALITY = {title: COLUMNS[title] for title in EXAMS} | {
@@ -67,10 +65,10 @@ def memory(model, context: int) -> float:
     return sum(tensor.nbytes for tensor in [*tensors.values(), cache.kv]) / 1e6
 
 
-def speeds(models: dict, rows: list, n_tokens: int) -> dict[str, dict[str, float]]:
-    """{label: ms until the first token of an answer, tokens/s of one answer, and of ROWS at once}.
-    models: {label: (model, tokenizer)}"""
-    found = {label: {"first": [], "single": [], "batch": []} for label in models}
+def times(models: dict, rows: list, n_tokens: int) -> dict[str, dict[str, float]]:
+    """{label: ms until the first token of an answer, ms per token of one answer, and of ROWS at
+    once}. models: {label: (model, tokenizer)}"""
+    found = {label: {} for label in models}
     for _ in range(REPEATS):
         for label, (model, tokenizer) in models.items():
             prompts = [*islice(cycle(openings(tokenizer, rows)), ROWS)]
@@ -78,11 +76,9 @@ def speeds(models: dict, rows: list, n_tokens: int) -> dict[str, dict[str, float
                                    ("batch", prompts, n_tokens)):
                 start = time.perf_counter()
                 written = sum(map(len, generate(model, asked, n)))
-                seconds = time.perf_counter() - start
-                found[label][name].append(1000 * seconds if n == 1 else written / seconds)
-    best = {"first": min, "single": max, "batch": max}
-    return {label: {name: best[name](values) for name, values in of_label.items()}
-            for label, of_label in found.items()}
+                ms = 1000 * (time.perf_counter() - start) / written
+                found[label][name] = min(ms, found[label].get(name, ms))
+    return found
 
 
 def training(path: Path) -> dict[str, float]:
@@ -94,51 +90,23 @@ def training(path: Path) -> dict[str, float]:
 def table(results: dict[str, dict], teacher: str) -> str:
     """A row per measure that any model has, a column per model."""
     rows = [["", *results]]
-    for title, (key, form) in (COSTS | SPEEDS | QUALITY | TRAINING).items():
-        cells = [form.format(of[key]) if key in of else "" for of in results.values()]
-        if title in COSTS | SPEEDS:
-            cells = [cell if label == teacher else f"{cell} ({percent(of, results[teacher], key)})"
-                     for (label, of), cell in zip(results.items(), cells)]
-        if any(cells):
-            rows.append([title, *cells])
+    for title, (key, form) in (COSTS | QUALITY | TRAINING).items():
+        cells = {label: form.format(of[key]) if key in of else "" for label, of in results.items()}
+        if title in COSTS:
+            for label in results.keys() - {teacher}:
+                cells[label] += f" ({100 * results[label][key] / results[teacher][key]:.0f} %)"
+        if any(cells.values()):
+            rows.append([title, *cells.values()])
     return markdown(rows)
 
 
-def percent(of: dict, theirs: dict, key: str) -> str:
-    return f"{100 * of[key] / theirs[key]:.0f} %"
-
-
-def summary(results: dict[str, dict], teacher: str) -> str:
-    """A paragraph for each student."""
-    said, theirs = [], results[teacher]
-    for label, of in results.items():
-        if label == teacher:
-            continue
-        text = (f"**{label}** has {percent(of, theirs, 'parameters')} of the parameters of "
-                f"**{teacher}**, takes {percent(of, theirs, 'memory')} of its memory and writes "
-                f"one answer {of['single'] / theirs['single']:.1f} times as fast.")
-        for key, what in (("exact_match", "questions"), ("multiple_choice", "multiple choice")):
-            if theirs.get(key):
-                text += f" {what.capitalize()} right: {of[key]:.1f} %, teacher {theirs[key]:.1f} %."
-        if "agreement" in of:
-            text += (f" The two have the same most likely token at {of['agreement']:.0f} % of the "
-                     "positions.")
-        if "total_cpu_seconds" in of:
-            text += f" Its training took {of['total_cpu_seconds']:,.0f} CPU seconds."
-        said.append(text)
-    return "\n\n".join(said)
-
-
 def draw(results: dict[str, dict], teacher: str, path: Path):
-    """Bars of the students: costs in % of the teacher's, and scores in % beside the teacher's tick.
-    """
+    """Bars of the students, their values on the right, and a line for the teacher: costs in % of
+    its own, and scores in %."""
     theirs, students = results[teacher], [label for label in results if label != teacher]
-    costs = {title.removesuffix(", MB").replace("ms to", "time to"): {
+    costs = {title.removesuffix(", MB").replace("ms ", "time "): {
         label: 100 * of[key] / theirs[key] for label, of in results.items()}
         for title, (key, _) in COSTS.items()}
-    costs |= {title.replace("tokens/s", "time per token"): {
-        label: 100 * theirs[key] / of[key] for label, of in results.items()}
-        for title, (key, _) in SPEEDS.items()}
     scores = {title.removesuffix(" %"): {
         label: of[key] for label, of in results.items() if key in of}
         for title, (key, _) in QUALITY.items() if key in SCORES and theirs.get(key)}
@@ -149,13 +117,14 @@ def draw(results: dict[str, dict], teacher: str, path: Path):
         for i, label in enumerate(students):
             places = [row + (i - (len(students) - 1) / 2) * height for row in range(len(values))]
             widths = [of.get(label, 0.0) for of in values.values()]
-            bars = axis.barh(places, widths, 0.9 * height, color=f"C{i}", label=label)
-            axis.bar_label(bars, [f"{width:.0f}" for width in widths], padding=3)
+            axis.barh(places, widths, 0.9 * height, label=label)
+            for place, width in zip(places, widths):        # on the right, clear of the line
+                axis.text(1.02, place, f"{width:.0f}", transform=axis.get_yaxis_transform(),
+                          va="center", color=f"C{i}")
         for row, of in enumerate(values.values()):
             axis.vlines(of[teacher], row - 0.42, row + 0.42, color="black", linewidth=2)
         axis.set_yticks(range(len(values)), list(values))
-        longest = max([100, *(width for of in values.values() for width in of.values())])
-        axis.set(title=title, xlim=(0, 1.12 * longest), ylim=(len(values) - 0.5, -0.5))
+        axis.set(title=title, xlim=(0, None), ylim=(len(values) - 0.5, -0.5))
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center",
                   ncols=len(students))
     save_picture(figure, path)
@@ -181,21 +150,17 @@ def main():
 
     with checking_input():
         # 2. Models and tests
-        teacher, _ = parse_named(args.teacher)
-        paths, models = {}, {}
-        for name, path in map(parse_named, [args.teacher, *args.student]):
-            if name in paths:
-                raise ValueError(f"two models have the name {name}; write NAME=PATH")
-            paths[name] = Path(path)
+        paths = {name: Path(path) for name, path in by_name([args.teacher, *args.student]).items()}
+        teacher = next(iter(paths))
         tests = read_tests(args.data, args.limit)
         if not (rows := spread(tests, ROWS)):
             raise ValueError(f"--data {' '.join(args.data)}: no conversations or texts")
-        for name, path in paths.items():
-            models[name] = load_model(path, device)
-            column_major(models[name][0])
+        models = {name: load_model(path, device) for name, path in paths.items()}
+        for model, _ in models.values():
+            column_major(model)
 
         # 3. Measure
-        results = speeds(models, rows, args.max_new_tokens)
+        results = times(models, rows, args.max_new_tokens)
         context = args.max_new_tokens + max(map(len, openings(models[teacher][1], rows)))
         reference, vocabulary = models[teacher]
         shown, answers = spread(tests, args.samples), {}
@@ -216,13 +181,11 @@ def main():
             f"{args.max_new_tokens} tokens; memory: weights and KV cache. Test data: "
             f"{f'the first {args.limit} rows of ' * bool(args.limit)}{', '.join(args.data)}.")
     page = [f"# Report card: {', '.join(name for name in results if name != teacher)}",
-            summary(results, teacher), f"![The same as a picture]({picture.name})",
-            table(results, teacher), note]
+            table(results, teacher), note, f"![The same as a picture]({picture.name})"]
     if shown:
         page += ["## Answers", side_by_side(shown, answers)]
     write_text(args.out, "\n\n".join(page) + "\n")
-    print(f"\n{summary(results, teacher)}\n\n{table(results, teacher)}\n\n"
-          f"The page is {args.out}, the picture {picture}.")
+    print(f"\n{table(results, teacher)}\n\nThe page is {args.out}, the picture {picture}.")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scrip
 
 from interop.checkpoint import load_model
 from model.generate import column_major
-from runtime.args import checking_input, make_parser, parse_args, parse_named
+from runtime.args import by_name, checking_input, make_parser, parse_args
 from runtime.precision import pick_device
 
 
@@ -59,10 +59,7 @@ def main():
             raise ValueError(f"--port {args.port} at {args.host}: {reason}. Another server may run "
                              "there; --port 0 takes a free one") from None
         engines = {}
-        for spec in args.weights:
-            name, path = parse_named(spec)
-            if name in engines:
-                raise ValueError(f"--weights: two models have the name {name}; write NAME=PATH")
+        for name, path in by_name(args.weights).items():
             model, tokenizer = load_model(path, pick_device(args.device))
             engines[name] = Engine(name, column_major(model.eval()), tokenizer,
                                    args.max_concurrency)

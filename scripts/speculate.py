@@ -29,7 +29,7 @@ from evaluation.tables import markdown
 from interop.checkpoint import load_model
 from model.generate import column_major
 from model.transformer import KVCache
-from runtime.args import checking_input, make_parser, parse_args, parse_named
+from runtime.args import by_name, checking_input, make_parser, parse_args
 
 
 class Round(NamedTuple):
@@ -106,10 +106,8 @@ def main():
         # 2. Models and prompts
         target, tokenizer = load_model(args.weights)
         drafts = {"no draft": column_major(target)}
-        for name, path in map(parse_named, args.draft):
+        for name, path in by_name(args.draft).items():
             draft, vocabulary = load_model(path)
-            if name in drafts:
-                raise ValueError(f"--draft: two models have the name {name}; write NAME=PATH")
             if vocabulary.ids != tokenizer.ids:
                 raise ValueError(f"{path} cannot draft for {args.weights}: its tokenizer differs")
             drafts[name] = column_major(draft)

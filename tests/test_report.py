@@ -61,9 +61,8 @@ def test_a_card_shows_sizes_speed_scores_and_answers_in_a_page_and_a_picture(mod
     assert shown["file, MB"][0] == f"{(models / 'teacher.pth').stat().st_size / 1e6:.2f}"
     assert shown["KL to the teacher, nats per token"][0] == "0.000" and shown["accepted as drafts of the teacher %"][0] == "100.0"
     assert shown["optimizer steps"] == ["", "9", ""] and shown["CPU seconds of its training"] == ["", "42", ""]
-    for key in ("memory, 16 answers at once, MB", "tokens/s, one answer", "tokens/s, 16 answers at once", "ms to the first token"):
+    for key in ("memory, 16 answers at once, MB", "ms per token, one answer", "ms per token, 16 answers at once", "ms to the first token"):
         assert all(float(re.match(r"[\d.,]+", cell)[0].replace(",", "")) > 0 for cell in shown[key])
-    assert "**S** has" in page and "Its training took 42 CPU seconds." in page
     assert page.count("- **S**:") == 2 and page.count("\n> ") == 2
 
 
@@ -77,7 +76,7 @@ def test_a_card_of_texts_has_no_questions_and_no_log(models, data, tmp_path):
 
 def test_models_of_one_name_are_refused(models):
     ended = run(SCRIPT, teacher=models / "student.pth", student=models / "student.pth")
-    assert ended.code == 1 and "two models have the name student; write NAME=PATH" in ended.output
+    assert ended.code == 1 and "two models have the name student, " in ended.output
 
 
 def test_samples_are_spread_over_the_rows():
@@ -94,7 +93,8 @@ def test_the_picture_has_the_students_bars_and_the_teachers_line(monkeypatch, tm
                "S": {key: value / 4 for key, value in costs.items()} | {"exact_match": 81.0, "agreement": 95.0}}
     draw(results, "T", tmp_path / "card.png")
     left, right = figures[0].axes
-    assert [bar.get_width() for bar in left.patches] == [25.0] * 4 + [400.0] * 2        # a quarter as fast
+    assert [bar.get_width() for bar in left.patches] == [25.0] * 6
+    assert [text.get_text() for text in right.texts] == ["81", "95"]
     assert [bar.get_width() for bar in right.patches] == [81.0, 95.0]
     assert [line.get_segments()[0][0][0] for line in right.collections] == [90.0, 100.0]
 

@@ -292,7 +292,7 @@ def test_evaluation_names_what_is_missing_or_ambiguous(models, data, refused, tm
     printed = refused("scripts/evaluate.py", weights=tmp_path / "full_sft_9.pth", data=data / "test.jsonl")
     assert f"no weights at {tmp_path}/full_sft_9.pth. Train them: python train_sft.py --help" in printed
     printed = refused("scripts/evaluate.py", weights=["a/x.pth", "b/x.pth"])
-    assert "two models are called x; name them: --weights FIRST=a/x.pth SECOND=b/x.pth" in printed
+    assert "two models have the name x, a/x.pth and b/x.pth; write NAME=PATH" in printed
 
 
 # -------------------------------------------------------------------------------------------- quickstart
