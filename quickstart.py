@@ -3,7 +3,7 @@
 One command: set up, generate the data, train a teacher, distil a student from it, compare them.
 
     python quickstart.py            four minutes on two cores; run it again to resume
-    python quickstart.py --fresh    delete what was trained here and start again
+    python quickstart.py --fresh    train everything again
     python quickstart.py --seeds 3  three students of each kind: mean and standard deviation
     python quickstart.py --moe      a mixture of experts (MoE) teaches a dense and an MoE student
     python quickstart.py --smoke    a few steps of everything, to check that it runs
@@ -44,12 +44,11 @@ def say(line: str):
     print(f"{line}\n", end="", flush=True)
 
 
-def run(command: str | list[str], log: Path | None = None):
+def run(words: list[str], log: Path | None = None):
     """Print a command and run it in the environment. Ends the script if it fails.
 
     log: a file for what it prints, where another command has the terminal
     """
-    words = shlex.split(command) if isinstance(command, str) else command
     say(shlex.join(words) + (f" >> {log}" if log else ""))
     python = {"python": [PYTHON], "torchrun": [PYTHON, "-m", "torch.distributed.run"]}
     output = log and log.open("a", encoding="utf-8")
@@ -63,7 +62,7 @@ if not PYTHON.exists():
     subprocess.run([sys.executable, "-m", "venv", ".venv"], check=True)
 installed, needed = Path(".venv/.installed"), Path("requirements.txt")
 if not installed.exists() or needed.stat().st_mtime > installed.stat().st_mtime:
-    run("python -m pip install --quiet --disable-pip-version-check -r requirements.txt")
+    run("python -m pip install --quiet --disable-pip-version-check -r requirements.txt".split())
     installed.touch()
 
 # 2. Sizes (a teacher of 0.87 M parameters, a student of 0.16 M) and numbers of training steps
@@ -80,9 +79,7 @@ kinds = ["", _moe] if args.moe else [""]
 done, began = Path(out, ".done"), time.time()
 number_of, n_steps = count(1), 3 + 7 * len(kinds) * args.seeds + 2
 if args.fresh:
-    for name in (".done", "*.pth", "*.resume*", "sft_alone", "right", "seed*"):
-        for path in Path(out).glob(name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(done, ignore_errors=True)
 done.mkdir(parents=True, exist_ok=True)
 
 
@@ -98,8 +95,8 @@ def checksum(*files) -> str:
 def step(output: str, inputs: list[str], command: str, log: Path | None = None):
     """Run the command, unless OUTPUT exists unchanged and was made by this command from these
     inputs. An interrupted training run resumes, unless its settings have changed."""
-    command = " ".join(command.split())
-    mark, key = done / output.replace("/", "_"), f"{command} {checksum(*inputs)}"
+    words = shlex.split(command)
+    mark, key = done / output.replace("/", "_"), f"{shlex.join(words)} {checksum(*inputs)}"
     was = mark.read_text(encoding="utf-8") if mark.exists() else ""
     if Path(output).exists() and was == f"{key} {checksum(output)}":
         heading(f"{output} is up to date")
@@ -109,7 +106,7 @@ def step(output: str, inputs: list[str], command: str, log: Path | None = None):
             path.unlink()
     mark.write_text(key, encoding="utf-8")
     heading(output)
-    run(command, log)
+    run(words, log)
     mark.write_text(f"{key} {checksum(output)}", encoding="utf-8")
 
 

@@ -5,7 +5,6 @@ gradients.
 
 two tables          python -m benchmarks.step
 one, more exactly   python -m benchmarks.step --shapes B --steps 5 --repeats 3
-another padding     python -m benchmarks.step --pad 340
 
 plain       benchmarks/plain.py: padded rows, logits of both models at every position
 ours        the step of train_distillation.py: packed real tokens, the fused loss at the targets
@@ -41,6 +40,7 @@ from runtime.processes import World, parallelize
 ALPHA, TEMPERATURE, LEARNING_RATE = 0.5, 2.0, 5e-6
 LOGIT_STD = 3.0             # standard deviation of the teacher's logits
 MEAN, SHORTEST, LONGEST, ANSWERS = 146, 16, 340, 0.61   # tokens of a chat; share of targets
+LIMIT = 512                 # to which rows are padded
 
 
 class Shape(NamedTuple):
@@ -62,7 +62,6 @@ SHAPES = {"A": Shape(small(512, 8), small(768, 8), 8),
 class Case(NamedTuple):
     shape: Shape
     vocab_size: int
-    pad: int                        # length of rows that are padded to a limit
     steps: int                      # timed
     device: str
     threads: int
@@ -108,9 +107,9 @@ class Form(NamedTuple):
     loss: object                    # (number of the batch) -> ()
 
 
-def plain_form(case: Case, limit: bool) -> Form:
+def plain_form(case: Case, limit: int | None) -> Form:
     student, teacher = model_of(case, "student"), model_of(case, "teacher")
-    batches = [plain.pad(chats(case, number), case.pad if limit else None, case.device)
+    batches = [plain.pad(chats(case, number), limit, case.device)
                for number in range(case.steps + 1)]
 
     def loss(number):
@@ -155,8 +154,8 @@ def distillation_form(student, teacher, batches, world, alpha=0.0, temperature=1
 
 
 BF16 = "ours, bf16"
-FORMS = {"plain, padded to the limit": partial(plain_form, limit=True),
-         "plain, padded to the longest": partial(plain_form, limit=False),
+FORMS = {"plain, padded to the limit": partial(plain_form, limit=LIMIT),
+         "plain, padded to the longest": partial(plain_form, limit=None),
          "ours": our_form,
          BF16: partial(our_form, dtype=torch.bfloat16),
          "ours, teacher asked once": partial(our_form, asked_once=True)}
@@ -168,8 +167,7 @@ def measure(case: Case, form: str, saved: Path | None) -> dict[str, float]:
     gradients and AdamW's moments. The first step's loss and gradients are `saved`."""
     device = torch.device(case.device)
     # The first call loads the code of every kernel, which counts as memory: let it be a small one.
-    small = case._replace(shape=SHAPES["test"], vocab_size=64, pad=LONGEST, steps=0)
-    run(FORMS[form](small), 0)
+    run(FORMS[form](case._replace(shape=SHAPES["test"], vocab_size=64, steps=0)), 0)
 
     ready = FORMS[form](case)
     settle(ready.optimizer)
@@ -220,12 +218,9 @@ def main(argv=None):
         help="pairs of student and teacher, SHAPES in benchmarks/step.py; document is the default "
              "of train_distillation.py")
     add("--vocab", type=int, default=6400, help="vocabulary size")
-    add("--pad", type=int, default=512, help=f"limit that rows are padded to, {LONGEST} or more")
     add("--steps", type=int, default=3, help="timed steps per process; their median counts")
     add_result_args(parser, repeats=1)
     args = parse(parser, argv, "vocab", "steps")
-    if args.pad < LONGEST:
-        parser.error(f"--pad {args.pad} would cut samples, which have up to {LONGEST} tokens")
 
     forms, rows = dict(TOLERANCES), []
     if pick_dtype("bfloat16", torch.device(args.device)) != torch.bfloat16:
@@ -233,11 +228,11 @@ def main(argv=None):
         print(f"the form {BF16!r} is left out\n")
     for name in args.shapes:
         shape = SHAPES[name]
-        case = Case(shape, args.vocab, args.pad, args.steps, args.device, args.threads)
+        case = Case(shape, args.vocab, args.steps, args.device, args.threads)
         with checking_input():
             own = compare(measure, case, forms, args.repeats)
         print(f"{name}: student {shape.student}, teacher {shape.teacher}, batch {shape.batch}; "
-              f"vocabulary {args.vocab:,}, limit {args.pad}\n\n{table(own, COLUMNS)}\n")
+              f"vocabulary {args.vocab:,}, limit {LIMIT}\n\n{table(own, COLUMNS)}\n")
         rows += [row | {"shape": name} for row in own]
     print(f"samples: {MEAN} tokens on average, at most {LONGEST}, {ANSWERS:.0%} targets;\n"
           f"one step, median of {args.steps}, {setting(args)};\n"

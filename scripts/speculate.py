@@ -134,7 +134,7 @@ def main():
                 print("\n".join(shown))
 
     # 4. Table
-    table = [["", "accepted %", "α %", "tokens per pass", "tokens/s"]]
+    table = [["", "accepted %", "a %", "tokens per pass", "tokens/s"]]
     for name in drafts:
         tokens, *counts = zip(*rounds[name])
         n_accepted, n_judged, expected = map(sum, counts)
@@ -142,7 +142,7 @@ def main():
         n = sum(map(len, tokens))
         table.append([name, *shares, f"{n / len(tokens):.2f}", f"{n / seconds[name]:,.0f}"])
     print(f"\n{markdown(table)}\n\n[ ]: accepted drafts; accepted: of the drafts up to the first "
-          "rejection; α: the mean of sum min(p, q) there; tokens/s: of CPU time")
+          "rejection; a: the mean of sum min(p, q) there; tokens/s: of CPU time")
 
 
 if __name__ == "__main__":

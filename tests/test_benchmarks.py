@@ -103,7 +103,7 @@ def test_a_wrong_flag_is_refused_before_anything_is_measured(capsys):
     for main, wrong, reason in (
             (loss.main, "--repeats 0", "1 or more"),
             (loss.main, "--vocab 50 0", "1 or more"),
-            (step.main, "--pad 339", "would cut samples"),
+            (step.main, "--steps 0", "1 or more"),
             (generate.main, "--dim 48", "multiple of 32"),
             (scaling.main, "--model 512", "invalid width_and_layers value"),
             (scaling.main, "--axes depth", "'depth' is none of tokens, model, vocab, length"),

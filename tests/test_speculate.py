@@ -65,8 +65,8 @@ def written(rounds) -> tuple[int, ...]:
     ("different", 2, 1.0), ("near", 2, 1.0), ("equal", 2, 1.0), ("different", 1, 0.5), ("different", 0, 1.0)])
 def test_the_text_has_the_distribution_of_the_target(kind, n_draft, temperature):
     """The 27 answers of three tokens: chi-square, whose 99.9 % quantile is 54.1 for 26 degrees of freedom. Adding the
-    token after a rejection from p instead of p - q, or accepting everything, gives hundreds."""
-    n, p = 3000, torch.tensor(TARGET) ** (1 / temperature)
+    token after a rejection from p instead of p - q, or accepting everything, gives a hundred and more."""
+    n, p = 1000, torch.tensor(TARGET) ** (1 / temperature)
     p = p / p.sum(dim=1, keepdim=True)
     means = {(a, b, c): n * float(p[PROMPT[-1], a] * p[a, b] * p[b, c]) for a, b, c in product(range(3), repeat=3)}
     found = Counter(map(written, answers(kind, n_draft, n, max_new_tokens=3, temperature=temperature)))
@@ -91,11 +91,15 @@ def test_greedy_text_is_the_target_s_greedy_text(kind, n_draft, tiny):
 def test_the_share_of_accepted_drafts_is_the_sum_of_min_p_q(kind, alpha):
     """After the prompt's last token p is .1 .6 .3, and q .8 .1 .1: sum min(p, q) = .1 + .1 + .1. A round ends with the
     first rejection, so of all drafts that are judged the expected share is accepted, too."""
-    rounds = [answer[0] for answer in answers(kind, 3, 2000, max_new_tokens=5)]
-    assert sum(each.n_accepted > 0 for each in rounds) / 2000 == pytest.approx(alpha, abs=0.03)
+    def first_rounds(n_draft, n):
+        target, draft, generator = Chain(TARGET), Chain(DRAFTS[kind]), torch.Generator().manual_seed(0)
+        return [next(speculate(target, draft, PROMPT, n_draft, 5, generator=generator)) for _ in range(n)]
+
+    rounds = first_rounds(3, 1000)
+    assert sum(each.n_accepted > 0 for each in rounds) / 1000 == pytest.approx(alpha, abs=0.04)
     accepted, judged, expected = (sum(column) for column in list(zip(*rounds))[1:])
-    assert accepted / judged == pytest.approx(expected / judged, abs=0.03)
-    once = [answer[0] for answer in answers(kind, 1, 5, max_new_tokens=5)]
+    assert accepted / judged == pytest.approx(expected / judged, abs=0.04)
+    once = first_rounds(1, 5)
     assert [each.expected for each in once] == pytest.approx([alpha] * 5) and {each.n_judged for each in once} == {1}
 
 
@@ -148,7 +152,7 @@ def test_the_script_compares_drafts_and_marks_what_is_accepted(models, data):
     assert printed.startswith("> ") and printed.count("\n> ") == 0 and "    self: [" in printed
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
     assert [row[0] for row in table[2:]] == ["no draft", "small", "self"]
-    header = f"| {' | '.join(table[0])} | greedy".replace("|  |", "| |")
+    header = f"| {' | '.join(table[0])} |".replace("|  |", "| |")
     assert header in (ROOT / "docs/lessons/18_draft_models.md").read_text(encoding="utf-8")
     assert table[2][1:4] == ["", "", "1.00"] and table[4][1:4] == ["100.0", "100.0", "3.00"]
 

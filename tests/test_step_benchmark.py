@@ -24,7 +24,7 @@ LIMIT = "plain, padded to the limit"
 @pytest.fixture(scope="module")
 def case() -> Case:
     """Three samples and a vocabulary of 50."""
-    return Case(SHAPES["test"], vocab_size=50, pad=340, steps=1, device="cpu", threads=1)
+    return Case(SHAPES["test"], vocab_size=50, steps=1, device="cpu", threads=1)
 
 
 def gradients(form) -> dict[str, torch.Tensor]:
