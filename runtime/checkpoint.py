@@ -223,7 +223,7 @@ def not_finite(state: dict) -> str | None:
 
 def read_resume(path: Path, device=torch.device("cpu")) -> dict | None:
     """The newest state that all processes can read; None if there is no file. A file that cannot be
-    read is named and put aside, and the one before it is used. Raises ValueError if none can."""
+    read is named, and the one before it takes its place. Raises ValueError if none can."""
     found = [file for file in (path, path.with_name(path.name + ".previous")) if file.exists()]
     for file in found:
         state, problem = None, "by another process"
@@ -234,8 +234,8 @@ def read_resume(path: Path, device=torch.device("cpu")) -> dict | None:
         except ValueError as error:
             state, problem = None, error
         if not any_process(state is None, device):
-            if file != path and is_main_process():      # the next save keeps this one instead
-                keep_previous(path, ".damaged")
+            if file != path and is_main_process():      # so that the next save keeps this one
+                os.replace(file, path)
             return state
         Logger(f"{file} cannot be read ({problem}); trying the one before it")
     if found:

@@ -121,10 +121,10 @@ def write_jsonl(path, rows: list[dict]):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def keep_previous(path: Path, end: str = ".previous"):
+def keep_previous(path: Path):
     """Rename the file or folder at PATH to PATH.previous."""
     if path.exists():
-        previous = path.with_name(path.name + end)
+        previous = path.with_name(f"{path.name}.previous")
         if previous.is_dir() or path.is_dir():
             delete(previous)
         os.replace(path, previous)

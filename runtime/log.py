@@ -150,9 +150,10 @@ class Log:
     def means(self) -> dict[str, float]:
         """The means since the last call, over all processes, which all call this."""
         used, self.cpu = time.process_time() - self.cpu, time.process_time()
-        sums = torch.stack([torch.as_tensor(value, dtype=sum_dtype(self.world.device))
+        device, dtype = self.world.device, sum_dtype(self.world.device)
+        sums = torch.stack([torch.as_tensor(value, device=device, dtype=dtype)
                             for value in (*self.sums.values(), self.tokens, used)])
-        *sums, tokens, used = sum_over_processes(sums.to(self.world.device)).tolist()
+        *sums, tokens, used = sum_over_processes(sums).tolist()
         means = {name: value / (self.steps - self.skipped) for name, value in zip(self.sums, sums)}
         if self.skipped:
             means["skipped_steps"] = self.skipped

@@ -18,12 +18,13 @@ def pick_device(name: str = "auto") -> torch.device:
     such device."""
     here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
             "cpu": 1}
-    here = {kind: n for kind, n in here.items() if n}
-    kind, _, number = (next(iter(here)) if name == "auto" else name).partition(":")
+    if name == "auto":
+        return torch.device(next(kind for kind, n in here.items() if n))
+    kind, _, number = name.partition(":")
     if not (number or "0").isdecimal() or int(number or 0) >= here.get(kind, 0):
         known = [f"{kind}:{i}" if n > 1 else kind for kind, n in here.items() for i in range(n)]
         sys.exit(f"--device {name}: this machine has {', '.join(known)}")
-    return torch.device(f"{kind}:{number}" if number else kind)
+    return torch.device(name)
 
 
 def sum_dtype(device) -> torch.dtype:

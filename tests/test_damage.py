@@ -66,11 +66,11 @@ def saved(tiny, byte_tokenizer, tmp_path):
 def test_a_flipped_bit_in_weights_is_refused(name, saved):
     path = saved / name
     model = path.parent if name.startswith("hf") else path
-    assert not flips(path, lambda: dict(load_model(model)[0].state_dict()), 150)["silent"]
+    assert not flips(path, lambda: dict(load_model(model)[0].state_dict()), 60)["silent"]
 
 
 def test_a_flipped_bit_in_a_resume_file_is_refused(saved):
-    assert not flips(saved / "run.resume", lambda: read_resume(saved / "run.resume"), 150)["silent"]
+    assert not flips(saved / "run.resume", lambda: read_resume(saved / "run.resume"), 60)["silent"]
 
 
 @pytest.fixture(scope="module")

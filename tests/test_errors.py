@@ -125,8 +125,7 @@ def flags(data, models, tmp_path):
 
 def test_a_run_that_cannot_write_says_where(flags, tmp_path):
     (tmp_path / "file").touch()
-    for out_dir, says in ((tmp_path / "file", "File exists"), (tmp_path / "file/out", "Not a directory"),
-                          (tmp_path / ("x" * 300), "name too long"), ("/proc/out", "No such file")):
+    for out_dir, says in ((tmp_path / "file/out", "Not a directory"), ("/proc/out", "No such file")):
         printed = complaint("train_sft.py", **flags | {"out_dir": out_dir})
         assert says in printed.splitlines()[-1] and str(out_dir) in printed.splitlines()[-1]
 
