@@ -115,9 +115,9 @@ def main():
         config = LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads,
                           activation=args.activation, use_moe=args.use_moe,
                           dropout=args.dropout, max_seq_len=args.max_seq_len or 512)
-        weights = args.weights
-        student, tokenizer = init_student_model(config, weights=weights, vocabulary=args.tokenizer)
-        prepare(student, weights, world, **model_options(args))
+        student, tokenizer = init_student_model(config, weights=args.weights,
+                                                vocabulary=args.tokenizer)
+        prepare(student, args.weights, world, **model_options(args))
 
         # 4. Data
         max_seq_len = student.context_length(args.max_seq_len)

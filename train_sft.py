@@ -113,11 +113,10 @@ def main():
 
     with checking_input():
         # 3. Model
-        moe = "_moe" if args.use_moe else ""
-        weights = args.weights or f"{args.out_dir}/pretrain_{args.dim}{moe}.pth"
         config = LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads,
                           use_moe=args.use_moe, dropout=args.dropout,
                           max_seq_len=args.max_seq_len or 512)
+        weights = args.weights or f"{args.out_dir}/pretrain_{config.dim}{config.moe_path}.pth"
         student, tokenizer = init_student_model(config, weights=weights, vocabulary=args.tokenizer)
         prepare(student, weights, world, **model_options(args))
 

@@ -12,8 +12,6 @@ Hu et al. 2021, https://arxiv.org/abs/2106.09685, Sec. 4.1, adapt wq and wv; all
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, Sec. 4.
 """
 
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -113,13 +111,13 @@ def lora_state(model) -> dict[str, torch.Tensor]:
 
 def load_lora(model, state: dict[str, torch.Tensor]):
     """Copy adapters into a model to which add_lora added those of the same rank, alpha and targets.
-    Raises ValueError, before anything is changed, for missing, unknown and misshapen tensors."""
+    Raises ValueError, before anything is changed, for others."""
     places = lora_state(model)
-    shapes, given = ({(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    shapes, given = ({(name, tensor.shape) for name, tensor in tensors.items()}
                      for tensors in (places, state))
-    if wrong := sorted(shapes ^ given):
-        raise ValueError(f"these adapters are not of this model: {wrong[0]} ({len(wrong)} in all). "
-                         "Rank and targets must be those of the training")
+    if shapes != given:
+        raise ValueError(f"these adapters are not of this model: {min(shapes ^ given)[0]} is "
+                         "missing, unknown or of another shape")
     for name, place in places.items():
         place.copy_(state[name])
 
@@ -140,33 +138,26 @@ def store_frozen(model, dtype):
             weight.data = weight.to(dtype)
 
 
-@contextmanager
-def without_lora(model):
-    """Inside, the model computes what it did before add_lora, bit by bit."""
-    switched = adapters(model).values()
-    for adapter in switched:
-        adapter.active = False
-    try:
-        yield
-    finally:
-        for adapter in switched:
-            adapter.active = True
-
-
 class WithoutAdapters:
-    """The model before add_lora, as a teacher of its adapted self, without weights of its own."""
+    """The model before add_lora, bit by bit, as a teacher of its adapted self; it has no weights of
+    its own."""
 
     def __init__(self, student):
         self.student, self.config = student, student.config
         self.n_tokens = student.n_tokens
 
     def __call__(self, *args, **kwargs):
-        training = self.student.training
+        training, switched = self.student.training, adapters(self.student).values()
         self.student.eval()
-        with torch.no_grad(), without_lora(self.student):
-            out = self.student(*args, **kwargs)
-        self.student.train(training)
-        return out
+        for adapter in switched:
+            adapter.active = False
+        try:
+            with torch.no_grad():
+                return self.student(*args, **kwargs)
+        finally:
+            for adapter in switched:
+                adapter.active = True
+            self.student.train(training)
 
     @property
     def head(self):  # -> (V, D)

@@ -37,18 +37,11 @@ class KVCache:
     Also what all steps of decoding share, as a step of a small model is mostly small operations."""
 
     def __init__(self, config: LMConfig, rows: int, capacity: int, device, dtype=torch.float32):
-        shape = config.n_layers, 2, rows, config.n_kv_heads, capacity, config.head_dim
+        shape = config.n_layers, 2, rows, config.n_kv_heads, capacity, config.head_dim  # 2: k and v
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.numbers = torch.arange(max(rows, capacity) + 1, device=device)         # 0, 1, 2, ...
         self.rotation = rope_rotation(config, self.numbers)
-
-    def write(self, layer, k, v, rows, positions):  # (N, G, K), (N, G, K), (N,), (N,)
-        kv = torch.stack([k, v], dim=1).to(self.kv.dtype)           # (N, 2, G, K)
-        self.kv[layer][:, rows, :, positions] = kv
-
-    def read(self, layer, length: int):  # -> (B, G, length, K) twice
-        return self.kv[layer][:, :, :, :length].unbind()
 
     def rows(self, first: int, last: int) -> "KVCache":
         """A view of these rows."""
@@ -166,7 +159,8 @@ class Attention(nn.Module):
         rotation = layout.rotation if self.has_rope else None
         q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         if layout.cache is not None:
-            layout.cache.write(self.layer, k, v, layout.sample, layout.positions)
+            kv = layout.cache.kv[self.layer]                                # (2, B, G, capacity, K)
+            kv[:, layout.sample, :, layout.positions] = torch.stack([k, v], dim=1).to(kv.dtype)
         if layout.n_cached:
             y = self.attend_to_cache(q, layout)
         else:
@@ -197,7 +191,7 @@ class Attention(nn.Module):
     def attend_to_cache(self, q, layout: Layout):  # (N, H, K) -> (N, H, K), T new tokens per row
         """The H / G query heads that share a key/value head follow each other in the place of T, so
         that its keys and values are read once for all of them."""
-        k, v = layout.cache.read(self.layer, layout.max_length)         # (B, G, max_length, K)
+        k, v = layout.cache.kv[self.layer, :, :, :, :layout.max_length]     # (B, G, max_length, K)
         (B, T), = layout.groups
         q = q.view(B, T, self.G, -1, self.K).transpose(1, 2).flatten(2, 3)  # (B, G, T H/G, K)
         y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=layout.mask)
