@@ -398,10 +398,8 @@ def _turn(turn, where):
 def _turns_of_columns(row, needs_answer):
     prompt, response = _only_one(row, PROMPT_KEYS), _only_one(row, RESPONSE_KEYS)
     if not prompt or needs_answer and not response:
-        raise ValueError(f"no known format (keys found: {_short(list(row))}; known: conversations "
-                         f"or messages; {'/'.join(PROMPT_KEYS)} with {'/'.join(RESPONSE_KEYS)}; "
-                         "question, options, answer_idx; a row with only text is for "
-                         "train_pretrain.py; examples: dataset/dataset.md)")
+        raise ValueError(f"no known format (keys found: {_short(list(row))}; dataset/dataset.md "
+                         "shows what is read, and a row with only text is for train_pretrain.py)")
     if isinstance(row[prompt], list):       # TRL's: turns to read, turns to learn
         yield from _turns_of_list(row[prompt], prompt, is_learned=False)
     else:

@@ -306,15 +306,17 @@ def packed_batch(ids, is_target, sizes, step_targets: int = 0, step_samples: int
 
 def prompts_and_answers(batch: Batch) -> list[list[tuple[list[int], list[int]]]]:
     """Each sample's answers, each after all tokens before it: [[(prompt, answer)]] of ids."""
-    tokens, at, targets = batch.tokens.tolist(), batch.at.cpu().numpy(), batch.targets.tolist()
-    ends = np.cumsum(batch.lengths)
-    sample = np.searchsorted(ends, at, side="right")                    # (S,) of each position
-    begins = np.flatnonzero((np.diff(at, prepend=-2) > 1) | (np.diff(sample, prepend=-1) > 0))
-    found = [[] for _ in batch.lengths]
-    for begin, end in zip(begins, [*begins[1:], len(at)]):
-        i = sample[begin]
-        prompt = tokens[ends[i] - batch.lengths[i]:at[begin] + 1]
-        found[i].append((prompt, targets[begin:end]))
+    tokens, targets = batch.tokens.tolist(), dict(zip(batch.at.tolist(), batch.targets.tolist()))
+    found, begin = [], 0
+    for length in batch.lengths:
+        answers = []
+        for at in range(begin, begin + length):
+            if at in targets:
+                if at == begin or at - 1 not in targets:
+                    answers.append((tokens[begin:at + 1], []))
+                answers[-1][1].append(targets[at])
+        found.append(answers)
+        begin += length
     return found
 
 

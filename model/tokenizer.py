@@ -16,7 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -128,11 +128,6 @@ def PLAIN(end: str) -> Chat:
                 f"### Response:\n{{content}}{end}\n\n")
 
 
-DEFAULT_OPTIONS = {"chat": asdict(CHATML), "end_of_text": "<|endoftext|>", "bos": None,
-                   "matched": [], "normalization": None, "prefix_space": False,
-                   "drops_bytes": False, "template": None}
-
-
 class Tokenizer:
     """A vocabulary, and the functions that use it. Raises ValueError for what cannot work.
 
@@ -168,16 +163,14 @@ class Tokenizer:
         missing = bytes(value for value in range(256) if bytes([value]) not in ranks)
         if missing and not drops_bytes:
             raise ValueError(f"no token for byte {missing[0]} ({len(missing)} are missing)")
-        if not pattern:
-            raise ValueError("the pattern is empty, and would leave out every text")
         self._encoding = tiktoken.Encoding("minidistill", pat_str=pattern, mergeable_ranks=ranks,
                                            special_tokens=special_tokens)
         self.pattern, self.special_tokens, self.ranks = pattern, special_tokens, ranks
-        options = {"chat": asdict(chat), "end_of_text": end_of_text, "bos": bos,
-                   "matched": list(matched), "normalization": normalization,
-                   "prefix_space": prefix_space, "drops_bytes": drops_bytes, "template": template}
-        self.options = {key: value for key, value in options.items()
-                        if value != DEFAULT_OPTIONS[key]}
+        options = {"chat": chat, "end_of_text": end_of_text, "bos": bos, "matched": tuple(matched),
+                   "normalization": normalization, "prefix_space": prefix_space,
+                   "drops_bytes": drops_bytes, "template": template}
+        defaults = Tokenizer.__init__.__kwdefaults__
+        self.options = {key: options[key] for key in options if options[key] != defaults[key]}
         self.path, self.chat, self.matched, self.template = path, chat, tuple(matched), template
         self.normalization, self.prefix_space = normalization, prefix_space
         self.drops_bytes, self._missing = drops_bytes, missing
@@ -333,12 +326,6 @@ class Tokenizer:
 
     def encode_chats(self, conversations: Iterable[list[dict]],
                      add_generation_prompt: bool = False) -> list[tuple[list[int], list[bool]]]:
-        conversations = list(conversations)
-        for number, messages in enumerate(conversations):
-            for i, message in enumerate(messages):
-                if message["role"] not in ROLES or not isinstance(message["content"], str):
-                    raise ValueError(f"conversation {number}, message {i}: {message} does not have "
-                                     f"one of the roles {', '.join(ROLES)} and a text as content")
         framed = [list(self._frame(messages)) for messages in conversations]
         contents = iter(self.encode_batch(text for turns in framed for _, text, _, _ in turns))
         encoded = []
@@ -356,6 +343,10 @@ class Tokenizer:
 
     def _frame(self, messages: list[dict]) -> Iterator[tuple[list[int], str, list[int], bool]]:
         """(ids before the content, content, ids after it, whether it is a target) of each turn."""
+        for message in messages:
+            if message["role"] not in ROLES or not isinstance(message["content"], str):
+                raise ValueError(f"{message} does not have one of the roles {', '.join(ROLES)} and "
+                                 "a text as content")
         messages = self.chat.messages(messages)
         for left, message in enumerate(messages, start=1 - len(messages)):
             role, text = message["role"], message["content"]
@@ -381,7 +372,7 @@ class Tokenizer:
             about = json.loads(path.read_text(encoding="utf-8"))
             about["ranks"] = {token.encode() if isinstance(token, str) else bytes(token): i
                               for i, token in about.pop("tokens")}
-            about["chat"] = Chat(**about.get("chat", asdict(CHATML)))
+            about["chat"] = Chat(**about.get("chat", vars(CHATML)))
             return cls(**about, path=path)
 
     def save(self, path: str | Path) -> None:
@@ -390,7 +381,7 @@ class Tokenizer:
     def _to_json(self, without: str = "") -> str:
         """One token per line, such as [272, " t"], or [416, [228, 189]] for the bytes of an
         incomplete character, which JSON cannot hold. Options that are not the default follow."""
-        to_json = json.JSONEncoder(ensure_ascii=False).encode
+        to_json = json.JSONEncoder(ensure_ascii=False, default=vars).encode
         special_tokens = dict(sorted(self.special_tokens.items(), key=lambda item: item[1]))
         tokens = sorted(self.ranks.items(), key=lambda item: item[1])
         lines = ",\n".join(to_json([i, as_text_or_bytes(token)]) for token, i in tokens)

@@ -279,7 +279,7 @@ def test_a_key_that_carries_meaning_is_honoured_or_refused(row, reason):
 
 
 @pytest.mark.parametrize("row, reason", [
-    ({"foo": 1, "bar": 2}, r"no known format \(keys found: \['foo', 'bar'\]; known: conv"),
+    ({"foo": 1, "bar": 2}, r"no known format \(keys found: \['foo', 'bar'\]; dataset/dataset.md"),
     ({"conversations": "hi"}, "conversations is 'hi', not a list of turns"),
     ({"conversations": ["hi"]}, r"conversations\[0\] is 'hi', not a turn"),
     ({"conversations": [{"who": "user"}]}, r"conversations\[0\] is .*not a turn"),
