@@ -2,7 +2,7 @@
 把课程页变成 Jupyter 笔记本：文字照抄，每条命令成为一个单元格，并运行。
 Lesson pages as Jupyter notebooks: the text as it is, each command a cell of its own, executed.
 
-    python scripts/make_notebooks.py docs/lessons/03_distillation.md docs/lessons/08_on_policy_distillation.md
+    python scripts/make_notebooks.py docs/lessons/03_*.md docs/lessons/08_*.md
 
 A notebook lies beside its page, so that links and pictures stay. `pip install nbclient ipykernel`.
 """
@@ -70,7 +70,8 @@ def execute(book, folder: Path = ROOT, timeout: int = 600):
     from nbclient import NotebookClient
 
     return NotebookClient(book, timeout=timeout, kernel_name="python3", record_timing=False,
-                          coalesce_streams=True, resources={"metadata": {"path": str(folder)}}).execute()
+                          coalesce_streams=True,
+                          resources={"metadata": {"path": str(folder)}}).execute()
 
 
 def main():
