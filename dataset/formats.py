@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import dropwhile, groupby, islice
@@ -139,7 +140,7 @@ def _rows_of_json(path):
     if isinstance(items, dict):
         name = next(iter(items), None)
         is_list = len(items) == 1 and isinstance(items[name], list)
-        items = items[name] if is_list and name not in CONVERSATION_KEYS else [items]
+        items = items[name] if is_list and name not in (*CONVERSATION_KEYS, "prompt") else [items]
     yield from enumerate(map(_object_or_reason, items), start=1)
 
 
@@ -147,8 +148,7 @@ def _object(pairs):
     """A JSON object as a dict. A key that stands twice would lose its first value."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {_short(twice)} stands twice in {_short(row)}")
     return row
 
