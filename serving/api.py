@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import AliasChoices, BaseModel, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, ValidationError, field_validator
 from starlette.exceptions import HTTPException
 
 from model.tokenizer import ROLES
@@ -25,13 +25,13 @@ from serving.engine import Answer, Engine, Token
 
 MAX_BODY = 4 << 20          # bytes of a request
 MAX_TOP = 100               # most likely tokens that are reported at each position
-MAX_PROMPTS = 16            # of one request
+MAX_ANSWERS = 16            # to a prompt; prompts of a request; texts that stop an answer
+Text = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[int], Field(min_length=1)]
 
 
 class Body(BaseModel, strict=True):
-    """What any request may say. Fields that are not here are ignored; these have one value alone,
-    so that a client that needs another is refused: n, stop."""
+    """What any request may say. Fields that are not here are ignored."""
 
     model: str
     temperature: float = Field(1.0, ge=0, le=10)
@@ -39,16 +39,27 @@ class Body(BaseModel, strict=True):
     top_k: int = Field(0, ge=0)
     max_tokens: int | None = Field(None, ge=0, validation_alias=AliasChoices(
         "max_tokens", "max_completion_tokens"))
-    seed: int | None = Field(None, ge=0, le=1 << 62)
+    n: int = Field(1, ge=1, le=MAX_ANSWERS)
+    seed: int | None = Field(None, ge=0, le=1 << 62)        # + i for the answer i to a prompt
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_ANSWERS)] | None = None
     stream: bool = False
+    stream_options: dict | None = None
     return_tokens_as_token_ids: bool = False        # "token_id:17" instead of a token's text
-    n: Literal[1] = 1
-    stop: None = None
+
+
+class Part(BaseModel):
+    type: Literal["text"]
+    text: str
 
 
 class Message(BaseModel):
     role: Literal[ROLES]
-    content: str
+    content: str | list[Part]
+
+    @field_validator("content")
+    @classmethod
+    def joined(cls, content) -> str:
+        return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class Chat(Body):
@@ -69,7 +80,7 @@ class Chat(Body):
 class Completion(Body):
     """echo: nothing is written; the prompt returns with its log-probabilities, for a student."""
 
-    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=MAX_ANSWERS)]
     n_top: int | None = Field(None, ge=0, le=MAX_TOP, validation_alias="logprobs")
     echo: bool = False
 
@@ -142,7 +153,7 @@ def pick(engines: dict[str, Engine], name: str) -> Engine:
 
 
 async def respond(request: Request, body: Chat | Completion, engines: dict[str, Engine]):
-    """An answer to each prompt, whole or as a stream."""
+    """n answers to each prompt, whole or as a stream."""
     engine = pick(engines, body.model)
     if body.echo and body.stream or not body.echo and body.max_tokens == 0:
         raise HTTPException(400, "echo: leave out stream; without echo max_tokens is at least 1")
@@ -172,10 +183,12 @@ class Choice:
         self.index, self.prompt, self.engine = index, prompt, engine
         self.reason, self.n_tokens = None, 0            # why it ended; all tokens
         self.text, self.tokens, self.half = "", [], []  # not sent yet; ids that end in a character
+        self.stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        self.held = max(map(len, self.stops), default=1) - 1        # characters a stop may begin in
         loop, room = asyncio.get_running_loop(), engine.model.config.max_seq_len - len(prompt)
         temperature = body.temperature if body.temperature > 1e-3 else 0.0  # logits / 1e-40: inf
         generator = None if body.seed is None else torch.Generator(
-            engine.rows.device).manual_seed(body.seed)
+            engine.rows.device).manual_seed(body.seed + index % body.n)
         self.answer = Answer(
             prompt, min(body.max_tokens or room, room),
             lambda got: loop.call_soon_threadsafe(queue.put_nowait, (self, got)),
@@ -197,6 +210,10 @@ class Choice:
         text = self.engine.tokenizer.decode(self.half)
         if self.reason or not text.endswith("\ufffd"):
             self.text, self.half = self.text + text, []
+        found = [at for stop in self.stops if (at := self.text.find(stop)) >= 0]
+        if found:
+            self.text, self.reason = self.text[:min(found)], "stop"
+            self.answer.cancelled = True                # gives back its row
 
 
 class Reply:
@@ -207,8 +224,8 @@ class Reply:
         self.as_chat, self.queue = isinstance(body, Chat), asyncio.Queue()
         self.head = {"id": f"{'chatcmpl' if self.as_chat else 'cmpl'}-{uuid.uuid4().hex}",
                      "created": int(time.time()), "model": engine.name}
-        self.choices = [Choice(i, prompt, body, engine, self.queue)
-                        for i, prompt in enumerate(prompts)]
+        self.choices = [Choice(i, prompts[i // body.n], body, engine, self.queue)
+                        for i in range(len(prompts) * body.n)]
         if not body.echo:
             engine.submit(*(choice.answer for choice in self.choices))
 
@@ -221,14 +238,15 @@ class Reply:
         """Whichever choice the engine has said more of, until all are done."""
         if self.body.echo:
             read = await self.engine.read(self.engine.log_probs, self.prompts, self.body.n_top or 0)
-            for choice, tokens in zip(self.choices, read):
-                choice.echo(tokens)
+            for choice in self.choices:
+                choice.echo(read[choice.index // self.body.n])
         while not all(choice.reason for choice in self.choices):
             choice, got = await self.queue.get()
             if isinstance(got, Exception):
                 raise got
-            choice.add(got)
-            yield choice
+            if not choice.reason:                       # else it follows a stop
+                choice.add(got)
+                yield choice
 
     async def whole(self) -> bytes:
         async for _ in self.changed():
@@ -236,12 +254,8 @@ class Reply:
         return await asyncio.to_thread(self.written)    # log-probabilities may be megabytes
 
     def written(self) -> bytes:
-        n_prompt = sum(map(len, self.prompts))
-        n_new = sum(each.n_tokens for each in self.choices)
         choices = [self.choice(each, "message") for each in self.choices]
-        whole = self.form("chat.completion", choices)
-        whole["usage"] = {"prompt_tokens": n_prompt, "completion_tokens": n_new,
-                          "total_tokens": n_prompt + n_new}
+        whole = self.form("chat.completion", choices) | self.usage()
         return json.dumps(whole, ensure_ascii=False).encode()
 
     async def events(self):
@@ -249,6 +263,8 @@ class Reply:
         try:
             async for each in self.changed():
                 yield event(self.form("chat.completion.chunk", [self.choice(each, "delta")]))
+            if (self.body.stream_options or {}).get("include_usage"):
+                yield event(self.form("chat.completion.chunk", []) | self.usage())
             yield "data: [DONE]\n\n"
         except Exception as error:                      # of the engine: whatever a model may raise
             Logger(f"{self.body.model}: {type(error).__name__}: {error}")
@@ -259,11 +275,18 @@ class Reply:
                             "choices": choices}
 
     def choice(self, each: Choice, name: str) -> dict:
-        """What came since the last call."""
-        text, tokens, each.text, each.tokens = each.text, each.tokens, "", []
+        """What came since the last call, but for an end of the text that may begin a stop."""
+        end = len(each.text) if each.reason else max(0, len(each.text) - each.held)
+        text, tokens, each.text, each.tokens = each.text[:end], each.tokens, each.text[end:], []
         said = {name: {"role": "assistant", "content": text}} if self.as_chat else {"text": text}
         return {"index": each.index, **said, "finish_reason": each.reason,
                 "logprobs": None if self.body.n_top is None else self.log_probs(tokens)}
+
+    def usage(self) -> dict:
+        n_prompt = sum(map(len, self.prompts))
+        n_new = sum(each.n_tokens for each in self.choices)
+        return {"usage": {"prompt_tokens": n_prompt, "completion_tokens": n_new,
+                          "total_tokens": n_prompt + n_new}}
 
     def log_probs(self, tokens: list[Token]) -> dict:
         if self.as_chat:

@@ -91,10 +91,38 @@ def test_a_greedy_answer_is_that_of_generate(client, teacher):
 
 
 def test_a_stream_has_the_text_of_the_whole_answer(client):
-    whole = chat(client, seed=5, temperature=5)
-    chunks = [chunk.choices[0] for chunk in chat(client, seed=5, temperature=5, stream=True)]
-    assert len(chunks) > 2 and chunks[-1].finish_reason == whole.choices[0].finish_reason
-    assert "".join(chunk.delta.content for chunk in chunks) == whole.choices[0].message.content
+    asked = {"n": 3, "seed": 5, "temperature": 5, "stop": ["e", "th"]}
+    whole = chat(client, **asked)
+    *chunks, last = chat(client, **asked, stream=True, stream_options={"include_usage": True})
+    texts = ["".join(chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].index == i) for i in range(3)]
+    assert texts == [choice.message.content for choice in whole.choices] and len({*texts}) == 3
+    assert last.usage.completion_tokens > 0 and not last.choices
+
+
+def test_the_answers_to_a_prompt_have_the_seeds_that_follow_the_first(client):
+    several = chat(client, n=3, seed=5, temperature=5).choices
+    alone = [chat(client, seed=seed, temperature=5).choices[0] for seed in (5, 6, 7)]
+    assert [each.message.content for each in several] == [each.message.content for each in alone]
+
+
+def test_an_answer_ends_before_a_stop_and_gives_back_its_row(client, server, teacher):
+    model, tokenizer = teacher
+    ids, = generate(model, [tokenizer.encode("The ")], 20, tokenizer.end_of_turn)
+    text = tokenizer.decode(ids)
+    middle = text[len(text) // 2:][:4]
+    asked = {"model": "teacher", "prompt": "The ", "max_tokens": 20, "temperature": 0, "stop": ["none such", middle]}
+    whole = client.completions.create(**asked).choices[0]
+    assert whole.text == text[:text.index(middle)] and whole.finish_reason == "stop"
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["stop"]
+    wait_until(lambda: not httpx.get(f"{server.root}/health").json()["teacher"]["answering"], 2)
+
+
+def test_a_content_may_come_in_parts_of_text(client):
+    parts = [{"type": "text", "text": text} for text in ("3 plus ", "4?")]
+    whole, joined = (chat(client, temperature=0, messages=[{"role": "user", "content": content}]) for content in ("3 plus 4?", parts))
+    assert joined.choices[0].message.content == whole.choices[0].message.content and joined.usage == whole.usage
 
 
 def test_the_same_seed_gives_the_same_answer_whoever_else_asks(client):
@@ -143,8 +171,8 @@ def test_models_and_health_are_listed(client, server):
     ({"model": "none"}, 404, "this server has teacher, student"),
     ({"messages": []}, 400, "messages"), ({"messages": [{"role": "robot", "content": "a"}]}, 400, "messages.0.role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]}, 400, "messages.0.content"),
-    ({"temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"), ({"n": 2}, 400, "n: "),
-    ({"top_p": 0}, 400, "top_p"), ({"top_p": "much"}, 400, "top_p"), ({"stop": ["e"]}, 400, "stop: Input should be null"),
+    ({"temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"), ({"n": 17}, 400, "n: "),
+    ({"top_p": 0}, 400, "top_p"), ({"top_p": "much"}, 400, "top_p"), ({"stop": [1]}, 400, "stop"), ({"stop": ""}, 400, "stop"), ({"stop": ["a"] * 17}, 400, "stop"),
     ({"max_tokens": True}, 400, "max_tokens"), ({"max_tokens": 0}, 400, "without echo max_tokens is at least 1"), ({"extra_body": {"seed": 1.5}}, 400, "seed"),
     ({"messages": [{"role": "user", "content": "a " * 200}]}, 400, "the model reads 128"),
 ])
