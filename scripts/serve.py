@@ -35,8 +35,9 @@ def main():
     add("--api_key_env", default=None, metavar="VARIABLE",
         help="environment variable with the key that clients must send")
     add("--max_concurrency", type=int, default=16, help="answers generated at a time, per model")
+    add("--max_waiting", type=int, default=64, help="answers that may wait, per model; more: 429")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
-    args = parse_args(parser, port="[0, 65535]", concurrency="[1, inf)")
+    args = parse_args(parser, port="[0, 65535]", concurrency="[1, inf)", waiting="[1, inf)")
     try:
         import uvicorn
 
@@ -62,7 +63,7 @@ def main():
         for name, path in by_name(args.weights).items():
             model, tokenizer = load_model(path, pick_device(args.device))
             engines[name] = Engine(name, column_major(model.eval()), tokenizer,
-                                   args.max_concurrency)
+                                   args.max_concurrency, args.max_waiting)
     host, port = listening.getsockname()[:2]
     print(f"{', '.join(engines)} at http://{host}:{port}/v1 and a page at http://{host}:{port}",
           flush=True)

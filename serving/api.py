@@ -115,7 +115,8 @@ def make_app(engines: dict[str, Engine], key: str | None = None) -> FastAPI:
 
     @app.get("/health")
     async def health():
-        return {name: {"answering": len(engine.rows.owners), "waiting": len(engine.waiting)}
+        return {name: {"answering": len(engine.rows.owners),
+                       "waiting": len(engine.waiting) + engine.n_readings}
                 for name, engine in engines.items()}
 
     @app.get("/v1/models")

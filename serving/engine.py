@@ -13,11 +13,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from starlette.exceptions import HTTPException
 
 from model.generate import ActiveRows, choose
 from runtime.log import Logger
 
 READ_TOKENS = 4096          # in one forward pass, or one longer sequence
+
+
+class Full(HTTPException):
+    def __init__(self):
+        super().__init__(429, "too many requests are waiting", {"Retry-After": "1"})
 
 
 class Token(NamedTuple):
@@ -41,18 +47,23 @@ class Answer:
 
 
 class Engine:
-    """n_rows: answers that are generated at a time; the others wait."""
+    """n_rows    answers that are generated at a time
+    max_waiting  answers that may wait for a row, and readings"""
 
-    def __init__(self, name: str, model, tokenizer, n_rows: int = 16):
-        self.name, self.model, self.tokenizer, self.n_rows = name, model, tokenizer, n_rows
+    def __init__(self, name: str, model, tokenizer, n_rows: int = 16, max_waiting: int = 64):
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.n_rows, self.max_waiting = n_rows, max_waiting
         self.ends = tokenizer.end_of_turn, tokenizer.end_of_text
         self.rows = ActiveRows([model], n_rows, [model.config.max_seq_len])
         self.waiting, self.changed = deque(), threading.Condition()
-        self.reader = ThreadPoolExecutor(1)
+        self.reader, self.n_readings = ThreadPoolExecutor(1), 0
         threading.Thread(target=self.run, daemon=True, name=name).start()
 
     def submit(self, *answers: Answer):
+        """All of them, or none, then it raises Full."""
         with self.changed:
+            if self.waiting and len(self.waiting) + len(answers) > self.max_waiting:
+                raise Full
             self.waiting += answers
             self.changed.notify()
 
@@ -101,8 +112,14 @@ class Engine:
         self.rows.remove(done)
 
     async def read(self, work, *arguments):
-        """work(*arguments) in the thread that reads."""
-        return await asyncio.get_running_loop().run_in_executor(self.reader, work, *arguments)
+        """work(*arguments) in the thread that reads. Raises Full."""
+        if self.n_readings >= self.max_waiting:
+            raise Full
+        self.n_readings += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.reader, work, *arguments)
+        finally:
+            self.n_readings -= 1
 
     @torch.inference_mode()
     def states(self, *sequences: list[int]) -> tuple[torch.Tensor, ...]:

@@ -22,7 +22,7 @@ from helpers_run import ROOT, complaint, start, wait_until
 from interop.checkpoint import load_model
 from model.generate import generate
 from serving.api import make_app
-from serving.engine import Answer, Engine
+from serving.engine import Answer, Engine, Full
 
 KEY = "sk-0123456789abcdef"
 ASKED = [{"role": "user", "content": "3 plus 4?"}]
@@ -215,6 +215,28 @@ def test_a_client_that_hangs_up_on_a_whole_answer_gives_back_its_row(models, ser
         httpx.post(f"{server.url}/completions", json=forever, timeout=0.05)
     wait_until(lambda: health() == {"answering": 0, "waiting": 0}, 2)
     assert "Traceback" not in server.stop().output
+
+
+def test_a_full_queue_takes_all_of_a_request_or_none(teacher):
+    engine, done = Engine("teacher", *teacher, n_rows=1, max_waiting=2), []
+    gate = threading.Event()
+    engine.submit(Answer([1, 2], 1, lambda got: gate.wait(10)))         # the engine's thread waits in it
+    wait_until(lambda: engine.rows.owners)
+    engine.submit(Answer([1, 2], 1, done.append), Answer([1, 2, 3], 1, done.append))
+    with pytest.raises(Full):
+        engine.submit(Answer([1, 2], 1, done.append))
+    gate.set()
+    wait_until(lambda: len(done) == 4)                                  # a Token and a reason each
+    assert len(engine.waiting) == 0
+
+
+def test_a_full_queue_answers_429_and_when_to_come_back(teacher):
+    engine = Engine("teacher", *teacher, n_rows=1, max_waiting=1)
+    engine.n_readings, engine.waiting = 1, [None] * 2                   # as many as may, not served
+    with TestClient(make_app({"teacher": engine})) as client:
+        for path, more in (("chat/completions", {"messages": ASKED}), ("completions", {"prompt": "a", "echo": True})):
+            refused = client.post(f"/v1/{path}", json={"model": "teacher"} | more)
+            assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"
 
 
 def test_a_name_may_have_a_slash_and_a_path_an_equals_sign(models, tmp_path):
