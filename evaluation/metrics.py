@@ -84,9 +84,8 @@ def read_tests(paths, limit: int = 0) -> dict[str, list]:
 def to_distribution(row: dict) -> dict:
     """{question, distribution} of a row. Raises ValueError with the reason if it is none."""
     p = row["distribution"]
-    numbers = [value for value in p.values() if isinstance(value, (int, float)) and value > 0] \
-        if isinstance(p, dict) else []
-    if not numbers or len(numbers) < len(p) or abs(sum(numbers) - 1) > 1e-3:
+    if not (isinstance(p, dict) and all(isinstance(x, (int, float)) and x > 0 for x in p.values())
+            and abs(sum(p.values()) - 1) <= 1e-3):
         raise ValueError(f"distribution {p} must give each answer a probability above 0, and 1 "
                          "in all")
     return {"question": to_question(row).messages[-1]["content"], "distribution": p}
