@@ -4,7 +4,7 @@ How time and memory of a step grow: with tokens, models, vocabulary, sample leng
 processes.
 
 all six             python -m benchmarks.scaling            # six minutes on one core
-some of them        python -m benchmarks.scaling --axes tokens length=64,512 --tokens 4096
+some of them        python -m benchmarks.scaling --axes tokens length --tokens 4096
 more to send        python -m benchmarks.scaling --axes processes --tokens 256
 
 A step is that of train_distillation.py with its default loss (benchmarks/step.py), on random ids.
@@ -12,7 +12,6 @@ The teacher is twice as wide and twice as deep as the student, and always dense.
 train one model (DDP: Li et al. 2020, https://arxiv.org/abs/2006.15704), each with as many tokens.
 """
 
-import argparse
 import os
 import socket
 import statistics
@@ -32,13 +31,13 @@ from runtime.log import peak_above
 from runtime.precision import seed_everything
 from runtime.processes import init_distributed_mode
 
-AXES = {        # name: (what grows, default values)
-    "tokens": ("tokens of a step", "512,1024,2048,4096,8192"),
-    "model": ("parameters of both", "128x2,192x3,256x4,384x6"),
-    "vocab": ("vocabulary size", "3200,6400,12800,25600,51200"),
-    "length": ("tokens of a sample, as many in all", "64,128,256,512,1024"),
-    "experts": ("experts of the student, two per token", "2,4,8,16"),
-    "processes": ("processes, each with as many tokens", "1,2"),
+AXES = {        # name: (what grows, its values)
+    "tokens": ("tokens of a step", [512, 1024, 2048, 4096, 8192]),
+    "model": ("parameters of both", [(128, 2), (192, 3), (256, 4), (384, 6)]),
+    "vocab": ("vocabulary size", [3200, 6400, 12800, 25600, 51200]),
+    "length": ("tokens of a sample, as many in all", [64, 128, 256, 512, 1024]),
+    "experts": ("experts of the student, two per token", [2, 4, 8, 16]),
+    "processes": ("processes, each with as many tokens", [1, 2]),
 }
 # As the flags; model: width and layers of the student; experts: 0 is dense.
 Case = namedtuple("Case", "tokens model vocab length experts processes steps device dtype threads")
@@ -84,19 +83,21 @@ def form_of(case: Case, world):
     return distillation_form(student.to(world.device), teacher, [batch], world), parameters
 
 
-def rows_of(base: Case, axis: str, values: list, repeats: int) -> list[dict]:
+def rows_of(base: Case, axis: str, repeats: int) -> list[dict]:
     """A row for each value of one axis."""
     rows = []
-    for value in values:
+    for value in AXES[axis][1]:
         case = base._replace(**{axis: value})
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         calls = [(measure, case, rank, port) for rank in range(case.processes)]
         found = medians([each for _ in range(repeats) for each in in_new_processes(calls)])
-        name, size = f"{value:,}" if axis != "model" else "x".join(map(str, value)), value
         if axis == "model":
-            name, size = f"{name}: {found['parameters'] / 1e6:.2f} M", found["parameters"]
+            size = found["parameters"]
+            name = f"{value[0]} x {value[1]}: {size / 1e6:.2f} M"
+        else:
+            name, size = f"{value:,}", value
         rows.append({"group": axis, "name": name, "value": size, "seconds": found["seconds"],
                      "tokens_per_s": case.tokens * case.processes / found["seconds"],
                      "peak_mb": found["peak"] / 2 ** 20})
@@ -109,28 +110,12 @@ COLUMNS = {"seconds": "{seconds:.3g}", "tokens/s": "{tokens_per_s:,.0f}",
            "peak MB": "{peak_mb:,.0f}", "peak / first": "{peak_ratio:.2f}"}
 
 
-def width_and_layers(text: str) -> tuple[int, int]:
-    """'256x4' -> (256, 4); argparse makes a message of its ValueError."""
-    dim, n_layers = map(int, text.split("x"))
-    return dim, n_layers
-
-
-def axis_and_values(text: str) -> tuple[str, list]:
-    """'length=64,512', or 'length' with the values of AXES."""
-    name, _, values = text.partition("=")
-    if name not in AXES:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(AXES)}")
-    read = width_and_layers if name == "model" else int
-    return name, [read(value) for value in (values or AXES[name][1]).split(",")]
-
-
 def main(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--axes", nargs="+", type=axis_and_values, default=[axis_and_values(name) for name in AXES],
-        metavar="NAME[=VALUE,VALUE,...]", help=f"what grows, of {', '.join(AXES)}")
-    add("--model", type=width_and_layers, default=(256, 4), metavar="WIDTHxLAYERS",
-        help="width and number of layers; a teacher has twice of both")
+    add("--axes", nargs="+", default=list(AXES), choices=AXES, help="what grows")
+    add("--dim", type=int, default=256, help="width of the student; its teacher's is twice that")
+    add("--n_layers", type=int, default=4, help="number of its layers; its teacher has twice that")
     add("--vocab", type=int, default=6400, help="vocabulary size")
     add("--tokens", type=int, default=2048, help="tokens of a step, a multiple of --length")
     add("--length", type=int, default=256, help="tokens of a sample")
@@ -138,20 +123,20 @@ def main(argv=None):
     add("--dtype", default="float32", choices=["float32", "bfloat16"],
         help="dtype of the matrix products; gradients are communicated in fp32")
     add_result_args(parser, repeats=1)
-    args = parse(parser, argv, "tokens", "vocab", "length", "steps")
-    base = Case(args.tokens, args.model, args.vocab, args.length, experts=0, processes=1,
-                steps=args.steps, device=args.device, dtype=args.dtype, threads=args.threads)
-    for case in (base._replace(**{axis: value}) for axis, values in args.axes for value in values):
-        if case.tokens % case.length:
-            parser.error(f"--tokens {case.tokens} is not a multiple of --length {case.length}")
+    args = parse(parser, argv, "tokens", "vocab", "length", "steps", "n_layers")
+    if args.tokens % args.length:
+        parser.error(f"--tokens {args.tokens} is not a multiple of --length {args.length}")
+    base = Case(args.tokens, (args.dim, args.n_layers), args.vocab, args.length, experts=0,
+                processes=1, steps=args.steps, device=args.device, dtype=args.dtype,
+                threads=args.threads)
 
-    print("student {} x {}, teacher twice as wide and deep, ".format(*args.model)
-          + f"{args.tokens:,} tokens in samples of {args.length}, vocabulary {args.vocab:,}, "
-            f"{args.dtype}, except for what grows\n")
+    print(f"student {args.dim} x {args.n_layers}, teacher twice as wide and deep, "
+          f"{args.tokens:,} tokens in samples of {args.length}, vocabulary {args.vocab:,}, "
+          f"{args.dtype}, except for what grows\n")
     rows = []
-    for axis, values in args.axes:
+    for axis in args.axes:
         with checking_input():
-            rows += (own := rows_of(base, axis, values, args.repeats))
+            rows += (own := rows_of(base, axis, args.repeats))
         print(table(own, {AXES[axis][0]: "{name}"} | COLUMNS), end="\n\n", flush=True)
     print(f"seconds of a step, median of {args.steps}, {setting(args)}; peak: with both models and "
           "the optimizer")

@@ -75,8 +75,8 @@ TINY_BENCHMARKS = {
     "benchmarks.step": "--shapes test --vocab 64 --steps 1",
     "benchmarks.loss": "--tokens 16 --dim 8 --vocab 50 --repeats 1",
     "benchmarks.generate": "--cases 1 --prompt 4 --new_tokens 4 --dim 32 --n_layers 1 --repeats 1",
-    "benchmarks.scaling": "--model 32x1 --tokens 16 --length 8 --vocab 64 --steps 1 --repeats 1 "
-                          "--axes tokens=16,32",
+    "benchmarks.scaling": "--dim 32 --n_layers 1 --tokens 16 --length 8 --vocab 64 --steps 1 "
+                          "--axes processes",
 }
 ROWS = {None: "SFT", "configs/compare_experience.yaml": "on-policy, MiniLLM + replay",
         "configs/compare_curriculum.yaml": "the curriculum", "configs/compare_methods.yaml": "SKD",

@@ -11,14 +11,13 @@ from helpers_run import FORKS
 from benchmarks import measure, scaling
 from benchmarks.scaling import random_batch
 
-TINY = ["--model", "16x1", "--vocab", "20", "--length", "4", "--steps", "1", "--repeats", "1",
+TINY = ["--dim", "16", "--n_layers", "1", "--vocab", "20", "--length", "4", "--steps", "1", "--repeats", "1",
         "--tokens", "8"]
 
 
 def table_of(folder, capsys, axes) -> list[dict]:
     """The rows of the JSON, which are also printed."""
-    scaling.main([*TINY, "--json", str(folder / "scaling.json"), "--axes",
-                  *(f"{axis}={values}" for axis, values in axes.items())])
+    scaling.main([*TINY, "--json", str(folder / "scaling.json"), "--axes", *axes])
     rows = json.loads((folder / "scaling.json").read_text())["rows"]
     printed = " ".join(capsys.readouterr().out.split())
     for row in rows:
@@ -31,10 +30,14 @@ def table_of(folder, capsys, axes) -> list[dict]:
 
 def test_each_axis_has_a_table_and_its_rows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scaling, "in_new_processes", lambda calls: [call[0](*call[1:]) for call in calls])
-    axes = {"tokens": "4,8", "model": "16x1,32x1", "vocab": "20,40", "length": "4,2", "experts": "2,4"}
+    axes = {"tokens": [4, 8], "model": [(16, 1), (32, 1)], "vocab": [20, 40], "length": [4, 2],
+            "experts": [2, 4]}
+    for axis, values in axes.items():
+        monkeypatch.setitem(scaling.AXES, axis, (scaling.AXES[axis][0], values))
     rows = table_of(tmp_path, capsys, axes)
     assert [(row["group"], row["name"].partition(":")[0]) for row in rows] == [
-        (axis, value) for axis, values in axes.items() for value in values.split(",")]
+        (axis, value) for axis, values in (axes | {"model": ["16 x 1", "32 x 1"]}).items()
+        for value in map(str, values)]
     linear = {row["group"]: row["linear"] for row in rows[1::2]}
     # Student and teacher, 16 x 1 and 32 x 2, then 32 x 1 and 64 x 2: two to four times the
     # parameters.
@@ -45,7 +48,7 @@ def test_each_axis_has_a_table_and_its_rows(tmp_path, capsys, monkeypatch):
 
 def test_two_processes_read_twice_the_tokens(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "get_context", lambda _: FORKS)     # of a process that has torch
-    one, two = table_of(tmp_path, capsys, {"processes": "1,2"})
+    one, two = table_of(tmp_path, capsys, ["processes"])
     assert [row["tokens_per_s"] * row["seconds"] for row in (one, two)] == pytest.approx([8, 16])
 
 
