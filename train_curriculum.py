@@ -36,9 +36,8 @@ from pathlib import Path
 import torch
 
 from dataset.domains import DOMAIN, GENERAL, mix_sides, open_sides
-from dataset.formats import CATEGORY_KEYS
 from dataset.lm_dataset import make_loader
-from distill.balance import GradNorm, equal_norms, without_conflict
+from distill.balance import equal_norms, without_conflict
 from distill.flags import add_intermediate_args, make_intermediate
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
@@ -51,8 +50,7 @@ from interop.sizes import init_student_model
 from model.config import LMConfig
 from runtime.args import (add_training_args, check_ranges, checking_input, make_parser,
                           model_options, parse_args, resume_command)
-from runtime.checkpoint import (end_run, load_resume, save_resume, set_aside,
-                                start_progress)
+from runtime.checkpoint import end_run, load_resume, save_resume, set_aside, start_progress
 from runtime.files import keep_previous
 from runtime.log import LOG_FILES, Log, Logger, init_wandb
 from runtime.optim import (OPTIMIZERS, give_gradient, parameter_groups, take_gradient,
@@ -82,7 +80,7 @@ SIZES = {"base": LMConfig(dim=512, n_layers=8, max_seq_len=512),
          "tiny": LMConfig(dim=64, n_layers=2, n_heads=4, max_seq_len=128)}
 
 
-def train_epoch(epoch, wandb, *, teachers, gradnorm,
+def train_epoch(epoch, wandb, *, teachers,
                 args, world, name, student, tokenizer, modules, optimizer, scaler, data, held_out,
                 progress, log, stop):
     total_steps, weights = progress.total_steps, trained_weights(optimizer)
@@ -132,9 +130,11 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
         log.add(n_tokens, **{term: sum(share * losses[side][term] for side, share in shares.items())
                              for term in terms})
         if balanced:
-            gradient, norms = balance_gradients(args.balance, gradnorm, gradients, shares, losses,
-                                                n_samples)
-            give_gradient(weights, gradient)
+            # The domain counts by its share of samples, as planned, however long its answers.
+            found = (equal_norms(gradients, shares, n_samples) if args.balance == "norm" else
+                     without_conflict(gradients, shares))
+            give_gradient(weights, found.gradient)
+            norms = found.before | {f"{side}_balanced": norm for side, norm in found.after.items()}
             norms = {f"grad_{side}": norm / scaler.get_scale() for side, norm in norms.items()}
 
         # 3. Update
@@ -167,25 +167,9 @@ def train_epoch(epoch, wandb, *, teachers, gradnorm,
             save_model(student, tokenizer, f"{name}_epoch-{epoch + 1}.pth")
         stopping = stop.agreed(step + 1, world)
         if stopping or epoch_ends or progress.is_due(args.save_interval):
-            progress.memory["gradnorm"] = gradnorm.state_dict()
             save_resume(f"{name}.resume", modules, optimizer, scaler, progress)
         if stopping:
             return
-
-
-def balance_gradients(balance, gradnorm, gradients, shares, losses, n_samples):
-    """One gradient from those of both sides (distill/balance.py), and the norm of what each
-    contributes, before (SIDE) and after (SIDE_balanced). shares: of the tokens."""
-    if balance == "norm":           # the domain counts by its share of samples, as planned
-        found = equal_norms(gradients, shares, n_samples)
-    elif balance == "gradnorm":     # compares how fast the losses fall, over all processes
-        means = {side: sum_over_processes(grad.new_tensor(float(losses[side]["loss"]))).item()
-                 for side, grad in gradients.items()}
-        found = gradnorm(gradients, shares, means)
-    else:
-        found = without_conflict(gradients, shares)
-    after = {f"{side}_balanced": norm for side, norm in found.after.items()}
-    return found.gradient, found.before | after
 
 
 def validate(wandb, args, world, student, teachers, tokenizer, data, held_out, progress, log):
@@ -216,20 +200,17 @@ def train_stage(name, data, *, args, world, teachers, student, tokenizer, held_o
         optimizer = OPTIMIZERS[args.optimizer](parameter_groups(modules, args.weight_decay),
                                                lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-        gradnorm = GradNorm([GENERAL, DOMAIN], rate=0.005)
         progress = start_progress(args, name, data, args.epochs, student.adapted)
         if args.resume:
             progress = load_resume(f"{name}.resume", modules, optimizer, scaler, progress)
-        if progress.steps_done:
-            gradnorm.load_state_dict(progress.memory["gradnorm"])
-            data.restore(progress.memory.get("history", []))
+        data.restore(progress.memory.get("history", []))
 
     # 6. Train
     wandb, log = init_wandb(args, name, progress), Log(name, progress, world)
     if progress.steps_done == 0 and held_out:
         validate(wandb, args, world, student, teachers, tokenizer, data, held_out, progress, log)
     for epoch in progress.epochs(data.steps_per_epoch):
-        train_epoch(epoch, wandb, teachers=teachers, gradnorm=gradnorm,
+        train_epoch(epoch, wandb, teachers=teachers,
                     args=args, world=world, name=name, student=student, tokenizer=tokenizer,
                     modules=modules, optimizer=optimizer, scaler=scaler, data=data,
                     held_out=held_out, progress=progress, log=log, stop=stop)
@@ -259,7 +240,7 @@ def main():
     add("--checkpoint_path", type=weight_file,
         help="initial weights of --start_stage, such as out/stage1_best")
     add("--divergence", default="forward_kl",
-        choices=[name for name in DIVERGENCES if name not in ("jsd", "uld", "gold")],
+        choices=[name for name in DIVERGENCES if name not in ("jsd", "gold")],
         help="divergence from the teacher in all stages (distill/losses.py)")
     add("--eval_samples", type=int, default=400,
         help="maximum number of held-out samples, and of questions, of each side; 0: all")
@@ -319,10 +300,6 @@ def main():
             if stage.sampling == "evaluation" and not held_out.get(DOMAIN, (None, None))[1]:
                 raise ValueError("sampling by evaluation needs held-out questions of the domain: "
                                  f"--val_path, --val_fraction, or --set {number}.sampling=uniform")
-            if stage.sampling == "evaluation" and len(sides[DOMAIN]) == 1:
-                Logger(f"stage {number}: sampling by evaluation has no effect, because all samples "
-                       f"of the domain have one category, {next(iter(sides[DOMAIN]))!r} (keys: "
-                       f"{', '.join(CATEGORY_KEYS)})")
             data = mix_sides(dataset, sides, stage, args.accumulation_steps, world.rank,
                              world.size, args.seed)
             own = Namespace(**vars(args) | asdict(stage) | {"max_steps": len(data.shares)})

@@ -4,6 +4,7 @@ The stages of a curriculum: a row of hyperparameters each, how --set changes it,
 """
 
 import dataclasses
+import re
 
 from distill.balance import BALANCES
 from runtime.args import did_you_mean, out_of_range
@@ -42,21 +43,20 @@ def edit_stages(stages: tuple[Stage, ...], changes: list[str], steps: int = 0) -
     """
     stages = list(stages)
     for change in changes:
-        place, _, text = change.partition("=")
-        number, _, name = place.partition(".")
-        if number.isdigit() and name not in FIELDS:
-            raise ValueError(f"--set {change}: a stage has no {name!r}; did you mean "
-                             f"{did_you_mean(name, FIELDS)}? It has {', '.join(FIELDS)}")
-        if not number.isdigit() or not 1 <= int(number) <= len(stages) or not text:
+        found = re.fullmatch(r"(\d+)\.(\w+)=(.+)", change)
+        if not found or not 1 <= int(found[1]) <= len(stages):
             raise ValueError(f"--set {change}: write STAGE.NAME=VALUE, like 2.balance=none or "
                              f"3.share=0.8:0.8; stages are 1 to {len(stages)}")
+        number, name, text = int(found[1]), found[2], found[3]
+        if name not in FIELDS:
+            raise ValueError(f"--set {change}: a stage has no {name!r}; did you mean "
+                             f"{did_you_mean(name, FIELDS)}? It has {', '.join(FIELDS)}")
         try:
             value = share_of(text) if name == "share" else FIELDS[name].type(text)
         except ValueError:
-            form = "FROM:TO, like 0.3:0.7" if name == "share" else "a number"
-            raise ValueError(f"--set {change}: {text!r} is not a value of {name}; "
-                             f"write {form}") from None
-        stages[int(number) - 1] = dataclasses.replace(stages[int(number) - 1], **{name: value})
+            raise ValueError(f"--set {change}: {text!r} is not a value of {name}, like "
+                             f"{getattr(stages[number - 1], name)}") from None
+        stages[number - 1] = dataclasses.replace(stages[number - 1], **{name: value})
     for number, stage in enumerate(stages, start=1):
         check_stage(number, stage)
     return [dataclasses.replace(stage, steps=steps or stage.steps) for stage in stages]

@@ -22,7 +22,6 @@ from dataset import lm_dataset
 from dataset.domains import is_held_out, mix_sides, open_sides
 from dataset.formats import read_each, to_messages
 from dataset.lm_dataset import prompts_and_answers
-from distill.balance import GradNorm
 from distill.stages import Stage, describe_stage, edit_stages
 from evaluation.domains import forgetting, weighted_loss
 from evaluation.exam import read_exam
@@ -30,7 +29,7 @@ from helpers_run import ROOT, complaint, first_gradients, load, rows, run, same,
 from interop.checkpoint import load_model, load_tokenizer, new_model, save_model
 from model.config import LMConfig
 from runtime.checkpoint import Progress
-from train_curriculum import DOMAIN, GENERAL, STAGES, balance_gradients, validate
+from train_curriculum import DOMAIN, GENERAL, STAGES, validate
 
 SCRIPT = "train_curriculum.py"
 NAMES = ["stage1", "stage2", "stage3"]
@@ -99,7 +98,7 @@ def unbroken(flags, tmp_path_factory):
     """The folder of a whole run, its flags, and what it printed. Its loader thread must get new
     shares too."""
     folder = tmp_path_factory.mktemp("unbroken")
-    given = but(flags, "2.balance=gradnorm", "2.feature_weight=0.1", "2.contrastive_weight=0.1",
+    given = but(flags, "2.balance=norm", "2.feature_weight=0.1", "2.contrastive_weight=0.1",
                 save_interval=4, num_workers=1, warmup_ratio=0.5)
     return folder, given, train(folder, given)
 
@@ -181,7 +180,7 @@ def test_the_loss_is_the_sum_of_its_terms(unbroken, flags, models, tmp_path):
     changes = [f"{n}.{change}" for n in (1, 2, 3) for change in (
         *(f"{name}_weight={weight}" for name, weight in weights.items()), "alpha=0.3",
         "temperature=2")]
-    train(tmp_path, flags, *changes, "3.balance=gradnorm", "2.balance=pcgrad", max_steps=2,
+    train(tmp_path, flags, *changes, "3.balance=norm", "2.balance=pcgrad", max_steps=2,
           accumulation_steps=2, student=models / "student_moe.pth",
           teacher=models / "teacher_moe.pth")
     weights |= {"ce": 0.3, "kd": 0.7, "moe": 0.01}
@@ -225,7 +224,7 @@ def test_adapters_train_through_all_stages_each_with_its_number_of_steps(flags, 
 def test_a_step_split_over_processes_or_micro_batches_is_the_same_step(flags, tmp_path):
     """The third stage's steps have one general and one domain sample: each process has none of one
     side."""
-    given = but(flags, "3.balance=gradnorm", "3.share=0.5:0.5", eval_samples=9, max_steps=4,
+    given = but(flags, "3.balance=norm", "3.share=0.5:0.5", eval_samples=9, max_steps=4,
                 eval_interval=2)
     whole = tmp_path / "whole"
     train(whole, given, "3.batch_size=2")
@@ -329,7 +328,8 @@ def test_the_sides_gradients_weighted_by_shares_are_that_of_the_whole_step(secon
                 max_steps=1)
     train(tmp_path / "whole", given, "2.balance=none")
     plain = patched(tmp_path, "from distill import balance\n\n"
-                    "balance.equal_norms = lambda g, shares, _: balance.plain(g, shares)")
+                    "balance.equal_norms = lambda g, shares, _: balance.Balanced("
+                    "sum(shares[d] * g[d] for d in g), balance.norms_of(g), balance.norms_of(g))")
     train(tmp_path / "apart", given, "2.balance=norm", script=plain)
     whole, apart = (first_gradients(tmp_path / name / "stage2.resume") for name in ("whole", "apart"))
     assert len(whole) == len(apart) > 10
@@ -357,44 +357,15 @@ def test_balance_keeps_the_length_of_the_gradient_and_a_loss_scale_changes_nothi
         assert row["grad_domain_balanced"] / after == pytest.approx(row["domain_share"], rel=1e-4)
 
 
-def balanced(name, general, domain, gradnorm=None):
-    """(gradient, norms) of balance_gradients. A side is (gradient, share, loss)."""
-    sides = {GENERAL: general, DOMAIN: domain}
-    gradient, norms = balance_gradients(
-        name, gradnorm, {side: torch.tensor(values[0]) for side, values in sides.items()},
-        {side: values[1] for side, values in sides.items()},
-        {side: Counter(loss=torch.tensor(values[2])) for side, values in sides.items()},
-        {side: 12 * values[1] for side, values in sides.items()})
-    return gradient.tolist(), {side: float(norm) for side, norm in norms.items()}
-
-
-def test_each_balance_combines_the_gradients_of_both_sides():
-    """norm: lengths 2 and 6, shares 3/4 and 1/4: contributions of 3/2 and 3/2 become 9/4 and 3/4.
-    pcgrad: (1, 0) less its half along (-1, 1), and (-1, 1) less (-1, 0)."""
-    gradient, norms = balanced("norm", ([2.0, 0.0], 0.75, 1.0), ([0.0, 6.0], 0.25, 1.0))
-    assert gradient == pytest.approx([2.25, 0.75])
-    assert norms == pytest.approx({"general": 1.5, "domain": 1.5, "general_balanced": 2.25,
-                                   "domain_balanced": 0.75})
-    against = ([2.0, 0.0], 0.5, 3.0), ([-2.0, 2.0], 0.5, 2.0)
-    assert balanced("pcgrad", *against)[0] == pytest.approx([0.5, 1.5])
-    gradnorm = GradNorm([GENERAL, DOMAIN], rate=0.005)
-    balanced("gradnorm", *against, gradnorm)
-    assert gradnorm.first_losses == {GENERAL: 3.0, DOMAIN: 2.0}
-    assert gradnorm.weights[0] > gradnorm.weights[1]
-
-
 def test_a_step_without_the_domain_is_a_step_on_the_general_data(second, tmp_path):
     """With 8 samples and a share of 1 in 10,000 no step has a sample of the domain."""
     losses = {}
-    for balance in ("none", "gradnorm"):
+    for balance in ("none", "norm"):
         train(tmp_path / balance, second, "2.share=0.0001:0.0001", f"2.balance={balance}",
               max_steps=3)
         losses[balance] = [row["loss"] for row in training(tmp_path / balance)]
-    assert losses["gradnorm"] == pytest.approx(losses["none"], rel=1e-5)
-    assert [row["grad_domain"] for row in training(tmp_path / "gradnorm")] == [0, 0, 0]
-    for balance in ("norm", "pcgrad"):
-        gradient, _ = balanced(balance, ([3.0, 4.0], 1.0, 1.0), ([0.0, 0.0], 0.0, 0.0))
-        assert gradient == pytest.approx([3.0, 4.0])
+    assert losses["norm"] == pytest.approx(losses["none"], rel=1e-5)
+    assert [row["grad_domain"] for row in training(tmp_path / "norm")] == [0, 0, 0]
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -492,21 +463,16 @@ def test_a_domain_may_be_a_folder_of_several_kinds_of_files(data, words, cache, 
 
 
 def test_consultations_are_graded_by_token_f1_and_sampled_by_department(second, tmp_path):
-    """Texts of one department alone are sampled as they come, which is said."""
-    for departments in (["内科", "外科"], ["内科"]):
-        file = tmp_path / f"{len(departments)}.csv"
-        file.write_text("department,title,ask,answer\n" + "".join(
-            f"{departments[i % len(departments)]},发热{i},发热{i}天怎么办？,多喝水并注意休息{i}天后复诊\n"
-            for i in range(40)), encoding="utf-8-sig")
-        out = tmp_path / file.stem
-        printed = train(out, second, "2.sampling=evaluation", domain_dataset=file, max_steps=2,
-                        val_fraction=0.3, n_samples=0)
-        row = rows(out / "stage2.jsonl")[0]
-        assert "val_domain_token_f1" in row and "val_domain_accuracy" not in row
-        assert "val_general_accuracy" in row and "teacher itself: token_f1 0.0% on" in printed
-        assert [f"domain/{name} 0% -> " in printed for name in departments] == [True] * len(departments)
-        assert ("no effect, because all samples of the domain have one category, '内科' (keys: leaf, "
-                in printed) == (len(departments) == 1)
+    departments, file = ["内科", "外科"], tmp_path / "consultations.csv"
+    file.write_text("department,title,ask,answer\n" + "".join(
+        f"{departments[i % 2]},发热{i},发热{i}天怎么办？,多喝水并注意休息{i}天后复诊\n"
+        for i in range(40)), encoding="utf-8-sig")
+    printed = train(tmp_path, second, "2.sampling=evaluation", domain_dataset=file, max_steps=2,
+                    val_fraction=0.3, n_samples=0)
+    row = rows(tmp_path / "stage2.jsonl")[0]
+    assert "val_domain_token_f1" in row and "val_domain_accuracy" not in row
+    assert "val_general_accuracy" in row and "teacher itself: token_f1 0.0% on" in printed
+    assert all(f"domain/{name} 0% -> " in printed for name in departments)
 
 
 def test_a_category_is_sampled_by_what_it_lacks_and_a_tenth_at_least(
@@ -581,7 +547,7 @@ def test_set_changes_values_of_the_table():
     ("alpha=1", "write STAGE.NAME=VALUE"), ("1.alpha", "write STAGE.NAME=VALUE"),
     ("1.alfa=1", "did you mean 'alpha'"), ("1.alpha=much", "'much' is not a value of alpha"),
     ("3.share=a:b", "'a:b' is not a value of share"), ("2.epochs=2.5", "'2.5' is not a value of e"),
-    ("2.balance=fair", "balance fair of stage 2 must be one of none, norm, gradnorm, pcgrad"),
+    ("2.balance=fair", "balance fair of stage 2 must be one of none, norm, pcgrad"),
     ("1.balance=norm", "balance norm of stage 1 must be none in a stage with only one side"),
     ("3.sampling=mad", "sampling mad of stage 3 must be one of uniform, evaluation"),
     ("1.sampling=evaluation", "sampling evaluation of stage 1 must be uniform in a stage without"),
