@@ -2,16 +2,10 @@
 远处的教师：在 OpenAI 协议的服务后面，只返回 top-k 对数概率。
 A teacher elsewhere: behind a server of OpenAI's protocol, which returns top-k log-probabilities.
 
-It is asked to "complete" token ids with echo, so it reads them and writes nothing. Three dialects
-of the answer are known, and recognised from it:
-
-    echo                our scripts/serve.py, vLLM: logprobs.top_logprobs, a dict per token, with
-                        keys "token_id:17"
-    prompt_logprobs     vLLM: a dict {"17": {"logprob": -0.1, ...}} per token
-    /generate           SGLang, whose completions name tokens by their text: a list of
-                        [log p, id, ...] per token
-
-llama.cpp returns no log-probabilities of given tokens: learn from its answers
+It is asked to "complete" token ids with echo, so it reads them and writes nothing. Our
+scripts/serve.py answers with logprobs.top_logprobs, a dict per token with keys "token_id:17"; vLLM
+also with prompt_logprobs, dicts {"17": {"logprob": -0.1}}, which are more. Other servers name
+tokens by their text, or tell nothing of given tokens: learn from their answers
 (scripts/generate_answers.py).
 """
 
@@ -22,7 +16,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count, islice
-from threading import Lock
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -36,6 +29,7 @@ from runtime.log import Logger
 
 PROBE = "3 plus 4 is 7.\nГод 年 🙂"         # teacher and student must have the same ids of it
 AT_ONCE = 8                                 # sequences of a request
+PARALLEL = 4                                # requests at a time
 BATCHES_AHEAD = 8                           # that are read before the student needs them
 NEVER = -1e4                                # log-probability of what a server calls impossible
 
@@ -46,23 +40,15 @@ class Refused(FileError):
 
 class ServedTeacher:
     """Predictions for given tokens. All methods raise ValueError, with the endpoint and what to do,
-    if it cannot be reached, refuses, or returns something else.
-
-    top_k       most likely tokens of each position
-    budget      tokens that it may be asked to read; 0: no limit
-    parallel    requests at a time
-    """
+    if it cannot be reached, refuses, or returns something else. top_k: of each position."""
 
     temperature = 1.0                       # of the log-probabilities
 
-    def __init__(self, url: str, model: str, top_k: int = 20, key_env: str | None = None,
-                 budget: int = 0, parallel: int = 4, retries: int = 5, timeout: float = 300.0):
-        self.client, self.key = make_client(url, key_env, retries, timeout)
+    def __init__(self, url: str, model: str, top_k: int = 20, key_env: str | None = None):
+        self.client, self.key = make_client(url, key_env, retries=5, timeout=300.0)
         self.url, self.model, self.top_k = url.rstrip("/"), model, top_k
         self.sparse = f"top {top_k} tokens"
-        self.budget, self.n_read, self.is_sglang = budget, 0, False
-        self.device, self.parallel = torch.device("cpu"), parallel
-        self.pool, self.lock = ThreadPoolExecutor(parallel), Lock()
+        self.device, self.pool = torch.device("cpu"), ThreadPoolExecutor(PARALLEL)
         # Tokens of a sequence -> (the future of a request, place in it); kept for later epochs
         self.asked = {}
 
@@ -82,14 +68,9 @@ class ServedTeacher:
         ids = tokenizer.encode(PROBE)
         theirs, _ = self.request([PROBE], max_tokens=1)[0]      # to llama.cpp 0 means no limit
         if None in theirs:
-            self.is_sglang = True
-            try:
-                theirs, _ = self.request([PROBE])[0]
-            except Refused:
-                raise ValueError(
-                    f"{self} names tokens by their text, not by their ids, which vLLM, SGLang and "
-                    "scripts/serve.py do. Learn from its answers: scripts/generate_answers.py "
-                    f"--teacher_url {self.url}") from None
+            raise ValueError(f"{self} names tokens by their text, not by their ids, which vLLM and "
+                             "scripts/serve.py do. Learn from its answers: "
+                             f"scripts/generate_answers.py --teacher_url {self.url}")
         if ids not in (theirs[:len(ids)], theirs[1:len(ids) + 1]):      # a begin token comes first
             raise ValueError(f"{self} splits {PROBE!r} into the tokens {theirs}, the student's "
                              f"tokenizer into {ids}: train the student with the teacher's "
@@ -105,20 +86,11 @@ class ServedTeacher:
     def request(self, prompts: list, max_tokens: int = 0) -> list[tuple[list, list[dict]]]:
         """For each prompt, a text or a list of ids: its ids, None for those it does not tell; and
         {id: log p} where each of them stands."""
-        import httpx
         import openai
         try:
-            if self.is_sglang:
-                kind = "text" if isinstance(prompts[0], str) else "input_ids"
-                raw = self.client.post(
-                    self.url.removesuffix("/v1") + "/generate", cast_to=httpx.Response,
-                    body={kind: prompts, "return_logprob": True, "logprob_start_len": 0,
-                          "top_logprobs_num": self.top_k, "sampling_params": {"max_new_tokens": 0}})
-            else:
-                raw = self.client.completions.with_raw_response.create(
-                    model=self.model, prompt=prompts, max_tokens=max_tokens, temperature=1.0,
-                    echo=True, logprobs=self.top_k,
-                    extra_body={"return_tokens_as_token_ids": True})
+            raw = self.client.completions.with_raw_response.create(
+                model=self.model, prompt=prompts, max_tokens=max_tokens, temperature=1.0,
+                echo=True, logprobs=self.top_k, extra_body={"return_tokens_as_token_ids": True})
             answer = json.loads(raw.text)
         except openai.APIStatusError as error:
             problem = f"{error.status_code} {error.response.text}"
@@ -128,24 +100,16 @@ class ServedTeacher:
             problem = str(error)
         else:
             with self.reading():
-                if self.is_sglang:
-                    return [of_sglang(each["meta_info"]) for each in answer]
                 choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-                return [of_openai(choice) for choice in choices]
+                return [read_choice(choice) for choice in choices]
         if len(self.key) >= 8:                          # a short one may be a part of any text
             problem = problem.replace(self.key, "***")
-        problem = " ".join(problem.split())
-        raise Refused(f"{self}: {problem:.300}. Check that it is up, --teacher_url, which ends in "
-                      "/v1, --teacher_model and --teacher_key_env")
+        raise Refused(f"{self}: {' '.join(problem.split()):.300}. Check that it is up, "
+                      "--teacher_url, which ends in /v1, --teacher_model and --teacher_key_env")
 
     def ask(self, sequences: list[list[int]]) -> list[np.ndarray]:
         """The predictions after each token of each sequence, (tokens,) rows as in a TeacherCache of
         top-k."""
-        with self.lock:
-            self.n_read += sum(map(len, sequences))
-            if 0 < self.budget < self.n_read:
-                raise Refused(f"{self}: the {self.budget:,} tokens of --teacher_budget are used; "
-                              "--resume continues with as many again")
         # The prediction after the last token stands at one more token, whichever it is.
         answers = self.request([[*sequence, sequence[-1]] for sequence in sequences])
         with self.reading():
@@ -160,8 +124,8 @@ class ServedTeacher:
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, Refused):
                 raise
-            raise ValueError(f"{self} did not return the log-probabilities of {self.top_k} tokens "
-                             f"at each position ({type(error).__name__}: {error})") from None
+            raise ValueError(f"{self} did not return {self.top_k} log-probabilities per position "
+                             f"({type(error).__name__}: {error})") from None
 
     def rows(self, places: list[dict]) -> np.ndarray:       # -> (places,)
         rows = np.zeros(len(places), self.row)
@@ -192,15 +156,17 @@ class ServedTeacher:
         except Refused as error:
             Logger(f"*** {error} ***")
             self.pool.shutdown(wait=False, cancel_futures=True)
-            self.pool = ThreadPoolExecutor(self.parallel)
+            self.pool = ThreadPoolExecutor(PARALLEL)
             self.asked = {each: (future, i) for each, (future, i) in self.asked.items()
                           if future.done() and not future.cancelled() and not future.exception()}
             return False
         return True
 
-    def forget(self):
-        """All answers, such as those to the samples of a student that has changed since."""
+    def reads(self, sequences: list[list[int]]) -> bool:
+        """Ask for these and forget all others, such as samples of a student that has changed."""
         self.asked = {}
+        self.prefetch(sequences)
+        return self.answered(sequences)
 
     def read(self, batch) -> np.ndarray:
         """The (S,) rows at the supervised positions of a batch."""
@@ -214,7 +180,7 @@ class ServedTeacher:
         return unpack(self.read(batch), self.device)
 
 
-def of_openai(choice: dict) -> tuple[list, list[dict]]:
+def read_choice(choice: dict) -> tuple[list, list[dict]]:
     def as_id(name: str) -> int | None:
         return int(name.removeprefix("token_id:")) if name.startswith("token_id:") else None
 
@@ -225,11 +191,6 @@ def of_openai(choice: dict) -> tuple[list, list[dict]]:
         places = [{as_id(name): log_p for name, log_p in (place or {}).items()}
                   for place in choice["logprobs"]["top_logprobs"]]
     return [as_id(name) for name in choice["logprobs"]["tokens"]], places
-
-
-def of_sglang(info: dict) -> tuple[list, list[dict]]:
-    return ([i for _, i, *_ in info["input_token_logprobs"]],
-            [{i: log_p for log_p, i, *_ in place or []} for place in info["input_top_logprobs"]])
 
 
 def sequences_of(batch) -> list[list[int]]:
@@ -266,8 +227,6 @@ def add_served_args(add):
         help="environment variable with the server's key")
     add("--teacher_top_k", type=int, default=20,
         help="most likely tokens that a served teacher is asked for at each position")
-    add("--teacher_budget", type=int, default=0,
-        help="maximum number of tokens that it is asked to read in this run; 0: no limit")
 
 
 def make_served(args) -> ServedTeacher | None:
@@ -277,4 +236,4 @@ def make_served(args) -> ServedTeacher | None:
     if not args.teacher_model:
         raise ValueError("--teacher_url needs the model's name there: --teacher_model NAME")
     return ServedTeacher(args.teacher_url, args.teacher_model, args.teacher_top_k,
-                         args.teacher_key_env, args.teacher_budget)
+                         args.teacher_key_env)

@@ -30,7 +30,7 @@ FREE_TO_CHANGE = {
     "device", "ddp", "accumulation_steps", "shard", "grad_checkpoint", "compile", "local_rank",
     "num_workers", "log_interval", "save_interval", "eval_interval", "val_path", "use_wandb",
     "wandb_project", "tokenizer", "start_stage", "end_stage", "set",
-    "teacher_states_gb", "teacher_url", "teacher_key_env", "teacher_budget"}
+    "teacher_states_gb", "teacher_url", "teacher_key_env"}
 
 
 @dataclass
