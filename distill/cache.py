@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from dataset.lm_dataset import sample_key
 from distill.fused import CHUNK_BYTES, MIN_LOG_P, Dense, TopK
 from runtime.checkpoint import load_verified
 from runtime.errors import FileError
@@ -43,26 +44,27 @@ IDENTITY = {"version": "format", "teacher_sha256": "teacher", "teacher_sizes": "
             "files": "data", "samples_sha256": "tokens of the samples"}
 
 
-def differences(was: dict, now: dict) -> dict[str, str]:
-    """{field of IDENTITY: "--top_k was 0, is 32"} between the about.json of two caches."""
-    def show(about, field):
-        if field == "teacher_sha256":
-            return f"{about['teacher']} ({about[field][:8]})"
-        if field == "ids":
-            return about["tokenizer"]
-        if field == "files":
-            return ", ".join(f"{path} ({sha256[:8]})" for path, sha256 in about[field].items())
-        return about[field][:8] if field == "samples_sha256" else about[field]
+def differences(was: dict, now: dict) -> list[str]:
+    """["--top_k was 0, is 32"] between the about.json of two caches. Files may have moved."""
+    if was["version"] != now["version"]:                            # the rest is unknown
+        return [f"format was {was['version']}, is {now['version']}"]
 
-    fields = IDENTITY if was["version"] == now["version"] else ["version"]  # the rest is unknown
-    return {field: f"{IDENTITY[field]} was {show(was, field)}, is {show(now, field)}"
-            for field in fields if was[field] != now[field] and not
-            (field == "files" and set(was[field].values()) == set(now[field].values()))}
+    def shown(about, field):
+        files = about["files"].items()
+        return {"teacher_sha256": f"{about['teacher']} ({about['teacher_sha256'][:8]})",
+                "ids": about["tokenizer"], "samples_sha256": about["samples_sha256"][:8],
+                "files": ", ".join(f"{path} ({sha256[:8]})" for path, sha256 in files)
+                }.get(field, about[field])
+
+    moved = set(was["files"].values()) == set(now["files"].values())
+    return [f"{name} was {shown(was, field)}, is {shown(now, field)}"
+            for field, name in IDENTITY.items()
+            if was[field] != now[field] and not (field == "files" and moved)]
 
 
 def checksum(about: dict, part: int, rows: np.ndarray) -> bytes:
     """4 bytes that other rows, the rows of another part, or of another cache do not have."""
-    # Files may move; a cache without samples is one of before there were any.
+    # A cache without samples may be one of before there were any.
     identity = [about[field] for field in IDENTITY
                 if field != "files" and (field != "sampled" or about["sampled"])]
     seed = json.dumps([*identity, sorted(set(about["files"].values())), part], sort_keys=True)
@@ -71,16 +73,15 @@ def checksum(about: dict, part: int, rows: np.ndarray) -> bytes:
 
 def command(about: dict, path, *more) -> str:
     """The command that writes a cache with this about.json at PATH."""
-    of_process = ("dtype",)
-    teacher = ["--teacher", about["teacher"]]
+    flags = ["--teacher", about["teacher"], "--dtype", about["dtype"]]
     if about["dtype"] == "served":                      # "NAME at URL"
         name, _, url = about["teacher"].rpartition(" at ")
-        teacher, of_process = ["--teacher_url", url, "--teacher_model", name], ()
-    flags = [*teacher, "--data_path", *about["files"], "--cache_dir", path]
-    for name in ("tokenizer", "max_seq_len", "top_k", "sampled", "temperature", *of_process):
+        flags = ["--teacher_url", url, "--teacher_model", name]
+    for name in ("tokenizer", "max_seq_len", "top_k", "sampled", "temperature"):
         flags += [f"--{name}", about[name]]
     flags += ["--skip_bad_lines"] * about["skip_bad_lines"]
-    return shlex.join(map(str, ["python", "scripts/cache_teacher.py", *flags, *more]))
+    flags += ["--data_path", *about["files"], "--cache_dir", path, *more]
+    return shlex.join(map(str, ["python", "scripts/cache_teacher.py", *flags]))
 
 
 # -- rows ----------------------------------------------------------------------------------------
@@ -191,22 +192,13 @@ class CacheWriter:
                               "samples": len(layout.keys), "positions": int(layout.n_rows.sum())}
 
     def prepare(self, overwrite: bool = False) -> list[int]:
-        """The missing parts; none if the cache is complete, or has these files and more.
-
-        Raises ValueError if DIR holds another cache; `overwrite` deletes that one.
-        """
+        """The missing parts. Raises ValueError if DIR holds another cache; `overwrite` deletes
+        that one."""
         self.path.mkdir(parents=True, exist_ok=True)
         found = self.path / "about.json"
-        was = read_about(found) if found.exists() else self.about
-        changed = differences(was, self.about)
-        if ("files" in changed and changed.keys() <= {"files", "samples_sha256"}
-                and set(self.about["files"].values()) < set(was["files"].values())):
-            TeacherCache(self.path)                                 # raises if a file is damaged
-            return []
-        if len(changed) > 1:
-            changed.pop("samples_sha256", None)                     # follows from the others
+        changed = differences(read_about(found), self.about) if found.exists() else []
         if changed and not overwrite:
-            raise ValueError(f"{self.path} holds another cache: {'; '.join(changed.values())}. "
+            raise ValueError(f"{self.path} holds another cache: {'; '.join(changed)}. "
                              "Give another --cache_dir, or delete that cache with --overwrite")
         if changed or not found.exists():                           # also parts of an unknown cache
             for file in (found, self.path / "index.npz", self.path / "head.pth",
@@ -217,8 +209,8 @@ class CacheWriter:
     def begin(self):
         """Write all other files, so that a run that is interrupted knows what is missing."""
         found = self.path / "about.json"
-        if found.exists() and not ({"index.npz", "head.pth"}
-                                   & {*damaged_files(self.path, read_about(found))}):
+        if found.exists() and not {"index.npz", "head.pth"}.intersection(
+                damaged_files(self.path, read_about(found))):
             return
         order = np.argsort(self.layout.keys)
         starts = np.cumsum(self.layout.n_rows) - self.layout.n_rows
@@ -279,9 +271,8 @@ class TeacherCache:
 
     head         (V, D) fp32; None if sparse
     sparse       tokens stored per position, as text; "": hidden states, which give all V logits
-    temperature  of the sparse tokens; 1 for states, which serve any temperature
+    temperature  of the sparse tokens; states serve any
     n_tokens     number of tokens that get logits, the first ones (share_vocabulary)
-    about        the content of about.json
 
     Raises FileNotFoundError if there is none, and ValueError if it is incomplete or damaged, with
     the command that completes it.
@@ -299,16 +290,15 @@ class TeacherCache:
             raise ValueError(
                 f"{self} has format {about['version']}, this program reads {VERSION}. Write it "
                 "again: python scripts/cache_teacher.py --overwrite ...")
-        damaged, n_files = damaged_files(self.path, about), len(about["bytes"])
-        if damaged:
+        if damaged := damaged_files(self.path, about):
+            n_files = len(about["bytes"])
             raise ValueError(f"{self} is incomplete, {n_files - len(damaged)} of {n_files} files; "
                              f"missing or damaged: {', '.join(damaged[:3])}. Complete it: "
                              f"{command(about, self)}")
-        self.row = row_type(about)
+        self.row, self.n_tokens = row_type(about), about["vocab_size"]
+        self.temperature = about["temperature"]
         self.sparse = (f"top {about['top_k']} tokens" if about["top_k"] else
                        f"{about['sampled']} sampled tokens" if about["sampled"] else "")
-        self.temperature = about["temperature"]
-        self.n_tokens = about["vocab_size"]
         with np.load(self.path / "index.npz") as index:
             self.keys, self.starts = index["keys"], index["starts"]     # (samples,), by rising key
             self.n_rows, self.part_ends = index["n_rows"], index["part_ends"]
@@ -328,29 +318,22 @@ class TeacherCache:
         self.head = None if self.head is None else self.head.to(device)
         return self
 
-    def check(self, tokenizer_path, max_seq_len: int, files: dict, keys, names):
-        """Refuse samples that the teacher has not read: ValueError with the difference and the
-        command that writes the cache again.
-
-        files   path -> sha256 of its content
-        keys    of all samples
-        names   i -> a name of sample i, "file, sample n"
-        """
-        files = {str(path): sha256 for path, sha256 in files.items()}
-        run = self.about | {"tokenizer": tokenizer_path, "max_seq_len": max_seq_len}
-        wrong = list(differences(self.about, run).values())
-        wrong += [f"{path} has changed since, or was never in it" for path, sha256 in files.items()
-                  if sha256 not in self.about["files"].values()]
-        keys = np.fromiter(keys, dtype=np.uint64)
+    def check(self, data):
+        """Refuse a dataset with samples that the teacher has not read: ValueError with the command
+        that writes the cache again, for the data's files and those that are in it already."""
+        keys = np.fromiter((sample_key(data.sample(i)) for i in range(len(data))), np.uint64)
         unknown = np.flatnonzero(self.keys[self.find(keys)] != keys)
-        if len(unknown) and not wrong:
-            wrong += [f"{names(int(unknown[0]))}: its tokens are not in it, nor are those of "
-                      f"{len(unknown) - 1:,} other samples, in the format of {tokenizer_path}; "
-                      f"it was written in that of {self.about['tokenizer']}"]
-        if wrong:       # the command also names the cache's own files, to keep their outputs
-            run["files"] = self.about["files"] | files
-            raise ValueError(f"{self} does not match this run: {'; '.join(wrong)}. Write it again: "
-                             f"{command(run, self, '--overwrite')}")
+        if len(unknown):
+            was = self.about
+            needed = was | {"tokenizer": data.tokenizer.path, "max_seq_len": data.max_seq_len,
+                            "files": dict.fromkeys([*was["files"], *map(str, data.paths)])}
+            its, ours = (f"tokenizer {each['tokenizer']}, --max_seq_len {each['max_seq_len']}"
+                         for each in (was, needed))
+            raise ValueError(
+                f"{self} lacks {len(unknown):,} of {len(keys):,} samples, such as number "
+                f"{data.origins[unknown[0]] + 1} of {data} ({ours}). It is of "
+                f"{', '.join(was['files'])} ({its}). Write it again: "
+                f"{command(needed, self, '--overwrite')}")
 
     def find(self, keys):  # (n,) -> (n,) places in the index
         return np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)

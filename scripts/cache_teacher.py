@@ -18,6 +18,7 @@ import hashlib
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scripts/
@@ -27,9 +28,10 @@ import torch
 
 from dataset.lm_dataset import by_length, dataset_of, sample_key
 from dataset.mixture import Joined
-from distill.cache import VERSION, CacheWriter, lay_out, pack, row_type
+from distill.cache import VERSION, CacheWriter, lay_out, pack, read_about, row_type
 from distill.served import add_served_args, make_served
 from interop.checkpoint import load_model, load_tokenizer, sha256_of_model
+from model.config import LMConfig
 from model.tokenizer import DEFAULT
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.files import file_sha256
@@ -54,11 +56,20 @@ def check_room(writer: CacheWriter, missing: list[int]):
            f"bytes = {megabytes(writer.part_bytes.sum())} in {len(writer.part_bytes)} parts"
            f"{and_head}; {len(missing)} parts are missing; free on that disk: {megabytes(free)}")
     if needed > free:
-        of_id = row_type(about | {"top_k": 0, "sampled": 1}).itemsize
         raise ValueError(
             f"{megabytes(needed)} do not fit in the {megabytes(free)} that are free at "
-            f"{writer.path}. Give another --cache_dir, fewer files, --top_k K, which takes "
-            f"{of_id + 4} K + 4 bytes a position, or --sampled N, which takes {of_id} N")
+            f"{writer.path}. Give another --cache_dir or fewer files, or store less of each "
+            "position: --top_k or --sampled")
+
+
+def sizes_on_record(config: LMConfig, cache_dir) -> dict:
+    """The teacher's sizes as the cache in this folder has them, if it has one of this teacher. An
+    older record may lack fields that LMConfig gained since; they have their defaults."""
+    with suppress(FileNotFoundError, ValueError):       # CacheWriter.prepare says what is damaged
+        sizes = read_about(Path(cache_dir) / "about.json")["teacher_sizes"]
+        if LMConfig.from_dict(sizes) == config:
+            return sizes
+    return dataclasses.asdict(config)
 
 
 def local_teacher(args, world):
@@ -73,8 +84,7 @@ def local_teacher(args, world):
     head = teacher.head.detach().clone()            # fp32, before the weights are cast
     dtype = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
     teacher = teacher.to(world.device, dtype)
-    Logger(f"teacher {teacher.config}: {teacher.n_parameters() / 1e6:.2f} M parameters, "
-           f"from {args.teacher}")
+    Logger(f"teacher {teacher.config} of {args.teacher}")
 
     @torch.no_grad()
     def read(about, batch, rng):  # -> (S,)
@@ -83,8 +93,9 @@ def local_teacher(args, world):
         return pack(about, out.final, teacher.head, rng)
 
     about = {"teacher": args.teacher, "teacher_sha256": sha256_of_model(args.teacher),
-             "teacher_sizes": dataclasses.asdict(teacher.config), "vocab_size": len(head),
-             "dim": teacher.config.dim, "dtype": str(world.dtype).removeprefix("torch.")}
+             "teacher_sizes": sizes_on_record(teacher.config, args.cache_dir),
+             "vocab_size": len(head), "dim": teacher.config.dim,
+             "dtype": str(world.dtype).removeprefix("torch.")}
     return tokenizer, teacher.config.max_seq_len, about, head, read
 
 
@@ -97,7 +108,7 @@ def served_teacher(args):
     Logger(teacher.described())
 
     def read(about, batch, rng):  # -> (S,)
-        teacher.forget()
+        teacher.asked = {}              # no part has the samples of another
         return teacher.read(batch)
 
     name = f"{args.teacher_model} at {args.teacher_url}"
@@ -141,8 +152,7 @@ def main():
         parser.error("--sampled needs a --teacher and no --top_k: a server tells its top-k only")
     if args.temperature != 1.0 and (args.teacher_url or not (args.top_k or args.sampled)):
         parser.error(f"--temperature {args.temperature:g} needs a --top_k or --sampled of a "
-                     "--teacher: hidden states, the default, serve any temperature, and a server "
-                     "answers at 1")
+                     "--teacher: states serve any temperature, and a server answers at 1")
 
     # 2. Processes
     world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
@@ -151,12 +161,10 @@ def main():
         # 3. Teacher
         tokenizer, limit, of_teacher, head, read = (served_teacher(args) if args.teacher_url
                                                     else local_teacher(args, world))
-        max_seq_len = args.max_seq_len or limit
-        for flag, value, limit, what in (
-                ("max_seq_len", max_seq_len, limit, "teacher's context length"),
-                ("top_k", args.top_k, of_teacher["vocab_size"], "tokens of the vocabulary")):
-            if value > limit:
-                raise ValueError(f"--{flag} {value} exceeds {limit}, the {what}")
+        max_seq_len, n_tokens = args.max_seq_len or limit, of_teacher["vocab_size"]
+        if max_seq_len > limit or args.top_k > n_tokens:
+            raise ValueError(f"--max_seq_len {max_seq_len} or --top_k {args.top_k} exceeds the "
+                             f"teacher's context length, {limit}, or vocabulary, {n_tokens}")
 
         # 4. Data, and the parts of the cache that are missing
         about = of_teacher | {
@@ -196,9 +204,8 @@ def main():
 
     # 6. Finish
     parts.wait()
-    seconds, done = time.perf_counter() - parts.start, sum(n_tokens[part] for part in missing)
     Logger(f"wrote {len(missing)} parts, {megabytes(writer.part_bytes[missing].sum())}, in "
-           f"{seconds:.1f} s ({done / seconds:,.0f} tokens/s). Use them: "
+           f"{time.perf_counter() - parts.start:.1f} s. Use them: "
            f"python train_distillation.py --teacher_cache {args.cache_dir}")
 
 
