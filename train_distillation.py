@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 from dataset.lm_dataset import MicroBatches, dataset_of, in_order, make_loader, open_data
 from distill.features import feature_distillation_loss      # noqa: F401  readers look for it here
-from distill.flags import (add_divergence_args, add_intermediate_args, check_chain,
-                           check_loss_args, check_teachers, describe_loss, make_intermediate)
+from distill.flags import (add_divergence_args, add_intermediate_args, check_chain, check_teachers,
+                           describe_loss, make_intermediate)
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, distillation_loss_fn, pick_divergence
 from distill.served import add_served_args, make_served, read_ahead
@@ -158,7 +158,7 @@ def main():
         help="teacher assistants from large to small: weight files, or sizes like 96x3")
     add("--alpha", type=float, default=0.0, help="weight of CE in [0, 1]; KD: 1 - alpha")
     add("--divergence", default="forward_kl", choices=DIVERGENCES,
-        help="divergence from the teacher (distill/losses.py); gold, uld take another tokenizer")
+        help="divergence from the teacher (distill/losses.py); gold takes another tokenizer")
     add("--temperature", type=float, default=1.0, help="softmax temperature of both models")
     add("--final_temperature", type=float, help="at the last step, linear; default: constant")
     add("--plain_loss", action="store_true", help="all logits at once; default: in chunks (fused)")
@@ -170,7 +170,8 @@ def main():
     add_intermediate_args(parser)
     add_training_args(parser)
     args = parse_args(parser)
-    check_loss_args(parser, args)
+    if args.teacher_url and (args.teacher or args.teacher_cache):
+        parser.error("--teacher_url, --teacher or --teacher_cache: give one of them")
 
     # 2. Processes and seeds
     world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)

@@ -36,10 +36,8 @@ def layer_map(n_student: int, n_teacher: int, how: str = "uniform") -> list[tupl
         match = re.fullmatch(r"\s*(\d+):(\d+)\s*", piece)
         student, teacher = map(int, match.groups()) if match else (0, 0)
         if not (1 <= student <= n_student and 1 <= teacher <= n_teacher):
-            raise ValueError(
-                f"layers={how!r}: {piece!r} is not a pair student:teacher of layers 1 to "
-                f"{n_student} and 1 to {n_teacher}; give uniform, last, or pairs such as "
-                f"1:1,{n_student}:{n_teacher}")
+            raise ValueError(f"--layer_map {how}: {piece!r} is not a pair STUDENT:TEACHER of "
+                             f"layers 1 to {n_student} and 1 to {n_teacher}")
         pairs.append((student - 1, teacher - 1))
     return pairs
 
@@ -133,15 +131,12 @@ def log_relation(x):  # (n, T, R, K) -> (n, R, T, T) log-probabilities
 
 def check_relation_heads(student_config, teacher_config, n_relation_heads):
     """Raise ValueError, with the counts that fit, where a width does not split into equal heads."""
-    widths = {f"{model}'s {part}": heads * c.head_dim
-              for model, c in (("student", student_config), ("teacher", teacher_config))
-              for part, heads in (("queries", c.n_heads), ("keys and values", c.n_kv_heads))}
-    common = math.gcd(*widths.values())
-    if n_relation_heads < 1 or common % n_relation_heads:
-        sizes = ", ".join(f"the {name} {width}" for name, width in widths.items())
-        fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-        raise ValueError(f"n_relation_heads={n_relation_heads} does not divide all widths: "
-                         f"{sizes}. Counts that do: {fits}")
+    widths = [n_heads * each.head_dim for each in (student_config, teacher_config)
+              for n_heads in (each.n_heads, each.n_kv_heads)]
+    fits = [n for n in range(1, min(widths) + 1) if not any(width % n for width in widths)]
+    if n_relation_heads not in fits:
+        raise ValueError(f"n_relation_heads={n_relation_heads} does not divide all widths of "
+                         f"queries and of keys and values, {widths}. Counts that do: {fits}")
 
 
 # -- sample embeddings ---------------------------------------------------------------------------

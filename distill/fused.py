@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dataset.lm_dataset import Batch
-from distill.losses import forward_kl, uld
+from distill.losses import forward_kl
 
 CHUNK_BYTES = 32 << 20      # of one (rows, V) buffer in fp32; CE + forward KL uses three
 MAX_ROWS = 256              # more rows are no faster, and small buffers stay in the CPU's cache
@@ -61,13 +61,12 @@ def fused_distillation_loss(hidden, head, targets, teacher, alpha=0.0, temperatu
     divergence   a function of distill/losses.py, or your own
     kd_weight    (S,) weight of the divergence at each position; 0 or False masks it. None: 1
     ce_weight    (S,) weight of the cross-entropy; negative for a policy gradient. None: 1
-    chunk_bytes  of a (rows, V) buffer of at most MAX_ROWS rows: smaller saves memory, larger time
 
     Under autocast the matrix products run in its dtype; the loss is fp32. CE + forward KL has a
     closed form, softmax - one-hot and T (q - p); other divergences use autograd chunk by chunk.
-    With another tokenizer all but `uld` are over spans (`in_spans`).
+    With another tokenizer they are over spans (`in_spans`).
     """
-    rests = None if divergence is uld else span_rests(hidden, head, targets, teacher, temperature)
+    rests = span_rests(hidden, head, targets, teacher, temperature)
     closed_form = (divergence is forward_kl and kd_weight is None and ce_weight is None
                    and not isinstance(teacher, TopK))
     chunks = Chunks(hidden, head, teacher, chunk_bytes, divide_rows=1 if closed_form else 4)
@@ -281,17 +280,15 @@ def compare(hidden, head, targets, teacher=(), matched=None,
             temperature=1.0) -> dict[str, torch.Tensor]:
     """Student against teacher, as sums over the S positions, in nats; without a teacher only `ce`.
 
-    ce              cross-entropy with the labels
-    entropy         of the teacher: the lowest cross-entropy possible on labels sampled from it;
-                    student_entropy: of the student
-    ece             (BINS,) `calibration_gaps` of the student
-    teacher_ce, teacher_ece     the same of the teacher
-    kl              KL(teacher || student)
-    agreement       positions where both have the same top-1 token
-    overlap         share of the TOP most likely tokens that both have in common. Li et al. 2026,
-                    https://arxiv.org/abs/2604.13016, there on the student's own answers
-    acceptance      sum over v of min(p, q): how likely the teacher accepts a token that the student
-                    drafts. Leviathan et al. 2022, https://arxiv.org/abs/2211.17192, Sec. 3
+    ce, teacher_ce      cross-entropy with the labels
+    student_entropy     and the teacher's, `entropy`: the lowest CE on labels sampled from it
+    ece, teacher_ece    (BINS,) `calibration_gaps`
+    kl                  KL(teacher || student)
+    agreement           positions where both have the same top-1 token
+    overlap             share of the TOP most likely tokens that both have in common. Li et al.
+                        2026, https://arxiv.org/abs/2604.13016, there on the student's own answers
+    acceptance          sum over v of min(p, q): how likely the teacher accepts a token that the
+                        student drafts. Leviathan et al. 2022, https://arxiv.org/abs/2211.17192
 
     All at temperature 1. With another tokenizer kl is over `in_spans`, kl and entropy are of the
     `matched` positions, and the last three are missing. A TopK has only kl and entropy, over its

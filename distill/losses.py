@@ -111,20 +111,6 @@ def akl(log_p, log_q, head_mass=0.5):  # (N, V), (N, V) -> (N,)
     return w * forward_kl(log_p, log_q) + (1 - w) * reverse_kl(log_p, log_q)
 
 
-def uld(log_p, log_q):  # (N, V of the teacher), (N, V of the student) -> (N,)
-    """Universal logit distance: sum_i |p_(i) - q_(i)| over the sorted probabilities, largest first
-
-    The shorter distribution is padded with zeros, so the vocabularies may differ.
-    use    teacher and student with different tokenizers
-    trap   it compares how confident the two are, not which tokens they prefer: add cross-entropy
-    paper  Boizard et al. 2024, https://arxiv.org/abs/2402.12030, Eq. 6
-    """
-    p, q = (x.exp().sort(dim=-1, descending=True).values for x in (log_p, log_q))
-    V = max(p.shape[-1], q.shape[-1])
-    p, q = (F.pad(x, (0, V - x.shape[-1])) for x in (p, q))
-    return (p - q).abs().sum(dim=-1)
-
-
 def gold(log_p, log_q):  # (N, V + 2), (N, V + 2) -> (N,)
     """KL(p || q) over tokens and spans of bytes that two tokenizers share (fused.py, in_spans)
 
@@ -134,30 +120,29 @@ def gold(log_p, log_q):  # (N, V + 2), (N, V + 2) -> (N,)
     return forward_kl(log_p, log_q)
 
 
-# The choices of --divergence: (beta, skew, normalised) -> (the function, the formula a run prints).
-# Add your own here; the losses and all lessons take it as it is.
+# The choices of --divergence: (the function, the formula that a run prints). Add your own here; the
+# losses and all lessons take it as it is.
 DIVERGENCES = {
-    "forward_kl": lambda beta, skew, normalised: (forward_kl, "KL(teacher || student)"),
-    "reverse_kl": lambda beta, skew, normalised: (reverse_kl, "KL(student || teacher)"),
-    "jsd": lambda beta, skew, normalised: (
-        partial(jsd, beta=beta, normalised=normalised),
-        f"JSD_{beta:g}(teacher, student)" + f" / {beta * (1 - beta):g}" * normalised),
-    "skew_kl": lambda beta, skew, normalised: (
-        partial(skew_kl, skew=skew),
-        f"KL(teacher || {skew:g} teacher + {1 - skew:g} student)"),
-    "skew_reverse_kl": lambda beta, skew, normalised: (
-        partial(skew_reverse_kl, skew=skew),
-        f"KL(student || {1 - skew:g} teacher + {skew:g} student)"),
-    "tvd": lambda beta, skew, normalised: (tvd, "TV(teacher, student)"),
-    "akl": lambda beta, skew, normalised: (akl, "AKL(teacher, student)"),
-    "uld": lambda beta, skew, normalised: (uld, "ULD(teacher, student)"),
-    "gold": lambda beta, skew, normalised: (gold, "KL(teacher || student) over byte spans"),
+    "forward_kl": (forward_kl, "KL(teacher || student)"),
+    "reverse_kl": (reverse_kl, "KL(student || teacher)"),
+    "jsd": (jsd, "JSD_{beta:g}(teacher, student)"),
+    "skew_kl": (skew_kl, "KL(teacher || {skew:g} teacher + {rest:g} student)"),
+    "skew_reverse_kl": (skew_reverse_kl, "KL(student || {rest:g} teacher + {skew:g} student)"),
+    "tvd": (tvd, "TV(teacher, student)"),
+    "akl": (akl, "AKL(teacher, student)"),
+    "gold": (gold, "KL(teacher || student) over byte spans"),
 }
 
 
 def pick_divergence(name, beta=0.5, skew=0.1, jsd_normalised=False):
-    """One of DIVERGENCES with its settings: (the function, the formula that a run prints)."""
-    return DIVERGENCES[name](beta, skew, jsd_normalised)
+    """One of DIVERGENCES with its settings."""
+    function, formula = DIVERGENCES[name]
+    if function is jsd:
+        function = partial(jsd, beta=beta, normalised=jsd_normalised)
+        formula += f" / {beta * (1 - beta):g}" * jsd_normalised
+    elif function in (skew_kl, skew_reverse_kl):
+        function = partial(function, skew=skew)
+    return function, formula.format(beta=beta, skew=skew, rest=1 - skew)
 
 
 def distillation_loss_fn(student_logits, teacher_logits, temperature=1.0, reduction="batchmean",
@@ -165,7 +150,7 @@ def distillation_loss_fn(student_logits, teacher_logits, temperature=1.0, reduct
     """The soft-label loss  T^2 * D(p, q). Hinton et al. 2015, Sec. 2.
 
     Near p = q the gradient of a KL, JSD or AKL falls like 1 / T^2: the factor keeps its size beside
-    the cross-entropy. Trap: that of tvd and uld falls like 1 / T, so here it grows with T.
+    the cross-entropy. Trap: that of tvd falls like 1 / T, so here it grows with T.
 
     student_logits  (..., V); gradients flow
     teacher_logits  (..., V); no gradient flows
@@ -173,13 +158,12 @@ def distillation_loss_fn(student_logits, teacher_logits, temperature=1.0, reduct
                     divides a (B, T, V) input by B alone); 'sum': nats; 'none': shape (...,)
     divergence      one of the functions above, partial(jsd, beta=0.9), or your own
 
-    Raises ValueError where the shapes differ. Only `uld` accepts two vocabularies.
+    Raises ValueError where the shapes differ.
     """
-    if student_logits.shape != teacher_logits.shape and divergence is not uld:
+    if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student logits {tuple(student_logits.shape)} and teacher logits "
-            f"{tuple(teacher_logits.shape)} differ; both models must share one vocabulary and read "
-            "the same tokens. For two vocabularies: divergence=uld")
+            f"{tuple(teacher_logits.shape)} differ: one vocabulary and the same tokens for both")
     # A logit of -inf masks its token. Where both models mask it, -inf - -inf would be NaN.
     lowest = torch.finfo(torch.float32).min
     log_q = F.log_softmax(student_logits.float() / temperature, dim=-1).clamp_min(lowest)

@@ -1,7 +1,7 @@
 """
 教师：内存里的一个或几个模型，或它们的输出：每个样本只读一遍留在内存里，或事先写在磁盘上。
 Teachers: one or several models in memory; or their outputs, kept in memory once they have read the
-data, or cached on disk. And which combinations are possible.
+data, or cached on disk.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ from distill.cache import TeacherCache
 from distill.fused import Dense, TopK
 from distill.served import ServedTeacher
 from runtime.args import parse_teacher
-from runtime.files import file_sha256
 from runtime.log import Logger
 from runtime.precision import autocast
 from runtime.processes import sum_over_processes
@@ -24,9 +23,7 @@ ROWS_AT_ONCE = 1 << 14          # of states that processes send each other
 
 
 class Teacher(NamedTuple):
-    # A model (Transformer, WithoutAdapters), its StatesInMemory, or what has the outputs of a model
-    # that is not in memory: a TeacherCache, a ServedTeacher
-    source: Any
+    source: Any                 # a model, StatesInMemory, TeacherCache or ServedTeacher
     weight: float = 1.0         # several teachers act as one: p = sum of weight * p of each
     tokenizer: Any = None       # of a model
     name: str = ""              # routed: it teaches the samples that name it, and no others
@@ -97,12 +94,8 @@ class TeacherOutputs(NamedTuple):
 
 
 def make_teachers(models, caches, device, load, served=None) -> list[Teacher]:
-    """From --teacher and --teacher_cache, each as parse_teacher reads it; their weights normalised
-    to sum to 1, unless each has a name.
-
-    load    path -> (model, tokenizer)
-    served  a ServedTeacher
-    """
+    """Of --teacher and --teacher_cache, each as parse_teacher reads it, and a ServedTeacher. Their
+    weights are normalised to sum to 1, unless each has a name. load: path -> (model, tokenizer)"""
     teachers = [Teacher(served.to(device))] if served else []
     for name, path, weight in map(parse_teacher, models or []):
         model, tokenizer = load(path)
@@ -111,9 +104,6 @@ def make_teachers(models, caches, device, load, served=None) -> list[Teacher]:
         teachers.append(Teacher(TeacherCache(path).to(device), weight, None, name))
     if any(teacher.name for teacher in teachers):
         return teachers
-    if min(teacher.weight for teacher in teachers) <= 0:
-        raise ValueError("the weight of a teacher must be above 0; leave out a teacher that is not "
-                         "wanted")
     total = sum(teacher.weight for teacher in teachers)
     return [teacher._replace(weight=teacher.weight / total) for teacher in teachers]
 
@@ -147,7 +137,7 @@ def share_vocabulary(teachers, students, divergence="forward_kl") -> bool:
     have, in place: the probability of a token that one of them lacks is left out, as padding is.
 
     Returns whether a teacher must read conversations in its own format, because it lacks a special
-    token of the student's. Raises ValueError where an id is another token, except for gold and ULD.
+    token of the student's. Raises ValueError where an id is another token, except for gold.
     """
     for one in teachers:
         if isinstance(one.source, ServedTeacher):
@@ -160,7 +150,7 @@ def share_vocabulary(teachers, students, divergence="forward_kl") -> bool:
         for _, tokenizer in students:
             conflict = tokenizer.conflict(ids)
             across |= conflict is not None
-            if conflict and (teachers[1:] or teacher.is_cached or "uld" != divergence != "gold"):
+            if conflict and (teachers[1:] or teacher.is_cached or divergence != "gold"):
                 raise ValueError(
                     f"the teacher's vocabulary has {teacher.source.n_tokens} tokens, the student's "
                     f"{tokenizer.vocab_size}, and {conflict}: {path}, {tokenizer.path}. Train both "
@@ -201,15 +191,15 @@ def teacher_side(teachers, tokenizer, paths, teacher_paths, max_seq_len: int):
             Logger(f"the formats differ in {' and '.join(differ)}: teacher and student read that "
                    f"of {tokenizer.path}, not that of {its_tokenizer.path}")
         if max_seq_len > source.config.max_seq_len:
+            limit = source.config.max_seq_len
             raise ValueError(f"samples of up to {max_seq_len} tokens exceed the teacher's context "
-                             f"length of {source.config.max_seq_len}: --max_seq_len "
-                             f"{source.config.max_seq_len}")
+                             f"length of {limit}: --max_seq_len {limit}")
 
 
 def read_once(teachers, data, limit_gb: float, world) -> list[Teacher]:
     """The same teachers after they have read training and validation data (or None), if their final
     states take at most limit_gb of memory. Caches on disk stay as they are."""
-    data = [part if part.teacher is None else part.teacher for part in data if part is not None]
+    data = [part.teacher or part for part in data if part is not None]
     data = [*dict.fromkeys(data)]           # what the teacher reads; two views may share it
     own = [[part.read_by(i) for part in data] for i in range(len(teachers))]
     n = [sum(int(part.n_targets.sum()) for part in parts) for parts in own]
@@ -226,24 +216,18 @@ def read_once(teachers, data, limit_gb: float, world) -> list[Teacher]:
 
 def check_caches(teachers, data):
     """Refuse caches that were not written for the training and validation data (or None)."""
-    caches = [each.source for each in teachers if isinstance(each.source, TeacherCache)]
-    for cache in caches:
-        for part in (part for part in data if part is not None):
-            cache.check(part.tokenizer.path, part.max_seq_len,
-                        {path: file_sha256(path) for path in part.paths},
-                        (sample_key(part.sample(i)) for i in range(len(part))),
-                        lambda i: f"{part}, sample {part.origins[i] + 1}")
+    for cache in [one.source for one in teachers if isinstance(one.source, TeacherCache)]:
+        for part in [part for part in data if part is not None]:
+            cache.check(part)
 
 
 def progressive_distillation(large_model, medium_model, small_model, train_loader, epochs=5, *,
                              distill):
     """large -> medium -> small: each student becomes the teacher assistant of the next. Returns the
-    small one.
+    small one. Mirzadeh et al. 2019, https://arxiv.org/abs/1902.03393.
 
     medium_model    one, or a list from large to small; it may be empty
     distill         distill(teacher, student, train_loader, epochs) trains one student
-
-    Mirzadeh et al. 2019, https://arxiv.org/abs/1902.03393.
     """
     assistants = medium_model if isinstance(medium_model, list) else [medium_model]
     teacher = large_model

@@ -13,7 +13,7 @@ import torch
 
 from dataset.lm_dataset import packed_batch
 from distill.losses import (DIVERGENCES, akl, distillation_loss_fn, forward_kl, jsd,
-                            gold, pick_divergence, reverse_kl, skew_kl, skew_reverse_kl, tvd, uld)
+                            gold, pick_divergence, reverse_kl, skew_kl, skew_reverse_kl, tvd)
 from runtime.schedules import get_lr, get_temperature
 
 
@@ -58,12 +58,6 @@ def akl_by_hand(p, q):
     return of_head * kl(p, q) + (1 - of_head) * kl(q, p)
 
 
-def uld_by_hand(p, q):
-    widest = max(len(p), len(q))
-    p, q = (sorted(x, reverse=True) + [0.0] * (widest - len(x)) for x in (p, q))
-    return sum(abs(x - y) for x, y in zip(p, q))
-
-
 CASES = {   # name: (ours on log-probabilities, the formula on plain lists)
     "forward_kl": (forward_kl, kl),
     "reverse_kl": (reverse_kl, lambda p, q: kl(q, p)),
@@ -79,7 +73,6 @@ CASES = {   # name: (ours on log-probabilities, the formula on plain lists)
     "skew_reverse_kl 0.3": (partial(skew_reverse_kl, skew=0.3), lambda p, q: kl(q, mix(p, q, 0.7))),
     "tvd": (tvd, lambda p, q: sum(abs(x - y) for x, y in zip(p, q)) / 2),
     "akl": (akl, akl_by_hand),
-    "uld": (uld, uld_by_hand),
     "gold": (gold, kl),
 }
 
@@ -179,15 +172,6 @@ def test_total_variation_is_the_mass_to_be_moved_and_at_most_all_of_it():
             + 1e-12).all()
 
 
-def test_uld_ignores_which_token_is_which_and_takes_two_vocabularies():
-    log_p, log_q = log_softmax(randn(20, 6)), log_softmax(randn(20, 6, seed=1))
-    assert torch.allclose(uld(log_p[:, [3, 1, 5, 0, 2, 4]], log_q), uld(log_p, log_q), rtol=1e-12)
-    assert uld(log_of(0.5, 0.5), log_of(0.25, 0.5, 0.25)).item() == pytest.approx(0 + 0.25 + 0.25)
-    assert uld(log_of(0.25, 0.5, 0.25), log_of(0.5, 0.5)).item() == pytest.approx(0 + 0.25 + 0.25)
-    loss = distillation_loss_fn(log_of(0.25, 0.5, 0.25), log_of(0.5, 0.5), divergence=uld)
-    assert loss.item() == pytest.approx(0.5)
-
-
 @pytest.mark.parametrize("name, settings, case, formula", [
     ("forward_kl", {}, "forward_kl", "KL(teacher || student)"),
     ("reverse_kl", {}, "reverse_kl", "KL(student || teacher)"),
@@ -202,7 +186,6 @@ def test_uld_ignores_which_token_is_which_and_takes_two_vocabularies():
      "KL(student || 0.7 teacher + 0.3 student)"),
     ("tvd", {}, "tvd", "TV(teacher, student)"),
     ("akl", {}, "akl", "AKL(teacher, student)"),
-    ("uld", {}, "uld", "ULD(teacher, student)"),
     ("gold", {}, "gold", "KL(teacher || student) over byte spans"),
 ])
 def test_a_name_and_its_settings_give_the_divergence_and_its_printed_formula(
@@ -314,11 +297,10 @@ def test_temperature_squared_keeps_the_size_of_the_gradient(name):
     assert at_2 == pytest.approx(at_1, rel=0.05) and at_4 == pytest.approx(at_1, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["tvd", "uld"])
-def test_of_a_distance_with_a_kink_the_gradient_grows_with_the_temperature(name):
+def test_of_a_distance_with_a_kink_the_gradient_grows_with_the_temperature():
     # |p - q| has the slope of dq/dz however near the two are: 1 / T is all it falls by, and T^2 / T
     # is left.
-    at_1, at_2, at_4 = sizes_of_the_gradient(pick_divergence(name)[0])
+    at_1, at_2, at_4 = sizes_of_the_gradient(tvd)
     assert at_2 == pytest.approx(2 * at_1, rel=0.05) and at_4 == pytest.approx(4 * at_1, rel=0.05)
 
 

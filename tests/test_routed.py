@@ -97,7 +97,7 @@ def test_a_row_without_a_teacher_stops_before_training_or_is_left_out(flags, cac
 
 @pytest.mark.parametrize("more, reason", [
     ({"feature_weight": 1.0}, "--feature_weight needs exactly one --teacher PATH"), ({"plain_loss": True}, "--plain_loss"),
-    ({"divergence": "uld", "alpha": 0.5}, "--divergence uld needs exactly one"),
+    ({"divergence": "gold"}, "--divergence gold needs exactly one"),
     ({"teacher_data_path": "mixed"}, "--teacher_data_path"),
     ({"teacher": ["roads", ""]}, "a name of their own"), ({"teacher": ["roads", "roads"]}, "a name of their own"),
     ({"teacher": ["roads"], "feature_weight": 1.0}, "without a name")], ids=str)
