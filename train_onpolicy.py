@@ -13,22 +13,15 @@ bias); here it learns in them. No gradient flows through the sampling. The objec
 gkd       D of the two distributions at each token. Agarwal et al. 2023 (GKD),
           https://arxiv.org/abs/2306.13649, Alg. 1; --on_policy_fraction is its lambda.
 pg        - advantage * log q(A[t]), where advantage = log p(A[t]) - log q(A[t]) as q was when it
-          sampled: the gradient of KL(q || p) at each token, without a sum over the vocabulary.
-          Thinking Machines 2025, https://thinkingmachines.ai/blog/on-policy-distillation
-          With --reward, advantage = (1 - W) (log p - log q) + W r: r judges the whole answer, and
-          is normalised over all answers to the prompt. W = --reward_weight = 1 is GRPO, without a
-          teacher. Shao et al. 2024, https://arxiv.org/abs/2402.03300, Sec. 4.1.2
+          sampled: the gradient of KL(q || p) at each token, from one probability of it. With
+          --reward r of the whole answer, advantage = (1 - W) (log p - log q) + W r; W = 1 is GRPO,
+          without a teacher. Lesson 15. q is the student at --generation_temperature.
 minillm   gkd with KL(q || p), and - R[t] log q(A[t]), where R[t] is the mean of log p - log q after
           t: the gradient of the KL of whole answers. Gu et al. 2023 (MiniLLM),
-          https://arxiv.org/abs/2306.08543, Sec. 2.2: teacher-mixed sampling with importance
-          weights. A baseline replaces its clipping.
-
-A student that is sure of its answers meets nothing new: above --generation_temperature 1 it
-explores. With pg the policy is the student at that temperature, at which log q and log p are taken.
+          https://arxiv.org/abs/2306.08543, Sec. 2.2, with a baseline instead of clipping.
 
 The teacher can be the student that is shown more: --privileged puts an exchange before the prompt
-in which it was answered right, by the data or by another rollout. Shenfeld et al. 2026 (SDFT),
-https://arxiv.org/abs/2601.19897; Hübotter et al. 2026 (SDPO), https://arxiv.org/abs/2601.20802.
+in which it was answered right, by the data or by another rollout. Lesson 16.
 
 When: answers are long and prompts few. From 64 prompts it solves 93 % of a world of reasoning, and
 SFT 35 (lesson 14). With many prompts, or short answers, it ties with the cheaper methods.
@@ -39,6 +32,7 @@ two processes  the same after torchrun --nproc_per_node 2, with --ddp
 
 import copy
 import math
+import time
 from argparse import Namespace
 from collections import Counter
 from functools import partial
@@ -49,7 +43,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dataset.lm_dataset import (MicroBatches, PromptDataset, in_order, make_loader, open_data,
                                 prompts_and_answers)
-from distill.flags import add_divergence_args, check_routed
+from distill.flags import (add_divergence_args, check_onpolicy_args, check_routed,
+                           describe_onpolicy)
 from distill.fused import fused_distillation_loss
 from distill.losses import DIVERGENCES, pick_divergence
 from distill.rollouts import (Rollout, WeightedBatch, as_line, count_step, grade, is_on_policy,
@@ -64,7 +59,7 @@ from model.generate import Guide, sample
 from model.lora import WithoutAdapters
 from runtime.args import add_training_args, checking_input, make_parser, model_options, parse_args
 from runtime.checkpoint import end_run, load_resume, save_resume, start_progress
-from runtime.log import Clock, Log, Logger, init_wandb
+from runtime.log import Log, Logger, init_wandb
 from runtime.optim import OPTIMIZERS, parameter_groups, trained_weights
 from runtime.precision import autocast, seed_everything
 from runtime.processes import (StopSignal, any_process, full_tensor, init_distributed_mode,
@@ -77,27 +72,23 @@ def train_epoch(epoch, wandb, *, teachers, reward,
                 loader, progress, log, stop):
     total_steps, weights = progress.total_steps, trained_weights(optimizer)
     divergence, _ = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
-    clock, stats = Clock(world.device), Counter()
+    stats = Counter()
     spent = progress.memory.setdefault("spent", {"sampled_tokens": 0, "cpu_seconds": 0.0})
     for steps in rounds(progress.steps_of(epoch, data.steps_per_epoch), args.sample_every):
         # 0. Rollouts: the student answers the prompts of all steps of a round at once.
+        started = time.process_time()
         batches = {step: [next(loader).to(world.device) for _ in range(args.accumulation_steps)]
                    for step in steps}
         seed_everything(args.seed, steps[-1], world.rank)
-        with clock("sampling"):
-            on_policy = {step: batches[step] for step in steps
-                         if is_on_policy(step, args.seed, args.on_policy_fraction)}
-            rollouts = sample_rollouts(on_policy, student, teachers, reward, tokenizer,
-                                       data.dataset.max_seq_len, args, world)
-        lost = False
-        if args.teacher_url:                    # it reads all of them in few requests
-            asked = [each.teacher_prompt + each.answer.tokens[:-1]
-                     for step in steps for each in rollouts.get(step, [])]
-            teachers[0].source.forget()
-            teachers[0].source.prefetch(asked)
-            lost = any_process(not teachers[0].source.answered(asked), world.device)
+        on_policy = {step: batches[step] for step in steps
+                     if is_on_policy(step, args.seed, args.on_policy_fraction)}
+        rollouts = sample_rollouts(on_policy, student, teachers, reward, tokenizer,
+                                   data.dataset.max_seq_len, args, world)
+        lost = args.teacher_url and any_process(not teachers[0].source.reads(
+            [each.teacher_prompt + each.answer.tokens[:-1]
+             for of_step in rollouts.values() for each in of_step]), world.device)
 
-        for step in steps if not lost else ():
+        for step in () if lost else steps:
             # 1. Learning rate: linear warm-up, then cosine
             lr = get_lr(step, total_steps, args.learning_rate, args.warmup_iters)
             for group in optimizer.param_groups:
@@ -116,46 +107,44 @@ def train_epoch(epoch, wandb, *, teachers, reward,
             for micro, weighted in enumerate(micro_batches):
                 batch, kd_weight, ce_weight, *_ = weighted
                 is_last = micro == len(micro_batches) - 1
-                with clock("teacher"), torch.no_grad(), autocast(world.device, world.dtype):
+                with torch.no_grad(), autocast(world.device, world.dtype):
                     predictions, matched, _ = teacher_outputs(teachers, batch)
                     kd_weight = kd_weight if matched is None else matched
-                with clock("student"):
-                    with autocast(world.device, world.dtype), sync_gradients(modules, is_last):
-                        out = modules["model"](batch.tokens, batch.lengths, at=batch.at,
-                                               with_logits=False)
-                        if args.objective == "pg" and step in rollouts:
-                            loss, terms = policy_loss(out.final, student.head, weighted,
-                                                      predictions, args)
-                        else:
-                            # R log q is a weighted CE. Twice the mean of both is their sum.
-                            alpha = 0.5 if ce_weight is not None else 0.0
-                            loss, _, kd = fused_distillation_loss(
-                                out.final, student.head, batch.targets, predictions, alpha,
-                                args.temperature, divergence, kd_weight=kd_weight,
-                                ce_weight=ce_weight)
-                            loss, terms = loss / (1 - alpha), {"kd": kd}
-                        loss = loss / batch.step_targets
-                        balance = out.balance_loss / batch.step_samples
-                        total = loss + student.config.aux_loss_alpha * balance
-                    scaler.scale(total * world.size).backward()     # DDP averages, we need the sum
+                with autocast(world.device, world.dtype), sync_gradients(modules, is_last):
+                    out = modules["model"](batch.tokens, batch.lengths, at=batch.at,
+                                           with_logits=False)
+                    if args.objective == "pg" and step in rollouts:
+                        loss, terms = policy_loss(out.final, student.head, weighted, predictions,
+                                                  args.temperature, args.reward_weight)
+                    else:
+                        # R log q is a weighted CE. Twice the mean of both is their sum.
+                        alpha = 0.5 if ce_weight is not None else 0.0
+                        loss, _, kd = fused_distillation_loss(
+                            out.final, student.head, batch.targets, predictions, alpha,
+                            args.temperature, divergence, kd_weight=kd_weight,
+                            ce_weight=ce_weight)
+                        loss, terms = loss / (1 - alpha), {"kd": kd}
+                    loss = loss / batch.step_targets
+                    balance = out.balance_loss / batch.step_samples
+                    total = loss + student.config.aux_loss_alpha * balance
+                scaler.scale(total * world.size).backward()     # DDP averages, we need the sum
                 log.add(len(batch.tokens), loss=total,
                         **{name: value / batch.step_targets for name, value in terms.items()},
                         **({"balance": balance} if student.config.use_moe else {}))
 
             # 3. Update
-            with clock("student"):
-                scaler.unscale_(optimizer)
-                grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
-                if log.is_finite(grad_norm, scaler):
-                    scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                release_gathered(modules)
-                if args.teacher_ema is not None:        # teacher <- D * teacher + (1 - D) * student
-                    get_ema_multi_avg_fn(args.teacher_ema)(
-                        [*modules["teacher"].parameters()], [*student.parameters()], None)
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
+            if log.is_finite(grad_norm, scaler):
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            release_gathered(modules)
+            if args.teacher_ema is not None:        # teacher <- D * teacher + (1 - D) * student
+                get_ema_multi_avg_fn(args.teacher_ema)(
+                    [*modules["teacher"].parameters()], [*student.parameters()], None)
             progress.steps_done = step + 1
-            spent["cpu_seconds"], clock.cpu_seconds = spent["cpu_seconds"] + clock.cpu_seconds, 0.0
+            spent["cpu_seconds"] += time.process_time() - started
 
             # 4. Log, validate, save. No resume file holds rollouts: save at the end of a round.
             log.step()
@@ -163,8 +152,8 @@ def train_epoch(epoch, wandb, *, teachers, reward,
             if progress.is_due(args.log_interval) or saving:
                 means = mean_stats(stats, world.device)
                 sample = as_line(rollouts[step][0], tokenizer) if step in rollouts else None
-                log.row(step + 1, wandb, sample, **log.means(), **means, **spent, **clock.shares(),
-                        lr=lr, grad_norm=full_tensor(grad_norm))
+                log.row(step + 1, wandb, sample, **log.means(), **means, **spent, lr=lr,
+                        grad_norm=full_tensor(grad_norm))
                 warn_of_collapse(means, progress.memory)
                 stats.clear()
             if val_data is not None and progress.is_due(args.eval_interval):
@@ -182,6 +171,7 @@ def train_epoch(epoch, wandb, *, teachers, reward,
                 save_resume(f"{name}.resume", modules, optimizer, scaler, progress)
             if stopping:
                 return
+            started = time.process_time()
         if lost:                                # a round without its teacher is not begun
             save_model(student, tokenizer, f"{name}.pth")
             save_resume(f"{name}.resume", modules, optimizer, scaler, progress)
@@ -191,7 +181,7 @@ def train_epoch(epoch, wandb, *, teachers, reward,
 
 def sample_rollouts(batches, student, teachers, reward, tokenizer, max_seq_len, args, world):
     """The student's answers to the prompts of batches: {step: [Batch]} -> {step: [Rollout]}."""
-    requests = []                                       # (step, a Rollout without its answer)
+    requests, step_of = [], []                          # Rollouts without an answer
     teacher_limit = min([each.source.config.max_seq_len for each in teachers] or [max_seq_len])
     for step, micro_batches in batches.items():
         rng = np.random.default_rng([args.seed, step, world.rank])
@@ -202,30 +192,29 @@ def sample_rollouts(batches, student, teachers, reward, tokenizer, max_seq_len, 
                 turns = [Rollout(prompt, other, None, gold, route=route)
                          for (prompt, gold), (other, _) in zip(turns, teacher_turns)
                          if len(prompt) < max_seq_len and len(other) < teacher_limit]
-                requests += [(step, turns[rng.integers(len(turns))])] * args.num_samples
-    prompts = [each.prompt for _, each in requests]
+                requests += [turns[rng.integers(len(turns))]] * args.num_samples
+                step_of += [step] * args.num_samples
     limits = [min(args.max_new_tokens, max_seq_len - len(each.prompt),
-                  teacher_limit - len(each.teacher_prompt)) for _, each in requests]
+                  teacher_limit - len(each.teacher_prompt)) for each in requests]
     guide = None                                        # MiniLLM: a mixture with the teacher
     if args.objective == "minillm":
-        guide = Guide(teachers[0].source, [each.teacher_prompt for _, each in requests],
+        guide = Guide(teachers[0].source, [each.teacher_prompt for each in requests],
                       args.teacher_share)
 
     any_busy = bool if args.shard == "none" else partial(any_process, device=world.device)
     student.eval()
     with autocast(world.device, world.dtype):
         for i, answer in sample(
-                student, prompts, limits, tokenizer.end_of_turn, rows=args.rows, dtype=world.dtype,
-                guide=guide, any_busy=any_busy,
+                student, [each.prompt for each in requests], limits, tokenizer.end_of_turn,
+                rows=args.rows, dtype=world.dtype, guide=guide, any_busy=any_busy,
                 log_q_temperature=args.temperature if args.objective == "pg" else 1.0,
                 temperature=args.generation_temperature, top_p=args.top_p, top_k=args.top_k):
-            requests[i] = requests[i][0], requests[i][1]._replace(answer=answer)
+            requests[i] = requests[i]._replace(answer=answer)
     student.train()
     rollouts = {step: [] for step in batches}
     for first in range(0, len(requests), args.num_samples):
-        steps, group = zip(*requests[first:first + args.num_samples])
-        group = grade(group, reward, tokenizer, args.privileged, teacher_limit)
-        rollouts[steps[0]] += group
+        group = requests[first:first + args.num_samples]
+        rollouts[step_of[first]] += grade(group, reward, tokenizer, args.privileged, teacher_limit)
     return rollouts
 
 
@@ -250,24 +239,21 @@ def main():
              "--student too, without its adapters; default: out/full_sft_768.pth")
     add_served_args(add)
     add("--teacher_data_path", nargs="+", default=None,
-        help="context distillation: files with the same answers, row by row, to prompts with "
-             "privileged context, which the teacher reads instead of --data_path")
+        help="context distillation: the same rows with privileged context, for the teacher")
     add("--student", "--weights", default="out/full_sft_512.pth", help="initial weights")
     add("--objective", default="gkd", choices=["gkd", "pg", "minillm"],
-        help="a divergence at each token, the policy gradient of the sampled tokens, or MiniLLM's "
-             "policy gradient of the sequence-level reverse KL")
+        help="divergence at each token, policy gradient at each token, or that of whole answers")
     add("--reward", default=None, metavar="RULE_OR_FILE",
-        help="reward of a rollout, logged, and used by pg: answer (the final answer is the data's: "
-             "1, else 0), or a Python file with reward(question, answer, gold)")
+        help="reward of a rollout, logged, and used by pg: answer (1 if the final answer is the "
+             "data's), or a Python file with reward(question, answer, gold)")
     add("--reward_weight", type=float, default=0.5,
         help="pg: weight of the reward in the advantage, in [0, 1]; 1: no teacher")
-    add("--clip_ratio", type=float, default=0.0, help="pg: PPO's clipping range; 0: no clipping")
     add("--privileged", default=None, choices=["answer", "sibling"],
         help="what the teacher's prompt shows: the data's answer, or a rollout with reward above 0")
     add("--teacher_ema", type=float, default=None,
         help="decay per step, in [0, 1), of a moving average of the student, which is the teacher")
     add("--divergence", default="forward_kl",
-        choices=[name for name in DIVERGENCES if name != "uld"],
+        choices=DIVERGENCES,
         help="gkd's divergence from the teacher (distill/losses.py); gold takes another tokenizer")
     add("--temperature", type=float, default=1.0,
         help="softmax temperature in the loss; pg always uses --generation_temperature")
@@ -292,7 +278,7 @@ def main():
     add_training_args(parser)
     parser.set_defaults(optimizer="adamw")      # Muon also evens out the noise of few rollouts
     args = parse_args(parser)
-    check(parser, args)
+    check_onpolicy_args(parser, args)
 
     # 2. Processes and seeds
     world = init_distributed_mode(args.ddp, args.device, args.local_rank, args.dtype)
@@ -351,8 +337,8 @@ def main():
     # 6. Train
     stop, wandb, log = StopSignal(), init_wandb(args, name, progress), Log(name, progress, world)
     Logger(f"{' + '.join(map(str, teachers)) or 'no teacher'} -> student {student.config}")
-    Logger(f"loss = {describe(args)}; {progress.total_steps} steps of {data.step_samples} prompts, "
-           f"{args.num_samples} answers each")
+    Logger(f"loss = {describe_onpolicy(args)}; {progress.total_steps} steps of "
+           f"{data.step_samples} prompts, {args.num_samples} answers each")
     loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
                          world.device)
     for epoch in progress.epochs(data.steps_per_epoch):
@@ -363,56 +349,6 @@ def main():
         if stop.stopped:
             break
     end_run(log, wandb, progress, world)
-
-
-def describe(args) -> str:
-    _, divergence = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
-    T, W = args.temperature, args.reward_weight
-    loss = (f"-({1 - W:g} * (log p - log q) + {W:g} * reward) * log q" if args.objective == "pg"
-            else f"{T:g}^2 * {divergence}")
-    whole = " of whole answers, by policy gradient" if args.objective == "minillm" else ""
-    return (f"{loss} at T={T:g}{whole}, on the student's own answers in "
-            f"{args.on_policy_fraction:.0%} of the steps")
-
-
-def check(parser, args):
-    """Values out of their range, and flags that do not go together."""
-    is_pg, is_minillm, is_ema = (args.objective == "pg", args.objective == "minillm",
-                                 args.teacher_ema is not None)
-    args.temperature = args.generation_temperature if is_pg else args.temperature
-    args.divergence = args.divergence if args.objective == "gkd" else "reverse_kl"
-    args.reward_weight = args.reward_weight if args.reward and is_pg else 0.0
-    two = args.teacher_url and (args.teacher or is_ema)
-    args.teacher = args.teacher or ["out/full_sft_768.pth"]
-    args.teacher = None if args.reward_weight == 1 or is_ema or args.teacher_url else args.teacher
-    needed = {"gkd": {}, "pg": {"top_p": 1, "top_k": 0}, "minillm": {
-        "temperature": 1, "generation_temperature": 1, "top_p": 1, "top_k": 0, "sample_every": 1}}
-    wrong = [f"--{flag} {value}" for flag, value in needed[args.objective].items()
-             if vars(args)[flag] != value]
-    sibling, alone = args.privileged == "sibling", args.reward_weight == 1
-    for refused, reason in (
-            (args.tokenizer, f"--tokenizer {args.tokenizer}: --student has its own"),
-            (wrong, f"--objective {args.objective} needs samples of the current step from the "
-             f"unmodified distributions: {' '.join(wrong)}"),
-            (args.num_samples == 1 and (args.reward_weight or sibling),
-             "--reward compares several answers to a prompt: --num_samples 2, or more"),
-            (sibling and not args.reward, "--privileged sibling: right by which --reward?"),
-            (args.privileged and (alone or is_minillm or args.divergence == "gold"),
-             "--privileged is for a teacher that reads rollouts, in the student's tokens: "
-             "--objective gkd, or pg with --reward_weight below 1"),
-            (args.on_policy_fraction < 1 and (args.privileged or alone),
-             "--privileged and --reward_weight 1 are for rollouts: --on_policy_fraction 1"),
-            (is_ema and args.shard != "none", "--teacher_ema averages whole weights: --shard none"),
-            (two, "--teacher_url, --teacher or --teacher_ema: give one of them"),
-            (args.teacher_url and (args.objective != "gkd" or args.temperature != 1),
-             "--teacher_url knows the most likely tokens at temperature 1: --objective gkd")
-    ):
-        if refused:
-            parser.error(reason)
-    is_self = args.teacher == [args.student] or is_ema
-    if is_self and not (args.teacher_data_path or args.privileged):
-        Logger("teacher and student are the same model with the same prompts, so the KD loss is "
-               "zero. --teacher_data_path gives the teacher prompts with privileged context")
 
 
 if __name__ == "__main__":

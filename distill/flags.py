@@ -1,6 +1,7 @@
 """
-蒸馏损失的命令行标志，三课共用。
-The flags of the distillation loss that several lessons share, and what they build.
+蒸馏损失的命令行标志：几课共用的，它们造出什么，怎样的组合不行。
+The flags of the distillation losses: those that lessons share, what they build, and which
+combinations do not work.
 """
 
 from argparse import SUPPRESS
@@ -10,6 +11,7 @@ import torch
 from distill.features import IntermediateLosses
 from distill.losses import pick_divergence
 from distill.teachers import Teacher, teacher_side
+from runtime.log import Logger
 
 INTERMEDIATE = ("feature", "attention", "contrastive")
 
@@ -45,15 +47,6 @@ def add_intermediate_args(parser, weights: bool = True):
         help="heads of the relations; must divide all widths of q, k and v")
     add("--contrastive_temperature", type=float, default=0.1,
         help="temperature of the InfoNCE similarities, above 0")
-
-
-def check_loss_args(parser, args):
-    """Exits with a message if the divergence cannot do without labels, or for a second teacher."""
-    if args.teacher_url and (args.teacher or args.teacher_cache):
-        parser.error("--teacher_url, --teacher or --teacher_cache: give one of them")
-    if args.divergence == "uld" and args.alpha == 0:
-        parser.error("--divergence uld must be combined with labels, --alpha 0.5: it compares how "
-                     "sure the two are, not of what; gold can do without")
 
 
 def make_intermediate(args, student_config, teachers) -> IntermediateLosses:
@@ -105,35 +98,84 @@ def check_routed(teachers, args):
 
 def check_teachers(teachers, args):
     """Refuse combinations of teachers and losses that do not work."""
-    names = {teacher.name for teacher in teachers}
-    single = len(teachers) == 1 and names == {""}
-    single_model = single and not teachers[0].is_cached
-    intermediate = [f"--{name}_weight" for name in INTERMEDIATE if vars(args)[f"{name}_weight"] > 0]
-    across = [f"--divergence {args.divergence}"] if args.divergence in ("uld", "gold") else []
-    plain = ["--plain_loss"] if args.plain_loss else []
-    context = ["--teacher_data_path"] if args.teacher_data_path else []
-    for flag in (*intermediate, *across, *plain, *context):
-        if not single_model and not (single and flag in context and args.teacher_url):
-            raise ValueError(f"{flag} needs exactly one --teacher PATH in memory, without a name, "
-                             "and no --teacher_cache")
     check_routed(teachers, args)
+    single = len(teachers) == 1 and not teachers[0].name
+    intermediate = [f"--{name}_weight" for name in INTERMEDIATE if vars(args)[f"{name}_weight"] > 0]
+    across = ["--divergence gold"] * (args.divergence == "gold")
+    plain = ["--plain_loss"] * args.plain_loss
+    context = ["--teacher_data_path"] * bool(args.teacher_data_path)
+    needing = [*intermediate, *across, *plain, *(context if not args.teacher_url else [])]
+    if needing and not (single and not teachers[0].is_cached):
+        raise ValueError(f"{needing[0]} needs exactly one --teacher PATH in memory, without a "
+                         "name, and no --teacher_cache")
     if across and (intermediate or plain):
         raise ValueError(f"{across[0]} is for two tokenizers, {[*intermediate, *plain][0]} "
                          "compares position by position. Leave one of them out")
     if context and args.attention_weight > 0:
         raise ValueError("--attention_weight compares all tokens of a sample, but with "
                          "--teacher_data_path the prompts differ. Leave one of them out")
-    caches = [teacher.source for teacher in teachers if teacher.is_cached]
-    for cache in [cache for cache in caches if cache.sparse]:
-        if len(teachers) > 1:
-            raise ValueError(f"{cache} holds the {cache.sparse} only, which cannot be mixed with "
-                             "other teachers; write it without --top_k and --sampled")
+    for cache in [one.source for one in teachers if one.is_cached and one.source.sparse]:
+        holds = f"{cache} holds the {cache.sparse}"
+        if not single:
+            raise ValueError(f"{holds} only, which cannot be mixed with other teachers; write it "
+                             "without --top_k and --sampled")
         if cache.about["sampled"] and args.divergence != "forward_kl":
-            raise ValueError(f"{cache} holds the {cache.sparse}, which are unbiased only in a loss "
-                             "that is linear in the teacher's probabilities: --divergence "
-                             f"forward_kl, not {args.divergence}, or a cache without --sampled")
+            raise ValueError(f"{holds}, unbiased only in a loss that is linear in the teacher's "
+                             f"probabilities: --divergence forward_kl, not {args.divergence}")
         if (args.temperature, args.final_temperature) != (cache.temperature, None):
-            raise ValueError(f"{cache} holds the {cache.sparse} at temperature "
-                             f"{cache.temperature:g}, which cannot be changed afterwards: "
-                             f"train at --temperature {cache.temperature:g}, or write a cache for "
-                             "another")
+            raise ValueError(f"{holds} at temperature {cache.temperature:g}: train at "
+                             f"--temperature {cache.temperature:g}, or write another cache")
+
+
+# -- on-policy -----------------------------------------------------------------------------------
+
+def describe_onpolicy(args) -> str:
+    _, divergence = pick_divergence(args.divergence, args.beta, args.skew, args.jsd_normalised)
+    T, W = args.temperature, args.reward_weight
+    loss = (f"-({1 - W:g} * (log p - log q) + {W:g} * reward) * log q" if args.objective == "pg"
+            else f"{T:g}^2 * {divergence}")
+    whole = " of whole answers, by policy gradient" if args.objective == "minillm" else ""
+    return (f"{loss} at T={T:g}{whole}, on the student's own answers in "
+            f"{args.on_policy_fraction:.0%} of the steps")
+
+
+def check_onpolicy_args(parser, args):
+    """Values that follow from others, and flags that do not go together."""
+    is_pg, is_minillm, is_ema = (args.objective == "pg", args.objective == "minillm",
+                                 args.teacher_ema is not None)
+    args.temperature = args.generation_temperature if is_pg else args.temperature
+    args.divergence = args.divergence if args.objective == "gkd" else "reverse_kl"
+    args.reward_weight = args.reward_weight if args.reward and is_pg else 0.0
+    alone, sibling = args.reward_weight == 1, args.privileged == "sibling"
+    sampling = (args.top_p, args.top_k) != (1, 0)
+    stale = is_minillm and (args.temperature, args.generation_temperature,
+                            args.sample_every) != (1, 1, 1)
+    for refused, reason in (
+            (args.tokenizer, f"--tokenizer {args.tokenizer}: --student has its own"),
+            (sampling and args.objective != "gkd", f"--objective {args.objective} samples from the "
+             "whole distribution: --top_p 1 --top_k 0"),
+            (stale, "--objective minillm needs samples of the current student: --temperature 1 "
+             "--generation_temperature 1 --sample_every 1"),
+            (args.num_samples == 1 and (args.reward_weight or sibling),
+             "--reward compares several answers to a prompt: --num_samples 2, or more"),
+            (sibling and not args.reward, "--privileged sibling: right by which --reward?"),
+            (args.privileged and (alone or is_minillm or args.divergence == "gold"),
+             "--privileged is for a teacher that reads rollouts, in the student's tokens: "
+             "--objective gkd, or pg with --reward_weight below 1"),
+            (args.on_policy_fraction < 1 and (args.privileged or alone),
+             "--privileged and --reward_weight 1 are for rollouts: --on_policy_fraction 1"),
+            (is_ema and args.shard != "none", "--teacher_ema averages whole weights: --shard none"),
+            (args.teacher_url and (args.teacher or is_ema),
+             "--teacher_url, --teacher or --teacher_ema: give one of them"),
+            (args.teacher_url and (args.objective != "gkd" or args.temperature != 1),
+             "--teacher_url knows the most likely tokens at temperature 1: --objective gkd")):
+        if refused:
+            parser.error(reason)
+    if not args.teacher and not args.teacher_url:
+        args.teacher = ["out/full_sft_768.pth"]
+    if alone or is_ema:
+        args.teacher = None
+    if ((args.teacher == [args.student] or is_ema)
+            and not (args.teacher_data_path or args.privileged)):
+        Logger("teacher and student are the same model with the same prompts, so the KD loss is "
+               "zero. --teacher_data_path gives the teacher prompts with privileged context")

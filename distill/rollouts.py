@@ -62,13 +62,13 @@ def rollout_batches(rollouts: list[Rollout], n_batches: int, device, data=None,
     rollouts = sorted(rollouts, key=lambda each: (each.route or 0,
                                                   len(each.prompt) + len(each.answer.tokens)))
     ones = [torch.ones(len(each.answer.tokens)) for each in rollouts]
-    weights = [(None, None)] * len(rollouts)
+    kd_weights = ce_weights = None
     if teacher_share is not None:
-        weights = policy_gradient([rollout.answer for rollout in rollouts], teacher_share)
+        kd_weights, ce_weights = policy_gradient([each.answer for each in rollouts], teacher_share)
     elif any(each.kd_weight != 1 for each in rollouts):
-        weights = [(each.kd_weight * one, None) for each, one in zip(rollouts, ones)]
-    weights = [(*pair, torch.tensor(each.answer.log_q), each.advantage * one)
-               for pair, each, one in zip(weights, rollouts, ones)]
+        kd_weights = [each.kd_weight * one for each, one in zip(rollouts, ones)]
+    of_tokens = (kd_weights, ce_weights, [torch.tensor(each.answer.log_q) for each in rollouts],
+                 [each.advantage * one for each, one in zip(rollouts, ones)])
     batches = []
     for part in np.array_split(np.arange(len(rollouts)), n_batches):
         prompts, teacher_prompts, sampled, *_, routes = zip(*(rollouts[i] for i in part))
@@ -78,9 +78,9 @@ def rollout_batches(rollouts: list[Rollout], n_batches: int, device, data=None,
             answers = [*map(data.retold, teacher_prompts, answers)]
         its = batch_of_answers(teacher_prompts, answers)
         batch = (data.matched(batch, its) if data else batch._replace(teacher=its)).to(device)
-        token_weights = (None if each[0] is None else torch.cat(each).to(device)
-                         for each in zip(*(weights[i] for i in part)))
-        batches.append(WeightedBatch(batch, *token_weights))
+        batches.append(WeightedBatch(batch, *(
+            each if each is None else torch.cat([each[i] for i in part]).to(device)
+            for each in of_tokens)))
     return batches
 
 
@@ -152,20 +152,16 @@ def asked_again(prompt: list[int], answer: list[int], tokenizer) -> list[int]:
     return [*prompt, *answer, *end[1:], *again]         # the answer has the end of turn, end[0]
 
 
-def policy_loss(final, head, weighted: WeightedBatch, teacher, args):
-    """Loss of a policy gradient, {"kd": estimate of KL(q || p), "clipped": tokens}; sums over S.
+def policy_loss(final, head, weighted: WeightedBatch, teacher, T, W):
+    """Loss of a policy gradient, {"kd": estimate of KL(q || p)}; sums over S.
 
         advantage = (1 - W) (log p - log q when sampled) + W r       loss = -advantage log q
 
     final, head     (S, D), (V, D) of the student; gradients flow
     teacher         [Dense], several if they are routed, or [] where W = 1
-    args            temperature; reward_weight W; clip_ratio c. Above 0, loss = -min(r advantage,
-                    clip(r, 1 - c, 1 + c) advantage), where r = q / q when sampled: what changed
-                    enough in a round of several steps gets no more gradient. Schulman et al. 2017
-                    (PPO), https://arxiv.org/abs/1707.06347, Eq. 7
+    T, W            temperature of the sampling, weight of the reward
     """
-    targets, T, W, c = weighted.batch.targets, args.temperature, args.reward_weight, args.clip_ratio
-    advantage, terms = W * weighted.advantage, {}
+    targets, advantage, terms = weighted.batch.targets, W * weighted.advantage, {}
     if teacher:
         with torch.no_grad():
             log_p = torch.cat([token_log_probs(one.states, one.head,
@@ -173,17 +169,12 @@ def policy_loss(final, head, weighted: WeightedBatch, teacher, args):
                                for one in teacher])
         gap = (log_p - weighted.log_q) * (1 if weighted.kd_weight is None else weighted.kd_weight)
         advantage, terms["kd"] = advantage + (1 - W) * gap, -gap.sum()
-    log_q = token_log_probs(final, head, targets, T)
-    if not c:
-        return -(advantage * log_q).sum(), terms
-    ratio = (log_q - weighted.log_q).exp()
-    gain, clipped = advantage * ratio, advantage * ratio.clamp(1 - c, 1 + c)
-    return -torch.minimum(gain, clipped).sum(), terms | {"clipped": (clipped < gain).float().sum()}
+    return -(advantage * token_log_probs(final, head, targets, T)).sum(), terms
 
 
-def policy_gradient(sampled: list, teacher_share: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def policy_gradient(sampled: list, teacher_share: float):
     """MiniLLM's weights of the divergence and of -log q at each token of each answer, w and w (R -
-    baseline): (T,), (T,).
+    baseline): two lists of (T,).
 
     w[t] = q / (share p + (1 - share) q) of the sampled token: the importance weight for the
     teacher's share in the sampling mixture. R[t] is the mean of log p - log q over the tokens after
@@ -196,12 +187,10 @@ def policy_gradient(sampled: list, teacher_share: float) -> list[tuple[torch.Ten
     returns = [(gap.flip(0).cumsum(0).flip(0) - gap)[:-1] / torch.arange(len(gap) - 1, 0, -1)
                for gap in gaps]                                                     # (T - 1,)
     total, n = sum(R.sum() for R in returns), sum(map(len, returns))
-    weights = []
-    for gap, R in zip(gaps, returns):
-        weight = 1 / (teacher_share * gap.exp() + 1 - teacher_share)
-        baseline = (total - R.sum()) / max(1, n - len(R))
-        weights.append((weight, weight * torch.cat([R - baseline, torch.zeros(1)])))
-    return weights
+    baselines = [(total - R.sum()) / max(1, n - len(R)) for R in returns]
+    weights = [1 / (teacher_share * gap.exp() + 1 - teacher_share) for gap in gaps]
+    return weights, [w * torch.cat([R - baseline, torch.zeros(1)])
+                     for w, R, baseline in zip(weights, returns, baselines)]
 
 
 # A student that learns from its own text may collapse: answers get shorter or never end, entropy

@@ -33,7 +33,7 @@ RANGES = {name: interval for interval, names in {
     "[0, 10000]": "lora_rank measure num_workers",
     "(0, inf)": "gpu_gb lora_alpha max_mb temperature",
     "[0, 1]": "alpha alpha_ce beta floor label_noise on_policy_fraction reward_weight",
-    "[0, 1)": "clip_ratio dropout replay_share teacher_ema val_fraction warmup_ratio",
+    "[0, 1)": "dropout replay_share teacher_ema val_fraction warmup_ratio",
     "(0, 1)": "skew teacher_share test_share",
     "(0, 1]": "top_p"}.items() for name in names.split()}
 

@@ -33,33 +33,6 @@ def Logger(content):
                 file.write(f"{content}\n")
 
 
-class Clock:
-    """The seconds that each phase of a step takes, on this process: `with clock("teacher"): ...`;
-    and the CPU seconds of all phases."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds, self.cpu_seconds = device, {}, 0.0
-
-    @contextmanager
-    def __call__(self, phase: str):
-        start, cpu = self.now(), time.process_time()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
-        self.cpu_seconds += time.process_time() - cpu
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)     # kernels run asynchronously
-        return time.perf_counter()
-
-    def shares(self) -> dict[str, float]:
-        """{"share_teacher": 0.2, ...} of the time measured since the last call."""
-        total = sum(self.seconds.values())
-        shares = {f"share_{phase}": seconds / total for phase, seconds in self.seconds.items()}
-        self.seconds = {}
-        return shares
-
-
 def peak(device) -> int:  # -> bytes
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
