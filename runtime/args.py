@@ -286,39 +286,43 @@ def read_config(parser, path: str) -> dict:
     if not os.path.isfile(path):
         parser.error(f"no config file at {path}")
     try:        # each value as the text that it is, which its flag converts as on the command line
-        document = yaml.load(Path(path).read_text(encoding="utf-8-sig"), yaml.BaseLoader) or {}
-    except (yaml.YAMLError, UnicodeError, TypeError) as error:
+        document = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         parser.error(f"{path} is not YAML in UTF-8: {' '.join(str(error).split())}")
-    if not isinstance(document, dict):
+    if not isinstance(document, (yaml.MappingNode, type(None))):
         parser.error(f"{path} must hold lines like `learning_rate: 5e-6`")
     flags, values = parser._option_string_actions, {}
-    for section, content in document.items():
-        for key, text in content.items() if isinstance(content, dict) else [(section, content)]:
-            name = f"{section}.{key}" if f"{section}.{key}" in ALIASES else key
-            if (name, text) == ("enable_thinking", "false"):    # so the chat template has it
+    for section, content in document.value if document else []:
+        is_group = isinstance(content, yaml.MappingNode)
+        for key, node in content.value if is_group else [(section, content)]:
+            full = f"{section.value}.{key.value}"
+            name = full if full in ALIASES else str(key.value)
+            where = f"{path}, line {key.start_mark.line + 1}: {key.value!r}"
+            if (name, node.value) == ("enable_thinking", "false"):  # so the chat template has it
                 continue
             flag = flags.get(f"--{ALIASES.get(name, name)}")
             if flag is None:
-                near = did_you_mean(key, [known.lstrip("-") for known in flags])
-                parser.error(f"{path}: unknown key {key!r}; did you mean {near}?")
+                near = did_you_mean(name, [known.lstrip("-") for known in flags])
+                parser.error(f"{where} is no flag; did you mean {near}?")
             if flag.dest in values:
-                parser.error(f"{path}: {key!r} is given twice")
-            values[flag.dest] = read_value(parser, flag, text, WORDS.get(name), f"{path}: {key!r}")
+                parser.error(f"{where} is given twice")
+            values[flag.dest] = read_value(parser, flag, node, WORDS.get(name), where)
     return values
 
 
-def read_value(parser, flag, text, words: dict | None, where: str):
+def read_value(parser, flag, node, words: dict | None, where: str):
     """A value of a YAML file, converted and checked as on the command line."""
     several = flag.nargs in ("+", "*")
-    texts = text if several and isinstance(text, list) else [text]
+    nodes = node.value if several and isinstance(node, yaml.SequenceNode) else [node]
+    texts = [each.value for each in nodes]
     if not all(isinstance(each, str) and each for each in texts):
         parser.error(f"{where} takes {'plain values' if several else 'one value'}")
     if flag.nargs == 0:
         words = {"true": flag.const, "false": flag.default}
     if words:
-        if text.lower() not in words:
-            parser.error(f"{where} takes {' or '.join(words)}, not {text!r}")
-        texts = [words[text.lower()]]
+        if texts[0].lower() not in words:
+            parser.error(f"{where} takes {' or '.join(words)}, not {texts[0]!r}")
+        texts = [words[texts[0].lower()]]
     try:
         return texts[0] if flag.nargs == 0 else parser._get_values(flag, texts)
     except argparse.ArgumentError as error:

@@ -104,9 +104,10 @@ def test_the_weight_of_kd_is_one_minus_alpha(tmp_path):
     ("resume: yes", "'resume' takes true or false, not 'yes'"), ("epochs: [1, 2]", "'epochs' takes one value"),
     ("teacher: [[a]]", "takes plain values"), ("training:\n  student:\n    a: 1", "'student' takes one value"),
     ("a:\n  epochs: 1\nb:\n  epochs: 2", "'epochs' is given twice"), ("epochs:", "'epochs' takes one value"),
-    ("7: 1", "unknown key '7'"), ("training:\n  epoch: 2", "unknown key 'epoch'; did you mean 'epochs'?"),
-    ("epochs: many", "'epochs': argument --epochs: invalid int value: 'many'"), ("config: a.yaml", "unknown key 'config'"),
-    ("optimizer: sgd", "invalid choice: 'sgd'"), ("? [a]\n: 1", "not YAML"), ("a: [", "not YAML"), ("- a", "must hold lines like"),
+    ("7: 1", "line 1: '7' is no flag"), ("epochs: 1\nseed: 0\nepochs: 2", "line 3: 'epochs' is given twice"),
+    ("training:\n  epoch: 2", "line 2: 'epoch' is no flag; did you mean 'epochs'?"),
+    ("epochs: many", "'epochs': argument --epochs: invalid int value: 'many'"), ("config: a.yaml", "'config' is no flag"),
+    ("optimizer: sgd", "invalid choice: 'sgd'"), ("? [a]\n: 1", "is no flag"), ("a: [", "not YAML"), ("- a", "must hold lines like"),
 ])
 def test_a_bad_yaml_file_is_refused_with_the_file_the_key_and_what_it_takes(text, says, tmp_path, capsys):
     path = tmp_path / "c.yaml"
@@ -152,8 +153,8 @@ peft:
     path.write_text("student_path: a\npeft:\n  enabled: false\n")
     given = parse("train_sft.py", "--config", path)
     assert (given.weights, given.lora_rank) == ("a", 0)
-    for text, says in (("enable_thinking: true", "unknown key"), ("kl_direction: backward", "takes forward or reverse"),
-                       ("enabled: true", "unknown key"), ("student: a\nstudent_path: b", "is given twice")):
+    for text, says in (("enable_thinking: true", "is no flag"), ("kl_direction: backward", "takes forward or reverse"),
+                       ("enabled: true", "is no flag"), ("student: a\nstudent_path: b", "is given twice")):
         path.write_text(text)
         assert says in refusal(capsys, "train_distillation.py", "--config", path)
 
