@@ -103,6 +103,7 @@ def generate_steps(model: Transformer, prompts: list[list[int]], max_new_tokens:
             raise ValueError("each prompt needs at least one token, and room for an answer within "
                              f"max_seq_len={each.config.max_seq_len}")
         limits = [*map(min, limits, room)]
+
     capacities = [max((len(text) + limit for text, limit in zip(texts, limits)), default=0)
                   for texts in sides]
     # Sorted, because prompts of the same length share an attention call.

@@ -18,6 +18,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import AliasChoices, BaseModel, Field, ValidationError, field_validator
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from model.tokenizer import ROLES
 from runtime.log import Logger
@@ -141,6 +142,8 @@ async def read_body(request: Request, kind: type[BaseModel]):
         raise HTTPException(413, f"give a Content-Length, of at most {MAX_BODY:,} bytes")
     try:
         return kind.model_validate_json(await request.body())
+    except ClientDisconnect:
+        raise HTTPException(499, "the client has left") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the body"

@@ -213,6 +213,8 @@ def test_a_client_that_hangs_up_on_a_whole_answer_gives_back_its_row(models, ser
     forever = {"model": "teacher", "temperature": 10, "prompt": [[i] for i in range(16)]}      # some of 16 last to the limit
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/completions", json=forever, timeout=0.05)
+    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as half:       # or before its body is there
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 99\r\n\r\n{")
     wait_until(lambda: health() == {"answering": 0, "waiting": 0}, 2)
     assert "Traceback" not in server.stop().output
 
