@@ -11,7 +11,6 @@ interop/checkpoint.py lists the formats of models; evaluation/metrics.py says wh
 evaluation/generation.py what is measured instead, of conversations alone, with --by_generation.
 """
 
-import json
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +24,7 @@ from evaluation.tables import interval
 from interop.checkpoint import load_model
 from model.generate import column_major
 from runtime.args import by_name, checking_input, make_parser, parse_args
-from runtime.files import write_text
+from runtime.files import write_json, write_text
 from runtime.pictures import new_figure, save_picture
 from runtime.precision import pick_device
 
@@ -185,7 +184,7 @@ def main():
         text += f"\n\n{side_by_side(samples, answers)}"
     print(text)
     if args.json:
-        write_text(args.json, json.dumps(results, indent=2))
+        write_json(args.json, results)
     if args.report:
         report, picture = Path(args.report), Path(args.report).with_suffix(".png")
         if draw(results, name, picture):
