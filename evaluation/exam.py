@@ -109,6 +109,18 @@ def token_f1(given: str, gold: str) -> float:
     return 2 * (a & b).total() / (a.total() + b.total())
 
 
+def chrf(given: str, gold: str) -> float:
+    """F-score of character n-grams without white space, n = 1 to 6: with the means P and R of their
+    precisions and recalls over the n that the gold answer has, 5 P R / (4 P + R). Unlike words it
+    needs no word boundaries. Popovic 2015, https://aclanthology.org/W15-3049."""
+    a, b = ("".join(final_answer(text).split()) for text in (given, gold))
+    grams = [[Counter(text[i:i + n] for i in range(len(text) - n + 1)) for text in (a, b)]
+             for n in range(1, min(6, len(b)) + 1)]
+    p = fmean((own & true).total() / max(own.total(), 1) for own, true in grams)
+    r = fmean((own & true).total() / true.total() for own, true in grams)
+    return 5 * p * r / (4 * p + r) if p else 0.0
+
+
 def grade(given: list[str], questions: list[ExamQuestion]) -> Grades:
     """Grades for the given answers, one per question."""
     scores, by_category = [], defaultdict(list)

@@ -9,9 +9,9 @@ Metrics: all scores of a model on test files, and the tables that compare severa
 What a row of a test file holds decides how it is scored; a file may mix them:
 
     conversation        exact match (greedy decoding gives the file's answer, token by token), or
-                        token F1 of the greedy answer, where the file's has more than 10 words;
-                        perplexity, agreement with a reference model, and KL(reference || model)
-                        in nats per token
+                        token F1 and chrF of the greedy answer, where the file's has more than 10
+                        words; perplexity, agreement with a reference model, and KL(reference ||
+                        model) in nats per token
     with options        accuracy: the most likely option, by the probability of its text, is correct
     with distribution   KL(truth || model) over the answers in nats; whether both have the same mode
     text                nats per token and perplexity of all tokens, agreement and KL
@@ -27,7 +27,7 @@ import numpy as np
 from dataset.formats import BadLine, bare_question, read_rows, to_messages, to_question, to_text
 from dataset.lm_dataset import text_samples
 from distill.fused import BINS
-from evaluation.exam import SHORT, token_f1, words, write_answers
+from evaluation.exam import SHORT, chrf, token_f1, words, write_answers
 from evaluation.scores import Score, score, score_answers, score_samples
 from evaluation.tables import markdown, mean_and_spread
 
@@ -38,6 +38,7 @@ COLUMNS = {
     "parameters": ("parameters", "{:,.0f}"),
     "exact match %": ("exact_match", "{:.1f}"),
     "token F1 %": ("token_f1", "{:.1f}"),
+    "chrF %": ("chrf", "{:.1f}"),
     "multiple choice %": ("multiple_choice", "{:.1f}"),
     "perplexity": ("perplexity", "{:.2f}"),
     "text nats/token": ("text_loss", "{:.3f}"),
@@ -149,12 +150,13 @@ def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
 
 
 def grade_texts(model, tokenizer, tests: list[dict]) -> dict:
-    """Mean token F1 in % of greedy answers, which have at most twice the tokens of the file's.
-    Empty without tests."""
+    """Mean token F1 and chrF in % of greedy answers, which have at most twice the tokens of the
+    file's. Empty without tests."""
     golds = [test["messages"][-1]["content"] for test in tests]
     answers = write_answers(model, tokenizer, [test["messages"][:-1] for test in tests],
                             [2 * len(tokenizer.encode(gold)) for gold in golds])
-    return {"token_f1": 100 * fmean(map(token_f1, answers, golds))} if tests else {}
+    return {name: 100 * fmean(map(of, answers, golds))
+            for name, of in (("token_f1", token_f1), ("chrf", chrf)) if tests}
 
 
 def nats_per_token(scores: list[Score]) -> float:

@@ -43,7 +43,7 @@ COSTS = {
     "ms per token, one answer": ("single", "{:,.3f}"),
     "ms per token, 16 answers at once": ("batch", "{:,.3f}"),
 }
-EXAMS = "exact match %", "token F1 %", "multiple choice %"
+EXAMS = "exact match %", "token F1 %", "chrF %", "multiple choice %"
 QUALITY = {title: COLUMNS[title] for title in EXAMS} | {
     "held-out loss, nats per token": ("loss", "{:.3f}"),
     "calibration error %": ("calibration", "{:.1f}"),
@@ -53,7 +53,7 @@ QUALITY = {title: COLUMNS[title] for title in EXAMS} | {
     "accepted as drafts of the teacher %": ("acceptance", "{:.1f}"),
 }
 # Of these 100 % is the best.
-SCORES = "exact_match", "token_f1", "multiple_choice", "agreement", "acceptance"
+SCORES = "exact_match", "token_f1", "chrf", "multiple_choice", "agreement", "acceptance"
 TRAINING = {"optimizer steps": ("step", "{:,.0f}"),
             "CPU seconds of its training": ("total_cpu_seconds", "{:,.0f}")}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dataset.formats import BadLine, is_right, to_messages
-from evaluation.exam import ExamQuestion, answer, grade, read_exam, token_f1
+from evaluation.exam import ExamQuestion, answer, chrf, grade, read_exam, token_f1
 from evaluation.metrics import measure
 from evaluation.scores import score
 from model.config import LMConfig
@@ -215,7 +215,15 @@ def test_a_texts_token_f1_is_what_it_has_in_common_with_the_gold_one(given, gold
     assert token_f1(given, gold) == pytest.approx(f1)
 
 
-def test_a_test_file_has_exact_match_of_short_answers_and_token_f1_of_texts(parrot, tokenizer):
+@pytest.mark.parametrize("given, gold, score", [
+    ("abc", "abd", 7 / 18),             # P = R = (2/3 + 1/2 + 0) / 3
+    ("ab", "abc", 14 / 33),             # P = (1 + 1 + 0) / 3, R = (2/3 + 1/2 + 0) / 3; 5 P R / (4 P + R)
+    ("a b c", "abc", 1.0), ("多喝水", "多喝茶", 7 / 18), ("xyz", "abc", 0.0), ("", "abc", 0.0)])
+def test_chrf_is_what_its_character_n_grams_have_in_common_with_the_gold_ones(given, gold, score):
+    assert chrf(given, gold) == pytest.approx(score)
+
+
+def test_a_test_file_has_exact_match_of_short_answers_and_token_f1_and_chrf_of_texts(parrot, tokenizer):
     def conversation(gold):
         return {"messages": [*question_of("a").messages, {"role": "assistant", "content": gold}], "leaf": "all"}
 
@@ -225,6 +233,8 @@ def test_a_test_file_has_exact_match_of_short_answers_and_token_f1_of_texts(parr
              for golds in (["ok ", "no", text], ["ok "], [text])]
     assert [each.get("exact_match") for each in found] == [50, 100, None]
     assert [each.get("token_f1") for each in found] == [pytest.approx(100 / 6), None, pytest.approx(100 / 6)]
+    p, r = 2 / 6, (2 / 12 + 1 / 11) / 6             # o k, ok; the text has 12 letters and 11 pairs
+    assert found[2]["chrf"] == pytest.approx(100 * 5 * p * r / (4 * p + r))
 
 
 def test_a_text_is_graded_by_its_token_f1_and_a_short_answer_by_equality():
