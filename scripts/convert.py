@@ -2,7 +2,7 @@
 转换：任何能读的模型，写成 Hugging Face 文件夹、GGUF 或我们的 .pth；也可量化，或取平均。
 Conversion: any model that can be read becomes a Hugging Face folder, a GGUF file or a .pth of ours,
 which may be quantised; or several become the mean of their weights. A Modelfile for Ollama stands
-beside a GGUF file.
+beside a GGUF file, and a model card, README.md, in a folder.
 
     python scripts/convert.py --weights out/full_dist_64.pth --out out/student_hf
     python scripts/convert.py --weights out/full_dist_64.pth --out out/student.gguf --quantize q8_0
@@ -20,17 +20,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # not only scrip
 
 import torch
 
+from evaluation.tables import markdown
 from interop.checkpoint import load_model, save_model, weight_files
 from model.quantize import KINDS, quantize
 from model.tokenizer import ROLES, Tokenizer
 from runtime.args import checking_input, make_parser, parse_args
-from runtime.files import write_text
+from runtime.checkpoint import load_verified
+from runtime.files import read_rows, write_text
 from runtime.log import Logger
 
 # --dtype and --quantize of each kind of --out; "" is a Hugging Face folder.
 DTYPES = {".pth": ("float32", "bfloat16"), ".gguf": ("float16", "float32"),
           "": ("float32", "float16", "bfloat16")}
 QUANTISED = {".pth": (*KINDS,), ".gguf": ("q8_0", "q4_0"), "": ()}
+
+
+# Of these settings a model card tells, by the names of the resume file.
+RECIPE = ("data", "weights", "student", "teacher", "teacher_cache", "alpha", "divergence",
+          "temperature", "learning_rate", "samples per step", "total steps", "seed")
 
 
 def average(paths: list[str]):
@@ -60,6 +67,21 @@ def modelfile(file: str, tokenizer: Tokenizer) -> str:
     return (f'FROM ./{file}\nTEMPLATE """{{{{ range .Messages }}}}{{{{ if {turns}{{{{ end }}}}'
             f'{{{{ end }}}}{prompt}"""\n{system}'
             f'PARAMETER stop "{tokenizer.names[tokenizer.end_of_turn]}"\n')
+
+
+def model_card(title: str, sources: list[str]) -> str:
+    """What the files beside the weights tell: the recipe, and the last validation of the log."""
+    parts = [f"---\nlibrary_name: transformers\n---\n# {title}, written by MiniDistill"]
+    for path in sources:
+        run, rows = path.removesuffix(".pth").removesuffix("_best"), [["from", Path(path).name]]
+        if Path(f"{run}.resume").is_file():
+            told = load_verified(f"{run}.resume")["progress"]["settings"]
+            rows += [[key, str(told[key])] for key in RECIPE if told.get(key) not in (None, [])]
+        scores = [row for row in read_rows(Path(f"{run}.jsonl"), "step") if "val_" in str([*row])]
+        rows += [[key, str(round(value, 4))] for row in scores[-1:] for key, value in row.items()]
+        parts += [markdown(rows, "ll")]
+    parts += ["The licences of the data, the teacher and the initial weights apply.\n"]
+    return "\n\n".join(parts)
 
 
 def check(args) -> str:
@@ -112,6 +134,8 @@ def main():
             from interop import hf
 
             hf.write(model, tokenizer, args.out, getattr(torch, dtype))
+            title = f"{model.config}, {model.n_parameters():,} parameters"
+            write_text(args.out / "README.md", model_card(title, args.average or [args.weights]))
     size = sum(file.stat().st_size for file in weight_files(args.out))
     Logger(f"{args.out}: {model.config}, {model.n_parameters():,} parameters, {size / 1e6:,.1f} MB")
 

@@ -150,6 +150,24 @@ def test_a_modelfile_has_the_default_system_message_and_what_precedes_an_answer(
     assert 'SYSTEM """Be brief."""\n' in text and '{{ end }}{{ end }}A<t>"""\n' in text
 
 
+def test_the_card_of_a_folder_says_what_the_files_beside_the_weights_know_and_no_more(files, tmp_path):
+    for path in (files / "student.pth", files / "student.json", *files.glob("tokenizer-*.json")):
+        shutil.copy(path, tmp_path)
+    convert(weights=tmp_path / "student.pth", out=tmp_path / "bare")
+    bare = (tmp_path / "bare/README.md").read_text()
+    assert "# 64 x 1, " in bare and "student.pth" in bare and "licences" in bare and bare.count("|\n") == 2
+
+    settings = {"data": "tickets.csv-12ab", "teacher": ["big.pth"], "alpha": 0.0, "student": None, "chain": []}
+    torch.save({"progress": {"settings": settings}}, tmp_path / "student.resume")
+    rows = [{"step": 5, "loss": 2.0}, {"step": 5, "val_ce": 1.25}, {"step": 9, "val_ce": 0.75}, {"step": 9, "loss": 1.0}]
+    (tmp_path / "student.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    convert(weights=tmp_path / "student.pth", out=tmp_path / "told")
+    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in
+             (tmp_path / "told/README.md").read_text().splitlines() if line.startswith("|") and "---" not in line]
+    assert cells == [["from", "student.pth"], ["data", "tickets.csv-12ab"], ["teacher", "['big.pth']"], ["alpha", "0.0"],
+                     ["step", "9"], ["val_ce", "0.75"]]
+
+
 def test_converting_says_what_came_out(files, tmp_path, capfd):
     convert(weights=files / "model.gguf", out=tmp_path / "m.pth")
     parameters = load_model(files / "model.pth")[0].n_parameters()
