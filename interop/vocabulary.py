@@ -41,6 +41,19 @@ TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo
 ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 GPT_4O = TEKKEN.replace("|[^", ENDING + "|[^").replace(r"|\p{N}|", ENDING + r"|\p{N}{1,3}|")
 
+# DeepSeek-V3 splits the pieces of one pattern by the next: numbers, CJK, the rest. As one pattern,
+# in which a space before a number or CJK ends a piece, as it did before.
+CJK = "\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff"
+DEEPSEEK_V3_SPLITS = (
+    r"\p{N}{1,3}", f"[{CJK}]+", r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+DEEPSEEK_V3 = "|".join((
+    r"\p{N}{1,3}", r"[\p{L}\p{M}&&[CJK]]+", r"[\p{P}\p{S}&&[CJK]]+",
+    r"[!-/:-@\[-`{-~][A-Za-z]+", r"[^\r\n\p{L}\p{P}\p{S}\p{N}]?[\p{L}\p{M}&&[^CJK]]+",
+    r" ?[\p{P}\p{S}&&[^CJK]]+[\r\n]*|\s*[\r\n]+|\s+(?=[\p{N}CJK])|\s+(?!\S)|\s+",
+    r"[^\s\p{L}\p{M}\p{N}\p{P}\p{S}]+(?![\p{L}\p{M}&&[^CJK]])",         # control characters
+)).replace("CJK", CJK)
+
 # For the comparison with the tokenizers library: code, digits, blank lines, accents in two forms,
 # scripts, emoji, and every character up to U+024F.
 PROBE = ("def f(x):\n\treturn  x + 12345 # it's, IT'LL\r\n\r\n    \n"
@@ -320,7 +333,7 @@ LIKE_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
 PRE_TOKENIZERS = {                          # of equal ones, the first is written
     **dict.fromkeys(LIKE_LLAMA_3, LLAMA_3), "dbrx": LLAMA_3, "gpt-2": GPT2, "smollm": SMOLLM,
     "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "tekken": TEKKEN, "gpt-4o": GPT_4O,
-    "minidistill": PATTERN}
+    "deepseek-v3": DEEPSEEK_V3, "minidistill": PATTERN}
 # A piece that is a token needs no merges; by default a text begins with bos.
 WHOLE_PIECES = (*LIKE_LLAMA_3, "tekken")
 
@@ -454,6 +467,11 @@ def read_pre_tokenizer(part: dict | None) -> str:
             return SMOLLM
         case [{"type": "Split", "pattern": {"Regex": pattern}}, {"type": "ByteLevel"}]:
             return pattern
+        case [*splits, {"type": "ByteLevel"}]:
+            patterns = (str(split.get("pattern", {}).get("Regex")) for split in splits)
+            if tuple(each.replace("\r", r"\r").replace("\n", r"\n")
+                     for each in patterns) == DEEPSEEK_V3_SPLITS:
+                return DEEPSEEK_V3
     raise ValueError(f"pre_tokenizer {json.dumps(part)[:500]} is not supported")
 
 

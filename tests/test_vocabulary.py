@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 from model.tokenizer import CHATML, LLAMA3, PATTERN, PLAIN, Chat, Tokenizer
 import helpers_templates
 from runtime.args import make_parser, parse_args
-from interop.vocabulary import (DATE, GPT2, GPT_4O, LLAMA_3, PRE_TOKENIZERS, QWEN2, SMOLLM, TEKKEN, from_gguf, merges_of, read_tokenizer_json, to_gguf, write_template, write_tokenizer)
+from interop.vocabulary import (DATE, DEEPSEEK_V3_SPLITS, GPT2, GPT_4O, LLAMA_3, PRE_TOKENIZERS, QWEN2, SMOLLM, TEKKEN, from_gguf, merges_of, read_tokenizer_json, to_gguf, write_template, write_tokenizer)
 
 CHATML_NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA_NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -89,8 +89,14 @@ def gpt_4o():
     return train(split(GPT_4O, behavior="removed", invert=True))
 
 
+def deepseek_v3():
+    """Three patterns, the last with line ends as such."""
+    *first, last = DEEPSEEK_V3_SPLITS
+    return train(split(*first, last.replace(r"\r", "\r").replace(r"\n", "\n")))
+
+
 FAMILIES = {"gpt2": gpt2, "smollm": smollm, "qwen2": qwen2, "llama_3": llama_3, "tekken": lambda: train(split(TEKKEN)),
-            "gpt_4o": gpt_4o}
+            "gpt_4o": gpt_4o, "deepseek_v3": deepseek_v3}
 
 
 @pytest.fixture(scope="module")
