@@ -1,7 +1,7 @@
 """
-结构剪枝：整层、注意力头、前馈单元、隐藏维度，按激活值的重要性去掉。
-Structured pruning: whole layers, attention heads, FFN units and hidden dimensions are removed, the
-least important first, as a few batches of data show it. Of a mixture of experts only whole layers.
+结构剪枝：整层、注意力头、前馈单元、隐藏维度与专家，按激活值的重要性去掉。
+Structured pruning: whole layers, attention heads, FFN units or experts, and hidden dimensions are
+removed, the least important first, as a few batches of data show it.
 
     importance = measure(model, batches)
     smaller = prune(model, importance, n_layers=18, n_heads=6, hidden_dim=768, dim=512)
@@ -22,12 +22,14 @@ from model.config import LMConfig
 from model.transformer import Transformer
 
 # The axes of each weight, by the end of its name. D: dim, Q: query heads, G: key/value heads,
-# H: FFN units, -: stays. Shapes below: N tokens, L layers, K head_dim.
+# H: FFN units, E: experts, -: stays. Shapes below: N tokens, L layers, K head_dim.
 AXES = {
     "q_norm.weight": "-", "k_norm.weight": "-", "norm.weight": "D", "norm.bias": "D",
     "embeddings.weight": "-D", "output.weight": "-D",
     "wq.weight": "QD", "wk.weight": "GD", "wv.weight": "GD", "wo.weight": "DQ",
     "wq.bias": "Q", "wk.bias": "G", "wv.bias": "G", "wo.bias": "D",
+    "router.weight": "ED", "ffn.w1": "E-D", "ffn.w3": "E-D", "ffn.w2": "ED-",
+    "shared.w1.weight": "-D", "shared.w3.weight": "-D", "shared.w2.weight": "D-",
     "w1.weight": "HD", "w3.weight": "HD", "w2.weight": "DH", "w1.bias": "H", "w2.bias": "D"}
 
 
@@ -52,7 +54,7 @@ class Importance(NamedTuple):
     layers: torch.Tensor                    # (L,)
     dim: torch.Tensor                       # (D,)
     groups: list[torch.Tensor]              # L x (G,), a key/value head with its query heads
-    units: list[torch.Tensor]               # L x (H,), of the FFN
+    units: list[torch.Tensor]               # L x (H,), of the FFN; or (E,), its experts
     energy: dict[str, torch.Tensor]         # name of a norm -> (D,), mean square of its input
 
 
@@ -64,6 +66,7 @@ def measure(model: Transformer, batches, by: str = "activation", seed: int = 0) 
                             https://arxiv.org/abs/2403.03853, Eq. 1
         head, FFN unit      mean |activation| times the norm of the column that reads it, as in
                             Sun et al. 2023 (Wanda), https://arxiv.org/abs/2306.11695, Eq. 1
+        expert              mean weight in the sum, over the tokens
         hidden dimension    sum over the norms of the mean |output|. Minitron, Sec. 2.2
 
     by  "activation"; or for comparison "magnitude", without the activations, or "random"
@@ -82,6 +85,12 @@ def measure(model: Transformer, batches, by: str = "activation", seed: int = 0) 
         elif name.endswith((".wo", ".w2")):
             def hook(_, args, y):
                 add(name, args[0].abs())
+        elif name.endswith(".router"):
+            def hook(_, args, y):
+                gate, chosen = y.float().softmax(dim=-1).topk(model.config.num_experts_per_tok)
+                if model.config.norm_topk_prob:
+                    gate = gate / gate.sum(dim=-1, keepdim=True)
+                add(name, torch.zeros_like(y, dtype=torch.float).scatter(-1, chosen, gate))
         elif re.fullmatch(r"layers\.\d+", name):
             def hook(_, args, y):
                 add(name, 1 - F.cosine_similarity(args[0].float(), y[0].float(), dim=-1))
@@ -112,7 +121,9 @@ def measure(model: Transformer, batches, by: str = "activation", seed: int = 0) 
         layers.append(score(f"layers.{i}", whole.norm()))
         heads = score(f"layers.{i}.attention.wo", layer.attention.wo.weight.norm(dim=0))    # (H K,)
         groups.append(heads.view(model.config.n_kv_heads, -1).sum(dim=-1))
-        units.append(score(f"layers.{i}.ffn.w2", layer.ffn.w2.weight.norm(dim=0)))          # (H,)
+        part, axis = ("router", 1) if model.config.use_moe else ("w2", 0)
+        norm = getattr(layer.ffn, part).weight.norm(dim=axis)
+        units.append(score(f"layers.{i}.ffn.{part}", norm))                     # (H,) or (E,)
     dim = score("dim", model.tok_embeddings.weight.norm(dim=0))
     energy = {name.removesuffix(" energy"): value for name, value in means.items()
               if name.endswith(" energy")}
@@ -132,21 +143,26 @@ def resized(old: LMConfig, sizes: dict) -> LMConfig:
     for name, size in sizes.items():
         if size > getattr(old, name):
             raise ValueError(f"{name}={size} exceeds the model's {getattr(old, name)}")
+    if ("hidden_dim" if old.use_moe else "n_routed_experts") in sizes:
+        raise ValueError("units are removed of a dense model, experts of a mixture: see --dense")
     if new["n_heads"] % per_group:
         raise ValueError(f"n_heads={new['n_heads']}: {per_group} query heads share a key/value "
                          f"head, so only a multiple of {per_group} can stay")
-    return LMConfig(**new | {"n_kv_heads": new["n_heads"] // per_group})
+    return LMConfig(**new | {
+        "n_kv_heads": new["n_heads"] // per_group,
+        "num_experts_per_tok": min(old.num_experts_per_tok, new["n_routed_experts"])})
 
 
 @torch.no_grad()
 def prune(model: Transformer, importance: Importance, **sizes) -> Transformer:
-    """A new model of the given sizes of LMConfig: n_layers, n_heads, hidden_dim and dim; those that
-    are not given stay. Each layer keeps its own heads and units. Heads leave in groups, with their
-    key/value head. Raises ValueError for sizes that do not fit."""
+    """A new model of the given sizes of LMConfig: n_layers, n_heads, dim, and hidden_dim or
+    n_routed_experts; those that are not given stay. Each layer keeps its own heads and units. Heads
+    leave in groups, with their key/value head. Raises ValueError for sizes that do not fit."""
     old, new = model.config, resized(model.config, sizes)
     layers = best(importance.layers, new.n_layers).tolist()
     new.nope_layers = old.with_layers(layers).nope_layers
     dim = best(importance.dim, new.dim)
+    unit, n_units = ("E", new.n_routed_experts) if new.use_moe else ("H", new.hidden_dim)
 
     def heads(layer, n_heads):              # -> the rows of wq, or of wk and wv, that stay
         K = old.head_dim * n_heads // old.n_kv_heads        # of one group
@@ -154,7 +170,7 @@ def prune(model: Transformer, importance: Importance, **sizes) -> Transformer:
         return (groups[:, None] * K + torch.arange(K)).flatten()
 
     kept = {layer: {"Q": heads(layer, old.n_heads), "G": heads(layer, old.n_kv_heads),
-                    "H": best(importance.units[layer], new.hidden_dim), "D": dim}
+                    unit: best(importance.units[layer], n_units), "D": dim}
             for layer in layers}
     state = {}
     for name, weight in model.state_dict().items():
@@ -177,6 +193,24 @@ def prune(model: Transformer, importance: Importance, **sizes) -> Transformer:
     smaller.load_state_dict(state)
     smaller.n_tokens = model.n_tokens
     return smaller.eval()
+
+
+@torch.no_grad()
+def dense(model: Transformer, importance: Importance) -> Transformer:
+    """A mixture of experts as a dense model: each FFN has the units of all experts, whose outputs
+    are scaled by the expert's mean weight, and of the shared one. Then its units can be pruned."""
+    state = {name: weight for name, weight in model.state_dict().items() if ".ffn." not in name}
+    for i, (layer, used) in enumerate(zip(model.layers, importance.units)):
+        w1, w2, w3 = layer.ffn.stacks()
+        for name, stack in {"w1": w1, "w2": w2 * used[:, None, None].to(w2), "w3": w3}.items():
+            shared = [getattr(layer.ffn.shared, name).weight] if layer.ffn.shared else []
+            whole = torch.cat([*stack, *shared], dim=1 if name == "w2" else 0)
+            state[f"layers.{i}.ffn.{name}.weight"] = whole
+    sizes = {"use_moe": False, "hidden_dim": len(state["layers.0.ffn.w1.weight"])}
+    bigger = type(model)(LMConfig(**vars(model.config) | sizes))
+    bigger.load_state_dict(state)
+    bigger.n_tokens = model.n_tokens
+    return bigger.eval()
 
 
 def sizes_for(model: Transformer, target: float) -> dict:

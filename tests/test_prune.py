@@ -14,7 +14,7 @@ from helpers_run import ROOT, complaint, same, succeed
 from interop.checkpoint import build, load_model, save_model
 from model.config import LMConfig
 from model.generate import generate
-from model.prune import axes_of, keep_layers, measure, prune, sizes_for
+from model.prune import axes_of, best, dense, keep_layers, measure, prune, sizes_for
 from model.transformer import Transformer
 
 SIZES = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=272, max_seq_len=64, norm_eps=1e-12)
@@ -75,7 +75,7 @@ def test_a_layer_that_does_not_exist_is_named_with_those_that_do():
             keep_layers(made("llama"), layers)
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_pruning_nothing_changes_nothing(family, batch):
     model = made(family)
     same = prune(model, measure(model, [batch]))
@@ -123,6 +123,32 @@ def test_a_layer_that_does_nothing_leaves_first(family, batch):
     assert torch.equal(logits(smaller, batch), logits(model, batch))
 
 
+def test_the_most_used_experts_stay(batch):
+    model = made("moe")
+    importance = measure(model, [batch])
+    for used in importance.units:
+        assert used.sum() == pytest.approx(1)       # norm_topk_prob
+    smaller = prune(model, importance, n_routed_experts=2)
+    for layer, old, used in zip(smaller.layers, model.layers, importance.units):
+        assert torch.equal(layer.ffn.router.weight, old.ffn.router.weight[best(used, 2)])
+        assert torch.equal(layer.ffn.w1, old.ffn.w1[best(used, 2)])
+    one = prune(model, importance, n_routed_experts=1, n_layers=2, n_heads=2, dim=16)
+    assert one.config.num_experts_per_tok == 1 and logits(one, batch).isfinite().all()
+
+
+def test_equal_experts_become_the_same_dense_network(batch):
+    model = made("moe")
+    with torch.no_grad():
+        for layer in model.layers:
+            for weight in (layer.ffn.w1, layer.ffn.w2, layer.ffn.w3):
+                weight.copy_(weight[:1].expand_as(weight))
+    single = dense(model, measure(model, [batch]))
+    assert not single.config.use_moe and single.config.hidden_dim == 5 * 64
+    assert torch.allclose(logits(single, batch), logits(model, batch), atol=1e-4)
+    smaller = prune(single, measure(single, [batch]), hidden_dim=96)
+    assert logits(smaller, batch).isfinite().all()
+
+
 @pytest.mark.parametrize("by", ["activation", "magnitude", "random"])
 @pytest.mark.parametrize("family", DENSE)
 def test_every_family_becomes_smaller(family, by, batch):
@@ -149,7 +175,7 @@ def test_a_target_is_nearly_reached_and_cuts_layers_and_units_alike():
         assert 0.92 * target < smaller.n_parameters() / teacher.n_parameters() <= target
 
 
-@pytest.mark.parametrize("sizes, said", [({"n_heads": 3}, "multiple of 2"), ({"dim": 64}, "exceeds"), ({"n_layers": 0}, "n_layers")])
+@pytest.mark.parametrize("sizes, said", [({"n_heads": 3}, "multiple of 2"), ({"dim": 64}, "exceeds"), ({"n_layers": 0}, "n_layers"), ({"n_routed_experts": 2}, "see --dense")])
 def test_sizes_that_do_not_fit_are_refused(sizes, said, batch):
     model = made("llama")
     with pytest.raises(ValueError, match=said):
@@ -179,5 +205,9 @@ def test_prune_then_distil(models, data, tmp_path):
         assert "either --target or sizes" in complaint("scripts/prune.py", **of, **flags)
     assert "argument --layers: invalid numbers value: '0,two'" in complaint("scripts/prune.py", **of, layers="0,two")
     assert "exceeds" in complaint("scripts/prune.py", **of, hidden_dim=4096)
-    assert "only whole layers" in complaint("scripts/prune.py", **of | {"weights": models / "teacher_moe.pth"}, target=0.5)
+    moe = of | {"weights": models / "teacher_moe.pth"}
+    assert "see --dense" in complaint("scripts/prune.py", **moe, target=0.5)
+    succeed("scripts/prune.py", **moe, dense=True, target=0.5, rows=8)
+    assert not load_model(tmp_path / "half.pth")[0].config.use_moe
+    assert "has no experts" in complaint("scripts/prune.py", **of, dense=True)
     assert "another FILE.pth" in complaint("scripts/prune.py", **of | {"out": models / "teacher.pth"}, hidden_dim=32)
