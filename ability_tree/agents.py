@@ -5,13 +5,17 @@ conversation, stripped, "" for none. Temperature 0 is greedy. Above 0 a reply de
 and the other conversations of the call; equal conversations get different replies.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.distributed as dist
 
 from evaluation.exam import write_answers
 from interop.checkpoint import load_model, sha256_of_model
 from model.generate import column_major
 from runtime.endpoint import EndpointAgent, make_endpoint
-from runtime.precision import pick_dtype
+from runtime.precision import pick_dtype, seed_of
+from runtime.processes import patient_group
 
 
 class LocalAgent:
@@ -39,3 +43,24 @@ def identity_of(flags: dict, role: str) -> str:
     if flags[role]:
         return f"{sha256_of_model(flags[role])}, {flags[f'{role}_parallel']} at once"
     return f"{flags[f'{role}_url']} {flags[f'{role}_model']}"
+
+
+def batches_of(items: list, size: int) -> list[list]:
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+def divided(agent, world, size: int, max_new_tokens: int, temperature: float = 0.0) -> Callable:
+    """generate(conversations, seed) -> the replies, on every process; each requests its share of
+    the calls, which have `size` conversations."""
+    group = patient_group(world)
+
+    def generate(conversations: list, seed: int = 0) -> list[str]:
+        batches = batches_of(conversations, size)
+        mine = {n: agent.generate(batches[n], max_new_tokens, temperature, seed_of(seed, n))
+                for n in range(world.rank, len(batches), world.size)}
+        shares = [mine] * world.size
+        if group:
+            dist.all_gather_object(shares, mine, group=group)
+        return [text for n in range(len(batches)) for text in shares[n % world.size][n]]
+
+    return generate

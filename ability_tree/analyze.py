@@ -14,10 +14,10 @@ agent classifies the questions that have no path.
 
 from pathlib import Path
 
-from ability_tree.agents import make_agent
+from ability_tree.agents import divided, make_agent
 from ability_tree.prompts import PROMPTS
-from ability_tree.steps import (add_request_args, batches_of, beside, made_from, read_abilities,
-                                read_choices, rows_of, work_in_parts)
+from ability_tree.steps import (add_request_args, beside, read_abilities, read_choices,
+                                rows_of)
 from ability_tree.tree import AbilityTree, compare, spell
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.endpoint import add_agent_args
@@ -36,20 +36,6 @@ def read_reply(row: dict) -> tuple[str, bool]:
     return str(row["id"]), row["correct"]
 
 
-def classify(agent, prompts, rows: list[dict], leaves: list[tuple[str, ...]],
-             max_new_tokens: int) -> list[dict]:
-    """{"id", "ability_path"} of each row; {"id", "reply", "reason"} if the reply names no leaf."""
-    requests = [prompts.classify(row, leaves) for row in rows]
-    found = []
-    for row, reply in zip(rows, agent.generate(requests, max_new_tokens)):
-        try:
-            result = {"ability_path": list(prompts.read_leaf(reply, leaves))}
-        except ValueError as error:
-            result = {"reply": reply, "reason": str(error)}
-        found.append({"id": row["id"], **result})
-    return found
-
-
 def main():
     # 1. Arguments
     parser = make_parser(__doc__)
@@ -66,12 +52,12 @@ def main():
     add_agent_args(parser, "agent")
     add_process_args(parser, dtype=False)
     args = parse_args(parser)
+    if Path(args.out).exists():             # checked before any process can have written it
+        parser.error(f"{args.out} exists already. Give another --out, or remove it")
     world = init_distributed_mode(args.ddp, args.device, args.local_rank)
 
     # 2. Replies, paths, tree
     with checking_input():
-        if Path(args.out).exists():
-            raise ValueError(f"{args.out} exists already. Give another --out, or remove it")
         before, tree = AbilityTree.load(args.tree), AbilityTree.load(args.tree)
         questions = {str(row["id"]): row for row in read_choices(args.questions)}
         replies = dict(rows_of(args.replies, read_reply))
@@ -88,23 +74,24 @@ def main():
                              "--agent (or --agent_url) that classifies them")
 
     # 3. The agent classifies the rest
-    parts, results = None, []
+    found, rejected = [], []
     if unknown:
-        leaves = list(tree.leaves())
+        leaves, prompts = list(tree.leaves()), PROMPTS[args.prompts]
         with checking_input():
             agent = make_agent(vars(args), "agent", world.device)
-            about = made_from(args, ("tree", "questions", "abilities"), ("agent",),
-                              ("prompts", "max_new_tokens"))
-        parts, results = work_in_parts(
-            args.out, about, batches_of(unknown, PART), lambda _, batch: classify(
-                agent, PROMPTS[args.prompts], batch, leaves, args.max_new_tokens), world)
+            generate = divided(agent, world, PART, args.max_new_tokens)
+            answers = generate([prompts.classify(row, leaves) for row in unknown])
+        for row, reply in zip(unknown, answers):
+            try:
+                paths[str(row["id"])] = leaf = prompts.read_leaf(reply, leaves)
+                found.append({"id": row["id"], "ability_path": list(leaf)})
+            except ValueError as error:
+                rejected.append({"id": row["id"], "reply": reply, "reason": str(error)})
     if world.rank != 0:
         return
-    results = sum(results, [])
-    if found := [each for each in results if "reason" not in each]:
-        paths |= {str(each["id"]): tuple(each["ability_path"]) for each in found}
+    if found:
         write_jsonl(beside(args.out, "ability"), found)
-    if rejected := [each for each in results if "reason" in each]:
+    if rejected:
         write_jsonl(beside(args.out, "rejected"), rejected)
         Logger(f"{len(rejected):,} questions have no leaf and do not count: "
                f"{beside(args.out, 'rejected')}")
@@ -114,8 +101,6 @@ def main():
     with checking_input():
         tree.update(counted, args.round)
     tree.save(args.out)
-    if parts:
-        parts.remove()
     Logger(tree.text())
     if before.asked:
         Logger(f"\n{compare(before, tree)}\n")

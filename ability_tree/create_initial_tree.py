@@ -14,18 +14,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
-
-from ability_tree.agents import make_agent
+from ability_tree.agents import divided, make_agent
 from ability_tree.prompts import PROMPTS
-from ability_tree.steps import add_request_args, batches_of, beside, read_abilities
+from ability_tree.steps import add_request_args, beside, read_abilities
 from ability_tree.tree import AbilityTree, key_of, spell
 from runtime.args import add_process_args, checking_input, make_parser, parse_args
 from runtime.endpoint import add_agent_args
 from runtime.files import write_jsonl
 from runtime.log import Logger
 from runtime.precision import seed_of
-from runtime.processes import init_distributed_mode, patient_group
+from runtime.processes import init_distributed_mode
 
 PART = 16           # abilities in one call of the agent
 
@@ -60,22 +58,6 @@ def grow(tree: AbilityTree, generate: Callable, prompts, depth: int, breadth: in
     return rejected
 
 
-def divided(agent, max_new_tokens: int, temperature: float, world) -> Callable:
-    """generate(conversations, seed) -> the replies, on every process; each requests a share."""
-    group = patient_group(world)
-
-    def generate(conversations: list, seed: int) -> list[str]:
-        batches = batches_of(conversations, PART)
-        mine = {n: agent.generate(batches[n], max_new_tokens, temperature, seed_of(seed, n))
-                for n in range(world.rank, len(batches), world.size)}
-        shares = [mine] * world.size
-        if group:
-            dist.all_gather_object(shares, mine, group=group)
-        return [text for n in range(len(batches)) for text in shares[n % world.size][n]]
-
-    return generate
-
-
 def main():
     # 1. Arguments
     parser = make_parser(__doc__)
@@ -102,7 +84,7 @@ def main():
         else:
             tree = AbilityTree.from_paths([[args.domain]])
             agent = make_agent(vars(args), "agent", world.device)
-            generate = divided(agent, args.max_new_tokens, args.temperature, world)
+            generate = divided(agent, world, PART, args.max_new_tokens, args.temperature)
             rejected = grow(tree, generate, PROMPTS[args.prompts], args.depth, args.breadth,
                             args.max_tries, args.seed)
             if not tree.children:

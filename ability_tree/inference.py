@@ -13,7 +13,8 @@ log_p is the log-probability, in nats, of the option's text and its end of turn.
 exceeds the context length with its longest option has null answer_idx and log_p, and is wrong.
 """
 
-from ability_tree.steps import batches_of, made_from, read_choices, work_in_parts
+from ability_tree.agents import batches_of
+from ability_tree.steps import made_from, read_choices, work_in_parts
 from dataset.formats import bare_question, to_question
 from evaluation.scores import score_answers
 from evaluation.tables import wilson

@@ -16,6 +16,7 @@ from dataset.formats import to_question
 
 LETTERS = string.ascii_uppercase        # names of the options
 N_OPTIONS = 4                           # of a new question
+MAX_OPENINGS = 32                       # brackets of a reply at which JSON may begin
 NO_PARTS = "none"                       # miniworld: the parts of a leaf
 ARROW = " => "                          # miniworld: between a question and its answer
 
@@ -50,7 +51,10 @@ def values_in(reply: str) -> Iterator[dict | list]:
     """The outermost JSON objects and lists of a reply, in order."""
     text, start = reply.rpartition(THOUGHT)[2], 0
     decoder = json.JSONDecoder(strict=False)                # texts may have line breaks
-    while opening := OPENING.search(text, start):
+    for _ in range(MAX_OPENINGS):
+        opening = OPENING.search(text, start)
+        if opening is None:
+            return
         try:
             value, start = decoder.raw_decode(text, opening.start())
             yield value

@@ -32,10 +32,6 @@ def add_request_args(parser, temperature: float | None = None):
     return add
 
 
-def batches_of(items: list, size: int) -> list[list]:
-    return [items[start:start + size] for start in range(0, len(items), size)]
-
-
 def beside(out, name: str) -> Path:
     """distill.jsonl, "ability" -> distill_ability.jsonl"""
     return Path(out).with_name(f"{Path(out).stem}_{name}.jsonl")

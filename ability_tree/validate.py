@@ -16,9 +16,9 @@ the bare question, and its answer must be one of the options.
     OUT_rejected.jsonl    the others, with "leaf", "agent_a", "agent_b" (letters, or null), "reason"
 """
 
-from ability_tree.agents import make_agent
+from ability_tree.agents import batches_of, make_agent
 from ability_tree.prompts import PROMPTS, nonempty
-from ability_tree.steps import (add_request_args, batches_of, finish_questions, made_from,
+from ability_tree.steps import (add_request_args, finish_questions, made_from,
                                 read_abilities, read_choices, table, work_in_parts)
 from ability_tree.tree import spell
 from runtime.args import add_process_args, checking_input, make_parser, parse_args

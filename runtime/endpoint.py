@@ -53,7 +53,8 @@ class EndpointAgent:
     replies   JSONL file, a line per reply: {"request", "model", "reply", "tokens",
               "finish_reason"}. A failed request has "reply": null and "error", and the next run
               sends it again. Process r > 0 writes REPLIES.part{r}; all of these files are read
-    budget    tokens, earlier runs included; running requests are completed when it is used
+    budget    tokens, as the endpoint counts them, earlier runs included; running requests are
+              completed when it is used
 
     n_processes divide budget and parallel among them; this one is `rank`.
     """
@@ -135,7 +136,7 @@ class EndpointAgent:
             choice = completion.choices[0]
             text = (choice.message.content or "").strip()           # a refusal has none
             text = text.encode(errors="replace").decode()           # half an emoji, of a cut reply
-            tokens = completion.usage.total_tokens if completion.usage else n_tokens(request, text)
+            tokens = completion.usage.total_tokens if completion.usage else 0
             row |= {"reply": text, "tokens": tokens, "finish_reason": choice.finish_reason}
         except openai.APIStatusError as error:
             status, problem = error.status_code, f"{error.status_code} {error.response.text}"
@@ -147,12 +148,6 @@ class EndpointAgent:
             return row, None
         problem = " ".join(problem.replace(self.key, "***").split())
         return row | {"error": problem[:200]}, status
-
-
-def n_tokens(request: dict, reply: str) -> int:
-    """An estimate for an endpoint that does not count: a token has about three bytes."""
-    text = "".join(message["content"] for message in request["messages"]) + reply
-    return -(-len(text.encode(errors="replace")) // 3)
 
 
 def open_replies(path: Path, rank: int) -> tuple[Path, dict[str, dict], int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ability_tree import analyze, inference, steps
+from ability_tree import analyze, inference
 from ability_tree.steps import read_choices
 from ability_tree.tree import AbilityTree
 from ability_tree.workflow import flags_of
@@ -178,7 +178,6 @@ class Librarian:
 def test_an_agent_finds_the_leaf_of_a_question_without_a_path(
         round_0, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(analyze, "make_agent", lambda flags, role, device: Librarian())
-    monkeypatch.setattr(steps, "identity_of", lambda flags, role: "librarian")
     write(round_0["abilities"], [{"id": 0, "ability_path": SUM}, {"id": 3, "ability_path": DAY}])
     call(analyze.main, monkeypatch, **round_0, agent="x", prompts="miniworld")
     assert counts(round_0["out"]) == {SUM: (2, 0), DAY: (2, 2)}     # 0, 1; 3, 4; 2 does not count

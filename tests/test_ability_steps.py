@@ -13,7 +13,8 @@ from random import Random
 
 import pytest
 
-from ability_tree.create_initial_tree import divided, grow
+from ability_tree.agents import divided
+from ability_tree.create_initial_tree import grow
 from ability_tree.generate_distill_data import (Wanted, largest_remainder, new_question, plan,
                                                 seeds_of_leaves, write_part)
 from ability_tree.prompts import PROMPTS
@@ -172,7 +173,7 @@ def test_the_tiny_teachers_lines_are_those_it_is_trained_on():
 def grown(agent) -> tuple[list, list]:
     """(leaves of "world" after two levels of at most two parts, rejected replies)"""
     tree = AbilityTree.from_paths([("world",)])
-    generate = divided(agent, 64, 0.7, ALONE)
+    generate = divided(agent, ALONE, 16, 64, 0.7)
     rejected = grow(tree, generate, JSON, depth=2, breadth=2, max_tries=2, seed=0)
     return list(tree.leaves()), rejected
 

@@ -279,13 +279,6 @@ def test_running_requests_are_completed_when_the_budget_is_used(endpoint, agent,
     assert len(rows_of(tmp_path)) == 2
 
 
-def test_an_endpoint_that_does_not_count_is_counted_by_a_token_for_three_bytes(
-        endpoint, agent, tmp_path):
-    body = {"choices": completion("好的")["choices"]}     # 6 bytes, after a question of 4
-    agent(endpoint((200, body))).generate(asks("2+2="), 8)
-    assert rows_of(tmp_path)[0]["tokens"] == 4            # 10 / 3, rounded up
-
-
 def test_a_rerun_sends_no_request_twice_but_another_request_is_sent(endpoint, agent, tmp_path):
     server = endpoint()
     for _ in range(2):
