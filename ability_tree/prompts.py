@@ -95,6 +95,8 @@ def checked_question(question, options, answer) -> dict:
 def checked_row(question: str, options: dict[str, str], answer: str) -> dict:
     row = {"question": question.strip(), "options": options, "answer_idx": answer}
     to_question(row)            # raises ValueError for what training cannot read
+    if "\ufffd" in "".join([question, *options.values()]):
+        raise ValueError(f"half a character: {short(question)}")
     return row
 
 

@@ -90,6 +90,7 @@ def test_one_question_is_read_from_each_form_that_models_give_it(reply):
     (json.dumps(ROW | {"answer_idx": "E"}), "the answer is none of the options"),
     ('{"question": "Which?", "options": ["x", "y"]}', "the answer is none of the options"),
     (json.dumps(ROW | {"options": {"1": "heart", "2": "lung"}}), "no options"),
+    (json.dumps(ROW | {"question": "Which \ufffd?"}), "half a character"),
 ])
 def test_a_question_that_cannot_be_used_is_refused_with_a_reason_to_count_by(reply, reason):
     with pytest.raises(ValueError) as refused:
