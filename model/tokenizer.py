@@ -15,9 +15,9 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, cached_property
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -49,22 +49,11 @@ ROLES = ("system", "user", "assistant")
 
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
-N_THREADS = min(8, os.cpu_count() or 1)
-
 
 @dataclass(frozen=True)
 class Chat:
     """How a conversation is formatted: a template per role, with "{content}" once in each. The part
     after the assistant's content begins with the special token that ends the turn.
-
-        default_system  system message of conversations without one; None: they get none
-        before_answer   put before the last answer only: the empty thought of models that think
-        trims           whether white space around a content is removed
-        begin           text before the first turn; None: the tokenizer's bos
-        prompt          beginning of an assistant's turn that is to be generated; None: as the last
-                        answer's turn, up to its content
-        thoughts        what earlier answers keep of a content's "<think>...</think>": "all";
-                        "none"; "space": the line ends after it
 
     The rule: an answer is trained, and sampled, after exactly the text that a chat puts before it.
     Qwen3 puts its empty thought before the last answer alone, and no thought into earlier ones, so
@@ -75,12 +64,13 @@ class Chat:
     system: str
     user: str
     assistant: str
-    default_system: str | None = None
-    before_answer: str = ""
-    trims: bool = False
-    begin: str | None = None
-    prompt: str | None = None
-    thoughts: str = "all"
+    default_system: str | None = None   # of conversations without one; None: they get none
+    before_answer: str = ""             # before the last answer only: the empty thought of Qwen3
+    trims: bool = False                 # whether white space around a content is removed
+    begin: str | None = None            # before the first turn; None: the tokenizer's bos
+    prompt: str | None = None           # before an answer to generate; None: as before the last one
+    thoughts: str = "all"               # what earlier answers keep of "<think>...</think>": "all",
+                                        # "none"; "space" keeps the line ends after it
 
     @property
     def reframes(self) -> bool:
@@ -88,11 +78,17 @@ class Chat:
         return self.before_answer != "" or self.thoughts != "all"
 
     @property
+    def headers(self) -> tuple[str, str]:
+        """What stands before an answer's content, and what before one that is to be generated."""
+        header = self.assistant.split("{content}")[0]
+        return header, header + self.before_answer if self.prompt is None else self.prompt
+
+    @property
     def lead(self) -> str:
         """What an answer begins with before its content: the end of a thought that the prompt
         opens, or a space."""
-        header = self.assistant.split("{content}")[0] + self.before_answer
-        return header.removeprefix(header if self.prompt is None else self.prompt)
+        header, prompt = self.headers
+        return "" if self.prompt is None else (header + self.before_answer).removeprefix(prompt)
 
     def answer(self, content: str, is_last: bool) -> str:
         """The assistant's content as its template writes it: an earlier answer as `thoughts` says,
@@ -128,67 +124,64 @@ def PLAIN(end: str) -> Chat:
                 f"### Response:\n{{content}}{end}\n\n")
 
 
+@dataclass(eq=False, repr=False)
 class Tokenizer:
-    """A vocabulary, and the functions that use it. Raises ValueError for what cannot work.
+    """A vocabulary, and the functions that use it. Raises ValueError for what cannot work, KeyError
+    for a special token that is missing.
 
-        pattern         regex that splits a text into pieces (Rust syntax)
-        special_tokens  name -> id; no text can produce these ids
-        ranks           token bytes -> id; the lower id is joined first. Ids may have gaps
-        path            its file; None if it was made in memory
-        chat            format of conversations
-        end_of_text     name of the special token that ends a document. The attribute is its id
-        bos             name of the special token that begins every document and conversation.
-                        encode_chat adds it, encode does not. The attribute is its id or None
-        matched         special tokens that any text can produce after all, such as <think> in Qwen3
-        normalization   None, or "NFC" before splitting
-        prefix_space    put a space before every non-empty text (SentencePiece); decode keeps it
-        drops_bytes     skip bytes without a token, instead of requiring all 256
-        template        the files' own chat template, of which `chat` is the verified frame, and the
-                        special tokens that it names, as in tokenizer_config.json; for exports
+    The attributes end_of_text and bos become ids (or None), like end_of_turn, which ends an answer.
+    vocab_size is the highest id + 1; sha256 identifies the vocabulary in caches and checkpoints."""
 
-    end_of_turn is the id that ends an answer, vocab_size the highest id + 1, and sha256 identifies
-    the vocabulary in caches and checkpoints.
-    """
+    pattern: str                        # regex that splits a text into pieces (Rust syntax)
+    special_tokens: dict[str, int]      # name -> id; no text can produce these ids
+    ranks: dict[bytes, int]             # token -> id; the lower id is joined first. Gaps are fine
+    path: Path | None = None            # its file; None if it was made in memory
+    chat: Chat = CHATML                 # format of conversations
+    end_of_text: str = "<|endoftext|>"  # name of the special token that ends a document
+    bos: str | None = None              # of that which encode_chat puts before every conversation
+    matched: tuple[str, ...] = ()       # special tokens that any text can produce: Qwen3's <think>
+    normalization: str | None = None    # or "NFC", before splitting
+    prefix_space: bool = False          # a space before every text (SentencePiece); decode keeps it
+    drops_bytes: bool = False           # skip bytes without a token, instead of requiring all 256
+    template: dict | None = None        # for exports: the files' own chat template, whose frame
+                                        # is `chat`, and the special tokens that it names
 
-    def __init__(self, pattern: str, special_tokens: dict[str, int], ranks: dict[bytes, int],
-                 path: Path | None = None, *, chat: Chat = CHATML,
-                 end_of_text: str = "<|endoftext|>", bos: str | None = None,
-                 matched: Iterable[str] = (), normalization: str | None = None,
-                 prefix_space: bool = False, drops_bytes: bool = False,
-                 template: dict | None = None):
-        twice, count = Counter([*special_tokens.values(), *ranks.values()]).most_common(1)[0]
+    def __post_init__(self):
+        self.matched = tuple(self.matched)
+        self.options = {field.name: getattr(self, field.name) for field in fields(self)[4:]
+                        if getattr(self, field.name) != field.default}
+        ids = [*self.special_tokens.values(), *self.ranks.values()]
+        twice, count = Counter(ids).most_common(1)[0]
         if count > 1:                                   # tiktoken would panic in Rust
             raise ValueError(f"id {twice} is used twice")
-        check_chat(chat, special_tokens, [end_of_text, *matched, *([bos] if bos else [])])
-        missing = bytes(value for value in range(256) if bytes([value]) not in ranks)
-        if missing and not drops_bytes:
-            raise ValueError(f"no token for byte {missing[0]} ({len(missing)} are missing)")
-        self._encoding = tiktoken.Encoding("minidistill", pat_str=pattern, mergeable_ranks=ranks,
-                                           special_tokens=special_tokens)
-        self.pattern, self.special_tokens, self.ranks = pattern, special_tokens, ranks
-        options = {"chat": chat, "end_of_text": end_of_text, "bos": bos, "matched": tuple(matched),
-                   "normalization": normalization, "prefix_space": prefix_space,
-                   "drops_bytes": drops_bytes, "template": template}
-        defaults = Tokenizer.__init__.__kwdefaults__
-        self.options = {key: options[key] for key in options if options[key] != defaults[key]}
-        self.path, self.chat, self.matched, self.template = path, chat, tuple(matched), template
-        self.normalization, self.prefix_space = normalization, prefix_space
-        self.drops_bytes, self._missing = drops_bytes, missing
-        self.names = {i: name for name, i in special_tokens.items()}
-        self.vocab_size = max(*special_tokens.values(), *ranks.values()) + 1
-        self.end_of_text = special_tokens[end_of_text]
-        self.bos = None if bos is None else special_tokens[bos]
-        self._any_special, self._any_matched = any_of(special_tokens), any_of(self.matched)
+        self._missing = bytes(value for value in range(256) if bytes([value]) not in self.ranks)
+        if self._missing and not self.drops_bytes:
+            raise ValueError(f"no token for byte {self._missing[0]} "
+                             f"({len(self._missing)} are missing)")
+        self._encoding = tiktoken.Encoding("minidistill", pat_str=self.pattern,
+                                           mergeable_ranks=self.ranks,
+                                           special_tokens=self.special_tokens)
+        self.vocab_size = max(ids) + 1
+        self.names = {i: name for name, i in self.special_tokens.items()}
+        self._any_special, self._any_matched = any_of(self.special_tokens), any_of(self.matched)
 
         # Headers are encoded apart from contents, so that a prompt is a prefix of its conversation.
-        self._frames = {role: [self._encode(part, self._any_special)
-                               for part in vars(chat)[role].split("{content}")] for role in ROLES}
-        self._header = chat.assistant.split("{content}")[0]
-        prompt = self._header + chat.before_answer if chat.prompt is None else chat.prompt
-        self._prompt = prompt, self._encode(prompt, self._any_special)
-        begin = (bos or "") if chat.begin is None else chat.begin
-        self._begin = self._encode(begin, self._any_special)
+        self._frames = {}
+        for role in ROLES:
+            parts = vars(self.chat)[role].split("{content}")
+            if len(parts) != 2:
+                raise ValueError(f"the {role}'s template {vars(self.chat)[role]!r} has to have "
+                                 "{content} once")
+            self._frames[role] = [self._encode(part, self._any_special) for part in parts]
+        if not self._any_special.match(parts[1]):
+            raise ValueError(f"no special token ends the assistant's template "
+                             f"{self.chat.assistant!r}")
         self.end_of_turn = self._frames["assistant"][1][0]
+        begin = (self.bos or "") if self.chat.begin is None else self.chat.begin
+        self._begin = self._encode(begin, self._any_special)
+        self._prompt = self._encode(self.chat.headers[1], self._any_special)
+        self.end_of_text = self.special_tokens[self.end_of_text]
+        self.bos = None if self.bos is None else self.special_tokens[self.bos]
 
     @cached_property
     def sha256(self) -> str:
@@ -258,9 +251,9 @@ class Tokenizer:
             text = " " + text
         return self._encode(text, self._any_special if allow_special else self._any_matched)
 
-    def _encode(self, text: str, names: re.Pattern | None) -> list[int]:
+    def _encode(self, text: str, names: re.Pattern) -> list[int]:
         ids = []
-        for n, part in enumerate(names.split(text) if names else [text]):   # text, name, text, ...
+        for n, part in enumerate(names.split(text)):               # text, name, text, ...
             ids += [self.special_tokens[part]] if n % 2 else self._encode_ordinary(part)
         return ids
 
@@ -283,11 +276,7 @@ class Tokenizer:
         texts = list(texts)
         if len(texts) < 32:                 # handing them to threads takes longer
             return [self.encode(text) for text in texts]
-        size = 1 + len(texts) // (4 * N_THREADS)
-        shares = [texts[start:start + size] for start in range(0, len(texts), size)]
-        pool = threads(os.getpid())
-        encoded = pool.map(lambda share: [self.encode(text) for text in share], shares)
-        return [ids for share in encoded for ids in share]
+        return threads(os.getpid()).map(self.encode, texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Incomplete characters and ids without a token become U+FFFD."""
@@ -295,16 +284,13 @@ class Tokenizer:
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text, piece by piece, while ids arrive; a character is shown when it is complete."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for i in ids:
+        def bytes_of(i):
             try:
-                token = self._encoding.decode_single_token_bytes(i)
+                return self._encoding.decode_single_token_bytes(i)
             except KeyError:
-                token = "\ufffd".encode()
-            if text := decoder.decode(token):
-                yield text
-        if text := decoder.decode(b"", final=True):
-            yield text
+                return "\ufffd".encode()
+
+        return codecs.iterdecode(map(bytes_of, ids), "utf-8", errors="replace")
 
     # -- conversations ------------------------------------------------------------------------
 
@@ -333,11 +319,12 @@ class Tokenizer:
             ids, targets = list(self._begin), [False] * len(self._begin)
             for header, _, end, is_target in turns:
                 content = next(contents)
-                n_targets = len(content) + 1 if is_target else 0
-                ids += [*header, *content, *end]
-                targets += [False] * len(header) + [True] * n_targets
-                targets += [False] * (len(content) + len(end) - n_targets)
-            prompt = self._prompt[1] if add_generation_prompt else []
+                turn = [*header, *content, *end]
+                learned = [is_target] * (len(content) + 1)      # and the end of the turn, end[0]
+                mask = [False] * len(header) + learned + [False] * len(end)
+                ids += turn
+                targets += mask[:len(turn)]
+            prompt = self._prompt if add_generation_prompt else []
             encoded.append((ids + prompt, targets + [False] * len(prompt)))
         return encoded
 
@@ -352,9 +339,10 @@ class Tokenizer:
             role, text = message["role"], message["content"]
             header, end = self._frames[role]
             if role == "assistant":
-                before, text = self._header, self._header + self.chat.answer(text, left == 0)
-                if text.startswith(self._prompt[0]):
-                    before, header = self._prompt
+                before, prompt = self.chat.headers
+                text = before + self.chat.answer(text, is_last=left == 0)
+                if text.startswith(prompt):
+                    before, header = prompt, self._prompt
                 text = text[len(before):]
             is_framed = role == "assistant" and (left == 0 or not self.chat.reframes)
             yield header, text, end, is_framed and message.get("train", True)
@@ -393,33 +381,17 @@ class Tokenizer:
 
 
 @cache
-def threads(process_id: int) -> ThreadPoolExecutor:
+def threads(process_id: int) -> ThreadPool:
     """One pool for all texts: tiktoken keeps memory for each new thread. A fork needs its own."""
-    return ThreadPoolExecutor(N_THREADS)
+    return ThreadPool(min(8, os.cpu_count() or 1))
 
 
 def as_text_or_bytes(token: bytes) -> str | list[int]:
-    try:
-        return token.decode()
-    except UnicodeDecodeError:
-        return list(token)
+    text = token.decode(errors="ignore")
+    return text if text.encode() == token else list(token)
 
 
-def any_of(names: Iterable[str]) -> re.Pattern | None:
-    """Regex that finds any of the names, the longest one at each place; None for no names."""
-    names = sorted(names, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
-
-
-def check_chat(chat: Chat, special_tokens: dict[str, int], names: Iterable[str]) -> None:
-    """Raise ValueError for a template that is not as Chat requires, or a missing special token."""
-    for role in ROLES:
-        if vars(chat)[role].count("{content}") != 1:
-            raise ValueError(f"the {role}'s template {vars(chat)[role]!r} has to have {{content}} "
-                             "once")
-    end = chat.assistant.split("{content}")[1]
-    for name in [*names, *re.findall(r"<\|.*?\|>", end)[:1]]:
-        if name not in special_tokens:
-            raise ValueError(f"special token {name!r} is missing")
-    if not any_of(special_tokens).match(end):
-        raise ValueError(f"no special token ends the assistant's template {chat.assistant!r}")
+def any_of(names: Iterable[str]) -> re.Pattern:
+    """Regex that finds any of the names, the longest one at each place."""
+    names = map(re.escape, sorted(names, key=len, reverse=True))
+    return re.compile(f"({'|'.join(names) or '(?!)'})")         # (?!) is found nowhere

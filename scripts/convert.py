@@ -61,11 +61,9 @@ def modelfile(file: str, tokenizer: Tokenizer) -> str:
     chat = tokenizer.chat
     turns = "{{ else if ".join(f'eq .Role "{role}" }}}}{getattr(chat, role)}' for role in ROLES)
     turns = turns.replace("{content}", "{{ .Content }}")
-    prompt = chat.assistant.split("{content}")[0] + chat.before_answer
-    prompt = prompt if chat.prompt is None else chat.prompt
     system = f'SYSTEM """{chat.default_system}"""\n' if chat.default_system else ""
     return (f'FROM ./{file}\nTEMPLATE """{{{{ range .Messages }}}}{{{{ if {turns}{{{{ end }}}}'
-            f'{{{{ end }}}}{prompt}"""\n{system}'
+            f'{{{{ end }}}}{chat.headers[1]}"""\n{system}'
             f'PARAMETER stop "{tokenizer.names[tokenizer.end_of_turn]}"\n')
 
 

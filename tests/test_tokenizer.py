@@ -305,11 +305,11 @@ def without(content, i):
 SPOILED = (
     (lambda content: without(content, 16 + 65), "no token for byte 65 "),
     (lambda content: content["tokens"].append([2, "zzz"]), "id 2 is used twice"),
-    (lambda content: content["special_tokens"].pop("<|im_end|>"), "special token '<|im_end|>' is missing"),
+    (lambda content: content["special_tokens"].pop("<|im_end|>"), "no special token ends the assistant's template '<|im_start|>assistant"),
     (lambda content: content.update(pattern="("), ""),
     (lambda content: content.update(eos="a"), "does not have the expected form: "),
     (lambda content: content.pop("tokens"), "lacks 'tokens'"),
-    (lambda content: content.update(bos="<s>"), "special token '<s>' is missing"),
+    (lambda content: content.update(bos="<s>"), "lacks '<s>'"),
     (lambda content: content.update(chat=vars(CHATML) | {"user": "a"}),
      "the user's template 'a' has to have {content} once"),
     (lambda content: content.update(chat=vars(CHATML) | {"assistant": "{content}."}),
