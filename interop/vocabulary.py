@@ -112,13 +112,9 @@ def check_merges(ranks: dict[bytes, int], merges: list[tuple], ignore_merges: bo
         raise ValueError("its merges are not in the order of the ids, in which tiktoken joins")
     for pair in {*expected.values()} - {*merges}:
         raise ValueError(f"there is no merge of {pair[0]!r} and {pair[1]!r}, which tiktoken joins")
-    if not ignore_merges and (unmade := needs_no_merge(ranks, expected)):
+    unmade = [token for token in ranks if len(token) > 1 and token not in expected]
+    if unmade and not ignore_merges:
         raise ValueError(f"no merge makes token {unmade[0]!r}, which tiktoken would find")
-
-
-def needs_no_merge(ranks: dict[bytes, int], merges: dict[bytes, tuple]) -> list[bytes]:
-    """The tokens that tiktoken finds only where they are a whole piece of the text."""
-    return [token for token in ranks if len(token) > 1 and token not in merges]
 
 
 # -- chat templates --------------------------------------------------------------------------------
@@ -156,22 +152,16 @@ def between(text: str, *words: str) -> list[str]:
     return re.split("|".join(words), text)
 
 
-def without(text: str, start: str) -> str:
-    if not text.startswith(start):
-        raise ValueError(f"it writes {text!r} where {start!r} is expected")
-    return text[len(start):]
-
-
 def common_start(one: str, other: str, names: re.Pattern) -> str:
     """The longest text that begins both and cuts no special token."""
-    size = len(commonprefix([one, other]))
-    spans = [found.span() for text in (one, other) for found in names.finditer(text)]
-    return one[:min([size, *(start for start, end in spans if start < size < end)])]
+    units = ([found[0] for found in re.finditer(f"{names.pattern}|.", text, re.DOTALL)]
+             for text in (one, other))
+    return "".join(commonprefix([*units]))
 
 
 def read_frame(render: Callable, special_tokens: Iterable[str], bos: str | None) -> Chat:
-    """The Chat of a template, from what it writes around known contents. Raises ValueError for
-    what is no such frame; what else it may do, check_frame finds. bos: of every text."""
+    """The Chat of a template, from what it writes around known contents; check_frame finds what
+    is no such frame. bos: of every text."""
     names, (S, U, A, M, T) = any_of(special_tokens), WORDS
     user, answer, more = message("user", U), message("assistant", A), message("user", M)
 
@@ -179,10 +169,10 @@ def read_frame(render: Callable, special_tokens: Iterable[str], bos: str | None)
     start, middle, after, prompt = between(render([user, answer, more], True), U, A, M)
     user_end = common_start(between(render([user], False), U)[1], prompt, names)
     _, last, tail = between(render([user, answer], False), U, A)
-    rest = without(after, common_start(tail, after, names))
+    rest = after.removeprefix(common_start(tail, after, names))
     header = start[len(start) - len(commonprefix([start[::-1], rest[::-1]])):]
     begin, end = start.removesuffix(header), after.removesuffix(header)
-    assistant, prompt, last = (without(text, user_end) for text in (middle, prompt, last))
+    assistant, prompt, last = (text.removeprefix(user_end) for text in (middle, prompt, last))
     prompt = prompt or last                                 # some templates write none
     if not last.startswith(prompt):     # the prompt counts, and the thought that it may open
         opens = prompt.count("<think>") > prompt.count("</think>")
@@ -191,13 +181,13 @@ def read_frame(render: Callable, special_tokens: Iterable[str], bos: str | None)
     first, second, _ = between(render([message("system", S), user], True), S, U)
     system_end, default = second.removesuffix(header), None
     if not first.startswith(begin):                         # without a system turn there is one
-        begin, default = "", without(begin, first).removesuffix(system_end)
+        begin, default = "", begin.removeprefix(first).removesuffix(system_end)
 
     thought = message("assistant", f"<think>\n{T}\n</think>\n\n{A}")
     kept = between(render([user, thought, more], True), U, A)[1].removeprefix(user_end + assistant)
-    return Chat(f"{without(first, begin)}{{content}}{system_end}",
+    return Chat(f"{first.removeprefix(begin)}{{content}}{system_end}",
                 f"{header}{{content}}{user_end}", f"{assistant}{{content}}{end}",
-                default_system=default, before_answer=without(last, assistant),
+                default_system=default, before_answer=last.removeprefix(assistant),
                 trims=f" {U} " not in render([message("user", f" {U} ")], True),
                 begin=None if begin == (bos or "") else begin,
                 prompt=None if prompt == last else prompt,
@@ -209,30 +199,26 @@ def check_frame(tokenizer: Tokenizer, render: Callable):
     white space and thoughts, or an answer another text than the template writes behind its prompt.
     """
     S, U, A, M, T = WORDS
-    turns = [message("system", S), message("user", U), message("assistant", A),
-             message("user", f"{M}? {M}\n{U}"), message("assistant", f"{A}, {M}."),
-             message("user", T)]
-    spaced = [{**turn, "content": f"\n {turn['content']} \n"} for turn in turns]
-    thoughtful = [{**turn, "content": f"<think>\n{T}\n</think>\n\n{turn['content']}"}
-                  if turn["role"] == "assistant" else turn for turn in turns]
-    is_written = render(turns[:3], False).startswith(render(turns[:2], True))
+    roles = "system", "user", "assistant", "user", "assistant", "user"
+    plain = [*map(message, roles, (S, U, A, f"{M}? {M}\n{U}", f"{A}, {M}.", T))]
+    spaced = [message(each["role"], f"\n {each['content']} \n") for each in plain]
+    thoughtful = [message(each["role"], f"<think>\n{T}\n</think>\n\n{each['content']}")
+                  if each["role"] == "assistant" else each for each in plain]
+    is_written = render(plain[:3], False).startswith(render(plain[:2], True))
+    ends = range(2, 7) if is_written else (2, 4, 6)             # of which even ones are prompts
     n_end = len(tokenizer.chat.assistant.split("{content}")[1])
-    for probe, start, end in product((turns, spaced, thoughtful), (0, 1), range(2, 7)):
-        messages, is_answer = probe[start:end], end % 2
-        if is_answer and not is_written:
-            continue
-        theirs = render(messages, not is_answer)
-        ids, _ = tokenizer.encode_chat(
-            messages, not is_answer and theirs != render(messages, False))
+    for probe, start, end in product((plain, spaced, thoughtful), (0, 1), ends):
+        turns, is_prompt = probe[start:end], end % 2 == 0
+        theirs = render(turns, is_prompt)
+        ids, _ = tokenizer.encode_chat(turns, is_prompt and theirs != render(turns, False))
         ours = tokenizer.decode(ids)
-        if is_answer:                                       # something may follow the last turn
+        if not is_prompt:                                       # something may follow the last turn
             theirs, ours = theirs[:len(ours) - n_end], ours[:-n_end]
         if theirs != ours:
             at = len(commonprefix([theirs, ours]))
             raise ValueError(f"it writes {theirs[at:at + 40]!r} after {theirs[:at][-40:]!r}, where "
                              f"{ours[at:at + 40]!r} is expected")
-        is_exact = probe is turns and not is_answer
-        if is_exact and tokenizer.encode(theirs, allow_special=True) != ids:
+        if is_prompt and probe is plain and tokenizer.encode(theirs, allow_special=True) != ids:
             raise ValueError(f"{theirs[:200]!r} has other tokens as one text")
 
 
@@ -332,8 +318,8 @@ OUR_PRE = "minidistill.tokenizer.pre"       # our own field, which others ignore
 LIKE_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
 PRE_TOKENIZERS = {                          # of equal ones, the first is written
     **dict.fromkeys(LIKE_LLAMA_3, LLAMA_3), "dbrx": LLAMA_3, "gpt-2": GPT2, "smollm": SMOLLM,
-    "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "tekken": TEKKEN, "gpt-4o": GPT_4O,
-    "deepseek-v3": DEEPSEEK_V3, "minidistill": PATTERN}
+    "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "megrez": QWEN2, "tekken": TEKKEN,
+    "gpt-4o": GPT_4O, "deepseek-v3": DEEPSEEK_V3, "minidistill": PATTERN}
 # A piece that is a token needs no merges; by default a text begins with bos.
 WHOLE_PIECES = (*LIKE_LLAMA_3, "tekken")
 
@@ -496,11 +482,8 @@ def read_bos(library: tokenizers.Tokenizer) -> str | None:
 def check_against_library(tokenizer: Tokenizer, library: tokenizers.Tokenizer):
     """Raise ValueError if the tokenizers library has other ids for PROBE."""
     probe = PROBE + "x".join(tokenizer.matched)
-    theirs, ours = library.encode(probe, add_special_tokens=False).ids, tokenizer.encode(probe)
-    if theirs != ours:
-        at = next((i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b), 0)
-        raise ValueError("the tokenizers library splits a text in another way than tiktoken, after "
-                         f"{tokenizer.decode(ours[:at])[-20:]!r}")
+    if library.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
+        raise ValueError("the tokenizers library splits a text in another way than tiktoken")
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str | Path):
@@ -527,7 +510,7 @@ def to_library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     library = tokenizers.Tokenizer(models.BPE(
         tokenizer.special_tokens | tokens,
         [tuple(map(to_letters, pair)) for pair in merges.values()],
-        ignore_merges=bool(needs_no_merge(tokenizer.ranks, merges))))
+        ignore_merges=any(len(token) > 1 and token not in merges for token in tokenizer.ranks)))
     library.pre_tokenizer = split_by(tokenizer.pattern)
     library.decoder = decoders.ByteLevel()
     if tokenizer.normalization:

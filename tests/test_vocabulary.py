@@ -392,7 +392,7 @@ def test_a_name_that_gguf_does_not_have_is_refused(libraries, tmp_path):
     with pytest.raises(ValueError, match="tokenizer.ggml.pre is 'chatglm-bpe'; known are llama-bpe, llama3, llama-v3"):
         from_gguf(gguf_fields([], [], [], "chatglm-bpe"))
     assert all(PRE_TOKENIZERS[name] == LLAMA_3 for name in ("llama-v3", "falcon3", "pixtral", "dbrx"))
-    assert PRE_TOKENIZERS["deepseek-r1-qwen"] == QWEN2
+    assert PRE_TOKENIZERS["deepseek-r1-qwen"] == PRE_TOKENIZERS["megrez"] == QWEN2
     tokenizer = read_tokenizer_json(saved(libraries["gpt2"], tmp_path))
     assert tokenizer.pattern == PRE_TOKENIZERS["gpt-2"] == GPT2 and PRE_TOKENIZERS["smollm"] == SMOLLM
     lowercase = Tokenizer(r"[a-z]+|.", tokenizer.special_tokens, tokenizer.ranks, chat=tokenizer.chat)
