@@ -107,7 +107,7 @@ def main():
     if args.png:
         tree.draw(args.png, before if before.asked else None)
     Logger(f"round {args.round}: {len(counted):,} questions on {len(tree.leaves()):,} leaves, the "
-           f"weakest is {spell(tree.weakest(1)[0])}. Wrote {args.out}")
+           f"weakest is {spell(tree.weakest())}. Wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -139,13 +139,12 @@ class AbilityTree:
             row = {"round": round, "asked": len(right), "correct": sum(right)}
             leaf.history = [*(old for old in leaf.history if old["round"] < round), row]
 
-    def weakest(self, n: int) -> list[tuple[str, ...]]:
-        """The paths of the n leaves of the lowest posterior mean, the lowest first."""
+    def weakest(self) -> tuple[str, ...]:
+        """The path of the leaf of the lowest posterior mean."""
         leaves = self.leaves()
-        return sorted(leaves, key=lambda path: (leaves[path].posterior(), path))[:n]
+        return min(leaves, key=lambda path: (leaves[path].posterior(), path))
 
-    def weights(self, smoothing: float = 1.0, floor: float = 0.02,
-                power: float = 1.0) -> dict[tuple[str, ...], float]:
+    def weights(self, floor: float = 0.02, power: float = 1.0) -> dict[tuple[str, ...], float]:
         """{path of a leaf: its share of the new questions}, which sum to 1:
 
             floor / n + (1 - floor) * weakness / sum(weakness)
@@ -154,7 +153,7 @@ class AbilityTree:
         The floor, in equal parts for all n leaves, tests strong leaves again, or nobody would
         notice that they are forgotten. power 0: equal shares; above 1: mostly the weakest leaves.
         """
-        weakness = {path: 1 - leaf.posterior(smoothing) for path, leaf in self.leaves().items()}
+        weakness = {path: 1 - leaf.posterior() for path, leaf in self.leaves().items()}
         weakness = {path: weak ** power for path, weak in weakness.items()}
         total = sum(weakness.values())
         return {path: floor / len(weakness) + (1 - floor) * weak / total

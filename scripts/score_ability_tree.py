@@ -51,12 +51,12 @@ def share_right(rows: list[dict]) -> float:
 
 
 def questions(workflow: Path) -> dict[str, float]:
-    """Of all rounds; {} without a workflow."""
+    """Of all rounds."""
     names = "C_distill_data/distill.jsonl", "D_validated_data/valid.jsonl"
     written, kept = ([row for path in sorted(workflow.glob(f"iteration_*/{name}"))
                       for row in read_each(path, dict)] for name in names)
     return {"written": len(written), "kept": len(kept), "right": share_right(written),
-            "right_kept": share_right(kept)} if kept else {}
+            "right_kept": share_right(kept)}
 
 
 def main():

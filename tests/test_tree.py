@@ -146,10 +146,9 @@ def test_results_that_do_not_fit_change_nothing(tree, path, round, why):
 
 # ---- new questions -------------------------------------------------------------------------------
 
-def test_the_weakest_come_first_and_ties_go_by_path(tree):
+def test_the_weakest_has_the_lowest_mean_and_ties_go_by_path(tree):
     # posterior means: add 10/12, mul 2/4, herb 1/2; clinic stands before math
-    assert tree.weakest(9) == [HERB, MUL, ADD]
-    assert tree.weakest(1) == [HERB]
+    assert tree.weakest() == HERB
 
 
 def test_shares_are_proportional_to_weakness_with_an_equal_part_for_all(tree):
@@ -157,8 +156,6 @@ def test_shares_are_proportional_to_weakness_with_an_equal_part_for_all(tree):
     assert tree.weights(floor=0) == pytest.approx({ADD: 1 / 7, MUL: 3 / 7, HERB: 3 / 7})
     assert tree.weights(floor=0.3) == pytest.approx({ADD: 0.2, MUL: 0.1 + 0.3, HERB: 0.1 + 0.3})
     assert tree.weights(power=2, floor=0) == pytest.approx({ADD: 1 / 19, MUL: 9 / 19, HERB: 9 / 19})
-    # smoothing 4: 13/18, 5/10, 1/2, so that add's weakness is 5/18
-    assert tree.weights(smoothing=4, floor=0)[ADD] == pytest.approx(5 / 23)
 
 
 def test_shares_sum_to_one_and_none_is_below_its_floor(tree):
