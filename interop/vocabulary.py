@@ -240,8 +240,10 @@ def read_template(template: str | None, special_tokens: dict[str, int], tokens: 
         try:
             render = renderer(template, tokens)
             chat = read_frame(render, special_tokens, bos)
-            tokenizer = make(["<think>", "</think>"] if chat.reframes else [], chat=chat,
-                             end_of_text=end, template={"chat_template": template, **tokens})
+            thoughts = [name for name in ("<think>", "</think>")
+                        if chat.reframes and name in special_tokens]
+            tokenizer = make(thoughts, chat=chat, end_of_text=end,
+                             template={"chat_template": template, **tokens})
             check_frame(tokenizer, render)
             return tokenizer
         except Exception as error:                          # whatever a foreign program may raise
@@ -300,9 +302,8 @@ def byte_level(vocab: dict[str, int], merges: Iterable[list[str]], pattern: str,
     drops_bytes = any(bytes([value]) not in ranks for value in range(256))
 
     def make(thoughts=(), **about):
-        both = dict.fromkeys([*matched, *(name for name in thoughts if name in special_tokens)])
         return Tokenizer(pattern, special_tokens, ranks, drops_bytes=drops_bytes, bos=bos,
-                         matched=both, **about, **options)
+                         matched=dict.fromkeys([*matched, *thoughts]), **about, **options)
 
     return read_template(chat_template, special_tokens, tokens, bos, make)
 

@@ -15,9 +15,10 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
-from multiprocessing.pool import ThreadPool
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ SPECIAL_TOKENS = {text: i for i, text in enumerate((
 ROLES = ("system", "user", "assistant")
 
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+N_THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Chat:
         """What an answer begins with before its content: the end of a thought that the prompt
         opens, or a space."""
         header, prompt = self.headers
-        return "" if self.prompt is None else (header + self.before_answer).removeprefix(prompt)
+        return (header + self.before_answer).removeprefix(prompt)
 
     def answer(self, content: str, is_last: bool) -> str:
         """The assistant's content as its template writes it: an earlier answer as `thoughts` says,
@@ -276,7 +278,10 @@ class Tokenizer:
         texts = list(texts)
         if len(texts) < 32:                 # handing them to threads takes longer
             return [self.encode(text) for text in texts]
-        return threads(os.getpid()).map(self.encode, texts)
+        size = 1 + len(texts) // (4 * N_THREADS)
+        shares = [texts[start:start + size] for start in range(0, len(texts), size)]
+        encoded = threads(os.getpid()).map(lambda share: [*map(self.encode, share)], shares)
+        return [*chain.from_iterable(encoded)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Incomplete characters and ids without a token become U+FFFD."""
@@ -316,16 +321,14 @@ class Tokenizer:
         contents = iter(self.encode_batch(text for turns in framed for _, text, _, _ in turns))
         encoded = []
         for turns in framed:
-            ids, targets = list(self._begin), [False] * len(self._begin)
-            for header, _, end, is_target in turns:
-                content = next(contents)
-                turn = [*header, *content, *end]
-                learned = [is_target] * (len(content) + 1)      # and the end of the turn, end[0]
-                mask = [False] * len(header) + learned + [False] * len(end)
-                ids += turn
-                targets += mask[:len(turn)]
-            prompt = self._prompt if add_generation_prompt else []
-            encoded.append((ids + prompt, targets + [False] * len(prompt)))
+            parts = [(self._begin, False)]                      # (ids, whether they are targets)
+            for header, _, end, is_target in turns:             # end[0] ends the turn
+                parts += [(header, False), (next(contents), is_target), (end[:1], is_target),
+                          (end[1:], False)]
+            if add_generation_prompt:
+                parts.append((self._prompt, False))
+            encoded.append(([i for ids, _ in parts for i in ids],
+                            [is_target for ids, is_target in parts for _ in ids]))
         return encoded
 
     def _frame(self, messages: list[dict]) -> Iterator[tuple[list[int], str, list[int], bool]]:
@@ -370,9 +373,9 @@ class Tokenizer:
         """One token per line, such as [272, " t"], or [416, [228, 189]] for the bytes of an
         incomplete character, which JSON cannot hold. Options that are not the default follow."""
         to_json = json.JSONEncoder(ensure_ascii=False, default=vars).encode
-        special_tokens = dict(sorted(self.special_tokens.items(), key=lambda item: item[1]))
-        tokens = sorted(self.ranks.items(), key=lambda item: item[1])
-        lines = ",\n".join(to_json([i, as_text_or_bytes(token)]) for token, i in tokens)
+        special_tokens = {name: i for i, name in sorted(self.names.items())}
+        lines = ",\n".join(to_json([self.ranks[token], as_text_or_bytes(token)])
+                           for token in sorted(self.ranks, key=self.ranks.get))
         options = "".join(f',\n"{key}": {to_json(value)}' for key, value in self.options.items()
                           if key != without)
         return (f'{{\n"pattern": {to_json(self.pattern)},\n'
@@ -381,9 +384,9 @@ class Tokenizer:
 
 
 @cache
-def threads(process_id: int) -> ThreadPool:
+def threads(process_id: int) -> ThreadPoolExecutor:
     """One pool for all texts: tiktoken keeps memory for each new thread. A fork needs its own."""
-    return ThreadPool(min(8, os.cpu_count() or 1))
+    return ThreadPoolExecutor(N_THREADS)
 
 
 def as_text_or_bytes(token: bytes) -> str | list[int]:

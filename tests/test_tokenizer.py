@@ -130,7 +130,7 @@ SUM = [{"role": "system", "content": "算"}, user("2+3="), assistant("5"), user(
 def test_a_conversation_decodes_to_its_chatml(tokenizer):
     ids, _ = tokenizer.encode_chat(SUM[1:3])
     chatml = "<|im_start|>user\n2+3=<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n"
-    assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode_chat(SUM[1:3])[0]) == chatml
+    assert tokenizer.decode(ids) == chatml
 
 
 def test_only_the_words_of_the_assistant_and_their_end_are_targets(tokenizer):
