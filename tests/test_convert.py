@@ -447,7 +447,7 @@ def test_logits_in_small_blocks_give_the_same_scores(files, byte_tokenizer, monk
     monkeypatch.setattr(scoring, "LOGIT_BYTES", 5 * 4 * 272)                # 5 rows at once, of some hundred
     for a, b in zip(scoring.score(model, tokenizer, conversations, other), whole, strict=True):
         assert a.log_p == pytest.approx(b.log_p, rel=1e-5) and a.kl == pytest.approx(b.kl, rel=1e-4, abs=1e-6)
-        assert a[1:4] == b[1:4] and a.positions == b.positions
+        assert a[1:4] == b[1:4] and a.right == b.right
 
 
 def test_a_report_on_texts_alone_has_no_picture_and_names_none(files, tmp_path):
