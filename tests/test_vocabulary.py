@@ -350,7 +350,7 @@ def test_between_chat_tokens_the_ids_of_a_conversation_are_those_of_its_text(lib
      "post_processor makes ['"),
     ("added_tokens.0.lstrip", True, "strips or needs white space"),
     ("model.vocab.▁the", 900, "token '▁the': '▁' stands for no byte"),
-    ("model.vocab.zzzz", 900, "no merge makes token b'zzzz', which tiktoken would find"),
+    ("model.vocab.zzzz", 900, "its merges join other tokens than tiktoken"),
     ("model.merges.0", ["Ħ", "ħ"], "the tokenizers library cannot read it"),
 ])
 def test_what_cannot_be_the_same_is_refused_with_the_reason(libraries, tmp_path, part, value, said):
@@ -376,10 +376,9 @@ def small(merges, tokens):
 
 def test_merges_in_another_order_than_the_ids_or_too_few_of_them_are_refused():
     assert small(["b c", "a b", "a bc"], ["bc", "ab", "abc"]).encode("abc") == [258]
-    with pytest.raises(ValueError, match="its merges are not in the order of the ids"):
-        small(["a b", "b c", "a bc"], ["bc", "ab", "abc"])
-    with pytest.raises(ValueError, match="no merge of b'a' and b'bc', which tiktoken joins"):
-        small(["b c", "a b", "ab c"], ["bc", "ab", "abc"])
+    for merges in (["a b", "b c", "a bc"], ["b c", "a b", "ab c"], ["b c", "a b"]):
+        with pytest.raises(ValueError, match="its merges join other tokens than tiktoken"):
+            small(merges, ["bc", "ab", "abc"])
 
 
 def test_a_pattern_that_the_library_runs_otherwise_is_refused(tmp_path):
