@@ -1,5 +1,5 @@
 """
-能力树蒸馏：考学生，找出能力树上弱的叶子，让教师为它们出题，两个代理验题，蒸馏，再来一轮。
+能力树蒸馏：给学生考试，找出薄弱的叶子，让教师为它们出题，两个代理验题，再蒸馏；然后进入下一轮。
 Distillation guided by an ability tree: examine the student, find its weak leaves, have the teacher
 write questions for them, let two agents check these, distil, and begin again.
 

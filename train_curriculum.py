@@ -1,5 +1,5 @@
 """
-三阶段领域蒸馏：先学通用数据，再让领域数据的份额逐步增大，最后专攻领域里最弱的类别。
+三阶段领域蒸馏：先学通用数据，再逐步增大领域数据的比例，最后专攻领域里最弱的类别。
 Curriculum distillation in three stages: general data first, then a growing share of a domain, then
 the domain's weakest categories.
 

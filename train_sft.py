@@ -1,5 +1,5 @@
 """
-监督微调：同一个循环，只有助手的词元计入损失。
+有监督微调：同一个循环，只有助手的词元计入损失。
 Supervised fine-tuning: the same loop as pretraining, but only the assistant's tokens are targets.
 
     loss = - mean over the assistant's tokens of log q(token | the conversation before it)

@@ -1,5 +1,5 @@
 """
-代理：把一批对话交给一个模型，取回一批答复；模型在本地，或在一个 OpenAI 式的接口后面。
+代理：把一批对话交给一个模型，取回一批答复；模型在本地，或通过 OpenAI 兼容的 API 调用。
 Agents: generate(conversations, max_new_tokens, temperature=0.0, seed=0) returns a reply to each
 conversation, stripped, "" for none. Temperature 0 is greedy. Above 0 a reply depends on the seed
 and the other conversations of the call; equal conversations get different replies.

@@ -1,5 +1,5 @@
 """
-建初始能力树：从领域名出发，让代理逐层细分；或直接从能力文件里读出。
+建初始能力树：让代理从领域名逐层细分，或直接由能力文件建成。
 The initial ability tree: an agent divides a domain level by level; or the paths of ability files.
 
     python -m ability_tree.create_initial_tree --domain "clinical medicine" --depth 3 --breadth 8 \\

@@ -1,5 +1,5 @@
 """
-出题：哪片叶子弱，就多给哪片叶子出题，由教师参照真题来写；重复的、读不懂的都退回并记下原因。
+出题：教师参照真题出新题，越薄弱的叶子题越多；重复的、读不懂的都退回并记下原因。
 New questions for weak leaves: the weaker a leaf, the larger its share (AbilityTree.weights). The
 teacher writes them after the example of real ones.
 

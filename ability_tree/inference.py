@@ -1,5 +1,5 @@
 """
-考模型：给每个选项的文字打分，最可能的那一个就是它的回答。
+考试：给每个选项的文字打分，最可能的选项就是模型的回答。
 Examination: the model's answer to a multiple-choice question is the option of the highest
 log-probability.
 

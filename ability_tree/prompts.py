@@ -1,5 +1,5 @@
 """
-提示与回复：每个请求怎样措辞，每条回复怎样读懂；读不懂就说明原因，绝不猜。
+提示与回复：每个请求怎样措辞，每条回复怎样解析；读不懂就说明原因，绝不猜。
 Prompts and replies: the wording of each request and the parsing of each reply. The read_... methods
 raise ValueError for a reply that cannot be read: the kind of problem, a colon, the case. A path is
 a tuple of names from the root, which is the domain.

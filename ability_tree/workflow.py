@@ -1,5 +1,5 @@
 """
-工作流：逐步运行命令；同样的命令、同样的输入已做完的步骤跳过，中断的接着做。
+工作流：逐步运行命令；命令和输入都没变、已经做完的步骤跳过，中断的步骤接着做。
 A workflow: commands that run one after the other, each into a folder of its own, with a manifest of
 the command and the hashes of its inputs and outputs. A step that has finished is skipped, one that
 was interrupted resumes; the folder of another command is renamed to FOLDER.previous.

@@ -1,5 +1,5 @@
 """
-课程的两方数据：通用与领域。按问题留出评测部分，再按份额混合。
+领域课程的两部分数据：通用与领域。按问题留出评测部分，再按比例混合。
 The two sides of a curriculum's data, general and domain: opened, held out by question, and mixed.
 """
 

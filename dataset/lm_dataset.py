@@ -1,5 +1,5 @@
 """
-文本变成词元流：只分词一次，写成内存映射文件；第 k 步用哪些样本，与进程数和微批数无关。
+文本变成词元流：只分词一次，写成内存映射文件；第 k 步用哪些样本，与进程数和微批次数无关。
 Text becomes packed token batches: tokenised once into a memory-mapped file. Optimizer step k sees
 the same samples for any number of micro-batches and processes. Sequence packing: the samples of a
 batch follow each other without padding. Targets are the assistant's tokens and its end of turn.

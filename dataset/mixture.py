@@ -1,5 +1,5 @@
 """
-几类数据按份额混合：份额随训练步变化，评测之后可以重新分配；断点续训只需记下改过什么。
+几类数据按比例混合：比例逐步变化，评测之后可以重新分配；断点续训只需记下改过什么。
 Several kinds of data in one stream. The shares change from step to step, and an evaluation may
 redistribute them. Systematic sampling (Madow & Madow 1944, On the Theory of Systematic Sampling,
 I): a comb of n teeth over the shares, at a random offset, takes the n samples of a step. So a step

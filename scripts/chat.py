@@ -1,5 +1,5 @@
 """
-对话：与任意一个检查点聊天，逐字输出，多轮。
+对话：与任意一个模型聊天，逐词元输出，记得前面的对话。
 Chat with any model. It answers token by token and remembers the conversation.
 
     python scripts/chat.py --weights out/full_dist_64.pth

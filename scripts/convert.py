@@ -1,5 +1,5 @@
 """
-转换：任何能读的模型，写成 Hugging Face 文件夹、GGUF 或我们的 .pth；也可量化，或取平均。
+转换：把能读的模型写成 Hugging Face 文件夹、GGUF 或我们的 .pth；可以量化，也可以取几个模型的平均。
 Conversion: any model that can be read becomes a Hugging Face folder, a GGUF file or a .pth of ours,
 which may be quantised; or several become the mean of their weights. A Modelfile for Ollama stands
 beside a GGUF file, and a model card, README.md, in a folder.

@@ -1,5 +1,5 @@
 """
-评测：一个或多个模型，在同一批测试题上，并排成表。
+评测：一个或多个模型在同样的测试题上的成绩，并排成表。
 Evaluation: one or several models on the same test files, side by side in one table.
 
     python scripts/evaluate.py --weights out/full_sft_64.pth out/full_dist_64.pth

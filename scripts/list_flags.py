@@ -1,5 +1,5 @@
 """
-列出每个脚本的全部标志，写成 docs/flags.md。
+列出每个脚本的全部参数，写成 docs/flags.md。
 List the flags of every script as one Markdown page, read from the scripts' own parsers.
 
     python scripts/list_flags.py --out docs/flags.md

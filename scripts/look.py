@@ -1,5 +1,5 @@
 """
-看分布：几个模型对同一个回答，逐个词元的下一词元分布，并排放在一起。
+看分布：对同一个回答，把几个模型在每个词元处的预测并排显示。
 Look at distributions: what several models predict at each token of one answer, side by side.
 
     python scripts/look.py "what does zizez drink?" --temperature 1 2 4 \\

@@ -1,5 +1,5 @@
 """
-经验成对：同一个问题写两遍，给教师的一遍前面多一段同类任务的示范；整组留出作测试。
+经验配对：同一个问题写两份，给教师的那份前面多一段同类任务的示范；整组留出作测试。
 Pairs for context distillation: each question twice, for the teacher after a demonstration.
 
     Q     what the student reads:   the row unmodified

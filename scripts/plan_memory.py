@@ -1,5 +1,5 @@
 """
-显存规划：每一项都写出算式，告诉你多大的模型在几块 GPU 上放得下。
+内存规划：多大的模型在几块 GPU 上放得下，每一项都写出算式。
 What fits where: the memory of a training run, each term with its formula.
 
     python scripts/plan_memory.py                        a table: model sizes by numbers of GPUs

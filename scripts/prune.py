@@ -1,5 +1,5 @@
 """
-剪枝：从教师得到更小的学生：只留指定的层，或去掉校准数据上最不重要的层、头、前馈单元、维度与专家。
+剪枝：由教师得到更小的学生，只留指定的层，或去掉校准数据上最不重要的层、头、前馈单元、维度与专家。
 Pruning: a smaller student from a teacher, with the layers that are named, or without the layers,
 heads, FFN units, dimensions and experts that matter least on a few rows of data (model/prune.py).
 

@@ -1,5 +1,5 @@
 """
-成绩单：学生与教师并排：大小、速度、质量、蒸馏所费，一页 Markdown 和一张图。
+成绩单：学生与教师并排比较大小、速度、质量和蒸馏的开销，一页 Markdown 和一张图。
 Report card: students beside their teacher, in size, speed, quality and cost of the distillation.
 One page of Markdown and one picture.
 

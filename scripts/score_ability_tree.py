@@ -1,5 +1,5 @@
 """
-能力树的成绩：学生在弱叶子与全部叶子上的正确率，以及教师出的题有多少是对的。
+能力树的成绩：学生在薄弱叶子与全部叶子上的正确率，以及教师出的题有多少是对的。
 Scores of the ability tree in the embedded world: {LABEL: [{weak, all, written, kept, right, ...}]}.
 
     python scripts/score_ability_tree.py --json s.json \\

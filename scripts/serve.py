@@ -1,5 +1,5 @@
 """
-服务：用 OpenAI 的协议提供一个或几个模型；教师可以在另一台机器上。
+服务：用 OpenAI 的协议提供一个或几个模型；别的机器上的学生可以拿它作教师。
 Serve models with OpenAI's protocol: for clients, for the page at /, and as teachers of students
 elsewhere.
 
