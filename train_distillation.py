@@ -241,6 +241,10 @@ def distill(teacher, student, train_loader, epochs, *, args, world):
     loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
                          world.device)
     loader = read_ahead(loader, teacher, stop, args.accumulation_steps)
+    if val_data is not None and args.eval_interval and progress.steps_done == 0:
+        scores = evaluate(student, in_order(val_data, world.rank, world.size), world.device,
+                          dtype=world.dtype, teachers=teacher, temperature=args.temperature)
+        log.row(0, wandb, **scores)         # where the student starts
     for epoch in progress.epochs(data.steps_per_epoch):
         train_epoch(epoch, wandb, args.alpha, args.temperature, teachers=teacher,
                     args=args, world=world, name=name, student=student, tokenizer=tokenizer,

@@ -142,6 +142,10 @@ def main():
     Logger(f"loss = CE; {progress.total_steps} steps of {data.step_samples} samples")
     loader = make_loader(data, progress.steps_done, progress.total_steps, args.num_workers,
                          world.device)
+    if val_data is not None and args.eval_interval and progress.steps_done == 0:
+        scores = evaluate(student, in_order(val_data, world.rank, world.size), world.device,
+                          dtype=world.dtype)
+        log.row(0, wandb, **scores)         # where the student starts
     for epoch in progress.epochs(data.steps_per_epoch):
         train_epoch(epoch, wandb,
                     args=args, world=world, name=name, student=student, tokenizer=tokenizer,

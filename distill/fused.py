@@ -283,6 +283,7 @@ def compare(hidden, head, targets, teacher=(), matched=None,
     ce, teacher_ce      cross-entropy with the labels
     student_entropy     and the teacher's, `entropy`: the lowest CE on labels sampled from it
     ece, teacher_ece    (BINS,) `calibration_gaps`
+    teacher_accuracy    positions where the teacher's top-1 token is the label
     kl                  KL(teacher || student)
     agreement           positions where both have the same top-1 token
     overlap             share of the TOP most likely tokens that both have in common. Li et al.
@@ -325,6 +326,7 @@ def compare(hidden, head, targets, teacher=(), matched=None,
                               "overlap": same.sum() / same.shape[-1],
                               "acceptance": torch.minimum(p, q).sum(),
                               "teacher_ce": -log_p.gather(1, labels).sum(),
+                              "teacher_accuracy": (top_p.indices[:, :1] == labels).sum(),
                               "teacher_ece": calibration_gaps(top_p, labels)}
             sums = {name: sums.get(name, 0) + value for name, value in found.items()}
     return sums

@@ -21,6 +21,7 @@ from evaluation.tables import aligned
 from interop.checkpoint import load_model
 from model.generate import generate
 from runtime.args import by_name, checking_input, make_parser, parse_args
+from runtime.pictures import new_figure, save_picture
 
 PLAUSIBLE = 0.01
 
@@ -53,6 +54,23 @@ def table(found: dict[str, dict[str, float]]) -> str:
     return aligned(rows, "l" * len(rows[0]))
 
 
+def draw(panels: dict[str, dict], n_columns: int, path: Path):
+    """A panel of bars for each title: the probabilities. Columns are filled one after the other."""
+    n_rows = len(panels) // n_columns
+    figure = new_figure(1 + 3 * n_columns, 0.6 + 2.4 * n_rows)
+    grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True)
+    for axis, (title, found) in zip(grid.T.flat, panels.items()):
+        height = 0.8 / len(found)
+        for i, (model, of) in enumerate(found.items()):
+            names = [name for name in of if "nats" not in name]
+            places = [place + (i + 0.5) * height - 0.4 for place in range(len(names))]
+            axis.barh(places, [of[name] for name in names], height, label=model)
+        axis.set_yticks(range(len(names)), names)
+        axis.set(title=title, xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(found))
+    save_picture(figure, path)
+
+
 def text(tokenizer, token: int) -> str:
     """A token on one line, with visible spaces; one that is no whole character by its id."""
     decoded = tokenizer.decode([token]).replace("\n", "\\n").replace(" ", "·")
@@ -69,6 +87,7 @@ def main():
     add("--temperature", nargs="+", type=float, default=[1.0], help="softmax temperatures")
     add("--top_k", type=int, default=5, help="number of tokens shown, by probability")
     add("--max_new_tokens", type=int, default=8, help="maximum length of an answer, in tokens")
+    add("--out", type=Path, default=Path("out/look.png"), help="picture to write, FILE.png")
     args = parse_args(parser, top_k="[1, 100]")
 
     with checking_input():
@@ -83,16 +102,19 @@ def main():
         answer = [*answer, tokenizer.end_of_turn][:n]
 
     ids = torch.tensor(prompt + answer[:-1])        # one pass reads the answer of each model
-    at = torch.arange(len(prompt) - 1, len(ids))
+    at, panels = torch.arange(len(prompt) - 1, len(ids)), {}
     with torch.inference_mode():
         logits = {name: model(ids, [len(ids)], at=at).logits for name, (model, _) in loaded.items()}
     for i, token in enumerate(answer):
         here = {name: each[i] for name, each in logits.items()}
         names = {each: text(tokenizer, each) for each in shown(here, args.top_k)}
         for temperature in args.temperature:
-            print(f"token {i + 1}: {text(tokenizer, token)}, T = {temperature:g}\n"
-                  f"{table(measures(here, names, temperature))}\n")
-    print(f"implausible: below {PLAUSIBLE:.0%} in {first} at T = 1. KL: of {first} to the model.")
+            title = f"token {i + 1}: {text(tokenizer, token)}, T = {temperature:g}"
+            panels[title] = measures(here, names, temperature)
+            print(f"{title}\n{table(panels[title])}\n")
+    draw(panels, len(answer), args.out)
+    print(f"implausible: below {PLAUSIBLE:.0%} in {first} at T = 1. KL: of {first} to the model. "
+          f"The picture is {args.out}.")
 
 
 if __name__ == "__main__":

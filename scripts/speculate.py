@@ -30,6 +30,7 @@ from interop.checkpoint import load_model
 from model.generate import column_major
 from model.transformer import KVCache
 from runtime.args import by_name, checking_input, make_parser, parse_args
+from runtime.pictures import new_figure, save_picture
 
 
 class Round(NamedTuple):
@@ -88,6 +89,22 @@ def speculate(target, draft, prompt: list[int], n_draft: int, max_new_tokens: in
         yield Round(tokens, n_accepted, n_judged, torch.minimum(p, q)[:n_judged].sum().item())
 
 
+def draw(found: dict[str, tuple[float, float]], n_draft: int, path: Path):
+    """Tokens per pass against a: the formula, 1 + a + ... + a^n, and the drafts.
+    found: {name: (a, tokens per pass)}"""
+    figure = new_figure(6, 4)
+    axis = figure.subplots()
+    a = torch.linspace(0, 1, 101)
+    axis.plot(a, sum(a ** i for i in range(n_draft + 1)), "k--", label="answers without an end")
+    for i, (name, point) in enumerate(sorted(found.items(), key=lambda item: item[1])):
+        axis.plot(*point, "C0o")
+        place, side = ((8, -12), "left") if i % 2 else ((-6, 8), "right")
+        axis.annotate(name, point, place, textcoords="offset points", ha=side)
+    axis.set(xlabel="a, share of drafts that are accepted", ylabel="tokens per pass of the target")
+    axis.legend(loc="upper left")
+    save_picture(figure, path)
+
+
 def main():
     # 1. Arguments
     parser = make_parser(__doc__)
@@ -100,6 +117,7 @@ def main():
     add("--n_draft", type=int, default=4, help="tokens drafted per pass of the target")
     add("--temperature", type=float, default=1.0, help="sampling temperature; 0: greedy decoding")
     add("--max_new_tokens", type=int, default=64, help="maximum length of an answer, in tokens")
+    add("--out", type=Path, default=Path("out/speculate.png"), help="picture to write, FILE.png")
     args = parse_args(parser, temperature="[0, inf)")
 
     with checking_input():
@@ -134,15 +152,19 @@ def main():
                 print("\n".join(shown))
 
     # 4. Table
-    table = [["", "accepted %", "a %", "tokens per pass", "tokens/s"]]
+    table, points = [["", "accepted %", "a %", "tokens per pass", "tokens/s"]], {}
     for name in drafts:
         tokens, *counts = zip(*rounds[name])
         n_accepted, n_judged, expected = map(sum, counts)
         shares = [f"{100 * n / n_judged:.1f}" if n_judged else "" for n in (n_accepted, expected)]
         n = sum(map(len, tokens))
+        if n_judged:
+            points[name] = expected / n_judged, n / len(tokens)
         table.append([name, *shares, f"{n / len(tokens):.2f}", f"{n / seconds[name]:,.0f}"])
     print(f"\n{markdown(table)}\n\n[ ]: accepted drafts; accepted: of the drafts up to the first "
-          "rejection; a: the mean of sum min(p, q) there; tokens/s: of CPU time")
+          f"rejection; a: the mean of sum min(p, q) there; tokens/s: of CPU time. The picture is "
+          f"{args.out}")
+    draw(points, args.n_draft, args.out)
 
 
 if __name__ == "__main__":

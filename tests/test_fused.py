@@ -400,6 +400,7 @@ def test_compare_adds_up_what_numpy_adds_up(teacher):
         "student_entropy": entropy(q), "overlap": overlap(p, q),
         "acceptance": np.minimum(p, q).sum(),
         "teacher_ce": -np.log(p[np.arange(S), targets]).sum(),
+        "teacher_accuracy": (p.argmax(axis=1) == targets.numpy()).sum(),
         "agreement": (p.argmax(axis=1) == q.argmax(axis=1)).sum()}, rel=1e-4)
     for own, name in ((q, "ece"), (p, "teacher_ece")):
         assert gaps[name].abs().sum().item() / S == pytest.approx(ece(own, targets.numpy()))

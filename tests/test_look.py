@@ -66,11 +66,12 @@ def test_the_answer_is_the_first_model_s_greedy_one_or_the_given_one(models, tmp
     model, tokenizer = load_model(models / "teacher.pth")
     prompt = tokenizer.encode_chat([{"role": "user", "content": "3 plus 4?"}], True)[0]
     greedy = generate(model, [prompt], 2)[0]
-    options = dict(weights=weights, top_k=3)
+    options = dict(weights=weights, out=tmp_path / "look.png", top_k=3)
     printed = succeed("scripts/look.py", "3 plus 4?", max_new_tokens=2, temperature=[1, 4], **options)
     assert len(titles(printed)) == 4 and printed.count("KL, nats") == 4
     assert [title.split(", T")[0] for title in titles(printed)[::2]] == [
         f"token {i}: {text(tokenizer, token)}" for i, token in enumerate(greedy, 1)]
+    assert (tmp_path / "look.png").read_bytes()[:4] == b"\x89PNG"
     printed = succeed("scripts/look.py", "3 plus 4?", answer="7 8", **options)
     assert titles(printed) == ["token 1: 7, T = 1", "token 2: ·, T = 1", "token 3: 8, T = 1",
                                "token 4: <|im_end|>, T = 1"]

@@ -146,9 +146,11 @@ def test_prompt_and_answer_fit_into_both_contexts(tiny):
 # -- the script ------------------------------------------------------------------------------------
 
 
-def test_the_script_compares_drafts_and_marks_what_is_accepted(models, data):
+def test_the_script_compares_drafts_and_marks_what_is_accepted(models, data, tmp_path):
     printed = succeed("scripts/speculate.py", weights=models / "teacher.pth", data=data / "val.jsonl", limit=3, samples=1,
-                      draft=[f"small={models}/student.pth", f"self={models}/teacher.pth"], max_new_tokens=9, n_draft=2)
+                      draft=[f"small={models}/student.pth", f"self={models}/teacher.pth"], max_new_tokens=9, n_draft=2,
+                      out=tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert printed.startswith("> ") and printed.count("\n> ") == 0 and "    self: [" in printed
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
     assert [row[0] for row in table[2:]] == ["no draft", "small", "self"]

@@ -65,7 +65,8 @@ def test_a_row_shows_each_term_of_the_loss_and_a_validation_the_true_kl(processe
     terms = {"alpha": 0.5, "temperature": 2.0, "feature_weight": 1.0, "attention_weight": 1.0, "relation_heads": 2,
              "contrastive_weight": 1.0, "processes": processes}
     succeed(SCRIPT, **flags | terms | {"val_path": data / "val.jsonl"})
-    row, validation = rows(tmp_path / f"out/{FILE}.jsonl")
+    start, row, validation = rows(tmp_path / f"out/{FILE}.jsonl")
+    assert start["step"] == 0 and start["val_teacher_ce"] == validation["val_teacher_ce"]
     for term in ("ce", "kd", "feature", "attention", "contrastive"):
         assert row[term] > 0
     assert validation["val_kl"] > 0 and 0 < validation["val_entropy"] < np.log(1024) and 0 <= validation["val_agreement"] <= 1
@@ -80,7 +81,7 @@ def test_two_processes_validate_like_one(flags, data, tmp_path):
                                    "batch_size": 8 // processes}, processes=processes)
         found.append({name: value for name, value in rows(tmp_path / f"{processes}/{FILE}.jsonl")[-1].items() if "val_" in name})
     assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0].keys() >= {
-        "val_overlap", "val_acceptance", "val_ece", "val_teacher_ece", "val_entropy", "val_student_entropy"}
+        "val_overlap", "val_acceptance", "val_ece", "val_teacher_ece", "val_teacher_accuracy", "val_entropy", "val_student_entropy"}
 
 
 # -- several teachers ------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def test_a_teacher_of_other_tokens_teaches_by_its_bytes(flags, byte_teacher, tmp
     for processes in (1, 2):
         succeed(SCRIPT, **other | {"batch_size": 8 // processes, "out_dir": tmp_path / str(processes)},
                 divergence="gold", processes=processes)
-        first, last = rows(tmp_path / f"{processes}/{FILE}.jsonl")
+        _, first, last = rows(tmp_path / f"{processes}/{FILE}.jsonl")
         assert first["kd"] > 0 and last["val_kl"] > 0 and "val_agreement" not in last
     assert close(learned(tmp_path / "1"), learned(tmp_path / "2"))
 
@@ -256,7 +257,7 @@ def test_where_only_the_student_cuts_a_token_the_teacher_is_not_used(flags, byte
     eight.write_text("".join(flags["data_path"].read_text().splitlines(keepends=True)[:8]))
     succeed(SCRIPT, **flags | {"student": byte_teacher, "data_path": eight, "val_path": eight, "learning_rate": 0.0},
             divergence="gold")
-    row, validation = rows(tmp_path / "out/full_dist_16.jsonl")
+    _, row, validation = rows(tmp_path / "out/full_dist_16.jsonl")
     assert row["kd"] == pytest.approx(validation["val_kl"], rel=1e-5)
 
 

@@ -315,7 +315,7 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_validation_loss(data, mode
               "save_interval": 38, "out_dir": tmp_path}
     succeed(script, **flags)
     kl = [row["val_kl"] for row in rows(tmp_path / f"{file}.jsonl") if "val_kl" in row]
-    assert len(kl) == 40 and min(kl[:38]) < min(kl[38:])        # eight samples by heart, and strangers to the rest
+    assert len(kl) == 41 and min(kl[1:39]) < min(kl[39:])       # with step 0; eight samples by heart, and strangers to the rest
 
     teacher, tokenizer = load_model(models / "teacher.pth")
     best, _ = load_model(tmp_path / f"{file}_best.pth")
@@ -403,7 +403,7 @@ def test_dropout_is_off_while_validating_and_on_while_training(data, models, tmp
         succeed(script, **flags, dropout=dropout, log_interval=1, eval_interval=1, out_dir=tmp_path / str(dropout))
         found[dropout] = rows(tmp_path / str(dropout) / f"{file}.jsonl")
     for step, (whole, dropped) in enumerate(zip(found[0.0], found[0.5], strict=True)):
-        if step % 2:        # after each step of training, a validation
+        if step % 2 == 0:   # before and after each step of training, a validation
             assert whole["val_loss"] == dropped["val_loss"]
         else:
             assert whole["loss"] != dropped["loss"]
