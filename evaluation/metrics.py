@@ -12,7 +12,8 @@ What a row of a test file holds decides how it is scored; a file may mix them:
                         token F1 and chrF of the greedy answer, where the file's has more than 10
                         words; perplexity, agreement with a reference model, and KL(reference ||
                         model) in nats per token
-    with options        accuracy: the most likely option, by the probability of its text, is correct
+    with options        accuracy: the most likely option, by the probability of its text, is correct;
+                        asked without the options in the question, unless they are `listed`
     with distribution   KL(truth || model) over the answers in nats; whether both have the same mode
     text                nats per token and perplexity of all tokens, agreement and KL
 """
@@ -92,7 +93,8 @@ def to_distribution(row: dict) -> dict:
     return {"question": to_question(row).messages[-1]["content"], "distribution": p}
 
 
-def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
+def measure(model, tokenizer, tests: dict[str, list], reference=None, listed=False,
+            per_token=False) -> dict:
     """Scores by the keys of COLUMNS; of all tokens "loss" in nats, "calibration" error in % and
     "acceptance" in %, of drafts by the reference; "leaves" {leaf: exact match %}; the
     number of "questions"; "habits", for each the true and the model's probability of each
@@ -100,6 +102,7 @@ def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
 
     reference   a model of the same vocabulary, for agreement, KL and acceptance; None leaves them
                 out
+    per_token   the option with the largest log-probability per token: long ones have less in all
     """
     results = {"parameters": model.n_parameters()}
     conversations, choices, distributions, texts = tests.values()
@@ -129,19 +132,21 @@ def measure(model, tokenizer, tests: dict[str, list], reference=None) -> dict:
             results["leaves"] = {leaf: 100 * fmean(exact) for leaf, exact in sorted(leaves.items())}
         results |= grade_texts(model, tokenizer, [*compress(conversations, long)])
 
-    log_q = score_answers(model, tokenizer, [
-        *((bare_question(row), list(row["options"].values())) for row in choices),
-        *((bare_question(row), list(row["distribution"])) for row in distributions)])
-    if None in log_q:
-        raise ValueError(f"question {log_q.index(None) + 1} with options or a distribution exceeds "
-                         f"the model's max_seq_len={model.config.max_seq_len}")
+    log_c = score_answers(model, tokenizer, [
+        (to_question(row).messages if listed else bare_question(row), list(row["options"].values()))
+        for row in choices], per_token)
+    log_q = score_answers(model, tokenizer, [(bare_question(row), list(row["distribution"]))
+                                             for row in distributions])
+    if None in log_c + log_q:
+        raise ValueError(f"question {(log_c + log_q).index(None) + 1} with options or a "
+                         f"distribution exceeds max_seq_len={model.config.max_seq_len}")
     if choices:
         results["multiple_choice"] = 100 * fmean(
             list(row["options"])[np.argmax(q)] == row["answer_idx"]
-            for row, q in zip(choices, log_q))
+            for row, q in zip(choices, log_c))
     if distributions:
         pairs = [(list(row["distribution"].values()), q)
-                 for row, q in zip(distributions, log_q[len(choices):])]
+                 for row, q in zip(distributions, log_q)]
         results["habits_kl"] = fmean(
             sum(p_i * (math.log(p_i) - log_q_i) for p_i, log_q_i in zip(*pair)) for pair in pairs)
         results["habits"] = [sorted(zip(p, np.exp(q).tolist()), reverse=True) for p, q in pairs]

@@ -36,16 +36,17 @@ def score(model, tokenizer, conversations, reference=None,
     return score_samples(model, tokenizer.encode_chats(conversations), reference, tokens_per_batch)
 
 
-def score_answers(model, tokenizer, questions) -> list[list[float] | None]:
-    """Nats per candidate answer: [(messages, [answer, ...]), ...] -> a list per question, or None
-    where the question with its longest answer exceeds the model's max_seq_len."""
+def score_answers(model, tokenizer, questions, per_token=False) -> list[list[float] | None]:
+    """Nats per candidate answer, or per token of it: [(messages, [answer, ...]), ...] -> a list per
+    question, or None where the question with its longest answer exceeds the model's max_seq_len."""
     samples = [tokenizer.encode_chats([*messages, {"role": "assistant", "content": answer}]
                                       for answer in answers) for messages, answers in questions]
     limit = model.config.max_seq_len + 1                    # the last token is not read
     fits = [max(len(ids) for ids, _ in answers) <= limit for answers in samples]
-    scores = iter(score_samples(model, [sample for answers, fit in zip(samples, fits) if fit
-                                        for sample in answers]))
-    return [[next(scores).log_p for _ in answers] if fit else None
+    scores = iter(score.log_p / score.n_tokens if per_token else score.log_p
+                  for score in score_samples(model, [sample for answers, fit in zip(samples, fits)
+                                                     if fit for sample in answers]))
+    return [[next(scores) for _ in answers] if fit else None
             for answers, fit in zip(samples, fits)]
 
 

@@ -118,6 +118,9 @@ def main():
         "dataset/test.jsonl", "dataset/mcq_test.jsonl", "dataset/test_habits.jsonl"])
     add("--limit", type=int, default=0,
         help="number of rows used from the start of each file; 0: all")
+    add("--listed", action="store_true", help="multiple choice: the question lists its options")
+    add("--per_token", action="store_true",
+        help="multiple choice: the option with the largest log-probability per token is given")
     add("--samples", type=int, default=0,
         help="number of questions whose greedy answers, or texts whose continuations, are shown, "
              "spread over the files")
@@ -165,7 +168,8 @@ def main():
                 comparable = tokenizer.unreadable(vocabulary.ids) is None
                 others |= set() if comparable else {label}
                 results[label].append(
-                    measure(model, tokenizer, tests, reference if comparable else None))
+                    measure(model, tokenizer, tests, reference if comparable else None,
+                            args.listed, args.per_token))
             if samples:
                 answers[label] = sample_answers(model, tokenizer, samples,
                                                 args.max_new_tokens or 64)

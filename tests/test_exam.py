@@ -6,13 +6,14 @@ counts, and macro averages are what a calculation by hand gives.
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from dataset.formats import BadLine, is_right, to_messages
 from evaluation.exam import ExamQuestion, answer, chrf, grade, read_exam, token_f1
 from evaluation.metrics import measure
-from evaluation.scores import score
+from evaluation.scores import score, score_answers
 from model.config import LMConfig
 from model.generate import generate
 from model.transformer import Transformer
@@ -235,6 +236,26 @@ def test_a_test_file_has_exact_match_of_short_answers_and_token_f1_and_chrf_of_t
     assert [each.get("token_f1") for each in found] == [pytest.approx(100 / 6), None, pytest.approx(100 / 6)]
     p, r = 2 / 6, (2 / 12 + 1 / 11) / 6             # o k, ok; the text has 12 letters and 11 pairs
     assert found[2]["chrf"] == pytest.approx(100 * 5 * p * r / (4 * p + r))
+
+
+def test_options_count_by_their_text_or_per_token_and_may_stand_in_the_question(tokenizer):
+    """A model that knows nothing gives each token the same probability: the shortest option has the
+    largest log-probability, and per token none is ahead of another."""
+    model = Transformer(LMConfig(dim=16, n_layers=1, n_heads=2, vocab_size=tokenizer.vocab_size, max_seq_len=64)).eval()
+    torch.nn.init.zeros_(model.tok_embeddings.weight)
+    row = {"question": "a?", "options": {"A": "long text", "B": "b"}, "answer_idx": "B"}
+    asked = [([{"role": "user", "content": "a?"}], ["long text", "b"])]
+    (long, short), = score_answers(model, tokenizer, asked)
+    (each, same), = score_answers(model, tokenizer, asked, per_token=True)
+    n = tokenizer.vocab_size
+    assert (long, short) == pytest.approx((-10 * np.log(n), -2 * np.log(n))) and each == pytest.approx(same)
+    tests = {"conversations": [], "choices": [row], "distributions": [], "texts": []}
+    assert measure(model, tokenizer, tests)["multiple_choice"] == 100
+    read = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: read.append(len(kwargs["tokens"])), with_kwargs=True)
+    for listed in (False, True):
+        measure(model, tokenizer, tests, listed=listed)
+    assert read[1] - read[0] == 2 * len("\nA. long text\nB. b")      # bytes, for each of two options
 
 
 def test_a_text_is_graded_by_its_token_f1_and_a_short_answer_by_equality():
