@@ -12,8 +12,8 @@ What a row of a test file holds decides how it is scored; a file may mix them:
                         token F1 and chrF of the greedy answer, where the file's has more than 10
                         words; perplexity, agreement with a reference model, and KL(reference ||
                         model) in nats per token
-    with options        accuracy: the most likely option, by the probability of its text, is correct;
-                        asked without the options in the question, unless they are `listed`
+    with options        accuracy: the most likely option, by the probability of its text, is right;
+                        the question is asked without its options, unless they are `listed`
     with distribution   KL(truth || model) over the answers in nats; whether both have the same mode
     text                nats per token and perplexity of all tokens, agreement and KL
 """
