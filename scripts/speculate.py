@@ -98,8 +98,9 @@ def draw(found: dict[str, tuple[float, float]], n_draft: int, path: Path):
     axis.plot(a, sum(a ** i for i in range(n_draft + 1)), "k--", label="answers without an end")
     for i, (name, point) in enumerate(sorted(found.items(), key=lambda item: item[1])):
         axis.plot(*point, "C0o")
-        place, side = ((8, -12), "left") if i % 2 else ((-6, 8), "right")
-        axis.annotate(name, point, place, textcoords="offset points", ha=side)
+        x, y = ((-6, 7), (8, -12), (-6, 20), (8, -25))[i % 4]       # drafts often lie close together
+        axis.annotate(name, point, (x, y), textcoords="offset points",
+                      ha="right" if x < 0 else "left")
     axis.set(xlabel="a, share of drafts that are accepted", ylabel="tokens per pass of the target")
     axis.legend(loc="upper left")
     save_picture(figure, path)
