@@ -98,7 +98,7 @@ def draw(found: dict[str, tuple[float, float]], n_draft: int, path: Path):
     axis.plot(a, sum(a ** i for i in range(n_draft + 1)), "k--", label="answers without an end")
     for i, (name, point) in enumerate(sorted(found.items(), key=lambda item: item[1])):
         axis.plot(*point, "C0o")
-        x, y = ((-6, 7), (8, -12), (-6, 20), (8, -25))[i % 4]       # drafts often lie close together
+        x, y = ((-6, 7), (8, -12), (-6, 20), (8, -25))[i % 4]     # drafts lie close together
         axis.annotate(name, point, (x, y), textcoords="offset points",
                       ha="right" if x < 0 else "left")
     axis.set(xlabel="a, share of drafts that are accepted", ylabel="tokens per pass of the target")
