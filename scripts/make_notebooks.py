@@ -38,11 +38,13 @@ def show_pictures():
             display(Image(path, width=700))
     shown = time.time()'''
 
+MODELS = "%%bash\n[ -e out/full_sft_128.pth ] || bash class.sh reset"
+
 
 def cells(page: str) -> list[tuple[str, str]]:
     """(type, source) of the cells of a page: first the models of model/tiny, then its text; a bash
     block becomes a cell for each command, and one that shows their pictures."""
-    found = [("code", SETUP), ("code", "%%bash\nbash class.sh reset")]
+    found = [("code", SETUP), ("code", MODELS)]
     for part in re.split(r"(?m)^(```bash\n.*?\n```)$", page, flags=re.DOTALL):
         if part.startswith("```bash"):
             commands = part.removeprefix("```bash\n").removesuffix("\n```").splitlines()
