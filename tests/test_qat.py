@@ -154,7 +154,7 @@ def test_a_model_distils_itself_and_its_file_scores_as_the_run_did(data, models,
     flags = {**FLAGS, "teacher": student, "student": student, "qat": "int4", "max_steps": 2, "eval_interval": 1}
     said = succeed("train_distillation.py", **flags, data_path=data / "sft_data.jsonl", out_dir=tmp_path)
     assert "quantisation-aware training: int4 layers" in said and "the same model" not in said
-    first, last = (row["val_kl"] for row in rows(tmp_path / "full_dist_32_qat.jsonl") if "val_kl" in row)
+    _, first, last = (row["val_kl"] for row in rows(tmp_path / "full_dist_32_qat.jsonl") if "val_kl" in row)
     assert 0 < last < 1
     succeed("scripts/convert.py", weights=tmp_path / "full_dist_32_qat.pth", quantize="int4", out=tmp_path / "small.pth")
     (trained, _), (file, _) = (load_model(tmp_path / f"{name}.pth") for name in ("full_dist_32_qat", "small"))
