@@ -243,6 +243,8 @@ def parse_args(parser: argparse.ArgumentParser, argv=None, **ranges: str) -> arg
     parser.set_defaults(**values)
     for flag in parser._actions:
         flag.required &= flag.dest not in values
+    for group in parser._mutually_exclusive_groups:
+        group.required &= not any(flag.dest in values for flag in group._group_actions)
     parser.add_argument("--config", nargs="+", default=[], metavar="YAML",
         help="YAML files with values for any flag; a later file overrides earlier ones, the "
              "command line overrides all")
