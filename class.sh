@@ -34,6 +34,7 @@ case "${1:-}" in
 reset) reset ;;
 group)
     [[ "${2:-}" =~ ^[A-Za-z0-9_-]+$ ]] || { echo "bash class.sh group NAME" >&2; exit 1; }
+    [ "$(git rev-parse --show-prefix)" = "" ] || { echo "run it in the repo, not in a group" >&2; exit 1; }
     [ ! -e "groups/$2" ] || { echo "groups/$2 exists already" >&2; exit 1; }
     mkdir -p "groups/$2/dataset"
     git ls-files -z | tar --null -T - -c | tar -x -C "groups/$2"

@@ -399,7 +399,8 @@ def _turns_of_columns(row, needs_answer):
     prompt, response = _only_one(row, PROMPT_KEYS), _only_one(row, RESPONSE_KEYS)
     if not prompt or needs_answer and not response:
         raise ValueError(f"no known format (keys found: {_short(list(row))}; dataset/dataset.md "
-                         "shows what is read, and a row with only text is for train_pretrain.py)")
+                         "shows what is read; other names: --columns question=NAME answer=NAME; a "
+                         "row with only text is for train_pretrain.py)")
     if isinstance(row[prompt], list):       # TRL's: turns to read, turns to learn
         yield from _turns_of_list(row[prompt], prompt, is_learned=False)
     else:

@@ -54,6 +54,7 @@ if __name__ == "__main__":
     parser.add_argument("name", nargs="?", default="[0-9]", help="start of names; default: all")
     parser.add_argument("--solutions", action="store_true", help="check the solutions instead")
     args = parser.parse_args()
+    args.name = args.name.zfill(2) if args.name.isdigit() else args.name
     files = sorted((HERE / ("solutions" * args.solutions)).glob(f"{args.name}*.py"))
     if not files:
         parser.error(f"no exercise begins with {args.name}; exercises/README.md lists them")

@@ -88,8 +88,9 @@ def main():
     n, kept = model.n_parameters(), "".join(f"; {name} {sizes[name]}" for name in sizes)
     Logger(f"{before} -> {args.out}, {model.config}: {n / 1e6:.2f} M ({n / n_before:.0%}{kept})")
     # The student's folder is its own.
+    columns = f" --columns {' '.join(args.columns)}" if args.columns else ""
     Logger(f"Teach it: python train_distillation.py --teacher {args.weights} --student {args.out} "
-           f"--out_dir {args.out.with_suffix('')}")
+           f"--data_path {' '.join(args.data_path)}{columns} --out_dir {args.out.with_suffix('')}")
 
 
 if __name__ == "__main__":

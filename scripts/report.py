@@ -32,6 +32,7 @@ from runtime.pictures import new_figure, save_picture
 from runtime.precision import pick_device
 
 REPEATS, ROWS = 5, 16       # the fastest counts, as others use the machine too; answers at once
+TIMING_SECONDS = 60         # no further repeat begins after these
 
 # Row of the table -> (key of the results, how to print it). Costs are also shown as a share of the
 # teacher's.
@@ -68,9 +69,12 @@ def memory(model, context: int) -> float:
 def times(models: dict, rows: list, n_tokens: int) -> dict[str, dict[str, float]]:
     """{label: ms until the first token of an answer, ms per token of one answer, and of ROWS at
     once}. models: {label: (model, tokenizer)}"""
-    found = {label: {} for label in models}
-    for _ in range(REPEATS):
+    found, begin = {label: {} for label in models}, time.monotonic()
+    for i in range(REPEATS):
+        if i and time.monotonic() - begin > TIMING_SECONDS:
+            break
         for label, (model, tokenizer) in models.items():
+            Logger(f"timing {label}, {i + 1} of at most {REPEATS}")
             prompts = [*islice(cycle(openings(tokenizer, rows)), ROWS)]
             for name, asked, n in (("first", prompts[:1], 1), ("single", prompts[:1], n_tokens),
                                    ("batch", prompts, n_tokens)):
@@ -177,7 +181,7 @@ def main():
     # 4. Page and picture
     picture = args.out.with_suffix(".png")
     draw(results, teacher, picture)
-    note = (f"Times: {device}, {torch.get_num_threads()} threads, best of {REPEATS}, answers of "
+    note = (f"Times: {device}, {torch.get_num_threads()} threads, best of up to {REPEATS}, answers of "
             f"{args.max_new_tokens} tokens; memory: weights and KV cache. Test data: "
             f"{f'the first {args.limit} rows of ' * bool(args.limit)}{', '.join(args.data)}.")
     page = [f"# Report card: {', '.join(name for name in results if name != teacher)}",
