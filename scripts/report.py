@@ -181,8 +181,8 @@ def main():
     # 4. Page and picture
     picture = args.out.with_suffix(".png")
     draw(results, teacher, picture)
-    note = (f"Times: {device}, {torch.get_num_threads()} threads, best of up to {REPEATS}, answers of "
-            f"{args.max_new_tokens} tokens; memory: weights and KV cache. Test data: "
+    note = (f"Times: {device}, {torch.get_num_threads()} threads, best of up to {REPEATS}, answers "
+            f"of {args.max_new_tokens} tokens; memory: weights and KV cache. Test data: "
             f"{f'the first {args.limit} rows of ' * bool(args.limit)}{', '.join(args.data)}.")
     page = [f"# Report card: {', '.join(name for name in results if name != teacher)}",
             table(results, teacher), note, f"![The same as a picture]({picture.name})"]
