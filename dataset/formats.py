@@ -63,12 +63,13 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict | str]]:
     if not (given := os.environ.get(COLUMNS)):
         return rows
     columns = dict(pair.split("=", 1) for pair in given.splitlines())
-    return ((number, _renamed(row, columns)) for number, row in rows)
+    return ((number, _renamed(row, columns, path)) for number, row in rows)
 
 
-def _renamed(row, columns: dict[str, str]):
+def _renamed(row, columns: dict[str, str], path: Path):
     """columns: {our name: theirs}, in any case. The row has these columns alone, under our names,
-    or is unchanged if it has none of them: its file is in a format that is known."""
+    or is unchanged if it has none of them: its file is in a format that is known. Raises BadLine
+    for a table without one of them: all its rows are alike."""
     if isinstance(row, str):
         return row
     keys = {key.lower(): key for key in row}
@@ -76,7 +77,10 @@ def _renamed(row, columns: dict[str, str]):
     if len(missing) == len(columns):
         return row
     if missing:
-        return f"--columns names {missing[0]!r}, and the columns are {', '.join(row)}"
+        said = f"--columns names {missing[0]!r}, and the columns are {', '.join(row)}"
+        if READERS[path.suffix.lower()] is _rows_of_table:
+            raise BadLine(f"{path}: {said}")
+        return said
     return {ours: row[keys[theirs.lower()]] for ours, theirs in columns.items()}
 
 

@@ -355,11 +355,15 @@ def test_named_columns_are_read_and_no_others(tmp_path, monkeypatch, name, conte
     assert read_conversations(written(tmp_path, name, content)) == [SUM]
 
 
-def test_a_named_column_that_is_missing_is_a_bad_line_with_the_columns_there_are(tmp_path, monkeypatch):
+def test_a_named_column_that_is_missing_stops_a_table_and_is_a_bad_line_of_json(tmp_path, monkeypatch):
     monkeypatch.setenv(COLUMNS, "question=message\nanswer=replay")
     path = written(tmp_path, "a.csv", "message,reply\n2 + 3 =,5\n")
-    with pytest.raises(BadLine, match="line 2: --columns names 'replay', and the columns are message, reply"):
+    with pytest.raises(BadLine, match="a.csv: --columns names 'replay', and the columns are message, reply$"):
+        read_conversations(path, skip_bad_lines=True)
+    path = written(tmp_path, "a.jsonl", '{"message": "a", "replay": "b"}\n{"message": "a"}\n')
+    with pytest.raises(BadLine, match="line 2: --columns names 'replay', and the columns are message. Fix"):
         read_conversations(path)
+    assert len(read_conversations(path, skip_bad_lines=True)) == 1
 
 
 def test_tokens_of_the_same_file_under_other_columns_are_others(tmp_path, monkeypatch):
